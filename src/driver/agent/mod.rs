@@ -1,0 +1,3 @@
+//! The root half and the way to it: closed messages over a unix socket.
+
+pub mod protocol;

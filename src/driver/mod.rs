@@ -1,0 +1,276 @@
+//! What runs workloads, behind one neutral trait: `ensure`, `remove`, `observe`. A driver knows
+//! no tables, no HTTP and no roles.
+
+use std::net::Ipv4Addr;
+use std::pin::Pin;
+
+use futures_util::Stream;
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+
+use crate::ids::{AppId, AppName, TenantId, TenantName};
+
+pub mod agent;
+pub mod podman;
+pub mod workload;
+
+pub use workload::{TenantGrant, Workload};
+
+/// Why a driver did not do what it was asked. The loop chooses by the variant.
+#[derive(Debug, thiserror::Error, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Error {
+    /// It may work later: the engine or its agent is not there.
+    #[error("{0}")]
+    Transient(String),
+    /// It will never work as asked: shown to the tenant.
+    #[error("{0}")]
+    Rejected(String),
+    /// Somebody with a newer generation or epoch was here: stop.
+    #[error("{0}")]
+    Conflict(String),
+}
+
+/// A short-lived credential for exactly one repository. Never stored, never printed.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct PullSecret(String);
+
+impl PullSecret {
+    /// Wraps the secret.
+    #[must_use]
+    pub fn new(secret: String) -> Self {
+        Self(secret)
+    }
+    /// The secret, for the one header that it goes into.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for PullSecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("PullSecret(..)")
+    }
+}
+
+/// Whether something is gone already. A row may go only after `Gone` was seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Removal {
+    /// Nothing of it is left.
+    Gone,
+    /// It is being stopped and removed; ask again.
+    Underway,
+}
+
+/// State of one instance as seen, not as the engine claims.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InstanceState {
+    /// The image is being fetched or the container made.
+    Preparing,
+    /// Started; not yet well.
+    Starting,
+    /// Runs, and is well as far as a health check says.
+    Running,
+    /// Runs, but its health check fails.
+    Unhealthy,
+    /// It ended by itself and waits for its next start.
+    Waiting,
+    /// It is being stopped.
+    Stopping,
+    /// It could not be made or started; the reason says why.
+    Failed,
+}
+
+/// Why an instance ended or cannot run. Stable words; `detail` of [`Ending`] is for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// The process ended by itself.
+    Exited,
+    /// The kernel killed it for its memory, as seen in the cgroup's own counters.
+    OutOfMemory,
+    /// Killed by a signal; who sent it is not known.
+    Killed,
+    /// Its health check failed too often.
+    Unhealthy,
+    /// The image could not be fetched or used.
+    ImageError,
+    /// The engine refused to make or start it.
+    StartError,
+    /// It vanished or was stopped from outside.
+    Removed,
+}
+
+/// How the last run of an instance ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ending {
+    /// Cause.
+    pub cause: Cause,
+    /// Exit code, where there is one (128 + signal for a signal).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub exit_code: Option<i32>,
+    /// When.
+    #[serde(with = "time::serde::rfc3339")]
+    pub at: OffsetDateTime,
+    /// How long it had run, in milliseconds.
+    pub ran_ms: u64,
+    /// A sentence for people.
+    pub detail: String,
+    /// Its last log lines, cleaned for display.
+    pub last_lines: Vec<String>,
+}
+
+/// One instance as seen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceObserved {
+    /// Number, unique within the app for life.
+    pub number: u32,
+    /// Release that it runs.
+    pub revision: i64,
+    /// State.
+    pub state: InstanceState,
+    /// Since when it is in this state.
+    #[serde(with = "time::serde::rfc3339")]
+    pub since: OffsetDateTime,
+    /// When its process was last started.
+    #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none", default)]
+    pub started: Option<OffsetDateTime>,
+    /// How often it was started again.
+    pub restarts: u32,
+    /// When it will be started again, while it waits.
+    #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none", default)]
+    pub next_start: Option<OffsetDateTime>,
+    /// How its last run ended.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub last_end: Option<Ending>,
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// The host user id that its main process was seen to have.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub uid: Option<u32>,
+    /// The container's name in the engine.
+    pub container: String,
+}
+
+/// Something that was found and done, for the record.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppEvent {
+    /// Rises by one within an app's life on this agent; the pair (app, `seq`) is unique.
+    pub seq: u64,
+    /// When.
+    #[serde(with = "time::serde::rfc3339")]
+    pub at: OffsetDateTime,
+    /// A stable word: `started`, `ended`, `restarted`, `unhealthy`, `repaired`, `rolled`, `pull_failed`, ...
+    pub kind: String,
+    /// A sentence for people.
+    pub text: String,
+}
+
+/// One app as seen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppObserved {
+    /// Tenant.
+    pub tenant: TenantName,
+    /// App.
+    pub app: AppName,
+    /// Identity.
+    pub app_id: AppId,
+    /// Generation of the desired state that the agent holds.
+    pub generation: i64,
+    /// Revision of it.
+    pub revision: i64,
+    /// Whether what runs is what is desired: as many instances of this revision as asked for,
+    /// all well, none of another revision.
+    pub settled: bool,
+    /// What is in the way, for people.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub message: Option<String>,
+    /// Instances, by number.
+    pub instances: Vec<InstanceObserved>,
+    /// The newest events, oldest first, at most 50.
+    pub events: Vec<AppEvent>,
+}
+
+/// What has changed since a cursor.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Observed {
+    /// Hand this in the next time. It is worth nothing to another run of the agent, which then
+    /// answers with everything.
+    pub cursor: String,
+    /// Whether `apps` is everything that there is (then what is not in it does not exist).
+    pub complete: bool,
+    /// Apps that changed.
+    pub apps: Vec<AppObserved>,
+    /// Events of the machine itself: the table was flushed and loaded again, a bridge made anew.
+    pub machine: Vec<AppEvent>,
+}
+
+/// Which log to read.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogQuery {
+    /// Tenant.
+    pub tenant: TenantName,
+    /// App.
+    pub app: AppName,
+    /// Identity.
+    pub app_id: AppId,
+    /// Only this instance.
+    pub instance: Option<u32>,
+    /// At most so many of the last lines (1 to 10,000).
+    pub tail: u32,
+    /// Go on as new lines come.
+    pub follow: bool,
+}
+
+/// One line of a log. The text is as written, at most 16 KiB a line, not valid UTF-8 replaced;
+/// whoever shows it cleans it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLine {
+    /// Instance.
+    pub instance: u32,
+    /// The engine's time, never the line's.
+    #[serde(with = "time::serde::rfc3339")]
+    pub at: OffsetDateTime,
+    /// `stdout`, `stderr`, or `platform` for a line of the platform itself (a gap, a start, an end).
+    pub stream: LogStreamName,
+    /// Text without the newline.
+    pub text: String,
+}
+
+/// Where a line came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogStreamName {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+    /// The platform itself.
+    Platform,
+}
+
+/// A stream of log lines.
+pub type LogStream = Pin<Box<dyn Stream<Item = Result<LogLine, Error>> + Send>>;
+
+/// What runs workloads.
+#[async_trait::async_trait]
+pub trait Driver: Send + Sync + 'static {
+    /// Makes the tenant's place: journal, bridge. Idempotent.
+    async fn ensure_tenant(&self, grant: &TenantGrant) -> Result<(), Error>;
+    /// Removes the tenant's place once it has no app. Its ids and number stay burnt.
+    async fn remove_tenant(&self, tenant: &TenantName, id: TenantId) -> Result<Removal, Error>;
+    /// Takes over the desired state and starts to converge; returns once it is stored and the
+    /// image is there. `pull` is needed when the image is not in the engine's store yet.
+    async fn ensure_app(&self, workload: &Workload, pull: Option<&PullSecret>) -> Result<(), Error>;
+    /// Starts or continues to remove an app.
+    async fn remove_app(&self, tenant: &TenantName, app: &AppName, id: AppId) -> Result<Removal, Error>;
+    /// What changed since `cursor` (everything for `None`), waiting up to `wait` for something.
+    async fn observe(&self, cursor: Option<&str>, wait: std::time::Duration) -> Result<Observed, Error>;
+    /// Log lines.
+    async fn logs(&self, query: &LogQuery) -> Result<LogStream, Error>;
+}

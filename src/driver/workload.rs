@@ -1,0 +1,247 @@
+//! What a driver is told to run, in neutral words. The types are closed: nothing dangerous has a
+//! field here, so neither a tenant nor a conquered `serve` can say it.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{AppId, AppName, Digest, RepositoryPath, TenantId, TenantName};
+
+/// A contiguous run of host user ids (and group ids alike).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IdRange {
+    /// First id.
+    pub start: u32,
+    /// Number of ids.
+    pub size: u32,
+}
+
+impl IdRange {
+    /// One past the last id.
+    #[must_use]
+    pub fn end(self) -> u64 {
+        u64::from(self.start) + u64::from(self.size)
+    }
+    /// Whether the other lies wholly inside.
+    #[must_use]
+    pub fn contains(self, other: Self) -> bool {
+        self.start <= other.start && other.end() <= self.end()
+    }
+    /// Whether the two share an id.
+    #[must_use]
+    pub fn overlaps(self, other: Self) -> bool {
+        u64::from(self.start) < other.end() && u64::from(other.start) < self.end()
+    }
+}
+
+/// An IPv4 subnet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Subnet {
+    address: Ipv4Addr,
+    prefix: u8,
+}
+
+impl Subnet {
+    /// A subnet from its network address; host bits must be zero, prefix 8 to 30.
+    #[must_use]
+    pub fn new(address: Ipv4Addr, prefix: u8) -> Option<Self> {
+        if !(8..=30).contains(&prefix) || u32::from(address) & (u32::MAX >> prefix) != 0 {
+            return None;
+        }
+        Some(Self { address, prefix })
+    }
+    /// The network address.
+    #[must_use]
+    pub fn address(self) -> Ipv4Addr {
+        self.address
+    }
+    /// Length of the prefix.
+    #[must_use]
+    pub fn prefix(self) -> u8 {
+        self.prefix
+    }
+    /// Number of addresses, the network and broadcast address included.
+    #[must_use]
+    pub fn size(self) -> u32 {
+        1 << (32 - u32::from(self.prefix))
+    }
+    /// The n-th address; 0 is the network itself, 1 the gateway.
+    #[must_use]
+    pub fn nth(self, n: u32) -> Option<Ipv4Addr> {
+        (n < self.size()).then(|| Ipv4Addr::from(u32::from(self.address) + n))
+    }
+    /// The gateway: the first address.
+    #[must_use]
+    pub fn gateway(self) -> Ipv4Addr {
+        Ipv4Addr::from(u32::from(self.address) + 1)
+    }
+    /// Whether the address lies inside.
+    #[must_use]
+    pub fn contains(self, address: Ipv4Addr) -> bool {
+        u32::from(address) & !(u32::MAX >> self.prefix) == u32::from(self.address)
+    }
+    /// Whether the two share an address.
+    #[must_use]
+    pub fn overlaps(self, other: Self) -> bool {
+        self.contains(other.address) || other.contains(self.address)
+    }
+}
+
+impl std::fmt::Display for Subnet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.address, self.prefix)
+    }
+}
+
+impl std::str::FromStr for Subnet {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (address, prefix) = text.split_once('/').ok_or("a subnet is ADDRESS/PREFIX")?;
+        let address = address.parse().map_err(|_| "the address of the subnet is not IPv4")?;
+        let prefix = prefix.parse().map_err(|_| "the prefix of the subnet is not a number")?;
+        Self::new(address, prefix).ok_or("a subnet has a prefix of 8 to 30 and no host bits")
+    }
+}
+
+impl TryFrom<String> for Subnet {
+    type Error = &'static str;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<Subnet> for String {
+    fn from(subnet: Subnet) -> String {
+        subnet.to_string()
+    }
+}
+
+/// What belongs to one tenant on a machine. The agent writes it into its journal; the first write
+/// wins for ever.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TenantGrant {
+    /// Name, which is also the registry project.
+    pub tenant: TenantName,
+    /// Identity.
+    pub tenant_id: TenantId,
+    /// All its id ranges, oldest first; a later grant may add, never take away.
+    pub ranges: Vec<IdRange>,
+    /// Number of its network, never reused; the bridge is `bk<installation><number>`.
+    pub network: u32,
+    /// Its subnet.
+    pub subnet: Subnet,
+}
+
+/// The image to run: always of the tenant's own project, always by digest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkloadImage {
+    /// Repository without host and tenant.
+    pub repository: RepositoryPath,
+    /// Digest of the platform manifest that runs.
+    pub digest: Digest,
+}
+
+/// User and group inside the container, within the app's block: 1 to 1023.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InsideUser {
+    /// User id inside.
+    pub uid: u16,
+    /// Group id inside.
+    pub gid: u16,
+}
+
+/// How an instance is asked whether it is well. The prober asks; the host is always the instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum HealthCheck {
+    /// GET must answer 200 to 399.
+    Http {
+        /// Absolute path.
+        path: String,
+        /// Port.
+        port: u16,
+    },
+    /// A connection must open.
+    Tcp {
+        /// Port.
+        port: u16,
+    },
+}
+
+/// Health check with the time that a start may take.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Health {
+    /// How to ask.
+    pub check: HealthCheck,
+    /// Seconds after a start in which a failure does not count.
+    pub grace: u16,
+}
+
+/// How a new revision takes the place of the old one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Update {
+    /// One new instance at a time; the old one stops when the new one is well.
+    Rolling,
+    /// The old one stops before the new one starts (`singleton`).
+    Replace,
+}
+
+/// One app as a driver is told to run it: every field that matters is here, nothing is copied
+/// through from what the tenant wrote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Workload {
+    /// Tenant.
+    pub tenant: TenantName,
+    /// App.
+    pub app: AppName,
+    /// Identity of the app; another one under the same name is another app.
+    pub app_id: AppId,
+    /// Release that runs. A change of revision rolls.
+    pub revision: i64,
+    /// Generation of the desired state; a lower one than seen is refused.
+    pub generation: i64,
+    /// Lease epoch of the writer; with an equal generation a lower one is refused.
+    pub epoch: i64,
+    /// Image.
+    pub image: WorkloadImage,
+    /// Entrypoint; the image's own when absent.
+    pub command: Option<Vec<String>>,
+    /// Arguments; the image's own when absent (and none when only `command` is given).
+    pub args: Option<Vec<String>>,
+    /// User inside.
+    pub user: InsideUser,
+    /// The app's block of host ids.
+    pub block: IdRange,
+    /// Thousandths of a core, the limit.
+    pub cpu_millis: u32,
+    /// Bytes, the limit; scratch, shm and /tmp count within.
+    pub memory: u64,
+    /// Instances; 0 is stopped but kept.
+    pub instances: u32,
+    /// How to update.
+    pub update: Update,
+    /// Environment.
+    pub env: BTreeMap<String, String>,
+    /// The one port it serves on.
+    pub port: Option<u16>,
+    /// Health check.
+    pub health: Option<Health>,
+    /// Memory-backed writable paths and their sizes in bytes; `/tmp` is always among them.
+    pub scratch: BTreeMap<String, u64>,
+    /// Seconds between SIGTERM and SIGKILL.
+    pub stop_grace: u16,
+    /// Apps of the same tenant that it may reach, on their port, by name.
+    pub connects: Vec<AppName>,
+    /// Addresses of the tenant's subnet that belong to this app: one per instance and, for
+    /// `Update::Rolling`, one more.
+    pub addresses: Vec<Ipv4Addr>,
+}

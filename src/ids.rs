@@ -1,0 +1,308 @@
+//! Identities and names that every other module speaks in: parsed once, at the door, and never
+//! re-checked further in. A value of one of these types cannot hold anything else than what its
+//! rule allows, so it may be put into a file name, a label or a rule without another thought.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// Why a text is not the name or digest that it was meant to be. The text itself is never part
+/// of the message.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct NameError(pub String);
+
+impl NameError {
+    fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+}
+
+/// A DNS label (RFC 1123, lower case) that starts with a letter and has a length within bounds.
+fn check_label(what: &str, text: &str, min: usize, max: usize) -> Result<(), NameError> {
+    let bytes = text.as_bytes();
+    if bytes.len() < min || bytes.len() > max {
+        return Err(NameError::new(format!("{what} has {min} to {max} characters")));
+    }
+    if !bytes[0].is_ascii_lowercase() {
+        return Err(NameError::new(format!("{what} starts with a letter a to z")));
+    }
+    if !bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-') {
+        return Err(NameError::new(format!("{what} consists of a to z, 0 to 9 and -")));
+    }
+    if bytes[bytes.len() - 1] == b'-' {
+        return Err(NameError::new(format!("{what} does not end with -")));
+    }
+    Ok(())
+}
+
+macro_rules! text_id {
+    ($(#[$doc:meta])* $name:ident, $check:expr) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, sqlx::Type)]
+        #[serde(try_from = "String", into = "String")]
+        #[sqlx(transparent)]
+        pub struct $name(String);
+
+        impl $name {
+            /// The text of it.
+            #[must_use]
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = NameError;
+            fn from_str(text: &str) -> Result<Self, NameError> {
+                let check: fn(&str) -> Result<(), NameError> = $check;
+                check(text)?;
+                Ok(Self(text.to_owned()))
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = NameError;
+            fn try_from(text: String) -> Result<Self, NameError> {
+                text.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> String {
+                name.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+/// Words that a tenant may not be called, because they stand in addresses, roles or groups of the
+/// platform itself.
+pub const RESERVED_TENANTS: &[&str] = &[
+    "admin",
+    "administrator",
+    "api",
+    "app",
+    "apps",
+    "auditor",
+    "auth",
+    "billing",
+    "bulkhead",
+    "catalog",
+    "console",
+    "default",
+    "docs",
+    "engine",
+    "health",
+    "healthz",
+    "host",
+    "internal",
+    "kube-system",
+    "library",
+    "localhost",
+    "login",
+    "logout",
+    "metrics",
+    "platform",
+    "public",
+    "readyz",
+    "registry",
+    "root",
+    "schemas",
+    "static",
+    "support",
+    "system",
+    "tenant",
+    "tenants",
+    "token",
+    "v1",
+    "v2",
+    "www",
+];
+
+text_id!(
+    /// A tenant's name: a DNS label of 3 to 32 characters, not a reserved word, never given twice.
+    TenantName,
+    |text| {
+        check_label("a tenant name", text, 3, 32)?;
+        if RESERVED_TENANTS.contains(&text) {
+            return Err(NameError::new("this name is reserved for the platform"));
+        }
+        Ok(())
+    }
+);
+
+text_id!(
+    /// An app's name within its tenant: a DNS label of 1 to 45 characters.
+    AppName,
+    |text| check_label("an app name", text, 1, 45)
+);
+
+text_id!(
+    /// The four letters of an installation: they stand in the name of everything it makes on a
+    /// machine, so that two installations never touch each other's.
+    Installation,
+    |text| {
+        if text.len() == 4 && text.bytes().all(|b| b.is_ascii_lowercase()) {
+            Ok(())
+        } else {
+            Err(NameError::new("an installation id is four letters a to z"))
+        }
+    }
+);
+
+text_id!(
+    /// A repository within a tenant's registry project, without host and without tenant:
+    /// components `[a-z0-9]+` joined by one of `.`, `_`, `__`, `-`..., separated by `/`
+    /// (OCI distribution specification 1.1), at most 128 characters.
+    RepositoryPath,
+    |text| {
+        if text.is_empty() || text.len() > 128 {
+            return Err(NameError::new("a repository has 1 to 128 characters"));
+        }
+        for part in text.split('/') {
+            let bytes = part.as_bytes();
+            let edge = |b: Option<&u8>| b.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+            if !edge(bytes.first()) || !edge(bytes.last()) {
+                return Err(NameError::new(
+                    "each part of a repository starts and ends with a to z or 0 to 9",
+                ));
+            }
+            if !bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(b)) {
+                return Err(NameError::new(
+                    "a repository consists of a to z, 0 to 9 and . _ - with / between its parts",
+                ));
+            }
+            if part.contains("..") || part.contains("._") || part.contains("_.") || part.contains("___")
+                || part.contains(".-") || part.contains("-.") || part.contains("_-") || part.contains("-_")
+            {
+                return Err(NameError::new(
+                    "in a repository, letters and digits are separated by one of . _ __ or dashes",
+                ));
+            }
+        }
+        Ok(())
+    }
+);
+
+text_id!(
+    /// A tag of an image: 1 to 128 of `A-Za-z0-9_.-`, not starting with `.` or `-`.
+    Tag,
+    |text| {
+        let bytes = text.as_bytes();
+        if bytes.is_empty() || bytes.len() > 128 {
+            return Err(NameError::new("a tag has 1 to 128 characters"));
+        }
+        if b".-".contains(&bytes[0])
+            || !bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(b))
+        {
+            return Err(NameError::new(
+                "a tag consists of letters, digits and _ . - and starts with a letter, a digit or _",
+            ));
+        }
+        Ok(())
+    }
+);
+
+text_id!(
+    /// The digest of a blob or manifest: `sha256:` and 64 lower-case hexadecimal digits.
+    Digest,
+    |text| {
+        let hex = text.strip_prefix("sha256:").unwrap_or_default();
+        if hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
+            Ok(())
+        } else {
+            Err(NameError::new("a digest is sha256: and 64 lower-case hexadecimal digits"))
+        }
+    }
+);
+
+impl Digest {
+    /// The digest of these bytes.
+    #[must_use]
+    pub fn of(bytes: &[u8]) -> Self {
+        use sha2::Digest as _;
+        Self(format!("sha256:{}", data_encoding::HEXLOWER.encode(&sha2::Sha256::digest(bytes))))
+    }
+
+    /// From a finished SHA-256 computation.
+    #[must_use]
+    pub fn from_sha256(hash: &[u8; 32]) -> Self {
+        Self(format!("sha256:{}", data_encoding::HEXLOWER.encode(hash)))
+    }
+
+    /// The first twelve hexadecimal digits, for people.
+    #[must_use]
+    pub fn short(&self) -> &str {
+        &self.0[7..19]
+    }
+}
+
+macro_rules! number_id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, sqlx::Type)]
+        #[serde(transparent)]
+        #[sqlx(transparent)]
+        pub struct $name(pub i64);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+number_id!(
+    /// A tenant's identity in the database. Never shown in an address, never given twice.
+    TenantId
+);
+number_id!(
+    /// An app's identity: an app that was deleted and made again is another app.
+    AppId
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tenant_names_are_dns_labels_and_not_reserved() {
+        for good in ["acme", "a-1", "shop2", &"a".repeat(32)] {
+            assert!(good.parse::<TenantName>().is_ok(), "{good}");
+        }
+        for bad in ["", "ab", "1ab", "Acme", "a_b", "ab-", "-ab", "admin", "a.b", "käse", &"a".repeat(33)] {
+            assert!(bad.parse::<TenantName>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn repositories_follow_the_distribution_grammar() {
+        for good in ["web", "team/web", "a__b", "a--b", "a.b/c-d/e_f", "0"] {
+            assert!(good.parse::<RepositoryPath>().is_ok(), "{good}");
+        }
+        for bad in
+            ["", "/web", "web/", "a//b", "..", "a/../b", "Web", "a___b", "a..b", "-a", "a%2fb", "host:1/web"]
+        {
+            assert!(bad.parse::<RepositoryPath>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn digests_are_sha256_in_lower_case() {
+        assert_eq!(
+            Digest::of(b"").as_str(),
+            "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+        );
+        assert!("sha256:E3B0".parse::<Digest>().is_err());
+        assert!("sha512:e3b0".parse::<Digest>().is_err());
+    }
+}
