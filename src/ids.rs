@@ -270,6 +270,29 @@ number_id!(
     AppId
 );
 
+/// Who does something, as it stands in the audit: `token:12 ci`, `root`, `platform`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct ActorId(String);
+
+impl ActorId {
+    /// An actor from its kind and name. Control characters are dropped, so that a log line stays one.
+    #[must_use]
+    pub fn new(text: &str) -> Self {
+        Self(text.chars().filter(|c| !c.is_control()).take(120).collect())
+    }
+    /// The platform itself, in a reconciler.
+    #[must_use]
+    pub fn platform() -> Self {
+        Self("platform".into())
+    }
+    /// The text of it.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,391 @@
+//! What can be done to an app: deploy, roll back, delete. The outside world is read first (a tag
+//! becomes a digest), then one transaction writes everything: quota, ids, addresses, release,
+//! audit, work.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+use sqlx::{PgPool, Postgres, Transaction};
+
+use super::reservation::{self, Asked, Peak, Reserved};
+use super::spec::{AppSpec, ImageReference};
+use super::{App, Release, store};
+use crate::access::TenantRef;
+use crate::audit;
+use crate::config::Pools;
+use crate::driver::workload::InsideUser;
+use crate::error::Error;
+use crate::fault::{Code, Fault, Kind};
+use crate::ids::{AppId, AppName, Digest};
+use crate::images;
+use crate::reconcile::{Waker, enqueue};
+use crate::registries::Distribution;
+use crate::tenants::actions::{By, check_generation};
+use crate::uid_ranges;
+
+/// The kind of an app's work.
+pub const WORK: &str = "app";
+
+/// What the actions need.
+#[derive(Clone)]
+pub struct Apps {
+    /// Database.
+    pub pool: PgPool,
+    /// Pools of the installation.
+    pub pools: Pools,
+    /// The registry.
+    pub registry: Distribution,
+    /// Wakes the runner.
+    pub waker: Waker,
+}
+
+/// Whether to do it or only to say what would happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Do it.
+    Apply,
+    /// Only say.
+    DryRun,
+}
+
+/// What a deploy led to.
+#[derive(Debug)]
+pub struct Deployed {
+    /// Generation.
+    pub generation: i64,
+    /// Revision.
+    pub revision: i64,
+    /// Whether anything changed.
+    pub changed: bool,
+    /// Whether the app is new.
+    pub created: bool,
+    /// Digest that runs.
+    pub digest: Digest,
+    /// What is reserved.
+    pub reserved: Reserved,
+    /// The same in words.
+    pub reserved_words: String,
+    /// Warnings: accepted, but probably not as meant.
+    pub warnings: Vec<Fault>,
+}
+
+/// What of a spec only the tenant's registry can tell.
+struct Resolved {
+    index_digest: Digest,
+    digest: Digest,
+    user: InsideUser,
+    warnings: Vec<Fault>,
+}
+
+impl Apps {
+    /// Deploys a spec: a new app, or the next release of one.
+    pub async fn deploy(
+        &self,
+        by: By<'_>,
+        tenant: &TenantRef,
+        spec: &AppSpec,
+        expected: Option<i64>,
+        mode: Mode,
+    ) -> Result<Deployed, Error> {
+        tenant.require_active()?;
+        // Everything that can be wrong is told together: the image, the names, the quota.
+        let mut faults = Vec::new();
+        let mut conn = self.pool.acquire().await?;
+        for missing in store::list_missing(&mut conn, tenant.id, spec.connects_apps()).await? {
+            faults.push(
+                Fault::new(Code(427), Kind::Conflict, "connects.apps", format!("there is no app {missing}"))
+                    .instead("deploy that app first, or leave it out"),
+            );
+        }
+        drop(conn);
+        let resolved = match self.resolve(tenant, spec).await {
+            Ok(resolved) => Some(resolved),
+            Err(Error::Invalid(more)) => {
+                faults.extend(more);
+                None
+            }
+            Err(other) => return Err(other),
+        };
+        fail::fail_point!("apps::deploy_resolved", |_| Err(Error::internal("failpoint")));
+        let mut tx = self.pool.begin().await?;
+        let outcome = self.write(&mut tx, by, tenant, spec, resolved, faults, expected).await?;
+        if mode == Mode::DryRun || !outcome.changed {
+            tx.rollback().await?;
+            return Ok(outcome);
+        }
+        fail::fail_point!("apps::deploy_commit", |_| Err(Error::internal("failpoint")));
+        tx.commit().await?;
+        fail::fail_point!("apps::deploy_committed");
+        self.waker.wake();
+        Ok(outcome)
+    }
+
+    async fn resolve(&self, tenant: &TenantRef, spec: &AppSpec) -> Result<Resolved, Error> {
+        let image = spec.image();
+        let found = self.registry.resolve(&tenant.name, image.repository(), &reference(image.reference())).await?;
+        let names = if images::needs_passwd(&found.config) {
+            Some(self.registry.read_names(&tenant.name, image.repository(), &found).await?)
+        } else {
+            None
+        };
+        let has_command = spec.command().is_some_and(|c| !c.is_empty()) || spec.args().is_some_and(|a| !a.is_empty());
+        let command = if has_command { images::SpecCommand::Given } else { images::SpecCommand::Absent };
+        let flight = images::preflight(&found.config, names.as_ref(), spec.port(), command).map_err(Error::Invalid)?;
+        Ok(Resolved {
+            index_digest: found.index_digest,
+            digest: found.manifest_digest,
+            user: flight.user,
+            warnings: flight.warnings,
+        })
+    }
+
+    /// The transaction's body. On a dry run it is rolled back, so that what it says is what would
+    /// have happened.
+    #[expect(clippy::too_many_arguments, reason = "one call, from `deploy`, whose parts these are")]
+    async fn write(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        by: By<'_>,
+        tenant: &TenantRef,
+        spec: &AppSpec,
+        resolved: Option<Resolved>,
+        mut faults: Vec<Fault>,
+        expected: Option<i64>,
+    ) -> Result<Deployed, Error> {
+        let (quota, state) = store::lock_quota(tx, tenant.id).await?;
+        TenantRef { state, ..tenant.clone() }.require_active()?;
+        let existing = store::find_app(tx, tenant.id, spec.name()).await?;
+        if let Some(app) = &existing {
+            check_generation(expected, app.generation)?;
+            if app.deleted_at.is_some() {
+                return Err(Error::Conflict("the app is being deleted; deploy it again when it is gone".into()));
+            }
+        } else if expected.is_some_and(|expected| expected != 0) {
+            return Err(Error::PreconditionFailed(0));
+        }
+        let wanted = Peak::of(spec);
+        let peak = existing.as_ref().map_or(wanted, |app| app.peak.max(wanted));
+        let before = existing.as_ref().map_or_else(Reserved::default, |app| app.peak.reserved());
+        let asked = Asked { before, after: peak.reserved(), new_app: existing.is_none() };
+        let short = reservation::check(&quota, asked);
+        let (true, true, Some(resolved)) = (faults.is_empty(), short.is_empty(), resolved) else {
+            let only_quota = faults.is_empty();
+            faults.extend(short);
+            return Err(if only_quota { Error::QuotaExceeded(faults) } else { Error::Invalid(faults) });
+        };
+        let mut release = Release {
+            revision: 1,
+            spec: spec.to_json(),
+            repository: spec.image().repository().clone(),
+            tag: match spec.image().reference() {
+                ImageReference::Tag(tag) => Some(tag.clone()),
+                ImageReference::Digest(_) => None,
+            },
+            index_digest: resolved.index_digest,
+            digest: resolved.digest,
+            user: resolved.user,
+            warnings: json!(resolved.warnings),
+            rolled_back_to: None,
+            actor: by.actor.id.as_str().to_owned(),
+            created_at: time::OffsetDateTime::now_utc(),
+        };
+        let mut outcome = Deployed {
+            generation: 1,
+            revision: 1,
+            changed: true,
+            created: existing.is_none(),
+            digest: release.digest.clone(),
+            reserved: peak.reserved(),
+            reserved_words: wanted.words(),
+            warnings: resolved.warnings,
+        };
+        let Some(app) = existing else {
+            self.create(tx, by, tenant, spec.name(), peak, &release).await?;
+            return Ok(outcome);
+        };
+        outcome.generation = app.generation;
+        outcome.revision = app.revision;
+        let current = store::find_release(tx, tenant.id, app.id, app.revision).await?;
+        if current.is_some_and(|current| current.spec == release.spec && current.digest == release.digest) {
+            outcome.changed = false;
+            return Ok(outcome);
+        }
+        (outcome.generation, outcome.revision) =
+            self.advance(tx, by, tenant, &app, peak, &mut release, "app.release").await?;
+        Ok(outcome)
+    }
+
+    async fn create(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        by: By<'_>,
+        tenant: &TenantRef,
+        name: &AppName,
+        peak: Peak,
+        release: &Release,
+    ) -> Result<(), Error> {
+        let block = uid_ranges::allocate_block(tx, tenant.id, &self.pools).await?;
+        let id = store::insert_app(tx, tenant.id, name, peak, block).await?;
+        self.take_addresses(tx, tenant, id, peak).await?;
+        store::insert_release(tx, tenant.id, id, release).await?;
+        store::add_used(tx, tenant.id, Reserved::default(), peak.reserved(), 1).await?;
+        let detail = json!({"revision": 1, "digest": release.digest, "uids": [block.ids.start, block.ids.size]});
+        record(tx, by, tenant, "app.create", name, detail).await?;
+        enqueue(tx, WORK, id.0, tenant.id).await?;
+        Ok(())
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the parts of one change")]
+    async fn advance(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        by: By<'_>,
+        tenant: &TenantRef,
+        app: &App,
+        peak: Peak,
+        release: &mut Release,
+        action: &'static str,
+    ) -> Result<(i64, i64), Error> {
+        let (generation, revision) = store::advance_app(tx, tenant.id, app.id, peak).await?;
+        release.revision = revision;
+        self.take_addresses(tx, tenant, app.id, peak).await?;
+        store::insert_release(tx, tenant.id, app.id, release).await?;
+        store::add_used(tx, tenant.id, app.peak.reserved(), peak.reserved(), 0).await?;
+        let detail = json!({
+            "revision": revision, "digest": release.digest, "rolled_back_to": release.rolled_back_to,
+        });
+        record(tx, by, tenant, action, &app.name, detail).await?;
+        enqueue(tx, WORK, app.id.0, tenant.id).await?;
+        Ok((generation, revision))
+    }
+
+    async fn take_addresses(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        tenant: &TenantRef,
+        app: AppId,
+        peak: Peak,
+    ) -> Result<(), Error> {
+        let number = crate::tenants::tenant_network(tx, tenant.id).await?;
+        let subnet = self.pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))?;
+        let count = peak.reserved().instances;
+        if store::take_addresses(tx, tenant.id, app, count, subnet).await? {
+            Ok(())
+        } else {
+            Err(Error::Conflict(format!(
+                "the tenant's subnet {subnet} has no address left; those of deleted apps rest for a minute"
+            )))
+        }
+    }
+
+    /// Rolls back: a new release with the spec and the digest of an earlier one.
+    pub async fn roll_back(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        by: By<'_>,
+        tenant: &TenantRef,
+        name: &AppName,
+        revision: i64,
+    ) -> Result<(i64, i64), Error> {
+        tenant.require_active()?;
+        let (quota, state) = store::lock_quota(tx, tenant.id).await?;
+        TenantRef { state, ..tenant.clone() }.require_active()?;
+        let app = store::find_app(tx, tenant.id, name).await?.ok_or(Error::NotFound)?;
+        if app.deleted_at.is_some() {
+            return Err(Error::Conflict("the app is being deleted".into()));
+        }
+        let mut release = store::find_release(tx, tenant.id, app.id, revision).await?.ok_or_else(|| {
+            Error::fault(
+                Fault::new(Code(426), Kind::Invalid, "revision", "there is no such revision")
+                    .instead("GET .../releases lists them"),
+            )
+        })?;
+        let spec = release.parse_spec()?;
+        let peak = app.peak.max(Peak::of(&spec));
+        let asked = Asked { before: app.peak.reserved(), after: peak.reserved(), new_app: false };
+        let mut faults = reservation::check(&quota, asked);
+        if !faults.is_empty() {
+            return Err(Error::QuotaExceeded(faults));
+        }
+        for missing in store::list_missing(tx, tenant.id, spec.connects_apps()).await? {
+            faults.push(Fault::new(Code(427), Kind::Conflict, "connects.apps", format!("there is no app {missing}")));
+        }
+        if !faults.is_empty() {
+            return Err(Error::Invalid(faults));
+        }
+        release.rolled_back_to = Some(revision);
+        by.actor.id.as_str().clone_into(&mut release.actor);
+        self.advance(tx, by, tenant, &app, peak, &mut release, "app.roll_back").await
+    }
+
+    /// Asks for an app's removal. The reconciler carries it out; the name is free when it is gone.
+    pub async fn delete(
+        &self,
+        by: By<'_>,
+        tenant: &TenantRef,
+        name: &AppName,
+        expected: Option<i64>,
+    ) -> Result<i64, Error> {
+        let mut tx = self.pool.begin().await?;
+        store::lock_quota(&mut tx, tenant.id).await?;
+        let app = store::find_app(&mut tx, tenant.id, name).await?.ok_or(Error::NotFound)?;
+        check_generation(expected, app.generation)?;
+        if app.deleted_at.is_some() {
+            return Ok(app.generation);
+        }
+        let generation = store::set_deleted(&mut tx, tenant.id, app.id).await?;
+        record(&mut tx, by, tenant, "app.delete", name, json!({})).await?;
+        enqueue(&mut tx, WORK, app.id.0, tenant.id).await?;
+        fail::fail_point!("apps::delete_commit", |_| Err(Error::internal("failpoint")));
+        tx.commit().await?;
+        self.waker.wake();
+        Ok(generation)
+    }
+
+    /// Counts the names of fields that were refused; what people try is where the format may grow.
+    pub async fn count_refused(&self, faults: &[Fault]) {
+        let names: BTreeSet<String> = faults
+            .iter()
+            .filter(|fault| matches!(fault.kind, Kind::Unknown | Kind::Forbidden))
+            .filter_map(|fault| fault.path.rsplit('.').next())
+            .map(|name| name.chars().filter(|c| c.is_ascii_alphanumeric() || "_-".contains(*c)).take(64).collect())
+            .filter(|name: &String| !name.is_empty())
+            .take(20)
+            .collect();
+        if names.is_empty() {
+            return;
+        }
+        let names: Vec<String> = names.into_iter().collect();
+        if let Ok(mut conn) = self.pool.acquire().await
+            && let Err(error) = store::count_refused(&mut conn, &names).await
+        {
+            tracing::warn!(%error, "refused fields were not counted");
+        }
+    }
+}
+
+fn reference(of: &ImageReference) -> crate::registries::Reference {
+    match of {
+        ImageReference::Tag(tag) => crate::registries::Reference::Tag(tag.clone()),
+        ImageReference::Digest(digest) => crate::registries::Reference::Digest(digest.clone()),
+    }
+}
+
+async fn record(
+    tx: &mut Transaction<'_, Postgres>,
+    by: By<'_>,
+    tenant: &TenantRef,
+    action: &'static str,
+    name: &AppName,
+    detail: Value,
+) -> Result<(), Error> {
+    let event = audit::Event {
+        tenant: Some(tenant.id),
+        actor: &by.actor.id,
+        action,
+        object: name.as_str(),
+        request_id: by.request_id,
+        detail,
+    };
+    audit::record(tx, event).await
+}

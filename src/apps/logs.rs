@@ -1,0 +1,132 @@
+//! Logs over the API: relayed from the driver, cleaned for whoever looks.
+
+use actix_web::http::header;
+use actix_web::{HttpRequest, HttpResponse, web};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use serde::Deserialize;
+use sqlx::PgPool;
+
+use super::api::AppPath;
+use super::store;
+use crate::access::{ReadTenant, TenantScope};
+use crate::driver::{Driver, LogLine, LogQuery, LogStreamName};
+use crate::error::Error;
+
+/// `?instance=&tail=&follow=`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogsQuery {
+    instance: Option<u32>,
+    #[serde(default = "hundred")]
+    tail: u32,
+    #[serde(default)]
+    follow: bool,
+}
+
+fn hundred() -> u32 {
+    100
+}
+
+/// A text without anything that a terminal would obey: control characters, and the characters that
+/// turn the direction of writing, are shown as their code.
+#[must_use]
+pub fn clean(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\t' => out.push('\t'),
+            c if c.is_control()
+                || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') =>
+            {
+                out.extend(c.escape_unicode());
+            }
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// One line for people. The stream and the time are the platform's; what the app wrote comes last,
+/// so that it cannot pretend to be them.
+#[must_use]
+pub fn line_for_people(line: &LogLine) -> String {
+    let stream = match line.stream {
+        LogStreamName::Stdout => "out",
+        LogStreamName::Stderr => "err",
+        LogStreamName::Platform => "***",
+    };
+    let at = line.at.format(&time::format_description::well_known::Rfc3339).unwrap_or_default();
+    format!("{at} {} {stream} {}\n", line.instance, clean(&line.text))
+}
+
+/// GET /api/v1/tenants/{tenant}/apps/{app}/logs. Lines for people, or with
+/// `Accept: application/x-ndjson` one JSON object a line.
+pub async fn get_logs(
+    scope: TenantScope<ReadTenant>,
+    req: HttpRequest,
+    pool: web::Data<PgPool>,
+    driver: web::Data<dyn Driver>,
+    path: web::Path<AppPath>,
+    query: web::Query<LogsQuery>,
+) -> Result<HttpResponse, Error> {
+    if !(1..=10_000).contains(&query.tail) {
+        return Err(Error::Malformed("tail is 1 to 10000".into()));
+    }
+    let mut conn = pool.acquire().await?;
+    let app = store::find_app(&mut conn, scope.tenant.id, &path.name()?).await?.ok_or(Error::NotFound)?;
+    drop(conn);
+    let lines = driver
+        .logs(&LogQuery {
+            tenant: scope.tenant.name.clone(),
+            app: app.name,
+            app_id: app.id,
+            instance: query.instance,
+            tail: query.tail,
+            follow: query.follow,
+        })
+        .await
+        .map_err(unavailable)?;
+    let json = req
+        .headers()
+        .get(header::ACCEPT)
+        .and_then(|accept| accept.to_str().ok())
+        .is_some_and(|accept| accept.contains("application/x-ndjson"));
+    let body = lines.map(move |line| match line {
+        Ok(line) if json => {
+            let mut text = serde_json::to_vec(&line).map_err(Error::internal)?;
+            text.push(b'\n');
+            Ok(Bytes::from(text))
+        }
+        Ok(line) => Ok(Bytes::from(line_for_people(&line))),
+        Err(error) => Err(unavailable(error)),
+    });
+    let kind = if json { "application/x-ndjson" } else { "text/plain; charset=utf-8" };
+    Ok(HttpResponse::Ok().content_type(kind).streaming(body))
+}
+
+fn unavailable(error: crate::driver::Error) -> Error {
+    tracing::warn!(%error, "logs cannot be read");
+    Error::Unavailable("the logs cannot be read right now".into(), std::time::Duration::from_secs(2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_a_terminal_obeys_gets_through() {
+        assert_eq!(clean("a\x1b[2Jb\r\nc\u{202e}d\te"), "a\\u{1b}[2Jb\\u{d}\\u{a}c\\u{202e}d\te");
+    }
+
+    #[test]
+    fn a_forged_time_stands_behind_the_real_one() {
+        let line = LogLine {
+            instance: 2,
+            at: time::OffsetDateTime::UNIX_EPOCH,
+            stream: LogStreamName::Stdout,
+            text: "2099-01-01T00:00:00Z 1 *** all is well".into(),
+        };
+        assert_eq!(line_for_people(&line), "1970-01-01T00:00:00Z 2 out 2099-01-01T00:00:00Z 1 *** all is well\n");
+    }
+}

@@ -1,0 +1,2 @@
+//! Apps.
+pub mod spec;

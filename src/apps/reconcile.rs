@@ -1,0 +1,147 @@
+//! Brings one app to what is desired: hands the compiled workload to the driver, or removes it.
+//! What runs is then watched by the driver itself; `follow.rs` writes down what it sees.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::PgPool;
+
+use super::release::{Place, Running};
+use super::reservation::Reserved;
+use super::{App, actions, store};
+use crate::config::Pools;
+use crate::driver::workload::IdRange;
+use crate::driver::{Driver, Removal};
+use crate::error::Error;
+use crate::ids::{ActorId, AppId, TenantId, TenantName};
+use crate::reconcile::{Failure, Lease, Outcome, Reconciler, enqueue};
+use crate::registries::{Distribution, PullSecrets};
+use crate::tenants::{self, Belongings, Left};
+
+/// The reconciler of apps.
+pub struct AppReconciler {
+    /// Database.
+    pub pool: PgPool,
+    /// Pools of the installation.
+    pub pools: Pools,
+    /// What runs workloads.
+    pub driver: Arc<dyn Driver>,
+    /// The registry, for keeper tags.
+    pub registry: Distribution,
+    /// Credentials for pulls.
+    pub secrets: PullSecrets,
+}
+
+#[async_trait::async_trait]
+impl Reconciler for AppReconciler {
+    fn kind(&self) -> &'static str {
+        actions::WORK
+    }
+
+    async fn reconcile(&self, lease: Lease) -> Result<Outcome, Failure> {
+        let mut conn = self.pool.acquire().await?;
+        let Some(app) = store::find_app_by_id(&mut conn, AppId(lease.object_id)).await? else {
+            return Ok(Outcome::Gone);
+        };
+        let tenant = store::tenant_name(&mut conn, app.tenant_id).await?;
+        drop(conn);
+        if app.deleted_at.is_some() {
+            return self.remove(&tenant, &app).await;
+        }
+        self.ensure(&tenant, &app, lease).await
+    }
+
+    async fn report(&self, object_id: i64, problem: Option<&str>) -> Result<(), sqlx::Error> {
+        let mut conn = self.pool.acquire().await?;
+        store::set_problem(&mut conn, AppId(object_id), problem).await
+    }
+}
+
+impl AppReconciler {
+    async fn ensure(&self, tenant: &TenantName, app: &App, lease: Lease) -> Result<Outcome, Failure> {
+        let mut conn = self.pool.acquire().await?;
+        let release = store::find_release(&mut conn, app.tenant_id, app.id, app.revision)
+            .await?
+            .ok_or_else(|| Error::internal("an app without its release"))?;
+        let state = tenants::tenant_state(&mut conn, app.tenant_id).await?;
+        let number = tenants::tenant_network(&mut conn, app.tenant_id).await?;
+        let subnet = self.pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))?;
+        let addresses = store::list_addresses(&mut conn, app.tenant_id, app.id, subnet).await?;
+        drop(conn);
+        // A deployed digest is kept, whatever the tenant does to its tags.
+        self.registry.put_keeper_tag(tenant, &release.repository, &release.index_digest).await?;
+        fail::fail_point!("apps::kept", |_| Err(Failure::Transient("failpoint".into())));
+        let pull = self.secrets.mint(tenant, &release.repository)?;
+        let id = |n: i64| u32::try_from(n).map_err(|_| Failure::Permanent("an id beyond its bounds".into()));
+        let workload = release.workload(Place {
+            tenant: tenant.clone(),
+            app: app.name.clone(),
+            app_id: app.id,
+            generation: app.generation,
+            epoch: lease.epoch,
+            block: IdRange { start: id(app.uid_start)?, size: id(app.uid_size)? },
+            addresses,
+            running: if state == "active" { Running::Yes } else { Running::Suspended },
+        })?;
+        // A range that was given for this app has to be known before a block of it is used.
+        let grant = tenants::reconcile::grant(&self.pool, &self.pools, app.tenant_id, tenant).await?;
+        self.driver.ensure_tenant(&grant).await?;
+        self.driver.ensure_app(&workload, Some(&pull)).await?;
+        fail::fail_point!("apps::ensured", |_| Err(Failure::Transient("failpoint".into())));
+        Ok(Outcome::Settled)
+    }
+
+    async fn remove(&self, tenant: &TenantName, app: &App) -> Result<Outcome, Failure> {
+        // The row goes only after absence was seen twice.
+        for _ in 0..2 {
+            if self.driver.remove_app(tenant, &app.name, app.id).await? != Removal::Gone {
+                return Ok(Outcome::Again(Duration::from_millis(300)));
+            }
+        }
+        fail::fail_point!("apps::removed", |_| Err(Failure::Transient("failpoint".into())));
+        let mut tx = self.pool.begin().await?;
+        store::lock_quota(&mut tx, app.tenant_id).await?;
+        if store::set_removed(&mut tx, app.tenant_id, app.id).await? {
+            let reserved = store::find_peak(&mut tx, app.tenant_id, app.id).await?.reserved();
+            store::add_used(&mut tx, app.tenant_id, reserved, Reserved::default(), -1).await?;
+            store::free_addresses(&mut tx, app.tenant_id, app.id).await?;
+            let actor = ActorId::platform();
+            let event = crate::audit::Event {
+                tenant: Some(app.tenant_id),
+                actor: &actor,
+                action: "app.removed",
+                object: app.name.as_str(),
+                request_id: "reconcile",
+                detail: serde_json::json!({}),
+            };
+            crate::audit::record(&mut tx, event).await?;
+        }
+        tx.commit().await?;
+        Ok(Outcome::Gone)
+    }
+}
+
+/// The apps of a tenant that leaves.
+pub struct AppsOfTenant {
+    /// Database.
+    pub pool: PgPool,
+}
+
+#[async_trait::async_trait]
+impl Belongings for AppsOfTenant {
+    fn step(&self) -> &'static str {
+        "apps"
+    }
+
+    async fn remove(&self, tenant: TenantId, _: &TenantName) -> Result<Left, Failure> {
+        let mut tx = self.pool.begin().await?;
+        for name in store::list_undeleted(&mut tx, tenant).await? {
+            let Some(app) = store::find_app(&mut tx, tenant, &name).await? else { continue };
+            store::set_deleted(&mut tx, tenant, app.id).await?;
+            enqueue(&mut tx, actions::WORK, app.id.0, tenant).await?;
+        }
+        let left = store::count_left(&mut tx, tenant).await?;
+        tx.commit().await?;
+        Ok(if left == 0 { Left::Nothing } else { Left::Some(format!("{left} app(s) are still being removed")) })
+    }
+}

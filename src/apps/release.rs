@@ -1,0 +1,113 @@
+//! A release: a spec and the digest that its image had, for ever. Rolling back makes a new one.
+
+use serde_json::Value;
+use time::OffsetDateTime;
+
+use super::spec::{AppSpec, Format};
+use crate::driver::workload::{IdRange, InsideUser, Update, Workload, WorkloadImage};
+use crate::error::Error;
+use crate::ids::{AppId, AppName, Digest, RepositoryPath, Tag, TenantName};
+
+/// What was released.
+#[derive(Debug, Clone)]
+pub struct Release {
+    /// Its number within the app.
+    pub revision: i64,
+    /// The spec as it was accepted.
+    pub spec: Value,
+    /// Repository of the image.
+    pub repository: RepositoryPath,
+    /// Tag as asked for; none when the spec names a digest.
+    pub tag: Option<Tag>,
+    /// Digest that the tag or the spec stood for: of an index or of the manifest itself.
+    pub index_digest: Digest,
+    /// Digest of the manifest that runs.
+    pub digest: Digest,
+    /// User inside.
+    pub user: InsideUser,
+    /// What the preflight said.
+    pub warnings: Value,
+    /// The revision that this one brings back.
+    pub rolled_back_to: Option<i64>,
+    /// Who.
+    pub actor: String,
+    /// When.
+    pub created_at: OffsetDateTime,
+}
+
+/// What the database knows of an app beside its release, for the workload.
+#[derive(Debug)]
+pub struct Place {
+    /// Tenant.
+    pub tenant: TenantName,
+    /// App.
+    pub app: AppName,
+    /// Identity.
+    pub app_id: AppId,
+    /// Generation.
+    pub generation: i64,
+    /// Epoch of the lease.
+    pub epoch: i64,
+    /// Host ids.
+    pub block: IdRange,
+    /// Addresses.
+    pub addresses: Vec<std::net::Ipv4Addr>,
+    /// Whether it shall run at all; a suspended tenant's apps do not.
+    pub running: Running,
+}
+
+/// Whether an app shall run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Running {
+    /// As many instances as the spec says.
+    Yes,
+    /// None, because the tenant is suspended.
+    Suspended,
+}
+
+impl Release {
+    /// The spec, parsed again: what the database holds went through the same door.
+    pub fn parse_spec(&self) -> Result<AppSpec, Error> {
+        AppSpec::parse(self.spec.to_string().as_bytes(), Format::Json)
+            .map_err(|_| Error::internal("a stored spec has faults"))
+    }
+
+    /// The image as people write it.
+    #[must_use]
+    pub fn image(&self) -> String {
+        match &self.tag {
+            Some(tag) => format!("{}:{tag}", self.repository),
+            None => format!("{}@{}", self.repository, self.index_digest),
+        }
+    }
+
+    /// Compiles the release into what a driver runs. Pure: every field that matters is written
+    /// here, nothing is copied through.
+    pub fn workload(&self, place: Place) -> Result<Workload, Error> {
+        let spec = self.parse_spec()?;
+        Ok(Workload {
+            tenant: place.tenant,
+            app: place.app,
+            app_id: place.app_id,
+            revision: self.revision,
+            generation: place.generation,
+            epoch: place.epoch,
+            image: WorkloadImage { repository: self.repository.clone(), digest: self.digest.clone() },
+            command: spec.command().map(<[String]>::to_vec),
+            args: spec.args().map(<[String]>::to_vec),
+            user: self.user,
+            block: place.block,
+            cpu_millis: spec.cpu_millis(),
+            memory: spec.memory(),
+            instances: if place.running == Running::Yes { spec.instances() } else { 0 },
+            update: if spec.singleton() { Update::Replace } else { Update::Rolling },
+            env: spec.env().clone(),
+            port: spec.port(),
+            health: spec.health().cloned(),
+            scratch: spec.scratch().clone(),
+            stop_grace: spec.stop_grace(),
+            connects: spec.connects_apps().to_vec(),
+            addresses: place.addresses,
+        })
+    }
+}

@@ -1,0 +1,167 @@
+//! The fields, one table: names, and the forms of their values. The walk, the schema and the
+//! suggestions all read it.
+
+use crate::ids::{Digest, RepositoryPath, Tag};
+
+/// Fields of the document.
+pub(super) const TOP: &[&str] = &[
+    "spec", "name", "image", "command", "args", "cpu", "memory", "instances", "singleton", "env", "port", "health",
+    "scratch", "stop_grace", "connects",
+];
+/// Fields that must be there.
+pub(super) const REQUIRED: &[&str] = &["spec", "name", "image", "cpu", "memory"];
+/// Fields of `health`.
+pub(super) const HEALTH: &[&str] = &["http", "tcp", "grace"];
+/// Fields of `health.http`.
+pub(super) const HTTP: &[&str] = &["path", "port"];
+/// Fields of `health.tcp`.
+pub(super) const TCP: &[&str] = &["port"];
+/// Fields of `connects`.
+pub(super) const CONNECTS: &[&str] = &["apps"];
+
+/// Most instances of an app.
+pub const INSTANCES: u32 = 100;
+/// Longest grace of a health check, in seconds.
+pub const GRACE: u16 = 600;
+/// Grace of a health check unless given, in seconds.
+pub const GRACE_DEFAULT: u16 = 10;
+/// Longest and default time to stop, in seconds.
+pub const STOP_GRACE: (u16, u16) = (120, 30);
+/// Size of `/tmp` unless given.
+pub const TMP: u64 = 16 << 20;
+/// Smallest memory, and what scratch must leave for the process.
+pub const LEAST_MEMORY: u64 = 8 << 20;
+pub(super) const MOST_MEMORY: u64 = 1024 << 30;
+
+/// What the image is called by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImageReference {
+    /// A tag, resolved when the release is made.
+    Tag(Tag),
+    /// A digest.
+    Digest(Digest),
+}
+
+/// An image of the tenant's own project.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageRef {
+    pub(super) repository: RepositoryPath,
+    pub(super) reference: ImageReference,
+}
+
+impl ImageRef {
+    /// Repository within the project.
+    #[must_use]
+    pub fn repository(&self) -> &RepositoryPath {
+        &self.repository
+    }
+    /// Tag or digest.
+    #[must_use]
+    pub fn reference(&self) -> &ImageReference {
+        &self.reference
+    }
+
+    /// Parses `repository:tag` or `repository@sha256:...`; the error says what is wrong and what to
+    /// do, without the text.
+    pub(super) fn parse(text: &str) -> Result<Self, (&'static str, String)> {
+        let host = text.split('/').next().filter(|_| text.contains('/'));
+        if text.contains("://") || host.is_some_and(|h| h.contains(['.', ':']) || h == "localhost") {
+            return Err((
+                "the image names a host",
+                "write repository:tag only: images come from the tenant's own project, push it there first".into(),
+            ));
+        }
+        let (repository, reference) = if let Some((repository, digest)) = text.split_once('@') {
+            if repository.contains(':') {
+                return Err(("the image has a tag and a digest", "give one of both".into()));
+            }
+            let digest = digest.parse().map_err(|error: crate::ids::NameError| {
+                ("the digest of the image has the wrong form", error.to_string())
+            })?;
+            (repository, ImageReference::Digest(digest))
+        } else if let Some((repository, tag)) = text.split_once(':') {
+            let tag = tag
+                .parse()
+                .map_err(|error: crate::ids::NameError| ("the tag of the image has the wrong form", error.to_string()))?;
+            (repository, ImageReference::Tag(tag))
+        } else {
+            return Err((
+                "the image has no tag",
+                "write repository:tag or repository@sha256:...; the tag latest is not implied".into(),
+            ));
+        };
+        let repository = repository.parse().map_err(|error: crate::ids::NameError| {
+            ("the repository of the image has the wrong form", error.to_string())
+        })?;
+        Ok(Self { repository, reference })
+    }
+}
+
+impl std::fmt::Display for ImageRef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.reference {
+            ImageReference::Tag(tag) => write!(f, "{}:{tag}", self.repository),
+            ImageReference::Digest(digest) => write!(f, "{}@{digest}", self.repository),
+        }
+    }
+}
+
+/// Cpu in thousandths: `250m`, `2`, `0.25`.
+pub(super) fn cpu(text: &str) -> Option<u32> {
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let millis: u64 = if let Some(millis) = text.strip_suffix('m') {
+        if !digits(millis) {
+            return None;
+        }
+        millis.parse().ok()?
+    } else {
+        let (whole, part) = match text.split_once('.') {
+            Some((whole, part)) if digits(part) && part.len() <= 3 => (whole, part),
+            Some(_) => return None,
+            None => (text, "0"),
+        };
+        if !digits(whole) {
+            return None;
+        }
+        let scale = [100, 10, 1][part.len() - 1];
+        whole.parse::<u64>().ok()?.checked_mul(1_000)? + part.parse::<u64>().ok()? * scale
+    };
+    u32::try_from(millis).ok().filter(|millis| (10..=1_000_000).contains(millis))
+}
+
+/// A size in bytes: a whole number with `Ki`, `Mi` or `Gi`.
+pub(super) fn size(text: &str) -> Option<u64> {
+    let (number, shift) =
+        [("Ki", 10), ("Mi", 20), ("Gi", 30)].iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)))?;
+    if number.is_empty() || !number.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let bytes = number.parse::<u64>().ok()?.checked_mul(1 << shift)?;
+    (bytes <= MOST_MEMORY).then_some(bytes)
+}
+
+/// A size as it is printed: in the largest unit that it is a multiple of.
+pub(super) fn print_size(bytes: u64) -> String {
+    for (unit, shift) in [("Gi", 30), ("Mi", 20)] {
+        if bytes > 0 && bytes.is_multiple_of(1 << shift) {
+            return format!("{}{unit}", bytes >> shift);
+        }
+    }
+    format!("{}Ki", bytes >> 10)
+}
+
+/// Whether a scratch path is possible by itself.
+pub(super) fn scratch_path(path: &str) -> bool {
+    const CLOSED: [&str; 5] = ["/dev", "/proc", "/sys", "/run", "/etc"];
+    path.len() > 1
+        && path.len() <= 128
+        && path.starts_with('/')
+        && path[1..].split('/').all(|part| !part.is_empty() && part != "." && part != "..")
+        && !path.chars().any(|c| c.is_control() || c == '\\' || c == ':' || c == ',')
+        && !CLOSED.iter().any(|closed| path == *closed || within(path, closed))
+}
+
+/// Whether `path` lies below `other`.
+pub(super) fn within(path: &str, other: &str) -> bool {
+    path.strip_prefix(other).is_some_and(|rest| rest.starts_with('/'))
+}

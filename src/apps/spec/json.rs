@@ -1,0 +1,240 @@
+//! JSON (RFC 8259) into the tree: strict, with places, bounded in depth and number of values. Text
+//! without escapes is borrowed from the source.
+
+use std::borrow::Cow;
+
+use super::catalogue as code;
+use super::tree::{At, Budget, Key, Node, Value, broken, duplicate, duplicate_fault};
+use crate::fault::Fault;
+
+struct Reader<'a> {
+    source: &'a str,
+    bytes: &'a [u8],
+    at: usize,
+    budget: Budget,
+    duplicates: Vec<Fault>,
+}
+
+/// Reads a document; duplicates are returned beside the tree, because they do not hide other faults.
+pub(super) fn read(source: &str) -> Result<(Node<'_>, Vec<Fault>), Fault> {
+    let mut reader =
+        Reader { source, bytes: source.as_bytes(), at: 0, budget: Budget::default(), duplicates: Vec::new() };
+    let node = reader.value(1)?;
+    reader.space();
+    if reader.at < reader.bytes.len() {
+        return Err(reader.fault("there is something after the end of the document"));
+    }
+    Ok((node, reader.duplicates))
+}
+
+impl<'a> Reader<'a> {
+    fn fault(&self, message: &str) -> Fault {
+        broken(code::SYNTAX, self.source, At::offset(self.at), message)
+    }
+
+    fn space(&mut self) {
+        while matches!(self.bytes.get(self.at), Some(b' ' | b'\t' | b'\n' | b'\r')) {
+            self.at += 1;
+        }
+    }
+
+    fn value(&mut self, depth: usize) -> Result<Node<'a>, Fault> {
+        self.space();
+        let at = At::offset(self.at);
+        self.budget.take(depth).map_err(|why| broken(code::TOO_DEEP, self.source, at, why))?;
+        let value = match self.bytes.get(self.at) {
+            Some(b'{') => self.map(depth)?,
+            Some(b'[') => self.list(depth)?,
+            Some(b'"') => Value::Text(self.text()?),
+            Some(b'-' | b'0'..=b'9') => Value::Number(Cow::Borrowed(self.number()?)),
+            Some(b't') => self.word("true", Value::Bool(true))?,
+            Some(b'f') => self.word("false", Value::Bool(false))?,
+            Some(b'n') => self.word("null", Value::Null)?,
+            Some(_) => return Err(self.fault("here a value should start")),
+            None => return Err(self.fault("the document ends too early")),
+        };
+        Ok(Node { at, value })
+    }
+
+    fn word(&mut self, word: &str, value: Value<'a>) -> Result<Value<'a>, Fault> {
+        if self.bytes[self.at..].starts_with(word.as_bytes()) {
+            self.at += word.len();
+            Ok(value)
+        } else {
+            Err(self.fault("here a value should start"))
+        }
+    }
+
+    fn number(&mut self) -> Result<&'a str, Fault> {
+        let start = self.at;
+        let digits = |reader: &mut Self| {
+            let from = reader.at;
+            while reader.bytes.get(reader.at).is_some_and(u8::is_ascii_digit) {
+                reader.at += 1;
+            }
+            reader.at - from
+        };
+        if self.bytes[self.at] == b'-' {
+            self.at += 1;
+        }
+        let zero = self.bytes.get(self.at) == Some(&b'0');
+        let whole = digits(self);
+        let mut good = whole > 0 && !(zero && whole > 1);
+        if self.bytes.get(self.at) == Some(&b'.') {
+            self.at += 1;
+            good &= digits(self) > 0;
+        }
+        if matches!(self.bytes.get(self.at), Some(b'e' | b'E')) {
+            self.at += 1;
+            if matches!(self.bytes.get(self.at), Some(b'+' | b'-')) {
+                self.at += 1;
+            }
+            good &= digits(self) > 0;
+        }
+        if good { Ok(&self.source[start..self.at]) } else { Err(self.fault("this is not a number of JSON")) }
+    }
+
+    fn text(&mut self) -> Result<Cow<'a, str>, Fault> {
+        self.at += 1;
+        let start = self.at;
+        loop {
+            match self.bytes.get(self.at) {
+                Some(b'"') => {
+                    self.at += 1;
+                    return Ok(Cow::Borrowed(&self.source[start..self.at - 1]));
+                }
+                Some(b'\\') => return self.escaped(start),
+                Some(0..=0x1f) => return Err(self.fault("a control character in a text is written as an escape")),
+                Some(_) => self.at += 1,
+                None => return Err(self.fault("the text does not end")),
+            }
+        }
+    }
+
+    fn escaped(&mut self, start: usize) -> Result<Cow<'a, str>, Fault> {
+        let mut out = self.source[start..self.at].to_owned();
+        loop {
+            match self.bytes.get(self.at) {
+                Some(b'"') => {
+                    self.at += 1;
+                    return Ok(Cow::Owned(out));
+                }
+                Some(b'\\') => {
+                    self.at += 1;
+                    out.push(self.escape()?);
+                }
+                Some(0..=0x1f) => return Err(self.fault("a control character in a text is written as an escape")),
+                Some(_) => {
+                    let from = self.at;
+                    while !matches!(self.bytes.get(self.at), None | Some(b'"' | b'\\' | 0..=0x1f)) {
+                        self.at += 1;
+                    }
+                    out.push_str(&self.source[from..self.at]);
+                }
+                None => return Err(self.fault("the text does not end")),
+            }
+        }
+    }
+
+    fn escape(&mut self) -> Result<char, Fault> {
+        let c = match self.bytes.get(self.at) {
+            Some(b'"') => '"',
+            Some(b'\\') => '\\',
+            Some(b'/') => '/',
+            Some(b'b') => '\u{8}',
+            Some(b'f') => '\u{c}',
+            Some(b'n') => '\n',
+            Some(b'r') => '\r',
+            Some(b't') => '\t',
+            Some(b'u') => return self.unicode(),
+            _ => return Err(self.fault("there is no such escape")),
+        };
+        self.at += 1;
+        Ok(c)
+    }
+
+    fn unicode(&mut self) -> Result<char, Fault> {
+        let high = self.hex()?;
+        let code = if (0xd800..0xdc00).contains(&high) {
+            if !self.bytes[self.at..].starts_with(b"\\u") {
+                return Err(self.fault("half of a surrogate pair"));
+            }
+            self.at += 1;
+            let low = self.hex()?;
+            if !(0xdc00..0xe000).contains(&low) {
+                return Err(self.fault("half of a surrogate pair"));
+            }
+            0x1_0000 + ((high - 0xd800) << 10) + (low - 0xdc00)
+        } else {
+            high
+        };
+        char::from_u32(code).ok_or_else(|| self.fault("half of a surrogate pair"))
+    }
+
+    fn hex(&mut self) -> Result<u32, Fault> {
+        let digits = self.source.get(self.at + 1..self.at + 5).filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()));
+        let code = digits.and_then(|d| u32::from_str_radix(d, 16).ok());
+        let code = code.ok_or_else(|| self.fault("\\u is followed by four hexadecimal digits"))?;
+        self.at += 5;
+        Ok(code)
+    }
+
+    fn list(&mut self, depth: usize) -> Result<Value<'a>, Fault> {
+        self.at += 1;
+        let mut items = Vec::new();
+        self.space();
+        if self.bytes.get(self.at) == Some(&b']') {
+            self.at += 1;
+            return Ok(Value::List(items));
+        }
+        loop {
+            items.push(self.value(depth + 1)?);
+            self.space();
+            match self.bytes.get(self.at) {
+                Some(b',') => self.at += 1,
+                Some(b']') => {
+                    self.at += 1;
+                    return Ok(Value::List(items));
+                }
+                _ => return Err(self.fault("here a , or ] should stand")),
+            }
+        }
+    }
+
+    fn map(&mut self, depth: usize) -> Result<Value<'a>, Fault> {
+        self.at += 1;
+        let mut entries = Vec::new();
+        self.space();
+        if self.bytes.get(self.at) == Some(&b'}') {
+            self.at += 1;
+            return Ok(Value::Map(entries));
+        }
+        loop {
+            self.space();
+            let at = At::offset(self.at);
+            if self.bytes.get(self.at) != Some(&b'"') {
+                return Err(self.fault("here the name of a field should stand, in quotes"));
+            }
+            let name = self.text()?;
+            self.space();
+            if self.bytes.get(self.at) != Some(&b':') {
+                return Err(self.fault("here a : should stand"));
+            }
+            self.at += 1;
+            entries.push((Key { at, name }, self.value(depth + 1)?));
+            self.space();
+            match self.bytes.get(self.at) {
+                Some(b',') => self.at += 1,
+                Some(b'}') => {
+                    self.at += 1;
+                    break;
+                }
+                _ => return Err(self.fault("here a , or } should stand")),
+            }
+        }
+        if let Some(key) = duplicate(&entries) {
+            self.duplicates.push(duplicate_fault(self.source, key));
+        }
+        Ok(Value::Map(entries))
+    }
+}

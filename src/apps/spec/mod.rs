@@ -1,0 +1,169 @@
+//! The safe spec: the small, closed description that a tenant hands in. What is not listed does not
+//! exist; a value is accepted as written or refused with the reason.
+//!
+//! A document goes through one door: [`AppSpec::parse`] reads it into a tree with places (`json.rs`,
+//! `yaml.rs`), one walk (`read.rs`) against one table of fields (`fields.rs`) finds every fault.
+
+use std::collections::BTreeMap;
+
+use crate::driver::workload::Health;
+use crate::fault::{Fault, Kind};
+use crate::ids::AppName;
+
+mod catalogue;
+mod fields;
+mod forbidden;
+mod json;
+mod print;
+mod read;
+mod schema;
+mod show;
+mod tree;
+mod yaml;
+
+pub use catalogue::CATALOGUE;
+pub use fields::{GRACE, GRACE_DEFAULT, INSTANCES, ImageRef, ImageReference, LEAST_MEMORY, STOP_GRACE, TMP};
+pub use schema::schema;
+pub use show::{Colour, show};
+
+/// Largest document, in bytes.
+pub const LIMIT: usize = 64 * 1024;
+
+/// The format of a document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// JSON.
+    Json,
+    /// YAML.
+    Yaml,
+}
+
+/// A spec without a fault. There is no other way to one than [`AppSpec::parse`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AppSpec {
+    name: AppName,
+    image: ImageRef,
+    command: Option<Vec<String>>,
+    args: Option<Vec<String>>,
+    cpu_millis: u32,
+    memory: u64,
+    instances: u32,
+    singleton: bool,
+    env: BTreeMap<String, String>,
+    port: Option<u16>,
+    health: Option<Health>,
+    scratch: BTreeMap<String, u64>,
+    stop_grace: u16,
+    connects_apps: Vec<AppName>,
+}
+
+impl AppSpec {
+    /// Reads a document. All its faults are reported together, by place; only a document that is no
+    /// document at all stops at its first one.
+    pub fn parse(text: &[u8], format: Format) -> Result<Self, Vec<Fault>> {
+        let source = text_of(text).map_err(|fault| vec![fault])?;
+        let read = match format {
+            Format::Json => json::read(source),
+            Format::Yaml => yaml::read(source),
+        };
+        let (node, mut faults) = read.map_err(|fault| vec![fault])?;
+        let spec = read::walk(source, &node, &mut faults);
+        match spec {
+            Some(spec) if faults.is_empty() => Ok(spec),
+            _ => {
+                faults.sort_by_key(|fault| (fault.line, fault.column));
+                Err(faults)
+            }
+        }
+    }
+
+    /// Name; it never changes.
+    #[must_use]
+    pub fn name(&self) -> &AppName {
+        &self.name
+    }
+    /// Image.
+    #[must_use]
+    pub fn image(&self) -> &ImageRef {
+        &self.image
+    }
+    /// Entrypoint in place of the image's.
+    #[must_use]
+    pub fn command(&self) -> Option<&[String]> {
+        self.command.as_deref()
+    }
+    /// Arguments in place of the image's.
+    #[must_use]
+    pub fn args(&self) -> Option<&[String]> {
+        self.args.as_deref()
+    }
+    /// Thousandths of a core.
+    #[must_use]
+    pub fn cpu_millis(&self) -> u32 {
+        self.cpu_millis
+    }
+    /// Bytes; scratch counts within.
+    #[must_use]
+    pub fn memory(&self) -> u64 {
+        self.memory
+    }
+    /// Instances; 0 is stopped but kept.
+    #[must_use]
+    pub fn instances(&self) -> u32 {
+        self.instances
+    }
+    /// Whether the old instance stops before the new one starts.
+    #[must_use]
+    pub fn singleton(&self) -> bool {
+        self.singleton
+    }
+    /// Environment.
+    #[must_use]
+    pub fn env(&self) -> &BTreeMap<String, String> {
+        &self.env
+    }
+    /// The port that it serves on.
+    #[must_use]
+    pub fn port(&self) -> Option<u16> {
+        self.port
+    }
+    /// The health check in force: the given one, or a TCP connection to `port`.
+    #[must_use]
+    pub fn health(&self) -> Option<&Health> {
+        self.health.as_ref()
+    }
+    /// Writable paths and their sizes in bytes; `/tmp` is always among them.
+    #[must_use]
+    pub fn scratch(&self) -> &BTreeMap<String, u64> {
+        &self.scratch
+    }
+    /// Seconds between the request to stop and the end.
+    #[must_use]
+    pub fn stop_grace(&self) -> u16 {
+        self.stop_grace
+    }
+    /// Own apps that it reaches.
+    #[must_use]
+    pub fn connects_apps(&self) -> &[AppName] {
+        &self.connects_apps
+    }
+}
+
+/// The text of a body: within the limit, UTF-8, without a byte order mark.
+fn text_of(text: &[u8]) -> Result<&str, Fault> {
+    if text.len() > LIMIT {
+        return Err(Fault::new(catalogue::TOO_LARGE, Kind::Invalid, "", "the spec is larger than 64 KiB"));
+    }
+    match std::str::from_utf8(text) {
+        Ok(text) => Ok(text.strip_prefix('\u{feff}').unwrap_or(text)),
+        Err(error) => {
+            let good = std::str::from_utf8(&text[..error.valid_up_to()]).unwrap_or_default();
+            let (line, column) = tree::At::offset(good.len()).place(good);
+            Err(Fault::new(catalogue::NOT_UTF8, Kind::Invalid, "", "the spec is not UTF-8 from here on")
+                .at(line, column))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

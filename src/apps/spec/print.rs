@@ -1,0 +1,65 @@
+//! Printing a spec: the shortest document that is read as the same spec. The database stores it.
+
+use serde_json::{Map, Value, json};
+
+use super::{AppSpec, fields};
+use crate::driver::workload::HealthCheck;
+
+impl AppSpec {
+    /// As JSON, without what is the default.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        let mut out = Map::new();
+        out.insert("spec".into(), json!("v1"));
+        out.insert("name".into(), json!(self.name));
+        out.insert("image".into(), json!(self.image.to_string()));
+        if let Some(command) = &self.command {
+            out.insert("command".into(), json!(command));
+        }
+        if let Some(args) = &self.args {
+            out.insert("args".into(), json!(args));
+        }
+        out.insert("cpu".into(), json!(format!("{}m", self.cpu_millis)));
+        out.insert("memory".into(), json!(fields::print_size(self.memory)));
+        out.insert("instances".into(), json!(self.instances));
+        if self.singleton {
+            out.insert("singleton".into(), json!(true));
+        }
+        if !self.env.is_empty() {
+            out.insert("env".into(), json!(self.env));
+        }
+        if let Some(port) = self.port {
+            out.insert("port".into(), json!(port));
+        }
+        if let Some(health) = &self.health {
+            let check = match &health.check {
+                HealthCheck::Http { path, port } => json!({"http": {"path": path, "port": port}}),
+                HealthCheck::Tcp { port } => json!({"tcp": {"port": port}}),
+            };
+            let implied = self.port.is_some_and(|port| health.check == HealthCheck::Tcp { port });
+            if !implied || health.grace != fields::GRACE_DEFAULT {
+                let mut check = check;
+                if health.grace != fields::GRACE_DEFAULT {
+                    check["grace"] = json!(health.grace);
+                }
+                out.insert("health".into(), check);
+            }
+        }
+        let scratch: Map<String, Value> = self
+            .scratch
+            .iter()
+            .filter(|(path, size)| *path != "/tmp" || **size != fields::TMP)
+            .map(|(path, size)| (path.clone(), json!(fields::print_size(*size))))
+            .collect();
+        if !scratch.is_empty() {
+            out.insert("scratch".into(), Value::Object(scratch));
+        }
+        if self.stop_grace != fields::STOP_GRACE.1 {
+            out.insert("stop_grace".into(), json!(self.stop_grace));
+        }
+        if !self.connects_apps.is_empty() {
+            out.insert("connects".into(), json!({"apps": self.connects_apps}));
+        }
+        Value::Object(out)
+    }
+}

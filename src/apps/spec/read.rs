@@ -1,0 +1,433 @@
+//! The walk over the tree: every field is read for itself, so that one fault hides no other.
+
+use std::collections::BTreeMap;
+
+use super::fields::{self, ImageRef};
+use super::tree::{At, Key, Node, Value, clean};
+use super::{AppSpec, catalogue as code, forbidden};
+use crate::driver::workload::{Health, HealthCheck};
+use crate::fault::{Code, Fault, Kind};
+use crate::ids::AppName;
+
+/// Reads the document's tree. None when a required field could not be read; a result may still be
+/// beside faults, which then refuse it.
+pub(super) fn walk(source: &str, node: &Node<'_>, faults: &mut Vec<Fault>) -> Option<AppSpec> {
+    Walk { source, faults }.document(node)
+}
+
+struct Walk<'s, 'f> {
+    source: &'s str,
+    faults: &'f mut Vec<Fault>,
+}
+
+type Entries<'n, 'a> = &'n [(Key<'a>, Node<'a>)];
+
+fn get<'n, 'a>(entries: Entries<'n, 'a>, name: &str) -> Option<&'n Node<'a>> {
+    entries.iter().find(|(key, _)| key.name == name).map(|(_, node)| node)
+}
+
+impl Walk<'_, '_> {
+    fn add(&mut self, at: At, fault: Fault) {
+        let (line, column) = at.place(self.source);
+        self.faults.push(fault.at(line, column));
+    }
+
+    fn wrong(&mut self, node: &Node<'_>, path: &str, wanted: &str) {
+        let mut fault =
+            Fault::new(code::WRONG_TYPE, Kind::Invalid, path, format!("takes {wanted}, not {}", node.value.words()));
+        if wanted.starts_with("a text") && matches!(node.value, Value::Number(_) | Value::Bool(_)) {
+            fault = fault.instead("write it in quotes");
+        }
+        self.add(node.at, fault);
+    }
+
+    fn bad(&mut self, at: At, code: Code, path: &str, message: &str, instead: &str) {
+        let fault = Fault::new(code, Kind::Invalid, path, message);
+        self.add(at, if instead.is_empty() { fault } else { fault.instead(instead) });
+    }
+
+    /// The entries of a group whose fields are `known`; anything else in it is a fault.
+    fn group<'n, 'a>(&mut self, node: &'n Node<'a>, path: &str, known: &[&str]) -> Option<Entries<'n, 'a>> {
+        let Value::Map(entries) = &node.value else {
+            self.wrong(node, path, "a group of fields");
+            return None;
+        };
+        for (key, _) in entries {
+            if !known.contains(&&*key.name) {
+                self.unknown(key, path, known, entries);
+            }
+        }
+        Some(entries)
+    }
+
+    fn unknown(&mut self, key: &Key<'_>, path: &str, known: &[&str], entries: Entries<'_, '_>) {
+        let name = clean(&key.name);
+        let full = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+        let fault = if let Some(ours) = forbidden::renamed(&name) {
+            Fault::new(code::UNKNOWN, Kind::Unknown, full, format!("there is no field {name}"))
+                .because("here it has another name")
+                .instead(format!("use {ours}"))
+        } else if let Some(entry) = forbidden::look_up(&name) {
+            Fault::new(entry.code, Kind::Forbidden, full, format!("{name} is not available here"))
+                .because(entry.reason)
+                .instead(entry.instead)
+        } else {
+            let near = known
+                .iter()
+                .filter(|known| get(entries, known).is_none())
+                .map(|known| (strsim::damerau_levenshtein(&name, known), *known))
+                .min()
+                .filter(|(distance, known)| *distance <= 2 && *distance < known.len());
+            let fault = Fault::new(code::UNKNOWN, Kind::Unknown, full, format!("there is no field {name}"));
+            match near {
+                Some((_, near)) => fault.instead(format!("did you mean {near}?")),
+                None => fault.instead(format!("there are: {}", known.join(", "))),
+            }
+        };
+        self.add(key.at, fault);
+    }
+
+    fn text<'n>(&mut self, node: &'n Node<'_>, path: &str) -> Option<&'n str> {
+        if let Value::Text(text) = &node.value {
+            return Some(text);
+        }
+        self.wrong(node, path, "a text");
+        None
+    }
+
+    fn whole(&mut self, node: &Node<'_>, path: &str, code: Code, bounds: (u32, u32)) -> Option<u32> {
+        let Value::Number(text) = &node.value else {
+            self.wrong(node, path, "a number");
+            return None;
+        };
+        let number = text.parse::<u32>().ok().filter(|n| (bounds.0..=bounds.1).contains(n) && digits(text));
+        if number.is_none() {
+            let message = format!("is a whole number from {} to {}", bounds.0, bounds.1);
+            self.bad(node.at, code, path, &message, "");
+        }
+        number
+    }
+
+    fn port(&mut self, node: &Node<'_>, path: &str) -> Option<u16> {
+        self.whole(node, path, code::PORT, (1024, 65_535)).and_then(|port| u16::try_from(port).ok())
+    }
+
+    fn document(&mut self, node: &Node<'_>) -> Option<AppSpec> {
+        let entries = self.group(node, "", fields::TOP)?;
+        for name in fields::REQUIRED {
+            if get(entries, name).is_none() {
+                let fault = Fault::new(code::MISSING, Kind::Missing, *name, format!("{name} is required"));
+                self.add(node.at, fault);
+            }
+        }
+        if let Some(node) = get(entries, "spec")
+            && self.text(node, "spec").is_some_and(|version| version != "v1")
+        {
+            self.bad(node.at, code::VERSION, "spec", "this version of the format is not known", "write spec: v1");
+        }
+        let name = get(entries, "name").and_then(|node| self.name(node, "name"));
+        let image = get(entries, "image").and_then(|node| self.image(node));
+        let command = get(entries, "command").and_then(|node| self.texts(node, "command", Least::One));
+        let args = get(entries, "args").and_then(|node| self.texts(node, "args", Least::None));
+        let cpu_millis = get(entries, "cpu").and_then(|node| self.cpu(node));
+        let memory = get(entries, "memory").and_then(|node| self.size(node, "memory", fields::LEAST_MEMORY));
+        let instances = get(entries, "instances")
+            .map_or(Some(1), |node| self.whole(node, "instances", code::RANGE, (0, fields::INSTANCES)));
+        let singleton = get(entries, "singleton").map_or(Some(false), |node| self.boolean(node, "singleton"));
+        let env = get(entries, "env").map_or(Some(BTreeMap::new()), |node| self.env(node));
+        let port = get(entries, "port").map(|node| self.port(node, "port"));
+        let health = self.health(get(entries, "health"), port.flatten(), port == Some(None));
+        let scratch = self.scratch(get(entries, "scratch"), memory, get(entries, "memory").unwrap_or(node).at);
+        let stop_grace = get(entries, "stop_grace").map_or(Some(u32::from(fields::STOP_GRACE.1)), |node| {
+            self.whole(node, "stop_grace", code::RANGE, (0, fields::STOP_GRACE.0.into()))
+        });
+        let connects_apps = self.connects(get(entries, "connects"), name.as_ref());
+        if let (Some(true), Some(2..)) = (singleton, instances) {
+            let at = get(entries, "instances").unwrap_or(node).at;
+            let fault =
+                Fault::new(code::SINGLETON, Kind::Conflict, "instances", "a singleton has at most one instance");
+            self.add(at, fault.instead("instances: 1, or leave singleton out"));
+        }
+        Some(AppSpec {
+            name: name?,
+            image: image?,
+            command,
+            args,
+            cpu_millis: cpu_millis?,
+            memory: memory?,
+            instances: instances?,
+            singleton: singleton?,
+            env: env?,
+            port: port.flatten(),
+            health,
+            scratch: scratch?,
+            stop_grace: u16::try_from(stop_grace?).ok()?,
+            connects_apps: connects_apps?,
+        })
+    }
+
+    fn name(&mut self, node: &Node<'_>, path: &str) -> Option<AppName> {
+        let text = self.text(node, path)?;
+        match text.parse() {
+            Ok(name) => Some(name),
+            Err(error) => {
+                self.bad(node.at, code::NAME, path, &error.to_string(), "");
+                None
+            }
+        }
+    }
+
+    fn image(&mut self, node: &Node<'_>) -> Option<ImageRef> {
+        let text = self.text(node, "image")?;
+        match ImageRef::parse(text) {
+            Ok(image) => Some(image),
+            Err((message, instead)) => {
+                self.bad(node.at, code::IMAGE, "image", message, &instead);
+                None
+            }
+        }
+    }
+
+    fn boolean(&mut self, node: &Node<'_>, path: &str) -> Option<bool> {
+        if let Value::Bool(value) = node.value {
+            return Some(value);
+        }
+        self.wrong(node, path, "true or false");
+        None
+    }
+
+    fn cpu(&mut self, node: &Node<'_>) -> Option<u32> {
+        let (Value::Text(text) | Value::Number(text)) = &node.value else {
+            self.wrong(node, "cpu", "250m or a number of cores");
+            return None;
+        };
+        let millis = fields::cpu(text);
+        if millis.is_none() {
+            self.bad(node.at, code::CPU, "cpu", "is 250m or 0.25: at least 10m, at most 1000 cores", "");
+        }
+        millis
+    }
+
+    fn size(&mut self, node: &Node<'_>, path: &str, least: u64) -> Option<u64> {
+        let (Value::Text(text) | Value::Number(text)) = &node.value else {
+            self.wrong(node, path, "a size such as 256Mi");
+            return None;
+        };
+        let size = fields::size(text).filter(|size| *size >= least);
+        if size.is_none() {
+            let message = format!(
+                "is a whole number with Ki, Mi or Gi, at least {}, at most 1024Gi",
+                fields::print_size(least)
+            );
+            self.bad(node.at, code::MEMORY, path, &message, "such as 256Mi");
+        }
+        size
+    }
+
+    fn texts(&mut self, node: &Node<'_>, path: &str, least: Least) -> Option<Vec<String>> {
+        let Value::List(items) = &node.value else {
+            self.wrong(node, path, "a list of texts");
+            return None;
+        };
+        let mut texts = Vec::with_capacity(items.len());
+        let mut sum = 0;
+        for (n, item) in items.iter().enumerate() {
+            let Some(text) = self.text(item, &format!("{path}[{n}]")) else { continue };
+            sum += text.len();
+            if text.len() > 8 * 1024 || text.contains('\0') {
+                self.bad(item.at, code::COMMAND, &format!("{path}[{n}]"), "is at most 8 KiB and holds no NUL", "");
+            }
+            texts.push(text.to_owned());
+        }
+        if items.len() > 64 || sum > 32 * 1024 {
+            self.bad(node.at, code::COMMAND, path, "has at most 64 texts and 32 KiB together", "");
+        }
+        if least == Least::One && texts.first().is_none_or(String::is_empty) {
+            self.bad(node.at, code::COMMAND, path, "starts with the program to run", "leave it out to use the image's own");
+        }
+        Some(texts)
+    }
+
+    fn env(&mut self, node: &Node<'_>) -> Option<BTreeMap<String, String>> {
+        let Value::Map(entries) = &node.value else {
+            self.wrong(node, "env", "a group of NAME: value");
+            return None;
+        };
+        let mut env = BTreeMap::new();
+        let mut sum = 0;
+        for (key, value) in entries {
+            let path = format!("env.{}", clean(&key.name));
+            if !env_key(&key.name) {
+                let message = "the name has letters, digits, _ . and -, starts with a letter or _, and not with BULKHEAD_";
+                self.bad(key.at, code::ENV_KEY, &path, message, "");
+            }
+            let Some(text) = self.text(value, &path) else { continue };
+            if text.contains('\0') {
+                self.bad(value.at, code::ENV_SIZE, &path, "holds no NUL", "");
+            }
+            sum += key.name.len() + text.len();
+            env.insert(key.name.clone().into_owned(), text.to_owned());
+        }
+        if entries.len() > 128 || sum > 32 * 1024 {
+            self.bad(node.at, code::ENV_SIZE, "env", "has at most 128 variables and 32 KiB together", "");
+        }
+        Some(env)
+    }
+
+    /// The check in force. Without `health`, a port is checked by TCP.
+    fn health(&mut self, node: Option<&Node<'_>>, port: Option<u16>, port_is_bad: bool) -> Option<Health> {
+        let Some(node) = node else {
+            return port.map(|port| Health { check: HealthCheck::Tcp { port }, grace: fields::GRACE_DEFAULT });
+        };
+        let entries = self.group(node, "health", fields::HEALTH)?;
+        let grace = get(entries, "grace").map_or(Some(u32::from(fields::GRACE_DEFAULT)), |node| {
+            self.whole(node, "health.grace", code::HEALTH, (0, fields::GRACE.into()))
+        });
+        let check = match (get(entries, "http"), get(entries, "tcp")) {
+            (Some(http), None) => {
+                let inner = self.group(http, "health.http", fields::HTTP)?;
+                let own = get(inner, "port").map(|node| self.port(node, "health.http.port"));
+                let path = if let Some(node) = get(inner, "path") {
+                    self.health_path(node)
+                } else {
+                    let fault = Fault::new(code::MISSING, Kind::Missing, "health.http.path", "path is required");
+                    self.add(http.at, fault.instead("such as path: /healthz"));
+                    None
+                };
+                let port = self.check_port(own, port, port_is_bad, http.at);
+                path.zip(port).map(|(path, port)| HealthCheck::Http { path, port })
+            }
+            (None, Some(tcp)) => {
+                let inner = self.group(tcp, "health.tcp", fields::TCP)?;
+                let own = get(inner, "port").map(|node| self.port(node, "health.tcp.port"));
+                self.check_port(own, port, port_is_bad, tcp.at).map(|port| HealthCheck::Tcp { port })
+            }
+            _ => {
+                self.bad(node.at, code::HEALTH, "health", "has exactly one of http and tcp", "");
+                None
+            }
+        };
+        let grace = u16::try_from(grace?).ok()?;
+        Some(Health { check: check?, grace })
+    }
+
+    fn check_port(&mut self, own: Option<Option<u16>>, app: Option<u16>, app_is_bad: bool, at: At) -> Option<u16> {
+        match (own, app) {
+            (Some(own), _) => own,
+            (None, Some(port)) => Some(port),
+            (None, None) => {
+                if !app_is_bad {
+                    self.bad(at, code::HEALTH, "health", "no port is known to check", "give the app a port, or the check its own");
+                }
+                None
+            }
+        }
+    }
+
+    fn health_path(&mut self, node: &Node<'_>) -> Option<String> {
+        let path = self.text(node, "health.http.path")?;
+        let good = path.starts_with('/') && path.len() <= 256 && path.bytes().all(|b| (0x21..0x7f).contains(&b));
+        if !good {
+            let message = "is an absolute path of at most 256 visible ASCII characters";
+            self.bad(node.at, code::HEALTH, "health.http.path", message, "such as /healthz");
+        }
+        good.then(|| path.to_owned())
+    }
+
+    fn scratch(&mut self, node: Option<&Node<'_>>, memory: Option<u64>, memory_at: At) -> Option<BTreeMap<String, u64>> {
+        let mut scratch = BTreeMap::new();
+        let at = node.map_or(memory_at, |node| node.at);
+        if let Some(node) = node {
+            let Value::Map(entries) = &node.value else {
+                self.wrong(node, "scratch", "a group of PATH: size");
+                return None;
+            };
+            for (key, value) in entries {
+                let path = format!("scratch.{}", clean(&key.name));
+                if !fields::scratch_path(&key.name) {
+                    let message = "an absolute path without . and .., not /, /dev, /proc, /sys, /run, /etc or below";
+                    self.bad(key.at, code::SCRATCH_PATH, &path, message, "such as /var/cache/app");
+                }
+                if entries.iter().any(|(other, _)| fields::within(&key.name, &other.name)) {
+                    self.bad(key.at, code::SCRATCH_PATH, &path, "lies within another scratch path", "");
+                }
+                if let Some(size) = self.size(value, &path, 4 << 10) {
+                    scratch.insert(key.name.clone().into_owned(), size);
+                }
+            }
+            if entries.len() > 16 {
+                self.bad(node.at, code::SCRATCH_PATH, "scratch", "has at most 16 paths", "");
+            }
+        }
+        let below_tmp = scratch.keys().any(|path| fields::within(path, "/tmp"));
+        if below_tmp {
+            self.bad(at, code::SCRATCH_PATH, "scratch", "/tmp is scratch already; nothing can lie within it", "");
+        }
+        // A memory too small for the default alone gets a smaller /tmp only if it says so itself.
+        scratch.entry("/tmp".to_owned()).or_insert(fields::TMP);
+        let sum = scratch.values().fold(0_u64, |sum, size| sum.saturating_add(*size));
+        if memory.is_some_and(|memory| sum.saturating_add(fields::LEAST_MEMORY) > memory) {
+            let fault = Fault::new(
+                code::SCRATCH_SIZE,
+                Kind::Conflict,
+                "scratch",
+                format!(
+                    "scratch takes {} of memory and at least 8Mi must be left for the process",
+                    fields::print_size(sum)
+                ),
+            );
+            self.add(
+                at,
+                fault
+                    .because("scratch lives in memory and counts within it; /tmp has 16Mi unless given")
+                    .instead("more memory, or a smaller scratch such as scratch: {/tmp: 1Mi}"),
+            );
+        }
+        Some(scratch)
+    }
+
+    fn connects(&mut self, node: Option<&Node<'_>>, own: Option<&AppName>) -> Option<Vec<AppName>> {
+        let Some(node) = node else { return Some(Vec::new()) };
+        let entries = self.group(node, "connects", fields::CONNECTS)?;
+        let Some(list) = get(entries, "apps") else { return Some(Vec::new()) };
+        let Value::List(items) = &list.value else {
+            self.wrong(list, "connects.apps", "a list of names");
+            return None;
+        };
+        let mut names: Vec<AppName> = Vec::new();
+        for (n, item) in items.iter().enumerate() {
+            let path = format!("connects.apps[{n}]");
+            let Some(name) = self.name(item, &path) else { continue };
+            if own == Some(&name) {
+                self.bad(item.at, code::CONNECTS, &path, "an app does not name itself", "");
+            }
+            if names.contains(&name) {
+                self.bad(item.at, code::CONNECTS, &path, "this name stands twice", "");
+            } else {
+                names.push(name);
+            }
+        }
+        if items.len() > 64 {
+            self.bad(list.at, code::CONNECTS, "connects.apps", "has at most 64 names", "");
+        }
+        Some(names)
+    }
+}
+
+/// Whether a list may be empty.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Least {
+    None,
+    One,
+}
+
+fn digits(text: &str) -> bool {
+    text.bytes().all(|b| b.is_ascii_digit())
+}
+
+fn env_key(key: &str) -> bool {
+    key.len() <= 128
+        && key.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
+        && !key.starts_with("BULKHEAD_")
+}

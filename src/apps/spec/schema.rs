@@ -1,0 +1,110 @@
+//! The JSON Schema of a spec (draft 2020-12), for completion in editors. It says what a field may
+//! be; rules between fields are told by the platform alone.
+
+use serde_json::{Value, json};
+
+use super::fields;
+
+/// The schema.
+#[must_use]
+pub fn schema() -> Value {
+    let port = json!({"type": "integer", "minimum": 1024, "maximum": 65535});
+    let size = |what: &str| json!({"type": "string", "pattern": "^[0-9]+(Ki|Mi|Gi)$", "description": what});
+    let text = json!({"type": "string", "maxLength": 8192});
+    let name = json!({"type": "string", "pattern": "^[a-z]([a-z0-9-]{0,43}[a-z0-9])?$"});
+    json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Bulkhead app spec, v1",
+        "type": "object",
+        "additionalProperties": false,
+        "required": fields::REQUIRED,
+        "properties": {
+            "spec": {"const": "v1", "description": "Version of the format."},
+            "name": name,
+            "image": {
+                "type": "string",
+                "description": "repository:tag or repository@sha256:... of the tenant's own project.",
+            },
+            "command": {"type": "array", "items": text, "minItems": 1, "maxItems": 64},
+            "args": {"type": "array", "items": text, "maxItems": 64},
+            "cpu": {
+                "description": "250m or a number of cores.",
+                "oneOf": [
+                    {"type": "string", "pattern": "^([0-9]+m|[0-9]+(\\.[0-9]{1,3})?)$"},
+                    {"type": "number", "minimum": 0.01, "maximum": 1000},
+                ],
+            },
+            "memory": size("At least 8Mi; scratch counts within."),
+            "instances": {"type": "integer", "minimum": 0, "maximum": fields::INSTANCES, "default": 1},
+            "singleton": {"type": "boolean", "default": false},
+            "env": {
+                "type": "object",
+                "maxProperties": 128,
+                "propertyNames": {"pattern": "^(?!BULKHEAD_)[A-Za-z_][A-Za-z0-9_.-]{0,127}$"},
+                "additionalProperties": {"type": "string"},
+            },
+            "port": port,
+            "health": {
+                "type": "object",
+                "additionalProperties": false,
+                "properties": {
+                    "http": {
+                        "type": "object",
+                        "additionalProperties": false,
+                        "required": ["path"],
+                        "properties": {"path": {"type": "string", "pattern": "^/", "maxLength": 256}, "port": port},
+                    },
+                    "tcp": {"type": "object", "additionalProperties": false, "properties": {"port": port}},
+                    "grace": {
+                        "type": "integer", "minimum": 0, "maximum": fields::GRACE, "default": fields::GRACE_DEFAULT,
+                    },
+                },
+                "oneOf": [{"required": ["http"]}, {"required": ["tcp"]}],
+            },
+            "scratch": {
+                "type": "object",
+                "maxProperties": 16,
+                "propertyNames": {"pattern": "^/"},
+                "additionalProperties": size("Memory-backed."),
+            },
+            "stop_grace": {
+                "type": "integer", "minimum": 0, "maximum": fields::STOP_GRACE.0, "default": fields::STOP_GRACE.1,
+            },
+            "connects": {
+                "type": "object",
+                "additionalProperties": false,
+                "properties": {
+                    "apps": {"type": "array", "items": name, "maxItems": 64, "uniqueItems": true},
+                },
+            },
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(value: &Value) -> Vec<&str> {
+        let mut keys: Vec<_> = value["properties"].as_object().unwrap().keys().map(String::as_str).collect();
+        keys.sort_unstable();
+        keys
+    }
+
+    fn sorted<'a>(table: &[&'a str]) -> Vec<&'a str> {
+        let mut table = table.to_vec();
+        table.sort_unstable();
+        table
+    }
+
+    #[test]
+    fn the_schema_has_the_fields_of_the_table() {
+        let schema = schema();
+        let properties = &schema["properties"];
+        assert_eq!(keys(&schema), sorted(fields::TOP));
+        assert_eq!(keys(&properties["health"]), sorted(fields::HEALTH));
+        assert_eq!(keys(&properties["health"]["properties"]["http"]), sorted(fields::HTTP));
+        assert_eq!(keys(&properties["health"]["properties"]["tcp"]), sorted(fields::TCP));
+        assert_eq!(keys(&properties["connects"]), sorted(fields::CONNECTS));
+    }
+}

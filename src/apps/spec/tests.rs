@@ -1,0 +1,297 @@
+//! The spec from outside: what is accepted, every fault with its place, and properties.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const GOOD: &str = "\
+spec: v1
+name: web
+image: team/web:1.4.2
+cpu: 250m
+memory: 256Mi
+instances: 2
+env: { LOG_LEVEL: info, java.home: /opt }
+port: 8080
+health: { http: { path: /healthz }, grace: 5 }
+scratch: { /var/cache: 64Mi }
+stop_grace: 10
+connects: { apps: [api] }
+";
+
+fn yaml(text: &str) -> Result<AppSpec, Vec<Fault>> {
+    AppSpec::parse(text.as_bytes(), Format::Yaml)
+}
+
+fn json(text: &str) -> Result<AppSpec, Vec<Fault>> {
+    AppSpec::parse(text.as_bytes(), Format::Json)
+}
+
+/// Code, path, line, column of each fault.
+fn seen(result: Result<AppSpec, Vec<Fault>>) -> Vec<(u16, String, u32, u32)> {
+    result.unwrap_err().into_iter().map(|f| (f.code.0, f.path, f.line, f.column)).collect()
+}
+
+#[test]
+fn a_good_spec_is_read_as_written() {
+    let spec = yaml(GOOD).unwrap();
+    assert_eq!(spec.name().as_str(), "web");
+    assert_eq!(spec.image().to_string(), "team/web:1.4.2");
+    assert_eq!((spec.cpu_millis(), spec.memory(), spec.instances()), (250, 256 << 20, 2));
+    assert_eq!(spec.env()["java.home"], "/opt");
+    let check = crate::driver::workload::HealthCheck::Http { path: "/healthz".into(), port: 8080 };
+    assert_eq!(spec.health().unwrap().check, check);
+    assert_eq!(spec.scratch()["/tmp"], TMP);
+    assert_eq!(spec.scratch()["/var/cache"], 64 << 20);
+    assert_eq!(spec.connects_apps()[0].as_str(), "api");
+}
+
+#[test]
+fn defaults_are_those_of_the_documentation() {
+    let spec = json(r#"{"spec":"v1","name":"a","image":"a:1","cpu":0.25,"memory":"64Mi","port":9000}"#).unwrap();
+    assert_eq!((spec.cpu_millis(), spec.instances(), spec.singleton(), spec.stop_grace()), (250, 1, false, 30));
+    let health = spec.health().unwrap();
+    assert_eq!(health.check, crate::driver::workload::HealthCheck::Tcp { port: 9000 });
+    assert_eq!(health.grace, GRACE_DEFAULT);
+}
+
+#[test]
+fn all_faults_come_together_with_their_places() {
+    let text = "\
+spec: v2
+name: Web
+image: docker.io/library/nginx:1
+cpu: lots
+memry: 256Mi
+privileged: true
+replicas: 3
+port: 80
+env: { A: 1, BULKHEAD_X: y }
+health: { http: { host: evil } }
+scratch: { /etc/x: 1Mi }
+";
+    assert_eq!(
+        seen(yaml(text)),
+        [
+            (115, "memory".into(), 1, 1),
+            (116, "spec".into(), 1, 7),
+            (117, "name".into(), 2, 7),
+            (118, "image".into(), 3, 8),
+            (119, "cpu".into(), 4, 6),
+            (106, "memry".into(), 5, 1),
+            (107, "privileged".into(), 6, 1),
+            (106, "replicas".into(), 7, 1),
+            (125, "port".into(), 8, 7),
+            (114, "env.A".into(), 9, 11),
+            (123, "env.BULKHEAD_X".into(), 9, 14),
+            (115, "health.http.path".into(), 10, 17),
+            (110, "health.http.host".into(), 10, 19),
+            (127, "scratch./etc/x".into(), 11, 12),
+        ]
+    );
+    let faults = yaml(text).unwrap_err();
+    let of = |path: &str| faults.iter().find(|f| f.path == path).unwrap();
+    assert_eq!(of("memry").suggestion.as_deref(), Some("did you mean memory?"));
+    assert_eq!(of("replicas").suggestion.as_deref(), Some("use instances"));
+    assert_eq!(of("env.A").suggestion.as_deref(), Some("write it in quotes"));
+    assert!(of("privileged").reason.is_some());
+    assert!(!serde_json::to_string(&faults).unwrap().contains("evil"), "values are never echoed");
+}
+
+#[test]
+fn json_has_the_same_faults_at_its_own_places() {
+    let text = "{\n  \"spec\": \"v1\",\n  \"name\": \"web\",\n  \"image\": \"web\",\n  \"cpu\": \"250m\",\n  \"memory\": 5,\n  \"memory\": \"64Mi\",\n  \"hostNetwork\": true\n}";
+    assert_eq!(
+        seen(json(text)),
+        [
+            (118, "image".into(), 4, 12),
+            (120, "memory".into(), 6, 13),
+            (105, "memory".into(), 7, 3),
+            (108, "hostNetwork".into(), 8, 3),
+        ]
+    );
+}
+
+/// Replaces one line of the good spec.
+fn with(field: &str, line: &str) -> String {
+    let mut lines: Vec<&str> = GOOD.lines().filter(|l| !l.starts_with(&format!("{field}:"))).collect();
+    lines.push(line);
+    lines.join("\n")
+}
+
+#[test]
+fn each_rule_has_its_code() {
+    let cases: &[(&str, &str, u16)] = &[
+        ("image", "image: web", 118),
+        ("image", "image: web:latest@sha256:00", 118),
+        ("image", "image: localhost:5000/web:1", 118),
+        ("image", "image: https://x/web:1", 118),
+        ("image", "image: ../other/web:1", 118),
+        ("image", "image: 3", 114),
+        ("cpu", "cpu: 5m", 119),
+        ("cpu", "cpu: 0.0001", 119),
+        ("cpu", "cpu: -1", 119),
+        ("cpu", "cpu: 1e3", 119),
+        ("cpu", "cpu: [1]", 114),
+        ("memory", "memory: 4Mi", 120),
+        ("memory", "memory: 256M", 120),
+        ("memory", "memory: 268435456", 120),
+        ("memory", "memory: 0.5Gi", 120),
+        ("memory", "memory: 99999999999999999999Gi", 120),
+        ("instances", "instances: 101", 121),
+        ("instances", "instances: 1.5", 121),
+        ("instances", "instances: '1'", 114),
+        ("singleton", "singleton: true", 129),
+        ("singleton", "singleton: yes", 114),
+        ("singleton", "singleton: True", 114),
+        ("command", "command: ls -l", 114),
+        ("command", "command: []", 122),
+        ("command", "command: ['']", 122),
+        ("args", "args: [1]", 114),
+        ("env", "env: [A=b]", 114),
+        ("env", "env: {1A: b}", 123),
+        ("env", "env: {A: null}", 114),
+        ("env", "env: {A: ~}", 114),
+        ("env", "env: {A: true}", 114),
+        ("env", "env: {A: \"\\0\"}", 124),
+        ("port", "port: 80", 125),
+        ("port", "port: 65536", 125),
+        ("port", "port: 0x1f90", 125),
+        ("health", "health: {}", 126),
+        ("health", "health: {http: {path: /}, tcp: {}}", 126),
+        ("health", "health: {http: {path: healthz}}", 126),
+        ("health", "health: {http: {path: /, headers: {Host: x}}}", 110),
+        ("health", "health: {tcp: {}, grace: 601}", 126),
+        ("health", "health: {exec: [ls]}", 112),
+        ("scratch", "scratch: {/: 1Mi}", 127),
+        ("scratch", "scratch: {/a/../b: 1Mi}", 127),
+        ("scratch", "scratch: {/proc/x: 1Mi}", 127),
+        ("scratch", "scratch: {/a: 1Mi, /a/b: 1Mi}", 127),
+        ("scratch", "scratch: {/tmp/a: 1Mi}", 127),
+        ("scratch", "scratch: {/a: 250Mi}", 128),
+        ("stop_grace", "stop_grace: 121", 121),
+        ("connects", "connects: {apps: [web]}", 130),
+        ("connects", "connects: {apps: [a, a]}", 130),
+        ("connects", "connects: {apps: [other/app]}", 117),
+        ("connects", "connects: {services: [kafka]}", 113),
+        ("connects", "secrets: {A: b}", 113),
+        ("connects", "volumes: [/var/run/docker.sock:/x]", 113),
+        ("connects", "user: 0:0", 109),
+        ("connects", "restart: always", 112),
+    ];
+    for (field, line, code) in cases {
+        let faults = yaml(&with(field, line)).expect_err(line);
+        assert!(faults.iter().any(|f| f.code.0 == *code), "{line}: {faults:?}");
+        for fault in &faults {
+            assert!(CATALOGUE.iter().any(|entry| entry.code == fault.code), "{line}");
+            assert!(fault.line > 0, "{line}: {fault:?}");
+        }
+    }
+}
+
+#[test]
+fn documents_that_are_none_stop_at_once() {
+    let bomb = format!("a: &a [x]\n{}", (0..9).map(|n| format!("b{n}: [*a, *a]\n")).collect::<String>());
+    let deep = "[".repeat(100_000);
+    let wide = format!("{{\"env\":[{}0]}}", "0,".repeat(2_500));
+    let cases: Vec<(Vec<u8>, Format, u16)> = vec![
+        (bomb.into_bytes(), Format::Yaml, 103),
+        (b"spec: !!str v1".to_vec(), Format::Yaml, 103),
+        (b"<<: {a: b}".to_vec(), Format::Yaml, 103),
+        (b"spec: v1\n---\nspec: v1\n".to_vec(), Format::Yaml, 103),
+        (b"".to_vec(), Format::Yaml, 102),
+        (b"a: [".to_vec(), Format::Yaml, 102),
+        (b"{\"a\": 1} x".to_vec(), Format::Json, 102),
+        (b"{\"a\": 01}".to_vec(), Format::Json, 102),
+        (b"{'a': 1}".to_vec(), Format::Json, 102),
+        (b"{\"a\": \"\\ud800\"}".to_vec(), Format::Json, 102),
+        (b"{\"a\": NaN}".to_vec(), Format::Json, 102),
+        (deep[..60_000].as_bytes().to_vec(), Format::Json, 104),
+        (deep[..60_000].as_bytes().to_vec(), Format::Yaml, 104),
+        (wide.into_bytes(), Format::Json, 104),
+        (vec![b'x'; 100 << 20], Format::Yaml, 100),
+        (b"spec: v1\nname: \xff".to_vec(), Format::Yaml, 101),
+    ];
+    for (text, format, code) in cases {
+        let faults = AppSpec::parse(&text, format).unwrap_err();
+        let start = String::from_utf8_lossy(&text[..text.len().min(20)]).into_owned();
+        assert_eq!(faults[0].code.0, code, "{start}: {faults:?}");
+    }
+    assert_eq!(seen(AppSpec::parse(b"spec: v1\nname: \xff", Format::Yaml)), [(101, String::new(), 2, 7)]);
+}
+
+#[test]
+fn the_terminal_shows_the_line_and_obeys_nothing() {
+    let broken = "image: \"x\x1b]0;owned\x07\"\n";
+    let shown = show(broken, "web.yaml", &yaml(broken).unwrap_err(), Colour::Never);
+    assert!(!shown.contains('\x1b') && !shown.contains('\x07'), "{shown}");
+    let text = "spec: v1\nname: web\nimage: web:1\ncpu: 1\nmemory: 64Mi\nmemry: 1 # \u{202e}\n";
+    let shown = match yaml(text) {
+        Err(faults) => show(text, "web.yaml", &faults, Colour::Never),
+        Ok(_) => panic!("accepted"),
+    };
+    assert!(shown.contains("  --> web.yaml:6:1\n   6 | memry: 1 # \u{fffd}\n     | ^\n"), "{shown}");
+}
+
+fn spec_strategy() -> impl Strategy<Value = AppSpec> {
+    let name = "[a-z]([a-z0-9-]{0,20}[a-z0-9])?";
+    let texts = prop::option::of(prop::collection::vec("[ -~äé\n\t]{1,20}", 1..4));
+    let image = prop_oneof!["[a-z0-9]{1,8}(/[a-z0-9]{1,8})?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,10}", Just(format!("a@sha256:{}", "0a".repeat(32)))];
+    let env = prop::collection::btree_map("[A-Za-z_][A-Za-z0-9_.-]{0,10}", "[ -~äé\n\t\"\\\\]{0,30}", 0..5);
+    let health = prop::option::of((any::<bool>(), 1024_u16..=65535, 0_u16..=600));
+    let scratch = prop::collection::btree_map("/(a|b|c)[a-z]{0,5}", (1_u64..64).prop_map(|n| n << 12), 0..4);
+    (
+        (name, image, texts.clone(), texts, 10_u32..5000, 64_u64..4096),
+        (0_u32..=100, any::<bool>(), env, prop::option::of(1024_u16..=65535), health),
+        (scratch, 0_u16..=120, prop::collection::btree_set("x[a-z0-9]{1,10}", 0..4)),
+    )
+        .prop_map(|((name, image, command, args, cpu, memory), (instances, singleton, env, port, health), (scratch, grace, connects))| {
+            let mut value = serde_json::json!({
+                "spec": "v1", "name": name, "image": image, "cpu": format!("{cpu}m"),
+                "memory": format!("{memory}Mi"), "instances": if singleton { instances.min(1) } else { instances },
+                "singleton": singleton, "env": env, "stop_grace": grace,
+                "scratch": scratch.into_iter().map(|(k, v)| (k, format!("{}Ki", v >> 10))).collect::<BTreeMap<_, _>>(),
+                "connects": {"apps": connects.into_iter().filter(|c| *c != name).collect::<Vec<_>>()},
+            });
+            if let Some(command) = command { value["command"] = serde_json::json!(command); }
+            if let Some(args) = args { value["args"] = serde_json::json!(args); }
+            if let Some(port) = port { value["port"] = serde_json::json!(port); }
+            if let Some((http, port, grace)) = health {
+                value["health"] = if http {
+                    serde_json::json!({"http": {"path": "/h", "port": port}, "grace": grace})
+                } else {
+                    serde_json::json!({"tcp": {"port": port}, "grace": grace})
+                };
+            }
+            AppSpec::parse(value.to_string().as_bytes(), Format::Json).unwrap_or_else(|f| panic!("{value}: {f:?}"))
+        })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn what_is_printed_is_read_as_the_same(spec in spec_strategy()) {
+        let printed = spec.to_json().to_string();
+        prop_assert_eq!(&json(&printed).unwrap(), &spec);
+        // JSON is YAML, as long as it holds no escape that YAML reads otherwise.
+        prop_assert_eq!(&yaml(&printed).unwrap(), &spec);
+    }
+
+    #[test]
+    fn nothing_makes_it_panic(text in prop::collection::vec(any::<u8>(), 0..300)) {
+        let _ = AppSpec::parse(&text, Format::Json);
+        let _ = AppSpec::parse(&text, Format::Yaml);
+    }
+
+    #[test]
+    fn mutations_are_refused_or_keep_every_bound(at in 0_usize..GOOD.len(), to in any::<u8>()) {
+        let mut text = GOOD.as_bytes().to_vec();
+        text[at] = to;
+        if let Ok(spec) = AppSpec::parse(&text, Format::Yaml) {
+            prop_assert!(spec.memory() >= LEAST_MEMORY && spec.cpu_millis() >= 10 && spec.instances() <= INSTANCES);
+            prop_assert!(spec.port().is_none_or(|port| port >= 1024));
+            prop_assert!(spec.scratch().contains_key("/tmp"));
+        }
+    }
+}

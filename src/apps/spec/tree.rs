@@ -1,0 +1,124 @@
+//! A document as a tree whose every node knows its place. Both formats are read into it, and one
+//! walk over it finds all faults: there is no second reader that could think otherwise.
+
+use std::borrow::Cow;
+
+use super::catalogue as code;
+use crate::fault::{Fault, Kind};
+
+/// Most nodes of a document.
+pub(super) const NODES: usize = 2_000;
+/// Deepest nesting.
+pub(super) const DEPTH: usize = 16;
+
+/// A place: a byte offset (`column` 0), or line and column counted from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct At {
+    pub(super) line: u32,
+    pub(super) column: u32,
+}
+
+impl At {
+    pub(super) fn offset(offset: usize) -> Self {
+        Self { line: u32::try_from(offset).unwrap_or(u32::MAX), column: 0 }
+    }
+
+    /// Line and column in characters, both from 1.
+    pub(super) fn place(self, source: &str) -> (u32, u32) {
+        if self.column > 0 {
+            return (self.line, self.column);
+        }
+        let offset = (self.line as usize).min(source.len());
+        let before = &source.as_bytes()[..offset];
+        let line = before.iter().filter(|b| **b == b'\n').count() + 1;
+        let start = before.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+        let column = String::from_utf8_lossy(&before[start..]).chars().count() + 1;
+        (u32::try_from(line).unwrap_or(u32::MAX), u32::try_from(column).unwrap_or(u32::MAX))
+    }
+}
+
+/// A node.
+#[derive(Debug)]
+pub(super) struct Node<'a> {
+    pub(super) at: At,
+    pub(super) value: Value<'a>,
+}
+
+/// A key with its place.
+#[derive(Debug)]
+pub(super) struct Key<'a> {
+    pub(super) at: At,
+    pub(super) name: Cow<'a, str>,
+}
+
+/// What a node is. Numbers stay as they were written.
+#[derive(Debug)]
+pub(super) enum Value<'a> {
+    Null,
+    Bool(bool),
+    Number(Cow<'a, str>),
+    Text(Cow<'a, str>),
+    List(Vec<Node<'a>>),
+    Map(Vec<(Key<'a>, Node<'a>)>),
+}
+
+impl Value<'_> {
+    /// The type in words, for a fault. Never the value.
+    pub(super) fn words(&self) -> &'static str {
+        match self {
+            Self::Null => "nothing (null)",
+            Self::Bool(_) => "true or false",
+            Self::Number(_) => "a number",
+            Self::Text(_) => "a text",
+            Self::List(_) => "a list",
+            Self::Map(_) => "a group of fields",
+        }
+    }
+}
+
+/// Why a document could not be read at all. Only these stop before the walk.
+pub(super) fn broken(code: crate::fault::Code, source: &str, at: At, message: impl Into<String>) -> Fault {
+    let (line, column) = at.place(source);
+    Fault::new(code, Kind::Invalid, "", message).at(line, column)
+}
+
+/// Counts nodes and depth while a tree is built.
+#[derive(Debug, Default)]
+pub(super) struct Budget {
+    nodes: usize,
+}
+
+impl Budget {
+    pub(super) fn take(&mut self, depth: usize) -> Result<(), &'static str> {
+        self.nodes += 1;
+        if self.nodes > NODES {
+            return Err("the document has more than 2000 values");
+        }
+        if depth > DEPTH {
+            return Err("the document is nested more than 16 levels deep");
+        }
+        Ok(())
+    }
+}
+
+/// Finds keys that stand twice in one group.
+pub(super) fn duplicate<'k>(entries: &'k [(Key<'_>, Node<'_>)]) -> Option<&'k Key<'k>> {
+    entries
+        .iter()
+        .enumerate()
+        .find(|(n, (key, _))| entries[..*n].iter().any(|(earlier, _)| earlier.name == key.name))
+        .map(|(_, (key, _))| key)
+}
+
+/// The fault for such a key.
+pub(super) fn duplicate_fault(source: &str, key: &Key<'_>) -> Fault {
+    let (line, column) = key.at.place(source);
+    Fault::new(code::DUPLICATE, Kind::Invalid, clean(&key.name), "this field stands twice")
+        .at(line, column)
+        .because("of two values one would have to be dropped silently")
+}
+
+/// A name that somebody wrote, fit to be shown: no control characters, at most 64 characters.
+pub(super) fn clean(name: &str) -> String {
+    name.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).take(64).collect()
+}

@@ -1,0 +1,241 @@
+//! How the API shows an app.
+
+use serde::Serialize;
+use serde_json::Value;
+use time::OffsetDateTime;
+
+use super::{App, Event, Release};
+use crate::driver::{Cause, InstanceObserved, InstanceState};
+use crate::ids::{AppName, Digest, TenantName};
+
+/// One app.
+#[derive(Serialize)]
+pub(super) struct AppView {
+    name: AppName,
+    tenant: TenantName,
+    generation: i64,
+    observed_generation: i64,
+    revision: i64,
+    state: &'static str,
+    summary: String,
+    #[serde(with = "time::serde::rfc3339")]
+    created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339")]
+    changed_at: OffsetDateTime,
+    uids: Uids,
+    reserved: Reserved,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    desired: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    image: Option<ImageView>,
+    conditions: Vec<Condition>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    observed: Option<Observed>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warnings: Option<Value>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    events: Vec<Event>,
+}
+
+#[derive(Serialize)]
+struct Uids {
+    start: i64,
+    end: i64,
+}
+
+#[derive(Serialize)]
+struct Reserved {
+    #[serde(flatten)]
+    amounts: super::reservation::Reserved,
+    words: String,
+}
+
+#[derive(Serialize)]
+pub(super) struct ImageView {
+    asked: String,
+    index_digest: Digest,
+    digest: Digest,
+    user: String,
+}
+
+#[derive(Serialize)]
+struct Condition {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    status: &'static str,
+    reason: &'static str,
+    message: String,
+    #[serde(with = "time::serde::rfc3339")]
+    since: OffsetDateTime,
+}
+
+#[derive(Serialize)]
+struct Observed {
+    #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
+    at: Option<OffsetDateTime>,
+    revision: i64,
+    settled: bool,
+    instances: Vec<InstanceObserved>,
+}
+
+/// The state of an app in one word and in one sentence.
+#[must_use]
+pub fn state(app: &App, wanted: u32, tenant_state: &str) -> (&'static str, String) {
+    if app.deleted_at.is_some() {
+        return ("deleting", "It is being removed.".into());
+    }
+    if tenant_state == "suspended" {
+        return ("stopped", "The tenant is suspended; nothing is lost.".into());
+    }
+    let Some(seen) = &app.observed else {
+        let why = app.problem.clone().unwrap_or_else(|| "It was accepted and is being set up.".into());
+        return (if app.problem.is_some() { "failed" } else { "changing" }, why);
+    };
+    if let Some(problem) = &app.problem {
+        return ("failed", problem.clone());
+    }
+    let well = seen.instances.iter().filter(|i| i.state == InstanceState::Running).count();
+    if seen.settled && seen.generation == app.generation {
+        return if wanted == 0 {
+            ("stopped", "It is stopped and kept: instances is 0.".into())
+        } else {
+            ("running", format!("{well} of {wanted} running."))
+        };
+    }
+    match seen.instances.iter().find_map(trouble) {
+        Some(trouble) if well > 0 => ("attention", format!("{well} of {wanted} running. {trouble}")),
+        Some(trouble) => ("failed", trouble),
+        None => {
+            let why = seen.message.clone().unwrap_or_else(|| format!("{well} of {wanted} running."));
+            ("changing", why)
+        }
+    }
+}
+
+/// What is wrong with an instance, with its true reason.
+fn trouble(instance: &InstanceObserved) -> Option<String> {
+    let bad = matches!(
+        instance.state,
+        InstanceState::Waiting | InstanceState::Failed | InstanceState::Unhealthy
+    );
+    let ending = instance.last_end.as_ref()?;
+    if !bad {
+        return None;
+    }
+    let what = match ending.cause {
+        Cause::Exited => match ending.exit_code {
+            Some(code) => format!("Exits with code {code} after {}", duration(ending.ran_ms)),
+            None => format!("Ends after {}", duration(ending.ran_ms)),
+        },
+        Cause::OutOfMemory => "Needs more memory than it has".to_owned(),
+        Cause::Killed => format!("Was killed after {}", duration(ending.ran_ms)),
+        Cause::Unhealthy => "Its health check fails".to_owned(),
+        Cause::ImageError => "Its image cannot be used".to_owned(),
+        Cause::StartError => "It cannot be started".to_owned(),
+        Cause::Removed => "It was removed from outside".to_owned(),
+    };
+    let line = ending.last_lines.last().map(|line| format!("; last line: {line}")).unwrap_or_default();
+    Some(format!("{what} ({}){line}", ending.detail))
+}
+
+fn duration(ms: u64) -> String {
+    if ms < 1_000 { format!("{ms} ms") } else { format!("{} s", ms / 1_000) }
+}
+
+impl AppView {
+    /// From the rows; `release` is the desired one.
+    pub(super) fn new(tenant: (&TenantName, &str), app: App, release: Option<&Release>, events: Vec<Event>) -> Self {
+        let wanted =
+            release.and_then(|release| release.spec["instances"].as_u64()).and_then(|n| u32::try_from(n).ok());
+        let (state, summary) = state(&app, wanted.unwrap_or(1), tenant.1);
+        let ready = match state {
+            "running" | "stopped" => ("true", "Settled"),
+            "changing" | "deleting" => ("unknown", "Changing"),
+            _ => ("false", "NotRunning"),
+        };
+        let taken = if app.observed_generation >= app.generation { ("true", "Taken") } else { ("unknown", "Pending") };
+        let conditions = vec![
+            Condition {
+                kind: "Accepted",
+                status: taken.0,
+                reason: taken.1,
+                message: app.problem.clone().unwrap_or_default(),
+                since: app.changed_at,
+            },
+            Condition {
+                kind: "Ready",
+                status: ready.0,
+                reason: ready.1,
+                message: summary.clone(),
+                since: app.observed_at.unwrap_or(app.changed_at),
+            },
+        ];
+        Self {
+            tenant: tenant.0.clone(),
+            generation: app.generation,
+            observed_generation: app.observed_generation,
+            revision: app.revision,
+            state,
+            summary,
+            created_at: app.created_at,
+            changed_at: app.changed_at,
+            uids: Uids { start: app.uid_start, end: app.uid_start + app.uid_size },
+            reserved: Reserved { amounts: app.peak.reserved(), words: app.peak.words() },
+            desired: release.map(|release| release.spec.clone()),
+            image: release.map(image_view),
+            warnings: release.filter(|r| r.warnings != Value::Array(Vec::new())).map(|r| r.warnings.clone()),
+            conditions,
+            observed: app.observed.map(|seen| Observed {
+                at: app.observed_at,
+                revision: seen.revision,
+                settled: seen.settled,
+                instances: seen.instances,
+            }),
+            name: app.name,
+            events,
+        }
+    }
+
+    pub(super) fn name(&self) -> &AppName {
+        &self.name
+    }
+
+    pub(super) fn generation(&self) -> i64 {
+        self.generation
+    }
+}
+
+fn image_view(release: &Release) -> ImageView {
+    ImageView {
+        asked: release.image(),
+        index_digest: release.index_digest.clone(),
+        digest: release.digest.clone(),
+        user: format!("{}:{}", release.user.uid, release.user.gid),
+    }
+}
+
+/// One release.
+#[derive(Serialize)]
+pub(super) struct ReleaseView {
+    pub(super) revision: i64,
+    image: ImageView,
+    spec: Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rolled_back_to: Option<i64>,
+    by: String,
+    #[serde(with = "time::serde::rfc3339")]
+    at: OffsetDateTime,
+}
+
+impl From<Release> for ReleaseView {
+    fn from(release: Release) -> Self {
+        Self {
+            revision: release.revision,
+            image: image_view(&release),
+            spec: release.spec,
+            rolled_back_to: release.rolled_back_to,
+            by: release.actor,
+            at: release.created_at,
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! The way to Postgres: the pool, the migrations, what a violated constraint means, and pages.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use sqlx::PgPool;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+
+use crate::config::Database;
+use crate::error::Error;
+
+/// The migrations of this binary.
+pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!();
+
+/// How to connect, from the configuration. The password is read from its file.
+pub fn options(database: &Database) -> std::io::Result<PgConnectOptions> {
+    let mut options = PgConnectOptions::new_without_pgpass()
+        .port(database.port)
+        .database(&database.name)
+        .username(&database.user)
+        .application_name("bulkhead")
+        .options([("statement_timeout", "15s"), ("lock_timeout", "5s"), ("timezone", "UTC")]);
+    options = if database.host.starts_with('/') {
+        options.socket(&database.host)
+    } else {
+        options.host(&database.host)
+    };
+    if let Some(file) = &database.password_file {
+        options = options.password(std::fs::read_to_string(file)?.trim_end_matches('\n'));
+    }
+    Ok(options)
+}
+
+/// A pool that connects when it is needed and gives up waiting after two seconds, so that a slow
+/// database is answered with "try again" and never with a queue.
+#[must_use]
+pub fn pool(options: PgConnectOptions, connections: u32) -> PgPool {
+    PgPoolOptions::new()
+        .max_connections(connections)
+        .min_connections(1)
+        .acquire_timeout(Duration::from_secs(2))
+        .idle_timeout(Duration::from_secs(300))
+        .connect_lazy_with(options)
+}
+
+/// The name of the violated constraint, if that is what went wrong.
+#[must_use]
+pub fn constraint(error: &sqlx::Error) -> Option<&str> {
+    error.as_database_error().and_then(|error| error.constraint())
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        let away = match &error {
+            sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Io(_) => true,
+            // 08: connection, 53: resources, 57P: shutdown, 40001, 40P01, 55P03: try again.
+            sqlx::Error::Database(database) => database.code().is_some_and(|code| {
+                code.starts_with("08")
+                    || code.starts_with("53")
+                    || code.starts_with("57")
+                    || matches!(&*code, "40001" | "40P01" | "55P03")
+            }),
+            _ => false,
+        };
+        if away {
+            tracing::warn!(%error, "the database is not there");
+            return Self::Unavailable("the database does not answer in time".into(), Duration::from_secs(2));
+        }
+        Self::internal(error)
+    }
+}
+
+/// A page of a list as asked for: `?limit=&cursor=`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PageQuery {
+    limit: Option<u32>,
+    cursor: Option<String>,
+}
+
+/// Default and largest length of a page.
+const PAGE: (i64, i64) = (50, 200);
+
+impl PageQuery {
+    /// Length of the page: 50 unless asked for, at most 200.
+    pub fn limit(&self) -> Result<i64, Error> {
+        match self.limit {
+            None => Ok(PAGE.0),
+            Some(n) if (1..=PAGE.1).contains(&i64::from(n)) => Ok(i64::from(n)),
+            Some(_) => Err(Error::Malformed(format!("limit is 1 to {}", PAGE.1))),
+        }
+    }
+
+    /// The text key after which the page starts; empty for the first page.
+    pub fn after_text(&self) -> Result<String, Error> {
+        let Some(cursor) = &self.cursor else { return Ok(String::new()) };
+        data_encoding::BASE64URL_NOPAD
+            .decode(cursor.as_bytes())
+            .ok()
+            .and_then(|bytes| String::from_utf8(bytes).ok())
+            .ok_or_else(|| Error::Malformed("cursor is not one that this list has handed out".into()))
+    }
+
+    /// The number after which (or before which, in a list that counts down) the page starts.
+    pub fn after_number(&self, first: i64) -> Result<i64, Error> {
+        let text = self.after_text()?;
+        if text.is_empty() {
+            return Ok(first);
+        }
+        text.parse().map_err(|_| Error::Malformed("cursor is not one that this list has handed out".into()))
+    }
+}
+
+/// A page as answered.
+#[derive(Debug, Serialize)]
+pub struct Page<T> {
+    /// The rows, in the list's order.
+    pub items: Vec<T>,
+    /// Where the next page starts; null on the last one.
+    pub next: Option<String>,
+}
+
+impl<T> Page<T> {
+    /// From rows of which one more than `limit` was asked for; `key` names a row's place.
+    pub fn new<K: std::fmt::Display>(mut rows: Vec<T>, limit: i64, key: impl Fn(&T) -> K) -> Self {
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        let next = if rows.len() > limit {
+            rows.truncate(limit);
+            rows.last().map(|row| data_encoding::BASE64URL_NOPAD.encode(key(row).to_string().as_bytes()))
+        } else {
+            None
+        };
+        Self { items: rows, next }
+    }
+}

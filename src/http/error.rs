@@ -1,0 +1,145 @@
+//! From the platform's one error to an answer: RFC 9457 problem+json, or a page for a browser.
+//! The only place that knows status codes.
+
+use std::rc::Rc;
+
+use actix_web::body::BoxBody;
+use actix_web::dev::ServiceResponse;
+use actix_web::http::{StatusCode, header};
+use actix_web::{HttpMessage, HttpResponse, ResponseError};
+use serde_json::json;
+
+use crate::error::Error;
+use crate::fault::Explanation;
+
+/// Every explained code: API errors, faults of a spec, faults of an image.
+#[must_use]
+pub fn explanation(code: &str) -> Option<&'static Explanation> {
+    catalogues().find(|entry| entry.code.to_string() == code)
+}
+
+/// All of them, in no order.
+pub fn catalogues() -> impl Iterator<Item = &'static Explanation> {
+    crate::error::CATALOGUE.iter().chain(crate::apps::spec::CATALOGUE).chain(crate::images::CATALOGUE)
+}
+
+fn status(error: &Error) -> StatusCode {
+    match error {
+        Error::Malformed(_) => StatusCode::BAD_REQUEST,
+        Error::Unauthenticated => StatusCode::UNAUTHORIZED,
+        Error::Forbidden(_) => StatusCode::FORBIDDEN,
+        Error::NotFound => StatusCode::NOT_FOUND,
+        Error::AlreadyExists(_) | Error::Conflict(_) => StatusCode::CONFLICT,
+        Error::PreconditionFailed(_) => StatusCode::PRECONDITION_FAILED,
+        Error::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+        Error::Invalid(_) | Error::QuotaExceeded(_) => StatusCode::UNPROCESSABLE_ENTITY,
+        Error::Unavailable(..) => StatusCode::SERVICE_UNAVAILABLE,
+        Error::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// Carried along with the answer until the outermost layer renders it with the request id.
+struct Problem(serde_json::Value);
+
+impl ResponseError for Error {
+    fn status_code(&self) -> StatusCode {
+        status(self)
+    }
+
+    fn error_response(&self) -> HttpResponse<BoxBody> {
+        if let Self::Internal(cause) = self {
+            tracing::error!(%cause, "internal error");
+        }
+        let code = self.code();
+        let title = explanation(&code.to_string()).map_or("Error", |entry| entry.title);
+        let status = status(self);
+        let mut body = json!({
+            "type": code.docs(), "title": title, "status": status.as_u16(),
+            "code": code, "detail": self.to_string(),
+        });
+        if let Self::Invalid(faults) | Self::QuotaExceeded(faults) = self {
+            body["faults"] = json!(faults);
+        }
+        let mut response = HttpResponse::build(status);
+        match self {
+            Self::Unavailable(_, after) => {
+                response.insert_header((header::RETRY_AFTER, after.as_secs().max(1)));
+            }
+            Self::Unauthenticated => {
+                response.insert_header((header::WWW_AUTHENTICATE, "Bearer realm=\"bulkhead\""));
+            }
+            Self::PreconditionFailed(generation) => {
+                response.insert_header((header::ETAG, format!("\"{generation}\"")));
+            }
+            _ => {}
+        }
+        let mut response = response.finish();
+        response.extensions_mut().insert(Rc::new(Problem(body)));
+        response
+    }
+}
+
+fn wants_page(response: &ServiceResponse<BoxBody>) -> bool {
+    let accept = response.request().headers().get(header::ACCEPT).and_then(|v| v.to_str().ok());
+    accept.is_some_and(|accept| accept.contains("text/html"))
+        && !response.request().path().starts_with("/api/")
+}
+
+/// Gives an error its body. Errors that the web framework made itself (a path that does not
+/// exist, a body over its limit) are put into the same form.
+#[must_use]
+pub fn render(response: ServiceResponse<BoxBody>, request_id: &str) -> ServiceResponse<BoxBody> {
+    if response.status().as_u16() < 400 {
+        return response;
+    }
+    let known = response.response().extensions().get::<Rc<Problem>>().cloned();
+    let (request, response) = {
+        if known.is_some() {
+            response.into_parts()
+        } else {
+            let error = match response.status() {
+                StatusCode::NOT_FOUND => Error::NotFound,
+                StatusCode::PAYLOAD_TOO_LARGE => Error::TooLarge(super::BODY_LIMIT),
+                StatusCode::METHOD_NOT_ALLOWED => {
+                    Error::Malformed("this address does not take that method".into())
+                }
+                status if status.is_client_error() => Error::Malformed("the request cannot be read".into()),
+                _ => Error::internal("an answer without an error"),
+            };
+            let (request, _) = response.into_parts();
+            (request, error.error_response())
+        }
+    };
+    let problem = response.extensions().get::<Rc<Problem>>().cloned();
+    let Some(problem) = problem else { return ServiceResponse::new(request, response) };
+    let mut body = problem.0.clone();
+    body["request_id"] = json!(request_id);
+    let served = ServiceResponse::new(request, response);
+    let page = wants_page(&served);
+    let (request, mut response) = served.into_parts();
+    let (kind, text) = if page {
+        ("text/html; charset=utf-8", super::html::error_page(&body))
+    } else {
+        ("application/problem+json", body.to_string())
+    };
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    let response = response.set_body(BoxBody::new(text));
+    ServiceResponse::new(request, response)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_is_explained_once() {
+        let mut codes: Vec<_> = catalogues().map(|entry| entry.code.0).collect();
+        let count = codes.len();
+        codes.sort_unstable();
+        codes.dedup();
+        assert_eq!(codes.len(), count);
+        for code in [400, 401, 403, 404, 409, 410, 412, 413, 422, 423, 500, 503] {
+            assert!(explanation(&format!("BH-{code}")).is_some(), "{code}");
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! What every request passes, whatever its noun: request id, headers, body caps, panics, errors.
+
+use std::future::{Ready, ready};
+use std::panic::AssertUnwindSafe;
+use std::rc::Rc;
+
+use actix_web::body::{BoxBody, MessageBody};
+use actix_web::dev::{Payload, ServiceRequest, ServiceResponse};
+use actix_web::http::header::{self, HeaderName, HeaderValue};
+use actix_web::middleware::Next;
+use actix_web::{FromRequest, HttpMessage, HttpRequest, web};
+use futures_util::FutureExt;
+use serde::de::DeserializeOwned;
+
+use crate::error::Error as PlatformError;
+use crate::fault::{Code, Fault, Kind};
+use crate::telemetry::Metrics;
+
+pub mod error;
+pub mod html;
+
+/// Largest body of a JSON or YAML request, in bytes.
+pub const BODY_LIMIT: usize = 64 * 1024;
+
+/// The id of a request: in the answer's `X-Request-Id`, in every log line and in the audit.
+#[derive(Debug, Clone)]
+pub struct RequestId(pub Rc<str>);
+
+impl FromRequest for RequestId {
+    type Error = PlatformError;
+    type Future = Ready<Result<Self, PlatformError>>;
+    fn from_request(req: &HttpRequest, _: &mut Payload) -> Self::Future {
+        ready(Ok(request_id(req)))
+    }
+}
+
+/// The id that the outermost layer gave this request.
+#[must_use]
+pub fn request_id(req: &HttpRequest) -> RequestId {
+    req.extensions().get::<RequestId>().cloned().unwrap_or_else(|| RequestId(Rc::from("none")))
+}
+
+/// A random text of 16 lower-case letters and digits.
+fn fresh_id() -> String {
+    data_encoding::BASE32_NOPAD.encode(&rand::random::<[u8; 10]>()).to_ascii_lowercase()
+}
+
+/// The outermost layer: gives the request its id, turns a panic into a 500 while the service
+/// lives on, renders errors, and sets the headers that every answer bears.
+pub async fn outermost<B: MessageBody + 'static>(
+    req: ServiceRequest,
+    next: Next<B>,
+) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
+    let id = fresh_id();
+    req.extensions_mut().insert(RequestId(Rc::from(id.as_str())));
+    let request = req.request().clone();
+    let registry = req.path().starts_with("/v2/") || req.path() == "/auth/token";
+    let outcome = AssertUnwindSafe(next.call(req)).catch_unwind().await;
+    let mut response = match outcome {
+        Ok(Ok(response)) => response.map_into_boxed_body(),
+        Ok(Err(error)) => ServiceResponse::new(request.clone(), error.error_response()),
+        Err(_) => {
+            tracing::error!(request_id = id, path = request.path(), "a handler panicked");
+            let error = PlatformError::internal("panic");
+            ServiceResponse::new(request.clone(), actix_web::ResponseError::error_response(&error))
+        }
+    };
+    if !registry {
+        response = error::render(response, &id);
+    }
+    if let Some(metrics) = request.app_data::<web::Data<Metrics>>() {
+        let class = usize::from(response.status().as_u16() / 100).min(5);
+        Metrics::count(&metrics.requests[class]);
+    }
+    let secure = request.connection_info().scheme() == "https";
+    headers(response.headers_mut(), &id, secure);
+    tracing::debug!(request_id = id, method = %request.method(), path = request.path(), status = response.status().as_u16(), "answered");
+    Ok(response)
+}
+
+fn headers(headers: &mut header::HeaderMap, id: &str, secure: bool) {
+    let fixed = [
+        ("x-content-type-options", "nosniff"),
+        ("referrer-policy", "no-referrer"),
+        ("cross-origin-opener-policy", "same-origin"),
+        ("cross-origin-resource-policy", "same-origin"),
+        (
+            "content-security-policy",
+            "default-src 'none'; style-src 'self'; img-src 'self'; script-src 'self'; form-action 'self'; \
+             frame-ancestors 'none'; base-uri 'none'",
+        ),
+    ];
+    for (name, value) in fixed {
+        headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+    }
+    if secure {
+        headers.insert(header::STRICT_TRANSPORT_SECURITY, HeaderValue::from_static("max-age=31536000"));
+    }
+    if !headers.contains_key(header::CACHE_CONTROL) {
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    }
+    if let Ok(value) = HeaderValue::from_str(id) {
+        headers.insert(HeaderName::from_static("x-request-id"), value);
+    }
+}
+
+/// The address by which a client knows us: the configured one, or on loopback the Host header.
+#[derive(Debug, Clone)]
+pub struct OwnAddress {
+    /// Configured address without a trailing slash.
+    pub external: Option<String>,
+}
+
+impl OwnAddress {
+    /// Scheme and authority, such as `http://127.0.0.1:8080`. None when the Host header is none
+    /// of ours: nothing may then be built from it.
+    #[must_use]
+    pub fn of(&self, req: &HttpRequest) -> Option<String> {
+        if let Some(external) = &self.external {
+            return Some(external.clone());
+        }
+        let host = req.headers().get(header::HOST)?.to_str().ok()?;
+        crate::config::is_loopback(host).then(|| format!("{}://{host}", req.connection_info().scheme()))
+    }
+
+    /// Whether a request that changes something comes from our own pages: browsers send `Origin`
+    /// with each POST, and it must be our own address.
+    #[must_use]
+    pub fn same_origin(&self, req: &HttpRequest) -> bool {
+        let Some(own) = self.of(req) else { return false };
+        let site = req.headers().get("sec-fetch-site").and_then(|v| v.to_str().ok());
+        if site.is_some_and(|site| site != "same-origin" && site != "none") {
+            return false;
+        }
+        match req.headers().get(header::ORIGIN) {
+            Some(origin) => origin.to_str().is_ok_and(|origin| origin == own),
+            None => site.is_some(),
+        }
+    }
+}
+
+/// Reads a JSON body into a closed type. Unknown fields, wrong types and missing fields are faults
+/// with their place.
+pub fn parse_json<T: DeserializeOwned>(req: &HttpRequest, body: &[u8]) -> Result<T, PlatformError> {
+    let kind = req.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("");
+    if !kind.split(';').next().unwrap_or("").trim().eq_ignore_ascii_case("application/json") {
+        return Err(PlatformError::Malformed("send the body with Content-Type: application/json".into()));
+    }
+    serde_json::from_slice(body).map_err(|error| {
+        let (line, column) = (error.line(), error.column());
+        // serde's text names fields and types; a value that it would echo is cut off.
+        let text = error.to_string();
+        let text = text.split(" at line ").next().unwrap_or_default();
+        let message = if text.starts_with("invalid type") || text.starts_with("invalid value") {
+            format!("a value has the wrong type{}", text.rfind(", expected").map_or("", |at| &text[at..]))
+        } else {
+            text.to_owned()
+        };
+        let place = |n: usize| u32::try_from(n).unwrap_or(0);
+        PlatformError::fault(
+            Fault::new(Code(426), Kind::Invalid, "", message).at(place(line), place(column)),
+        )
+    })
+}

@@ -1,0 +1,81 @@
+//! The config of an image: what it wants to run, as whom, on which platform.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::manifest::{ManifestError, strict};
+
+/// What matters of a config.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ImageConfig {
+    /// Operating system.
+    pub os: String,
+    /// Architecture.
+    pub architecture: String,
+    /// `USER`.
+    pub user: String,
+    /// `ENTRYPOINT`.
+    pub entrypoint: Vec<String>,
+    /// `CMD`.
+    pub cmd: Vec<String>,
+    /// `EXPOSE`, the TCP ports.
+    pub exposed_ports: Vec<u16>,
+    /// `VOLUME`.
+    pub volumes: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Raw {
+    #[serde(default)]
+    os: String,
+    #[serde(default)]
+    architecture: String,
+    config: Option<RawConfig>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct RawConfig {
+    user: Option<String>,
+    entrypoint: Option<Vec<String>>,
+    cmd: Option<Vec<String>>,
+    exposed_ports: Option<BTreeMap<String, serde_json::Value>>,
+    volumes: Option<BTreeMap<String, serde_json::Value>>,
+}
+
+impl ImageConfig {
+    /// Reads a config.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
+        let value = strict(bytes)?;
+        let raw: Raw = serde_json::from_value(value)
+            .map_err(|_| ManifestError("the config of the image has a field of the wrong type".into()))?;
+        let config = raw.config.unwrap_or_default();
+        let port = |text: &String| text.strip_suffix("/tcp").unwrap_or(text).parse().ok();
+        Ok(Self {
+            os: raw.os,
+            architecture: raw.architecture,
+            user: config.user.unwrap_or_default().trim().to_owned(),
+            entrypoint: config.entrypoint.unwrap_or_default(),
+            cmd: config.cmd.unwrap_or_default(),
+            exposed_ports: config.exposed_ports.unwrap_or_default().keys().filter_map(port).collect(),
+            volumes: config.volumes.unwrap_or_default().into_keys().collect(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_config_is_read_and_its_lies_are_not() {
+        let text = br#"{"os":"linux","architecture":"amd64","rootfs":{"type":"layers","diff_ids":[]},
+            "config":{"User":"app","Cmd":["a"],"Entrypoint":null,"ExposedPorts":{"8080/tcp":{},"53/udp":{}},"Volumes":{"/data":{}}}}"#;
+        let config = ImageConfig::parse(text).unwrap();
+        assert_eq!((config.user.as_str(), config.exposed_ports.as_slice()), ("app", [8080].as_slice()));
+        assert_eq!(config.volumes, ["/data"]);
+        assert!(ImageConfig::parse(br#"{"os":"linux","OS":"windows"}"#).is_err());
+        assert!(ImageConfig::parse(br#"{"config":{"User":5}}"#).is_err());
+    }
+}

@@ -1,0 +1,133 @@
+//! The loop: claim, act, record. The only place that owns retries and leases.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::PgPool;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use super::{Failure, Lease, Outcome, Reconciler, Waker, store};
+use crate::telemetry::Metrics;
+
+/// How many objects are worked on at once, in all and of one tenant.
+const AT_ONCE: usize = 16;
+const PER_TENANT: i64 = 4;
+/// How often other replicas' work is looked for.
+const POLL: Duration = Duration::from_millis(250);
+/// How often a claim is renewed; well within its length, with room for a slow database.
+const RENEW: Duration = Duration::from_secs(6);
+
+/// Runs all reconcilers until `stop`; what has begun is finished first.
+pub async fn run(
+    pool: PgPool,
+    reconcilers: Vec<Arc<dyn Reconciler>>,
+    waker: Waker,
+    metrics: actix_web::web::Data<Metrics>,
+    stop: CancellationToken,
+) {
+    let by_kind: HashMap<&'static str, Arc<dyn Reconciler>> =
+        reconcilers.into_iter().map(|r| (r.kind(), r)).collect();
+    let room = Arc::new(Semaphore::new(AT_ONCE));
+    let mut down = false;
+    while !stop.is_cancelled() {
+        let free = i64::try_from(room.available_permits()).unwrap_or(0);
+        let claimed = if free == 0 { Ok(Vec::new()) } else { store::claim(&pool, free, PER_TENANT).await };
+        let claimed = match claimed {
+            Ok(claimed) => {
+                down = false;
+                claimed
+            }
+            Err(error) => {
+                if !down {
+                    tracing::warn!(%error, "no work can be claimed; trying on");
+                }
+                down = true;
+                Vec::new()
+            }
+        };
+        fail::fail_point!("reconcile::claimed");
+        let some = !claimed.is_empty();
+        for claim in claimed {
+            let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
+            let Some(reconciler) = by_kind.get(claim.kind.as_str()).cloned() else {
+                tracing::error!(kind = claim.kind, "work of a kind that this version does not know");
+                continue;
+            };
+            let (pool, metrics, waker) = (pool.clone(), metrics.clone(), waker.clone());
+            tokio::spawn(async move {
+                work(&pool, &*reconciler, claim.lease, &metrics).await;
+                drop(permit);
+                waker.wake();
+            });
+        }
+        if !some {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = waker.woken() => {}
+                () = tokio::time::sleep(POLL) => {}
+            }
+        }
+    }
+    // All permits back: nothing is under way any more.
+    let all = u32::try_from(AT_ONCE).unwrap_or(u32::MAX);
+    let _ = tokio::time::timeout(Duration::from_secs(15), room.acquire_many(all)).await;
+}
+
+async fn work(pool: &PgPool, reconciler: &dyn Reconciler, lease: Lease, metrics: &Metrics) {
+    let kind = reconciler.kind();
+    let result = tokio::select! {
+        result = reconciler.reconcile(lease) => result,
+        () = hold(pool, kind, lease) => {
+            tracing::warn!(kind, object = lease.object_id, "the lease has passed on; stopped");
+            Metrics::count(&metrics.fenced);
+            return;
+        }
+    };
+    fail::fail_point!("reconcile::finish");
+    match &result {
+        Ok(Outcome::Again(_)) => {}
+        Ok(_) => Metrics::count(&metrics.reconciles),
+        Err(Failure::Transient(error)) => {
+            Metrics::count(&metrics.retries);
+            tracing::warn!(kind, object = lease.object_id, attempt = lease.attempt, error, "will be tried again");
+        }
+        Err(Failure::Permanent(error)) => {
+            Metrics::count(&metrics.parked);
+            tracing::warn!(kind, object = lease.object_id, error, "parked");
+        }
+    }
+    let problem = match &result {
+        Ok(_) => None,
+        Err(Failure::Transient(text) | Failure::Permanent(text)) => Some(text.as_str()),
+    };
+    let recorded = match store::finish(pool, kind, lease, &result).await {
+        Ok(true) => reconciler.report(lease.object_id, problem).await,
+        Ok(false) => {
+            Metrics::count(&metrics.fenced);
+            Ok(())
+        }
+        Err(error) => Err(error),
+    };
+    if let Err(error) = recorded {
+        // The claim runs out by itself and the work is done again: it is idempotent.
+        tracing::warn!(kind, object = lease.object_id, %error, "the result could not be written down");
+    }
+}
+
+/// Renews the claim until it cannot be renewed any more; returns a second before it would end.
+async fn hold(pool: &PgPool, kind: &str, lease: Lease) {
+    let margin = Duration::from_secs_f64(store::LEASE_SECONDS) - Duration::from_secs(1);
+    let mut good_until = tokio::time::Instant::now() + margin;
+    loop {
+        tokio::time::sleep(RENEW).await;
+        let asked = tokio::time::Instant::now();
+        match tokio::time::timeout_at(good_until, store::renew(pool, kind, lease)).await {
+            Ok(Ok(true)) => good_until = asked + margin,
+            Ok(Ok(false)) | Err(_) => return,
+            Ok(Err(_)) if tokio::time::Instant::now() >= good_until => return,
+            Ok(Err(_)) => {}
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! The work table: claimed in batches, fair between tenants, fenced by epochs. Only the database's
+//! clock decides.
+
+use sqlx::{PgConnection, PgPool};
+
+use super::{Failure, Lease, Outcome};
+use crate::ids::TenantId;
+
+/// There is something to do for this object: in the transaction that changes it.
+pub async fn enqueue(
+    conn: &mut PgConnection,
+    kind: &str,
+    object_id: i64,
+    tenant: TenantId,
+) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "INSERT INTO work (kind, object_id, tenant_id) VALUES ($1, $2, $3) \
+         ON CONFLICT (kind, object_id) DO UPDATE SET wake = work.wake + 1, \
+         due_at = least(work.due_at, now()), parked_at = NULL, attempt = 0",
+        kind,
+        object_id,
+        tenant.0
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// A claimed row.
+pub(super) struct Claimed {
+    pub(super) kind: String,
+    pub(super) lease: Lease,
+}
+
+/// Seconds that a claim lasts unless it is renewed.
+pub(super) const LEASE_SECONDS: f64 = 20.0;
+
+/// Claims up to `limit` due objects, at most `per_tenant` of one tenant.
+pub(super) async fn claim(pool: &PgPool, limit: i64, per_tenant: i64) -> Result<Vec<Claimed>, sqlx::Error> {
+    let rows = sqlx::query!(
+        r#"WITH due AS (
+               SELECT kind, object_id, tenant_id, due_at FROM work
+               WHERE parked_at IS NULL AND due_at <= now() ORDER BY due_at LIMIT 500
+           ), fair AS (
+               SELECT kind, object_id, due_at,
+                      row_number() OVER (PARTITION BY tenant_id ORDER BY due_at) AS place FROM due
+           ), picked AS (
+               SELECT w.kind, w.object_id FROM work w JOIN fair f USING (kind, object_id)
+               WHERE f.place <= $2 AND w.parked_at IS NULL AND w.due_at <= now()
+               ORDER BY f.due_at LIMIT $1 FOR UPDATE OF w SKIP LOCKED
+           )
+           UPDATE work w SET due_at = now() + make_interval(secs => $3), epoch = w.epoch + 1,
+                  seen = w.wake, attempt = w.attempt + 1
+           FROM picked p WHERE w.kind = p.kind AND w.object_id = p.object_id
+           RETURNING w.kind, w.object_id, w.epoch, w.attempt"#,
+        limit,
+        per_tenant,
+        LEASE_SECONDS
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| Claimed {
+            kind: row.kind,
+            lease: Lease { object_id: row.object_id, epoch: row.epoch, attempt: row.attempt },
+        })
+        .collect())
+}
+
+/// Holds a claim for longer; false when it has passed on.
+pub(super) async fn renew(pool: &PgPool, kind: &str, lease: Lease) -> Result<bool, sqlx::Error> {
+    let done = sqlx::query!(
+        "UPDATE work SET due_at = now() + make_interval(secs => $4) \
+         WHERE kind = $1 AND object_id = $2 AND epoch = $3",
+        kind,
+        lease.object_id,
+        lease.epoch,
+        LEASE_SECONDS
+    )
+    .execute(pool)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Writes down how it ended; false when the claim had passed on and the result is dropped. A wake
+/// during the work makes it due at once.
+pub(super) async fn finish(
+    pool: &PgPool,
+    kind: &str,
+    lease: Lease,
+    result: &Result<Outcome, Failure>,
+) -> Result<bool, sqlx::Error> {
+    let (seconds, parked, class, error) = match result {
+        Ok(Outcome::Gone) => {
+            let done = sqlx::query!(
+                "DELETE FROM work WHERE kind = $1 AND object_id = $2 AND epoch = $3 AND wake = seen",
+                kind,
+                lease.object_id,
+                lease.epoch
+            )
+            .execute(pool)
+            .await?;
+            return Ok(done.rows_affected() == 1);
+        }
+        // Every object is looked at again within ten minutes, spread out.
+        Ok(Outcome::Settled) => (480.0 + 120.0 * rand::random::<f64>(), false, None, None),
+        Ok(Outcome::Again(after)) => (after.as_secs_f64(), false, None, None),
+        Err(Failure::Transient(text)) => {
+            let most = f64::from(lease.attempt.clamp(1, 9)).exp2().min(300.0);
+            (0.5 + most * rand::random::<f64>(), false, Some("transient"), Some(text.as_str()))
+        }
+        Err(Failure::Permanent(text)) => (0.0, true, Some("permanent"), Some(text.as_str())),
+    };
+    let good = result.is_ok();
+    let done = sqlx::query!(
+        "UPDATE work SET due_at = CASE WHEN wake = seen THEN now() + make_interval(secs => $4) ELSE now() END, \
+         parked_at = CASE WHEN $5 AND wake = seen THEN now() END, \
+         attempt = CASE WHEN $6 THEN 0 ELSE attempt END, error_class = $7, error = $8 \
+         WHERE kind = $1 AND object_id = $2 AND epoch = $3",
+        kind,
+        lease.object_id,
+        lease.epoch,
+        seconds,
+        parked,
+        good,
+        class,
+        error
+    )
+    .execute(pool)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}

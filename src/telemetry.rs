@@ -1,0 +1,66 @@
+//! Logs, and the few numbers that an operator watches.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{Log, LogFormat};
+
+/// Starts logging to standard error. A second call does nothing.
+pub fn start(log: &Log) {
+    let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let _ = match log.format {
+        LogFormat::Text => builder.with_ansi(false).try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+    };
+}
+
+/// Counters of this process, in Prometheus' text form at `/metrics` on a listener of their own.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    /// Requests answered, by class of status: index 2 is 2xx.
+    pub requests: [AtomicU64; 6],
+    /// Reconciles that settled.
+    pub reconciles: AtomicU64,
+    /// Reconciles that failed and will be tried again.
+    pub retries: AtomicU64,
+    /// Reconciles that were parked.
+    pub parked: AtomicU64,
+    /// Results that came too late: the lease had passed on.
+    pub fenced: AtomicU64,
+}
+
+impl Metrics {
+    /// Adds one.
+    pub fn count(counter: &AtomicU64) {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The text that a scraper reads.
+    #[must_use]
+    pub fn render(&self) -> String {
+        use std::fmt::Write as _;
+        let mut out = String::from("# TYPE bulkhead_http_responses_total counter\n");
+        for (class, counter) in self.requests.iter().enumerate().skip(1) {
+            let _ = writeln!(
+                out,
+                "bulkhead_http_responses_total{{class=\"{class}xx\"}} {}",
+                counter.load(Ordering::Relaxed)
+            );
+        }
+        for (name, counter) in [
+            ("settled", &self.reconciles),
+            ("retried", &self.retries),
+            ("parked", &self.parked),
+            ("fenced", &self.fenced),
+        ] {
+            let _ = writeln!(
+                out,
+                "# TYPE bulkhead_reconciles_{name}_total counter\nbulkhead_reconciles_{name}_total {}",
+                counter.load(Ordering::Relaxed)
+            );
+        }
+        out
+    }
+}

@@ -1,0 +1,233 @@
+//! What can be done to a tenant: onboard, change, suspend, resume, offboard. Each is one
+//! transaction: rows, audit and work together or not at all.
+
+use actix_web::http::StatusCode;
+use serde_json::{Value, json};
+use sqlx::{PgPool, Postgres, Transaction};
+
+use super::{Limits, store};
+use crate::access::idempotency::{Kept, Once};
+use crate::access::{Actor, TenantRef};
+use crate::audit;
+use crate::config::Pools;
+use crate::error::Error;
+use crate::ids::{ActorId, TenantId, TenantName};
+use crate::reconcile::{Waker, enqueue};
+use crate::uid_ranges;
+
+/// The kind of a tenant's work.
+pub const WORK: &str = "tenant";
+
+/// Who acts, within which request.
+#[derive(Debug, Clone, Copy)]
+pub struct By<'a> {
+    /// Who.
+    pub actor: &'a Actor,
+    /// Request.
+    pub request_id: &'a str,
+}
+
+/// A tenant to be onboarded, checked.
+#[derive(Debug)]
+pub struct NewTenant {
+    /// Name.
+    pub name: TenantName,
+    /// For people.
+    pub display_name: String,
+    /// All limits.
+    pub limits: Limits,
+}
+
+/// The limits of a tenant whose admin says nothing: a small team.
+pub const DEFAULT_LIMITS: Limits = Limits {
+    cpu_millis: Some(4_000),
+    memory: Some(8 << 30),
+    apps: Some(20),
+    instances: Some(60),
+    registry_bytes: Some(20 << 30),
+};
+
+/// Onboards: tenant, quota, id range, network number, work and audit in one transaction.
+pub async fn onboard(
+    pool: &PgPool,
+    pools: &Pools,
+    waker: &Waker,
+    by: By<'_>,
+    once: &Once,
+    new: NewTenant,
+) -> Result<Kept, Error> {
+    let mut tx = pool.begin().await?;
+    if let Some(kept) = once.kept(&mut tx, by.actor).await? {
+        return Ok(kept);
+    }
+    let id = store::insert_tenant(&mut tx, &new.name, &new.display_name).await.map_err(|error| {
+        match crate::db::constraint(&error) {
+            Some("tenant_name_is_taken") => Error::AlreadyExists(
+                "this name is taken, or was once: names of tenants are never given again".into(),
+            ),
+            _ => error.into(),
+        }
+    })?;
+    store::insert_quota(&mut tx, id, new.limits).await?;
+    let range = uid_ranges::allocate_range(&mut tx, id, pools).await?;
+    store::insert_network(&mut tx, id, i64::from(pools.networks())).await.map_err(|error| {
+        match crate::db::constraint(&error) {
+            Some("network_pool_is_used_up") => {
+                Error::Conflict("the pool of networks is used up: numbers are never given twice (BH-425)".into())
+            }
+            _ => error.into(),
+        }
+    })?;
+    let ids = format!("ids {} to {} are its own", range.start, range.end - 1);
+    store::set_condition(&mut tx, id, "UserIds", "true", "Given", &ids).await?;
+    for part in ["Registry", "Network"] {
+        store::set_condition(&mut tx, id, part, "unknown", "Pending", "being set up").await?;
+    }
+    record(&mut tx, id, by, "tenant.onboard", &new.name, json!({"uids": [range.start, range.end]})).await?;
+    enqueue(&mut tx, WORK, id.0, id).await?;
+    let body = json!({
+        "name": new.name, "generation": 1, "state": "active",
+        "uid_ranges": [{"start": range.start, "end": range.end}],
+    });
+    once.keep(&mut tx, by.actor, StatusCode::ACCEPTED, &body).await?;
+    fail::fail_point!("tenants::onboard_commit", |_| Err(Error::internal("failpoint")));
+    tx.commit().await?;
+    waker.wake();
+    Ok(Kept { status: StatusCode::ACCEPTED, body })
+}
+
+async fn record(
+    tx: &mut Transaction<'_, Postgres>,
+    id: TenantId,
+    by: By<'_>,
+    action: &'static str,
+    name: &TenantName,
+    detail: Value,
+) -> Result<(), Error> {
+    let event = audit::Event {
+        tenant: Some(id),
+        actor: &by.actor.id,
+        action,
+        object: name.as_str(),
+        request_id: by.request_id,
+        detail,
+    };
+    audit::record(tx, event).await
+}
+
+/// Changes the display name and limits.
+pub async fn change(
+    pool: &PgPool,
+    by: By<'_>,
+    tenant: &TenantRef,
+    display_name: Option<&str>,
+    limits: Limits,
+    expected: Option<i64>,
+) -> Result<i64, Error> {
+    let mut tx = pool.begin().await?;
+    let (generation, state) = store::lock_tenant(&mut tx, tenant.id).await?;
+    check_generation(expected, generation)?;
+    if state.starts_with("offboard") {
+        return Err(Error::Conflict(format!("the tenant is {state}; nothing of it can change any more")));
+    }
+    if let Some(name) = display_name {
+        store::set_display_name(&mut tx, tenant.id, name).await?;
+    }
+    store::set_limits(&mut tx, tenant.id, limits).await?;
+    let generation = store::raise_generation(&mut tx, tenant.id, &state).await?;
+    record(&mut tx, tenant.id, by, "tenant.change", &tenant.name, json!({"quota": limits_view(limits)})).await?;
+    enqueue(&mut tx, WORK, tenant.id.0, tenant.id).await?;
+    tx.commit().await?;
+    Ok(generation)
+}
+
+fn limits_view(limits: Limits) -> Value {
+    json!({
+        "cpu": limits.cpu_millis, "memory": limits.memory, "apps": limits.apps,
+        "instances": limits.instances, "registry_bytes": limits.registry_bytes,
+    })
+}
+
+/// Refuses when `If-Match` names another generation.
+pub fn check_generation(expected: Option<i64>, generation: i64) -> Result<(), Error> {
+    match expected {
+        Some(expected) if expected != generation => Err(Error::PreconditionFailed(generation)),
+        _ => Ok(()),
+    }
+}
+
+/// What a suspension does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Suspension {
+    /// Apps stop; nothing is lost.
+    Begin,
+    /// Apps run again.
+    End,
+}
+
+/// Suspends or resumes. Doing it again changes nothing.
+pub async fn suspend(
+    pool: &PgPool,
+    waker: &Waker,
+    by: By<'_>,
+    tenant: &TenantRef,
+    what: Suspension,
+) -> Result<i64, Error> {
+    let mut tx = pool.begin().await?;
+    let (generation, state) = store::lock_tenant(&mut tx, tenant.id).await?;
+    let (wanted, action) = match what {
+        Suspension::Begin => ("suspended", "tenant.suspend"),
+        Suspension::End => ("active", "tenant.resume"),
+    };
+    if state == wanted {
+        return Ok(generation);
+    }
+    if state.starts_with("offboard") {
+        return Err(Error::Conflict(format!("the tenant is {state}")));
+    }
+    let generation = store::raise_generation(&mut tx, tenant.id, wanted).await?;
+    record(&mut tx, tenant.id, by, action, &tenant.name, json!({})).await?;
+    enqueue(&mut tx, WORK, tenant.id.0, tenant.id).await?;
+    store::wake_apps(&mut tx, tenant.id).await?;
+    tx.commit().await?;
+    waker.wake();
+    Ok(generation)
+}
+
+/// The steps of an offboarding, in their order. Each is done only when a second look says so.
+pub const STEPS: [&str; 5] = ["credentials", "apps", "registry", "network", "user-ids"];
+
+/// Starts the offboarding. Doing it again changes nothing.
+pub async fn offboard(pool: &PgPool, waker: &Waker, by: By<'_>, tenant: &TenantRef) -> Result<i64, Error> {
+    let mut tx = pool.begin().await?;
+    let (generation, state) = store::lock_tenant(&mut tx, tenant.id).await?;
+    if state.starts_with("offboard") {
+        return Ok(generation);
+    }
+    let generation = store::raise_generation(&mut tx, tenant.id, "offboarding").await?;
+    store::insert_steps(&mut tx, tenant.id, &STEPS).await?;
+    store::revoke_tokens(&mut tx, tenant.id).await?;
+    record(&mut tx, tenant.id, by, "tenant.offboard", &tenant.name, json!({})).await?;
+    enqueue(&mut tx, WORK, tenant.id.0, tenant.id).await?;
+    tx.commit().await?;
+    waker.wake();
+    Ok(generation)
+}
+
+/// Writes down that the platform has finished an offboarding.
+pub async fn record_offboarded(
+    tx: &mut Transaction<'_, Postgres>,
+    id: TenantId,
+    name: &TenantName,
+) -> Result<(), Error> {
+    let actor = ActorId::platform();
+    let event = audit::Event {
+        tenant: Some(id),
+        actor: &actor,
+        action: "tenant.offboarded",
+        object: name.as_str(),
+        request_id: "reconcile",
+        detail: json!({}),
+    };
+    audit::record(tx, event).await
+}

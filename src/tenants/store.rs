@@ -1,0 +1,344 @@
+//! Tenants' rows.
+
+use serde::Serialize;
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+
+use super::{Amount, Limits, Quota, Tenant};
+use crate::error::Error;
+use crate::ids::{TenantId, TenantName};
+
+pub(super) async fn insert_tenant(
+    conn: &mut PgConnection,
+    name: &TenantName,
+    display_name: &str,
+) -> Result<TenantId, sqlx::Error> {
+    let id = sqlx::query_scalar!(
+        "INSERT INTO tenant (name, display_name) VALUES ($1, $2) RETURNING id",
+        name.as_str(),
+        display_name
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(TenantId(id))
+}
+
+pub(super) async fn insert_quota(conn: &mut PgConnection, id: TenantId, limits: Limits) -> Result<(), Error> {
+    sqlx::query!(
+        "INSERT INTO quota (tenant_id, cpu_millis, memory, apps, instances, registry_bytes) \
+         VALUES ($1, coalesce($2, 0), coalesce($3, 0), coalesce($4, 0), coalesce($5, 0), coalesce($6, 0))",
+        id.0,
+        limits.cpu_millis,
+        limits.memory,
+        limits.apps,
+        limits.instances,
+        limits.registry_bytes
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn insert_network(conn: &mut PgConnection, id: TenantId, limit: i64) -> Result<(), sqlx::Error> {
+    sqlx::query!("INSERT INTO network (tenant_id, limit_) VALUES ($1, $2)", id.0, limit).execute(conn).await?;
+    Ok(())
+}
+
+/// The number of a tenant's network.
+pub async fn tenant_network(conn: &mut PgConnection, id: TenantId) -> Result<u32, Error> {
+    let number = sqlx::query_scalar!("SELECT number FROM network WHERE tenant_id = $1", id.0).fetch_one(conn).await?;
+    u32::try_from(number).map_err(Error::internal)
+}
+
+/// The state of a tenant.
+pub async fn tenant_state(conn: &mut PgConnection, id: TenantId) -> Result<String, Error> {
+    Ok(sqlx::query_scalar!("SELECT state FROM tenant WHERE id = $1", id.0).fetch_one(conn).await?)
+}
+
+/// Locks a tenant's row: generation and state.
+pub(super) async fn lock_tenant(conn: &mut PgConnection, id: TenantId) -> Result<(i64, String), Error> {
+    let row = sqlx::query!("SELECT generation, state FROM tenant WHERE id = $1 FOR UPDATE", id.0)
+        .fetch_one(conn)
+        .await?;
+    Ok((row.generation, row.state))
+}
+
+pub(super) async fn raise_generation(conn: &mut PgConnection, id: TenantId, state: &str) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
+        "UPDATE tenant SET generation = generation + 1, state = $2, changed_at = now() WHERE id = $1 \
+         RETURNING generation",
+        id.0,
+        state
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+pub(super) async fn set_display_name(conn: &mut PgConnection, id: TenantId, name: &str) -> Result<(), Error> {
+    sqlx::query!("UPDATE tenant SET display_name = $2 WHERE id = $1", id.0, name).execute(conn).await?;
+    Ok(())
+}
+
+pub(super) async fn set_limits(conn: &mut PgConnection, id: TenantId, limits: Limits) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE quota SET cpu_millis = coalesce($2, cpu_millis), memory = coalesce($3, memory), \
+         apps = coalesce($4, apps), instances = coalesce($5, instances), \
+         registry_bytes = coalesce($6, registry_bytes) WHERE tenant_id = $1",
+        id.0,
+        limits.cpu_millis,
+        limits.memory,
+        limits.apps,
+        limits.instances,
+        limits.registry_bytes
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Every app of the tenant has to be looked at, because the tenant's state has changed.
+pub(super) async fn wake_apps(conn: &mut PgConnection, id: TenantId) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE work SET wake = wake + 1, due_at = now(), parked_at = NULL, attempt = 0 \
+         WHERE tenant_id = $1 AND kind = 'app'",
+        id.0
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn revoke_tokens(conn: &mut PgConnection, id: TenantId) -> Result<(), Error> {
+    sqlx::query!("UPDATE api_token SET revoked_at = now() WHERE tenant_id = $1 AND revoked_at IS NULL", id.0)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+pub(super) async fn count_good_tokens(conn: &mut PgConnection, id: TenantId) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT count(*) AS "n!" FROM api_token WHERE tenant_id = $1 AND revoked_at IS NULL"#,
+        id.0
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+pub(super) async fn insert_steps(conn: &mut PgConnection, id: TenantId, steps: &[&str]) -> Result<(), Error> {
+    let names: Vec<String> = steps.iter().map(ToString::to_string).collect();
+    sqlx::query!(
+        "INSERT INTO offboarding_step (tenant_id, position, name) \
+         SELECT $1, place::int, name FROM unnest($2::text[]) WITH ORDINALITY AS s (name, place)",
+        id.0,
+        &names
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// A step of an offboarding as shown.
+#[derive(Debug, Clone, Serialize)]
+pub struct Step {
+    /// Name.
+    pub name: String,
+    /// `waiting`, `running`, `done`.
+    pub state: String,
+    /// What is still in the way.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// When it began.
+    #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<OffsetDateTime>,
+    /// When a second look said that it is done.
+    #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<OffsetDateTime>,
+}
+
+pub(super) async fn list_steps(conn: &mut PgConnection, id: TenantId) -> Result<Vec<Step>, Error> {
+    Ok(sqlx::query_as!(
+        Step,
+        "SELECT name, state, message, started_at, finished_at FROM offboarding_step \
+         WHERE tenant_id = $1 ORDER BY position",
+        id.0
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+pub(super) async fn set_step(
+    conn: &mut PgConnection,
+    id: TenantId,
+    name: &str,
+    state: &str,
+    message: &str,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE offboarding_step SET state = $3, message = $4, started_at = coalesce(started_at, now()), \
+         finished_at = CASE WHEN $3 = 'done' THEN coalesce(finished_at, now()) END \
+         WHERE tenant_id = $1 AND name = $2",
+        id.0,
+        name,
+        state,
+        message
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn set_offboarded(conn: &mut PgConnection, id: TenantId) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE tenant SET state = 'offboarded', offboarded_at = now(), observed_generation = generation \
+         WHERE id = $1",
+        id.0
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// What the platform has to say about a part.
+#[derive(Debug, Clone, Serialize)]
+pub struct Condition {
+    /// Part.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// `true`, `false` or `unknown`.
+    pub status: String,
+    /// A stable word.
+    pub reason: String,
+    /// A sentence.
+    pub message: String,
+    /// Since when the status is so.
+    #[serde(with = "time::serde::rfc3339")]
+    pub since: OffsetDateTime,
+}
+
+/// The conditions of a tenant, by part.
+pub async fn list_conditions(conn: &mut PgConnection, id: TenantId) -> Result<Vec<Condition>, Error> {
+    Ok(sqlx::query_as!(
+        Condition,
+        "SELECT type AS kind, status, reason, message, since FROM tenant_condition WHERE tenant_id = $1 \
+         ORDER BY type",
+        id.0
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// Writes a condition; the time moves only when the status does, and nothing is written when
+/// nothing changed.
+pub(super) async fn set_condition(
+    conn: &mut PgConnection,
+    id: TenantId,
+    kind: &str,
+    status: &str,
+    reason: &str,
+    message: &str,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "INSERT INTO tenant_condition AS c (tenant_id, type, status, reason, message) VALUES ($1, $2, $3, $4, $5) \
+         ON CONFLICT (tenant_id, type) DO UPDATE SET status = $3, reason = $4, message = $5, \
+         since = CASE WHEN c.status = $3 THEN c.since ELSE now() END \
+         WHERE (c.status, c.reason, c.message) IS DISTINCT FROM ($3, $4, $5)",
+        id.0,
+        kind,
+        status,
+        reason,
+        message
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn set_observed(conn: &mut PgConnection, id: TenantId, generation: i64) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE tenant SET observed_generation = $2 WHERE id = $1 AND observed_generation < $2",
+        id.0,
+        generation
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+struct TenantRow {
+    id: i64,
+    name: TenantName,
+    display_name: String,
+    state: String,
+    generation: i64,
+    observed_generation: i64,
+    created_at: OffsetDateTime,
+    cpu_millis: i64,
+    memory: i64,
+    apps: i64,
+    instances: i64,
+    registry_bytes: i64,
+    used_cpu_millis: i64,
+    used_memory: i64,
+    used_apps: i64,
+    used_instances: i64,
+    used_registry_bytes: i64,
+}
+
+impl From<TenantRow> for Tenant {
+    fn from(row: TenantRow) -> Self {
+        let amount = |limit, used| Amount { limit, used };
+        Self {
+            id: TenantId(row.id),
+            name: row.name,
+            display_name: row.display_name,
+            state: row.state,
+            generation: row.generation,
+            observed_generation: row.observed_generation,
+            created_at: row.created_at,
+            quota: Quota {
+                cpu: amount(row.cpu_millis, row.used_cpu_millis),
+                memory: amount(row.memory, row.used_memory),
+                apps: amount(row.apps, row.used_apps),
+                instances: amount(row.instances, row.used_instances),
+                registry_bytes: amount(row.registry_bytes, row.used_registry_bytes),
+            },
+        }
+    }
+}
+
+pub(super) async fn find_tenant(conn: &mut PgConnection, id: TenantId) -> Result<Option<Tenant>, Error> {
+    let row = sqlx::query_as!(
+        TenantRow,
+        r#"SELECT t.id, t.name AS "name: TenantName", t.display_name, t.state, t.generation, t.observed_generation,
+           t.created_at, q.cpu_millis, q.memory, q.apps, q.instances, q.registry_bytes, q.used_cpu_millis,
+           q.used_memory, q.used_apps, q.used_instances, q.used_registry_bytes
+           FROM tenant t JOIN quota q ON q.tenant_id = t.id WHERE t.id = $1"#,
+        id.0
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(Into::into))
+}
+
+/// Tenants by name. Offboarded ones are listed too: their names stay taken.
+pub(super) async fn list_tenants(conn: &mut PgConnection, after: &str, limit: i64) -> Result<Vec<Tenant>, Error> {
+    let rows = sqlx::query_as!(
+        TenantRow,
+        r#"SELECT t.id, t.name AS "name: TenantName", t.display_name, t.state, t.generation, t.observed_generation,
+           t.created_at, q.cpu_millis, q.memory, q.apps, q.instances, q.registry_bytes, q.used_cpu_millis,
+           q.used_memory, q.used_apps, q.used_instances, q.used_registry_bytes
+           FROM tenant t JOIN quota q ON q.tenant_id = t.id WHERE t.name > $1 ORDER BY t.name LIMIT $2"#,
+        after,
+        limit
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(Into::into).collect())
+}
+
+/// The one tenant of this id, for a console that shows a tenant's own token its place.
+pub async fn list_names_for_console(conn: &mut PgConnection, id: TenantId) -> Result<Vec<TenantName>, Error> {
+    Ok(sqlx::query_scalar!(r#"SELECT name AS "name: TenantName" FROM tenant WHERE id = $1"#, id.0)
+        .fetch_all(conn)
+        .await?)
+}

@@ -1,0 +1,169 @@
+//! Holds the pool against the ids that the machine itself uses: an escaped process must own
+//! nothing on the host. A real allocation that overlaps is a clash; a mere reservation of systemd
+//! (<https://systemd.io/UIDS-GIDS/>) is a warning.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::driver::workload::IdRange;
+
+/// The stretch that systemd sets aside for its own containers.
+const SYSTEMD_CONTAINERS: IdRange = IdRange { start: 524_288, size: 1_879_048_192 - 524_288 };
+
+/// Something on the machine that uses ids of the pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Clash {
+    /// Where it was found, such as `/etc/subuid`.
+    pub place: String,
+    /// Who uses them.
+    pub owner: String,
+    /// First id of theirs.
+    pub start: u64,
+    /// How many.
+    pub size: u64,
+}
+
+impl std::fmt::Display for Clash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {} uses {} id(s) from {}", self.place, self.owner, self.size, self.start)
+    }
+}
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Findings {
+    /// Real overlaps.
+    pub clashes: Vec<Clash>,
+    /// Reservations only.
+    pub warnings: Vec<String>,
+}
+
+/// Looks at the machine below `root` (`/` but for tests). `own` says which running ids are the
+/// installation's own containers.
+#[must_use]
+pub fn look(root: &Path, pool: IdRange, own: &dyn Fn(u32) -> bool) -> Findings {
+    let mut findings = Findings::default();
+    for file in ["etc/passwd", "etc/group"] {
+        let text = std::fs::read_to_string(root.join(file)).unwrap_or_default();
+        findings.clashes.extend(accounts(&format!("/{file}"), &text, pool));
+    }
+    for file in ["etc/subuid", "etc/subgid"] {
+        let text = std::fs::read_to_string(root.join(file)).unwrap_or_default();
+        findings.clashes.extend(subordinates(&format!("/{file}"), &text, pool));
+    }
+    findings.clashes.extend(processes(&root.join("proc"), pool, own));
+    if pool.overlaps(SYSTEMD_CONTAINERS) {
+        findings.warnings.push(
+            "the pool lies within 524288 to 1879048191, which systemd sets aside for its own containers; \
+             systemd-nspawn might pick the same ids"
+                .into(),
+        );
+    }
+    findings
+}
+
+fn accounts(place: &str, text: &str, pool: IdRange) -> Vec<Clash> {
+    text.lines()
+        .filter_map(|line| {
+            let mut fields = line.split(':');
+            let (name, id) = (fields.next()?, fields.nth(1)?.parse::<u32>().ok()?);
+            pool.overlaps(IdRange { start: id, size: 1 }).then(|| Clash {
+                place: place.to_owned(),
+                owner: name.to_owned(),
+                start: id.into(),
+                size: 1,
+            })
+        })
+        .collect()
+}
+
+fn subordinates(place: &str, text: &str, pool: IdRange) -> Vec<Clash> {
+    text.lines()
+        .filter_map(|line| {
+            let mut fields = line.split(':');
+            let name = fields.next()?;
+            let start = fields.next()?.parse::<u64>().ok()?;
+            let size = fields.next()?.trim().parse::<u64>().ok()?;
+            let overlaps = start < pool.end() && u64::from(pool.start) < start.saturating_add(size);
+            overlaps.then(|| Clash { place: place.to_owned(), owner: name.to_owned(), start, size })
+        })
+        .collect()
+}
+
+fn processes(proc: &Path, pool: IdRange, own: &dyn Fn(u32) -> bool) -> Vec<Clash> {
+    let Ok(entries) = std::fs::read_dir(proc) else { return Vec::new() };
+    let mut clashes = Vec::new();
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(pid) = name.to_str().filter(|n| n.bytes().all(|b| b.is_ascii_digit())) else { continue };
+        let Ok(status) = std::fs::read_to_string(entry.path().join("status")) else { continue };
+        let ids = status
+            .lines()
+            .filter(|line| line.starts_with("Uid:") || line.starts_with("Gid:"))
+            .flat_map(|line| line.split_whitespace().skip(1))
+            .filter_map(|id| id.parse::<u32>().ok());
+        for id in ids {
+            if pool.overlaps(IdRange { start: id, size: 1 }) && !own(id) {
+                clashes.push(Clash { place: "/proc".into(), owner: format!("process {pid}"), start: id.into(), size: 1 });
+                break;
+            }
+        }
+    }
+    clashes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POOL: IdRange = IdRange { start: 1_900_000_000, size: 65_536 };
+
+    fn machine(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (file, text) in files {
+            let path = dir.path().join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn a_quiet_machine_has_no_clash() {
+        let dir = machine(&[
+            ("etc/passwd", "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n"),
+            ("etc/subuid", "dev:100000:65536\n"),
+            ("proc/1/status", "Name:\tinit\nUid:\t0\t0\t0\t0\nGid:\t0\t0\t0\t0\n"),
+        ]);
+        let found = look(dir.path(), POOL, &|_| false);
+        assert_eq!(found.clashes, []);
+        assert!(found.warnings.is_empty());
+    }
+
+    #[test]
+    fn accounts_subordinate_ids_and_processes_clash() {
+        let dir = machine(&[
+            ("etc/passwd", "ldap:x:1900000005:1::/:/bin/sh\n"),
+            ("etc/group", "big:x:1900000006:\n"),
+            ("etc/subuid", "dev:1899999999:2\n"),
+            ("etc/subgid", "dev:1900065536:10\n"),
+            ("proc/7/status", "Uid:\t1900000007\t0\t0\t0\nGid:\t0\t0\t0\t0\n"),
+            ("proc/8/status", "Uid:\t1900000008\t0\t0\t0\nGid:\t0\t0\t0\t0\n"),
+        ]);
+        let found = look(dir.path(), POOL, &|id| id == 1_900_000_008);
+        let places: Vec<_> = found.clashes.iter().map(|c| (c.place.as_str(), c.owner.as_str())).collect();
+        assert_eq!(
+            places,
+            [("/etc/passwd", "ldap"), ("/etc/group", "big"), ("/etc/subuid", "dev"), ("/proc", "process 7")]
+        );
+    }
+
+    #[test]
+    fn a_reservation_of_systemd_is_only_a_warning() {
+        let dir = machine(&[]);
+        let found = look(dir.path(), IdRange { start: 600_000, size: 65_536 }, &|_| false);
+        assert!(found.clashes.is_empty());
+        assert_eq!(found.warnings.len(), 1);
+    }
+}
