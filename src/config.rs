@@ -199,8 +199,14 @@ const KEYS: &[(&str, &[&str])] = &[
     (
         "server",
         &[
-            "listen", "pull_listen", "metrics_listen", "external_url", "tls_certificate", "tls_key",
-            "behind_proxy", "workers",
+            "listen",
+            "pull_listen",
+            "metrics_listen",
+            "external_url",
+            "tls_certificate",
+            "tls_key",
+            "behind_proxy",
+            "workers",
         ],
     ),
     ("database", &["host", "port", "name", "user", "password_file", "connections"]),
@@ -248,7 +254,8 @@ impl Config {
     fn check(&self, faults: &mut Vec<String>) {
         let server = &self.server;
         if server.tls_certificate.is_some() != server.tls_key.is_some() {
-            faults.push("server.tls_certificate and server.tls_key belong together: give both or none".into());
+            faults
+                .push("server.tls_certificate and server.tls_key belong together: give both or none".into());
         }
         if !server.listen.ip().is_loopback() && server.tls_certificate.is_none() && !server.behind_proxy {
             faults.push(format!(
@@ -258,10 +265,14 @@ impl Config {
             ));
         }
         if !server.pull_listen.ip().is_loopback() {
-            faults.push("server.pull_listen is for the engine on this machine: give it a loopback address".into());
+            faults.push(
+                "server.pull_listen is for the engine on this machine: give it a loopback address".into(),
+            );
         }
         if server.pull_listen == server.listen || server.metrics_listen == Some(server.listen) {
-            faults.push("server.listen, server.pull_listen and server.metrics_listen need an address each".into());
+            faults.push(
+                "server.listen, server.pull_listen and server.metrics_listen need an address each".into(),
+            );
         }
         if let Some(url) = &server.external_url {
             check_external_url(url, faults);
@@ -411,7 +422,8 @@ network = "10.64.0.0/12"
 
     #[test]
     fn a_good_file_is_taken_and_the_environment_wins() {
-        let env = [("BULKHEAD_SERVER__LISTEN".to_owned(), "127.0.0.1:9".to_owned()), ("PATH".into(), "x".into())];
+        let env =
+            [("BULKHEAD_SERVER__LISTEN".to_owned(), "127.0.0.1:9".to_owned()), ("PATH".into(), "x".into())];
         let config = Config::parse(GOOD, &env).unwrap();
         assert_eq!(config.server.listen.port(), 9);
         assert_eq!(config.pools.networks(), 1024);
@@ -423,12 +435,18 @@ network = "10.64.0.0/12"
     fn an_unknown_key_is_refused_with_a_suggestion() {
         let text = GOOD.replace("listen = \"127.0.0.1:8080\"", "lisen = \"127.0.0.1:8080\"");
         assert!(faults(&text, &[]).contains("no setting server.lisen; did you mean listen?"));
-        assert!(faults(GOOD, &[("BULKHEAD_SERVER__LISEN", "x")]).contains("BULKHEAD_SERVER__LISEN names no setting"));
+        assert!(
+            faults(GOOD, &[("BULKHEAD_SERVER__LISEN", "x")])
+                .contains("BULKHEAD_SERVER__LISEN names no setting")
+        );
     }
 
     #[test]
     fn plain_text_beyond_loopback_is_refused() {
-        let open = [("BULKHEAD_SERVER__LISTEN", "0.0.0.0:8080"), ("BULKHEAD_SERVER__EXTERNAL_URL", "https://b.example")];
+        let open = [
+            ("BULKHEAD_SERVER__LISTEN", "0.0.0.0:8080"),
+            ("BULKHEAD_SERVER__EXTERNAL_URL", "https://b.example"),
+        ];
         assert!(faults(GOOD, &open).contains("would be plain text"));
         let mut proxied = open.to_vec();
         proxied.push(("BULKHEAD_SERVER__BEHIND_PROXY", "true"));

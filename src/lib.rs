@@ -1,8 +1,21 @@
 //! Bulkhead: the control plane of a multi-tenant container platform, safe by construction.
+//!
+//! Folders are nouns; a module imports only from those before it in this list.
 
+pub mod access;
 pub mod apps;
+pub mod audit;
 pub mod config;
+pub mod db;
 pub mod driver;
+pub mod error;
 pub mod fault;
+pub mod http;
 pub mod ids;
 pub mod images;
+pub mod prober;
+pub mod reconcile;
+pub mod registries;
+pub mod telemetry;
+pub mod tenants;
+pub mod uid_ranges;

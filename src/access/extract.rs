@@ -81,9 +81,7 @@ enum Credential {
 fn credential(req: &HttpRequest) -> Option<Credential> {
     if let Some(value) = req.headers().get(header::AUTHORIZATION) {
         let token = value.to_str().ok()?.strip_prefix("Bearer ")?.trim();
-        return token
-            .starts_with(credentials::TOKEN_PREFIX)
-            .then(|| Credential::Token(token.to_owned()));
+        return token.starts_with(credentials::TOKEN_PREFIX).then(|| Credential::Token(token.to_owned()));
     }
     req.cookie(cookie_name(req)).map(|cookie| Credential::Session(cookie.value().to_owned()))
 }
@@ -158,8 +156,7 @@ impl<P: Permission> FromRequest for TenantScope<P> {
         let req = req.clone();
         Box::pin(async move {
             let actor = authenticate(&req).await?;
-            let name: TenantName =
-                req.match_info().query("tenant").parse().map_err(|_| Error::NotFound)?;
+            let name: TenantName = req.match_info().query("tenant").parse().map_err(|_| Error::NotFound)?;
             let pool = req.app_data::<web::Data<PgPool>>().ok_or_else(|| Error::internal("no pool"))?;
             let mut conn = pool.acquire().await?;
             let tenant = store::find_tenant(&mut conn, &name).await?.ok_or(Error::NotFound)?;

@@ -34,7 +34,9 @@ impl Once {
                     .to_str()
                     .ok()
                     .filter(|key| (1..=200).contains(&key.len()))
-                    .ok_or_else(|| Error::Malformed("Idempotency-Key has 1 to 200 visible characters".into()))?
+                    .ok_or_else(|| {
+                        Error::Malformed("Idempotency-Key has 1 to 200 visible characters".into())
+                    })?
                     .to_owned(),
             ),
         };
@@ -50,7 +52,9 @@ impl Once {
     /// The answer that this very request got before; another request under the same key is refused.
     pub async fn kept(&self, conn: &mut PgConnection, actor: &Actor) -> Result<Option<Kept>, Error> {
         let Some(key) = &self.key else { return Ok(None) };
-        let Some((hash, status, body)) = store::find_answer(conn, &actor.id, key).await? else { return Ok(None) };
+        let Some((hash, status, body)) = store::find_answer(conn, &actor.id, key).await? else {
+            return Ok(None);
+        };
         if hash != self.hash {
             return Err(Error::Conflict("this Idempotency-Key was used with another request".into()));
         }

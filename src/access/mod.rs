@@ -112,7 +112,9 @@ impl TenantRef {
     pub fn require_active(&self) -> Result<(), crate::error::Error> {
         match self.state.as_str() {
             "active" => Ok(()),
-            state => Err(crate::error::Error::Conflict(format!("the tenant is {state}; only an active one can change"))),
+            state => Err(crate::error::Error::Conflict(format!(
+                "the tenant is {state}; only an active one can change"
+            ))),
         }
     }
 }

@@ -72,8 +72,12 @@ pub(super) async fn find_session(conn: &mut PgConnection, hash: &[u8]) -> Result
 }
 
 pub(super) async fn insert_session(conn: &mut PgConnection, hash: &[u8], token_id: i64) -> Result<(), Error> {
-    sqlx::query!("DELETE FROM session WHERE created_at < now() - interval '12 hours'").execute(&mut *conn).await?;
-    sqlx::query!("INSERT INTO session (hash, token_id) VALUES ($1, $2)", hash, token_id).execute(conn).await?;
+    sqlx::query!("DELETE FROM session WHERE created_at < now() - interval '12 hours'")
+        .execute(&mut *conn)
+        .await?;
+    sqlx::query!("INSERT INTO session (hash, token_id) VALUES ($1, $2)", hash, token_id)
+        .execute(conn)
+        .await?;
     Ok(())
 }
 
@@ -82,7 +86,10 @@ pub(super) async fn delete_session(conn: &mut PgConnection, hash: &[u8]) -> Resu
     Ok(())
 }
 
-pub(super) async fn find_tenant(conn: &mut PgConnection, name: &TenantName) -> Result<Option<TenantRef>, Error> {
+pub(super) async fn find_tenant(
+    conn: &mut PgConnection,
+    name: &TenantName,
+) -> Result<Option<TenantRef>, Error> {
     let row = sqlx::query!(r#"SELECT id, state FROM tenant WHERE name = $1"#, name.as_str())
         .fetch_optional(conn)
         .await?;

@@ -122,15 +122,18 @@ impl Apps {
 
     async fn resolve(&self, tenant: &TenantRef, spec: &AppSpec) -> Result<Resolved, Error> {
         let image = spec.image();
-        let found = self.registry.resolve(&tenant.name, image.repository(), &reference(image.reference())).await?;
+        let found =
+            self.registry.resolve(&tenant.name, image.repository(), &reference(image.reference())).await?;
         let names = if images::needs_passwd(&found.config) {
             Some(self.registry.read_names(&tenant.name, image.repository(), &found).await?)
         } else {
             None
         };
-        let has_command = spec.command().is_some_and(|c| !c.is_empty()) || spec.args().is_some_and(|a| !a.is_empty());
+        let has_command =
+            spec.command().is_some_and(|c| !c.is_empty()) || spec.args().is_some_and(|a| !a.is_empty());
         let command = if has_command { images::SpecCommand::Given } else { images::SpecCommand::Absent };
-        let flight = images::preflight(&found.config, names.as_ref(), spec.port(), command).map_err(Error::Invalid)?;
+        let flight =
+            images::preflight(&found.config, names.as_ref(), spec.port(), command).map_err(Error::Invalid)?;
         Ok(Resolved {
             index_digest: found.index_digest,
             digest: found.manifest_digest,
@@ -158,7 +161,9 @@ impl Apps {
         if let Some(app) = &existing {
             check_generation(expected, app.generation)?;
             if app.deleted_at.is_some() {
-                return Err(Error::Conflict("the app is being deleted; deploy it again when it is gone".into()));
+                return Err(Error::Conflict(
+                    "the app is being deleted; deploy it again when it is gone".into(),
+                ));
             }
         } else if expected.is_some_and(|expected| expected != 0) {
             return Err(Error::PreconditionFailed(0));
@@ -229,7 +234,8 @@ impl Apps {
         self.take_addresses(tx, tenant, id, peak).await?;
         store::insert_release(tx, tenant.id, id, release).await?;
         store::add_used(tx, tenant.id, Reserved::default(), peak.reserved(), 1).await?;
-        let detail = json!({"revision": 1, "digest": release.digest, "uids": [block.ids.start, block.ids.size]});
+        let detail =
+            json!({"revision": 1, "digest": release.digest, "uids": [block.ids.start, block.ids.size]});
         record(tx, by, tenant, "app.create", name, detail).await?;
         enqueue(tx, WORK, id.0, tenant.id).await?;
         Ok(())
@@ -308,7 +314,12 @@ impl Apps {
             return Err(Error::QuotaExceeded(faults));
         }
         for missing in store::list_missing(tx, tenant.id, spec.connects_apps()).await? {
-            faults.push(Fault::new(Code(427), Kind::Conflict, "connects.apps", format!("there is no app {missing}")));
+            faults.push(Fault::new(
+                Code(427),
+                Kind::Conflict,
+                "connects.apps",
+                format!("there is no app {missing}"),
+            ));
         }
         if !faults.is_empty() {
             return Err(Error::Invalid(faults));
@@ -348,7 +359,9 @@ impl Apps {
             .iter()
             .filter(|fault| matches!(fault.kind, Kind::Unknown | Kind::Forbidden))
             .filter_map(|fault| fault.path.rsplit('.').next())
-            .map(|name| name.chars().filter(|c| c.is_ascii_alphanumeric() || "_-".contains(*c)).take(64).collect())
+            .map(|name| {
+                name.chars().filter(|c| c.is_ascii_alphanumeric() || "_-".contains(*c)).take(64).collect()
+            })
             .filter(|name: &String| !name.is_empty())
             .take(20)
             .collect();

@@ -70,8 +70,13 @@ pub async fn put_app(
     };
     if *spec.name() != name {
         return Err(Error::fault(
-            Fault::new(Code(428), Kind::Conflict, "name", "the name in the spec is not the one in the address")
-                .because("an app keeps its name for life; another name is another app"),
+            Fault::new(
+                Code(428),
+                Kind::Conflict,
+                "name",
+                "the name in the spec is not the one in the address",
+            )
+            .because("an app keeps its name for life; another name is another app"),
         ));
     }
     let by = By { actor: &scope.actor, request_id: &scope.request_id.0 };

@@ -127,6 +127,9 @@ mod tests {
             stream: LogStreamName::Stdout,
             text: "2099-01-01T00:00:00Z 1 *** all is well".into(),
         };
-        assert_eq!(line_for_people(&line), "1970-01-01T00:00:00Z 2 out 2099-01-01T00:00:00Z 1 *** all is well\n");
+        assert_eq!(
+            line_for_people(&line),
+            "1970-01-01T00:00:00Z 2 out 2099-01-01T00:00:00Z 1 *** all is well\n"
+        );
     }
 }

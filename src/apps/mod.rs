@@ -1,2 +1,69 @@
-//! Apps.
+//! Apps: the safe spec, releases, and what is seen of them.
+
+use serde::Serialize;
+use time::OffsetDateTime;
+
+use crate::driver::AppObserved;
+use crate::ids::{AppId, AppName, TenantId};
+
+pub mod actions;
+pub mod api;
+pub mod console;
+pub mod follow;
+pub mod logs;
+pub mod reconcile;
+pub mod release;
+pub mod reservation;
 pub mod spec;
+mod store;
+mod view;
+
+pub use release::Release;
+pub use reservation::Peak;
+
+/// An app's row.
+#[derive(Debug, Clone)]
+pub struct App {
+    /// Identity.
+    pub id: AppId,
+    /// Tenant.
+    pub tenant_id: TenantId,
+    /// Name.
+    pub name: AppName,
+    /// Raised by each change.
+    pub generation: i64,
+    /// The last one that the engine's side has taken over.
+    pub observed_generation: i64,
+    /// The release that is desired.
+    pub revision: i64,
+    /// What is reserved for it.
+    pub peak: Peak,
+    /// First of its host ids.
+    pub uid_start: i64,
+    /// Number of its host ids.
+    pub uid_size: i64,
+    /// What was last seen.
+    pub observed: Option<AppObserved>,
+    /// When that was.
+    pub observed_at: Option<OffsetDateTime>,
+    /// What keeps the platform from going on.
+    pub problem: Option<String>,
+    /// When it was first deployed.
+    pub created_at: OffsetDateTime,
+    /// When it was last changed.
+    pub changed_at: OffsetDateTime,
+    /// When its removal was asked for.
+    pub deleted_at: Option<OffsetDateTime>,
+}
+
+/// Something that was found or done.
+#[derive(Debug, Clone, Serialize)]
+pub struct Event {
+    /// When.
+    #[serde(with = "time::serde::rfc3339")]
+    pub at: OffsetDateTime,
+    /// A stable word.
+    pub kind: String,
+    /// A sentence.
+    pub text: String,
+}

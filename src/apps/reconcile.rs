@@ -43,7 +43,7 @@ impl Reconciler for AppReconciler {
         let Some(app) = store::find_app_by_id(&mut conn, AppId(lease.object_id)).await? else {
             return Ok(Outcome::Gone);
         };
-        let tenant = store::tenant_name(&mut conn, app.tenant_id).await?;
+        let tenant = tenants::name_of(&mut conn, app.tenant_id).await?;
         drop(conn);
         if app.deleted_at.is_some() {
             return self.remove(&tenant, &app).await;
@@ -142,6 +142,23 @@ impl Belongings for AppsOfTenant {
         }
         let left = store::count_left(&mut tx, tenant).await?;
         tx.commit().await?;
-        Ok(if left == 0 { Left::Nothing } else { Left::Some(format!("{left} app(s) are still being removed")) })
+        Ok(if left == 0 {
+            Left::Nothing
+        } else {
+            Left::Some(format!("{left} app(s) are still being removed"))
+        })
+    }
+}
+
+#[async_trait::async_trait]
+impl crate::registries::Holders for AppsOfTenant {
+    async fn holders(
+        &self,
+        tenant: TenantId,
+        repository: &crate::ids::RepositoryPath,
+        digests: &[String],
+    ) -> Result<Vec<(String, String)>, Error> {
+        let mut conn = self.pool.acquire().await?;
+        store::list_holders(&mut conn, tenant, repository, digests).await
     }
 }

@@ -110,7 +110,9 @@ pub fn check(quota: &Quota, asked: Asked) -> Vec<Fault> {
                     ),
                 )
                 .because("instances run at their full size, and one extra is kept for rolling updates")
-                .instead("make it smaller, set singleton: true (no extra instance), or ask for a larger quota"),
+                .instead(
+                    "make it smaller, set singleton: true (no extra instance), or ask for a larger quota",
+                ),
             );
         }
     };

@@ -11,7 +11,7 @@ use super::{App, Event, Peak, Release};
 use crate::driver::workload::{InsideUser, Subnet};
 use crate::driver::{AppEvent, AppObserved};
 use crate::error::Error;
-use crate::ids::{AppId, AppName, Digest, RepositoryPath, Tag, TenantId, TenantName};
+use crate::ids::{AppId, AppName, Digest, RepositoryPath, Tag, TenantId};
 use crate::tenants::{Amount, Quota};
 use crate::uid_ranges::Block;
 
@@ -476,7 +476,11 @@ pub(super) async fn list_addresses(
         .collect()
 }
 
-pub(super) async fn free_addresses(conn: &mut PgConnection, tenant: TenantId, app: AppId) -> Result<(), Error> {
+pub(super) async fn free_addresses(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    app: AppId,
+) -> Result<(), Error> {
     sqlx::query!(
         "UPDATE app_address SET app_id = NULL, freed_at = now() WHERE tenant_id = $1 AND app_id = $2",
         tenant.0,
@@ -530,12 +534,6 @@ pub(super) async fn count_left(conn: &mut PgConnection, tenant: TenantId) -> Res
     .await?)
 }
 
-pub(super) async fn tenant_name(conn: &mut PgConnection, tenant: TenantId) -> Result<TenantName, Error> {
-    Ok(sqlx::query_scalar!(r#"SELECT name AS "name: TenantName" FROM tenant WHERE id = $1"#, tenant.0)
-        .fetch_one(conn)
-        .await?)
-}
-
 pub(super) async fn set_problem(
     conn: &mut PgConnection,
     id: AppId,
@@ -568,7 +566,11 @@ pub(super) async fn set_observed(conn: &mut PgConnection, seen: &AppObserved) ->
 /// How many events of an app are kept.
 const EVENTS_KEPT: i64 = 200;
 
-pub(super) async fn insert_events(conn: &mut PgConnection, app: AppId, events: &[AppEvent]) -> Result<(), Error> {
+pub(super) async fn insert_events(
+    conn: &mut PgConnection,
+    app: AppId,
+    events: &[AppEvent],
+) -> Result<(), Error> {
     if events.is_empty() {
         return Ok(());
     }
@@ -663,4 +665,24 @@ pub(super) async fn count_refused(conn: &mut PgConnection, names: &[String]) -> 
     .execute(conn)
     .await?;
     Ok(())
+}
+
+/// Which apps run one of these digests in any release that can still be rolled back to.
+pub(super) async fn list_holders(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digests: &[String],
+) -> Result<Vec<(String, String)>, Error> {
+    let rows = sqlx::query!(
+        r#"SELECT DISTINCT d AS "digest!", a.name FROM unnest($3::text[]) d
+           JOIN release r ON r.tenant_id = $1 AND r.repository = $2 AND (r.digest = d OR r.index_digest = d)
+           JOIN app a ON a.tenant_id = r.tenant_id AND a.id = r.app_id AND a.removed_at IS NULL"#,
+        tenant.0,
+        repository.as_str(),
+        digests
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.digest, row.name)).collect())
 }

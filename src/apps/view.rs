@@ -114,10 +114,8 @@ pub fn state(app: &App, wanted: u32, tenant_state: &str) -> (&'static str, Strin
 
 /// What is wrong with an instance, with its true reason.
 fn trouble(instance: &InstanceObserved) -> Option<String> {
-    let bad = matches!(
-        instance.state,
-        InstanceState::Waiting | InstanceState::Failed | InstanceState::Unhealthy
-    );
+    let bad =
+        matches!(instance.state, InstanceState::Waiting | InstanceState::Failed | InstanceState::Unhealthy);
     let ending = instance.last_end.as_ref()?;
     if !bad {
         return None;
@@ -144,16 +142,26 @@ fn duration(ms: u64) -> String {
 
 impl AppView {
     /// From the rows; `release` is the desired one.
-    pub(super) fn new(tenant: (&TenantName, &str), app: App, release: Option<&Release>, events: Vec<Event>) -> Self {
-        let wanted =
-            release.and_then(|release| release.spec["instances"].as_u64()).and_then(|n| u32::try_from(n).ok());
+    pub(super) fn new(
+        tenant: (&TenantName, &str),
+        app: App,
+        release: Option<&Release>,
+        events: Vec<Event>,
+    ) -> Self {
+        let wanted = release
+            .and_then(|release| release.spec["instances"].as_u64())
+            .and_then(|n| u32::try_from(n).ok());
         let (state, summary) = state(&app, wanted.unwrap_or(1), tenant.1);
         let ready = match state {
             "running" | "stopped" => ("true", "Settled"),
             "changing" | "deleting" => ("unknown", "Changing"),
             _ => ("false", "NotRunning"),
         };
-        let taken = if app.observed_generation >= app.generation { ("true", "Taken") } else { ("unknown", "Pending") };
+        let taken = if app.observed_generation >= app.generation {
+            ("true", "Taken")
+        } else {
+            ("unknown", "Pending")
+        };
         let conditions = vec![
             Condition {
                 kind: "Accepted",

@@ -157,8 +157,6 @@ pub fn parse_json<T: DeserializeOwned>(req: &HttpRequest, body: &[u8]) -> Result
             text.to_owned()
         };
         let place = |n: usize| u32::try_from(n).unwrap_or(0);
-        PlatformError::fault(
-            Fault::new(Code(426), Kind::Invalid, "", message).at(place(line), place(column)),
-        )
+        PlatformError::fault(Fault::new(Code(426), Kind::Invalid, "", message).at(place(line), place(column)))
     })
 }

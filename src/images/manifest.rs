@@ -124,8 +124,10 @@ fn image(map: &Map) -> Result<Manifest, ManifestError> {
     if list.is_empty() || list.len() > LAYERS {
         return no("an image has 1 to 127 layers");
     }
-    let layers =
-        list.iter().map(|layer| descriptor(Some(layer), "layers", &LAYER_TYPES)).collect::<Result<Vec<_>, _>>()?;
+    let layers = list
+        .iter()
+        .map(|layer| descriptor(Some(layer), "layers", &LAYER_TYPES))
+        .collect::<Result<Vec<_>, _>>()?;
     Ok(Manifest::Image { config, layers })
 }
 
@@ -156,7 +158,8 @@ fn descriptor(value: Option<&Value>, place: &str, types: &[&str]) -> Result<Desc
     if !types.contains(&media_type) {
         return no(format!("a mediaType in {place} is not taken"));
     }
-    let Some(digest) = map.get("digest").and_then(Value::as_str).and_then(|text| text.parse::<Digest>().ok()) else {
+    let Some(digest) = map.get("digest").and_then(Value::as_str).and_then(|text| text.parse::<Digest>().ok())
+    else {
         return no(format!("a digest in {place} is not sha256"));
     };
     let Some(size) = map.get("size").and_then(Value::as_u64).filter(|size| *size <= LAYER) else {
@@ -279,8 +282,14 @@ mod tests {
         assert!(refused(&format!("{good} x")).contains("after the manifest"));
         assert!(refused(&format!("\u{feff}{good}")).contains("not JSON"));
         assert!(refused(&good.replace(OCI_MANIFEST, OCI_INDEX)).contains("Content-Type"));
-        assert!(refused(&image_json(|v| v["layers"][0]["urls"] = serde_json::json!(["http://x"]))).contains("urls"));
-        assert!(refused(&image_json(|v| v["layers"][0]["mediaType"] = "application/x".into())).contains("mediaType"));
+        assert!(
+            refused(&image_json(|v| v["layers"][0]["urls"] = serde_json::json!(["http://x"])))
+                .contains("urls")
+        );
+        assert!(
+            refused(&image_json(|v| v["layers"][0]["mediaType"] = "application/x".into()))
+                .contains("mediaType")
+        );
         assert!(refused(&image_json(|v| v["layers"][0]["size"] = (-1).into())).contains("size"));
         assert!(refused(&image_json(|v| v["layers"][0]["size"] = 1.5.into())).contains("size"));
         assert!(refused(&image_json(|v| v["layers"][0]["digest"] = "sha512:x".into())).contains("digest"));

@@ -118,7 +118,8 @@ fn entries(reader: impl Read) -> std::io::Result<Found> {
             }
             _ => continue,
         };
-        let plain = entry.header().entry_type().is_file() && path.starts_with(b"etc/") && !path.contains(&b'.');
+        let plain =
+            entry.header().entry_type().is_file() && path.starts_with(b"etc/") && !path.contains(&b'.');
         let mut text = Vec::new();
         if plain {
             entry.take(FILE).read_to_end(&mut text)?;

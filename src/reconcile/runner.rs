@@ -91,7 +91,13 @@ async fn work(pool: &PgPool, reconciler: &dyn Reconciler, lease: Lease, metrics:
         Ok(_) => Metrics::count(&metrics.reconciles),
         Err(Failure::Transient(error)) => {
             Metrics::count(&metrics.retries);
-            tracing::warn!(kind, object = lease.object_id, attempt = lease.attempt, error, "will be tried again");
+            tracing::warn!(
+                kind,
+                object = lease.object_id,
+                attempt = lease.attempt,
+                error,
+                "will be tried again"
+            );
         }
         Err(Failure::Permanent(error)) => {
             Metrics::count(&metrics.parked);

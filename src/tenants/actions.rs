@@ -72,9 +72,9 @@ pub async fn onboard(
     let range = uid_ranges::allocate_range(&mut tx, id, pools).await?;
     store::insert_network(&mut tx, id, i64::from(pools.networks())).await.map_err(|error| {
         match crate::db::constraint(&error) {
-            Some("network_pool_is_used_up") => {
-                Error::Conflict("the pool of networks is used up: numbers are never given twice (BH-425)".into())
-            }
+            Some("network_pool_is_used_up") => Error::Conflict(
+                "the pool of networks is used up: numbers are never given twice (BH-425)".into(),
+            ),
             _ => error.into(),
         }
     })?;
@@ -135,7 +135,8 @@ pub async fn change(
     }
     store::set_limits(&mut tx, tenant.id, limits).await?;
     let generation = store::raise_generation(&mut tx, tenant.id, &state).await?;
-    record(&mut tx, tenant.id, by, "tenant.change", &tenant.name, json!({"quota": limits_view(limits)})).await?;
+    record(&mut tx, tenant.id, by, "tenant.change", &tenant.name, json!({"quota": limits_view(limits)}))
+        .await?;
     enqueue(&mut tx, WORK, tenant.id.0, tenant.id).await?;
     tx.commit().await?;
     Ok(generation)

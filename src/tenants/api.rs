@@ -259,5 +259,6 @@ pub async fn get_offboarding(
     if steps.is_empty() {
         return Err(Error::NotFound);
     }
-    Ok(HttpResponse::Ok().json(json!({"name": scope.tenant.name, "state": scope.tenant.state, "steps": steps})))
+    Ok(HttpResponse::Ok()
+        .json(json!({"name": scope.tenant.name, "state": scope.tenant.state, "steps": steps})))
 }

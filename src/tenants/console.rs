@@ -49,7 +49,11 @@ pub fn bytes(n: i64) -> String {
         if n >= size {
             let tenths = (i128::from(n) * 10 / i128::from(size)).to_string();
             let (whole, tenth) = tenths.split_at(tenths.len() - 1);
-            return if tenth == "0" { format!("{whole} {unit}B") } else { format!("{whole}.{tenth} {unit}B") };
+            return if tenth == "0" {
+                format!("{whole} {unit}B")
+            } else {
+                format!("{whole}.{tenth} {unit}B")
+            };
         }
     }
     format!("{n} B")

@@ -12,7 +12,7 @@ pub mod console;
 pub mod reconcile;
 mod store;
 
-pub use store::{list_conditions, list_names_for_console, tenant_network, tenant_state};
+pub use store::{find_for_console, list_conditions, name_of, tenant_network, tenant_state};
 
 /// A tenant's row.
 #[derive(Debug, Clone)]
@@ -159,7 +159,13 @@ impl QuotaInput {
                 "memory is \"8Gi\" or \"512Mi\", or a number of bytes, and at least 8Mi",
             ),
             apps: bounded("quota.apps", self.apps.map(Some), 0, 1_000, "apps is 0 to 1000"),
-            instances: bounded("quota.instances", self.instances.map(Some), 0, 1_000, "instances is 0 to 1000"),
+            instances: bounded(
+                "quota.instances",
+                self.instances.map(Some),
+                0,
+                1_000,
+                "instances is 0 to 1000",
+            ),
             registry_bytes: bounded(
                 "quota.registry_bytes",
                 self.registry_bytes.as_ref().map(bytes),

@@ -49,9 +49,9 @@ impl Reconciler for TenantReconciler {
         let Some(problem) = problem else { return Ok(()) };
         let mut conn = self.pool.acquire().await?;
         let id = TenantId(object_id);
-        store::set_condition(&mut conn, id, "Network", "false", "NotReady", problem).await.map_err(|error| {
-            sqlx::Error::Protocol(error.to_string())
-        })
+        store::set_condition(&mut conn, id, "Network", "false", "NotReady", problem)
+            .await
+            .map_err(|error| sqlx::Error::Protocol(error.to_string()))
     }
 }
 
@@ -61,7 +61,8 @@ impl TenantReconciler {
         self.driver.ensure_tenant(&grant).await?;
         fail::fail_point!("tenants::ensured", |_| Err(Failure::Transient("failpoint".into())));
         let mut tx = self.pool.begin().await?;
-        let bridge = format!("subnet {}, closed to every other tenant, the host and the outside", grant.subnet);
+        let bridge =
+            format!("subnet {}, closed to every other tenant, the host and the outside", grant.subnet);
         store::set_condition(&mut tx, tenant.id, "Network", "true", "Ready", &bridge).await?;
         let project = format!("push to {}/REPOSITORY:TAG", tenant.name);
         store::set_condition(&mut tx, tenant.id, "Registry", "true", "Ready", &project).await?;
@@ -105,7 +106,15 @@ impl TenantReconciler {
         for part in ["Network", "Registry", "Active"] {
             store::set_condition(&mut tx, tenant.id, part, "false", "Offboarded", "removed").await?;
         }
-        store::set_condition(&mut tx, tenant.id, "UserIds", "false", "Burnt", "its ids are never given again").await?;
+        store::set_condition(
+            &mut tx,
+            tenant.id,
+            "UserIds",
+            "false",
+            "Burnt",
+            "its ids are never given again",
+        )
+        .await?;
         store::set_offboarded(&mut tx, tenant.id).await?;
         actions::record_offboarded(&mut tx, tenant.id, &tenant.name).await?;
         tx.commit().await?;
@@ -119,7 +128,12 @@ impl TenantReconciler {
 }
 
 /// What belongs to a tenant on the engine's side.
-pub async fn grant(pool: &PgPool, pools: &Pools, id: TenantId, name: &TenantName) -> Result<TenantGrant, Error> {
+pub async fn grant(
+    pool: &PgPool,
+    pools: &Pools,
+    id: TenantId,
+    name: &TenantName,
+) -> Result<TenantGrant, Error> {
     let mut conn = pool.acquire().await?;
     let ranges = uid_ranges::list_ranges_of(&mut conn, id).await?;
     let network = store::tenant_network(&mut conn, id).await?;

@@ -26,7 +26,7 @@ pub(super) async fn insert_tenant(
 pub(super) async fn insert_quota(conn: &mut PgConnection, id: TenantId, limits: Limits) -> Result<(), Error> {
     sqlx::query!(
         "INSERT INTO quota (tenant_id, cpu_millis, memory, apps, instances, registry_bytes) \
-         VALUES ($1, coalesce($2, 0), coalesce($3, 0), coalesce($4, 0), coalesce($5, 0), coalesce($6, 0))",
+         VALUES ($1, coalesce($2::bigint, 0), coalesce($3::bigint, 0), coalesce($4::bigint, 0), coalesce($5::bigint, 0), coalesce($6::bigint, 0))",
         id.0,
         limits.cpu_millis,
         limits.memory,
@@ -39,14 +39,21 @@ pub(super) async fn insert_quota(conn: &mut PgConnection, id: TenantId, limits: 
     Ok(())
 }
 
-pub(super) async fn insert_network(conn: &mut PgConnection, id: TenantId, limit: i64) -> Result<(), sqlx::Error> {
-    sqlx::query!("INSERT INTO network (tenant_id, limit_) VALUES ($1, $2)", id.0, limit).execute(conn).await?;
+pub(super) async fn insert_network(
+    conn: &mut PgConnection,
+    id: TenantId,
+    limit: i64,
+) -> Result<(), sqlx::Error> {
+    sqlx::query!("INSERT INTO network (tenant_id, limit_) VALUES ($1, $2)", id.0, limit)
+        .execute(conn)
+        .await?;
     Ok(())
 }
 
 /// The number of a tenant's network.
 pub async fn tenant_network(conn: &mut PgConnection, id: TenantId) -> Result<u32, Error> {
-    let number = sqlx::query_scalar!("SELECT number FROM network WHERE tenant_id = $1", id.0).fetch_one(conn).await?;
+    let number =
+        sqlx::query_scalar!("SELECT number FROM network WHERE tenant_id = $1", id.0).fetch_one(conn).await?;
     u32::try_from(number).map_err(Error::internal)
 }
 
@@ -63,7 +70,11 @@ pub(super) async fn lock_tenant(conn: &mut PgConnection, id: TenantId) -> Result
     Ok((row.generation, row.state))
 }
 
-pub(super) async fn raise_generation(conn: &mut PgConnection, id: TenantId, state: &str) -> Result<i64, Error> {
+pub(super) async fn raise_generation(
+    conn: &mut PgConnection,
+    id: TenantId,
+    state: &str,
+) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(
         "UPDATE tenant SET generation = generation + 1, state = $2, changed_at = now() WHERE id = $1 \
          RETURNING generation",
@@ -253,7 +264,11 @@ pub(super) async fn set_condition(
     Ok(())
 }
 
-pub(super) async fn set_observed(conn: &mut PgConnection, id: TenantId, generation: i64) -> Result<(), Error> {
+pub(super) async fn set_observed(
+    conn: &mut PgConnection,
+    id: TenantId,
+    generation: i64,
+) -> Result<(), Error> {
     sqlx::query!(
         "UPDATE tenant SET observed_generation = $2 WHERE id = $1 AND observed_generation < $2",
         id.0,
@@ -321,7 +336,11 @@ pub(super) async fn find_tenant(conn: &mut PgConnection, id: TenantId) -> Result
 }
 
 /// Tenants by name. Offboarded ones are listed too: their names stay taken.
-pub(super) async fn list_tenants(conn: &mut PgConnection, after: &str, limit: i64) -> Result<Vec<Tenant>, Error> {
+pub(super) async fn list_tenants(
+    conn: &mut PgConnection,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<Tenant>, Error> {
     let rows = sqlx::query_as!(
         TenantRow,
         r#"SELECT t.id, t.name AS "name: TenantName", t.display_name, t.state, t.generation, t.observed_generation,
@@ -336,9 +355,14 @@ pub(super) async fn list_tenants(conn: &mut PgConnection, after: &str, limit: i6
     Ok(rows.into_iter().map(Into::into).collect())
 }
 
-/// The one tenant of this id, for a console that shows a tenant's own token its place.
-pub async fn list_names_for_console(conn: &mut PgConnection, id: TenantId) -> Result<Vec<TenantName>, Error> {
+/// The name of a tenant.
+pub async fn name_of(conn: &mut PgConnection, id: TenantId) -> Result<TenantName, Error> {
     Ok(sqlx::query_scalar!(r#"SELECT name AS "name: TenantName" FROM tenant WHERE id = $1"#, id.0)
-        .fetch_all(conn)
+        .fetch_one(conn)
         .await?)
+}
+
+/// A tenant, for its page.
+pub async fn find_for_console(conn: &mut PgConnection, id: TenantId) -> Result<Option<Tenant>, Error> {
+    find_tenant(conn, id).await
 }

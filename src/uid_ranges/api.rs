@@ -43,8 +43,10 @@ pub async fn get_uid(
     pool: web::Data<PgPool>,
     uid: web::Path<String>,
 ) -> Result<HttpResponse, Error> {
-    let uid: i64 =
-        uid.parse::<u32>().map_err(|_| Error::Malformed("a user id is a number from 0 to 4294967295".into()))?.into();
+    let uid: i64 = uid
+        .parse::<u32>()
+        .map_err(|_| Error::Malformed("a user id is a number from 0 to 4294967295".into()))?
+        .into();
     let mut conn = pool.acquire().await?;
     let row = store::find_owner(&mut conn, uid).await?.ok_or(Error::NotFound)?;
     let app = match (row.app, row.app_start, row.app_size) {

@@ -105,7 +105,12 @@ fn processes(proc: &Path, pool: IdRange, own: &dyn Fn(u32) -> bool) -> Vec<Clash
             .filter_map(|id| id.parse::<u32>().ok());
         for id in ids {
             if pool.overlaps(IdRange { start: id, size: 1 }) && !own(id) {
-                clashes.push(Clash { place: "/proc".into(), owner: format!("process {pid}"), start: id.into(), size: 1 });
+                clashes.push(Clash {
+                    place: "/proc".into(),
+                    owner: format!("process {pid}"),
+                    start: id.into(),
+                    size: 1,
+                });
                 break;
             }
         }

@@ -56,17 +56,25 @@ pub struct Block {
 }
 
 /// Gives a tenant a range, in the transaction of whatever needs it. Fails when the pool is used up.
-pub async fn allocate_range(conn: &mut PgConnection, tenant: TenantId, pools: &Pools) -> Result<UidRange, Error> {
+pub async fn allocate_range(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    pools: &Pools,
+) -> Result<UidRange, Error> {
     store::insert_range(conn, tenant, pools).await.map_err(|error| match crate::db::constraint(&error) {
-        Some("uid_pool_is_used_up" | "uid_range_within_runtime_limit") => Error::Conflict(
-            "the pool of user ids is used up: ranges are never given twice (BH-424)".into(),
-        ),
+        Some("uid_pool_is_used_up" | "uid_range_within_runtime_limit") => {
+            Error::Conflict("the pool of user ids is used up: ranges are never given twice (BH-424)".into())
+        }
         _ => error.into(),
     })
 }
 
 /// Gives an app its block: of the tenant's newest range, or of a new range when that is full.
-pub async fn allocate_block(conn: &mut PgConnection, tenant: TenantId, pools: &Pools) -> Result<Block, Error> {
+pub async fn allocate_block(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    pools: &Pools,
+) -> Result<Block, Error> {
     if let Some(block) = store::take_block(conn, tenant).await? {
         return Ok(block);
     }

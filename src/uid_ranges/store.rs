@@ -116,7 +116,11 @@ pub(super) struct PoolRow {
     pub(super) blocks: i64,
 }
 
-pub(super) async fn list_pool(conn: &mut PgConnection, after: i64, limit: i64) -> Result<Vec<PoolRow>, Error> {
+pub(super) async fn list_pool(
+    conn: &mut PgConnection,
+    after: i64,
+    limit: i64,
+) -> Result<Vec<PoolRow>, Error> {
     Ok(sqlx::query_as!(
         PoolRow,
         r#"SELECT u.slot, t.name AS tenant,

@@ -5,8 +5,21 @@ use crate::ids::{Digest, RepositoryPath, Tag};
 
 /// Fields of the document.
 pub(super) const TOP: &[&str] = &[
-    "spec", "name", "image", "command", "args", "cpu", "memory", "instances", "singleton", "env", "port", "health",
-    "scratch", "stop_grace", "connects",
+    "spec",
+    "name",
+    "image",
+    "command",
+    "args",
+    "cpu",
+    "memory",
+    "instances",
+    "singleton",
+    "env",
+    "port",
+    "health",
+    "scratch",
+    "stop_grace",
+    "connects",
 ];
 /// Fields that must be there.
 pub(super) const REQUIRED: &[&str] = &["spec", "name", "image", "cpu", "memory"];
@@ -68,7 +81,8 @@ impl ImageRef {
         if text.contains("://") || host.is_some_and(|h| h.contains(['.', ':']) || h == "localhost") {
             return Err((
                 "the image names a host",
-                "write repository:tag only: images come from the tenant's own project, push it there first".into(),
+                "write repository:tag only: images come from the tenant's own project, push it there first"
+                    .into(),
             ));
         }
         let (repository, reference) = if let Some((repository, digest)) = text.split_once('@') {
@@ -80,9 +94,9 @@ impl ImageRef {
             })?;
             (repository, ImageReference::Digest(digest))
         } else if let Some((repository, tag)) = text.split_once(':') {
-            let tag = tag
-                .parse()
-                .map_err(|error: crate::ids::NameError| ("the tag of the image has the wrong form", error.to_string()))?;
+            let tag = tag.parse().map_err(|error: crate::ids::NameError| {
+                ("the tag of the image has the wrong form", error.to_string())
+            })?;
             (repository, ImageReference::Tag(tag))
         } else {
             return Err((
@@ -131,8 +145,9 @@ pub(super) fn cpu(text: &str) -> Option<u32> {
 
 /// A size in bytes: a whole number with `Ki`, `Mi` or `Gi`.
 pub(super) fn size(text: &str) -> Option<u64> {
-    let (number, shift) =
-        [("Ki", 10), ("Mi", 20), ("Gi", 30)].iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)))?;
+    let (number, shift) = [("Ki", 10), ("Mi", 20), ("Gi", 30)]
+        .iter()
+        .find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)))?;
     if number.is_empty() || !number.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }

@@ -104,7 +104,9 @@ impl<'a> Reader<'a> {
                     return Ok(Cow::Borrowed(&self.source[start..self.at - 1]));
                 }
                 Some(b'\\') => return self.escaped(start),
-                Some(0..=0x1f) => return Err(self.fault("a control character in a text is written as an escape")),
+                Some(0..=0x1f) => {
+                    return Err(self.fault("a control character in a text is written as an escape"));
+                }
                 Some(_) => self.at += 1,
                 None => return Err(self.fault("the text does not end")),
             }
@@ -123,7 +125,9 @@ impl<'a> Reader<'a> {
                     self.at += 1;
                     out.push(self.escape()?);
                 }
-                Some(0..=0x1f) => return Err(self.fault("a control character in a text is written as an escape")),
+                Some(0..=0x1f) => {
+                    return Err(self.fault("a control character in a text is written as an escape"));
+                }
                 Some(_) => {
                     let from = self.at;
                     while !matches!(self.bytes.get(self.at), None | Some(b'"' | b'\\' | 0..=0x1f)) {
@@ -172,7 +176,8 @@ impl<'a> Reader<'a> {
     }
 
     fn hex(&mut self) -> Result<u32, Fault> {
-        let digits = self.source.get(self.at + 1..self.at + 5).filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()));
+        let digits =
+            self.source.get(self.at + 1..self.at + 5).filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()));
         let code = digits.and_then(|d| u32::from_str_radix(d, 16).ok());
         let code = code.ok_or_else(|| self.fault("\\u is followed by four hexadecimal digits"))?;
         self.at += 5;

@@ -33,8 +33,12 @@ impl Walk<'_, '_> {
     }
 
     fn wrong(&mut self, node: &Node<'_>, path: &str, wanted: &str) {
-        let mut fault =
-            Fault::new(code::WRONG_TYPE, Kind::Invalid, path, format!("takes {wanted}, not {}", node.value.words()));
+        let mut fault = Fault::new(
+            code::WRONG_TYPE,
+            Kind::Invalid,
+            path,
+            format!("takes {wanted}, not {}", node.value.words()),
+        );
         if wanted.starts_with("a text") && matches!(node.value, Value::Number(_) | Value::Bool(_)) {
             fault = fault.instead("write it in quotes");
         }
@@ -123,7 +127,13 @@ impl Walk<'_, '_> {
         if let Some(node) = get(entries, "spec")
             && self.text(node, "spec").is_some_and(|version| version != "v1")
         {
-            self.bad(node.at, code::VERSION, "spec", "this version of the format is not known", "write spec: v1");
+            self.bad(
+                node.at,
+                code::VERSION,
+                "spec",
+                "this version of the format is not known",
+                "write spec: v1",
+            );
         }
         let name = get(entries, "name").and_then(|node| self.name(node, "name"));
         let image = get(entries, "image").and_then(|node| self.image(node));
@@ -137,15 +147,20 @@ impl Walk<'_, '_> {
         let env = get(entries, "env").map_or(Some(BTreeMap::new()), |node| self.env(node));
         let port = get(entries, "port").map(|node| self.port(node, "port"));
         let health = self.health(get(entries, "health"), port.flatten(), port == Some(None));
-        let scratch = self.scratch(get(entries, "scratch"), memory, get(entries, "memory").unwrap_or(node).at);
+        let scratch =
+            self.scratch(get(entries, "scratch"), memory, get(entries, "memory").unwrap_or(node).at);
         let stop_grace = get(entries, "stop_grace").map_or(Some(u32::from(fields::STOP_GRACE.1)), |node| {
             self.whole(node, "stop_grace", code::RANGE, (0, fields::STOP_GRACE.0.into()))
         });
         let connects_apps = self.connects(get(entries, "connects"), name.as_ref());
         if let (Some(true), Some(2..)) = (singleton, instances) {
             let at = get(entries, "instances").unwrap_or(node).at;
-            let fault =
-                Fault::new(code::SINGLETON, Kind::Conflict, "instances", "a singleton has at most one instance");
+            let fault = Fault::new(
+                code::SINGLETON,
+                Kind::Conflict,
+                "instances",
+                "a singleton has at most one instance",
+            );
             self.add(at, fault.instead("instances: 1, or leave singleton out"));
         }
         Some(AppSpec {
@@ -235,7 +250,13 @@ impl Walk<'_, '_> {
             let Some(text) = self.text(item, &format!("{path}[{n}]")) else { continue };
             sum += text.len();
             if text.len() > 8 * 1024 || text.contains('\0') {
-                self.bad(item.at, code::COMMAND, &format!("{path}[{n}]"), "is at most 8 KiB and holds no NUL", "");
+                self.bad(
+                    item.at,
+                    code::COMMAND,
+                    &format!("{path}[{n}]"),
+                    "is at most 8 KiB and holds no NUL",
+                    "",
+                );
             }
             texts.push(text.to_owned());
         }
@@ -243,7 +264,13 @@ impl Walk<'_, '_> {
             self.bad(node.at, code::COMMAND, path, "has at most 64 texts and 32 KiB together", "");
         }
         if least == Least::One && texts.first().is_none_or(String::is_empty) {
-            self.bad(node.at, code::COMMAND, path, "starts with the program to run", "leave it out to use the image's own");
+            self.bad(
+                node.at,
+                code::COMMAND,
+                path,
+                "starts with the program to run",
+                "leave it out to use the image's own",
+            );
         }
         Some(texts)
     }
@@ -277,7 +304,8 @@ impl Walk<'_, '_> {
     /// The check in force. Without `health`, a port is checked by TCP.
     fn health(&mut self, node: Option<&Node<'_>>, port: Option<u16>, port_is_bad: bool) -> Option<Health> {
         let Some(node) = node else {
-            return port.map(|port| Health { check: HealthCheck::Tcp { port }, grace: fields::GRACE_DEFAULT });
+            return port
+                .map(|port| Health { check: HealthCheck::Tcp { port }, grace: fields::GRACE_DEFAULT });
         };
         let entries = self.group(node, "health", fields::HEALTH)?;
         let grace = get(entries, "grace").map_or(Some(u32::from(fields::GRACE_DEFAULT)), |node| {
@@ -290,7 +318,8 @@ impl Walk<'_, '_> {
                 let path = if let Some(node) = get(inner, "path") {
                     self.health_path(node)
                 } else {
-                    let fault = Fault::new(code::MISSING, Kind::Missing, "health.http.path", "path is required");
+                    let fault =
+                        Fault::new(code::MISSING, Kind::Missing, "health.http.path", "path is required");
                     self.add(http.at, fault.instead("such as path: /healthz"));
                     None
                 };
@@ -311,13 +340,25 @@ impl Walk<'_, '_> {
         Some(Health { check: check?, grace })
     }
 
-    fn check_port(&mut self, own: Option<Option<u16>>, app: Option<u16>, app_is_bad: bool, at: At) -> Option<u16> {
+    fn check_port(
+        &mut self,
+        own: Option<Option<u16>>,
+        app: Option<u16>,
+        app_is_bad: bool,
+        at: At,
+    ) -> Option<u16> {
         match (own, app) {
             (Some(own), _) => own,
             (None, Some(port)) => Some(port),
             (None, None) => {
                 if !app_is_bad {
-                    self.bad(at, code::HEALTH, "health", "no port is known to check", "give the app a port, or the check its own");
+                    self.bad(
+                        at,
+                        code::HEALTH,
+                        "health",
+                        "no port is known to check",
+                        "give the app a port, or the check its own",
+                    );
                 }
                 None
             }
@@ -326,7 +367,8 @@ impl Walk<'_, '_> {
 
     fn health_path(&mut self, node: &Node<'_>) -> Option<String> {
         let path = self.text(node, "health.http.path")?;
-        let good = path.starts_with('/') && path.len() <= 256 && path.bytes().all(|b| (0x21..0x7f).contains(&b));
+        let good =
+            path.starts_with('/') && path.len() <= 256 && path.bytes().all(|b| (0x21..0x7f).contains(&b));
         if !good {
             let message = "is an absolute path of at most 256 visible ASCII characters";
             self.bad(node.at, code::HEALTH, "health.http.path", message, "such as /healthz");
@@ -334,7 +376,12 @@ impl Walk<'_, '_> {
         good.then(|| path.to_owned())
     }
 
-    fn scratch(&mut self, node: Option<&Node<'_>>, memory: Option<u64>, memory_at: At) -> Option<BTreeMap<String, u64>> {
+    fn scratch(
+        &mut self,
+        node: Option<&Node<'_>>,
+        memory: Option<u64>,
+        memory_at: At,
+    ) -> Option<BTreeMap<String, u64>> {
         let mut scratch = BTreeMap::new();
         let at = node.map_or(memory_at, |node| node.at);
         if let Some(node) = node {
@@ -345,7 +392,8 @@ impl Walk<'_, '_> {
             for (key, value) in entries {
                 let path = format!("scratch.{}", clean(&key.name));
                 if !fields::scratch_path(&key.name) {
-                    let message = "an absolute path without . and .., not /, /dev, /proc, /sys, /run, /etc or below";
+                    let message =
+                        "an absolute path without . and .., not /, /dev, /proc, /sys, /run, /etc or below";
                     self.bad(key.at, code::SCRATCH_PATH, &path, message, "such as /var/cache/app");
                 }
                 if entries.iter().any(|(other, _)| fields::within(&key.name, &other.name)) {
@@ -361,7 +409,13 @@ impl Walk<'_, '_> {
         }
         let below_tmp = scratch.keys().any(|path| fields::within(path, "/tmp"));
         if below_tmp {
-            self.bad(at, code::SCRATCH_PATH, "scratch", "/tmp is scratch already; nothing can lie within it", "");
+            self.bad(
+                at,
+                code::SCRATCH_PATH,
+                "scratch",
+                "/tmp is scratch already; nothing can lie within it",
+                "",
+            );
         }
         // A memory too small for the default alone gets a smaller /tmp only if it says so itself.
         scratch.entry("/tmp".to_owned()).or_insert(fields::TMP);

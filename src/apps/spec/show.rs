@@ -37,7 +37,8 @@ pub fn show(source: &str, file: &str, faults: &[Fault], colour: Colour) -> Strin
             let _ = writeln!(out, "  --> {file}:{}:{}", fault.line, fault.column);
             if let Some(line) = lines.get(fault.line as usize - 1) {
                 let number = fault.line.to_string();
-                let before: String = line.chars().take(fault.column.saturating_sub(1) as usize).map(visible).collect();
+                let before: String =
+                    line.chars().take(fault.column.saturating_sub(1) as usize).map(visible).collect();
                 let line: String = line.chars().take(200).map(visible).collect();
                 let gap: String = before.chars().map(|c| if width(c) == 2 { "  " } else { " " }).collect();
                 let _ = writeln!(out, "   {number} | {line}");
@@ -58,7 +59,9 @@ pub fn show(source: &str, file: &str, faults: &[Fault], colour: Colour) -> Strin
 fn visible(c: char) -> char {
     match c {
         '\t' => ' ',
-        c if c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') => {
+        c if c.is_control()
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') =>
+        {
             '\u{fffd}'
         }
         c => c,

@@ -48,8 +48,12 @@ fn a_good_spec_is_read_as_written() {
 
 #[test]
 fn defaults_are_those_of_the_documentation() {
-    let spec = json(r#"{"spec":"v1","name":"a","image":"a:1","cpu":0.25,"memory":"64Mi","port":9000}"#).unwrap();
-    assert_eq!((spec.cpu_millis(), spec.instances(), spec.singleton(), spec.stop_grace()), (250, 1, false, 30));
+    let spec =
+        json(r#"{"spec":"v1","name":"a","image":"a:1","cpu":0.25,"memory":"64Mi","port":9000}"#).unwrap();
+    assert_eq!(
+        (spec.cpu_millis(), spec.instances(), spec.singleton(), spec.stop_grace()),
+        (250, 1, false, 30)
+    );
     let health = spec.health().unwrap();
     assert_eq!(health.check, crate::driver::workload::HealthCheck::Tcp { port: 9000 });
     assert_eq!(health.grace, GRACE_DEFAULT);
@@ -236,7 +240,10 @@ fn the_terminal_shows_the_line_and_obeys_nothing() {
 fn spec_strategy() -> impl Strategy<Value = AppSpec> {
     let name = "[a-z]([a-z0-9-]{0,20}[a-z0-9])?";
     let texts = prop::option::of(prop::collection::vec("[ -~äé\n\t]{1,20}", 1..4));
-    let image = prop_oneof!["[a-z0-9]{1,8}(/[a-z0-9]{1,8})?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,10}", Just(format!("a@sha256:{}", "0a".repeat(32)))];
+    let image = prop_oneof![
+        "[a-z0-9]{1,8}(/[a-z0-9]{1,8})?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,10}",
+        Just(format!("a@sha256:{}", "0a".repeat(32)))
+    ];
     let env = prop::collection::btree_map("[A-Za-z_][A-Za-z0-9_.-]{0,10}", "[ -~äé\n\t\"\\\\]{0,30}", 0..5);
     let health = prop::option::of((any::<bool>(), 1024_u16..=65535, 0_u16..=600));
     let scratch = prop::collection::btree_map("/(a|b|c)[a-z]{0,5}", (1_u64..64).prop_map(|n| n << 12), 0..4);

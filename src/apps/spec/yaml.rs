@@ -68,11 +68,21 @@ impl<'a> Reader<'a> {
                         column: u32::try_from(marker.col()).unwrap_or(0) + 1,
                     };
                     if matches!(error.kind(), granit_parser::ErrorKind::RecursionLimitExceeded) {
-                        return Err(broken(code::TOO_DEEP, self.source, place, "the document is nested too deep"));
+                        return Err(broken(
+                            code::TOO_DEEP,
+                            self.source,
+                            place,
+                            "the document is nested too deep",
+                        ));
                     }
                     // The parser's own words may hold a name from the source: only its kind is told.
-                    return Err(broken(code::SYNTAX, self.source, place, "this is not YAML that can be read")
-                        .because(clean(error.kind().to_string().split(['\'', '"', '`']).next().unwrap_or(""))));
+                    return Err(broken(
+                        code::SYNTAX,
+                        self.source,
+                        place,
+                        "this is not YAML that can be read",
+                    )
+                    .because(clean(error.kind().to_string().split(['\'', '"', '`']).next().unwrap_or(""))));
                 }
             }
         }
@@ -95,7 +105,8 @@ impl<'a> Reader<'a> {
                 self.map(depth)?
             }
             Event::Alias(_) | Event::UnresolvedAlias(_) => {
-                return Err(self.fault(code::YAML_FEATURE, span, "aliases (*name) are not available here")
+                return Err(self
+                    .fault(code::YAML_FEATURE, span, "aliases (*name) are not available here")
                     .instead("write the value out"));
             }
             _ => return Err(self.fault(code::SYNTAX, span, "the document ends too early")),

@@ -1,0 +1,327 @@
+//! The pages of apps: a tenant's apps, and one app with its state, releases and log.
+
+use std::time::Duration;
+
+use actix_web::{HttpRequest, HttpResponse, web};
+use askama::Template;
+use futures_util::StreamExt;
+use sqlx::PgPool;
+use time::OffsetDateTime;
+
+use super::api::AppPath;
+use super::{App, Event, Release, logs, store, view};
+use crate::access::{ReadTenant, TenantScope};
+use crate::config::Config;
+use crate::db::{Page, PageQuery};
+use crate::driver::{Driver, InstanceObserved, InstanceState, LogQuery};
+use crate::error::Error;
+use crate::http::{OwnAddress, html};
+use crate::tenants::console::{bytes, cores, mark as tenant_mark};
+use crate::tenants::{self, Amount};
+use crate::uid_ranges;
+
+struct AppRow {
+    name: String,
+    state: &'static str,
+    mark: &'static str,
+    summary: String,
+    image: String,
+    changed: String,
+}
+
+struct Bar {
+    label: &'static str,
+    used: String,
+    limit: String,
+    percent: i64,
+}
+
+struct ConditionRow {
+    kind: String,
+    mark: &'static str,
+    reason: String,
+    message: String,
+}
+
+#[derive(Template)]
+#[template(path = "tenants/show.html")]
+struct TenantPage {
+    platform: bool,
+    name: String,
+    display_name: String,
+    state: String,
+    mark: &'static str,
+    apps: Vec<AppRow>,
+    next: String,
+    quota: Vec<Bar>,
+    ranges: Vec<String>,
+    subnet: String,
+    conditions: Vec<ConditionRow>,
+    address: String,
+    host: String,
+}
+
+fn mark(state: &str) -> &'static str {
+    match state {
+        "running" => "running",
+        "changing" | "deleting" => "changing",
+        "attention" => "attention",
+        "failed" => "failed",
+        _ => "stopped",
+    }
+}
+
+fn when(at: OffsetDateTime) -> String {
+    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second] UTC");
+    at.format(format).unwrap_or_default()
+}
+
+fn bar(label: &'static str, amount: Amount, show: fn(i64) -> String) -> Bar {
+    let percent = if amount.limit > 0 { amount.used.saturating_mul(100) / amount.limit } else { 100 };
+    Bar { label, used: show(amount.used), limit: show(amount.limit), percent: percent.clamp(0, 100) }
+}
+
+/// GET /tenants/{tenant}
+pub async fn tenant_page(
+    scope: TenantScope<ReadTenant>,
+    req: HttpRequest,
+    own: web::Data<OwnAddress>,
+    config: web::Data<Config>,
+    pool: web::Data<PgPool>,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    let limit = query.limit()?;
+    let mut conn = pool.acquire().await?;
+    let tenant = tenants::find_for_console(&mut conn, scope.tenant.id).await?.ok_or(Error::NotFound)?;
+    let rows = store::list_apps(&mut conn, tenant.id, &query.after_text()?, limit + 1).await?;
+    let wanted = store::list_wanted(&mut conn, tenant.id, &rows).await?;
+    let page = Page::new(rows, limit, |app| app.name.clone());
+    let number = tenants::tenant_network(&mut conn, tenant.id).await?;
+    let ranges = uid_ranges::list_ranges_of(&mut conn, tenant.id).await?;
+    let conditions = tenants::list_conditions(&mut conn, tenant.id).await?;
+    let address = own.of(&req).unwrap_or_default();
+    let quota = &tenant.quota;
+    html::page(&TenantPage {
+        platform: matches!(scope.actor.authority, crate::access::Authority::Platform(_)),
+        mark: tenant_mark(&tenant.state),
+        apps: page.items.into_iter().map(|app| app_row(app, &wanted, &tenant.state)).collect(),
+        next: page.next.unwrap_or_default(),
+        quota: vec![
+            bar("Cpu (cores)", quota.cpu, cores),
+            bar("Memory", quota.memory, bytes),
+            bar("Apps", quota.apps, |n| n.to_string()),
+            bar("Instances", quota.instances, |n| n.to_string()),
+            bar("Images", quota.registry_bytes, bytes),
+        ],
+        ranges: ranges.iter().map(|r| format!("{} to {}", r.start, r.end - 1)).collect(),
+        subnet: config.pools.subnet(number).map(|subnet| subnet.to_string()).unwrap_or_default(),
+        conditions: conditions
+            .into_iter()
+            .map(|c| ConditionRow {
+                mark: match c.status.as_str() {
+                    "true" => "running",
+                    "false" => "attention",
+                    _ => "changing",
+                },
+                kind: c.kind,
+                reason: c.reason,
+                message: c.message,
+            })
+            .collect(),
+        name: tenant.name.to_string(),
+        display_name: tenant.display_name,
+        state: tenant.state,
+        host: address.split("://").nth(1).unwrap_or_default().to_owned(),
+        address,
+    })
+}
+
+fn app_row(
+    app: App,
+    wanted: &std::collections::HashMap<crate::ids::AppId, Release>,
+    tenant_state: &str,
+) -> AppRow {
+    let release = wanted.get(&app.id);
+    let (state, summary) = view::state(&app, wanted_instances(release), tenant_state);
+    AppRow {
+        mark: mark(state),
+        state,
+        summary,
+        image: release.map(Release::image).unwrap_or_default(),
+        changed: when(app.changed_at),
+        name: app.name.to_string(),
+    }
+}
+
+fn wanted_instances(release: Option<&Release>) -> u32 {
+    release
+        .and_then(|release| release.spec["instances"].as_u64())
+        .and_then(|n| u32::try_from(n).ok())
+        .unwrap_or(1)
+}
+
+struct InstanceRow {
+    number: u32,
+    revision: i64,
+    state: &'static str,
+    mark: &'static str,
+    reason: String,
+    since: String,
+    restarts: u32,
+    uid: String,
+    address: String,
+}
+
+struct ReleaseRow {
+    revision: i64,
+    current: bool,
+    note: String,
+    image: String,
+    digest: String,
+    short: String,
+    by: String,
+    at: String,
+}
+
+struct EventRow {
+    at: String,
+    text: String,
+}
+
+#[derive(Template)]
+#[template(path = "apps/show.html")]
+struct AppPage {
+    tenant: String,
+    name: String,
+    state: &'static str,
+    mark: &'static str,
+    summary: String,
+    warnings: Vec<String>,
+    instances: Vec<InstanceRow>,
+    releases: Vec<ReleaseRow>,
+    log: Vec<String>,
+    log_note: &'static str,
+    user: String,
+    uids: String,
+    limits: String,
+    reaches: String,
+    reserved: String,
+    seen: String,
+    events: Vec<EventRow>,
+    address: String,
+}
+
+/// GET /tenants/{tenant}/apps/{app}
+pub async fn app_page(
+    scope: TenantScope<ReadTenant>,
+    req: HttpRequest,
+    own: web::Data<OwnAddress>,
+    pool: web::Data<PgPool>,
+    driver: web::Data<dyn Driver>,
+    path: web::Path<AppPath>,
+) -> Result<HttpResponse, Error> {
+    let mut conn = pool.acquire().await?;
+    let tenant = scope.tenant.id;
+    let app = store::find_app(&mut conn, tenant, &path.name()?).await?.ok_or(Error::NotFound)?;
+    let release =
+        store::find_release(&mut conn, tenant, app.id, app.revision).await?.ok_or(Error::NotFound)?;
+    let releases = store::list_releases(&mut conn, tenant, app.id, i64::MAX, 10).await?;
+    let events = store::list_events(&mut conn, tenant, app.id, 15).await?;
+    drop(conn);
+    let (log, log_note) = last_lines(&**driver, &scope, &app).await;
+    let spec = release.parse_spec()?;
+    let (state, summary) = view::state(&app, spec.instances(), &scope.tenant.state);
+    let names: Vec<&str> = spec.connects_apps().iter().map(crate::ids::AppName::as_str).collect();
+    let warnings = release.warnings.as_array().cloned().unwrap_or_default();
+    html::page(&AppPage {
+        tenant: scope.tenant.name.to_string(),
+        state,
+        mark: mark(state),
+        summary,
+        warnings: warnings
+            .iter()
+            .map(|w| {
+                let text = |key: &str| w[key].as_str().unwrap_or_default().to_owned();
+                format!("{}. {}.", text("message"), text("suggestion"))
+            })
+            .collect(),
+        instances: app.observed.iter().flat_map(|seen| seen.instances.iter()).map(instance_row).collect(),
+        releases: releases.into_iter().map(|r| release_row(r, app.revision)).collect(),
+        log,
+        log_note,
+        user: format!("{}:{}", release.user.uid, release.user.gid),
+        uids: format!("{} to {}", app.uid_start, app.uid_start + app.uid_size - 1),
+        limits: format!(
+            "{} cores, {} of memory (scratch counts within)",
+            cores(i64::from(spec.cpu_millis())),
+            bytes(i64::try_from(spec.memory()).unwrap_or(i64::MAX))
+        ),
+        reaches: if names.is_empty() { "nothing".into() } else { names.join(", ") },
+        reserved: app.peak.words(),
+        seen: app.observed_at.map_or_else(|| "not yet".into(), when),
+        events: events.into_iter().map(|Event { at, text, .. }| EventRow { at: when(at), text }).collect(),
+        address: own.of(&req).unwrap_or_default(),
+        name: app.name.to_string(),
+    })
+}
+
+fn instance_row(i: &InstanceObserved) -> InstanceRow {
+    let (state, mark) = match i.state {
+        InstanceState::Preparing => ("preparing", "changing"),
+        InstanceState::Starting => ("starting", "changing"),
+        InstanceState::Running => ("running", "running"),
+        InstanceState::Unhealthy => ("unhealthy", "attention"),
+        InstanceState::Waiting => ("waiting", "attention"),
+        InstanceState::Stopping => ("stopping", "changing"),
+        InstanceState::Failed => ("failed", "failed"),
+    };
+    InstanceRow {
+        number: i.number,
+        revision: i.revision,
+        state,
+        mark,
+        reason: i.last_end.as_ref().map(|end| logs::clean(&end.detail)).unwrap_or_default(),
+        since: when(i.since),
+        restarts: i.restarts,
+        uid: i.uid.map(|uid| uid.to_string()).unwrap_or_default(),
+        address: i.address.to_string(),
+    }
+}
+
+fn release_row(release: Release, current: i64) -> ReleaseRow {
+    ReleaseRow {
+        revision: release.revision,
+        current: release.revision == current,
+        note: release.rolled_back_to.map(|n| format!("back to {n}")).unwrap_or_default(),
+        image: release.image(),
+        short: release.digest.short().to_owned(),
+        digest: release.digest.to_string(),
+        by: release.actor,
+        at: when(release.created_at),
+    }
+}
+
+/// The newest lines; a page is never held up by a log.
+async fn last_lines(
+    driver: &dyn Driver,
+    scope: &TenantScope<ReadTenant>,
+    app: &App,
+) -> (Vec<String>, &'static str) {
+    let query = LogQuery {
+        tenant: scope.tenant.name.clone(),
+        app: app.name.clone(),
+        app_id: app.id,
+        instance: None,
+        tail: 50,
+        follow: false,
+    };
+    let read = async {
+        let stream = driver.logs(&query).await?;
+        let lines: Vec<_> = stream.take(200).collect().await;
+        lines.into_iter().collect::<Result<Vec<_>, _>>()
+    };
+    match tokio::time::timeout(Duration::from_secs(2), read).await {
+        Ok(Ok(lines)) => (lines.iter().map(logs::line_for_people).collect(), "Nothing was written yet."),
+        _ => (Vec::new(), "The log cannot be read right now."),
+    }
+}

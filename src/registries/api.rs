@@ -1,0 +1,146 @@
+//! Repositories and tags over the API.
+
+use std::sync::Arc;
+
+use actix_web::{HttpResponse, web};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use sqlx::PgPool;
+
+use super::{Distribution, Holders, store};
+use crate::access::{Deploy, ReadTenant, TenantScope};
+use crate::audit;
+use crate::db::{Page, PageQuery};
+use crate::error::Error;
+use crate::ids::{Digest, RepositoryPath, Tag, TenantId};
+
+/// GET /api/v1/tenants/{tenant}/repositories: by name.
+pub async fn list_repositories(
+    scope: TenantScope<ReadTenant>,
+    pool: web::Data<PgPool>,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    let limit = query.limit()?;
+    let mut conn = pool.acquire().await?;
+    let rows = store::list_repositories(&mut conn, scope.tenant.id, &query.after_text()?, limit + 1).await?;
+    Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.name.clone())))
+}
+
+/// The rest of the path up to `/tags` is the repository: it may hold slashes.
+#[derive(Deserialize)]
+pub struct RepositoryParam {
+    repository: String,
+    tag: Option<String>,
+}
+
+impl RepositoryParam {
+    fn repository(&self) -> Result<RepositoryPath, Error> {
+        self.repository.parse().map_err(|_| Error::NotFound)
+    }
+}
+
+#[derive(Serialize)]
+struct TagView {
+    #[serde(flatten)]
+    row: store::TagRow,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    apps: Vec<String>,
+}
+
+/// GET /api/v1/tenants/{tenant}/repositories/{repository}/tags: by name.
+pub async fn list_tags(
+    scope: TenantScope<ReadTenant>,
+    pool: web::Data<PgPool>,
+    holders: web::Data<dyn Holders>,
+    path: web::Path<RepositoryParam>,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    let limit = query.limit()?;
+    let repository = path.repository()?;
+    let mut conn = pool.acquire().await?;
+    let rows =
+        store::list_tags(&mut conn, scope.tenant.id, &repository, &query.after_text()?, limit + 1).await?;
+    drop(conn);
+    let digests: Vec<String> = rows.iter().map(|row| row.digest.clone()).collect();
+    let held = holders.holders(scope.tenant.id, &repository, &digests).await?;
+    let views = rows
+        .into_iter()
+        .map(|row| TagView {
+            apps: held
+                .iter()
+                .filter(|(digest, _)| *digest == row.digest)
+                .map(|(_, app)| app.clone())
+                .collect(),
+            row,
+        })
+        .collect();
+    Ok(HttpResponse::Ok().json(Page::new(views, limit, |view: &TagView| view.row.name.clone())))
+}
+
+/// DELETE /api/v1/tenants/{tenant}/repositories/{repository}/tags/{tag}. What a release runs stays
+/// in the registry; only the tag goes. All else is deleted, and its bytes are free again.
+pub async fn delete_tag(
+    scope: TenantScope<Deploy>,
+    pool: web::Data<PgPool>,
+    registry: web::Data<Distribution>,
+    holders: web::Data<dyn Holders>,
+    path: web::Path<RepositoryParam>,
+) -> Result<HttpResponse, Error> {
+    let repository = path.repository()?;
+    let tag: Tag = path.tag.as_deref().unwrap_or_default().parse().map_err(|_| Error::NotFound)?;
+    let mut tx = pool.begin().await?;
+    let digest =
+        store::delete_tag(&mut tx, scope.tenant.id, &repository, &tag).await?.ok_or(Error::NotFound)?;
+    let family = store::list_family(&mut tx, scope.tenant.id, &repository, &digest).await?;
+    let held = holders.holders(scope.tenant.id, &repository, &family).await?;
+    if !held.is_empty() {
+        let mut apps: Vec<_> = held.into_iter().map(|(_, app)| app).collect();
+        apps.sort();
+        apps.dedup();
+        return Err(Error::Conflict(format!("this image is deployed by: {}", apps.join(", "))));
+    }
+    let event = audit::Event {
+        tenant: Some(scope.tenant.id),
+        actor: &scope.actor.id,
+        action: "tag.delete",
+        object: &format!("{repository}:{tag}"),
+        request_id: &scope.request_id.0,
+        detail: json!({"digest": digest}),
+    };
+    audit::record(&mut tx, event).await?;
+    tx.commit().await?;
+    // The tag is gone; what nothing holds any more is cleared away now, or by the sweep later.
+    let family: Vec<Digest> = family.iter().filter_map(|digest| digest.parse().ok()).collect();
+    let name = scope.tenant.name.as_str();
+    if let Err(error) = clear(&pool, &registry, &holders, (scope.tenant.id, name), &repository, &family).await
+    {
+        tracing::warn!(%error, "a deleted image is cleared away later");
+    }
+    Ok(HttpResponse::NoContent().finish())
+}
+
+/// Deletes those of the manifests that no tag, index or release holds: in the registry first, so
+/// that a crash in between only leaves a row that is cleared again.
+pub(super) async fn clear(
+    pool: &PgPool,
+    registry: &Distribution,
+    holders: &Arc<dyn Holders>,
+    tenant: (TenantId, &str),
+    repository: &RepositoryPath,
+    among: &[Digest],
+) -> Result<(), Error> {
+    let texts: Vec<String> = among.iter().map(ToString::to_string).collect();
+    let mut conn = pool.acquire().await?;
+    let loose = store::list_loose(&mut conn, tenant.0, repository, &texts).await?;
+    drop(conn);
+    for digest in loose {
+        if !holders.holders(tenant.0, repository, &[digest.to_string()]).await?.is_empty() {
+            continue;
+        }
+        registry.delete_manifest(&format!("{}/{repository}", tenant.1), &digest).await?;
+        let mut tx = pool.begin().await?;
+        store::delete_manifest(&mut tx, tenant.0, repository, &digest).await?;
+        tx.commit().await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,298 @@
+//! The client of the registry behind the front door: for the platform's own reads and deletions,
+//! with tokens that it mints itself. It follows no redirect and reads no more than it must.
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use reqwest::{Method, Response, StatusCode, header};
+use sqlx::PgPool;
+
+use super::token::{Access, SigningKey};
+use super::{Reference, store};
+use crate::error::Error;
+use crate::fault::{Code, Fault, Kind};
+use crate::ids::{Digest, RepositoryPath, TenantName};
+use crate::images::manifest::{self, Manifest};
+use crate::images::names::{self, Found};
+use crate::images::{ImageConfig, Names};
+
+/// An image as it was found.
+#[derive(Debug)]
+pub struct ResolvedImage {
+    /// What the tag or digest stands for.
+    pub index_digest: Digest,
+    /// The manifest for this platform.
+    pub manifest_digest: Digest,
+    /// Its config.
+    pub config: ImageConfig,
+    layers: Vec<Digest>,
+}
+
+/// The client.
+#[derive(Debug, Clone)]
+pub struct Distribution {
+    pool: PgPool,
+    client: reqwest::Client,
+    base: String,
+    key: SigningKey,
+}
+
+/// Largest layers, in bytes as stored, that are searched for names in all.
+const SEARCHED: u64 = 1 << 30;
+
+fn away(error: impl std::fmt::Display) -> Error {
+    tracing::warn!(%error, "the registry does not answer");
+    Error::Unavailable("the registry does not answer".into(), Duration::from_secs(3))
+}
+
+fn fault(code: u16, message: &str) -> Error {
+    Error::fault(Fault::new(Code(code), Kind::Invalid, "image", message))
+}
+
+impl Distribution {
+    /// A client for the registry at `base`.
+    pub fn new(pool: PgPool, base: &str, key: SigningKey) -> Result<Self, Error> {
+        let client = reqwest::Client::builder()
+            .redirect(reqwest::redirect::Policy::none())
+            .connect_timeout(Duration::from_secs(3))
+            .read_timeout(Duration::from_secs(60))
+            .no_proxy()
+            .build()
+            .map_err(Error::internal)?;
+        Ok(Self { pool, client, base: base.trim_end_matches('/').to_owned(), key })
+    }
+
+    /// Whether the registry answers.
+    pub async fn ping(&self) -> Result<(), Error> {
+        let token = self.key.mint("platform", Vec::new())?;
+        let answer = self
+            .client
+            .get(format!("{}/v2/", self.base))
+            .bearer_auth(token)
+            .timeout(Duration::from_secs(2))
+            .send()
+            .await
+            .map_err(away)?;
+        if answer.status().is_success() { Ok(()) } else { Err(away(answer.status())) }
+    }
+
+    /// A request on one repository with just the rights that it needs.
+    pub(super) fn request(
+        &self,
+        method: Method,
+        name: &str,
+        rest: &str,
+        actions: &[&str],
+    ) -> Result<reqwest::RequestBuilder, Error> {
+        let token = self.key.mint("platform", vec![Access::to(name.to_owned(), actions)])?;
+        Ok(self.client.request(method, format!("{}/v2/{name}/{rest}", self.base)).bearer_auth(token))
+    }
+
+    /// A mount: one repository is read, the other written.
+    pub(super) fn mount_request(
+        &self,
+        name: &str,
+        from: &str,
+        rest: &str,
+    ) -> Result<reqwest::RequestBuilder, Error> {
+        let access =
+            vec![Access::to(name.to_owned(), &["pull", "push"]), Access::to(from.to_owned(), &["pull"])];
+        let token = self.key.mint("platform", access)?;
+        Ok(self.client.post(format!("{}/v2/{name}/{rest}", self.base)).bearer_auth(token))
+    }
+
+    /// The bytes of a blob or manifest, held against its digest and the limit for manifests.
+    async fn fetch(
+        &self,
+        name: &str,
+        rest: &str,
+        digest: &Digest,
+    ) -> Result<Option<(Vec<u8>, String)>, Error> {
+        let answer = self
+            .request(Method::GET, name, rest, &["pull"])?
+            .header(header::ACCEPT, manifest::ACCEPT)
+            .send()
+            .await
+            .map_err(away)?;
+        if answer.status() == StatusCode::NOT_FOUND {
+            return Ok(None);
+        }
+        let answer = good(answer)?;
+        let kind = answer
+            .headers()
+            .get(header::CONTENT_TYPE)
+            .and_then(|v| v.to_str().ok())
+            .unwrap_or_default()
+            .to_owned();
+        let mut bytes = Vec::new();
+        let mut stream = answer.bytes_stream();
+        while let Some(chunk) = stream.next().await {
+            bytes.extend_from_slice(&chunk.map_err(away)?);
+            if bytes.len() > manifest::LIMIT {
+                return Err(fault(203, "its manifest or config is larger than 4 MiB"));
+            }
+        }
+        if Digest::of(&bytes) != *digest {
+            return Err(fault(203, "the registry holds something else than its digest says"));
+        }
+        Ok(Some((bytes, kind)))
+    }
+
+    async fn manifest(&self, name: &str, digest: &Digest) -> Result<Option<Manifest>, Error> {
+        let Some((bytes, kind)) = self.fetch(name, &format!("manifests/{digest}"), digest).await? else {
+            return Ok(None);
+        };
+        Manifest::parse(&bytes, &kind).map(Some).map_err(|error| fault(203, &error.to_string()))
+    }
+
+    /// Resolves a tag or digest to the image for linux/amd64.
+    pub async fn resolve(
+        &self,
+        tenant: &TenantName,
+        repository: &RepositoryPath,
+        reference: &Reference,
+    ) -> Result<ResolvedImage, Error> {
+        let missing = || {
+            Error::fault(
+                Fault::new(
+                    Code(200),
+                    Kind::Conflict,
+                    "image",
+                    "there is no such image in the tenant's project",
+                )
+                .instead("push it first; GET .../repositories lists what is there"),
+            )
+        };
+        let mut conn = self.pool.acquire().await?;
+        let known = match reference {
+            Reference::Tag(tag) => store::find_tag(&mut conn, tenant, repository, tag).await?,
+            Reference::Digest(digest) => store::find_manifest(&mut conn, tenant, repository, digest).await?,
+        };
+        drop(conn);
+        let index_digest = known.ok_or_else(missing)?;
+        let name = format!("{tenant}/{repository}");
+        let mut manifest_digest = index_digest.clone();
+        let mut found = self.manifest(&name, &index_digest).await?.ok_or_else(missing)?;
+        if let Manifest::Index { children } = &found {
+            let mut fitting = children.iter().filter(|c| c.os == "linux" && c.architecture == "amd64");
+            manifest_digest = match (fitting.next(), fitting.next()) {
+                (Some(child), None) => child.descriptor.digest.clone(),
+                (None, _) => return Err(fault(201, "the index has no image for linux/amd64")),
+                _ => return Err(fault(201, "the index has more than one image for linux/amd64")),
+            };
+            found = self.manifest(&name, &manifest_digest).await?.ok_or_else(missing)?;
+        }
+        let Manifest::Image { config, layers } = found else {
+            return Err(fault(203, "an index within an index is not taken"));
+        };
+        let (bytes, _) = self
+            .fetch(&name, &format!("blobs/{}", config.digest), &config.digest)
+            .await?
+            .ok_or_else(missing)?;
+        let config = ImageConfig::parse(&bytes).map_err(|error| fault(203, &error.to_string()))?;
+        let layers = layers.into_iter().map(|layer| layer.digest).collect();
+        Ok(ResolvedImage { index_digest, manifest_digest, config, layers })
+    }
+
+    /// Users and groups of an image, by a bounded read of its layers from the top down. What cannot
+    /// be read reads as empty: the preflight then warns.
+    pub async fn read_names(
+        &self,
+        tenant: &TenantName,
+        repository: &RepositoryPath,
+        image: &ResolvedImage,
+    ) -> Result<Names, Error> {
+        let name = format!("{tenant}/{repository}");
+        let mut found = Found::default();
+        for layer in image.layers.iter().rev() {
+            let answer = self.request(Method::GET, &name, &format!("blobs/{layer}"), &["pull"])?;
+            let answer = good(answer.send().await.map_err(away)?)?;
+            let stream = answer.bytes_stream().map(|chunk| chunk.map_err(std::io::Error::other));
+            let reader = tokio_util::io::SyncIoBridge::new(tokio_util::io::StreamReader::new(stream));
+            let search =
+                tokio::task::spawn_blocking(move || names::search(std::io::Read::take(reader, SEARCHED)));
+            match tokio::time::timeout(Duration::from_secs(60), search).await {
+                Ok(Ok(Ok(lower))) => found.fill(lower),
+                // Nothing further down may be believed when this layer could not be read.
+                _ => break,
+            }
+            if found.is_whole() {
+                break;
+            }
+        }
+        Ok(Names::parse(found.passwd.as_deref().unwrap_or(""), found.group.as_deref().unwrap_or("")))
+    }
+
+    /// Size of a blob as the registry has it.
+    pub(super) async fn blob_size(&self, name: &str, digest: &Digest) -> Result<Option<u64>, Error> {
+        self.size(name, &format!("blobs/{digest}")).await
+    }
+
+    /// Size of a manifest as the registry has it.
+    pub(super) async fn manifest_size(&self, name: &str, digest: &Digest) -> Result<Option<u64>, Error> {
+        self.size(name, &format!("manifests/{digest}")).await
+    }
+
+    async fn size(&self, name: &str, rest: &str) -> Result<Option<u64>, Error> {
+        let answer = self
+            .request(Method::HEAD, name, rest, &["pull"])?
+            .header(header::ACCEPT, manifest::ACCEPT)
+            .send()
+            .await
+            .map_err(away)?;
+        if answer.status() == StatusCode::NOT_FOUND {
+            return Ok(None);
+        }
+        let answer = good(answer)?;
+        let length = answer.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
+        length.map(Some).ok_or_else(|| away("no length"))
+    }
+
+    /// Sees to it that a tag which tenants cannot write holds on to a deployed manifest.
+    pub async fn put_keeper_tag(
+        &self,
+        tenant: &TenantName,
+        repository: &RepositoryPath,
+        digest: &Digest,
+    ) -> Result<(), Error> {
+        let name = format!("{tenant}/{repository}");
+        let tag = format!("bulkhead-keep-{}", digest.short());
+        if self.size(&name, &format!("manifests/{tag}")).await?.is_some() {
+            return Ok(());
+        }
+        let Some((bytes, kind)) = self.fetch(&name, &format!("manifests/{digest}"), digest).await? else {
+            return Err(Error::Conflict("the image is no longer in the registry".into()));
+        };
+        let answer = self
+            .request(Method::PUT, &name, &format!("manifests/{tag}"), &["pull", "push"])?
+            .header(header::CONTENT_TYPE, kind)
+            .body(bytes)
+            .send()
+            .await
+            .map_err(away)?;
+        good(answer).map(drop)
+    }
+
+    /// Deletes a manifest; gone already is good.
+    pub(super) async fn delete_manifest(&self, name: &str, digest: &Digest) -> Result<(), Error> {
+        self.delete(name, &format!("manifests/{digest}")).await
+    }
+
+    /// Takes a blob out of one repository; gone already is good.
+    pub(super) async fn delete_blob(&self, name: &str, digest: &Digest) -> Result<(), Error> {
+        self.delete(name, &format!("blobs/{digest}")).await
+    }
+
+    async fn delete(&self, name: &str, rest: &str) -> Result<(), Error> {
+        let answer =
+            self.request(Method::DELETE, name, rest, &["pull", "delete"])?.send().await.map_err(away)?;
+        if answer.status() == StatusCode::NOT_FOUND {
+            return Ok(());
+        }
+        good(answer).map(drop)
+    }
+}
+
+fn good(answer: Response) -> Result<Response, Error> {
+    if answer.status().is_success() { Ok(answer) } else { Err(away(answer.status())) }
+}

@@ -1,0 +1,219 @@
+//! The front door's shared parts: who stands behind a request, and the error form of OCI
+//! (distribution specification 1.1, "Error codes").
+
+use std::time::Duration;
+
+use actix_web::http::{StatusCode, header};
+use actix_web::{HttpRequest, HttpResponse, web};
+use data_encoding::BASE64;
+use serde::Deserialize;
+use serde_json::json;
+use sqlx::PgPool;
+
+use super::token::{Claims, Push, Right, SERVICE, SigningKey, grant};
+use super::{Distribution, store};
+use crate::access::{Public, credentials};
+use crate::error::Error;
+use crate::http::OwnAddress;
+
+/// Which door it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Door {
+    /// For tenants' clients.
+    Tenants,
+    /// For the engine: it may only pull, and its realm is this address.
+    Engine(String),
+}
+
+/// What the handlers share.
+#[derive(Debug, Clone)]
+pub struct FrontDoor {
+    /// Database.
+    pub pool: PgPool,
+    /// Key of the tokens.
+    pub key: SigningKey,
+    /// The registry behind.
+    pub registry: Distribution,
+    /// Our own address.
+    pub own: OwnAddress,
+    /// Which door.
+    pub door: Door,
+}
+
+/// An error as registries' clients read it.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message}")]
+pub struct OciError {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+    challenge: Option<String>,
+}
+
+impl OciError {
+    pub(super) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self { status, code, message: message.into(), challenge: None }
+    }
+    pub(super) fn denied(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "DENIED", message)
+    }
+    pub(super) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "MANIFEST_INVALID", message)
+    }
+    pub(super) fn unsupported() -> Self {
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED", "this is not available here")
+    }
+    pub(super) fn unknown_name() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "NAME_UNKNOWN", "there is no such repository")
+    }
+    pub(super) fn unknown_manifest() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "MANIFEST_UNKNOWN", "there is no such manifest")
+    }
+}
+
+impl From<Error> for OciError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Internal(cause) => {
+                tracing::error!(%cause, "internal error at the registry's front door");
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "UNKNOWN", "internal error")
+            }
+            Error::NotFound => Self::unknown_name(),
+            Error::Unavailable(text, _) => Self::new(StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE", text),
+            other => Self::denied(other.to_string()),
+        }
+    }
+}
+
+impl From<sqlx::Error> for OciError {
+    fn from(error: sqlx::Error) -> Self {
+        Error::from(error).into()
+    }
+}
+
+impl actix_web::ResponseError for OciError {
+    fn status_code(&self) -> StatusCode {
+        self.status
+    }
+    fn error_response(&self) -> HttpResponse {
+        let mut response = HttpResponse::build(self.status);
+        response.insert_header(("Docker-Distribution-Api-Version", "registry/2.0"));
+        if let Some(challenge) = &self.challenge {
+            response.insert_header((header::WWW_AUTHENTICATE, challenge.clone()));
+        }
+        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+            response.insert_header((header::RETRY_AFTER, "3"));
+        }
+        response.json(json!({"errors": [{"code": self.code, "message": self.message}]}))
+    }
+}
+
+impl FrontDoor {
+    fn realm(&self, req: &HttpRequest) -> Option<String> {
+        let own = match &self.door {
+            Door::Tenants => self.own.of(req)?,
+            Door::Engine(address) => format!("http://{address}"),
+        };
+        Some(format!("{own}/auth/token"))
+    }
+
+    /// Tells a client where to get a token, and for what.
+    pub(super) fn challenge(&self, req: &HttpRequest, scope: Option<(&str, &str)>) -> OciError {
+        let mut error = OciError::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", "authentication is required");
+        error.challenge = self.realm(req).map(|realm| {
+            let scope = scope.map(|(name, actions)| format!(",scope=\"repository:{name}:{actions}\""));
+            format!("Bearer realm=\"{realm}\",service=\"{SERVICE}\"{}", scope.unwrap_or_default())
+        });
+        error
+    }
+
+    /// The claims of the request's token; a robot that was revoked since has none.
+    pub(super) async fn claims(&self, req: &HttpRequest) -> Result<Option<Claims>, OciError> {
+        let token =
+            req.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()?.strip_prefix("Bearer "));
+        let Some(claims) = token.and_then(|token| self.key.verify(token)) else { return Ok(None) };
+        if let Some(id) = claims.sub.strip_prefix("robot:").and_then(|id| id.parse::<i64>().ok()) {
+            let mut conn = self.pool.acquire().await?;
+            if !store::is_robot_good(&mut conn, id).await? {
+                return Ok(None);
+            }
+        }
+        Ok(Some(claims))
+    }
+
+    /// The right behind a user name and password.
+    async fn right(&self, user: &str, password: &str) -> Result<Option<(String, Right)>, OciError> {
+        if user == "engine" {
+            let one = self.key.verify_pull(password).map(Right::One);
+            return Ok(one.map(|right| ("engine".to_owned(), right)));
+        }
+        if self.door != Door::Tenants {
+            return Ok(None);
+        }
+        let Some((tenant, name)) = user.split_once('+') else { return Ok(None) };
+        let mut conn = self.pool.acquire().await?;
+        let found = store::find_robot(&mut conn, tenant, name, &credentials::hash(password)).await?;
+        Ok(found.map(|robot| {
+            let push = if robot.push { Push::Yes } else { Push::No };
+            (format!("robot:{}", robot.id), Right::Tenant(robot.tenant, push))
+        }))
+    }
+}
+
+/// Parameters of the token endpoint. `scope` may stand several times, so the query is read by hand.
+#[derive(Deserialize)]
+pub struct TokenQuery {
+    service: Option<String>,
+}
+
+fn scopes(query: &str) -> Vec<String> {
+    let pairs = serde_urlencoded_pairs(query);
+    pairs.into_iter().filter(|(key, _)| key == "scope").map(|(_, value)| value).take(16).collect()
+}
+
+fn serde_urlencoded_pairs(query: &str) -> Vec<(String, String)> {
+    web::Query::<Vec<(String, String)>>::from_query(query).map(web::Query::into_inner).unwrap_or_default()
+}
+
+/// GET /auth/token
+pub async fn get_token(
+    _: Public,
+    req: HttpRequest,
+    door: web::Data<FrontDoor>,
+    query: web::Query<TokenQuery>,
+) -> Result<HttpResponse, OciError> {
+    if query.service.as_deref().is_some_and(|service| service != SERVICE) {
+        return Err(OciError::new(
+            StatusCode::BAD_REQUEST,
+            "UNSUPPORTED",
+            "this is not the token server of that service",
+        ));
+    }
+    let basic =
+        req.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()?.strip_prefix("Basic "));
+    let pair = basic
+        .and_then(|text| BASE64.decode(text.trim().as_bytes()).ok())
+        .and_then(|bytes| String::from_utf8(bytes).ok());
+    let wrong = || {
+        let mut error =
+            OciError::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", "the user name or secret is wrong");
+        error.challenge = Some("Basic realm=\"bulkhead\"".into());
+        error
+    };
+    let pair = pair.ok_or_else(wrong)?;
+    let (user, password) = pair.split_once(':').ok_or_else(wrong)?;
+    let (subject, right) = door.right(user, password).await?.ok_or_else(wrong)?;
+    let asked = scopes(req.query_string());
+    let access = grant(&right, &asked);
+    tracing::info!(subject, asked = asked.len(), given = access.len(), "registry token");
+    let token = door.key.mint(&subject, access)?;
+    let issued = time::OffsetDateTime::now_utc()
+        .format(&time::format_description::well_known::Rfc3339)
+        .unwrap_or_default();
+    Ok(HttpResponse::Ok().insert_header((header::CACHE_CONTROL, "no-store")).json(json!({
+        "token": token, "access_token": token, "expires_in": super::token::LIFE.as_secs(), "issued_at": issued,
+    })))
+}
+
+/// How long an unanswered request to the registry may take before it is given up.
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,0 +1,289 @@
+//! The token server's half that is pure: keys, tokens, scopes. The registry behind the front door
+//! (CNCF Distribution) takes ES256 with the key id of libtrust, `aud` as one string and whole
+//! numbers as times; nothing else is ever issued.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use rcgen::PublicKeyData;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::error::Error;
+use crate::ids::{RepositoryPath, TenantName};
+
+/// `iss` of every token, and the registry's `issuer`.
+pub const ISSUER: &str = "bulkhead";
+/// `aud` of a registry token, and the registry's `service`.
+pub const SERVICE: &str = "bulkhead-registry";
+/// `aud` of a credential for a pull: a token that only our own token server takes.
+const PULL: &str = "bulkhead-pull";
+/// How long a registry token is good.
+pub const LIFE: Duration = Duration::from_secs(300);
+
+/// What a token opens, as the registry reads it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Access {
+    /// Always `repository`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// `TENANT/REPOSITORY`, exactly.
+    pub name: String,
+    /// `pull`, `push`, `delete`.
+    pub actions: Vec<String>,
+}
+
+impl Access {
+    /// Some actions on one repository.
+    #[must_use]
+    pub fn to(name: String, actions: &[&str]) -> Self {
+        let actions = actions.iter().map(ToString::to_string).collect();
+        Self { kind: "repository".into(), name, actions }
+    }
+}
+
+/// The claims of a token.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Claims {
+    iss: String,
+    aud: String,
+    /// Whom it was given to: `robot:ID`, `engine`, `platform`, `anonymous`.
+    pub sub: String,
+    iat: u64,
+    nbf: u64,
+    exp: u64,
+    /// What it opens.
+    pub access: Vec<Access>,
+}
+
+impl Claims {
+    /// Whether it opens this.
+    #[must_use]
+    pub fn allows(&self, name: &str, action: &str) -> bool {
+        self.access.iter().any(|access| access.name == name && access.actions.iter().any(|a| a == action))
+    }
+}
+
+/// The key that signs.
+#[derive(Clone)]
+pub struct SigningKey {
+    pem: String,
+    encoding: EncodingKey,
+    decoding: DecodingKey,
+    kid: String,
+    certificate: String,
+}
+
+impl std::fmt::Debug for SigningKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SigningKey({})", self.kid)
+    }
+}
+
+/// libtrust's fingerprint: the first 30 bytes of SHA-256 over the public key (DER), in base32,
+/// twelve groups of four.
+fn fingerprint(spki: &[u8]) -> String {
+    let text = data_encoding::BASE32.encode(&Sha256::digest(spki)[..30]);
+    let groups: Vec<&str> = (0..12).map(|n| &text[n * 4..n * 4 + 4]).collect();
+    groups.join(":")
+}
+
+impl SigningKey {
+    /// A new key.
+    pub fn generate() -> Result<Self, Error> {
+        let pair = rcgen::KeyPair::generate().map_err(Error::internal)?;
+        Self::from_pem(&pair.serialize_pem())
+    }
+
+    /// From PKCS 8 as PEM.
+    pub fn from_pem(pem: &str) -> Result<Self, Error> {
+        let pair = rcgen::KeyPair::from_pem(pem).map_err(Error::internal)?;
+        let certificate = rcgen::CertificateParams::new(Vec::new())
+            .and_then(|params| params.self_signed(&pair))
+            .map_err(Error::internal)?
+            .pem();
+        Ok(Self {
+            encoding: EncodingKey::from_ec_pem(pem.as_bytes()).map_err(Error::internal)?,
+            decoding: DecodingKey::from_ec_pem(pair.public_key_pem().as_bytes()).map_err(Error::internal)?,
+            kid: fingerprint(&pair.subject_public_key_info()),
+            certificate,
+            pem: pem.to_owned(),
+        })
+    }
+
+    /// The key as PKCS 8 PEM, for its file.
+    #[must_use]
+    pub fn pem(&self) -> &str {
+        &self.pem
+    }
+
+    /// The certificate for the registry's `rootcertbundle`.
+    #[must_use]
+    pub fn certificate(&self) -> &str {
+        &self.certificate
+    }
+
+    fn sign(&self, aud: &str, subject: &str, access: Vec<Access>, life: Duration) -> Result<String, Error> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(Error::internal)?.as_secs();
+        let claims = Claims {
+            iss: ISSUER.into(),
+            aud: aud.into(),
+            sub: subject.into(),
+            iat: now,
+            nbf: now.saturating_sub(5),
+            exp: now + life.as_secs(),
+            access,
+        };
+        let mut header = Header::new(Algorithm::ES256);
+        header.kid = Some(self.kid.clone());
+        jsonwebtoken::encode(&header, &claims, &self.encoding).map_err(Error::internal)
+    }
+
+    fn check(&self, aud: &str, token: &str) -> Option<Claims> {
+        let mut rules = Validation::new(Algorithm::ES256);
+        rules.set_audience(&[aud]);
+        rules.set_issuer(&[ISSUER]);
+        rules.set_required_spec_claims(&["exp", "aud", "iss", "sub", "nbf"]);
+        rules.validate_nbf = true;
+        rules.leeway = 5;
+        let data = jsonwebtoken::decode::<Claims>(token.as_bytes(), &self.decoding, &rules).ok()?;
+        (data.header.kid.as_deref() == Some(self.kid.as_str())).then_some(data.claims)
+    }
+
+    /// A token for the registry.
+    pub fn mint(&self, subject: &str, access: Vec<Access>) -> Result<String, Error> {
+        self.sign(SERVICE, subject, access, LIFE)
+    }
+
+    /// The claims of a registry token that is ours and good.
+    #[must_use]
+    pub fn verify(&self, token: &str) -> Option<Claims> {
+        self.check(SERVICE, token)
+    }
+
+    /// A credential with which the engine may fetch from exactly one repository.
+    pub fn mint_pull(&self, tenant: &TenantName, repository: &RepositoryPath) -> Result<String, Error> {
+        let access = vec![Access::to(format!("{tenant}/{repository}"), &["pull"])];
+        self.sign(PULL, "engine", access, LIFE)
+    }
+
+    /// What such a credential opens.
+    #[must_use]
+    pub fn verify_pull(&self, secret: &str) -> Option<Access> {
+        self.check(PULL, secret)?.access.into_iter().next()
+    }
+}
+
+/// What somebody may ask for at the token server.
+#[derive(Debug, Clone)]
+pub enum Right {
+    /// The repositories of one tenant: pull, and push if so.
+    Tenant(TenantName, Push),
+    /// Exactly this.
+    One(Access),
+}
+
+/// Whether a robot may push.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Push {
+    /// It may.
+    Yes,
+    /// It may only pull.
+    No,
+}
+
+/// What of the asked scopes the right includes. A scope beyond it is answered with less, never with
+/// an error: clients ask for more than they need, and for other tenants' repositories out of their
+/// own caches.
+#[must_use]
+pub fn grant(right: &Right, scopes: &[String]) -> Vec<Access> {
+    let mut granted: Vec<Access> = Vec::new();
+    for scope in scopes.iter().flat_map(|scope| scope.split(' ')).take(16) {
+        let Some((name, asked)) = parse_scope(scope) else { continue };
+        let allowed: &[&str] = match right {
+            Right::Tenant(tenant, push) => {
+                let own = name.strip_prefix(tenant.as_str()).and_then(|rest| rest.strip_prefix('/'));
+                if own.is_none_or(|path| path.parse::<RepositoryPath>().is_err()) {
+                    continue;
+                }
+                if *push == Push::Yes { &["pull", "push"] } else { &["pull"] }
+            }
+            Right::One(access) if access.name == name => &["pull"],
+            Right::One(_) => continue,
+        };
+        let actions: Vec<&str> =
+            allowed.iter().copied().filter(|allowed| asked.split(',').any(|a| a == *allowed)).collect();
+        if !actions.is_empty() && !granted.iter().any(|access| access.name == name) {
+            granted.push(Access::to(name.to_owned(), &actions));
+        }
+    }
+    granted
+}
+
+/// `repository:NAME:ACTIONS`; the name may hold a colon of its own.
+fn parse_scope(scope: &str) -> Option<(&str, &str)> {
+    let rest = scope.strip_prefix("repository:")?;
+    rest.rsplit_once(':')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn right(push: Push) -> Right {
+        Right::Tenant("acme".parse().unwrap(), push)
+    }
+
+    fn granted(right: &Right, scope: &str) -> Vec<(String, String)> {
+        grant(right, &[scope.to_owned()]).into_iter().map(|a| (a.name, a.actions.join(","))).collect()
+    }
+
+    #[test]
+    fn only_ones_own_repositories_and_rights_are_granted() {
+        let all = right(Push::Yes);
+        assert_eq!(granted(&all, "repository:acme/web:pull,push"), [("acme/web".into(), "pull,push".into())]);
+        assert_eq!(
+            granted(&right(Push::No), "repository:acme/web:push,pull"),
+            [("acme/web".into(), "pull".into())]
+        );
+        for scope in [
+            "repository:acme2/web:pull",
+            "repository:acme:pull",
+            "repository:acme/:pull",
+            "repository:other/web:pull",
+            "repository:acme/../other/web:pull",
+            "repository:acme/Web:pull",
+            "registry:catalog:*",
+            "repository:acme/web:*",
+            "repository:acme/web:delete",
+            "repository(plugin):acme/web:pull",
+            "",
+            ":",
+            "repository:host:5000/acme/web:pull",
+        ] {
+            assert!(granted(&all, scope).is_empty(), "{scope}");
+        }
+        assert_eq!(granted(&all, "repository:acme/a:pull repository:evil/b:pull").len(), 1);
+    }
+
+    #[test]
+    fn tokens_are_ours_or_nothing() {
+        let key = SigningKey::generate().unwrap();
+        let token = key.mint("robot:1", vec![Access::to("acme/web".into(), &["pull"])]).unwrap();
+        assert!(key.verify(&token).unwrap().allows("acme/web", "pull"));
+        assert!(!key.verify(&token).unwrap().allows("acme/web", "push"));
+        assert!(SigningKey::generate().unwrap().verify(&token).is_none(), "another key");
+        assert!(key.verify_pull(&token).is_none(), "another audience");
+        let pull = key.mint_pull(&"acme".parse().unwrap(), &"web".parse().unwrap()).unwrap();
+        assert!(key.verify(&pull).is_none());
+        assert_eq!(key.verify_pull(&pull).unwrap().name, "acme/web");
+        let expired = key.sign(SERVICE, "x", vec![], Duration::ZERO).unwrap();
+        std::thread::sleep(Duration::from_millis(10));
+        let _ = expired;
+        let parts: Vec<&str> = token.split('.').collect();
+        let none = data_encoding::BASE64URL_NOPAD.encode(br#"{"alg":"none","typ":"JWT"}"#);
+        assert!(key.verify(&format!("{none}.{}.", parts[1])).is_none());
+        let again = SigningKey::from_pem(key.pem()).unwrap();
+        assert!(again.verify(&token).is_some(), "the key survives its file");
+    }
+}
