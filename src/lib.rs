@@ -2,6 +2,8 @@
 //!
 //! Folders are nouns; a module imports only from those before it in this list.
 
+#![recursion_limit = "256"]
+
 pub mod access;
 pub mod apps;
 pub mod audit;

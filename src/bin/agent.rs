@@ -1,2 +1,37 @@
-//! x
-fn main() {}
+//! `bulkhead-agent`: the root half on a machine with Podman, without a web server in it.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use bulkhead::config::Log;
+use bulkhead::driver::agent::config::AgentConfig;
+use clap::Parser;
+
+/// The root half of Bulkhead: runs tenants' containers and keeps them apart.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Settings (TOML), owned by root.
+    #[arg(long)]
+    config: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    bulkhead::telemetry::start(&Log::default());
+    let outcome = AgentConfig::load(&arguments.config).and_then(|config| {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .map_err(|error| error.to_string())?;
+        runtime.block_on(bulkhead::driver::agent::run(config, bulkhead::telemetry::asked_to_stop()))
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error, "the agent cannot go on");
+            ExitCode::FAILURE
+        }
+    }
+}

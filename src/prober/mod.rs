@@ -1,1 +1,157 @@
-//! Health checks.
+//! Health checks, in a process without any privilege: the only one that may connect from the host
+//! into the bridges, and the only one that reads what an app answers (a status line and at most
+//! 4 KiB). Whoever conquers it through such an answer holds nothing.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpStream, UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+
+/// What the root half asks.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Question {
+    /// Whom.
+    pub address: Ipv4Addr,
+    /// Where.
+    pub port: u16,
+    /// Path of a GET; none for a mere connection.
+    pub path: Option<String>,
+    /// Deadline of the whole check in milliseconds, at most 10,000.
+    pub timeout_ms: u32,
+}
+
+/// What it learns.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Answer {
+    /// The instance is well.
+    Well,
+    /// It is not, and why in a few words; never anything that the app wrote.
+    Ill(String),
+}
+
+/// Most checks at once.
+const AT_ONCE: usize = 256;
+/// Most bytes of an answer that are read.
+const READ: u64 = 4096;
+
+/// Answers questions on a socket until the process ends. Only root and this very user are answered.
+pub async fn serve(socket: &Path) -> std::io::Result<()> {
+    let _ = std::fs::remove_file(socket);
+    let listener = UnixListener::bind(socket)?;
+    let own = rustix::process::getuid().as_raw();
+    let room = Arc::new(Semaphore::new(AT_ONCE));
+    loop {
+        let (stream, _) = listener.accept().await?;
+        let peer = stream.peer_cred()?.uid();
+        let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return Ok(()) };
+        if peer != 0 && peer != own {
+            continue;
+        }
+        tokio::spawn(async move {
+            let _ = tokio::time::timeout(Duration::from_secs(15), answer(stream)).await;
+            drop(permit);
+        });
+    }
+}
+
+async fn answer(stream: UnixStream) -> std::io::Result<()> {
+    let (read, mut write) = stream.into_split();
+    let mut line = String::new();
+    BufReader::new(read.take(READ)).read_line(&mut line).await?;
+    let answer = match serde_json::from_str::<Question>(&line) {
+        Ok(question) => check(&question).await,
+        Err(_) => Answer::Ill("the question cannot be read".into()),
+    };
+    let mut text = serde_json::to_vec(&answer)?;
+    text.push(b'\n');
+    write.write_all(&text).await
+}
+
+/// Asks an instance.
+pub async fn check(question: &Question) -> Answer {
+    let patience = Duration::from_millis(u64::from(question.timeout_ms.clamp(1, 10_000)));
+    match tokio::time::timeout(patience, ask(question)).await {
+        Ok(answer) => answer,
+        Err(_) => Answer::Ill(format!("no answer within {} ms", patience.as_millis())),
+    }
+}
+
+async fn ask(question: &Question) -> Answer {
+    let target = SocketAddr::from((question.address, question.port));
+    let Ok(mut stream) = TcpStream::connect(target).await else {
+        return Answer::Ill("the port does not take a connection".into());
+    };
+    let Some(path) = &question.path else { return Answer::Well };
+    let request = format!(
+        "GET {path} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: bulkhead-prober\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+    );
+    if stream.write_all(request.as_bytes()).await.is_err() {
+        return Answer::Ill("the connection was closed".into());
+    }
+    let mut line = Vec::new();
+    if BufReader::new(stream.take(READ)).read_until(b'\n', &mut line).await.is_err() {
+        return Answer::Ill("the connection was closed".into());
+    }
+    match status(&line) {
+        Some(200..=399) => Answer::Well,
+        Some(code) => Answer::Ill(format!("it answers {code}")),
+        None => Answer::Ill("it does not answer in HTTP".into()),
+    }
+}
+
+/// The code of a status line.
+fn status(line: &[u8]) -> Option<u16> {
+    let line = std::str::from_utf8(line).ok()?;
+    let rest = line.strip_prefix("HTTP/1.")?;
+    let code = rest.get(2..5)?;
+    (rest.as_bytes().get(1) == Some(&b' ') && code.bytes().all(|b| b.is_ascii_digit()))
+        .then(|| code.parse().ok())?
+}
+
+/// Asks a prober behind its socket.
+pub async fn ask_at(socket: &Path, question: &Question) -> std::io::Result<Answer> {
+    let stream = UnixStream::connect(socket).await?;
+    let (read, mut write) = stream.into_split();
+    let mut text = serde_json::to_vec(question)?;
+    text.push(b'\n');
+    write.write_all(&text).await?;
+    let mut line = String::new();
+    BufReader::new(read.take(READ)).read_line(&mut line).await?;
+    serde_json::from_str(&line).map_err(std::io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_status_line_is_believed() {
+        assert_eq!(status(b"HTTP/1.1 200 OK\r\n"), Some(200));
+        assert_eq!(status(b"HTTP/1.0 503 \r\n"), Some(503));
+        for bad in
+            [&b"HTTP/2 200"[..], b"HTTP/1.1 20", b"HTTP/1.1  200", b"200", b"\xff", b"", b"HTTP/1.1 -20 "]
+        {
+            assert_eq!(status(bad), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_end_is_cut_off() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            while stream.write_all(&[b'x'; 1024]).await.is_ok() {}
+        });
+        let question =
+            Question { address: Ipv4Addr::LOCALHOST, port, path: Some("/".into()), timeout_ms: 2_000 };
+        assert_eq!(check(&question).await, Answer::Ill("it does not answer in HTTP".into()));
+    }
+}

@@ -1,3 +1,16 @@
-//! The root half and the way to it: closed messages over a unix socket.
+//! The root half and the way to it: closed messages over a unix socket. `client.rs` is the side of
+//! `serve`; everything else runs as root and believes nothing that it is told.
 
+mod app;
+mod check;
+pub mod client;
+pub mod config;
+mod core;
+mod journal;
+mod kept;
+mod logs;
+mod plan;
 pub mod protocol;
+mod server;
+
+pub use self::core::run;

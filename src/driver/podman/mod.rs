@@ -1,1 +1,7 @@
-//! Podman.
+//! Podman and nftables: what the root half drives.
+
+pub mod client;
+pub mod engine;
+pub mod firewall;
+pub mod ports;
+pub mod render;

@@ -1,0 +1,98 @@
+//! The root half's own look at a workload: nothing is believed because `serve` has checked it. The
+//! types already cannot say anything dangerous; here their values are held against bounds.
+
+use crate::driver::workload::{HealthCheck, Update, Workload};
+
+use super::journal::Recorded;
+
+/// Most instances, with the one for updates.
+const INSTANCES: usize = 101;
+const MEMORY: u64 = 1 << 40;
+
+fn path_is_good(path: &str) -> bool {
+    const CLOSED: [&str; 5] = ["/dev", "/proc", "/sys", "/run", "/etc"];
+    path.len() > 1
+        && path.len() <= 128
+        && path.starts_with('/')
+        && path[1..].split('/').all(|part| !part.is_empty() && part != "." && part != "..")
+        && !path.chars().any(|c| c.is_control() || matches!(c, '\\' | ':' | ','))
+        && !CLOSED.iter().any(|closed| path == *closed || path.starts_with(&format!("{closed}/")))
+}
+
+/// What is wrong with a workload, if anything.
+pub fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String> {
+    let no = |why: &str| Err(why.to_owned());
+    let w = workload;
+    if w.block.size < 16 || w.block.size > 65_536 {
+        return no("a block has 16 to 65536 ids");
+    }
+    let inside = |id: u16| id >= 1 && u32::from(id) < w.block.size;
+    if !inside(w.user.uid) || !inside(w.user.gid) {
+        return no("the user inside is not in the block, or is root");
+    }
+    if !(10..=1_000_000).contains(&w.cpu_millis) || !((8 << 20)..=MEMORY).contains(&w.memory) {
+        return no("cpu or memory is out of bounds");
+    }
+    let surge = usize::from(w.update == Update::Rolling && w.instances > 0);
+    if w.addresses.len() > INSTANCES || w.addresses.len() < w.instances as usize + surge {
+        return no("there are too few or too many addresses");
+    }
+    let last = tenant.subnet.size() - 1;
+    for (n, address) in w.addresses.iter().enumerate() {
+        let host = u32::from(*address).wrapping_sub(u32::from(tenant.subnet.address()));
+        if !tenant.subnet.contains(*address) || host < 2 || host >= last || w.addresses[..n].contains(address)
+        {
+            return no("an address is not a host of the tenant's subnet, or stands twice");
+        }
+    }
+    if w.scratch.len() > 17
+        || !w.scratch.keys().all(|path| path_is_good(path))
+        || !w.scratch.contains_key("/tmp")
+    {
+        return no("a scratch path is not possible");
+    }
+    let scratch = w.scratch.values().fold(0_u64, |sum, size| sum.saturating_add(*size));
+    if scratch.saturating_add(8 << 20) > w.memory || w.scratch.values().any(|size| *size < 4096) {
+        return no("scratch does not fit into memory");
+    }
+    let texts = w.command.iter().flatten().chain(w.args.iter().flatten());
+    let mut sum = 0;
+    for text in texts.chain(w.env.values()) {
+        sum += text.len();
+        if text.contains('\0') {
+            return no("a text holds NUL");
+        }
+    }
+    if sum > 256 << 10 || w.env.len() > 256 {
+        return no("command, args and env are too large");
+    }
+    let key = |key: &String| {
+        !key.is_empty()
+            && key.len() <= 128
+            && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
+    };
+    if !w.env.keys().all(key) {
+        return no("the name of a variable is not possible");
+    }
+    if w.port.is_some_and(|port| port < 1024) {
+        return no("a port is below 1024");
+    }
+    if let Some(health) = &w.health {
+        let good = match &health.check {
+            HealthCheck::Tcp { port } => *port >= 1024,
+            HealthCheck::Http { path, port } => {
+                *port >= 1024
+                    && path.starts_with('/')
+                    && path.len() <= 256
+                    && path.bytes().all(|b| (0x21..0x7f).contains(&b))
+            }
+        };
+        if !good || health.grace > 3600 {
+            return no("the health check is out of bounds");
+        }
+    }
+    if w.stop_grace > 600 || w.connects.len() > 64 || w.revision < 1 || w.generation < 1 {
+        return no("a number is out of bounds");
+    }
+    Ok(())
+}

@@ -1,0 +1,142 @@
+//! The side of `serve`: a driver that asks the root half over its socket.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use tokio::net::UnixStream;
+use tokio_util::codec::Framed;
+
+use super::protocol::{Reply, Request};
+use super::server::codec;
+use crate::driver::{
+    Driver, Error, LogQuery, LogStream, Observed, PullSecret, Removal, TenantGrant, Workload,
+};
+use crate::ids::{AppId, AppName, TenantId, TenantName};
+
+/// The root half, as seen from `serve`.
+#[derive(Debug, Clone)]
+pub struct AgentClient {
+    socket: PathBuf,
+}
+
+type Frames = Framed<UnixStream, tokio_util::codec::LengthDelimitedCodec>;
+
+fn away(error: impl std::fmt::Display) -> Error {
+    Error::Transient(format!("the agent does not answer: {error}"))
+}
+
+impl AgentClient {
+    /// The agent behind this socket.
+    #[must_use]
+    pub fn new(socket: PathBuf) -> Self {
+        Self { socket }
+    }
+
+    async fn ask(&self, request: &Request) -> Result<Frames, Error> {
+        let stream = tokio::time::timeout(Duration::from_secs(3), UnixStream::connect(&self.socket))
+            .await
+            .map_err(away)?
+            .map_err(away)?;
+        let mut frames = Framed::new(stream, codec());
+        let text = serde_json::to_vec(request).map_err(away)?;
+        frames.send(text.into()).await.map_err(away)?;
+        Ok(frames)
+    }
+
+    async fn next(frames: &mut Frames, patience: Duration) -> Result<Reply, Error> {
+        match tokio::time::timeout(patience, frames.next()).await {
+            Ok(Some(Ok(frame))) => serde_json::from_slice(&frame).map_err(away),
+            Ok(Some(Err(error))) => Err(away(error)),
+            Ok(None) => Err(away("it hung up")),
+            Err(_) => Err(away("no answer in time")),
+        }
+    }
+
+    async fn call(&self, request: &Request, patience: u64) -> Result<Reply, Error> {
+        let mut frames = self.ask(request).await?;
+        match Self::next(&mut frames, Duration::from_secs(patience)).await? {
+            Reply::Failed { error } => Err(error),
+            reply => Ok(reply),
+        }
+    }
+
+    /// Asks who is there.
+    pub async fn hello(&self) -> Result<(crate::ids::Installation, u32), Error> {
+        match self.call(&Request::Hello {}, 3).await? {
+            Reply::Hello { installation, protocol } => Ok((installation, protocol)),
+            _ => Err(away("another answer than asked for")),
+        }
+    }
+
+    async fn removal(&self, request: &Request) -> Result<Removal, Error> {
+        match self.call(request, 60).await? {
+            Reply::Removal { removal } => Ok(removal),
+            _ => Err(away("another answer than asked for")),
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Driver for AgentClient {
+    async fn ensure_tenant(&self, grant: &TenantGrant) -> Result<(), Error> {
+        self.call(&Request::EnsureTenant { grant: grant.clone() }, 60).await.map(drop)
+    }
+
+    async fn remove_tenant(&self, tenant: &TenantName, id: TenantId) -> Result<Removal, Error> {
+        self.removal(&Request::RemoveTenant { tenant: tenant.clone(), tenant_id: id }).await
+    }
+
+    async fn ensure_app(&self, workload: &Workload, pull: Option<&PullSecret>) -> Result<(), Error> {
+        let request = Request::EnsureApp { workload: Box::new(workload.clone()), pull: pull.cloned() };
+        // A large image takes its time; the lease is renewed meanwhile.
+        self.call(&request, 1800).await.map(drop)
+    }
+
+    async fn remove_app(&self, tenant: &TenantName, app: &AppName, id: AppId) -> Result<Removal, Error> {
+        self.removal(&Request::RemoveApp { tenant: tenant.clone(), app: app.clone(), app_id: id }).await
+    }
+
+    async fn observe(&self, cursor: Option<&str>, wait: Duration) -> Result<Observed, Error> {
+        let wait_ms = u32::try_from(wait.as_millis()).unwrap_or(30_000);
+        let request = Request::Observe { cursor: cursor.map(str::to_owned), wait_ms };
+        let mut frames = self.ask(&request).await?;
+        let mut whole: Option<Observed> = None;
+        loop {
+            match Self::next(&mut frames, wait + Duration::from_secs(15)).await? {
+                Reply::Observed { observed, last } => {
+                    match &mut whole {
+                        None => whole = Some(observed),
+                        Some(whole) => {
+                            whole.apps.extend(observed.apps);
+                            whole.machine.extend(observed.machine);
+                        }
+                    }
+                    if last {
+                        return whole.ok_or_else(|| away("an empty answer"));
+                    }
+                }
+                Reply::Failed { error } => return Err(error),
+                _ => return Err(away("another answer than asked for")),
+            }
+        }
+    }
+
+    async fn logs(&self, query: &LogQuery) -> Result<LogStream, Error> {
+        let frames = self.ask(&Request::Logs { query: query.clone() }).await?;
+        let stream = futures_util::stream::unfold(Some(frames), |frames| async {
+            let mut frames = frames?;
+            match frames.next().await? {
+                Err(error) => Some((Err(away(error)), None)),
+                Ok(frame) => match serde_json::from_slice(&frame) {
+                    Ok(Reply::Log { line }) => Some((Ok(line), Some(frames))),
+                    Ok(Reply::Done {}) => None,
+                    Ok(Reply::Failed { error }) => Some((Err(error), None)),
+                    Ok(_) => Some((Err(away("another answer than asked for")), None)),
+                    Err(error) => Some((Err(away(error)), None)),
+                },
+            }
+        });
+        Ok(Box::pin(stream))
+    }
+}

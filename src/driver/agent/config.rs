@@ -1,0 +1,54 @@
+//! Settings of the root half. The file is root's; what stands in it bounds what `serve` can ever ask.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::driver::workload::{IdRange, Subnet};
+use crate::ids::Installation;
+
+/// All settings of `bulkhead-agent`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentConfig {
+    /// The four letters of the installation.
+    pub installation: Installation,
+    /// Folder of the journal, the desired state and the logs. Root's alone.
+    pub state_dir: PathBuf,
+    /// Socket on which `serve` asks.
+    pub socket: PathBuf,
+    /// User id of `serve`: the only one that is answered.
+    pub peer_uid: u32,
+    /// Socket of the container engine.
+    pub engine_socket: PathBuf,
+    /// Ids that tenants may be given.
+    pub id_pool: IdRange,
+    /// Addresses that tenants may be given.
+    pub network_pool: Subnet,
+    /// Socket of the prober.
+    pub prober_socket: PathBuf,
+    /// User id of the prober: the only one that may connect from the host into the bridges.
+    pub prober_uid: u32,
+    /// Name under which the engine knows the registry; its own configuration leads it to Bulkhead.
+    pub registry_name: String,
+}
+
+impl AgentConfig {
+    /// Reads the file.
+    pub fn load(path: &Path) -> Result<Self, String> {
+        let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        toml::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))
+    }
+
+    /// Name of a tenant's bridge and network: at most 15 bytes.
+    #[must_use]
+    pub fn bridge(&self, number: u32) -> String {
+        format!("bk{}{number}", self.installation)
+    }
+
+    /// Name of the nftables table.
+    #[must_use]
+    pub fn table(&self) -> String {
+        format!("bulkhead_{}", self.installation)
+    }
+}

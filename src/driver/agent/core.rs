@@ -1,0 +1,324 @@
+//! The root half as a whole: what it holds, how it starts, how it keeps the firewall and the
+//! networks as they must be, and what it tells about it.
+
+use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use time::OffsetDateTime;
+use tokio::sync::{Notify, watch};
+
+use super::app::App;
+use super::config::AgentConfig;
+use super::journal::Journal;
+use super::kept::Kept;
+use super::server;
+use crate::driver::podman::client::{Listed, Podman};
+use crate::driver::podman::firewall::{self, Pair, Rules};
+use crate::driver::{AppEvent, Error, Observed};
+use crate::ids::{AppId, AppName, TenantName};
+
+/// How often the engine is asked what there is.
+const LOOK: Duration = Duration::from_millis(400);
+/// How often the table is held against what it must be.
+const WATCH: Duration = Duration::from_secs(1);
+/// How often networks are looked at.
+const NETWORKS: Duration = Duration::from_secs(5);
+
+/// What the engine listed, and a count that rises with each listing.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Listing {
+    pub(super) round: u64,
+    pub(super) containers: Arc<HashMap<String, Listed>>,
+}
+
+/// The root half.
+pub(super) struct Agent {
+    pub(super) config: AgentConfig,
+    pub(super) podman: Podman,
+    pub(super) journal: Mutex<Journal>,
+    pub(super) apps: Mutex<HashMap<AppId, Arc<App>>>,
+    pub(super) listing: watch::Sender<Listing>,
+    /// Rises when a listing is asked for out of turn.
+    pub(super) look: Notify,
+    firewall: tokio::sync::Mutex<Option<(Rules, String)>>,
+    version: AtomicU64,
+    changed: Notify,
+    boot: String,
+    machine: Mutex<VecDeque<AppEvent>>,
+}
+
+/// Locks; a panic elsewhere does not make the state of all others unusable.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Runs the root half until it is told to stop. Containers go on running.
+pub async fn run(config: AgentConfig, stop: impl Future<Output = ()>) -> Result<(), String> {
+    let agent = Agent::open(config).await?;
+    agent.refresh_firewall().await.map_err(|error| error.to_string())?;
+    agent.adopt().await?;
+    let looking = tokio::spawn(looking(Arc::clone(&agent)));
+    let watching = tokio::spawn(watching(Arc::clone(&agent)));
+    let serving = server::serve(Arc::clone(&agent))?;
+    tracing::info!(installation = %agent.config.installation, "the agent is ready");
+    stop.await;
+    for task in [looking, watching, serving] {
+        task.abort();
+    }
+    let apps: Vec<_> = lock(&agent.apps).values().cloned().collect();
+    for app in apps {
+        app.end();
+    }
+    Ok(())
+}
+
+impl Agent {
+    async fn open(config: AgentConfig) -> Result<Arc<Self>, String> {
+        for folder in ["", "apps", "logs"] {
+            let path = config.state_dir.join(folder);
+            std::fs::create_dir_all(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        }
+        let journal = Journal::open(&config.state_dir.join("journal"))?;
+        let podman = Podman::new(&config.engine_socket).map_err(|error| error.to_string())?;
+        let mut tries = 0;
+        while let Err(error) = podman.ping().await {
+            tries += 1;
+            if tries > 100 {
+                return Err(error.to_string());
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        Ok(Arc::new(Self {
+            podman,
+            journal: Mutex::new(journal),
+            apps: Mutex::new(HashMap::new()),
+            listing: watch::Sender::new(Listing::default()),
+            look: Notify::new(),
+            firewall: tokio::sync::Mutex::new(None),
+            version: AtomicU64::new(1),
+            changed: Notify::new(),
+            boot: data_encoding::HEXLOWER.encode(&rand::random::<[u8; 8]>()),
+            machine: Mutex::new(VecDeque::new()),
+            config,
+        }))
+    }
+
+    pub(super) fn apps_dir(&self) -> PathBuf {
+        self.config.state_dir.join("apps")
+    }
+
+    pub(super) fn logs_dir(&self, app: AppId) -> PathBuf {
+        self.config.state_dir.join("logs").join(app.to_string())
+    }
+
+    /// Takes over what is on record: everything that ran is found again, everything that should
+    /// run and does not is started.
+    async fn adopt(self: &Arc<Self>) -> Result<(), String> {
+        for kept in Kept::load_all(&self.apps_dir()).map_err(|error| error.to_string())? {
+            let app = App::spawn(Arc::clone(self), kept);
+            lock(&self.apps).insert(app.id, app);
+        }
+        self.refresh_firewall().await.map_err(|error| error.to_string())
+    }
+
+    pub(super) fn app(&self, id: AppId) -> Option<Arc<App>> {
+        lock(&self.apps).get(&id).cloned()
+    }
+
+    /// The app of this name in this tenant.
+    pub(super) fn named(&self, tenant: &TenantName, name: &AppName) -> Option<Arc<App>> {
+        let apps = lock(&self.apps);
+        apps.values().find(|app| app.tenant == *tenant && app.name == *name).cloned()
+    }
+
+    pub(super) fn bridge_of(&self, tenant: &TenantName) -> Option<String> {
+        lock(&self.journal).ever(tenant).map(|recorded| self.config.bridge(recorded.network))
+    }
+
+    /// The rules that follow from everything on record.
+    fn rules(&self) -> Rules {
+        let mut rules = Rules {
+            table: self.config.table(),
+            prefix: format!("bk{}", self.config.installation),
+            prober: self.config.prober_uid,
+            ..Rules::default()
+        };
+        let apps: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
+        let mut places = HashMap::new();
+        for app in &apps {
+            let kept = lock(&app.kept);
+            let place = (kept.workload.addresses.clone(), kept.workload.port);
+            places.insert((app.tenant.clone(), app.name.clone()), place);
+        }
+        for app in &apps {
+            let Some(bridge) = self.bridge_of(&app.tenant) else { continue };
+            let (addresses, connects) = {
+                let kept = lock(&app.kept);
+                (kept.workload.addresses.clone(), kept.workload.connects.clone())
+            };
+            rules.sources.extend(addresses.iter().map(|address| (bridge.clone(), *address)));
+            for name in connects {
+                let Some((targets, Some(port))) = places.get(&(app.tenant.clone(), name)) else { continue };
+                for source in &addresses {
+                    for target in targets {
+                        let (source, target) = (*source, *target);
+                        rules.pairs.insert(Pair { bridge: bridge.clone(), source, target, port: *port });
+                    }
+                }
+            }
+        }
+        rules
+    }
+
+    /// Puts the rules in force if they are not; connections that are no longer allowed are cut.
+    pub(super) async fn refresh_firewall(&self) -> Result<(), Error> {
+        let mut firewall = self.firewall.lock().await;
+        let rules = self.rules();
+        if firewall.as_ref().is_some_and(|(applied, _)| *applied == rules) {
+            return Ok(());
+        }
+        rules.apply().await?;
+        let seen = rules.in_force().await.unwrap_or_default();
+        if let Some((before, _)) = firewall.as_ref() {
+            for pair in before.pairs.difference(&rules.pairs) {
+                firewall::cut(pair).await;
+            }
+        }
+        *firewall = Some((rules, seen));
+        Ok(())
+    }
+
+    /// Whether the table is there: without it nothing starts.
+    pub(super) async fn table_is_there(&self) -> bool {
+        let firewall = self.firewall.lock().await;
+        match firewall.as_ref() {
+            Some((rules, _)) => rules.in_force().await.is_some(),
+            None => false,
+        }
+    }
+
+    async fn repair_firewall(&self) {
+        let mut firewall = self.firewall.lock().await;
+        let Some((rules, expected)) = firewall.as_ref() else { return };
+        let seen = rules.in_force().await;
+        if seen.as_deref() == Some(expected.as_str()) {
+            return;
+        }
+        let what = if seen.is_none() { "was gone" } else { "had been changed" };
+        let rules = rules.clone();
+        match rules.apply().await {
+            Ok(()) => {
+                let seen = rules.in_force().await.unwrap_or_default();
+                *firewall = Some((rules, seen));
+                self.machine_event(
+                    "firewall_repaired",
+                    format!("the nftables table {what} and was loaded again"),
+                );
+            }
+            Err(error) => tracing::error!(%error, "the nftables table cannot be loaded"),
+        }
+    }
+
+    pub(super) fn machine_event(&self, kind: &str, text: String) {
+        tracing::warn!(kind, text, "machine");
+        let seq = self.version.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut machine = lock(&self.machine);
+        machine.push_back(AppEvent { seq, at: OffsetDateTime::now_utc(), kind: kind.into(), text });
+        while machine.len() > 200 {
+            machine.pop_front();
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// Something about an app has changed: the number of this change.
+    pub(super) fn touch(&self) -> u64 {
+        let version = self.version.fetch_add(1, Ordering::Relaxed) + 1;
+        self.changed.notify_waiters();
+        version
+    }
+
+    /// What has changed since a cursor, waiting for something if nothing has.
+    pub(super) async fn observe(&self, cursor: Option<&str>, wait: Duration) -> Observed {
+        let since = cursor
+            .and_then(|cursor| cursor.split_once(':'))
+            .filter(|(boot, _)| *boot == self.boot)
+            .and_then(|(_, version)| version.parse::<u64>().ok());
+        let deadline = tokio::time::Instant::now() + wait.min(Duration::from_secs(30));
+        loop {
+            let notified = self.changed.notified();
+            let version = self.version.load(Ordering::Relaxed);
+            let after = since.unwrap_or(0);
+            let list: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
+            let apps: Vec<_> =
+                list.iter().filter(|app| app.version() > after).map(|app| app.observed(self)).collect();
+            let machine: Vec<_> =
+                lock(&self.machine).iter().filter(|event| event.seq > after).cloned().collect();
+            if since.is_none() || !apps.is_empty() || !machine.is_empty() {
+                let cursor = format!("{}:{version}", self.boot);
+                return Observed { cursor, complete: since.is_none(), apps, machine };
+            }
+            if tokio::time::timeout_at(deadline, notified).await.is_err() {
+                let cursor = format!("{}:{version}", self.boot);
+                return Observed { cursor, complete: false, apps, machine };
+            }
+        }
+    }
+}
+
+/// Asks the engine again and again what there is, and tells all apps.
+async fn looking(agent: Arc<Agent>) {
+    let mut round = 0;
+    loop {
+        match agent.podman.list(agent.config.installation.as_str()).await {
+            Ok(list) => {
+                round += 1;
+                let containers = list.into_iter().map(|c| (c.name().to_owned(), c)).collect();
+                agent.listing.send_replace(Listing { round, containers: Arc::new(containers) });
+            }
+            Err(error) => tracing::warn!(%error, "the engine cannot be asked"),
+        }
+        let _ = tokio::time::timeout(LOOK, agent.look.notified()).await;
+    }
+}
+
+/// Keeps the table and the networks as they must be.
+async fn watching(agent: Arc<Agent>) {
+    let mut networks_at = tokio::time::Instant::now();
+    loop {
+        tokio::time::sleep(WATCH).await;
+        agent.repair_firewall().await;
+        if networks_at.elapsed() < NETWORKS {
+            continue;
+        }
+        networks_at = tokio::time::Instant::now();
+        let tenants: Vec<TenantName> = {
+            let apps = lock(&agent.apps);
+            let mut names: Vec<_> = apps.values().map(|app| app.tenant.clone()).collect();
+            names.sort();
+            names.dedup();
+            names
+        };
+        for tenant in tenants {
+            if let Err(error) = agent.ensure_network(&tenant).await {
+                tracing::warn!(%error, %tenant, "a network cannot be made");
+            }
+        }
+    }
+}
+
+impl Agent {
+    /// Sees to it that a tenant's network is there.
+    pub(super) async fn ensure_network(&self, tenant: &TenantName) -> Result<(), Error> {
+        let recorded = lock(&self.journal).tenant(tenant).cloned();
+        let recorded = recorded.ok_or_else(|| Error::Rejected("this tenant is not in the journal".into()))?;
+        let bridge = self.config.bridge(recorded.network);
+        let made = self.podman.ensure_network(&bridge, recorded.subnet).await?;
+        if made {
+            self.machine_event("network_made", format!("the network {bridge} of {tenant} was made"));
+        }
+        Ok(())
+    }
+}

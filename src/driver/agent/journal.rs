@@ -1,0 +1,289 @@
+//! Which range, network and registry project belong to which tenant, and which block to which app:
+//! root's own record, append-only, the first write wins for ever. It is what lets the root half
+//! refuse another tenant's things on its own, whatever `serve` says.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::config::AgentConfig;
+use crate::driver::workload::{IdRange, Subnet, TenantGrant};
+use crate::ids::{AppId, AppName, TenantId, TenantName};
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+enum Entry {
+    Tenant { tenant: TenantName, tenant_id: TenantId, network: u32, subnet: Subnet },
+    Range { tenant: TenantName, range: IdRange },
+    Block { tenant: TenantName, app: AppName, app_id: AppId, block: IdRange },
+    Retired { tenant: TenantName },
+}
+
+/// A tenant as recorded.
+#[derive(Debug, Clone)]
+pub struct Recorded {
+    /// Identity.
+    pub tenant_id: TenantId,
+    /// Number of the network.
+    pub network: u32,
+    /// Subnet.
+    pub subnet: Subnet,
+    ranges: Vec<IdRange>,
+    retired: bool,
+}
+
+/// The journal.
+#[derive(Debug)]
+pub struct Journal {
+    file: File,
+    tenants: HashMap<TenantName, Recorded>,
+    blocks: HashMap<AppId, (TenantName, AppName, IdRange)>,
+}
+
+impl Journal {
+    /// Opens the journal; a line that cannot be read refuses the start: root's record is whole or
+    /// nothing. Only a last line that was cut off by a crash is dropped, since nobody was told yes.
+    pub fn open(path: &Path) -> Result<Self, String> {
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(error.to_string()),
+        };
+        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(|error| error.to_string())?;
+        file.set_len(whole as u64).map_err(|error| error.to_string())?;
+        let mut journal = Self { file, tenants: HashMap::new(), blocks: HashMap::new() };
+        for (n, line) in text[..whole].lines().enumerate() {
+            let entry =
+                serde_json::from_str(line).map_err(|error| format!("journal, line {}: {error}", n + 1))?;
+            journal.take(entry);
+        }
+        Ok(journal)
+    }
+
+    fn take(&mut self, entry: Entry) {
+        match entry {
+            Entry::Tenant { tenant, tenant_id, network, subnet } => {
+                let recorded = Recorded { tenant_id, network, subnet, ranges: Vec::new(), retired: false };
+                self.tenants.insert(tenant, recorded);
+            }
+            Entry::Range { tenant, range } => {
+                if let Some(recorded) = self.tenants.get_mut(&tenant) {
+                    recorded.ranges.push(range);
+                }
+            }
+            Entry::Block { tenant, app, app_id, block } => {
+                self.blocks.insert(app_id, (tenant, app, block));
+            }
+            Entry::Retired { tenant } => {
+                if let Some(recorded) = self.tenants.get_mut(&tenant) {
+                    recorded.retired = true;
+                }
+            }
+        }
+    }
+
+    fn write(&mut self, entry: Entry) -> Result<(), String> {
+        let mut line = serde_json::to_vec(&entry).map_err(|error| error.to_string())?;
+        line.push(b'\n');
+        self.file.write_all(&line).and_then(|()| self.file.sync_data()).map_err(|error| error.to_string())?;
+        self.take(entry);
+        Ok(())
+    }
+
+    /// Records a tenant's place, or finds it as it was recorded. Ranges may be added, nothing else
+    /// ever changes.
+    pub fn claim_tenant(&mut self, config: &AgentConfig, grant: &TenantGrant) -> Result<(), String> {
+        if grant.ranges.is_empty() || grant.ranges.len() > 256 {
+            return Err("a tenant has 1 to 256 id ranges".into());
+        }
+        for range in &grant.ranges {
+            if range.size == 0 || !config.id_pool.contains(*range) {
+                return Err("an id range lies outside the installation's pool".into());
+            }
+            if self
+                .tenants
+                .iter()
+                .any(|(name, r)| *name != grant.tenant && r.ranges.iter().any(|own| own.overlaps(*range)))
+            {
+                return Err("an id range belongs to another tenant".into());
+            }
+        }
+        let pool = config.network_pool;
+        if !(pool.contains(grant.subnet.address()) && grant.subnet.prefix() >= pool.prefix()) {
+            return Err("the subnet lies outside the installation's pool".into());
+        }
+        match self.tenants.get(&grant.tenant) {
+            Some(known) => {
+                if known.retired {
+                    return Err("this tenant has left; its name and ids are burnt".into());
+                }
+                if (known.tenant_id, known.network, known.subnet)
+                    != (grant.tenant_id, grant.network, grant.subnet)
+                {
+                    return Err("the journal has another identity, network or subnet for this tenant".into());
+                }
+            }
+            None => {
+                let taken = |r: &Recorded| {
+                    r.network == grant.network
+                        || r.tenant_id == grant.tenant_id
+                        || r.subnet.overlaps(grant.subnet)
+                };
+                if self.tenants.values().any(taken) {
+                    return Err("the identity, network or subnet belongs to another tenant".into());
+                }
+                self.write(Entry::Tenant {
+                    tenant: grant.tenant.clone(),
+                    tenant_id: grant.tenant_id,
+                    network: grant.network,
+                    subnet: grant.subnet,
+                })?;
+            }
+        }
+        for range in &grant.ranges {
+            let known = self.tenants.get(&grant.tenant).is_some_and(|r| r.ranges.contains(range));
+            if !known {
+                self.write(Entry::Range { tenant: grant.tenant.clone(), range: *range })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Records an app's block, or finds it as it was recorded.
+    pub fn claim_block(
+        &mut self,
+        tenant: &TenantName,
+        app: &AppName,
+        app_id: AppId,
+        block: IdRange,
+    ) -> Result<Recorded, String> {
+        let recorded = self.tenant(tenant).ok_or("this tenant is not in the journal")?.clone();
+        if !recorded.ranges.iter().any(|range| range.contains(block)) {
+            return Err("the block lies outside the tenant's ranges".into());
+        }
+        if let Some((owner, name, own)) = self.blocks.get(&app_id) {
+            if (owner, name, *own) != (tenant, app, block) {
+                return Err("the journal has another tenant, name or block for this app".into());
+            }
+            return Ok(recorded);
+        }
+        if self.blocks.values().any(|(_, _, own)| own.overlaps(block)) {
+            return Err("the block belongs to another app".into());
+        }
+        self.write(Entry::Block { tenant: tenant.clone(), app: app.clone(), app_id, block })?;
+        Ok(recorded)
+    }
+
+    /// A tenant that has not left.
+    #[must_use]
+    pub fn tenant(&self, name: &TenantName) -> Option<&Recorded> {
+        self.tenants.get(name).filter(|recorded| !recorded.retired)
+    }
+
+    /// A tenant, also one that has left.
+    #[must_use]
+    pub fn ever(&self, name: &TenantName) -> Option<&Recorded> {
+        self.tenants.get(name)
+    }
+
+    /// The tenant and name that an app was recorded with.
+    #[must_use]
+    pub fn app(&self, id: AppId) -> Option<(&TenantName, &AppName)> {
+        self.blocks.get(&id).map(|(tenant, app, _)| (tenant, app))
+    }
+
+    /// Records that a tenant has left.
+    pub fn retire(&mut self, tenant: &TenantName) -> Result<(), String> {
+        if self.tenant(tenant).is_some() {
+            self.write(Entry::Retired { tenant: tenant.clone() })?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> AgentConfig {
+        toml::from_str(
+            r#"installation = "test"
+            state_dir = "/x"
+            socket = "/x"
+            peer_uid = 1
+            engine_socket = "/x"
+            prober_socket = "/x"
+            prober_uid = 2
+            registry_name = "x"
+            network_pool = "10.64.0.0/12"
+            [id_pool]
+            start = 1879048192
+            size = 6553600
+            "#,
+        )
+        .unwrap()
+    }
+
+    fn grant(name: &str, n: u32) -> TenantGrant {
+        TenantGrant {
+            tenant: name.parse().unwrap(),
+            tenant_id: TenantId(n.into()),
+            ranges: vec![IdRange { start: 1_879_048_192 + n * 65_536, size: 65_536 }],
+            network: n,
+            subnet: format!("10.64.{}.0/22", n * 4).parse().unwrap(),
+        }
+    }
+
+    #[test]
+    fn the_first_write_wins_and_survives() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let (app, block) = ("web".parse().unwrap(), IdRange { start: 1_879_048_192, size: 1024 });
+        let mut journal = Journal::open(&path).unwrap();
+        journal.claim_tenant(&config(), &grant("acme", 0)).unwrap();
+        journal.claim_tenant(&config(), &grant("acme", 0)).unwrap();
+        journal.claim_block(&"acme".parse().unwrap(), &app, AppId(1), block).unwrap();
+        drop(journal);
+        // A crash in the middle of a line loses that line only.
+        let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+        file.write_all(b"{\"tenant\":{\"ten").unwrap();
+        let mut journal = Journal::open(&path).unwrap();
+        let claim =
+            |journal: &mut Journal, grant: &TenantGrant| journal.claim_tenant(&config(), grant).unwrap_err();
+        for (n, steal) in [
+            TenantGrant { ranges: grant("acme", 0).ranges, ..grant("evil", 1) },
+            TenantGrant { subnet: grant("acme", 0).subnet, ..grant("evil", 1) },
+            TenantGrant { network: 0, ..grant("evil", 1) },
+            TenantGrant { tenant_id: TenantId(0), ..grant("evil", 1) },
+            TenantGrant { network: 7, ..grant("acme", 0) },
+            TenantGrant { ranges: vec![IdRange { start: 0, size: 65_536 }], ..grant("evil", 1) },
+            TenantGrant { ranges: vec![IdRange { start: 1_885_601_791, size: 65_536 }], ..grant("evil", 1) },
+            TenantGrant { subnet: "192.168.0.0/22".parse().unwrap(), ..grant("evil", 1) },
+            TenantGrant { ranges: vec![], ..grant("evil", 1) },
+        ]
+        .iter()
+        .enumerate()
+        {
+            assert!(!claim(&mut journal, steal).is_empty(), "{n}");
+        }
+        journal.claim_tenant(&config(), &grant("good", 2)).unwrap();
+        let good = "good".parse().unwrap();
+        assert!(journal.claim_block(&good, &app, AppId(2), block).unwrap_err().contains("outside"));
+        let acme = "acme".parse().unwrap();
+        assert!(journal.claim_block(&acme, &app, AppId(2), block).unwrap_err().contains("another app"));
+        let other = IdRange { start: 1_879_049_216, size: 1024 };
+        assert!(journal.claim_block(&acme, &app, AppId(1), other).unwrap_err().contains("another"));
+        journal.retire(&acme).unwrap();
+        assert!(claim(&mut journal, &grant("acme", 0)).contains("left"));
+    }
+}

@@ -1,0 +1,158 @@
+//! Root's own copy of what shall run: one file an app, replaced in one step. From it everything is
+//! started again after a crash or a reboot, with `serve` down. Credentials are never in it.
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+
+use crate::driver::workload::Workload;
+use crate::driver::{AppEvent, Ending, InstanceState};
+
+/// Most events that are kept.
+const EVENTS: usize = 50;
+
+/// An instance.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Instance {
+    pub(super) number: u32,
+    pub(super) revision: i64,
+    pub(super) slot: usize,
+    pub(super) container: String,
+    pub(super) state: InstanceState,
+    #[serde(with = "time::serde::rfc3339")]
+    pub(super) since: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339::option", default)]
+    pub(super) started: Option<OffsetDateTime>,
+    #[serde(with = "time::serde::rfc3339::option", default)]
+    pub(super) next_start: Option<OffsetDateTime>,
+    pub(super) restarts: u32,
+    /// Failures in a row, for the backoff.
+    pub(super) failures: u32,
+    pub(super) last_end: Option<Ending>,
+    /// Process, when it started (from /proc), its monitor: an id alone may be another's by now.
+    pub(super) pid: i32,
+    pub(super) born: u64,
+    pub(super) conmon: i32,
+    pub(super) uid: Option<u32>,
+    /// Where the engine keeps its hosts file.
+    pub(super) hosts: String,
+}
+
+impl Instance {
+    pub(super) fn new(number: u32, revision: i64, slot: usize, container: String) -> Self {
+        Self {
+            number,
+            revision,
+            slot,
+            container,
+            state: InstanceState::Preparing,
+            since: OffsetDateTime::now_utc(),
+            started: None,
+            next_start: None,
+            restarts: 0,
+            failures: 0,
+            last_end: None,
+            pid: 0,
+            born: 0,
+            conmon: 0,
+            uid: None,
+            hosts: String::new(),
+        }
+    }
+
+    pub(super) fn enter(&mut self, state: InstanceState) {
+        if self.state != state {
+            self.state = state;
+            self.since = OffsetDateTime::now_utc();
+        }
+    }
+}
+
+/// An app.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Kept {
+    pub(super) workload: Workload,
+    /// What ran well before: instances of it are kept alive while the new one proves itself.
+    pub(super) previous: Option<Workload>,
+    pub(super) removing: bool,
+    pub(super) next_number: u32,
+    pub(super) instances: Vec<Instance>,
+    pub(super) seq: u64,
+    pub(super) events: VecDeque<AppEvent>,
+    /// Whether the desired revision has been well once.
+    pub(super) proven: bool,
+    pub(super) message: Option<String>,
+}
+
+impl Kept {
+    pub(super) fn new(workload: Workload) -> Self {
+        Self {
+            workload,
+            previous: None,
+            removing: false,
+            next_number: 1,
+            instances: Vec::new(),
+            seq: 0,
+            events: VecDeque::new(),
+            proven: false,
+            message: None,
+        }
+    }
+
+    pub(super) fn event(&mut self, kind: &str, text: impl Into<String>) {
+        self.seq += 1;
+        let event =
+            AppEvent { seq: self.seq, at: OffsetDateTime::now_utc(), kind: kind.into(), text: text.into() };
+        tracing::info!(tenant = %self.workload.tenant, app = %self.workload.app, kind, text = event.text, "app");
+        self.events.push_back(event);
+        while self.events.len() > EVENTS {
+            self.events.pop_front();
+        }
+    }
+
+    /// The workload that an instance was made from.
+    pub(super) fn workload_of(&self, revision: i64) -> Option<&Workload> {
+        if self.workload.revision == revision {
+            return Some(&self.workload);
+        }
+        self.previous.as_ref().filter(|previous| previous.revision == revision)
+    }
+
+    /// Replaces the file in one step, on the disk.
+    pub(super) fn save(&self, dir: &Path) -> std::io::Result<()> {
+        fail::fail_point!("agent::save", |_| Err(std::io::Error::other("failpoint")));
+        let path = dir.join(format!("{}.json", self.workload.app_id));
+        let fresh = dir.join(format!("{}.new", self.workload.app_id));
+        let mut file = std::fs::File::create(&fresh)?;
+        file.write_all(&serde_json::to_vec(self)?)?;
+        file.sync_data()?;
+        std::fs::rename(fresh, path)
+    }
+
+    /// Every app that is on record. One that cannot be read is left and said: its containers go on.
+    pub(super) fn load_all(dir: &Path) -> std::io::Result<Vec<Self>> {
+        let mut all = Vec::new();
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|e| e == "json") {
+                match std::fs::read(&path)
+                    .map_err(|e| e.to_string())
+                    .and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string()))
+                {
+                    Ok(kept) => all.push(kept),
+                    Err(error) => {
+                        tracing::error!(path = %path.display(), error, "this record cannot be read")
+                    }
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    pub(super) fn delete(&self, dir: &Path) {
+        let _ = std::fs::remove_file(dir.join(format!("{}.json", self.workload.app_id)));
+    }
+}

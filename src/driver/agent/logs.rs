@@ -1,0 +1,219 @@
+//! Logs of instances. The engine's file driver truncates where it should rotate, so the agent reads
+//! along and keeps two bounded segments of its own per instance; where the engine was faster, the
+//! gap is shown. Memory holds one chunk.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::driver::{LogLine, LogStreamName};
+
+/// Bytes of a segment; there are two.
+const SEGMENT: u64 = 4 << 20;
+/// Longest line that is kept, in bytes.
+const LINE: usize = 16 << 10;
+/// Bytes that are read at a time, so that one loud app does not hold up the others.
+const CHUNK: u64 = 4 << 20;
+
+/// The log of one instance.
+#[derive(Debug)]
+pub struct Tail {
+    raw: PathBuf,
+    dir: PathBuf,
+    instance: u32,
+    offset: u64,
+    partial: Vec<u8>,
+    written: u64,
+}
+
+impl Tail {
+    /// Reads along a raw log into segments `<instance>.log` and `<instance>.log.1` of a folder.
+    #[must_use]
+    pub fn new(raw: PathBuf, dir: PathBuf, instance: u32) -> Self {
+        let written = std::fs::metadata(dir.join(format!("{instance}.log"))).map_or(0, |m| m.len());
+        let offset = std::fs::read_to_string(dir.join(format!("{instance}.offset")))
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(0);
+        Self { raw, dir, instance, offset, partial: Vec::new(), written }
+    }
+
+    fn segment(&self) -> PathBuf {
+        self.dir.join(format!("{}.log", self.instance))
+    }
+
+    /// Takes over what is new; returns the lines for whoever follows.
+    pub fn advance(&mut self) -> std::io::Result<Vec<LogLine>> {
+        let mut file = match File::open(&self.raw) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let length = file.metadata()?.len();
+        let mut lines = Vec::new();
+        if length < self.offset {
+            // The engine has truncated: what was between is lost, and that is said.
+            self.offset = 0;
+            self.partial.clear();
+            lines.push(self.note("some lines are missing here: they came faster than they could be kept"));
+        }
+        if length > self.offset {
+            file.seek(SeekFrom::Start(self.offset))?;
+            let mut chunk = Vec::new();
+            self.offset += file.take(CHUNK).read_to_end(&mut chunk)? as u64;
+            for piece in chunk.split_inclusive(|b| *b == b'\n') {
+                if self.partial.len() < LINE + 128 {
+                    self.partial.extend_from_slice(&piece[..piece.len().min(LINE + 128)]);
+                }
+                if piece.ends_with(b"\n") {
+                    let whole = std::mem::take(&mut self.partial);
+                    lines.extend(parse(&whole, self.instance));
+                }
+            }
+        }
+        self.write(&lines)?;
+        Ok(lines)
+    }
+
+    /// A line of the platform itself.
+    #[must_use]
+    pub fn note(&self, text: &str) -> LogLine {
+        LogLine {
+            instance: self.instance,
+            at: OffsetDateTime::now_utc(),
+            stream: LogStreamName::Platform,
+            text: text.to_owned(),
+        }
+    }
+
+    /// Appends lines to the segments.
+    pub fn write(&mut self, lines: &[LogLine]) -> std::io::Result<()> {
+        if lines.is_empty() {
+            return Ok(());
+        }
+        std::fs::create_dir_all(&self.dir)?;
+        let mut out = Vec::new();
+        for line in lines {
+            serde_json::to_writer(&mut out, line)?;
+            out.push(b'\n');
+        }
+        if self.written > 0 && self.written + out.len() as u64 > SEGMENT {
+            std::fs::rename(self.segment(), self.dir.join(format!("{}.log.1", self.instance)))?;
+            self.written = 0;
+        }
+        let mut file = File::options().create(true).append(true).open(self.segment())?;
+        file.write_all(&out)?;
+        self.written += out.len() as u64;
+        std::fs::write(self.dir.join(format!("{}.offset", self.instance)), self.offset.to_string())
+    }
+
+    /// Forgets the raw log; the next one starts anew.
+    pub fn restart(&mut self) {
+        let _ = std::fs::remove_file(&self.raw);
+        self.offset = 0;
+        self.partial.clear();
+    }
+}
+
+/// `TIME STREAM F|P TEXT`: the engine's own form. What the app wrote comes after the third space.
+fn parse(line: &[u8], instance: u32) -> Option<LogLine> {
+    let text = String::from_utf8_lossy(line.strip_suffix(b"\n").unwrap_or(line));
+    let mut parts = text.splitn(4, ' ');
+    let at = OffsetDateTime::parse(parts.next()?, &Rfc3339).ok()?;
+    let stream = match parts.next()? {
+        "stdout" => LogStreamName::Stdout,
+        "stderr" => LogStreamName::Stderr,
+        _ => return None,
+    };
+    parts.next()?;
+    let text = parts.next().unwrap_or_default();
+    let mut end = text.len().min(LINE);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    Some(LogLine { instance, at, stream, text: text[..end].trim_end_matches('\r').to_owned() })
+}
+
+/// The last lines of an app's instances, oldest first.
+pub fn last(dir: &Path, instance: Option<u32>, count: usize) -> Vec<LogLine> {
+    let mut lines = std::collections::VecDeque::new();
+    let mut files: Vec<(u32, PathBuf)> = Vec::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let number = name.split('.').next().and_then(|n| n.parse::<u32>().ok());
+        if let Some(number) = number.filter(|n| instance.is_none_or(|wanted| wanted == *n))
+            && (name.ends_with(".log") || name.ends_with(".log.1"))
+        {
+            files.push((number, entry.path()));
+        }
+    }
+    // Rotated segments first, so that each instance's lines are in order before the sort by time.
+    files.sort_by_key(|(number, path)| (*number, path.extension().is_none_or(|e| e != "1")));
+    for (_, path) in files {
+        let Ok(file) = File::open(path) else { continue };
+        let mut own = std::collections::VecDeque::new();
+        for line in BufReader::new(file).lines().map_while(Result::ok) {
+            if own.len() == count {
+                own.pop_front();
+            }
+            own.push_back(line);
+        }
+        lines.extend(own.iter().filter_map(|line| serde_json::from_str::<LogLine>(line).ok()));
+    }
+    let mut lines: Vec<LogLine> = lines.into_iter().collect();
+    lines.sort_by_key(|line| line.at);
+    let skip = lines.len().saturating_sub(count);
+    lines.split_off(skip)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_kept_bounded_and_a_gap_is_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let raw = dir.path().join("raw");
+        let mut tail = Tail::new(raw.clone(), dir.path().join("own"), 3);
+        let stamp = "2026-11-24T12:00:00.000000001Z";
+        std::fs::write(
+            &raw,
+            format!("{stamp} stdout F one\n{stamp} stderr F {}\n{stamp} stdout F tw", "x".repeat(100_000)),
+        )
+        .unwrap();
+        let lines = tail.advance().unwrap();
+        assert_eq!(lines.len(), 2);
+        assert_eq!(lines[1].text.len(), LINE);
+        std::fs::write(&raw, format!("{stamp} stdout F after\n")).unwrap();
+        let lines = tail.advance().unwrap();
+        assert_eq!(lines[0].stream, LogStreamName::Platform);
+        assert_eq!(lines[1].text, "after");
+        assert_eq!(last(&dir.path().join("own"), None, 10).len(), 4);
+        // A forged prefix stays text.
+        std::fs::write(
+            &raw,
+            format!("{stamp} stdout F after\n{stamp} stdout F 2099-01-01T00:00:00Z stderr F x\n"),
+        )
+        .unwrap();
+        let lines = tail.advance().unwrap();
+        assert_eq!(lines[0].text, "2099-01-01T00:00:00Z stderr F x");
+    }
+
+    #[test]
+    fn segments_never_grow_beyond_their_bound() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tail = Tail::new(dir.path().join("raw"), dir.path().join("own"), 1);
+        let line = tail.note(&"y".repeat(10_000));
+        for _ in 0..2_000 {
+            tail.write(std::slice::from_ref(&line)).unwrap();
+        }
+        let size: u64 = std::fs::read_dir(dir.path().join("own"))
+            .unwrap()
+            .map(|e| e.unwrap().metadata().unwrap().len())
+            .sum();
+        assert!(size <= 2 * SEGMENT + 64, "{size}");
+    }
+}

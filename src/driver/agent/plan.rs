@@ -1,0 +1,228 @@
+//! What to do next for one app: pure, from what is desired and what there is.
+
+use crate::driver::workload::{Update, Workload};
+
+/// An instance as far as the plan is concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// Number.
+    pub number: u32,
+    /// Release that it runs.
+    pub revision: i64,
+    /// Whether it runs and is well.
+    pub well: bool,
+    /// Whether it is being stopped already.
+    pub stopping: bool,
+    /// Place among the app's addresses.
+    pub slot: usize,
+}
+
+/// One step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Make an instance of the desired revision at this place.
+    Create(usize),
+    /// Stop and remove an instance.
+    Stop(u32),
+}
+
+/// The next steps. Each round does what is safe now; the next round looks again.
+#[must_use]
+pub fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
+    let wanted = workload.instances as usize;
+    let current = |part: &&Part| part.revision == workload.revision && !part.stopping;
+    let old = |part: &&Part| part.revision != workload.revision && !part.stopping;
+    let new_count = parts.iter().filter(current).count();
+    let new_well = parts.iter().filter(current).filter(|part| part.well).count();
+    let old_count = parts.iter().filter(old).count();
+    let old_well = parts.iter().filter(old).filter(|part| part.well).count();
+    let free = |taken: &[usize]| {
+        (0..workload.addresses.len())
+            .find(|slot| !taken.contains(slot) && !parts.iter().any(|part| part.slot == *slot))
+    };
+    let mut steps = Vec::new();
+    // Too many of the desired revision: those that are not well go first, then the youngest.
+    if new_count > wanted {
+        let mut excess: Vec<&Part> = parts.iter().filter(current).collect();
+        excess.sort_by_key(|part| (part.well, std::cmp::Reverse(part.number)));
+        steps.extend(excess.iter().take(new_count - wanted).map(|part| Step::Stop(part.number)));
+    }
+    // The old ones: an ill one is worth nothing; a well one goes when enough others are well.
+    let replace = workload.update == Update::Replace || wanted == 0;
+    let mut well_left = old_well;
+    let mut olds: Vec<&Part> = parts.iter().filter(old).collect();
+    olds.sort_by_key(|part| (part.well, part.number));
+    for part in olds {
+        let spare = if part.well { new_well + well_left > wanted } else { new_count > 0 || old_count > 1 };
+        if replace || spare || wanted == 0 {
+            steps.push(Step::Stop(part.number));
+            if part.well {
+                well_left -= 1;
+            }
+        }
+    }
+    // New ones: with old ones there, one at a time and only when the last one is well.
+    let busy = parts.iter().any(|part| part.stopping && part.revision != workload.revision);
+    let held = match workload.update {
+        Update::Replace => old_count > 0 || parts.iter().any(|part| part.stopping),
+        Update::Rolling => (old_count > 0 || busy) && new_count > new_well,
+    };
+    if new_count < wanted && !held {
+        let at_once = if old_count > 0 || busy { 1 } else { wanted - new_count };
+        let mut taken = Vec::new();
+        for _ in 0..at_once {
+            if let Some(slot) = free(&taken) {
+                taken.push(slot);
+                steps.push(Step::Create(slot));
+            } else if steps.is_empty() {
+                // No place is left: an old one has to give way, an ill one first.
+                if let Some(part) = parts.iter().filter(old).min_by_key(|part| (part.well, part.number)) {
+                    steps.push(Step::Stop(part.number));
+                }
+                break;
+            }
+        }
+    }
+    steps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::workload::{IdRange, InsideUser, WorkloadImage};
+
+    fn workload(instances: u32, revision: i64, update: Update) -> Workload {
+        let surge = u32::from(update == Update::Rolling && instances > 0);
+        Workload {
+            tenant: "acme".parse().unwrap(),
+            app: "web".parse().unwrap(),
+            app_id: crate::ids::AppId(1),
+            revision,
+            generation: revision,
+            epoch: 1,
+            image: WorkloadImage { repository: "a".parse().unwrap(), digest: crate::ids::Digest::of(b"") },
+            command: None,
+            args: None,
+            user: InsideUser { uid: 1000, gid: 1000 },
+            block: IdRange { start: 1 << 30, size: 1024 },
+            cpu_millis: 10,
+            memory: 64 << 20,
+            instances,
+            update,
+            env: std::collections::BTreeMap::new(),
+            port: None,
+            health: None,
+            scratch: std::collections::BTreeMap::new(),
+            stop_grace: 1,
+            connects: vec![],
+            addresses: (0..(instances + surge).max(4))
+                .map(|n| std::net::Ipv4Addr::from(0x0a40_0002 + n))
+                .collect(),
+        }
+    }
+
+    /// Plays rounds until nothing is left to do; in each, new instances become well or not, and
+    /// what is to be stopped is gone in the next. Returns the least number of well instances.
+    fn play(w: &Workload, mut parts: Vec<Part>, heals: bool) -> (Vec<Part>, usize) {
+        let mut least = usize::MAX;
+        let mut next = 100;
+        for round in 0..50 {
+            parts.retain(|part| !part.stopping);
+            if heals {
+                for part in parts.iter_mut().filter(|part| part.revision == w.revision) {
+                    part.well = true;
+                }
+            }
+            least = least.min(parts.iter().filter(|part| part.well).count());
+            let steps = plan(w, &parts);
+            if steps.is_empty() {
+                return (parts, least);
+            }
+            for step in steps {
+                match step {
+                    Step::Create(slot) => {
+                        assert!(!parts.iter().any(|part| part.slot == slot), "a place is taken twice");
+                        next += 1;
+                        parts.push(Part {
+                            number: next,
+                            revision: w.revision,
+                            well: false,
+                            stopping: false,
+                            slot,
+                        });
+                    }
+                    Step::Stop(number) => {
+                        if let Some(part) = parts.iter_mut().find(|part| part.number == number) {
+                            (part.stopping, part.well) = (true, false);
+                        }
+                    }
+                }
+            }
+            assert!(round < 49, "it does not settle");
+        }
+        unreachable!()
+    }
+
+    fn running(count: usize, revision: i64) -> Vec<Part> {
+        (0..count)
+            .map(|n| Part {
+                number: u32::try_from(n).unwrap(),
+                revision,
+                well: true,
+                stopping: false,
+                slot: n,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn it_starts_scales_and_stops() {
+        let (parts, _) = play(&workload(3, 1, Update::Rolling), vec![], true);
+        assert_eq!(parts.len(), 3);
+        let (parts, _) = play(&workload(1, 1, Update::Rolling), parts, true);
+        assert_eq!(parts.len(), 1);
+        let (parts, _) = play(&workload(0, 1, Update::Rolling), parts, true);
+        assert!(parts.is_empty());
+    }
+
+    #[test]
+    fn a_rolling_update_never_has_fewer_well_instances_than_wanted() {
+        for count in 1..=3 {
+            let (parts, least) = play(&workload(count, 2, Update::Rolling), running(count as usize, 1), true);
+            assert_eq!(parts.len(), count as usize);
+            assert!(parts.iter().all(|part| part.revision == 2));
+            assert!(least >= count as usize, "{least} of {count}");
+        }
+    }
+
+    #[test]
+    fn a_bad_release_leaves_the_old_one_running() {
+        let mut parts = running(2, 1);
+        let w = workload(2, 2, Update::Rolling);
+        for _ in 0..10 {
+            for step in plan(&w, &parts) {
+                match step {
+                    Step::Create(slot) => {
+                        parts.push(Part { number: 50, revision: 2, well: false, stopping: false, slot })
+                    }
+                    Step::Stop(number) => panic!("stopped {number}"),
+                }
+            }
+        }
+        assert_eq!(parts.len(), 3);
+    }
+
+    #[test]
+    fn a_singleton_stops_before_the_next_one_starts() {
+        let w = workload(1, 2, Update::Replace);
+        assert_eq!(plan(&w, &running(1, 1)), [Step::Stop(0)]);
+        let stopping = Part { stopping: true, well: false, ..running(1, 1)[0] };
+        assert_eq!(plan(&w, &[stopping]), []);
+        assert_eq!(plan(&w, &[]), [Step::Create(0)]);
+    }
+
+    #[test]
+    fn what_is_settled_stays() {
+        assert_eq!(plan(&workload(2, 1, Update::Rolling), &running(2, 1)), []);
+    }
+}

@@ -1,0 +1,317 @@
+//! The socket of the root half. Only `serve`'s user is answered; frames are bounded in size, time
+//! and number; every message is parsed into closed types and then held against the journal.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tokio_util::codec::{Framed, LengthDelimitedCodec};
+
+use super::app::App;
+use super::check;
+use super::core::{Agent, lock};
+use super::kept::Kept;
+use super::logs;
+use super::protocol::{MAX_FRAME, PROTOCOL, Reply, Request, split};
+use crate::driver::podman::render;
+use crate::driver::workload::{TenantGrant, Workload};
+use crate::driver::{Error, LogQuery, PullSecret, Removal};
+use crate::ids::{AppId, AppName, TenantId, TenantName};
+
+/// Most connections at once; more have to wait.
+const CONNECTIONS: usize = 64;
+/// How long the one request of a connection may take to arrive.
+const ARRIVE: Duration = Duration::from_secs(5);
+
+type Frames = Framed<UnixStream, LengthDelimitedCodec>;
+
+pub(super) fn codec() -> LengthDelimitedCodec {
+    LengthDelimitedCodec::builder().max_frame_length(MAX_FRAME).new_codec()
+}
+
+/// Starts to answer.
+pub(super) fn serve(agent: Arc<Agent>) -> Result<JoinHandle<()>, String> {
+    let path = agent.config.socket.clone();
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    // The folder decides who reaches the socket, the peer's id who is answered.
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666))
+        .map_err(|error| error.to_string())?;
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    Ok(tokio::spawn(async move {
+        loop {
+            let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be taken");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            let peer = stream.peer_cred().map(|cred| cred.uid());
+            if peer.ok() != Some(agent.config.peer_uid) {
+                tracing::warn!("somebody who is not serve knocked and was not answered");
+                continue;
+            }
+            let agent = Arc::clone(&agent);
+            tokio::spawn(async move {
+                answer(&agent, Framed::new(stream, codec())).await;
+                drop(permit);
+            });
+        }
+    }))
+}
+
+async fn send(frames: &mut Frames, reply: &Reply) -> Result<(), ()> {
+    let text = serde_json::to_vec(reply).map_err(|_| ())?;
+    let sending = frames.send(text.into());
+    tokio::time::timeout(Duration::from_secs(10), sending).await.map_err(|_| ())?.map_err(|_| ())
+}
+
+async fn answer(agent: &Arc<Agent>, mut frames: Frames) {
+    let Ok(Some(Ok(frame))) = tokio::time::timeout(ARRIVE, frames.next()).await else { return };
+    let reply = match serde_json::from_slice::<Request>(&frame) {
+        Err(_) => Reply::Failed { error: Error::Rejected("the message cannot be read".into()) },
+        Ok(Request::Logs { query }) => {
+            stream_logs(agent, &mut frames, &query).await;
+            return;
+        }
+        Ok(Request::Observe { cursor, wait_ms }) => {
+            let wait = Duration::from_millis(u64::from(wait_ms));
+            // Whoever hangs up while it waits is let go.
+            let observed = agent.observe(cursor.as_deref(), wait).await;
+            for reply in split(observed) {
+                if send(&mut frames, &reply).await.is_err() {
+                    return;
+                }
+            }
+            return;
+        }
+        Ok(request) => match handle(agent, request).await {
+            Ok(reply) => reply,
+            Err(error) => Reply::Failed { error },
+        },
+    };
+    let _ = send(&mut frames, &reply).await;
+}
+
+async fn handle(agent: &Arc<Agent>, request: Request) -> Result<Reply, Error> {
+    match request {
+        Request::Hello {} => {
+            Ok(Reply::Hello { installation: agent.config.installation.clone(), protocol: PROTOCOL })
+        }
+        Request::EnsureTenant { grant } => ensure_tenant(agent, &grant).await.map(|()| Reply::Done {}),
+        Request::RemoveTenant { tenant, tenant_id } => {
+            remove_tenant(agent, &tenant, tenant_id).await.map(|removal| Reply::Removal { removal })
+        }
+        Request::EnsureApp { workload, pull } => {
+            ensure_app(agent, *workload, pull.as_ref()).await.map(|()| Reply::Done {})
+        }
+        Request::RemoveApp { tenant, app, app_id } => {
+            remove_app(agent, &tenant, &app, app_id).await.map(|removal| Reply::Removal { removal })
+        }
+        Request::Observe { .. } | Request::Logs { .. } => {
+            Err(Error::Rejected("this is answered elsewhere".into()))
+        }
+    }
+}
+
+async fn ensure_tenant(agent: &Agent, grant: &TenantGrant) -> Result<(), Error> {
+    fail::fail_point!("agent::journal", |_| Err(Error::Transient("failpoint".into())));
+    lock(&agent.journal).claim_tenant(&agent.config, grant).map_err(Error::Rejected)?;
+    agent.ensure_network(&grant.tenant).await
+}
+
+async fn remove_tenant(agent: &Agent, tenant: &TenantName, id: TenantId) -> Result<Removal, Error> {
+    let recorded = lock(&agent.journal).ever(tenant).cloned();
+    let Some(recorded) = recorded else { return Ok(Removal::Gone) };
+    if recorded.tenant_id != id {
+        return Err(Error::Rejected("the journal has another identity for this tenant".into()));
+    }
+    if lock(&agent.apps).values().any(|app| app.tenant == *tenant) {
+        return Err(Error::Transient("the tenant still has apps here".into()));
+    }
+    let bridge = agent.config.bridge(recorded.network);
+    agent.podman.remove_network(&bridge).await?;
+    if agent.podman.networks().await?.contains(&bridge) {
+        return Ok(Removal::Underway);
+    }
+    lock(&agent.journal).retire(tenant).map_err(Error::Transient)?;
+    Ok(Removal::Gone)
+}
+
+async fn ensure_app(agent: &Arc<Agent>, workload: Workload, pull: Option<&PullSecret>) -> Result<(), Error> {
+    {
+        let mut journal = lock(&agent.journal);
+        let recorded = journal
+            .tenant(&workload.tenant)
+            .cloned()
+            .ok_or_else(|| Error::Rejected("this tenant is not in the journal".into()))?;
+        check::check(&workload, &recorded).map_err(Error::Rejected)?;
+        journal
+            .claim_block(&workload.tenant, &workload.app, workload.app_id, workload.block)
+            .map_err(Error::Rejected)?;
+    }
+    let fence = |kept: &Kept| {
+        let known = &kept.workload;
+        if kept.removing {
+            return Err(Error::Conflict("the app is being removed".into()));
+        }
+        if (workload.generation, workload.epoch) < (known.generation, known.epoch)
+            || workload.revision < known.revision
+        {
+            return Err(Error::Conflict("a newer generation or epoch was here".into()));
+        }
+        Ok(())
+    };
+    let known = agent.app(workload.app_id);
+    if let Some(app) = &known {
+        fence(&lock(&app.kept))?;
+    }
+    // Two apps of one tenant never have one address, and no second app has this one's name.
+    let clash = lock(&agent.apps).values().any(|app| {
+        app.id != workload.app_id
+            && app.tenant == workload.tenant
+            && (app.name == workload.app
+                || lock(&app.kept).workload.addresses.iter().any(|own| workload.addresses.contains(own)))
+    });
+    if clash {
+        return Err(Error::Transient(
+            "another app of the tenant still has this name or one of these addresses".into(),
+        ));
+    }
+    let image = render::image(&agent.config, &workload);
+    if !agent.podman.has_image(&image).await? {
+        let secret =
+            pull.ok_or_else(|| Error::Transient("the image is not here and there is no credential".into()))?;
+        agent.podman.pull(&image, secret).await?;
+        fail::fail_point!("agent::pulled", |_| Err(Error::Transient("failpoint".into())));
+    }
+    let fresh = match known {
+        None => {
+            let kept = Kept::new(workload);
+            kept.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
+            Some(kept)
+        }
+        Some(app) => {
+            let mut kept = lock(&app.kept);
+            fence(&kept)?;
+            if kept.workload != workload {
+                if kept.workload.revision != workload.revision {
+                    let before = kept.workload.clone();
+                    if kept.proven {
+                        kept.previous = Some(before);
+                    }
+                    kept.proven = false;
+                    kept.event("release", format!("release {} takes over", workload.revision));
+                }
+                kept.workload = workload;
+                kept.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
+            }
+            drop(kept);
+            app.wake.notify_one();
+            None
+        }
+    };
+    if let Some(kept) = fresh {
+        let id = kept.workload.app_id;
+        // The rules come first: no address is used before it is known.
+        let app = App::spawn(Arc::clone(agent), kept);
+        lock(&agent.apps).insert(id, app);
+    }
+    agent.refresh_firewall().await
+}
+
+async fn remove_app(
+    agent: &Arc<Agent>,
+    tenant: &TenantName,
+    name: &AppName,
+    id: AppId,
+) -> Result<Removal, Error> {
+    let recorded = lock(&agent.journal).app(id).map(|(tenant, app)| (tenant.clone(), app.clone()));
+    match recorded {
+        None => return Ok(Removal::Gone),
+        Some(own) if own != (tenant.clone(), name.clone()) => {
+            return Err(Error::Rejected("the journal has another tenant or name for this app".into()));
+        }
+        Some(_) => {}
+    }
+    let containers = agent.podman.list(agent.config.installation.as_str()).await?;
+    let own: Vec<String> = containers
+        .iter()
+        .filter(|c| c.labels.as_ref().and_then(|l| l.get("bulkhead.app-id")) == Some(&id.to_string()))
+        .map(|c| c.name().to_owned())
+        .collect();
+    let Some(app) = agent.app(id) else {
+        for name in &own {
+            agent.podman.remove(name).await?;
+        }
+        return Ok(if own.is_empty() { Removal::Gone } else { Removal::Underway });
+    };
+    let empty = {
+        let mut kept = lock(&app.kept);
+        if !kept.removing {
+            kept.removing = true;
+            kept.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
+        }
+        kept.instances.is_empty()
+    };
+    app.wake.notify_one();
+    if !empty || !own.is_empty() {
+        return Ok(Removal::Underway);
+    }
+    app.end();
+    lock(&app.kept).delete(&agent.apps_dir());
+    let _ = std::fs::remove_dir_all(agent.logs_dir(id));
+    lock(&agent.apps).remove(&id);
+    agent.refresh_firewall().await?;
+    Ok(Removal::Gone)
+}
+
+async fn stream_logs(agent: &Arc<Agent>, frames: &mut Frames, query: &LogQuery) {
+    let Some(app) = agent.app(query.app_id).filter(|app| app.tenant == query.tenant && app.name == query.app)
+    else {
+        let _ = send(frames, &Reply::Done {}).await;
+        return;
+    };
+    // Subscribed first, so that no line falls between the stored and the live ones.
+    let mut live = app.lines.subscribe();
+    let dir = agent.logs_dir(app.id);
+    let (instance, count) = (query.instance, query.tail.clamp(1, 10_000) as usize);
+    let stored =
+        tokio::task::spawn_blocking(move || logs::last(&dir, instance, count)).await.unwrap_or_default();
+    let newest = stored.last().map(|line| line.at);
+    for line in stored {
+        if send(frames, &Reply::Log { line }).await.is_err() {
+            return;
+        }
+    }
+    while query.follow {
+        tokio::select! {
+            line = live.recv() => {
+                let line = match line {
+                    Ok(line) => line,
+                    // Whoever reads too slowly loses lines, not the app its speed; and is told.
+                    Err(tokio::sync::broadcast::error::RecvError::Lagged(n)) => crate::driver::LogLine {
+                        instance: query.instance.unwrap_or(0),
+                        at: time::OffsetDateTime::now_utc(),
+                        stream: crate::driver::LogStreamName::Platform,
+                        text: format!("{n} lines are not shown: they came faster than they were read"),
+                    },
+                    Err(_) => break,
+                };
+                let wanted = query.instance.is_none_or(|n| n == line.instance) && newest.is_none_or(|at| line.at > at);
+                if wanted && send(frames, &Reply::Log { line }).await.is_err() {
+                    return;
+                }
+            }
+            // Anything from the other side, its end included, ends the stream.
+            _ = frames.next() => return,
+        }
+    }
+    let _ = send(frames, &Reply::Done {}).await;
+}

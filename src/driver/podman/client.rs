@@ -1,0 +1,258 @@
+//! The engine's API over its socket. Only what is needed, every answer bounded in time.
+
+use std::path::Path;
+use std::time::Duration;
+
+use reqwest::{Method, StatusCode};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::driver::workload::Subnet;
+use crate::driver::{Error, PullSecret};
+
+/// The engine.
+#[derive(Debug, Clone)]
+pub struct Podman {
+    client: reqwest::Client,
+}
+
+/// A container as the engine lists it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Listed {
+    /// Identity in the engine.
+    pub id: String,
+    /// Names.
+    #[serde(default)]
+    pub names: Vec<String>,
+    /// Labels.
+    #[serde(default)]
+    pub labels: Option<std::collections::HashMap<String, String>>,
+    /// The engine's own word, which is not believed alone.
+    #[serde(default)]
+    pub state: String,
+    /// Process.
+    #[serde(default)]
+    pub pid: i32,
+    /// Exit code of the last run.
+    #[serde(default)]
+    pub exit_code: i32,
+}
+
+impl Listed {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.names.first().map(String::as_str).unwrap_or_default()
+    }
+}
+
+/// What matters of an inspection.
+#[derive(Debug, Clone)]
+pub struct Inspected {
+    /// Process.
+    pub pid: i32,
+    /// Monitor of the container.
+    pub conmon: i32,
+    /// Path of its network namespace.
+    pub sandbox: String,
+    /// Path of its hosts file.
+    pub hosts: String,
+}
+
+fn away(error: impl std::fmt::Display) -> Error {
+    Error::Transient(format!("the container engine does not answer: {error}"))
+}
+
+impl Podman {
+    /// The engine behind this socket.
+    pub fn new(socket: &Path) -> Result<Self, Error> {
+        let client = reqwest::Client::builder()
+            .unix_socket(socket)
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .build()
+            .map_err(away)?;
+        Ok(Self { client })
+    }
+
+    async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+        patience: Duration,
+    ) -> Result<(StatusCode, Value), Error> {
+        let mut request =
+            self.client.request(method, format!("http://engine/v4.0.0/libpod/{path}")).timeout(patience);
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let answer = request.send().await.map_err(away)?;
+        let status = answer.status();
+        let text = answer.text().await.map_err(away)?;
+        Ok((status, serde_json::from_str(&text).unwrap_or(Value::Null)))
+    }
+
+    /// Calls and expects success or one of `also`; anything else is an error with the engine's text.
+    async fn expect(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+        also: &[u16],
+        patience: u64,
+    ) -> Result<Value, Error> {
+        let (status, value) = self.call(method, path, body, Duration::from_secs(patience)).await?;
+        if status.is_success() || also.contains(&status.as_u16()) {
+            return Ok(value);
+        }
+        let text =
+            value["message"].as_str().or(value["cause"].as_str()).unwrap_or("no reason given").to_owned();
+        if status == StatusCode::CONFLICT {
+            return Err(Error::Conflict(text));
+        }
+        Err(Error::Transient(text))
+    }
+
+    /// Whether the engine answers.
+    pub async fn ping(&self) -> Result<(), Error> {
+        self.expect(Method::GET, "_ping", None, &[], 5).await.map(drop)
+    }
+
+    /// All containers of an installation.
+    pub async fn list(&self, installation: &str) -> Result<Vec<Listed>, Error> {
+        let filter = json!({"label": [format!("bulkhead.installation={installation}")]}).to_string();
+        let path = format!("containers/json?all=true&filters={}", escape(&filter));
+        let value = self.expect(Method::GET, &path, None, &[], 20).await?;
+        if value.is_null() {
+            return Ok(Vec::new());
+        }
+        serde_json::from_value(value).map_err(away)
+    }
+
+    /// Whether the engine has an image.
+    pub async fn has_image(&self, image: &str) -> Result<bool, Error> {
+        let path = format!("images/{}/exists", escape(image));
+        let (status, _) = self.call(Method::GET, &path, None, Duration::from_secs(20)).await?;
+        Ok(status.is_success())
+    }
+
+    /// Fetches an image by digest.
+    pub async fn pull(&self, image: &str, secret: &PullSecret) -> Result<(), Error> {
+        let auth = json!({"username": "engine", "password": secret.expose()}).to_string();
+        let answer = self
+            .client
+            .post(format!(
+                "http://engine/v4.0.0/libpod/images/pull?reference={}&quiet=true&policy=always",
+                escape(image)
+            ))
+            .header("X-Registry-Auth", data_encoding::BASE64URL.encode(auth.as_bytes()))
+            .timeout(Duration::from_secs(1800))
+            .send()
+            .await
+            .map_err(away)?;
+        let text = answer.text().await.map_err(away)?;
+        // The answer is a row of JSON objects; the last one has the outcome.
+        let failed = text
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+            .find_map(|line| line["error"].as_str().or(line["message"].as_str()).map(str::to_owned));
+        match failed {
+            None => Ok(()),
+            Some(error) => {
+                // The engine's text names our own address; people need to know only what it means.
+                tracing::warn!(error, "pull failed");
+                let gone = error.contains("manifest unknown") || error.contains("name unknown");
+                Err(if gone {
+                    Error::Rejected("the image is no longer in the registry".into())
+                } else {
+                    Error::Transient("the image could not be fetched; trying again".into())
+                })
+            }
+        }
+    }
+
+    /// Makes a container; one of that name that exists is not an error.
+    pub async fn create(&self, spec: &Value) -> Result<(), Error> {
+        match self.expect(Method::POST, "containers/create", Some(spec), &[], 60).await {
+            Ok(_) => Ok(()),
+            Err(Error::Transient(text)) if text.contains("already in use") => Err(Error::Conflict(text)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Prepares a container: namespaces and network are there, its process is not.
+    pub async fn init(&self, name: &str) -> Result<(), Error> {
+        self.expect(Method::POST, &format!("containers/{name}/init"), None, &[304], 60).await.map(drop)
+    }
+
+    /// Starts a prepared container.
+    pub async fn start(&self, name: &str) -> Result<(), Error> {
+        self.expect(Method::POST, &format!("containers/{name}/start"), None, &[304], 60).await.map(drop)
+    }
+
+    /// Stops a container: SIGTERM, then SIGKILL after `grace` seconds.
+    pub async fn stop(&self, name: &str, grace: u16) -> Result<(), Error> {
+        let path = format!("containers/{name}/stop?timeout={grace}");
+        self.expect(Method::POST, &path, None, &[304, 404], u64::from(grace) + 20).await.map(drop)
+    }
+
+    /// Removes a container, whatever its state.
+    pub async fn remove(&self, name: &str) -> Result<(), Error> {
+        let path = format!("containers/{name}?force=true&v=true&timeout=0");
+        self.expect(Method::DELETE, &path, None, &[404], 60).await.map(drop)
+    }
+
+    /// Looks at one container.
+    pub async fn inspect(&self, name: &str) -> Result<Inspected, Error> {
+        let value = self.expect(Method::GET, &format!("containers/{name}/json"), None, &[], 20).await?;
+        let number = |value: &Value| value.as_i64().and_then(|n| i32::try_from(n).ok()).unwrap_or(0);
+        Ok(Inspected {
+            pid: number(&value["State"]["Pid"]),
+            conmon: number(&value["State"]["ConmonPid"]),
+            sandbox: value["NetworkSettings"]["SandboxKey"].as_str().unwrap_or_default().to_owned(),
+            hosts: value["HostsPath"].as_str().unwrap_or_default().to_owned(),
+        })
+    }
+
+    /// Sees to it that a network exists as it should.
+    pub async fn ensure_network(&self, name: &str, subnet: Subnet) -> Result<bool, Error> {
+        let (status, _) =
+            self.call(Method::GET, &format!("networks/{name}/exists"), None, Duration::from_secs(20)).await?;
+        if status.is_success() {
+            return Ok(false);
+        }
+        let body = json!({
+            "name": name, "driver": "bridge", "network_interface": name, "internal": false, "dns_enabled": false,
+            "ipv6_enabled": false, "subnets": [{"subnet": subnet, "gateway": subnet.gateway()}],
+        });
+        self.expect(Method::POST, "networks/create", Some(&body), &[], 20).await?;
+        Ok(true)
+    }
+
+    /// Removes a network.
+    pub async fn remove_network(&self, name: &str) -> Result<(), Error> {
+        self.expect(Method::DELETE, &format!("networks/{name}"), None, &[404], 60).await.map(drop)
+    }
+
+    /// Names of all networks.
+    pub async fn networks(&self) -> Result<Vec<String>, Error> {
+        let value = self.expect(Method::GET, "networks/json", None, &[], 20).await?;
+        let list = value.as_array().cloned().unwrap_or_default();
+        Ok(list.iter().filter_map(|network| network["name"].as_str().map(str::to_owned)).collect())
+    }
+}
+
+/// Percent-encodes everything but what is unreserved (RFC 3986).
+fn escape(text: &str) -> String {
+    use std::fmt::Write as _;
+    text.bytes().fold(String::new(), |mut out, b| {
+        if b.is_ascii_alphanumeric() || b"-._~".contains(&b) {
+            out.push(char::from(b));
+        } else {
+            let _ = write!(out, "%{b:02X}");
+        }
+        out
+    })
+}

@@ -1,0 +1,106 @@
+//! The engine as an installation runs it: its own storage, its own settings, its own socket. The
+//! facts are those of Debian 12's Podman 4.3.
+
+use std::path::{Path, PathBuf};
+
+/// Where an engine lives and what its machine lacks.
+#[derive(Debug, Clone)]
+pub struct EngineSettings {
+    /// Folder of storage and settings.
+    pub root: PathBuf,
+    /// Folder of what is gone after a reboot.
+    pub run: PathBuf,
+    /// Socket of the API.
+    pub socket: PathBuf,
+    /// Name under which the engine knows the registry.
+    pub registry_name: String,
+    /// Where that name leads: Bulkhead's listener for pulls.
+    pub pull_host: String,
+    /// `runc` or `crun`.
+    pub runtime: String,
+    /// Whether limits above those of this process can be set (`CAP_SYS_RESOURCE`).
+    pub may_raise_limits: bool,
+}
+
+impl EngineSettings {
+    fn file(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+}
+
+/// The engine's own files: name within the folder, and text.
+#[must_use]
+pub fn files(settings: &EngineSettings) -> Vec<(&'static str, String)> {
+    // Without CAP_SYS_RESOURCE the defaults of the distribution cannot be set at all.
+    let limits = if settings.may_raise_limits {
+        "default_ulimits = [\"nofile=65536:65536\", \"nproc=4096:4096\"]"
+    } else {
+        "default_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]"
+    };
+    let containers = format!(
+        "[containers]\n{limits}\nbase_hosts_file = \"none\"\nlog_driver = \"k8s-file\"\nhttp_proxy = false\n\
+         init = false\nprivileged = false\ndns_servers = []\n\n\
+         [engine]\nruntime = \"{runtime}\"\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"none\"\n\
+         image_parallel_copies = 2\nnetwork_cmd_path = \"\"\n\n\
+         [network]\nnetwork_backend = \"netavark\"\nnetwork_config_dir = \"{networks}\"\n\
+         default_subnet = \"192.0.2.0/28\"\ndefault_subnet_pools = [{{base = \"192.0.2.0/24\", size = 28}}]\n",
+        runtime = settings.runtime,
+        networks = settings.file("networks").display(),
+    );
+    let storage = format!(
+        "[storage]\ndriver = \"overlay\"\ngraphroot = \"{}\"\nrunroot = \"{}\"\n",
+        settings.file("storage").display(),
+        settings.run.display()
+    );
+    let registries = format!(
+        "unqualified-search-registries = []\nshort-name-mode = \"enforcing\"\n\n[[registry]]\nprefix = \"{}\"\n\
+         location = \"{}\"\ninsecure = true\n",
+        settings.registry_name, settings.pull_host
+    );
+    let policy = "{\"default\": [{\"type\": \"insecureAcceptAnything\"}]}\n".to_owned();
+    vec![
+        ("containers.conf", containers),
+        ("storage.conf", storage),
+        ("registries.conf", registries),
+        ("policy.json", policy),
+    ]
+}
+
+/// The command that serves the API: program, arguments, environment.
+#[must_use]
+pub fn command(settings: &EngineSettings) -> (&'static str, Vec<String>, Vec<(String, String)>) {
+    let show = |path: &Path| path.display().to_string();
+    let args = [
+        "--root",
+        &show(&settings.file("storage")),
+        "--runroot",
+        &show(&settings.run),
+        "--runtime",
+        &settings.runtime,
+        "--cgroup-manager",
+        "cgroupfs",
+        "--network-config-dir",
+        &show(&settings.file("networks")),
+        "--storage-driver",
+        "overlay",
+        "--log-level",
+        "warn",
+        "system",
+        "service",
+        "--time",
+        "0",
+        &format!("unix://{}", settings.socket.display()),
+    ]
+    .iter()
+    .map(ToString::to_string)
+    .collect();
+    let env = [
+        ("CONTAINERS_CONF", settings.file("containers.conf")),
+        ("CONTAINERS_STORAGE_CONF", settings.file("storage.conf")),
+        ("CONTAINERS_REGISTRIES_CONF", settings.file("registries.conf")),
+    ]
+    .into_iter()
+    .map(|(name, path)| (name.to_owned(), show(&path)))
+    .collect();
+    ("podman", args, env)
+}

@@ -1,0 +1,60 @@
+//! The bridge's ports. A port that is isolated passes nothing to another one by itself: traffic
+//! between two instances of one tenant goes up to the host and through the forward hook like all
+//! other traffic, with or without br_netfilter. The bridge answers ARP for the neighbours.
+
+use std::path::Path;
+use std::process::Stdio;
+
+use serde_json::Value;
+use tokio::process::Command;
+
+use crate::driver::Error;
+
+fn failed(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
+    move |error| Error::Transient(format!("{what}: {error}"))
+}
+
+async fn json(args: &[&str]) -> Result<Value, Error> {
+    let done = Command::new("ip").args(args).stdin(Stdio::null()).output().await.map_err(failed("ip"))?;
+    if !done.status.success() {
+        return Err(Error::Transient("the instance's network namespace cannot be read".into()));
+    }
+    serde_json::from_slice(&done.stdout).map_err(|error| Error::Transient(error.to_string()))
+}
+
+/// Closes the port of an instance whose network is attached and whose process has not started.
+pub async fn isolate(bridge: &str, sandbox: &str) -> Result<(), Error> {
+    let namespace = Path::new(sandbox).file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let inside = json(&["-n", namespace, "-j", "link", "show", "dev", "eth0"]).await?;
+    let index = inside[0]["link_index"].as_i64().ok_or_else(|| Error::Transient("no peer of eth0".into()))?;
+    let links = json(&["-j", "link", "show", "master", bridge]).await?;
+    let port = links
+        .as_array()
+        .and_then(|links| links.iter().find(|link| link["ifindex"].as_i64() == Some(index)))
+        .and_then(|link| link["ifname"].as_str())
+        .ok_or_else(|| Error::Transient("the port of the instance is not on its bridge".into()))?;
+    let done = Command::new("ip")
+        .args(["link", "set", "dev", port, "type", "bridge_slave", "isolated", "on"])
+        .stdin(Stdio::null())
+        .status()
+        .await
+        .map_err(failed("ip"))?;
+    if !done.success() {
+        return Err(Error::Transient("the port of the instance could not be isolated".into()));
+    }
+    for (family, key, value) in [
+        ("ipv4", "proxy_arp_pvlan", "1"),
+        ("ipv4", "send_redirects", "0"),
+        ("ipv4", "rp_filter", "1"),
+        ("ipv6", "disable_ipv6", "1"),
+    ] {
+        let path = format!("/proc/sys/net/{family}/conf/{bridge}/{key}");
+        match tokio::fs::write(&path, value).await {
+            Ok(()) => {}
+            // A kernel without IPv6 has nothing to close there.
+            Err(error) if family == "ipv6" && error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(key)(error)),
+        }
+    }
+    Ok(())
+}

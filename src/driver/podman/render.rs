@@ -1,0 +1,124 @@
+//! From a workload to what the engine is told, pure. Every field that matters is written here;
+//! nothing is copied through.
+
+use serde_json::{Value, json};
+
+use crate::driver::agent::config::AgentConfig;
+use crate::driver::workload::Workload;
+
+/// Processes and threads of an instance.
+pub const PIDS: u32 = 512;
+/// Bytes of `/dev/shm`; they count within memory.
+const SHM: u64 = 1 << 20;
+/// Bytes that the engine keeps of a raw log before it truncates; the agent reads faster.
+pub const RAW_LOG: u64 = 16 << 20;
+/// The scheduler's period in microseconds.
+const PERIOD: u64 = 100_000;
+
+/// One instance to be made.
+#[derive(Debug)]
+pub struct Instance<'a> {
+    /// Number.
+    pub number: u32,
+    /// Its address.
+    pub address: std::net::Ipv4Addr,
+    /// Gateway of its network.
+    pub gateway: std::net::Ipv4Addr,
+    /// Its network.
+    pub network: &'a str,
+    /// Where the engine writes its log.
+    pub log: &'a str,
+}
+
+/// Name of an instance's container.
+#[must_use]
+pub fn name(config: &AgentConfig, workload: &Workload, number: u32) -> String {
+    format!("bk-{}-{}-{}-{}-{number}", config.installation, workload.tenant, workload.app, workload.revision)
+}
+
+/// The image as the engine knows it: by digest, under a name that does not change with ports.
+#[must_use]
+pub fn image(config: &AgentConfig, workload: &Workload) -> String {
+    format!(
+        "{}/{}/{}@{}",
+        config.registry_name, workload.tenant, workload.image.repository, workload.image.digest
+    )
+}
+
+/// The body of the engine's create call (libpod's specification of a container).
+#[must_use]
+pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>) -> Value {
+    let w = workload;
+    let map = json!([{"container_id": 0, "host_id": w.block.start, "size": w.block.size}]);
+    let mounts: Vec<Value> = w
+        .scratch
+        .iter()
+        .map(|(path, size)| {
+            json!({
+                "destination": path, "type": "tmpfs", "source": "tmpfs",
+                "options": [format!("size={size}"), "mode=1777", "noexec", "nosuid", "nodev", "rw"],
+            })
+        })
+        .collect();
+    let quota = (u64::from(w.cpu_millis) * PERIOD / 1000).max(1000);
+    let mut spec = json!({
+        "name": name(config, w, instance.number),
+        "image": image(config, w),
+        "image_volume_mode": "ignore",
+        "hostname": w.app,
+        "env": w.env,
+        "env_host": false,
+        "httpproxy": false,
+        "labels": {
+            "bulkhead.installation": config.installation, "bulkhead.tenant": w.tenant, "bulkhead.app": w.app,
+            "bulkhead.app-id": w.app_id.to_string(), "bulkhead.revision": w.revision.to_string(),
+            "bulkhead.generation": w.generation.to_string(), "bulkhead.epoch": w.epoch.to_string(),
+            "bulkhead.number": instance.number.to_string(),
+        },
+        "user": format!("{}:{}", w.user.uid, w.user.gid),
+        "groups": [],
+        "userns": {"nsmode": "private"},
+        "idmappings": {
+            "HostUIDMapping": false, "HostGIDMapping": false, "UIDMap": map, "GIDMap": map,
+        },
+        "pidns": {"nsmode": "private"},
+        "ipcns": {"nsmode": "private"},
+        "utsns": {"nsmode": "private"},
+        "cgroupns": {"nsmode": "private"},
+        "netns": {"nsmode": "bridge"},
+        "Networks": {instance.network: {"static_ips": [instance.address], "interface_name": "eth0"}},
+        "publish_image_ports": false,
+        "dns_server": [instance.gateway],
+        "use_image_hosts": false,
+        "use_image_resolve_conf": false,
+        "privileged": false,
+        "cap_drop": ["ALL"],
+        "cap_add": [],
+        "no_new_privileges": true,
+        "read_only_filesystem": true,
+        "mounts": mounts,
+        "shm_size": SHM,
+        "cgroup_parent": format!("/bulkhead-{}", config.installation),
+        "resource_limits": {
+            "cpu": {"quota": quota, "period": PERIOD},
+            "memory": {"limit": w.memory, "swap": w.memory},
+            "pids": {"limit": PIDS},
+        },
+        "restart_policy": "no",
+        "stop_timeout": w.stop_grace,
+        "stdin": false,
+        "terminal": false,
+        "init": false,
+        "systemd": "false",
+        "sdnotifyMode": "ignore",
+        "log_configuration": {"driver": "k8s-file", "path": instance.log, "size": RAW_LOG},
+    });
+    if let Some(command) = &w.command {
+        spec["entrypoint"] = json!(command);
+        // An empty list, so that the image's own CMD is not appended to another program.
+        spec["command"] = json!(w.args.clone().unwrap_or_default());
+    } else if let Some(args) = &w.args {
+        spec["command"] = json!(args);
+    }
+    spec
+}
