@@ -133,3 +133,75 @@ impl<T> Page<T> {
         Self { items: rows, next }
     }
 }
+
+/// Refuses to run on a schema that is older or newer than this binary knows.
+pub async fn check_schema(pool: &PgPool) -> Result<(), Error> {
+    let applied: Vec<i64> =
+        sqlx::query_scalar("SELECT version FROM _sqlx_migrations WHERE success ORDER BY version")
+            .fetch_all(pool)
+            .await
+            .map_err(|error| {
+                Error::internal(format!(
+                    "the database has no schema yet, or cannot be read ({error}); run: bulkhead migrate"
+                ))
+            })?;
+    let known: Vec<i64> = MIGRATOR.iter().map(|migration| migration.version).collect();
+    if let Some(missing) = known.iter().find(|version| !applied.contains(version)) {
+        return Err(Error::internal(format!("the schema lacks migration {missing}; run: bulkhead migrate")));
+    }
+    Ok(())
+}
+
+/// Writes down whom the database belongs to, or holds the configuration against it: ids that were
+/// given under one pool must never be computed under another.
+pub async fn claim_installation(
+    pool: &PgPool,
+    id: &crate::ids::Installation,
+    pools: &crate::config::Pools,
+) -> Result<(), Error> {
+    let wanted = (
+        i64::from(pools.uid_start),
+        i64::from(pools.uid_end),
+        i64::from(pools.range_size),
+        i64::from(pools.block_size),
+        i64::from(u32::from(pools.network.address())),
+        i32::from(pools.network.prefix()),
+        i32::from(pools.subnet_prefix),
+    );
+    sqlx::query!(
+        "INSERT INTO installation (id, uid_start, uid_end, range_size, block_size, network_start, network_prefix, \
+         subnet_prefix) VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING",
+        id.as_str(),
+        wanted.0,
+        wanted.1,
+        wanted.2,
+        wanted.3,
+        wanted.4,
+        wanted.5,
+        wanted.6
+    )
+    .execute(pool)
+    .await?;
+    let row = sqlx::query!("SELECT * FROM installation").fetch_one(pool).await?;
+    let known = (
+        row.uid_start,
+        row.uid_end,
+        row.range_size,
+        row.block_size,
+        row.network_start,
+        row.network_prefix,
+        row.subnet_prefix,
+    );
+    if row.id != id.as_str() {
+        return Err(Error::internal(format!(
+            "this database belongs to the installation {}, not {id}",
+            row.id
+        )));
+    }
+    if known != wanted {
+        return Err(Error::internal(
+            "the pools in the configuration are not those that this database was made with; they are fixed for life",
+        ));
+    }
+    Ok(())
+}

@@ -1,2 +1,328 @@
-//! x
-fn main() {}
+//! The command line.
+
+use std::io::{IsTerminal, Read, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use bulkhead::access::{self, Authority, PlatformRole, Role};
+use bulkhead::apps::spec::{AppSpec, Colour, Format, show};
+use bulkhead::config::Config;
+use bulkhead::ids::{ActorId, TenantName};
+use bulkhead::standalone::{self, doctor, uninstall};
+use bulkhead::{db, prober, startup, telemetry};
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Bulkhead: many tenants' containers on one platform, apart by construction.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run everything on this machine: database, registry, container engine, platform
+    Up {
+        /// Data folder
+        #[arg(long, default_value = "/var/lib/bulkhead")]
+        data: PathBuf,
+        /// Address, on loopback
+        #[arg(long, default_value = "127.0.0.1:8080")]
+        listen: SocketAddr,
+        /// Also onboard a sample tenant and deploy a sample app
+        #[arg(long)]
+        demo: bool,
+    },
+    /// Run the platform against a given database, registry and agent
+    Serve {
+        /// Settings (TOML)
+        #[arg(long)]
+        config: PathBuf,
+        /// Show the settings in force and leave
+        #[arg(long)]
+        print_config: bool,
+    },
+    /// Bring the database to this version
+    Migrate {
+        /// Settings (TOML)
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Check an app spec without any platform
+    Check {
+        /// YAML or JSON file; - for standard input (YAML)
+        file: PathBuf,
+        /// Form of the answer
+        #[arg(short, long, default_value = "text")]
+        output: Output,
+    },
+    /// Show what an app spec compiles to (ids, digest and address are examples)
+    Render {
+        /// YAML or JSON file
+        file: PathBuf,
+        /// Tenant
+        #[arg(long)]
+        tenant: TenantName,
+        /// Driver
+        #[arg(long, default_value = "podman")]
+        driver: DriverName,
+    },
+    /// Check this machine
+    Doctor {
+        /// Data folder
+        #[arg(long, default_value = "/var/lib/bulkhead")]
+        data: PathBuf,
+        /// Form of the answer
+        #[arg(short, long, default_value = "text")]
+        output: Output,
+    },
+    /// API tokens, as root on the machine itself
+    Token {
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
+    /// Answer health checks (started by `up` or its unit)
+    #[command(hide = true)]
+    Prober {
+        /// Socket
+        #[arg(long)]
+        socket: PathBuf,
+    },
+    /// Remove an installation with everything in it
+    Uninstall {
+        /// Data folder
+        #[arg(long, default_value = "/var/lib/bulkhead")]
+        data: PathBuf,
+        /// The installation's four letters
+        #[arg(long, default_value = "")]
+        confirm: String,
+    },
+}
+
+#[derive(Subcommand)]
+enum TokenCommand {
+    /// Make a token; it is printed once
+    Create {
+        /// For the platform, with the role admin
+        #[arg(long, conflicts_with_all = ["tenant", "auditor"], required_unless_present_any = ["tenant", "auditor"])]
+        admin: bool,
+        /// For the platform, with the role auditor
+        #[arg(long, conflicts_with = "tenant")]
+        auditor: bool,
+        /// For one tenant
+        #[arg(long)]
+        tenant: Option<TenantName>,
+        /// Role in the tenant: viewer, deployer, owner
+        #[arg(long, default_value = "deployer")]
+        role: String,
+        /// Name, for people and the audit
+        #[arg(long)]
+        name: String,
+        /// Days until it expires
+        #[arg(long, default_value_t = 90, value_parser = clap::value_parser!(u16).range(1..=365))]
+        days: u16,
+        /// Data folder
+        #[arg(long, default_value = "/var/lib/bulkhead")]
+        data: PathBuf,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DriverName {
+    Podman,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "bulkhead: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn block_on<T>(work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| error.to_string())?;
+    runtime.block_on(work)
+}
+
+fn explain(error: &bulkhead::error::Error) -> String {
+    match std::error::Error::source(error) {
+        Some(cause) => cause.to_string(),
+        None => error.to_string(),
+    }
+}
+
+fn load(path: &Path) -> Result<Config, String> {
+    let environment: Vec<(String, String)> = std::env::vars().collect();
+    Config::load(path, &environment).map_err(|error| error.to_string())
+}
+
+fn print(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+fn run(command: Command) -> Result<ExitCode, String> {
+    match command {
+        Command::Up { data, listen, demo } => {
+            telemetry::start(&bulkhead::config::Log { level: "warn".into(), ..Default::default() });
+            let options = standalone::Options { data, listen, demo };
+            block_on(async { standalone::up(options).await.map_err(|error| error.to_string()) })?;
+        }
+        Command::Serve { config, print_config } => {
+            let config = load(&config)?;
+            if print_config {
+                print(&toml::to_string(&config).map_err(|error| error.to_string())?);
+                return Ok(ExitCode::SUCCESS);
+            }
+            telemetry::start(&config.log);
+            actix_web::rt::System::new()
+                .block_on(startup::serve(config, telemetry::asked_to_stop()))
+                .map_err(|error| explain(&error))?;
+        }
+        Command::Migrate { config } => {
+            let config = load(&config)?;
+            block_on(async {
+                let options = db::options(&config.database).map_err(|error| error.to_string())?;
+                let pool = db::pool(options, 2);
+                startup::migrate(&pool, &config).await.map_err(|error| explain(&error))
+            })?;
+            print("the database is of this version");
+        }
+        Command::Check { file, output } => return check(&file, output),
+        Command::Render { file, tenant, driver: DriverName::Podman } => return render(&file, tenant),
+        Command::Doctor { data, output } => return Ok(examine(&data, output)),
+        Command::Token { command } => create_token(command)?,
+        Command::Prober { socket } => {
+            block_on(async { prober::serve(&socket).await.map_err(|error| error.to_string()) })?;
+        }
+        Command::Uninstall { data, confirm } => {
+            block_on(async {
+                uninstall::uninstall(&data, &confirm).await.map_err(|error| error.to_string())
+            })?;
+            print("removed");
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn read(file: &Path) -> Result<(Vec<u8>, Format), String> {
+    let limit = bulkhead::apps::spec::LIMIT as u64 + 1;
+    let mut text = Vec::new();
+    let outcome = if file == Path::new("-") {
+        std::io::stdin().take(limit).read_to_end(&mut text)
+    } else {
+        std::fs::File::open(file).and_then(|open| open.take(limit).read_to_end(&mut text))
+    };
+    outcome.map_err(|error| format!("{}: {error}", file.display()))?;
+    let json = file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json"));
+    Ok((text, if json { Format::Json } else { Format::Yaml }))
+}
+
+fn check(file: &Path, output: Output) -> Result<ExitCode, String> {
+    let (text, format) = read(file)?;
+    let result = AppSpec::parse(&text, format);
+    let faults = result.as_ref().err().cloned().unwrap_or_default();
+    if output == Output::Json {
+        let body = serde_json::json!({"ok": faults.is_empty(), "faults": faults});
+        print(&serde_json::to_string_pretty(&body).map_err(|error| error.to_string())?);
+    } else if let Ok(spec) = &result {
+        print(&format!(
+            "{}: the spec of {} has no fault; quota, image and names are checked by the platform",
+            file.display(),
+            spec.name()
+        ));
+    } else {
+        let colour = if std::io::stderr().is_terminal() { Colour::Always } else { Colour::Never };
+        let shown = show(&String::from_utf8_lossy(&text), &file.display().to_string(), &faults, colour);
+        let _ = write!(std::io::stderr(), "{shown}{} fault(s)\n", faults.len());
+    }
+    Ok(if faults.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn render(file: &Path, tenant: TenantName) -> Result<ExitCode, String> {
+    let (text, format) = read(file)?;
+    match AppSpec::parse(&text, format) {
+        Ok(spec) => {
+            let shown = bulkhead::apps::render_example(&spec, tenant).map_err(|error| explain(&error))?;
+            print(&serde_json::to_string_pretty(&shown).map_err(|error| error.to_string())?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(_) => check(file, Output::Text),
+    }
+}
+
+fn examine(data: &Path, output: Output) -> ExitCode {
+    let findings = doctor::examine(data, None);
+    if output == Output::Json {
+        print(&serde_json::to_string_pretty(&findings).unwrap_or_default());
+    } else {
+        for finding in &findings {
+            let mark = match finding.status {
+                doctor::Status::Ok => "ok     ",
+                doctor::Status::Warning => "warning",
+                doctor::Status::Failed => "FAILED ",
+            };
+            print(&format!("{mark} {:<12} {}", finding.check, finding.finding));
+            if !finding.remedy.is_empty() {
+                print(&format!("        {:<12} -> {}", "", finding.remedy));
+            }
+        }
+    }
+    let bad = findings.iter().any(|finding| finding.status == doctor::Status::Failed);
+    if bad { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+fn create_token(command: TokenCommand) -> Result<(), String> {
+    let TokenCommand::Create { admin, auditor: _, tenant, role, name, days, data } = command;
+    if name.is_empty() || name.chars().count() > 60 || name.chars().any(char::is_control) {
+        return Err("--name has 1 to 60 visible characters".into());
+    }
+    let role = Role::parse(&role).ok_or("--role is viewer, deployer or owner")?;
+    let config = load(&data.join("serve.toml"))
+        .map_err(|error| format!("{error}\nis `bulkhead up` running on this --data?"))?;
+    block_on(async {
+        let failed = |error: bulkhead::error::Error| explain(&error);
+        let pool = db::pool(db::options(&config.database).map_err(|error| error.to_string())?, 1);
+        let mut tx = pool.begin().await.map_err(|error| format!("the database does not answer: {error}"))?;
+        let (authority, id) = match &tenant {
+            Some(tenant) => {
+                let id = bulkhead::tenants::id_of(&mut tx, tenant).await.map_err(failed)?;
+                let id = id.ok_or("there is no such tenant")?;
+                (Authority::Tenant(id, role), Some(id))
+            }
+            None => {
+                (Authority::Platform(if admin { PlatformRole::Admin } else { PlatformRole::Auditor }), None)
+            }
+        };
+        let actor = ActorId::new("root");
+        let life = time::Duration::days(days.into());
+        let (_, token) =
+            access::create_token(&mut tx, &name, authority, &actor, life).await.map_err(failed)?;
+        let event = bulkhead::audit::Event {
+            tenant: id,
+            actor: &actor,
+            action: "token.create",
+            object: &name,
+            request_id: "command line",
+            detail: serde_json::json!({"days": days}),
+        };
+        bulkhead::audit::record(&mut tx, event).await.map_err(failed)?;
+        tx.commit().await.map_err(|error| error.to_string())?;
+        print(token.expose());
+        Ok(())
+    })
+}

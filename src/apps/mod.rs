@@ -18,7 +18,7 @@ pub mod spec;
 mod store;
 mod view;
 
-pub use release::Release;
+pub use release::{Release, render_example};
 pub use reservation::Peak;
 
 /// An app's row.

@@ -111,3 +111,55 @@ impl Release {
         })
     }
 }
+
+/// What a spec compiles to, with example ids, digest and address: for people who want to see it
+/// without a platform.
+pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error> {
+    use crate::driver::agent::config::AgentConfig;
+    use crate::driver::podman::render;
+    let subnet: crate::driver::workload::Subnet = "10.64.0.0/22".parse().map_err(Error::internal)?;
+    let address = subnet.nth(2).ok_or_else(|| Error::internal("an example"))?;
+    let release = Release {
+        revision: 1,
+        spec: spec.to_json(),
+        repository: spec.image().repository().clone(),
+        tag: None,
+        index_digest: Digest::of(b""),
+        digest: Digest::of(b""),
+        user: InsideUser { uid: 1000, gid: 1000 },
+        warnings: Value::Array(Vec::new()),
+        rolled_back_to: None,
+        actor: String::new(),
+        created_at: OffsetDateTime::now_utc(),
+    };
+    let workload = release.workload(Place {
+        tenant,
+        app: spec.name().clone(),
+        app_id: AppId(1),
+        generation: 1,
+        epoch: 1,
+        block: IdRange { start: 1_879_048_192, size: 1024 },
+        addresses: vec![address],
+        running: Running::Yes,
+    })?;
+    let config = AgentConfig {
+        installation: "demo".parse().map_err(Error::internal)?,
+        state_dir: "/var/lib/bulkhead/agent".into(),
+        socket: "/".into(),
+        peer_uid: 0,
+        engine_socket: "/".into(),
+        id_pool: IdRange { start: 1_879_048_192, size: 1024 },
+        network_pool: subnet,
+        prober_socket: "/".into(),
+        prober_uid: 0,
+        registry_name: "demo.bulkhead.internal".into(),
+    };
+    let instance = render::Instance {
+        number: 1,
+        address,
+        gateway: subnet.gateway(),
+        network: "bkdemo0",
+        log: "/var/lib/bulkhead/agent/logs/1/1.raw",
+    };
+    Ok(render::create(&config, &workload, &instance))
+}

@@ -12,7 +12,7 @@ pub mod console;
 pub mod reconcile;
 mod store;
 
-pub use store::{find_for_console, list_conditions, name_of, tenant_network, tenant_state};
+pub use store::{find_for_console, id_of, list_conditions, name_of, tenant_network, tenant_state};
 
 /// A tenant's row.
 #[derive(Debug, Clone)]

@@ -366,3 +366,14 @@ pub async fn name_of(conn: &mut PgConnection, id: TenantId) -> Result<TenantName
 pub async fn find_for_console(conn: &mut PgConnection, id: TenantId) -> Result<Option<Tenant>, Error> {
     find_tenant(conn, id).await
 }
+
+/// The identity of a tenant that has not left.
+pub async fn id_of(conn: &mut PgConnection, name: &TenantName) -> Result<Option<TenantId>, Error> {
+    let id = sqlx::query_scalar!(
+        "SELECT id FROM tenant WHERE name = $1 AND state IN ('active', 'suspended')",
+        name.as_str()
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(id.map(TenantId))
+}

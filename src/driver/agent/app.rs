@@ -567,31 +567,33 @@ impl App {
         let (app, agent) = (Arc::clone(self), Arc::clone(agent));
         tokio::spawn(async move {
             let answer = crate::prober::ask_at(&agent.config.prober_socket, &question).await;
-            let mut live = lock(&app.live);
-            let Some(entry) = live.get_mut(&number) else { return };
-            let was = entry.well;
-            match answer {
-                Ok(Answer::Well) => (entry.well, entry.ill) = (true, 0),
-                Ok(Answer::Ill(why)) => {
-                    entry.well = false;
-                    if !in_grace {
-                        entry.ill += 1;
-                    }
-                    entry.why = why;
-                }
-                // No prober, no verdict: an app is not restarted for what it did not do.
-                Err(_) => return,
-            }
-            let changed = was != entry.well;
-            drop(live);
-            if changed {
-                app.wake.notify_one();
-            } else if !was {
+            let Some(was) = app.note_check(number, answer, in_grace) else { return };
+            let now = lock(&app.live).get(&number).is_some_and(|live| live.well);
+            if !was && !now {
                 // A fresh instance is looked at again soon, so that a release goes on when it is well.
                 tokio::time::sleep(Duration::from_millis(250)).await;
+            }
+            if was != now || !now {
                 app.wake.notify_one();
             }
         });
+    }
+
+    /// Takes an answer of the prober; whether the instance was well before. No prober, no verdict:
+    /// an app is not restarted for what it did not do.
+    fn note_check(&self, number: u32, answer: std::io::Result<Answer>, in_grace: bool) -> Option<bool> {
+        let mut live = lock(&self.live);
+        let entry = live.get_mut(&number)?;
+        let was = entry.well;
+        match answer.ok()? {
+            Answer::Well => (entry.well, entry.ill) = (true, 0),
+            Answer::Ill(why) => {
+                entry.well = false;
+                entry.ill += u32::from(!in_grace);
+                entry.why = why;
+            }
+        }
+        Some(was)
     }
 
     fn restart_ill(self: &Arc<Self>, agent: &Arc<Agent>, number: u32) {

@@ -40,7 +40,7 @@ impl AgentClient {
             .map_err(away)?;
         let mut frames = Framed::new(stream, codec());
         let text = serde_json::to_vec(request).map_err(away)?;
-        frames.send(text.into()).await.map_err(away)?;
+        frames.send(bytes::Bytes::from(text)).await.map_err(away)?;
         Ok(frames)
     }
 

@@ -68,7 +68,7 @@ pub(super) fn serve(agent: Arc<Agent>) -> Result<JoinHandle<()>, String> {
 
 async fn send(frames: &mut Frames, reply: &Reply) -> Result<(), ()> {
     let text = serde_json::to_vec(reply).map_err(|_| ())?;
-    let sending = frames.send(text.into());
+    let sending = frames.send(bytes::Bytes::from(text));
     tokio::time::timeout(Duration::from_secs(10), sending).await.map_err(|_| ())?.map_err(|_| ())
 }
 

@@ -1,0 +1,148 @@
+//! Which installation on this machine has which user ids and addresses: one file of root's, under a
+//! lock, so that two installations never give the same id or address.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use super::Failed;
+use crate::driver::workload::{IdRange, Subnet};
+use crate::ids::Installation;
+
+/// The folder of the claims: the same for all installations of the machine.
+pub const FOLDER: &str = "/var/lib/bulkhead-claims";
+
+/// The stretch of user ids that systemd's table leaves free (<https://systemd.io/UIDS-GIDS/>).
+const IDS: IdRange = IdRange { start: 1_879_048_192, size: 2_147_352_576 - 1_879_048_192 };
+/// Ids of one installation: 512 ranges of 65,536, so that eight fit.
+const SHARE: u32 = 512 * 65_536;
+
+/// What one installation has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// Its four letters.
+    pub installation: Installation,
+    /// Its data folder.
+    pub data: PathBuf,
+    /// Its user ids.
+    pub ids: IdRange,
+    /// Its addresses.
+    pub network: Subnet,
+}
+
+struct Locked {
+    file: File,
+    claims: Vec<Claim>,
+}
+
+fn open() -> Result<Locked, Failed> {
+    // The file may hold what was claimed, and nothing but that: a damaged one stops everything.
+    let failed = |error: std::io::Error| Failed::doing(format!("{FOLDER} cannot be used"), error);
+    std::fs::create_dir_all(FOLDER).map_err(failed)?;
+    let path = Path::new(FOLDER).join("claims.json");
+    let mut file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(failed)?;
+    flock(&file, FlockOperation::LockExclusive).map_err(|error| failed(error.into()))?;
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(failed)?;
+    let claims = if text.trim().is_empty() {
+        Vec::new()
+    } else {
+        serde_json::from_str(&text)
+            .map_err(|error| Failed::doing(format!("{FOLDER}/claims.json is damaged"), error))?
+    };
+    Ok(Locked { file, claims })
+}
+
+impl Locked {
+    fn save(&mut self) -> Result<(), Failed> {
+        let text = serde_json::to_vec_pretty(&self.claims).map_err(|error| Failed(error.to_string()))?;
+        let write = |file: &mut File| {
+            file.rewind()?;
+            file.set_len(0)?;
+            file.write_all(&text)?;
+            file.sync_all()
+        };
+        write(&mut self.file).map_err(|error| Failed::doing("the claims cannot be written", error))
+    }
+}
+
+/// The claim of a data folder, made if there is none.
+pub(super) fn claim(data: &Path) -> Result<Claim, Failed> {
+    let mut locked = open()?;
+    if let Some(own) = locked.claims.iter().find(|claim| claim.data == data) {
+        return Ok(own.clone());
+    }
+    let routes = routes();
+    let ids = (0..IDS.size / SHARE)
+        .map(|n| IdRange { start: IDS.start + n * SHARE, size: SHARE })
+        .find(|ids| !locked.claims.iter().any(|claim| claim.ids.overlaps(*ids)))
+        .ok_or_else(|| Failed("all user ids are claimed by other installations on this machine".into()))?;
+    let network = (64_u32..=240)
+        .step_by(16)
+        .filter_map(|second| format!("10.{second}.0.0/12").parse::<Subnet>().ok())
+        .find(|net| {
+            !locked.claims.iter().any(|claim| claim.network.overlaps(*net))
+                && !routes.iter().any(|r| r.overlaps(*net))
+        })
+        .ok_or_else(|| {
+            Failed(
+                "every address range of 10.64.0.0 to 10.255.255.255 is used by this machine's routes".into(),
+            )
+        })?;
+    let letters: String = (0..4).map(|_| char::from(b'a' + rand::random::<u8>() % 26)).collect();
+    let installation: Installation = letters.parse().map_err(|error| Failed::doing("an id", error))?;
+    if locked.claims.iter().any(|claim| claim.installation == installation) {
+        drop(locked);
+        return claim(data);
+    }
+    let own = Claim { installation, data: data.to_owned(), ids, network };
+    locked.claims.push(own.clone());
+    locked.save()?;
+    Ok(own)
+}
+
+/// All claims of the machine; none when the file cannot be read.
+pub(super) fn all() -> Vec<Claim> {
+    if !Path::new(FOLDER).exists() {
+        return Vec::new();
+    }
+    open().map(|locked| locked.claims).unwrap_or_default()
+}
+
+/// Gives a claim back, when nothing of the installation is left.
+pub(super) fn release(data: &Path) -> Result<(), Failed> {
+    let mut locked = open()?;
+    locked.claims.retain(|claim| claim.data != data);
+    locked.save()
+}
+
+/// Subnets that the machine has routes to.
+fn routes() -> Vec<Subnet> {
+    let done = std::process::Command::new("ip").args(["-4", "-j", "route", "show", "table", "all"]).output();
+    let list: serde_json::Value =
+        done.ok().and_then(|done| serde_json::from_slice(&done.stdout).ok()).unwrap_or_default();
+    list.as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|route| route["dst"].as_str())
+        .filter_map(|dst| {
+            let text = if dst.contains('/') { dst.to_owned() } else { format!("{dst}/30") };
+            // A single host counts as the four addresses around it.
+            let (address, prefix) = text.split_once('/')?;
+            let prefix = prefix.parse::<u8>().ok()?.min(30);
+            let address = u32::from(address.parse::<std::net::Ipv4Addr>().ok()?);
+            Subnet::new(std::net::Ipv4Addr::from(address & !(u32::MAX >> prefix)), prefix)
+        })
+        .collect()
+}

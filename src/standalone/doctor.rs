@@ -1,0 +1,319 @@
+//! What the machine must have, checked before anything is started; each finding with its remedy.
+//! `bulkhead doctor` prints the same checks that `up` makes.
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde::Serialize;
+
+use super::{Folder, postgres};
+use crate::uid_ranges::machine;
+
+/// How a check ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Good.
+    Ok,
+    /// It works, with less.
+    Warning,
+    /// It cannot work.
+    Failed,
+}
+
+/// One check.
+#[derive(Debug, Clone, Serialize)]
+pub struct Finding {
+    /// What was looked at.
+    pub check: &'static str,
+    /// How it ended.
+    pub status: Status,
+    /// What was found.
+    pub finding: String,
+    /// What to do about it; empty when it is good.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub remedy: String,
+}
+
+fn good(check: &'static str, finding: impl Into<String>) -> Finding {
+    Finding { check, status: Status::Ok, finding: finding.into(), remedy: String::new() }
+}
+
+fn warning(check: &'static str, finding: impl Into<String>, remedy: impl Into<String>) -> Finding {
+    Finding { check, status: Status::Warning, finding: finding.into(), remedy: remedy.into() }
+}
+
+fn failed(check: &'static str, finding: impl Into<String>, remedy: impl Into<String>) -> Finding {
+    Finding { check, status: Status::Failed, finding: finding.into(), remedy: remedy.into() }
+}
+
+/// Where a program is, looked for where root's programs are.
+fn program(name: &str) -> Option<String> {
+    ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
+        .iter()
+        .map(|folder| format!("{folder}/{name}"))
+        .find(|path| Path::new(path).exists())
+}
+
+/// Whether this process may raise limits: `CAP_SYS_RESOURCE` is bit 24 of the effective set.
+#[must_use]
+pub fn may_raise_limits() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|text| u64::from_str_radix(text.trim(), 16).ok())
+        .is_some_and(|caps| caps & (1 << 24) != 0)
+}
+
+/// The runtime to use: crun needs to raise limits, runc does not.
+#[must_use]
+pub fn runtime() -> Option<&'static str> {
+    let (crun, runc) = (program("crun").is_some(), program("runc").is_some());
+    match (crun, runc) {
+        (true, _) if may_raise_limits() => Some("crun"),
+        (_, true) => Some("runc"),
+        _ => None,
+    }
+}
+
+/// All checks for a data folder and an address.
+#[must_use]
+pub fn examine(data: &Path, listen: Option<SocketAddr>) -> Vec<Finding> {
+    let mut findings = vec![
+        root(),
+        packages(),
+        database(),
+        container_runtime(),
+        limits(),
+        cgroups(),
+        nftables(),
+        space(data),
+    ];
+    findings.push(folder(data));
+    if let Some(listen) = listen {
+        findings.push(address(listen));
+    }
+    findings.push(id_maps());
+    findings.push(user_ids(data));
+    findings
+}
+
+fn root() -> Finding {
+    if rustix::process::geteuid().is_root() {
+        good("root", "this is root")
+    } else {
+        failed("root", "this is not root", "run it as root: it makes users, networks and containers")
+    }
+}
+
+fn packages() -> Finding {
+    let needed = [
+        ("podman", "podman"),
+        ("nft", "nftables"),
+        ("iptables", "iptables"),
+        ("docker-registry", "docker-registry"),
+        ("ip", "iproute2"),
+        ("conntrack", "conntrack"),
+        ("setpriv", "util-linux"),
+        ("useradd", "passwd"),
+    ];
+    let mut missing: Vec<&str> =
+        needed.iter().filter(|(name, _)| program(name).is_none()).map(|(_, package)| *package).collect();
+    if !Path::new("/usr/lib/podman/netavark").exists() && program("netavark").is_none() {
+        missing.push("netavark");
+    }
+    if missing.is_empty() {
+        good("packages", "all programs are there")
+    } else {
+        let list = missing.join(" ");
+        failed("packages", format!("missing: {list}"), format!("deploy/packages, or apt-get install {list}"))
+    }
+}
+
+fn database() -> Finding {
+    match postgres::programs() {
+        Some((major, _)) if major >= 14 => good("postgres", format!("Postgres {major}")),
+        Some((major, _)) => {
+            failed("postgres", format!("Postgres {major} is too old"), "install Postgres 14 or later")
+        }
+        None => {
+            failed("postgres", "Postgres is not installed", "deploy/packages, or apt-get install postgresql")
+        }
+    }
+}
+
+fn container_runtime() -> Finding {
+    match runtime() {
+        Some(name) => good("runtime", name),
+        None if program("crun").is_some() => failed(
+            "runtime",
+            "crun needs CAP_SYS_RESOURCE, which this machine does not give, and runc is not there",
+            "apt-get install runc",
+        ),
+        None => failed("runtime", "neither runc nor crun is there", "apt-get install runc"),
+    }
+}
+
+fn limits() -> Finding {
+    if may_raise_limits() {
+        good("limits", "CAP_SYS_RESOURCE is there")
+    } else {
+        warning(
+            "limits",
+            "no CAP_SYS_RESOURCE: containers get runc and at most 1024 open files",
+            "nothing to do; on a machine of your own, root has it",
+        )
+    }
+}
+
+fn cgroups() -> Finding {
+    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        return good("cgroups", "version 2");
+    }
+    let missing: Vec<&str> = ["memory", "cpu", "pids"]
+        .into_iter()
+        .filter(|name| !Path::new(&format!("/sys/fs/cgroup/{name}")).exists())
+        .collect();
+    if missing.is_empty() {
+        warning(
+            "cgroups",
+            "version 1: all limits hold, but the cause \"out of memory\" cannot be told from other kills",
+            "boot with systemd.unified_cgroup_hierarchy=1 for full reports",
+        )
+    } else {
+        failed(
+            "cgroups",
+            format!("controllers are missing: {}", missing.join(", ")),
+            "mount them, or boot with cgroup version 2",
+        )
+    }
+}
+
+fn nftables() -> Finding {
+    let done = Command::new("nft").args(["list", "tables"]).stdin(Stdio::null()).output();
+    match done {
+        Ok(done) if done.status.success() => {
+            let br = if Path::new("/proc/sys/net/bridge").exists() { "with" } else { "without" };
+            good("nftables", format!("works ({br} br_netfilter; both are fine)"))
+        }
+        Ok(done) => failed(
+            "nftables",
+            String::from_utf8_lossy(&done.stderr).trim().to_owned(),
+            "load nf_tables, or run where root may change the network (CAP_NET_ADMIN)",
+        ),
+        Err(error) => failed("nftables", error.to_string(), "apt-get install nftables"),
+    }
+}
+
+fn space(data: &Path) -> Finding {
+    let place = data.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    match rustix::fs::statvfs(place) {
+        Ok(stat) => {
+            let free = stat.f_bavail.saturating_mul(stat.f_frsize) >> 20;
+            if free < 1024 {
+                failed(
+                    "space",
+                    format!("{free} MiB are free at {}", place.display()),
+                    "free at least 1 GiB, or choose another --data",
+                )
+            } else if free < 10 * 1024 {
+                warning(
+                    "space",
+                    format!("{free} MiB are free at {}", place.display()),
+                    "images and logs need room",
+                )
+            } else {
+                good("space", format!("{} GiB are free", free >> 10))
+            }
+        }
+        Err(error) => failed("space", error.to_string(), "choose another --data"),
+    }
+}
+
+fn folder(data: &Path) -> Finding {
+    if data.as_os_str().len() > 70 {
+        return failed(
+            "data folder",
+            "its path is too long for sockets",
+            "choose a --data of at most 70 characters",
+        );
+    }
+    if Folder::exists(data) {
+        good("data folder", format!("{} is there", data.display()))
+    } else if data.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
+        failed(
+            "data folder",
+            format!("{} holds something else", data.display()),
+            "choose an empty or new folder: nothing foreign is overwritten",
+        )
+    } else {
+        good("data folder", format!("{} will be made", data.display()))
+    }
+}
+
+fn address(listen: SocketAddr) -> Finding {
+    if !listen.ip().is_loopback() {
+        return failed(
+            "address",
+            format!("{listen} is beyond loopback, and up serves plain text"),
+            "use --listen 127.0.0.1:PORT here; for a network, bulkhead serve with a certificate (deploy/systemd)",
+        );
+    }
+    match TcpListener::bind(listen) {
+        Ok(_) => good("address", format!("{listen} is free")),
+        Err(error) => failed(
+            "address",
+            format!("{listen} cannot be used: {error}"),
+            "stop what listens there (ss -ltnp), or choose another --listen",
+        ),
+    }
+}
+
+/// Containers get ids of their own through id-mapped layers, since Linux 5.19 on overlay.
+fn id_maps() -> Finding {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(['.', '-']).map(|n| n.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version >= (5, 19) {
+        good("id maps", "layers of images are shared between apps")
+    } else {
+        warning(
+            "id maps",
+            format!("Linux {} copies an image once for each app that runs it", release.trim()),
+            "Linux 5.19 or later shares the layers",
+        )
+    }
+}
+
+fn user_ids(data: &Path) -> Finding {
+    // Before the first start there is no claim: then the whole default pool is looked at.
+    let claim = data
+        .canonicalize()
+        .ok()
+        .filter(|path| Folder::exists(path))
+        .and_then(|path| super::claims::claim(&path).ok());
+    let (pool, known) = match claim {
+        Some(claim) => (claim.ids, true),
+        None => (crate::driver::workload::IdRange { start: 1_879_048_192, size: 268_304_384 }, false),
+    };
+    let others = super::claims::all();
+    let own = |id: u32| {
+        let one = crate::driver::workload::IdRange { start: id, size: 1 };
+        (known && pool.overlaps(one)) || others.iter().any(|claim| claim.ids.overlaps(one))
+    };
+    let found = machine::look(Path::new("/"), pool, &own);
+    if let Some(clash) = found.clashes.first() {
+        return failed(
+            "user ids",
+            format!("the pool is used by others ({} place(s), the first is {clash})", found.clashes.len()),
+            "free these ids, or set another pool with bulkhead serve (pools.uid_start, pools.uid_end)",
+        );
+    }
+    match found.warnings.first() {
+        Some(text) => warning("user ids", text.clone(), "choose a pool from 1879048192 to 2147352575"),
+        None => good("user ids", format!("nobody uses {} to {}", pool.start, pool.end() - 1)),
+    }
+}

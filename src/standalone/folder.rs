@@ -1,0 +1,313 @@
+//! The data folder: what lies where, who owns it, and the users.
+//!
+//! | path | owner | what |
+//! | --- | --- | --- |
+//! | `format` | root | version of this layout |
+//! | `postgres/` | db | the private cluster |
+//! | `registry/` | registry | blobs and manifests |
+//! | `engine/` | root | the container engine's storage and settings |
+//! | `agent/` | root | journal, desired state, logs of apps |
+//! | `secrets/` | root, serve | the key of the registry's tokens |
+//! | `run/` | each its own | sockets, process ids |
+//! | `log/` | root | logs of the platform's own processes |
+
+use std::fs::{self, File};
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Claim, Failed, claims};
+use crate::config::{Agent, Config, Database, Log, Pools, Registry, Server};
+use crate::driver::agent::config::AgentConfig;
+use crate::driver::podman::engine::EngineSettings;
+use crate::registries::SigningKey;
+
+/// Version of the layout.
+const FORMAT: &str = "1";
+
+/// A user of the installation.
+#[derive(Debug, Clone)]
+pub struct User {
+    /// Name.
+    pub name: String,
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
+
+/// Ports that were chosen at the first start.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Ports {
+    pull: u16,
+    registry: u16,
+}
+
+/// A data folder, locked: nobody else has it open.
+#[derive(Debug)]
+pub struct Folder {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What the installation has on this machine.
+    pub claim: Claim,
+    /// `serve`.
+    pub serve: User,
+    /// Postgres.
+    pub db: User,
+    /// The registry.
+    pub registry: User,
+    /// The prober.
+    pub prober: User,
+    ports: Ports,
+    _lock: File,
+}
+
+fn io(what: impl std::fmt::Display) -> impl FnOnce(std::io::Error) -> Failed {
+    move |error| Failed::doing(what, error)
+}
+
+fn ensure_user(name: &str) -> Result<User, Failed> {
+    let look = || {
+        let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+        passwd.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split(':').collect();
+            (fields.first() == Some(&name))
+                .then(|| Some((fields.get(2)?.parse().ok()?, fields.get(3)?.parse().ok()?)))?
+        })
+    };
+    if let Some((uid, gid)) = look() {
+        return Ok(User { name: name.into(), uid, gid });
+    }
+    let done = Command::new("useradd")
+        .args(["--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent"])
+        .args(["--shell", "/usr/sbin/nologin", name])
+        .output()
+        .map_err(io("useradd"))?;
+    if !done.status.success() {
+        return Err(Failed::doing(
+            format!("the user {name} cannot be made"),
+            String::from_utf8_lossy(&done.stderr),
+        ));
+    }
+    let (uid, gid) = look().ok_or_else(|| Failed(format!("the user {name} was made and is not there")))?;
+    Ok(User { name: name.into(), uid, gid })
+}
+
+fn free_port() -> Result<u16, Failed> {
+    let listener = TcpListener::bind("127.0.0.1:0").map_err(io("no free port"))?;
+    Ok(listener.local_addr().map_err(io("no free port"))?.port())
+}
+
+impl Folder {
+    /// Opens the folder, made ready if it is new. A second opener is told so.
+    pub fn open(path: &Path) -> Result<Self, Failed> {
+        fs::create_dir_all(path).map_err(io(format!("{} cannot be made", path.display())))?;
+        let path = path.canonicalize().map_err(io(path.display()))?;
+        if path.as_os_str().len() > 70 {
+            return Err(Failed(format!(
+                "{} is too long a path for sockets (at most 70 characters): choose a shorter --data",
+                path.display()
+            )));
+        }
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(path.join("lock"))
+            .map_err(io("the data folder cannot be written"))?;
+        if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(Failed(format!("another `bulkhead up` runs on {}; this one leaves", path.display())));
+        }
+        check_format(&path)?;
+        let claim = claims::claim(&path)?;
+        let user = |part: &str| ensure_user(&format!("bk{}-{part}", claim.installation));
+        let (serve, db) = (user("serve")?, user("db")?);
+        let (registry, prober) = (user("registry")?, user("prober")?);
+        let ports = ports(&path)?;
+        let folder = Self { path, claim, serve, db, registry, prober, ports, _lock: lock };
+        folder.lay_out()?;
+        Ok(folder)
+    }
+
+    /// Whether there is a folder to open.
+    #[must_use]
+    pub fn exists(path: &Path) -> bool {
+        path.join("format").exists()
+    }
+
+    fn lay_out(&self) -> Result<(), Failed> {
+        let root = (0, 0);
+        let (db, reg) = ((self.db.uid, self.db.gid), (self.registry.uid, self.registry.gid));
+        let layout: [(&str, (u32, u32), u32); 13] = [
+            ("", root, 0o711),
+            ("postgres", db, 0o700),
+            ("registry", reg, 0o700),
+            ("engine", root, 0o700),
+            ("engine/networks", root, 0o700),
+            ("agent", root, 0o700),
+            ("secrets", (0, self.serve.gid), 0o710),
+            ("log", root, 0o700),
+            ("run", root, 0o711),
+            ("run/postgres", (self.db.uid, self.serve.gid), 0o750),
+            ("run/agent", (0, self.serve.gid), 0o750),
+            ("run/engine", root, 0o700),
+            ("run/prober", (self.prober.uid, self.prober.gid), 0o700),
+        ];
+        for (name, (uid, gid), mode) in layout {
+            let path = self.path.join(name);
+            fs::create_dir_all(&path).map_err(io(path.display()))?;
+            chown(&path, Some(uid), Some(gid)).map_err(io(path.display()))?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(io(path.display()))?;
+        }
+        self.ensure_key()
+    }
+
+    fn ensure_key(&self) -> Result<(), Failed> {
+        let path = self.signing_key();
+        let pem = match fs::read_to_string(&path) {
+            Ok(pem) => pem,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                let key = SigningKey::generate().map_err(|error| Failed(error.to_string()))?;
+                key.pem().to_owned()
+            }
+            Err(error) => return Err(io(path.display())(error)),
+        };
+        let key = SigningKey::from_pem(&pem).map_err(|error| Failed(error.to_string()))?;
+        self.write("secrets/signing-key.pem", &pem, (0, self.serve.gid), 0o440)?;
+        self.write("registry/token-certificate.pem", key.certificate(), (0, self.registry.gid), 0o440)
+    }
+
+    /// Writes a file in one step, with its owner and mode.
+    pub fn write(&self, name: &str, text: &str, owner: (u32, u32), mode: u32) -> Result<(), Failed> {
+        let path = self.path.join(name);
+        let fresh = self.path.join(format!("{name}.new"));
+        let _ = fs::remove_file(&fresh);
+        let write = || {
+            let mut file =
+                std::os::unix::fs::OpenOptionsExt::mode(File::options().create_new(true).write(true), 0o600)
+                    .open(&fresh)?;
+            std::io::Write::write_all(&mut file, text.as_bytes())?;
+            file.sync_all()?;
+            chown(&fresh, Some(owner.0), Some(owner.1))?;
+            fs::set_permissions(&fresh, fs::Permissions::from_mode(mode))?;
+            fs::rename(&fresh, &path)
+        };
+        write().map_err(io(path.display()))
+    }
+
+    fn signing_key(&self) -> PathBuf {
+        self.path.join("secrets/signing-key.pem")
+    }
+
+    /// Address of the registry.
+    #[must_use]
+    pub fn registry_port(&self) -> u16 {
+        self.ports.registry
+    }
+
+    /// The configuration of `serve`.
+    #[must_use]
+    pub fn config(&self, listen: SocketAddr) -> Config {
+        let ids = self.claim.ids;
+        Config {
+            installation: self.claim.installation.clone(),
+            server: Server {
+                listen,
+                pull_listen: SocketAddr::from(([127, 0, 0, 1], self.ports.pull)),
+                metrics_listen: None,
+                external_url: None,
+                tls_certificate: None,
+                tls_key: None,
+                behind_proxy: false,
+                workers: 2,
+            },
+            database: Database {
+                host: self.path.join("run/postgres").display().to_string(),
+                port: 5432,
+                name: "bulkhead".into(),
+                user: "bulkhead".into(),
+                password_file: None,
+                connections: 16,
+            },
+            registry: Registry {
+                url: format!("http://127.0.0.1:{}", self.ports.registry),
+                signing_key: self.signing_key(),
+            },
+            agent: Agent { socket: self.path.join("run/agent/agent.sock") },
+            pools: Pools {
+                uid_start: ids.start,
+                uid_end: ids.start + ids.size,
+                range_size: 65_536,
+                block_size: 1_024,
+                network: self.claim.network,
+                subnet_prefix: 22,
+            },
+            log: Log::default(),
+        }
+    }
+
+    /// The configuration of the root half.
+    #[must_use]
+    pub fn agent_config(&self) -> AgentConfig {
+        AgentConfig {
+            installation: self.claim.installation.clone(),
+            state_dir: self.path.join("agent"),
+            socket: self.path.join("run/agent/agent.sock"),
+            peer_uid: self.serve.uid,
+            engine_socket: self.path.join("run/engine/podman.sock"),
+            id_pool: self.claim.ids,
+            network_pool: self.claim.network,
+            prober_socket: self.path.join("run/prober/prober.sock"),
+            prober_uid: self.prober.uid,
+            registry_name: self.registry_name(),
+        }
+    }
+
+    fn registry_name(&self) -> String {
+        format!("{}.bulkhead.internal", self.claim.installation)
+    }
+
+    /// The engine's settings.
+    #[must_use]
+    pub fn engine(&self) -> EngineSettings {
+        EngineSettings {
+            root: self.path.join("engine"),
+            run: self.path.join("run/engine/state"),
+            socket: self.path.join("run/engine/podman.sock"),
+            registry_name: self.registry_name(),
+            pull_host: format!("127.0.0.1:{}", self.ports.pull),
+            runtime: super::doctor::runtime().unwrap_or("runc").to_owned(),
+            may_raise_limits: super::doctor::may_raise_limits(),
+        }
+    }
+}
+
+fn check_format(path: &Path) -> Result<(), Failed> {
+    let file = path.join("format");
+    match fs::read_to_string(&file) {
+        Ok(text) if text.trim() == FORMAT => Ok(()),
+        Ok(text) => Err(Failed(format!(
+            "{} has format {}, and this version of bulkhead knows format {FORMAT}: use the version that made it, or a newer one",
+            path.display(),
+            text.trim()
+        ))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            fs::write(&file, format!("{FORMAT}\n")).map_err(io(file.display()))
+        }
+        Err(error) => Err(io(file.display())(error)),
+    }
+}
+
+fn ports(path: &Path) -> Result<Ports, Failed> {
+    let file = path.join("ports.json");
+    if let Ok(text) = fs::read_to_string(&file) {
+        return serde_json::from_str(&text).map_err(|error| Failed::doing(file.display(), error));
+    }
+    let ports = Ports { pull: free_port()?, registry: free_port()? };
+    let text = serde_json::to_string(&ports).map_err(|error| Failed(error.to_string()))?;
+    fs::write(&file, text).map_err(io(file.display()))?;
+    Ok(ports)
+}

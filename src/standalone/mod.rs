@@ -1,0 +1,28 @@
+//! `bulkhead up`: everything on one machine, each part under its own user, nothing of it known to
+//! another installation.
+
+mod claims;
+mod demo;
+pub mod doctor;
+mod folder;
+mod postgres;
+mod processes;
+pub mod uninstall;
+mod up;
+
+pub use claims::Claim;
+pub use folder::Folder;
+pub use processes::{Process, table};
+pub use up::{Options, up};
+
+/// What went wrong on the way up, with the remedy, for people.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Failed(pub String);
+
+impl Failed {
+    /// From a sentence about what was being done, and the cause.
+    pub fn doing(what: impl std::fmt::Display, error: impl std::fmt::Display) -> Self {
+        Self(format!("{what}: {error}"))
+    }
+}

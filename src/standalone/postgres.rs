@@ -1,0 +1,110 @@
+//! The private cluster: made once, reached over a socket only, by peer authentication only.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use sqlx::Connection;
+use sqlx::postgres::{PgConnectOptions, PgConnection};
+
+use super::{Failed, Folder};
+
+/// The folder of Postgres' programs: the newest major version that is installed.
+pub(super) fn programs() -> Option<(u32, PathBuf)> {
+    fs::read_dir("/usr/lib/postgresql")
+        .ok()?
+        .flatten()
+        .filter_map(|entry| {
+            let major = entry.file_name().to_str()?.parse::<u32>().ok()?;
+            let bin = entry.path().join("bin");
+            bin.join("initdb").exists().then_some((major, bin))
+        })
+        .max_by_key(|(major, _)| *major)
+}
+
+/// Makes the cluster if there is none; another major version is explained.
+pub(super) fn ensure(folder: &Folder, major: u32, bin: &Path) -> Result<(), Failed> {
+    let data = folder.path.join("postgres/data");
+    if let Ok(text) = fs::read_to_string(data.join("PG_VERSION")) {
+        let own = text.trim();
+        if own != major.to_string() {
+            return Err(Failed(format!(
+                "the cluster in {} is of Postgres {own}, and Postgres {major} is installed. Install postgresql-{own} \
+                 beside it, then move the data: pg_upgrade --old-bindir /usr/lib/postgresql/{own}/bin --new-bindir {}",
+                data.display(),
+                bin.display()
+            )));
+        }
+        return Ok(());
+    }
+    let fresh = folder.path.join("postgres/data.new");
+    let _ = fs::remove_dir_all(&fresh);
+    let done = Command::new("setpriv")
+        .args(["--reuid", &folder.db.name, "--regid", &folder.db.name, "--clear-groups", "--"])
+        .arg(bin.join("initdb"))
+        .args([
+            "--username=postgres",
+            "--auth=peer",
+            "--encoding=UTF8",
+            "--locale=C.UTF-8",
+            "--data-checksums",
+        ])
+        .arg("-D")
+        .arg(&fresh)
+        .current_dir("/")
+        .output()
+        .map_err(|error| Failed::doing("initdb", error))?;
+    if !done.status.success() {
+        return Err(Failed::doing(
+            "the database cluster cannot be made",
+            String::from_utf8_lossy(&done.stderr),
+        ));
+    }
+    let hba = "local all all peer map=bulkhead\n";
+    let ident = format!(
+        "bulkhead {} postgres\nbulkhead root postgres\nbulkhead root bulkhead\nbulkhead {} bulkhead\n",
+        folder.db.name, folder.serve.name
+    );
+    for (name, text) in [("pg_hba.conf", hba), ("pg_ident.conf", ident.as_str())] {
+        fs::write(fresh.join(name), text).map_err(|error| Failed::doing(name, error))?;
+    }
+    fs::rename(&fresh, &data).map_err(|error| Failed::doing("the cluster cannot be put in place", error))
+}
+
+/// Waits until it answers, then sees to role and database.
+pub(super) async fn prepare(folder: &Folder) -> Result<(), Failed> {
+    let options = PgConnectOptions::new_without_pgpass()
+        .socket(folder.path.join("run/postgres"))
+        .username("postgres")
+        .database("postgres");
+    let mut tries = 0;
+    let mut conn = loop {
+        match PgConnection::connect_with(&options).await {
+            Ok(conn) => break conn,
+            Err(error) if tries > 150 => {
+                return Err(Failed::doing("Postgres does not answer (see log/postgres.log)", error));
+            }
+            Err(_) => {
+                tries += 1;
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    };
+    for (look, make) in [
+        ("SELECT 1 FROM pg_roles WHERE rolname = 'bulkhead'", "CREATE ROLE bulkhead LOGIN"),
+        ("SELECT 1 FROM pg_database WHERE datname = 'bulkhead'", "CREATE DATABASE bulkhead OWNER bulkhead"),
+    ] {
+        let there: Option<i32> = sqlx::query_scalar(look)
+            .fetch_optional(&mut conn)
+            .await
+            .map_err(|error| Failed::doing("the database", error))?;
+        if there.is_none() {
+            sqlx::query(make)
+                .execute(&mut conn)
+                .await
+                .map_err(|error| Failed::doing("the database", error))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,234 @@
+//! The one table of processes: user, command, environment. `up` runs it and starts again what ends;
+//! in production the same table is the systemd units in `deploy/systemd`.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio_util::sync::CancellationToken;
+
+use super::{Failed, Folder};
+use crate::driver::podman::engine;
+
+/// A process of the platform.
+#[derive(Debug, Clone)]
+pub struct Process {
+    /// Name.
+    pub name: &'static str,
+    /// User; root when none. Everything that is not root's has no capability at all.
+    pub user: Option<String>,
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// Environment; nothing is inherited but PATH.
+    pub environment: Vec<(String, String)>,
+    /// The signal that asks it to stop.
+    pub stop: Signal,
+}
+
+fn texts(list: &[&str]) -> Vec<String> {
+    list.iter().map(ToString::to_string).collect()
+}
+
+/// The table, in the order in which they start.
+pub fn table(folder: &Folder, postgres: &Path, binaries: &Path) -> Vec<Process> {
+    let at = |name: &str| folder.path.join(name).display().to_string();
+    let binary = |name: &str| binaries.join(name).display().to_string();
+    let (podman, args, environment) = engine::command(&folder.engine());
+    let process = |name, user: Option<&str>, command: Vec<String>| Process {
+        name,
+        user: user.map(str::to_owned),
+        command,
+        environment: Vec::new(),
+        stop: Signal::TERM,
+    };
+    vec![
+        Process {
+            // SIGINT is Postgres' fast shutdown: sessions end, nothing is lost.
+            stop: Signal::INT,
+            ..process(
+                "postgres",
+                Some(&folder.db.name),
+                texts(&[
+                    &postgres.join("postgres").display().to_string(),
+                    "-D",
+                    &at("postgres/data"),
+                    "-k",
+                    &at("run/postgres"),
+                    "-c",
+                    "listen_addresses=",
+                ]),
+            )
+        },
+        process(
+            "registry",
+            Some(&folder.registry.name),
+            texts(&["docker-registry", "serve", &at("registry/config.yml")]),
+        ),
+        Process {
+            environment,
+            ..process("engine", None, std::iter::once(podman.to_owned()).chain(args).collect())
+        },
+        process(
+            "prober",
+            Some(&folder.prober.name),
+            texts(&[&binary("bulkhead"), "prober", "--socket", &at("run/prober/prober.sock")]),
+        ),
+        process("agent", None, texts(&[&binary("bulkhead-agent"), "--config", &at("agent.toml")])),
+        process(
+            "serve",
+            Some(&folder.serve.name),
+            texts(&[&binary("bulkhead"), "serve", "--config", &at("serve.toml")]),
+        ),
+    ]
+}
+
+impl Process {
+    fn spawn(&self, folder: &Path) -> Result<std::process::Child, Failed> {
+        let log = folder.join(format!("log/{}.log", self.name));
+        if fs::metadata(&log).is_ok_and(|m| m.len() > 16 << 20) {
+            let _ = fs::rename(&log, folder.join(format!("log/{}.log.1", self.name)));
+        }
+        let failed = |error: std::io::Error| Failed::doing(format!("{} cannot be started", self.name), error);
+        let out = File::options().create(true).append(true).open(&log).map_err(failed)?;
+        let mut line = Vec::new();
+        if let Some(user) = &self.user {
+            line.extend(texts(&[
+                "setpriv",
+                "--reuid",
+                user,
+                "--regid",
+                user,
+                "--clear-groups",
+                "--no-new-privs",
+                "--inh-caps=-all",
+                "--bounding-set=-all",
+                "--",
+            ]));
+        }
+        line.extend(self.command.iter().cloned());
+        Command::new(&line[0])
+            .args(&line[1..])
+            .env_clear()
+            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("LANG", "C.UTF-8")
+            .env("HOME", folder.join("run"))
+            .envs(self.environment.iter().cloned())
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(out.try_clone().map_err(failed)?)
+            .stderr(out)
+            // A group of its own: Ctrl-C reaches `up` alone, which then stops all in order.
+            .process_group(0)
+            .spawn()
+            .map_err(failed)
+    }
+
+    fn pid_file(&self, folder: &Path) -> PathBuf {
+        folder.join(format!("run/{}.pid", self.name))
+    }
+
+    /// Ends what a killed `up` has left running. An id alone may be another process by now, so its
+    /// time of birth is compared.
+    pub(super) fn end_leftover(&self, folder: &Path) {
+        let file = self.pid_file(folder);
+        let Ok(text) = fs::read_to_string(&file) else { return };
+        let mut parts = text.split_whitespace().map(str::parse::<u64>);
+        if let (Some(Ok(pid)), Some(Ok(own))) = (parts.next(), parts.next())
+            && born(pid) == Some(own)
+        {
+            stop_pid(pid, self.stop, own);
+        }
+        let _ = fs::remove_file(file);
+    }
+}
+
+fn born(pid: u64) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(") ")?;
+    if rest.starts_with('Z') {
+        return None;
+    }
+    rest.split(' ').nth(19)?.parse().ok()
+}
+
+/// Asks a process to stop, and ends it after fifteen seconds.
+fn stop_pid(pid: u64, signal: Signal, own: u64) {
+    let Some(id) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return };
+    let _ = kill_process(id, signal);
+    for _ in 0..150 {
+        if born(pid) != Some(own) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let _ = kill_process(id, Signal::KILL);
+}
+
+/// A process that is kept running until it is stopped.
+pub(super) struct Kept {
+    process: Process,
+    folder: PathBuf,
+    halt: CancellationToken,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Kept {
+    /// Starts a process and starts it again, with backoff, whenever it ends.
+    pub(super) fn start(process: Process, folder: &Path) -> Result<Self, Failed> {
+        let halt = CancellationToken::new();
+        let first = process.spawn(folder)?;
+        note(&process, folder, first.id());
+        let (own, dir, stop) = (process.clone(), folder.to_owned(), halt.clone());
+        let task = tokio::task::spawn_blocking(move || keep(&own, &dir, first, &stop));
+        Ok(Self { process, folder: folder.to_owned(), halt, task })
+    }
+
+    /// Stops it for good.
+    pub(super) async fn stop(self) {
+        self.halt.cancel();
+        let (process, folder) = (self.process, self.folder);
+        let ended = tokio::task::spawn_blocking(move || process.end_leftover(&folder));
+        let _ = ended.await;
+        let _ = self.task.await;
+    }
+}
+
+fn note(process: &Process, folder: &Path, pid: u32) {
+    let text = format!("{pid} {}", born(pid.into()).unwrap_or(0));
+    let _ = fs::write(process.pid_file(folder), text);
+}
+
+fn keep(process: &Process, folder: &Path, first: std::process::Child, halt: &CancellationToken) {
+    let mut child = first;
+    let mut pause = Duration::from_millis(200);
+    loop {
+        let begun = std::time::Instant::now();
+        let status = child.wait();
+        if halt.is_cancelled() {
+            return;
+        }
+        if begun.elapsed() > Duration::from_secs(60) {
+            pause = Duration::from_millis(200);
+        }
+        let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
+        tracing::warn!(process = process.name, status, "ended; it is started again");
+        loop {
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_secs(15));
+            if halt.is_cancelled() {
+                return;
+            }
+            match process.spawn(folder) {
+                Ok(fresh) => {
+                    note(process, folder, fresh.id());
+                    child = fresh;
+                    break;
+                }
+                Err(error) => tracing::error!(%error, "trying on"),
+            }
+        }
+    }
+}

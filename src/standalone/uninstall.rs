@@ -1,0 +1,83 @@
+//! The undo of `up`: containers, networks, table, users, claim and data folder of one installation
+//! go; nothing else is touched.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use super::{Failed, Folder, claims, postgres, processes};
+use crate::driver::podman::client::Podman;
+use crate::driver::podman::engine;
+use crate::driver::podman::firewall::Rules;
+
+/// Removes an installation. `confirm` is its four letters.
+pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
+    if !Folder::exists(data) {
+        return Err(Failed(format!("{} is no data folder of Bulkhead", data.display())));
+    }
+    let folder = Folder::open(data)?;
+    let id = folder.claim.installation.clone();
+    if confirm != id.as_str() {
+        return Err(Failed(format!(
+            "this removes the installation {id} with all its tenants, apps and images: say --confirm {id}"
+        )));
+    }
+    let bin = postgres::programs().map(|(_, bin)| bin).unwrap_or_default();
+    for process in processes::table(&folder, &bin, Path::new("/")).iter().rev() {
+        process.end_leftover(&folder.path);
+    }
+    remove_containers(&folder).await?;
+    Rules::remove(&folder.agent_config().table()).await;
+    let quiet = |program: &str, args: &[&str]| {
+        let _ = Command::new(program)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+    };
+    for user in [&folder.serve, &folder.db, &folder.registry, &folder.prober] {
+        quiet("userdel", &[&user.name]);
+    }
+    claims::release(&folder.path)?;
+    std::fs::remove_dir_all(&folder.path).map_err(|error| Failed::doing(folder.path.display(), error))
+}
+
+async fn remove_containers(folder: &Folder) -> Result<(), Failed> {
+    let (program, args, environment) = engine::command(&folder.engine());
+    let socket = folder.path.join("run/engine/podman.sock");
+    let _ = std::fs::remove_file(&socket);
+    let mut service = tokio::process::Command::new(program)
+        .args(args)
+        .envs(environment)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| Failed::doing("the container engine", error))?;
+    let failed = |error: crate::driver::Error| Failed(error.to_string());
+    let podman = Podman::new(&socket).map_err(failed)?;
+    let mut tries = 0;
+    while podman.ping().await.is_err() {
+        tries += 1;
+        if tries > 100 {
+            return Err(Failed("the container engine does not answer; nothing was removed".into()));
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    let id = folder.claim.installation.as_str();
+    for container in podman.list(id).await.map_err(failed)? {
+        podman.remove(container.name()).await.map_err(failed)?;
+    }
+    let prefix = format!("bk{id}");
+    for network in podman.networks().await.map_err(failed)?.iter().filter(|name| name.starts_with(&prefix)) {
+        podman.remove_network(network).await.map_err(failed)?;
+    }
+    let _ = service.kill().await;
+    // The engine leaves its storage mounted; a mount would keep the folder from being removed.
+    for mount in ["engine/storage/overlay", "engine/storage"] {
+        let path = folder.path.join(mount);
+        let _ = Command::new("umount").arg(&path).stderr(Stdio::null()).status();
+    }
+    Ok(())
+}

@@ -1,0 +1,209 @@
+//! `bulkhead up`: checks the machine, makes what is missing, starts everything in order, says where
+//! it is, and stops it again in reverse order. Tenants' containers go on running.
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::processes::{self, Kept};
+use super::{Failed, Folder, demo, doctor, postgres};
+use crate::access;
+use crate::driver::podman::engine;
+use crate::registries::token::{ISSUER, SERVICE};
+use crate::{db, startup, telemetry};
+
+/// How `up` was called.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Data folder.
+    pub data: PathBuf,
+    /// Address.
+    pub listen: SocketAddr,
+    /// Whether to onboard a sample tenant and deploy a sample app.
+    pub demo: bool,
+}
+
+fn say(text: impl std::fmt::Display) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{text}");
+    let _ = out.flush();
+}
+
+struct Running(Vec<Kept>);
+
+impl Running {
+    async fn stop(self) {
+        for kept in self.0.into_iter().rev() {
+            kept.stop().await;
+        }
+    }
+}
+
+/// Runs everything until Ctrl-C or SIGTERM.
+pub async fn up(options: Options) -> Result<(), Failed> {
+    let findings = doctor::examine(&options.data, Some(options.listen));
+    let bad: Vec<_> = findings.iter().filter(|f| f.status == doctor::Status::Failed).collect();
+    if !bad.is_empty() {
+        let text: Vec<String> =
+            bad.iter().map(|f| format!("  {}: {}\n    {}", f.check, f.finding, f.remedy)).collect();
+        return Err(Failed(format!("this machine is not ready:\n{}", text.join("\n"))));
+    }
+    for finding in findings.iter().filter(|f| f.status == doctor::Status::Warning) {
+        say(format!("note: {}: {}", finding.check, finding.finding));
+    }
+    let folder = Folder::open(&options.data)?;
+    let (major, bin) = postgres::programs().ok_or_else(|| Failed("Postgres is not installed".into()))?;
+    say(format!("installation {} in {}", folder.claim.installation, folder.path.display()));
+    write_settings(&folder, &options)?;
+    let binaries = std::env::current_exe()
+        .ok()
+        .and_then(|path| path.parent().map(Path::to_path_buf))
+        .ok_or_else(|| Failed("the place of this program is not known".into()))?;
+    let table = processes::table(&folder, &bin, &binaries);
+    for process in table.iter().rev() {
+        process.end_leftover(&folder.path);
+    }
+    // A socket that was left lying would look like a process that is ready.
+    for socket in ["engine/podman.sock", "prober/prober.sock", "agent/agent.sock"] {
+        let _ = std::fs::remove_file(folder.path.join("run").join(socket));
+    }
+    postgres::ensure(&folder, major, &bin)?;
+    let mut running = Running(Vec::new());
+    let stop = telemetry::asked_to_stop();
+    tokio::pin!(stop);
+    let outcome = tokio::select! {
+        outcome = start(&folder, &options, table, &mut running) => outcome,
+        () = &mut stop => Err(Failed("stopped before everything was up".into())),
+    };
+    if let Err(error) = outcome {
+        running.stop().await;
+        return Err(error);
+    }
+    stop.await;
+    say("stopping; tenants' containers go on running");
+    running.stop().await;
+    say("stopped");
+    Ok(())
+}
+
+fn write_settings(folder: &Folder, options: &Options) -> Result<(), Failed> {
+    let toml = |text: Result<String, toml::ser::Error>| text.map_err(|error| Failed(error.to_string()));
+    let serve = toml(toml::to_string(&folder.config(options.listen)))?;
+    folder.write("serve.toml", &serve, (0, folder.serve.gid), 0o440)?;
+    let agent = toml(toml::to_string(&folder.agent_config()))?;
+    folder.write("agent.toml", &agent, (0, 0), 0o400)?;
+    for (name, text) in engine::files(&folder.engine()) {
+        folder.write(&format!("engine/{name}"), &text, (0, 0), 0o400)?;
+    }
+    let registry = format!(
+        "version: 0.1\nlog:\n  level: warn\n  accesslog:\n    disabled: true\nstorage:\n  filesystem:\n    \
+         rootdirectory: {root}/data\n  delete:\n    enabled: true\n  maintenance:\n    uploadpurging:\n      \
+         enabled: true\n      age: 1h\n      interval: 1h\n      dryrun: false\nhttp:\n  addr: 127.0.0.1:{port}\n  \
+         relativeurls: true\n  secret: {secret}\nauth:\n  token:\n    realm: http://127.0.0.1/auth/token\n    \
+         service: {SERVICE}\n    issuer: {ISSUER}\n    rootcertbundle: {root}/token-certificate.pem\n",
+        root = folder.path.join("registry").display(),
+        port = folder.registry_port(),
+        secret = http_secret(folder)?,
+    );
+    folder.write("registry/config.yml", &registry, (0, folder.registry.gid), 0o440)
+}
+
+/// The secret that signs the registry's upload states: made once, so that uploads survive a restart.
+fn http_secret(folder: &Folder) -> Result<String, Failed> {
+    let path = folder.path.join("secrets/registry-http-secret");
+    if let Ok(text) = std::fs::read_to_string(&path) {
+        return Ok(text.trim().to_owned());
+    }
+    let secret = access::credentials::Secret::generate("");
+    folder.write("secrets/registry-http-secret", secret.expose(), (0, 0), 0o400)?;
+    Ok(secret.expose().to_owned())
+}
+
+async fn start(
+    folder: &Folder,
+    options: &Options,
+    table: Vec<processes::Process>,
+    running: &mut Running,
+) -> Result<(), Failed> {
+    for process in table {
+        let name = process.name;
+        let begun = std::time::Instant::now();
+        running.0.push(Kept::start(process, &folder.path)?);
+        ready(folder, options, name).await?;
+        say(format!("  {name:<9} ready after {} ms", begun.elapsed().as_millis()));
+    }
+    let config = folder.config(options.listen);
+    let pool = db::pool(db::options(&config.database).map_err(|error| Failed(error.to_string()))?, 2);
+    let mut conn = pool.acquire().await.map_err(|error| Failed::doing("the database", error))?;
+    say(format!("\nBulkhead is at http://{}", options.listen));
+    let failed = |error: crate::error::Error| Failed(error.to_string());
+    if !access::has_admin(&mut conn).await.map_err(failed)? {
+        let link = access::create_first_admin_link(&mut conn).await.map_err(failed)?;
+        let address = format!("http://{}/first-admin/{}", options.listen, link.expose());
+        folder.write("secrets/first-admin-link", &format!("{address}\n"), (0, 0), 0o400)?;
+        say(format!("First admin (works once, for a day): {address}"));
+        say(format!("It is also in {}", folder.path.join("secrets/first-admin-link").display()));
+    }
+    drop(conn);
+    if options.demo {
+        demo::run(folder, options.listen, &pool).await?;
+    }
+    pool.close().await;
+    say("\nCtrl-C stops the platform; apps go on running.");
+    Ok(())
+}
+
+/// Waits until a process does its work.
+async fn ready(folder: &Folder, options: &Options, name: &str) -> Result<(), Failed> {
+    match name {
+        "postgres" => {
+            postgres::prepare(folder).await?;
+            let config = folder.config(options.listen);
+            let pool = db::pool(db::options(&config.database).map_err(|error| Failed(error.to_string()))?, 1);
+            startup::migrate(&pool, &config).await.map_err(|error| {
+                let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+                Failed(format!("the database cannot be brought to this version: {error} {cause}"))
+            })?;
+            pool.close().await;
+            Ok(())
+        }
+        "registry" => {
+            wait_http(folder, name, &format!("http://127.0.0.1:{}/v2/", folder.registry_port()), 401).await
+        }
+        "engine" => wait_for(folder, name, || folder.path.join("run/engine/podman.sock").exists()).await,
+        "prober" => wait_for(folder, name, || folder.path.join("run/prober/prober.sock").exists()).await,
+        "agent" => wait_for(folder, name, || folder.path.join("run/agent/agent.sock").exists()).await,
+        _ => wait_http(folder, name, &format!("http://{}/readyz", options.listen), 200).await,
+    }
+}
+
+fn not_ready(folder: &Folder, name: &str) -> Failed {
+    let log = folder.path.join(format!("log/{name}.log"));
+    let text = std::fs::read_to_string(&log).unwrap_or_default();
+    let last: Vec<&str> = text.lines().rev().take(5).collect();
+    let last: Vec<&str> = last.into_iter().rev().collect();
+    Failed(format!("{name} does not come up. The end of {}:\n{}", log.display(), last.join("\n")))
+}
+
+async fn wait_for(folder: &Folder, name: &str, there: impl Fn() -> bool) -> Result<(), Failed> {
+    for _ in 0..300 {
+        if there() {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Err(not_ready(folder, name))
+}
+
+async fn wait_http(folder: &Folder, name: &str, url: &str, status: u16) -> Result<(), Failed> {
+    let client = reqwest::Client::builder().no_proxy().build().map_err(|error| Failed(error.to_string()))?;
+    for _ in 0..400 {
+        let answer = client.get(url).timeout(Duration::from_secs(2)).send().await;
+        if answer.is_ok_and(|answer| answer.status().as_u16() == status) {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Err(not_ready(folder, name))
+}

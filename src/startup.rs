@@ -1,0 +1,299 @@
+//! Puts the parts of `serve` together: pool, driver, reconcilers, listeners.
+
+use std::fs;
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix_web::middleware::from_fn;
+use actix_web::{App, HttpResponse, HttpServer, web};
+use serde_json::json;
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+
+use crate::access::Public;
+use crate::apps::actions::Apps;
+use crate::apps::follow::follow;
+use crate::apps::reconcile::{AppReconciler, AppsOfTenant};
+use crate::config::Config;
+use crate::db;
+use crate::driver::Driver;
+use crate::driver::agent::client::AgentClient;
+use crate::error::Error;
+use crate::http::{self, OwnAddress};
+use crate::reconcile::{self, Reconciler, Waker};
+use crate::registries::front::{Door, FrontDoor};
+use crate::registries::reconcile::{ImagesOfTenant, RobotsOfTenant, sweep};
+use crate::registries::{Distribution, Holders, PullSecrets, SigningKey};
+use crate::telemetry::Metrics;
+use crate::tenants::Belongings;
+use crate::tenants::reconcile::TenantReconciler;
+use crate::{routes, uid_ranges};
+
+/// Everything that handlers share, made once.
+#[derive(Clone)]
+pub struct Platform {
+    /// Configuration.
+    pub config: web::Data<Config>,
+    /// Database.
+    pub pool: PgPool,
+    /// What runs workloads.
+    pub driver: Arc<dyn Driver>,
+    /// The registry.
+    pub registry: Distribution,
+    /// Key of the registry's tokens.
+    pub key: SigningKey,
+    /// Wakes the runner.
+    pub waker: Waker,
+    /// Counters.
+    pub metrics: web::Data<Metrics>,
+}
+
+impl Platform {
+    /// Builds the parts; nothing is asked yet.
+    pub fn build(config: Config, driver: Arc<dyn Driver>, pool: PgPool) -> Result<Self, Error> {
+        let pem = fs::read_to_string(&config.registry.signing_key).map_err(|error| {
+            Error::internal(format!("{}: {error}", config.registry.signing_key.display()))
+        })?;
+        let key = SigningKey::from_pem(&pem)?;
+        let registry = Distribution::new(pool.clone(), &config.registry.url, key.clone())?;
+        Ok(Self {
+            config: web::Data::new(config),
+            pool,
+            driver,
+            registry,
+            key,
+            waker: Waker::default(),
+            metrics: web::Data::new(Metrics::default()),
+        })
+    }
+
+    /// The reconcilers.
+    #[must_use]
+    pub fn reconcilers(&self) -> Vec<Arc<dyn Reconciler>> {
+        let (pool, pools) = (self.pool.clone(), self.config.pools.clone());
+        let belongings: Vec<Arc<dyn Belongings>> = vec![
+            Arc::new(RobotsOfTenant { pool: pool.clone() }),
+            Arc::new(AppsOfTenant { pool: pool.clone() }),
+            Arc::new(ImagesOfTenant { pool: pool.clone(), registry: self.registry.clone() }),
+        ];
+        vec![
+            Arc::new(TenantReconciler {
+                pool: pool.clone(),
+                pools: pools.clone(),
+                driver: Arc::clone(&self.driver),
+                belongings,
+            }),
+            Arc::new(AppReconciler {
+                pool,
+                pools,
+                driver: Arc::clone(&self.driver),
+                registry: self.registry.clone(),
+                secrets: PullSecrets(self.key.clone()),
+            }),
+        ]
+    }
+
+    /// Hands the parts to a listener.
+    pub fn configure(&self, door: Door, cfg: &mut web::ServiceConfig) {
+        let own = OwnAddress { external: self.config.server.external_url.clone() };
+        let engine = door != Door::Tenants;
+        let holders: Arc<dyn Holders> = Arc::new(AppsOfTenant { pool: self.pool.clone() });
+        let front = FrontDoor {
+            pool: self.pool.clone(),
+            key: self.key.clone(),
+            registry: self.registry.clone(),
+            own: own.clone(),
+            door,
+        };
+        cfg.app_data(web::PayloadConfig::new(http::BODY_LIMIT))
+            .app_data(web::FormConfig::default().limit(4096))
+            .app_data(web::Data::new(front))
+            .app_data(self.metrics.clone());
+        if engine {
+            cfg.configure(routes::registry);
+            return;
+        }
+        let apps = Apps {
+            pool: self.pool.clone(),
+            pools: self.config.pools.clone(),
+            registry: self.registry.clone(),
+            waker: self.waker.clone(),
+        };
+        cfg.app_data(
+            web::QueryConfig::default().error_handler(|error, _| {
+                Error::Malformed(format!("the query cannot be read: {error}")).into()
+            }),
+        )
+        .app_data(web::Data::new(own))
+        .app_data(self.config.clone())
+        .app_data(web::Data::new(self.pool.clone()))
+        .app_data(web::Data::new(self.waker.clone()))
+        .app_data(web::Data::new(self.registry.clone()))
+        .app_data(web::Data::<dyn Driver>::from(Arc::clone(&self.driver)))
+        .app_data(web::Data::<dyn Holders>::from(holders))
+        .app_data(web::Data::new(apps))
+        .app_data(web::Data::new(self.clone()))
+        .configure(routes::configure);
+    }
+}
+
+/// GET /readyz: whether requests can be served; what of the rest is there is said beside it.
+pub async fn readyz(_: Public, platform: web::Data<Platform>) -> HttpResponse {
+    let database = sqlx::query("SELECT 1").execute(&platform.pool).await.is_ok();
+    let registry = platform.registry.ping().await.is_ok();
+    let body = json!({"database": database, "registry": registry});
+    if database { HttpResponse::Ok().json(body) } else { HttpResponse::ServiceUnavailable().json(body) }
+}
+
+async fn metrics(_: Public, metrics: web::Data<Metrics>) -> HttpResponse {
+    HttpResponse::Ok().content_type("text/plain; version=0.0.4").body(metrics.render())
+}
+
+/// Brings the database to this version and sees to it that it belongs to this installation.
+pub async fn migrate(pool: &PgPool, config: &Config) -> Result<(), Error> {
+    db::MIGRATOR.run(pool).await.map_err(Error::internal)?;
+    db::claim_installation(pool, &config.installation, &config.pools).await
+}
+
+/// Runs `serve` until it is told to stop.
+pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> Result<(), Error> {
+    let options = db::options(&config.database).map_err(Error::internal)?;
+    let pool = db::pool(options, config.database.connections);
+    db::check_schema(&pool).await?;
+    db::claim_installation(&pool, &config.installation, &config.pools).await?;
+    check_ids(&config)?;
+    let client = AgentClient::new(config.agent.socket.clone());
+    let platform = Platform::build(config, Arc::new(client), pool)?;
+    run(platform, stop).await
+}
+
+/// The pool of ids is held against the machine: a clash is refused at start.
+fn check_ids(config: &Config) -> Result<(), Error> {
+    let pool = config.pools.ids();
+    // Running containers of our own are the only processes with ids of the pool that may be there;
+    // whose they are is for the root half to say.
+    let found = uid_ranges::machine::look(std::path::Path::new("/"), pool, &|_| true);
+    for warning in found.warnings {
+        tracing::warn!(warning, "user ids");
+    }
+    if found.clashes.is_empty() {
+        return Ok(());
+    }
+    let list: Vec<String> = found.clashes.iter().map(ToString::to_string).collect();
+    Err(Error::internal(format!(
+        "the pool of user ids is used by others on this machine: {}. Give pools.uid_start and pools.uid_end another stretch, or free these ids",
+        list.join("; ")
+    )))
+}
+
+async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), Error> {
+    let halt = CancellationToken::new();
+    let mut tasks = vec![
+        tokio::spawn(reconcile::run(
+            platform.pool.clone(),
+            platform.reconcilers(),
+            platform.waker.clone(),
+            platform.metrics.clone(),
+            halt.clone(),
+        )),
+        tokio::spawn(follow(
+            platform.pool.clone(),
+            Arc::clone(&platform.driver),
+            platform.waker.clone(),
+            halt.clone(),
+        )),
+        tokio::spawn(sweep(platform.pool.clone(), platform.registry.clone(), halt.clone())),
+        tokio::spawn(watch_ids(platform.config.clone(), halt.clone())),
+    ];
+    let server = platform.config.server.clone();
+    let tenants = platform.clone();
+    let front = HttpServer::new(move || {
+        let platform = tenants.clone();
+        App::new().wrap(from_fn(http::outermost)).configure(|cfg| platform.configure(Door::Tenants, cfg))
+    })
+    .workers(server.workers)
+    .client_request_timeout(Duration::from_secs(10))
+    .shutdown_timeout(10)
+    .disable_signals();
+    let front = match tls(&platform.config)? {
+        Some(tls) => front.bind_rustls_0_23(server.listen, tls),
+        None => front.bind_auto_h2c(server.listen),
+    }
+    .map_err(|error| Error::internal(format!("{}: {error}", server.listen)))?;
+    let engine = platform.clone();
+    let pull = HttpServer::new(move || {
+        let platform = engine.clone();
+        let address = platform.config.server.pull_listen.to_string();
+        App::new()
+            .wrap(from_fn(http::outermost))
+            .configure(|cfg| platform.configure(Door::Engine(address), cfg))
+    })
+    .workers(1)
+    .shutdown_timeout(5)
+    .disable_signals()
+    .bind(server.pull_listen)
+    .map_err(|error| Error::internal(format!("{}: {error}", server.pull_listen)))?;
+    let mut handles = Vec::new();
+    let (front, pull) = (front.run(), pull.run());
+    handles.push(front.handle());
+    handles.push(pull.handle());
+    tasks.push(tokio::spawn(async { drop(front.await) }));
+    tasks.push(tokio::spawn(async { drop(pull.await) }));
+    if let Some(listen) = server.metrics_listen {
+        let counters = platform.metrics.clone();
+        let own = HttpServer::new(move || {
+            App::new().app_data(counters.clone()).route("/metrics", web::get().to(metrics))
+        })
+        .workers(1)
+        .disable_signals()
+        .bind(listen)
+        .map_err(|error| Error::internal(format!("{listen}: {error}")))?
+        .run();
+        handles.push(own.handle());
+        tasks.push(tokio::spawn(async { drop(own.await) }));
+    }
+    tracing::info!(listen = %server.listen, "ready");
+    stop.await;
+    tracing::info!("stopping: what has begun is finished");
+    halt.cancel();
+    for handle in handles {
+        handle.stop(true).await;
+    }
+    for task in tasks {
+        let _ = tokio::time::timeout(Duration::from_secs(15), task).await;
+    }
+    platform.pool.close().await;
+    Ok(())
+}
+
+/// Holds the pool of ids against the machine every ten minutes; a clash is an alarm in the log.
+async fn watch_ids(config: web::Data<Config>, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(Duration::from_secs(600)) => {}
+        }
+        let found = uid_ranges::machine::look(std::path::Path::new("/"), config.pools.ids(), &|_| true);
+        for clash in found.clashes {
+            tracing::error!(%clash, "ALARM: somebody else uses ids of the pool");
+        }
+    }
+}
+
+fn tls(config: &Config) -> Result<Option<rustls::ServerConfig>, Error> {
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    let (Some(certificate), Some(key)) = (&config.server.tls_certificate, &config.server.tls_key) else {
+        return Ok(None);
+    };
+    let chain = CertificateDer::pem_file_iter(certificate)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| Error::internal(format!("{}: {error}", certificate.display())))?;
+    let key = PrivateKeyDer::from_pem_file(key)
+        .map_err(|error| Error::internal(format!("{}: {error}", key.display())))?;
+    let tls = rustls::ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .map_err(Error::internal)?;
+    Ok(Some(tls))
+}
