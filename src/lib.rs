@@ -15,6 +15,7 @@ pub mod fault;
 pub mod http;
 pub mod ids;
 pub mod images;
+pub mod outgoing;
 pub mod prober;
 pub mod reconcile;
 pub mod registries;

@@ -213,7 +213,7 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
     })
     .workers(server.workers)
     .client_request_timeout(Duration::from_secs(10))
-    .shutdown_timeout(10)
+    .shutdown_timeout(5)
     .disable_signals();
     let front = match tls(&platform.config)? {
         Some(tls) => front.bind_rustls_0_23(server.listen, tls),
@@ -256,9 +256,7 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
     stop.await;
     tracing::info!("stopping: what has begun is finished");
     halt.cancel();
-    for handle in handles {
-        handle.stop(true).await;
-    }
+    futures_util::future::join_all(handles.iter().map(|handle| handle.stop(true))).await;
     for task in tasks {
         let _ = tokio::time::timeout(Duration::from_secs(15), task).await;
     }

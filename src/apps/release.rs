@@ -153,6 +153,7 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
         prober_socket: "/".into(),
         prober_uid: 0,
         registry_name: "demo.bulkhead.internal".into(),
+        pull_host: "127.0.0.1:1".into(),
     };
     let instance = render::Instance {
         number: 1,

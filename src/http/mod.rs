@@ -53,29 +53,41 @@ pub async fn outermost<B: MessageBody + 'static>(
 ) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
     let id = fresh_id();
     req.extensions_mut().insert(RequestId(Rc::from(id.as_str())));
-    let request = req.request().clone();
-    let registry = req.path().starts_with("/v2/") || req.path() == "/auth/token";
+    let (path, method) = (req.path().to_owned(), req.method().clone());
+    let secure = req.connection_info().scheme() == "https";
+    let metrics = req.app_data::<web::Data<Metrics>>().cloned();
+    let registry = path.starts_with("/v2/") || path == "/auth/token";
     let outcome = AssertUnwindSafe(next.call(req)).catch_unwind().await;
     let mut response = match outcome {
-        Ok(Ok(response)) => response.map_into_boxed_body(),
-        Ok(Err(error)) => ServiceResponse::new(request.clone(), error.error_response()),
+        Ok(response) => response?.map_into_boxed_body(),
         Err(_) => {
-            tracing::error!(request_id = id, path = request.path(), "a handler panicked");
-            let error = PlatformError::internal("panic");
-            ServiceResponse::new(request.clone(), actix_web::ResponseError::error_response(&error))
+            tracing::error!(request_id = id, path, "a handler panicked");
+            return Err(panicked(&id, secure));
         }
     };
     if !registry {
         response = error::render(response, &id);
     }
-    if let Some(metrics) = request.app_data::<web::Data<Metrics>>() {
+    if let Some(metrics) = metrics {
         let class = usize::from(response.status().as_u16() / 100).min(5);
         Metrics::count(&metrics.requests[class]);
     }
-    let secure = request.connection_info().scheme() == "https";
     headers(response.headers_mut(), &id, secure);
-    tracing::debug!(request_id = id, method = %request.method(), path = request.path(), status = response.status().as_u16(), "answered");
+    tracing::debug!(request_id = id, %method, path, status = response.status().as_u16(), "answered");
     Ok(response)
+}
+
+/// The answer to a request whose handler panicked: a mistake of ours, told without a detail.
+fn panicked(id: &str, secure: bool) -> actix_web::Error {
+    let error = PlatformError::internal("panic");
+    let body = serde_json::json!({
+        "type": error.code().docs(), "title": "A mistake of ours", "status": 500, "code": error.code(),
+        "detail": "internal error", "request_id": id,
+    });
+    let mut response =
+        actix_web::HttpResponse::InternalServerError().content_type("application/problem+json").body(body.to_string());
+    headers(response.headers_mut(), id, secure);
+    actix_web::error::InternalError::from_response(error, response).into()
 }
 
 fn headers(headers: &mut header::HeaderMap, id: &str, secure: bool) {

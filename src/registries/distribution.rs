@@ -52,11 +52,9 @@ fn fault(code: u16, message: &str) -> Error {
 impl Distribution {
     /// A client for the registry at `base`.
     pub fn new(pool: PgPool, base: &str, key: SigningKey) -> Result<Self, Error> {
-        let client = reqwest::Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
+        let client = crate::outgoing::client()
             .connect_timeout(Duration::from_secs(3))
             .read_timeout(Duration::from_secs(60))
-            .no_proxy()
             .build()
             .map_err(Error::internal)?;
         Ok(Self { pool, client, base: base.trim_end_matches('/').to_owned(), key })

@@ -202,7 +202,10 @@ pub async fn get_token(
     };
     let pair = pair.ok_or_else(wrong)?;
     let (user, password) = pair.split_once(':').ok_or_else(wrong)?;
-    let (subject, right) = door.right(user, password).await?.ok_or_else(wrong)?;
+    let Some((subject, right)) = door.right(user, password).await? else {
+        tracing::info!(user, "registry credentials refused");
+        return Err(wrong());
+    };
     let asked = scopes(req.query_string());
     let access = grant(&right, &asked);
     tracing::info!(subject, asked = asked.len(), given = access.len(), "registry token");

@@ -53,7 +53,7 @@ fn say(text: &str) {
 
 pub(super) async fn run(folder: &Folder, listen: SocketAddr, pool: &PgPool) -> Result<(), Failed> {
     let token = token(pool).await?;
-    let client = reqwest::Client::builder().no_proxy().build().map_err(doing("the client"))?;
+    let client = crate::outgoing::client().build().map_err(doing("the client"))?;
     let api = Api { client, base: format!("http://{listen}"), token };
     let tenant = "/api/v1/tenants/demo";
     say("\nThe demo, as you would type it (TOKEN is an API token; make one with `bulkhead token create`):\n");

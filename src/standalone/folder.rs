@@ -263,7 +263,12 @@ impl Folder {
             prober_socket: self.path.join("run/prober/prober.sock"),
             prober_uid: self.prober.uid,
             registry_name: self.registry_name(),
+            pull_host: self.pull_host(),
         }
+    }
+
+    fn pull_host(&self) -> String {
+        format!("127.0.0.1:{}", self.ports.pull)
     }
 
     fn registry_name(&self) -> String {
@@ -278,7 +283,7 @@ impl Folder {
             run: self.path.join("run/engine/state"),
             socket: self.path.join("run/engine/podman.sock"),
             registry_name: self.registry_name(),
-            pull_host: format!("127.0.0.1:{}", self.ports.pull),
+            pull_host: self.pull_host(),
             runtime: super::doctor::runtime().unwrap_or("runc").to_owned(),
             may_raise_limits: super::doctor::may_raise_limits(),
         }

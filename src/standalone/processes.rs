@@ -172,7 +172,7 @@ pub(super) struct Kept {
     process: Process,
     folder: PathBuf,
     halt: CancellationToken,
-    task: tokio::task::JoinHandle<()>,
+    task: std::thread::JoinHandle<()>,
 }
 
 impl Kept {
@@ -182,17 +182,20 @@ impl Kept {
         let first = process.spawn(folder)?;
         note(&process, folder, first.id());
         let (own, dir, stop) = (process.clone(), folder.to_owned(), halt.clone());
-        let task = tokio::task::spawn_blocking(move || keep(&own, &dir, first, &stop));
+        // A thread of its own: if `up` itself fails, nothing waits for what it kept running.
+        let task = std::thread::spawn(move || keep(&own, &dir, first, &stop));
         Ok(Self { process, folder: folder.to_owned(), halt, task })
     }
 
     /// Stops it for good.
     pub(super) async fn stop(self) {
         self.halt.cancel();
-        let (process, folder) = (self.process, self.folder);
-        let ended = tokio::task::spawn_blocking(move || process.end_leftover(&folder));
+        let (process, folder, task) = (self.process, self.folder, self.task);
+        let ended = tokio::task::spawn_blocking(move || {
+            process.end_leftover(&folder);
+            let _ = task.join();
+        });
         let _ = ended.await;
-        let _ = self.task.await;
     }
 }
 

@@ -197,7 +197,7 @@ async fn wait_for(folder: &Folder, name: &str, there: impl Fn() -> bool) -> Resu
 }
 
 async fn wait_http(folder: &Folder, name: &str, url: &str, status: u16) -> Result<(), Failed> {
-    let client = reqwest::Client::builder().no_proxy().build().map_err(|error| Failed(error.to_string()))?;
+    let client = crate::outgoing::client().build().map_err(|error| Failed(error.to_string()))?;
     for _ in 0..400 {
         let answer = client.get(url).timeout(Duration::from_secs(2)).send().await;
         if answer.is_ok_and(|answer| answer.status().as_u16() == status) {

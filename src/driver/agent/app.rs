@@ -71,7 +71,7 @@ impl App {
             version: AtomicU64::new(0),
             stop: CancellationToken::new(),
         });
-        app.version.store(agent.touch(), Ordering::Relaxed);
+        agent.touch(&app.version);
         let task = Arc::clone(&app);
         tokio::spawn(async move { task.live(agent).await });
         app
@@ -122,7 +122,7 @@ impl App {
                 tracing::error!(%error, app = %self.name, "the record cannot be written");
             }
             drop(kept);
-            self.version.store(agent.touch(), Ordering::Relaxed);
+            agent.touch(&self.version);
         }
     }
 

@@ -31,6 +31,8 @@ pub struct AgentConfig {
     pub prober_uid: u32,
     /// Name under which the engine knows the registry; its own configuration leads it to Bulkhead.
     pub registry_name: String,
+    /// Where that name leads: Bulkhead's listener for pulls.
+    pub pull_host: String,
 }
 
 impl AgentConfig {

@@ -44,7 +44,7 @@ pub(super) struct Agent {
     /// Rises when a listing is asked for out of turn.
     pub(super) look: Notify,
     firewall: tokio::sync::Mutex<Option<(Rules, String)>>,
-    version: AtomicU64,
+    version: Mutex<u64>,
     changed: Notify,
     boot: String,
     machine: Mutex<VecDeque<AppEvent>>,
@@ -98,7 +98,7 @@ impl Agent {
             listing: watch::Sender::new(Listing::default()),
             look: Notify::new(),
             firewall: tokio::sync::Mutex::new(None),
-            version: AtomicU64::new(1),
+            version: Mutex::new(1),
             changed: Notify::new(),
             boot: data_encoding::HEXLOWER.encode(&rand::random::<[u8; 8]>()),
             machine: Mutex::new(VecDeque::new()),
@@ -224,20 +224,27 @@ impl Agent {
 
     pub(super) fn machine_event(&self, kind: &str, text: String) {
         tracing::warn!(kind, text, "machine");
-        let seq = self.version.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut version = lock(&self.version);
+        *version += 1;
+        let seq = *version;
         let mut machine = lock(&self.machine);
         machine.push_back(AppEvent { seq, at: OffsetDateTime::now_utc(), kind: kind.into(), text });
         while machine.len() > 200 {
             machine.pop_front();
         }
+        drop(machine);
+        drop(version);
         self.changed.notify_waiters();
     }
 
-    /// Something about an app has changed: the number of this change.
-    pub(super) fn touch(&self) -> u64 {
-        let version = self.version.fetch_add(1, Ordering::Relaxed) + 1;
+    /// Something about an app has changed. The app bears the number of the change before anybody can
+    /// see that number: else whoever asks in between would never hear of it.
+    pub(super) fn touch(&self, own: &AtomicU64) {
+        let mut version = lock(&self.version);
+        *version += 1;
+        own.store(*version, Ordering::Relaxed);
+        drop(version);
         self.changed.notify_waiters();
-        version
     }
 
     /// What has changed since a cursor, waiting for something if nothing has.
@@ -249,7 +256,7 @@ impl Agent {
         let deadline = tokio::time::Instant::now() + wait.min(Duration::from_secs(30));
         loop {
             let notified = self.changed.notified();
-            let version = self.version.load(Ordering::Relaxed);
+            let version = *lock(&self.version);
             let after = since.unwrap_or(0);
             let list: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
             let apps: Vec<_> =

@@ -225,6 +225,7 @@ mod tests {
             prober_socket = "/x"
             prober_uid = 2
             registry_name = "x"
+            pull_host = "x"
             network_pool = "10.64.0.0/12"
             [id_pool]
             start = 1879048192

@@ -188,7 +188,7 @@ async fn ensure_app(agent: &Arc<Agent>, workload: Workload, pull: Option<&PullSe
     if !agent.podman.has_image(&image).await? {
         let secret =
             pull.ok_or_else(|| Error::Transient("the image is not here and there is no credential".into()))?;
-        agent.podman.pull(&image, secret).await?;
+        agent.podman.pull(&image, &agent.config.pull_host, secret).await?;
         fail::fail_point!("agent::pulled", |_| Err(Error::Transient("failpoint".into())));
     }
     let fresh = match known {

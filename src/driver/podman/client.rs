@@ -67,12 +67,7 @@ fn away(error: impl std::fmt::Display) -> Error {
 impl Podman {
     /// The engine behind this socket.
     pub fn new(socket: &Path) -> Result<Self, Error> {
-        let client = reqwest::Client::builder()
-            .unix_socket(socket)
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .build()
-            .map_err(away)?;
+        let client = crate::outgoing::client().unix_socket(socket).build().map_err(away)?;
         Ok(Self { client })
     }
 
@@ -139,15 +134,19 @@ impl Podman {
     }
 
     /// Fetches an image by digest.
-    pub async fn pull(&self, image: &str, secret: &PullSecret) -> Result<(), Error> {
-        let auth = json!({"username": "engine", "password": secret.expose()}).to_string();
+    ///
+    /// The credential is bound to the address that is really asked: one without an address would be
+    /// dropped when the engine's settings lead the image's name to another place (containers/image,
+    /// "we must not blindly send the credentials intended for the primary endpoint to mirrors").
+    pub async fn pull(&self, image: &str, host: &str, secret: &PullSecret) -> Result<(), Error> {
+        let auth = json!({host: {"username": "engine", "password": secret.expose()}}).to_string();
         let answer = self
             .client
             .post(format!(
                 "http://engine/v4.0.0/libpod/images/pull?reference={}&quiet=true&policy=always",
                 escape(image)
             ))
-            .header("X-Registry-Auth", data_encoding::BASE64URL.encode(auth.as_bytes()))
+            .header("X-Registry-Config", data_encoding::BASE64URL.encode(auth.as_bytes()))
             .timeout(Duration::from_secs(1800))
             .send()
             .await
