@@ -1,0 +1,154 @@
+//! The front door against other tenants, wrong credentials, lies and full quotas.
+
+use bulkhead::ids::Digest;
+use serde_json::{Value, json};
+
+use crate::support::{HTTPD, Machine};
+
+struct Client<'m> {
+    machine: &'m Machine,
+    http: reqwest::Client,
+}
+
+impl Client<'_> {
+    /// A token for these scopes, with a robot's credential.
+    async fn token(&self, robot: &(String, String), scopes: &[&str]) -> Result<String, u16> {
+        let query: String = scopes.iter().map(|scope| format!("&scope={}", scope.replace(':', "%3A").replace('/', "%2F"))).collect();
+        let url = format!("{}/auth/token?service=bulkhead-registry{query}", self.machine.address());
+        let answer = self.http.get(url).basic_auth(&robot.0, Some(&robot.1)).send().await.unwrap();
+        let status = answer.status().as_u16();
+        if status != 200 {
+            return Err(status);
+        }
+        Ok(answer.json::<Value>().await.unwrap()["token"].as_str().unwrap().to_owned())
+    }
+
+    async fn call(&self, token: &str, method: &str, path: &str, kind: &str, body: Vec<u8>) -> (u16, String, String) {
+        let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
+        let url = if path.starts_with("/v2/") { format!("{}{path}", self.machine.address()) } else { path.to_owned() };
+        let answer = self.http.request(method, url).bearer_auth(token).header("content-type", kind).body(body).send().await.unwrap();
+        let status = answer.status().as_u16();
+        let location = answer.headers().get("location").and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        (status, location, answer.text().await.unwrap_or_default())
+    }
+
+    async fn upload(&self, token: &str, name: &str, bytes: &[u8]) -> (u16, String) {
+        let (status, location, text) = self.call(token, "POST", &format!("/v2/{name}/blobs/uploads/"), "application/octet-stream", vec![]).await;
+        assert_eq!(status, 202, "{text}");
+        assert!(location.starts_with("/v2/"), "the address of the registry behind is not told: {location}");
+        let digest = Digest::of(bytes);
+        let sign = if location.contains('?') { '&' } else { '?' };
+        let (status, _, text) = self
+            .call(token, "PUT", &format!("{location}{sign}digest={digest}"), "application/octet-stream", bytes.to_vec())
+            .await;
+        (status, text)
+    }
+}
+
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_tenants_project_is_out_of_reach() {
+    let machine = Machine::start().await;
+    let (acme, evil) = (machine.tenant("acme").await, machine.tenant("evil").await);
+    machine.push(&acme, "acme/web:1", &HTTPD);
+    let client = Client { machine: &machine, http: bulkhead::outgoing::client().build().unwrap() };
+    assert_eq!(client.token(&("acme+ci".into(), "wrong".into()), &[]).await, Err(401));
+    assert_eq!(client.token(&("evil+ci".into(), acme.1.clone()), &[]).await, Err(401));
+    assert_eq!(client.token(&("engine".into(), acme.1.clone()), &[]).await, Err(401));
+    let (good, text) = machine.try_push(&evil, "acme/web:2", &HTTPD);
+    assert!(!good, "{text}");
+    let token = client.token(&evil, &["repository:acme/web:pull,push", "repository:evil/x:pull,push"]).await.unwrap();
+    let get = |path: &'static str| client.call(&token, "GET", path, "", vec![]);
+    for path in ["/v2/acme/web/tags/list", "/v2/acme/web/manifests/1", "/v2/_catalog"] {
+        assert!(matches!(get(path).await.0, 401 | 403), "{path}");
+    }
+    assert_eq!(get("/v2/evil/../acme/web/tags/list").await.0 / 100, 4);
+    // Mounting, in every form that the specification knows.
+    let own = client.token(&acme, &["repository:acme/web:pull,push"]).await.unwrap();
+    let bytes = b"a secret layer of acme".to_vec();
+    assert_eq!(client.upload(&own, "acme/web", &bytes).await.0, 201);
+    let digest = Digest::of(&bytes);
+    let start = "/v2/evil/x/blobs/uploads/";
+    for (path, body) in [
+        (format!("{start}?mount={digest}&from=acme/web"), Vec::new()),
+        (format!("{start}?mount={digest}&from=acme%2Fweb"), Vec::new()),
+        (format!("{start}?mount={digest}"), Vec::new()),
+        (start.to_owned(), format!("mount={digest}&from=acme/web").into_bytes()),
+        (format!("{start}?mount={digest}&from=evil/x&from=acme/web"), Vec::new()),
+        (format!("{start}?mount={digest}&from=evil/../acme/web"), Vec::new()),
+    ] {
+        let (status, _, text) = client.call(&token, "POST", &path, "application/x-www-form-urlencoded", body).await;
+        assert_ne!(status, 201, "{path}: {text}");
+        assert_eq!(client.call(&token, "GET", &format!("/v2/evil/x/blobs/{digest}"), "", vec![]).await.0, 404, "{path}");
+    }
+    // Within one tenant a mount is fine, and costs nothing twice.
+    let both = client.token(&acme, &["repository:acme/web:pull,push", "repository:acme/other:pull,push"]).await.unwrap();
+    let used = machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"].clone();
+    let path = format!("/v2/acme/other/blobs/uploads/?mount={digest}&from=acme/web");
+    assert_eq!(client.call(&both, "POST", &path, "", vec![]).await.0, 201);
+    assert_eq!(machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"], used);
+    // Tenants delete over the API alone; a revoked robot is out at once.
+    assert_eq!(client.call(&own, "DELETE", &format!("/v2/acme/web/blobs/{digest}"), "", vec![]).await.0, 405);
+    let (status, _) = machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/acme/robots/ci", None).await;
+    assert_eq!(status, 204);
+    assert_eq!(client.call(&own, "GET", "/v2/acme/web/tags/list", "", vec![]).await.0, 401);
+    assert_eq!(client.token(&acme, &[]).await, Err(401));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lies_and_full_quotas_are_refused() {
+    let machine = Machine::start().await;
+    let acme = machine.tenant("acme").await;
+    let client = Client { machine: &machine, http: bulkhead::outgoing::client().build().unwrap() };
+    let token = client.token(&acme, &["repository:acme/web:pull,push"]).await.unwrap();
+    let (config, layer) = (br#"{"os":"linux","architecture":"amd64"}"#.to_vec(), b"layer".to_vec());
+    for bytes in [&config, &layer] {
+        assert_eq!(client.upload(&token, "acme/web", bytes).await.0, 201);
+    }
+    let good = json!({
+        "schemaVersion": 2, "mediaType": MANIFEST,
+        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": Digest::of(&config), "size": config.len()},
+        "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": Digest::of(&layer), "size": layer.len()}],
+    });
+    let put = |text: String, kind: &'static str, tag: &'static str| {
+        let (client, token) = (&client, token.clone());
+        async move { client.call(&token, "PUT", &format!("/v2/acme/web/manifests/{tag}"), kind, text.into_bytes()).await }
+    };
+    let with = |pointer: &str, value: Value| {
+        let mut lie = good.clone();
+        *lie.pointer_mut(pointer).unwrap() = value;
+        lie.to_string()
+    };
+    for (lie, what) in [
+        (with("/layers/0/size", json!(1)), "a smaller size"),
+        (with("/layers/0/size", json!(1_000_000)), "a larger size"),
+        (with("/layers/0/digest", json!(Digest::of(b"never pushed"))), "a missing layer"),
+        (good.to_string().replacen('{', "{\"Layers\":[],", 1), "a key in other letters"),
+        (with("/layers/0/mediaType", json!("application/x")), "an unknown type"),
+        (with("/schemaVersion", json!(1)), "an old schema"),
+    ] {
+        let (status, _, text) = put(lie, MANIFEST, "1").await;
+        assert_eq!(status, 400, "{what}: {text}");
+    }
+    assert_eq!(put(good.to_string(), "application/vnd.oci.image.index.v1+json", "1").await.0, 400);
+    assert_eq!(put(good.to_string(), MANIFEST, "bulkhead-keep").await.0, 403);
+    assert_eq!(put(good.to_string(), MANIFEST, "1").await.0, 201);
+    // An image that cannot run is refused at deploy, with the reason.
+    let (status, body) = machine.deploy("acme", "web", "image: web:1\n").await;
+    assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-202")), "{body}");
+    // The quota stops a push in the middle.
+    let (status, _) = machine.send("PATCH", "/api/v1/tenants/acme", json!({"quota": {"registry_bytes": 1_000_000}})).await;
+    assert_eq!(status, 202);
+    let big: Vec<u8> = (0..3_000_000_u32).map(|n| n.to_le_bytes()[0]).collect();
+    let (status, text) = client.upload(&token, "acme/web", &big).await;
+    assert_eq!(status, 403, "{text}");
+    assert!(text.contains("limit 1000000 bytes"), "{text}");
+    let used = machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"].as_i64().unwrap();
+    assert!(used < 1_000_000);
+    // A deleted tag gives its bytes back, at once for the manifest.
+    let (status, _) = machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/acme/repositories/web/tags/1", None).await;
+    assert_eq!(status, 204);
+    assert!(machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"].as_i64().unwrap() < used);
+    assert_eq!(client.call(&token, "GET", "/v2/acme/web/manifests/1", "", vec![]).await.0, 404);
+}

@@ -1,0 +1,285 @@
+//! A whole installation for a test: the real `bulkhead up` on a folder of its own, with its own
+//! database, registry and engine. Dropping it removes everything, also when the test has failed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bulkhead::ids::Digest;
+use serde_json::{Value, json};
+
+/// An installation that runs.
+pub(crate) struct Machine {
+    pub(crate) data: PathBuf,
+    pub(crate) port: u16,
+    pub(crate) admin: String,
+    pub(crate) id: String,
+    up: Option<Child>,
+    client: reqwest::Client,
+}
+
+fn bulkhead(args: &[&str]) -> std::process::Output {
+    Command::new(env!("CARGO_BIN_EXE_bulkhead")).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+pub(crate) fn run(program: &str, args: &[&str]) -> (bool, String) {
+    let done = Command::new(program).args(args).stdin(Stdio::null()).output().unwrap();
+    let text = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
+    (done.status.success(), text)
+}
+
+impl Machine {
+    pub(crate) async fn start() -> Self {
+        let name: String = (0..6).map(|_| char::from(b'a' + rand::random::<u8>() % 26)).collect();
+        let data = PathBuf::from(format!("/tmp/bulkhead-test-{name}"));
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut machine = Self {
+            data,
+            port,
+            admin: String::new(),
+            id: String::new(),
+            up: None,
+            client: bulkhead::outgoing::client().build().unwrap(),
+        };
+        machine.up().await;
+        machine.id = machine.agent_config()["installation"].as_str().unwrap().to_owned();
+        machine.admin = machine.token(&["--admin", "--name", "test"]);
+        machine
+    }
+
+    /// Starts `up` and waits until it is ready.
+    pub(crate) async fn up(&mut self) {
+        fs::create_dir_all(&self.data).unwrap();
+        let log = PathBuf::from(format!("{}.out", self.data.display()));
+        let out = fs::File::create(&log).unwrap();
+        let data = self.data.display().to_string();
+        let child = Command::new(env!("CARGO_BIN_EXE_bulkhead"))
+            .args(["up", "--data", &data, "--listen", &format!("127.0.0.1:{}", self.port)])
+            .stdin(Stdio::null())
+            .stdout(out.try_clone().unwrap())
+            .stderr(out)
+            .spawn()
+            .unwrap();
+        self.up = Some(child);
+        let begun = Instant::now();
+        loop {
+            let text = fs::read_to_string(&log).unwrap();
+            if text.contains("Ctrl-C stops") {
+                return;
+            }
+            let ended = self.up.as_mut().unwrap().try_wait().unwrap();
+            assert!(ended.is_none() && begun.elapsed() < Duration::from_secs(60), "up does not come up:\n{text}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Stops `up` as Ctrl-C does.
+    pub(crate) fn down(&mut self) {
+        if let Some(mut child) = self.up.take() {
+            let _ = run("kill", &["-TERM", &child.id().to_string()]);
+            let _ = child.wait();
+        }
+    }
+
+    pub(crate) fn agent_config(&self) -> toml::Table {
+        fs::read_to_string(self.data.join("agent.toml")).unwrap().parse().unwrap()
+    }
+
+    pub(crate) fn token(&self, args: &[&str]) -> String {
+        let data = self.data.display().to_string();
+        let mut all = vec!["token", "create", "--data", &data];
+        all.extend(args);
+        let done = bulkhead(&all);
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        String::from_utf8(done.stdout).unwrap().trim().to_owned()
+    }
+
+    pub(crate) fn address(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// A request as somebody; the answer's status and body.
+    pub(crate) async fn ask(&self, token: &str, method: &str, path: &str, body: Option<(&str, String)>) -> (u16, Value) {
+        let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
+        let mut request = self.client.request(method, format!("{}{path}", self.address()));
+        if !token.is_empty() {
+            request = request.bearer_auth(token);
+        }
+        if let Some((kind, text)) = body {
+            request = request.header("content-type", kind).body(text);
+        }
+        let answer = request.send().await.unwrap();
+        let status = answer.status().as_u16();
+        let text = answer.text().await.unwrap();
+        (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Value {
+        let (status, body) = self.ask(&self.admin, "GET", path, None).await;
+        assert_eq!(status, 200, "GET {path}: {body}");
+        body
+    }
+
+    pub(crate) async fn send(&self, method: &str, path: &str, body: Value) -> (u16, Value) {
+        self.ask(&self.admin, method, path, Some(("application/json", body.to_string()))).await
+    }
+
+    /// Onboards a tenant and gives it a robot that may push: its login and secret.
+    pub(crate) async fn tenant(&self, name: &str) -> (String, String) {
+        let (status, body) = self.send("POST", "/api/v1/tenants", json!({"name": name})).await;
+        assert_eq!(status, 202, "{body}");
+        let path = format!("/api/v1/tenants/{name}/robots");
+        let (status, robot) = self.send("POST", &path, json!({"name": "ci", "push": true})).await;
+        assert_eq!(status, 201, "{robot}");
+        (robot["login"].as_str().unwrap().to_owned(), robot["secret"].as_str().unwrap().to_owned())
+    }
+
+    /// Pushes an image with an ordinary client: busybox, and this command.
+    pub(crate) fn push(&self, robot: &(String, String), image: &str, command: &[&str]) {
+        let (good, text) = self.try_push(robot, image, command);
+        assert!(good, "{text}");
+    }
+
+    pub(crate) fn try_push(&self, robot: &(String, String), image: &str, command: &[&str]) -> (bool, String) {
+        let dir = tempfile::tempdir().unwrap();
+        oci_image(dir.path(), command);
+        let auth = self.auth_file(dir.path(), robot);
+        run(
+            "skopeo",
+            &[
+                "copy", "--quiet", "--insecure-policy", "--dest-tls-verify=false", "--dest-authfile", &auth,
+                &format!("oci:{}/image", dir.path().display()),
+                &format!("docker://127.0.0.1:{}/{image}", self.port),
+            ],
+        )
+    }
+
+    pub(crate) fn auth_file(&self, dir: &Path, robot: &(String, String)) -> String {
+        let auth = data_encoding::BASE64.encode(format!("{}:{}", robot.0, robot.1).as_bytes());
+        let file = dir.join("auth.json");
+        let key = format!("127.0.0.1:{}", self.port);
+        fs::write(&file, json!({"auths": {key: {"auth": auth}}}).to_string()).unwrap();
+        file.display().to_string()
+    }
+
+    /// Hands in a spec in YAML.
+    pub(crate) async fn deploy(&self, tenant: &str, app: &str, rest: &str) -> (u16, Value) {
+        let spec = format!("spec: v1\nname: {app}\ncpu: 50m\nmemory: 64Mi\n{rest}");
+        let path = format!("/api/v1/tenants/{tenant}/apps/{app}");
+        self.ask(&self.admin, "PUT", &path, Some(("application/yaml", spec))).await
+    }
+
+    pub(crate) async fn app(&self, tenant: &str, app: &str) -> Value {
+        self.get(&format!("/api/v1/tenants/{tenant}/apps/{app}")).await
+    }
+
+    /// Waits until an app is as it should be, for at most `seconds`.
+    pub(crate) async fn wait(&self, tenant: &str, app: &str, seconds: u64, what: impl Fn(&Value) -> bool) -> Value {
+        let begun = Instant::now();
+        loop {
+            let now = self.app(tenant, app).await;
+            if what(&now) {
+                return now;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(seconds), "not in time: {now:#}\n{}", self.tail("agent"));
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    pub(crate) async fn running(&self, tenant: &str, app: &str) -> Value {
+        self.wait(tenant, app, 40, |app| {
+            app["state"] == "running" && app["observed"]["revision"] == app["revision"]
+        })
+        .await
+    }
+
+    /// The end of a log of the platform's own.
+    pub(crate) fn tail(&self, name: &str) -> String {
+        let text = fs::read_to_string(self.data.join(format!("log/{name}.log"))).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().rev().take(12).collect();
+        lines.into_iter().rev().collect::<Vec<_>>().join("\n")
+    }
+
+    /// Calls the installation's own engine.
+    pub(crate) fn podman(&self, args: &[&str]) -> (bool, String) {
+        let url = format!("unix://{}/run/engine/podman.sock", self.data.display());
+        let mut all = vec!["--remote", "--url", &url];
+        all.extend(args);
+        run("podman", &all)
+    }
+
+    /// Process id of an instance's container.
+    pub(crate) fn pid(&self, instance: &Value) -> String {
+        let (good, text) = self.podman(&["inspect", "-f", "{{.State.Pid}}", instance["container"].as_str().unwrap()]);
+        assert!(good, "{text}");
+        text.trim().to_owned()
+    }
+
+    /// Runs busybox in the network namespace of an instance: what it prints, and whether it was good.
+    pub(crate) fn within(&self, instance: &Value, args: &[&str]) -> (bool, String) {
+        let pid = self.pid(instance);
+        let mut all = vec!["-t", &pid, "-n", "timeout", "4", "busybox"];
+        all.extend(args);
+        run("nsenter", &all)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("== agent\n{}\n== serve\n{}", self.tail("agent"), self.tail("serve"));
+        }
+        self.down();
+        let data = self.data.display().to_string();
+        let done = bulkhead(&["uninstall", "--data", &data, "--confirm", &self.id]);
+        let _ = fs::remove_file(format!("{data}.out"));
+        if !done.status.success() {
+            let text = String::from_utf8_lossy(&done.stderr).into_owned();
+            assert!(std::thread::panicking(), "uninstall: {text}");
+            eprintln!("uninstall: {text}");
+        }
+    }
+}
+
+/// An image in the OCI layout: busybox from this machine, user 1000, one layer.
+pub(crate) fn oci_image(dir: &Path, command: &[&str]) {
+    let busybox = fs::read("/bin/busybox").expect("busybox-static is installed by deploy/packages");
+    let mut layer = tar::Builder::new(Vec::new());
+    for (path, bytes, mode) in [
+        ("bin/busybox", busybox.as_slice(), 0o755),
+        ("bin/sh", busybox.as_slice(), 0o755),
+        ("www/index.html", b"hello\n".as_slice(), 0o644),
+        ("etc/passwd", b"app:x:1000:1000::/:/bin/sh\n".as_slice(), 0o644),
+    ] {
+        let mut header = tar::Header::new_ustar();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(mode);
+        header.set_mtime(0);
+        header.set_cksum();
+        layer.append_data(&mut header, path, bytes).unwrap();
+    }
+    let layer = layer.into_inner().unwrap();
+    let blobs = dir.join("image/blobs/sha256");
+    fs::create_dir_all(&blobs).unwrap();
+    let put = |bytes: &[u8], kind: &str| {
+        let digest = Digest::of(bytes);
+        fs::write(blobs.join(&digest.as_str()[7..]), bytes).unwrap();
+        json!({"mediaType": format!("application/vnd.oci.image.{kind}"), "digest": digest, "size": bytes.len()})
+    };
+    let config = json!({
+        "architecture": "amd64", "os": "linux",
+        "config": {"User": "app", "Cmd": command},
+        "rootfs": {"type": "layers", "diff_ids": [Digest::of(&layer)]},
+    });
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": put(config.to_string().as_bytes(), "config.v1+json"), "layers": [put(&layer, "layer.v1.tar")],
+    });
+    let index = json!({"schemaVersion": 2, "manifests": [put(manifest.to_string().as_bytes(), "manifest.v1+json")]});
+    fs::write(dir.join("image/index.json"), index.to_string()).unwrap();
+    fs::write(dir.join("image/oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+}
+
+/// The command of a small web server.
+pub(crate) const HTTPD: [&str; 6] = ["/bin/busybox", "httpd", "-f", "-p", "8080", "-h/www"];
