@@ -157,7 +157,6 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
     };
     let instance = render::Instance {
         number: 1,
-        address,
         gateway: subnet.gateway(),
         network: "bkdemo0",
         log: "/var/lib/bulkhead/agent/logs/1/1.raw",

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::Failed;
 use crate::driver::workload::{IdRange, Subnet};
 use crate::ids::Installation;
+use crate::uid_ranges::machine;
 
 /// The folder of the claims: the same for all installations of the machine.
 pub const FOLDER: &str = "/var/lib/bulkhead-claims";
@@ -84,10 +85,8 @@ pub(super) fn claim(data: &Path) -> Result<Claim, Failed> {
         return Ok(own.clone());
     }
     let routes = routes();
-    let ids = (0..IDS.size / SHARE)
-        .map(|n| IdRange { start: IDS.start + n * SHARE, size: SHARE })
-        .find(|ids| !locked.claims.iter().any(|claim| claim.ids.overlaps(*ids)))
-        .ok_or_else(|| Failed("all user ids are claimed by other installations on this machine".into()))?;
+    let ids = free_share(&locked.claims)
+        .ok_or_else(|| Failed("every share of user ids is claimed by another installation, or used, on this machine".into()))?;
     let network = (64_u32..=240)
         .step_by(16)
         .filter_map(|second| format!("10.{second}.0.0/12").parse::<Subnet>().ok())
@@ -118,6 +117,22 @@ pub(super) fn all() -> Vec<Claim> {
         return Vec::new();
     }
     open().map(|locked| locked.claims).unwrap_or_default()
+}
+
+/// The first share of ids that no installation has and that nothing on the machine uses.
+fn free_share(claims: &[Claim]) -> Option<IdRange> {
+    (0..IDS.size / SHARE)
+        .map(|n| IdRange { start: IDS.start + n * SHARE, size: SHARE })
+        .filter(|ids| !claims.iter().any(|claim| claim.ids.overlaps(*ids)))
+        .find(|ids| machine::look(Path::new("/"), *ids, &|_| false).clashes.is_empty())
+}
+
+/// The ids that a data folder has, or would be given.
+pub(super) fn prospect(data: &Path) -> Option<IdRange> {
+    let claims = all();
+    let data = data.canonicalize().unwrap_or_else(|_| data.to_owned());
+    let own = claims.iter().find(|claim| claim.data == data).map(|claim| claim.ids);
+    own.or_else(|| free_share(&claims))
 }
 
 /// Gives a claim back, when nothing of the installation is left.

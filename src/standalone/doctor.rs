@@ -289,21 +289,16 @@ fn id_maps() -> Finding {
 }
 
 fn user_ids(data: &Path) -> Finding {
-    // Before the first start there is no claim: then the whole default pool is looked at.
-    let claim = data
-        .canonicalize()
-        .ok()
-        .filter(|path| Folder::exists(path))
-        .and_then(|path| super::claims::claim(&path).ok());
-    let (pool, known) = match claim {
-        Some(claim) => (claim.ids, true),
-        None => (crate::driver::workload::IdRange { start: 1_879_048_192, size: 268_304_384 }, false),
+    let Some(pool) = super::claims::prospect(data) else {
+        return failed(
+            "user ids",
+            "every share of 1879048192 to 2147352575 is claimed or used",
+            "uninstall an installation that is not needed, or find who uses these ids (bulkhead doctor on each)",
+        );
     };
-    let others = super::claims::all();
-    let own = |id: u32| {
-        let one = crate::driver::workload::IdRange { start: id, size: 1 };
-        (known && pool.overlaps(one)) || others.iter().any(|claim| claim.ids.overlaps(one))
-    };
+    // An installation's own containers are the processes that may have ids of its share.
+    let known = Folder::exists(data);
+    let own = |id: u32| known && pool.overlaps(crate::driver::workload::IdRange { start: id, size: 1 });
     let found = machine::look(Path::new("/"), pool, &own);
     if let Some(clash) = found.clashes.first() {
         return failed(

@@ -74,10 +74,19 @@ async fn remove_containers(folder: &Folder) -> Result<(), Failed> {
         podman.remove_network(network).await.map_err(failed)?;
     }
     let _ = service.kill().await;
-    // The engine leaves its storage mounted; a mount would keep the folder from being removed.
-    for mount in ["engine/storage/overlay", "engine/storage"] {
-        let path = folder.path.join(mount);
-        let _ = Command::new("umount").arg(&path).stderr(Stdio::null()).status();
-    }
+    unmount_below(&folder.path);
     Ok(())
+}
+
+/// The engine leaves storage mounted; a mount would keep the folder from being removed. The deepest
+/// goes first.
+fn unmount_below(folder: &Path) {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let below = format!("{}/", folder.display());
+    let mut mounts: Vec<&str> =
+        table.lines().filter_map(|line| line.split(' ').nth(4)).filter(|path| path.starts_with(&below)).collect();
+    mounts.sort_by_key(|path| std::cmp::Reverse(path.len()));
+    for mount in mounts {
+        let _ = Command::new("umount").arg(mount).stderr(Stdio::null()).status();
+    }
 }

@@ -44,7 +44,7 @@ async fn what_is_removed_from_outside_comes_back() {
     // A container is removed by hand.
     assert!(machine.podman(&["rm", "-f", first["container"].as_str().unwrap()]).0);
     let second = machine.wait("acme", "web", 20, |app| number(app) > first["number"].as_i64() && app["state"] == "running").await;
-    assert!(second["events"].to_string().contains("removed"), "{}", second["events"]);
+    assert!(second["events"].to_string().contains("made anew"), "{}", second["events"]);
     // Its monitor is killed: the engine goes on saying "running".
     let instance = second["observed"]["instances"][0].clone();
     let (_, conmon) = machine.podman(&["inspect", "-f", "{{.State.ConmonPid}}", instance["container"].as_str().unwrap()]);

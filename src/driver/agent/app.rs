@@ -420,6 +420,7 @@ impl App {
             .get(instance.slot)
             .ok_or_else(|| Error::Rejected("there is no address for this instance".into()))?;
         podman.remove(&instance.container).await?;
+        ports::release(&instance.sandbox).await;
         let dir = agent.logs_dir(self.id);
         std::fs::create_dir_all(&dir).map_err(|error| Error::Transient(error.to_string()))?;
         if let Some(tail) = lock(&self.live).entry(instance.number).or_default().tail.as_mut() {
@@ -431,7 +432,6 @@ impl App {
             workload,
             &render::Instance {
                 number: instance.number,
-                address,
                 gateway: recorded.subnet.gateway(),
                 network: &bridge,
                 log: &raw.to_string_lossy(),
@@ -442,7 +442,10 @@ impl App {
         fail::fail_point!("agent::init", |_| Err(Error::Transient("failpoint".into())));
         podman.init(&instance.container).await?;
         let ready = podman.inspect(&instance.container).await?;
+        // On record at once: a crash from here on leaves a namespace that is known.
+        self.with(instance.number, |i| i.sandbox.clone_from(&ready.sandbox));
         ports::isolate(&bridge, &ready.sandbox).await?;
+        ports::address(&bridge, &ready.sandbox, address, recorded.subnet).await?;
         write_in_place(Path::new(&ready.hosts), &self.hosts_text(agent, workload, address));
         fail::fail_point!("agent::start", |_| Err(Error::Transient("failpoint".into())));
         podman.start(&instance.container).await?;
@@ -491,9 +494,9 @@ impl App {
 
     /// Stops an instance beside the loop: its grace may be long.
     fn begin_stop(self: &Arc<Self>, agent: &Arc<Agent>, number: u32) {
-        let Some(container) = self.with(number, |i| {
+        let Some((container, sandbox)) = self.with(number, |i| {
             i.enter(InstanceState::Stopping);
-            i.container.clone()
+            (i.container.clone(), i.sandbox.clone())
         }) else {
             return;
         };
@@ -508,6 +511,7 @@ impl App {
                 }
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
+            ports::release(&sandbox).await;
             tokio::task::block_in_place(|| app.read_log(&agent, number));
             let before = serde_json::to_vec(&*lock(&app.kept)).unwrap_or_default();
             {

@@ -322,7 +322,7 @@ impl Agent {
         let recorded = lock(&self.journal).tenant(tenant).cloned();
         let recorded = recorded.ok_or_else(|| Error::Rejected("this tenant is not in the journal".into()))?;
         let bridge = self.config.bridge(recorded.network);
-        let made = self.podman.ensure_network(&bridge, recorded.subnet).await?;
+        let made = self.podman.ensure_network(&bridge).await?;
         if made {
             self.machine_event("network_made", format!("the network {bridge} of {tenant} was made"));
         }

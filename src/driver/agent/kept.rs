@@ -37,6 +37,9 @@ pub(super) struct Instance {
     pub(super) born: u64,
     pub(super) conmon: i32,
     pub(super) uid: Option<u32>,
+    /// Path of its network namespace, to be taken down when it has ended.
+    #[serde(default)]
+    pub(super) sandbox: String,
     /// Where the engine keeps its hosts file.
     pub(super) hosts: String,
 }
@@ -59,6 +62,7 @@ impl Instance {
             born: 0,
             conmon: 0,
             uid: None,
+            sandbox: String::new(),
             hosts: String::new(),
         }
     }

@@ -7,7 +7,6 @@ use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::driver::workload::Subnet;
 use crate::driver::{Error, PullSecret};
 
 /// The engine.
@@ -215,8 +214,9 @@ impl Podman {
         })
     }
 
-    /// Sees to it that a network exists as it should.
-    pub async fn ensure_network(&self, name: &str, subnet: Subnet) -> Result<bool, Error> {
+    /// Sees to it that a network exists as it should. It gives no addresses: those are Bulkhead's own,
+    /// and the engine keeps an address for ever when an instance ends by itself.
+    pub async fn ensure_network(&self, name: &str) -> Result<bool, Error> {
         let (status, _) =
             self.call(Method::GET, &format!("networks/{name}/exists"), None, Duration::from_secs(20)).await?;
         if status.is_success() {
@@ -224,7 +224,7 @@ impl Podman {
         }
         let body = json!({
             "name": name, "driver": "bridge", "network_interface": name, "internal": false, "dns_enabled": false,
-            "ipv6_enabled": false, "subnets": [{"subnet": subnet, "gateway": subnet.gateway()}],
+            "ipv6_enabled": false, "ipam_options": {"driver": "none"},
         });
         self.expect(Method::POST, "networks/create", Some(&body), &[], 20).await?;
         Ok(true)

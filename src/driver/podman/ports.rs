@@ -9,6 +9,7 @@ use serde_json::Value;
 use tokio::process::Command;
 
 use crate::driver::Error;
+use crate::driver::workload::Subnet;
 
 fn failed(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
     move |error| Error::Transient(format!("{what}: {error}"))
@@ -22,9 +23,46 @@ async fn json(args: &[&str]) -> Result<Value, Error> {
     serde_json::from_slice(&done.stdout).map_err(|error| Error::Transient(error.to_string()))
 }
 
+fn namespace_of(sandbox: &str) -> &str {
+    Path::new(sandbox).file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+async fn set(args: &[&str]) -> Result<(), Error> {
+    let done = Command::new("ip").args(args).stdin(Stdio::null()).output().await.map_err(failed("ip"))?;
+    if done.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&done.stderr).trim().to_owned();
+    if text.contains("File exists") { Ok(()) } else { Err(Error::Transient(format!("the network of an instance: {text}"))) }
+}
+
+/// Gives an instance its address, between the attachment of its network and its start.
+pub async fn address(bridge: &str, sandbox: &str, own: std::net::Ipv4Addr, subnet: Subnet) -> Result<(), Error> {
+    let namespace = namespace_of(sandbox);
+    let (gateway, prefix) = (subnet.gateway().to_string(), subnet.prefix());
+    set(&["addr", "replace", &format!("{gateway}/{prefix}"), "dev", bridge]).await?;
+    set(&["-n", namespace, "addr", "replace", &format!("{own}/{prefix}"), "dev", "eth0"]).await?;
+    set(&["-n", namespace, "route", "replace", "default", "via", &gateway]).await
+}
+
+/// Takes down the namespace of an instance that has ended, and its port with it: the engine leaves
+/// both lying when an instance ends by itself.
+pub async fn release(sandbox: &str) {
+    let namespace = namespace_of(sandbox);
+    if namespace.starts_with("netns-") {
+        let _ = Command::new("ip")
+            .args(["netns", "delete", namespace])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .await;
+    }
+}
+
 /// Closes the port of an instance whose network is attached and whose process has not started.
 pub async fn isolate(bridge: &str, sandbox: &str) -> Result<(), Error> {
-    let namespace = Path::new(sandbox).file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let namespace = namespace_of(sandbox);
     let inside = json(&["-n", namespace, "-j", "link", "show", "dev", "eth0"]).await?;
     let index = inside[0]["link_index"].as_i64().ok_or_else(|| Error::Transient("no peer of eth0".into()))?;
     let links = json(&["-j", "link", "show", "master", bridge]).await?;

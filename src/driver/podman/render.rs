@@ -10,6 +10,7 @@ use crate::driver::workload::Workload;
 pub const PIDS: u32 = 512;
 /// Bytes of `/dev/shm`; they count within memory.
 const SHM: u64 = 1 << 20;
+const SHM_PATH: &str = "/dev/shm";
 /// Bytes that the engine keeps of a raw log before it truncates; the agent reads faster.
 pub const RAW_LOG: u64 = 16 << 20;
 /// The scheduler's period in microseconds.
@@ -20,8 +21,6 @@ const PERIOD: u64 = 100_000;
 pub struct Instance<'a> {
     /// Number.
     pub number: u32,
-    /// Its address.
-    pub address: std::net::Ipv4Addr,
     /// Gateway of its network.
     pub gateway: std::net::Ipv4Addr,
     /// Its network.
@@ -50,9 +49,13 @@ pub fn image(config: &AgentConfig, workload: &Workload) -> String {
 pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>) -> Value {
     let w = workload;
     let map = json!([{"container_id": 0, "host_id": w.block.start, "size": w.block.size}]);
+    // The engine's own /dev/shm is a mount on the host that it fails to take down after an instance
+    // has ended by itself ("device or resource busy"); this one lives and dies with the instance.
+    let shm = (&SHM_PATH.to_owned(), &SHM);
     let mounts: Vec<Value> = w
         .scratch
         .iter()
+        .chain(std::iter::once(shm))
         .map(|(path, size)| {
             json!({
                 "destination": path, "type": "tmpfs", "source": "tmpfs",
@@ -82,11 +85,11 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
             "HostUIDMapping": false, "HostGIDMapping": false, "UIDMap": map, "GIDMap": map,
         },
         "pidns": {"nsmode": "private"},
-        "ipcns": {"nsmode": "private"},
+        "ipcns": {"nsmode": "none"},
         "utsns": {"nsmode": "private"},
         "cgroupns": {"nsmode": "private"},
         "netns": {"nsmode": "bridge"},
-        "Networks": {instance.network: {"static_ips": [instance.address], "interface_name": "eth0"}},
+        "Networks": {instance.network: {"interface_name": "eth0"}},
         "publish_image_ports": false,
         "dns_server": [instance.gateway],
         "use_image_hosts": false,
@@ -97,7 +100,6 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
         "no_new_privileges": true,
         "read_only_filesystem": true,
         "mounts": mounts,
-        "shm_size": SHM,
         "cgroup_parent": format!("/bulkhead-{}", config.installation),
         "resource_limits": {
             "cpu": {"quota": quota, "period": PERIOD},
