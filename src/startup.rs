@@ -217,7 +217,7 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
     .disable_signals();
     let front = match tls(&platform.config)? {
         Some(tls) => front.bind_rustls_0_23(server.listen, tls),
-        None => front.bind_auto_h2c(server.listen),
+        None => front.bind(server.listen),
     }
     .map_err(|error| Error::internal(format!("{}: {error}", server.listen)))?;
     let engine = platform.clone();

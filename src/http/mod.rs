@@ -84,8 +84,9 @@ fn panicked(id: &str, secure: bool) -> actix_web::Error {
         "type": error.code().docs(), "title": "A mistake of ours", "status": 500, "code": error.code(),
         "detail": "internal error", "request_id": id,
     });
-    let mut response =
-        actix_web::HttpResponse::InternalServerError().content_type("application/problem+json").body(body.to_string());
+    let mut response = actix_web::HttpResponse::InternalServerError()
+        .content_type("application/problem+json")
+        .body(body.to_string());
     headers(response.headers_mut(), id, secure);
     actix_web::error::InternalError::from_response(error, response).into()
 }

@@ -85,8 +85,9 @@ pub(super) fn claim(data: &Path) -> Result<Claim, Failed> {
         return Ok(own.clone());
     }
     let routes = routes();
-    let ids = free_share(&locked.claims)
-        .ok_or_else(|| Failed("every share of user ids is claimed by another installation, or used, on this machine".into()))?;
+    let ids = free_share(&locked.claims).ok_or_else(|| {
+        Failed("every share of user ids is claimed by another installation, or used, on this machine".into())
+    })?;
     let network = (64_u32..=240)
         .step_by(16)
         .filter_map(|second| format!("10.{second}.0.0/12").parse::<Subnet>().ok())

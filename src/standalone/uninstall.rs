@@ -83,8 +83,11 @@ async fn remove_containers(folder: &Folder) -> Result<(), Failed> {
 fn unmount_below(folder: &Path) {
     let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let below = format!("{}/", folder.display());
-    let mut mounts: Vec<&str> =
-        table.lines().filter_map(|line| line.split(' ').nth(4)).filter(|path| path.starts_with(&below)).collect();
+    let mut mounts: Vec<&str> = table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .filter(|path| path.starts_with(&below))
+        .collect();
     mounts.sort_by_key(|path| std::cmp::Reverse(path.len()));
     for mount in mounts {
         let _ = Command::new("umount").arg(mount).stderr(Stdio::null()).status();

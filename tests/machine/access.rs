@@ -28,11 +28,17 @@ async fn every_route_answers_everybody_as_its_permission_says() {
         let credentials = path.contains("/robots") && !reads(method);
         let deploys = (path.contains("/apps") || path.contains("/repositories")) && !reads(method);
         for (who, token) in [
-            ("anonymous", ""), ("nonsense", "bhk_nonsense"), ("stranger", stranger.as_str()), ("viewer", &viewer),
-            ("deployer", &deployer), ("owner", &owner), ("auditor", &auditor),
+            ("anonymous", ""),
+            ("nonsense", "bhk_nonsense"),
+            ("stranger", stranger.as_str()),
+            ("viewer", &viewer),
+            ("deployer", &deployer),
+            ("owner", &owner),
+            ("auditor", &auditor),
         ] {
             // A body that is refused after the permission was checked, so that nothing changes.
-            let (status, body) = machine.ask(token, method, &address, Some(("text/plain", String::new()))).await;
+            let (status, body) =
+                machine.ask(token, method, &address, Some(("text/plain", String::new()))).await;
             let allowed = match who {
                 "auditor" => reads(method),
                 "viewer" => in_tenant && reads(method),
@@ -51,7 +57,10 @@ async fn every_route_answers_everybody_as_its_permission_says() {
             assert!(wanted.contains(&status), "{method} {path} as {who}: {status} {body}");
             if status >= 400 {
                 assert_eq!(body["status"], status, "problem+json with the request's id: {body}");
-                assert!(body["request_id"].is_string() && body["type"].as_str().unwrap().starts_with("/docs/errors/"));
+                assert!(
+                    body["request_id"].is_string()
+                        && body["type"].as_str().unwrap().starts_with("/docs/errors/")
+                );
             }
         }
     }
@@ -79,7 +88,12 @@ async fn the_first_admins_link_works_once_and_pages_are_safe() {
     assert_eq!(machine.ask(&format!("bhk_{token}"), "GET", "/api/v1/tenants", None).await.0, 200);
     assert_eq!(http.post(link).header("origin", machine.address()).send().await.unwrap().status(), 404);
     let session = cookie.split(';').next().unwrap();
-    let page = |path: &str| http.get(format!("{}{path}", machine.address())).header("cookie", session).header("accept", "text/html").send();
+    let page = |path: &str| {
+        http.get(format!("{}{path}", machine.address()))
+            .header("cookie", session)
+            .header("accept", "text/html")
+            .send()
+    };
     for path in ["/tenants", "/docs/errors", "/docs/errors/BH-107", "/login"] {
         assert_eq!(page(path).await.unwrap().status(), 200, "{path}");
     }
@@ -101,14 +115,17 @@ async fn the_first_admins_link_works_once_and_pages_are_safe() {
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_input_is_explained_and_changes_nothing() {
     let machine = Machine::start().await;
-    let (status, body) = machine.send("POST", "/api/v1/tenants", json!({"name": "Bad!", "quota": {"cpu": 4}})).await;
+    let (status, body) =
+        machine.send("POST", "/api/v1/tenants", json!({"name": "Bad!", "quota": {"cpu": 4}})).await;
     assert_eq!(status, 422);
-    let paths: Vec<_> = body["faults"].as_array().unwrap().iter().map(|f| f["path"].as_str().unwrap()).collect();
+    let paths: Vec<_> =
+        body["faults"].as_array().unwrap().iter().map(|f| f["path"].as_str().unwrap()).collect();
     assert_eq!(paths, ["name", "quota.cpu"]);
     machine.tenant("acme").await;
     let path = "/api/v1/tenants/acme/apps/web";
     let put = |kind: &'static str, text: String| machine.ask(&machine.admin, "PUT", path, Some((kind, text)));
-    let (status, body) = put("application/yaml", "spec: v1\nname: web\nprivileged: true\nmemry: 1Gi\n".into()).await;
+    let (status, body) =
+        put("application/yaml", "spec: v1\nname: web\nprivileged: true\nmemry: 1Gi\n".into()).await;
     assert_eq!(status, 422);
     assert!(body["faults"].as_array().unwrap().len() >= 4, "{body}");
     assert_eq!(put("text/plain", "x".into()).await.0, 400);

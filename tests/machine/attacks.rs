@@ -41,14 +41,32 @@ fn as_a_conquered_serve() {
     };
     let evil_block = good["block"]["start"].as_u64().unwrap() + 65_536;
     refused(&socket, "another tenant's block", &app(&|w| w["block"]["start"] = json!(evil_block)));
-    refused(&socket, "the block of another app", &app(&|w| { w["app_id"] = json!(999); w["app"] = json!("other"); }));
+    refused(
+        &socket,
+        "the block of another app",
+        &app(&|w| {
+            w["app_id"] = json!(999);
+            w["app"] = json!("other");
+        }),
+    );
     refused(&socket, "another tenant for the app", &app(&|w| w["tenant"] = json!("evil")));
     refused(&socket, "an unknown tenant", &app(&|w| w["tenant"] = json!("nobody")));
     refused(&socket, "the host's root", &app(&|w| w["block"]["start"] = json!(0)));
     refused(&socket, "root inside", &app(&|w| w["user"]["uid"] = json!(0)));
     refused(&socket, "an older generation", &app(&|w| w["generation"] = json!(0)));
-    refused(&socket, "an address of another tenant", &app(&|w| w["addresses"] = json!(["10.64.4.2", "10.64.4.3", "10.64.4.4"])));
-    refused(&socket, "the gateway's address", &app(&|w| { let a = w["addresses"][0].as_str().unwrap().rsplit_once('.').unwrap().0.to_owned() + ".1"; w["addresses"][0] = json!(a); }));
+    refused(
+        &socket,
+        "an address of another tenant",
+        &app(&|w| w["addresses"] = json!(["10.64.4.2", "10.64.4.3", "10.64.4.4"])),
+    );
+    refused(
+        &socket,
+        "the gateway's address",
+        &app(&|w| {
+            let a = w["addresses"][0].as_str().unwrap().rsplit_once('.').unwrap().0.to_owned() + ".1";
+            w["addresses"][0] = json!(a);
+        }),
+    );
     refused(&socket, "a foreign image", &app(&|w| w["image"]["repository"] = json!("../evil/web")));
     refused(&socket, "an image by tag", &app(&|w| w["image"]["digest"] = json!("latest")));
     refused(&socket, "a mount over /proc", &app(&|w| w["scratch"]["/proc/sys"] = json!(4096)));
@@ -67,10 +85,29 @@ fn as_a_conquered_serve() {
     refused(&socket, "a range beyond the pool", &grant(&|g| g["ranges"][0]["start"] = json!(2_147_000_000)));
     refused(&socket, "the bridge of another tenant", &grant(&|g| g["network"] = json!(0)));
     refused(&socket, "a subnet of the outside", &grant(&|g| g["subnet"] = json!("192.168.0.0/22")));
-    refused(&socket, "a change of the journal", &grant(&|g| { g["tenant"] = json!("acme"); g["tenant_id"] = json!(1); }));
-    refused(&socket, "removal under another identity", &json!({"remove_tenant": {"tenant": "acme", "tenant_id": 55}}));
-    refused(&socket, "removal of a tenant with apps", &json!({"remove_tenant": {"tenant": "acme", "tenant_id": 1}}));
-    refused(&socket, "removal of an app under another name", &json!({"remove_app": {"tenant": "evil", "app": "web", "app_id": good["app_id"]}}));
+    refused(
+        &socket,
+        "a change of the journal",
+        &grant(&|g| {
+            g["tenant"] = json!("acme");
+            g["tenant_id"] = json!(1);
+        }),
+    );
+    refused(
+        &socket,
+        "removal under another identity",
+        &json!({"remove_tenant": {"tenant": "acme", "tenant_id": 55}}),
+    );
+    refused(
+        &socket,
+        "removal of a tenant with apps",
+        &json!({"remove_tenant": {"tenant": "acme", "tenant_id": 1}}),
+    );
+    refused(
+        &socket,
+        "removal of an app under another name",
+        &json!({"remove_app": {"tenant": "evil", "app": "web", "app_id": good["app_id"]}}),
+    );
     // Messages that are none.
     for message in [&b"{}"[..], b"", b"\xff\xfe", b"{\"exec\":{\"command\":\"sh\"}}", b"[[[[[[[[[["] {
         let answer = ask(&socket, message);
@@ -88,8 +125,13 @@ fn as_a_conquered_serve() {
     drop(idle);
     // Files of the root half, and the engine, are closed to this user.
     let data = std::path::Path::new(&socket).ancestors().nth(3).unwrap();
-    for file in ["agent/journal", "run/engine/podman.sock", "agent.toml", "registry/config.yml", "postgres/data"] {
-        assert!(std::fs::File::open(data.join(file)).is_err() && UnixStream::connect(data.join(file)).is_err(), "{file}");
+    for file in
+        ["agent/journal", "run/engine/podman.sock", "agent.toml", "registry/config.yml", "postgres/data"]
+    {
+        assert!(
+            std::fs::File::open(data.join(file)).is_err() && UnixStream::connect(data.join(file)).is_err(),
+            "{file}"
+        );
     }
 }
 
@@ -106,7 +148,10 @@ async fn a_conquered_serve_gains_nothing_from_the_root_half() {
     let socket = machine.data.join("run/agent/agent.sock").display().to_string();
     // Root itself is not who is answered.
     assert!(ask(&socket, br#"{"hello":{}}"#).is_none());
-    let copy = tempfile::Builder::new().permissions(std::fs::Permissions::from_mode(0o755)).tempdir_in("/tmp").unwrap();
+    let copy = tempfile::Builder::new()
+        .permissions(std::fs::Permissions::from_mode(0o755))
+        .tempdir_in("/tmp")
+        .unwrap();
     let exe = copy.path().join("attack");
     std::fs::copy(std::env::current_exe().unwrap(), &exe).unwrap();
     std::fs::set_permissions(&exe, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -123,7 +168,10 @@ async fn a_conquered_serve_gains_nothing_from_the_root_half() {
     let text = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
     assert!(done.status.success() && text.contains("1 passed"), "{text}");
     let after = machine.running("acme", "web").await;
-    assert_eq!(after["observed"]["instances"][0]["container"], before["observed"]["instances"][0]["container"]);
+    assert_eq!(
+        after["observed"]["instances"][0]["container"],
+        before["observed"]["instances"][0]["container"]
+    );
     let (_, containers) = machine.podman(&["ps", "-aq"]);
     assert_eq!(containers.lines().count(), 1, "{containers}");
     assert!(!run("ip", &["link", "show", &format!("bk{}77", machine.id)]).0);

@@ -11,14 +11,19 @@ async fn an_app_that_fails_says_why_and_backs_off() {
     machine.push(&robot, "acme/ill:1", &["/bin/busybox", "sleep", "1000"]);
     machine.deploy("acme", "bad", "image: bad:1\n").await;
     machine.deploy("acme", "ill", "image: ill:1\nport: 8080\nhealth: { tcp: {}, grace: 0 }\n").await;
-    let bad = machine.wait("acme", "bad", 30, |app| app["observed"]["instances"][0]["restarts"].as_i64() >= Some(1)).await;
+    let bad = machine
+        .wait("acme", "bad", 30, |app| app["observed"]["instances"][0]["restarts"].as_i64() >= Some(1))
+        .await;
     let end = &bad["observed"]["instances"][0]["last_end"];
     assert_eq!((end["cause"].as_str(), end["exit_code"].as_i64()), (Some("exited"), Some(3)), "{bad:#}");
     assert!(bad["summary"].as_str().unwrap().contains("cannot reach the database"), "{}", bad["summary"]);
-    let (status, log) = machine.ask(&machine.admin, "GET", "/api/v1/tenants/acme/apps/bad/logs?tail=10", None).await;
+    let (status, log) =
+        machine.ask(&machine.admin, "GET", "/api/v1/tenants/acme/apps/bad/logs?tail=10", None).await;
     assert_eq!(status, 200);
     assert!(log.as_str().unwrap().contains("err cannot reach the database"), "{log}");
-    let ill = machine.wait("acme", "ill", 40, |app| app["observed"]["instances"][0]["last_end"]["cause"] == "unhealthy").await;
+    let ill = machine
+        .wait("acme", "ill", 40, |app| app["observed"]["instances"][0]["last_end"]["cause"] == "unhealthy")
+        .await;
     assert!(ill["summary"].as_str().unwrap().contains("health check"), "{}", ill["summary"]);
     // A bad release leaves the good one alone.
     machine.push(&robot, "acme/bad:2", &HTTPD);
@@ -26,8 +31,11 @@ async fn an_app_that_fails_says_why_and_backs_off() {
     machine.running("acme", "bad").await;
     machine.deploy("acme", "bad", "image: bad:1\nport: 8080\n").await;
     let both = machine
-        .wait("acme", "bad", 30, |app| app["observed"]["instances"].as_array().is_some_and(|all| all.len() == 2
-            && all.iter().any(|i| i["revision"] == 3 && i["last_end"].is_object())))
+        .wait("acme", "bad", 30, |app| {
+            app["observed"]["instances"].as_array().is_some_and(|all| {
+                all.len() == 2 && all.iter().any(|i| i["revision"] == 3 && i["last_end"].is_object())
+            })
+        })
         .await;
     let old = both["observed"]["instances"].as_array().unwrap().iter().find(|i| i["revision"] == 2).unwrap();
     assert_eq!(old["state"], "running", "{both:#}");
@@ -43,14 +51,19 @@ async fn what_is_removed_from_outside_comes_back() {
     let number = |app: &serde_json::Value| app["observed"]["instances"][0]["number"].as_i64();
     // A container is removed by hand.
     assert!(machine.podman(&["rm", "-f", first["container"].as_str().unwrap()]).0);
-    let second = machine.wait("acme", "web", 20, |app| number(app) > first["number"].as_i64() && app["state"] == "running").await;
+    let second = machine
+        .wait("acme", "web", 20, |app| number(app) > first["number"].as_i64() && app["state"] == "running")
+        .await;
     assert!(second["events"].to_string().contains("made anew"), "{}", second["events"]);
     // Its monitor is killed: the engine goes on saying "running".
     let instance = second["observed"]["instances"][0].clone();
-    let (_, conmon) = machine.podman(&["inspect", "-f", "{{.State.ConmonPid}}", instance["container"].as_str().unwrap()]);
+    let (_, conmon) =
+        machine.podman(&["inspect", "-f", "{{.State.ConmonPid}}", instance["container"].as_str().unwrap()]);
     let pid = machine.pid(&instance);
     assert!(run("kill", &["-9", conmon.trim(), &pid]).0);
-    machine.wait("acme", "web", 20, |app| number(app) > instance["number"].as_i64() && app["state"] == "running").await;
+    machine
+        .wait("acme", "web", 20, |app| number(app) > instance["number"].as_i64() && app["state"] == "running")
+        .await;
     // The agent and serve are killed: what runs goes on running and is found again.
     let before = machine.app("acme", "web").await["observed"]["instances"][0].clone();
     let pid = machine.pid(&before);
@@ -69,7 +82,8 @@ async fn what_is_removed_from_outside_comes_back() {
     assert_eq!((machine.pid(&after), after["number"].as_i64()), (pid, before["number"].as_i64()));
     // A second `up` on the same folder says so and leaves.
     let data = machine.data.display().to_string();
-    let (good, text) = run(env!("CARGO_BIN_EXE_bulkhead"), &["up", "--data", &data, "--listen", "127.0.0.1:1"]);
+    let (good, text) =
+        run(env!("CARGO_BIN_EXE_bulkhead"), &["up", "--data", &data, "--listen", "127.0.0.1:1"]);
     assert!(!good, "{text}");
 }
 
@@ -78,7 +92,8 @@ async fn a_race_for_the_last_quota_has_one_winner_for_each_place() {
     let machine = Machine::start().await;
     let robot = machine.tenant("acme").await;
     machine.push(&robot, "acme/web:1", &["/bin/busybox", "sleep", "1000"]);
-    let (status, _) = machine.send("PATCH", "/api/v1/tenants/acme", serde_json::json!({"quota": {"instances": 5}})).await;
+    let (status, _) =
+        machine.send("PATCH", "/api/v1/tenants/acme", serde_json::json!({"quota": {"instances": 5}})).await;
     assert_eq!(status, 202);
     let all = (0..200).map(|n| {
         let machine = &machine;
@@ -103,7 +118,8 @@ async fn loud_logs_hurt_nobody() {
     machine.running("acme", "loud").await;
     let mut text = String::new();
     for _ in 0..60 {
-        let (_, log) = machine.ask(&machine.admin, "GET", "/api/v1/tenants/acme/apps/loud/logs?tail=50", None).await;
+        let (_, log) =
+            machine.ask(&machine.admin, "GET", "/api/v1/tenants/acme/apps/loud/logs?tail=50", None).await;
         text = log.as_str().unwrap_or_default().to_owned();
         if text.contains("cleared") {
             break;

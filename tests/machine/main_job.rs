@@ -9,7 +9,10 @@ async fn a_newcomers_tour_from_onboarding_to_leaving() {
     let machine = Machine::start().await;
     let robot = machine.tenant("acme").await;
     let tenant = machine.get("/api/v1/tenants/acme").await;
-    assert_eq!(tenant["uid_ranges"][0]["end"].as_i64().unwrap() - tenant["uid_ranges"][0]["start"].as_i64().unwrap(), 65_536);
+    assert_eq!(
+        tenant["uid_ranges"][0]["end"].as_i64().unwrap() - tenant["uid_ranges"][0]["start"].as_i64().unwrap(),
+        65_536
+    );
     // What does not exist yet is said before anything is written.
     let (status, body) = machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await;
     assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-200")), "{body}");
@@ -20,7 +23,11 @@ async fn a_newcomers_tour_from_onboarding_to_leaving() {
             &machine.admin,
             "PUT",
             "/api/v1/tenants/acme/apps/web?dry_run=true",
-            Some(("application/json", json!({"spec": "v1", "name": "web", "image": "web:1", "cpu": 0.05, "memory": "64Mi"}).to_string())),
+            Some((
+                "application/json",
+                json!({"spec": "v1", "name": "web", "image": "web:1", "cpu": 0.05, "memory": "64Mi"})
+                    .to_string(),
+            )),
         )
         .await;
     assert_eq!((status, dry["would"].as_str()), (200, Some("create")), "{dry}");
@@ -50,34 +57,42 @@ async fn a_newcomers_tour_from_onboarding_to_leaving() {
     assert_eq!(status, 202);
     let second = machine.running("acme", "web").await;
     assert_ne!(second["image"]["digest"], app["image"]["digest"]);
-    let (status, back) = machine.send("POST", "/api/v1/tenants/acme/apps/web/releases", json!({"revision": 1})).await;
+    let (status, back) =
+        machine.send("POST", "/api/v1/tenants/acme/apps/web/releases", json!({"revision": 1})).await;
     assert_eq!((status, back["revision"].as_i64()), (202, Some(3)), "{back}");
     let third = machine.running("acme", "web").await;
     assert_eq!(third["image"]["digest"], app["image"]["digest"]);
     // A deployed image stays; the tag list says who runs it.
     let tags = machine.get("/api/v1/tenants/acme/repositories/web/tags").await;
     assert_eq!(tags["items"][0]["apps"], json!(["web"]));
-    let (status, _) = machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/acme/repositories/web/tags/1", None).await;
+    let (status, _) =
+        machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/acme/repositories/web/tags/1", None).await;
     assert_eq!(status, 409);
 
     // Suspended, nothing runs and nothing is lost.
     let (status, _) = machine.ask(&machine.admin, "PUT", "/api/v1/tenants/acme/suspension", None).await;
     assert_eq!(status, 202);
-    machine.wait("acme", "web", 30, |app| app["observed"]["instances"].as_array().is_some_and(Vec::is_empty)).await;
+    machine
+        .wait("acme", "web", 30, |app| app["observed"]["instances"].as_array().is_some_and(Vec::is_empty))
+        .await;
     let (status, _) = machine.deploy("acme", "web", &format!("image: web:2\n{health}")).await;
     assert_eq!(status, 409);
     let (status, _) = machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/acme/suspension", None).await;
     assert_eq!(status, 202);
-    machine.wait("acme", "web", 30, |app| app["observed"]["instances"].as_array().is_some_and(|i| i.len() == 2)).await;
+    machine
+        .wait("acme", "web", 30, |app| app["observed"]["instances"].as_array().is_some_and(|i| i.len() == 2))
+        .await;
     machine.running("acme", "web").await;
 
     leave(&machine).await;
 }
 
 async fn leave(machine: &Machine) {
-    let (status, _) = machine.send("PUT", "/api/v1/tenants/acme/offboarding", json!({"confirm": "other"})).await;
+    let (status, _) =
+        machine.send("PUT", "/api/v1/tenants/acme/offboarding", json!({"confirm": "other"})).await;
     assert_eq!(status, 422);
-    let (status, _) = machine.send("PUT", "/api/v1/tenants/acme/offboarding", json!({"confirm": "acme"})).await;
+    let (status, _) =
+        machine.send("PUT", "/api/v1/tenants/acme/offboarding", json!({"confirm": "acme"})).await;
     assert_eq!(status, 202);
     let mut rounds = 0;
     loop {

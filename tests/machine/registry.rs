@@ -13,7 +13,10 @@ struct Client<'m> {
 impl Client<'_> {
     /// A token for these scopes, with a robot's credential.
     async fn token(&self, robot: &(String, String), scopes: &[&str]) -> Result<String, u16> {
-        let query: String = scopes.iter().map(|scope| format!("&scope={}", scope.replace(':', "%3A").replace('/', "%2F"))).collect();
+        let query: String = scopes
+            .iter()
+            .map(|scope| format!("&scope={}", scope.replace(':', "%3A").replace('/', "%2F")))
+            .collect();
         let url = format!("{}/auth/token?service=bulkhead-registry{query}", self.machine.address());
         let answer = self.http.get(url).basic_auth(&robot.0, Some(&robot.1)).send().await.unwrap();
         let status = answer.status().as_u16();
@@ -23,23 +26,51 @@ impl Client<'_> {
         Ok(answer.json::<Value>().await.unwrap()["token"].as_str().unwrap().to_owned())
     }
 
-    async fn call(&self, token: &str, method: &str, path: &str, kind: &str, body: Vec<u8>) -> (u16, String, String) {
+    async fn call(
+        &self,
+        token: &str,
+        method: &str,
+        path: &str,
+        kind: &str,
+        body: Vec<u8>,
+    ) -> (u16, String, String) {
         let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
-        let url = if path.starts_with("/v2/") { format!("{}{path}", self.machine.address()) } else { path.to_owned() };
-        let answer = self.http.request(method, url).bearer_auth(token).header("content-type", kind).body(body).send().await.unwrap();
+        let url = if path.starts_with("/v2/") {
+            format!("{}{path}", self.machine.address())
+        } else {
+            path.to_owned()
+        };
+        let answer = self
+            .http
+            .request(method, url)
+            .bearer_auth(token)
+            .header("content-type", kind)
+            .body(body)
+            .send()
+            .await
+            .unwrap();
         let status = answer.status().as_u16();
-        let location = answer.headers().get("location").and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        let location =
+            answer.headers().get("location").and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
         (status, location, answer.text().await.unwrap_or_default())
     }
 
     async fn upload(&self, token: &str, name: &str, bytes: &[u8]) -> (u16, String) {
-        let (status, location, text) = self.call(token, "POST", &format!("/v2/{name}/blobs/uploads/"), "application/octet-stream", vec![]).await;
+        let (status, location, text) = self
+            .call(token, "POST", &format!("/v2/{name}/blobs/uploads/"), "application/octet-stream", vec![])
+            .await;
         assert_eq!(status, 202, "{text}");
         assert!(location.starts_with("/v2/"), "the address of the registry behind is not told: {location}");
         let digest = Digest::of(bytes);
         let sign = if location.contains('?') { '&' } else { '?' };
         let (status, _, text) = self
-            .call(token, "PUT", &format!("{location}{sign}digest={digest}"), "application/octet-stream", bytes.to_vec())
+            .call(
+                token,
+                "PUT",
+                &format!("{location}{sign}digest={digest}"),
+                "application/octet-stream",
+                bytes.to_vec(),
+            )
             .await;
         (status, text)
     }
@@ -58,7 +89,8 @@ async fn another_tenants_project_is_out_of_reach() {
     assert_eq!(client.token(&("engine".into(), acme.1.clone()), &[]).await, Err(401));
     let (good, text) = machine.try_push(&evil, "acme/web:2", &HTTPD);
     assert!(!good, "{text}");
-    let token = client.token(&evil, &["repository:acme/web:pull,push", "repository:evil/x:pull,push"]).await.unwrap();
+    let token =
+        client.token(&evil, &["repository:acme/web:pull,push", "repository:evil/x:pull,push"]).await.unwrap();
     let get = |path: &'static str| client.call(&token, "GET", path, "", vec![]);
     for path in ["/v2/acme/web/tags/list", "/v2/acme/web/manifests/1", "/v2/_catalog"] {
         assert!(matches!(get(path).await.0, 401 | 403), "{path}");
@@ -78,12 +110,20 @@ async fn another_tenants_project_is_out_of_reach() {
         (format!("{start}?mount={digest}&from=evil/x&from=acme/web"), Vec::new()),
         (format!("{start}?mount={digest}&from=evil/../acme/web"), Vec::new()),
     ] {
-        let (status, _, text) = client.call(&token, "POST", &path, "application/x-www-form-urlencoded", body).await;
+        let (status, _, text) =
+            client.call(&token, "POST", &path, "application/x-www-form-urlencoded", body).await;
         assert_ne!(status, 201, "{path}: {text}");
-        assert_eq!(client.call(&token, "GET", &format!("/v2/evil/x/blobs/{digest}"), "", vec![]).await.0, 404, "{path}");
+        assert_eq!(
+            client.call(&token, "GET", &format!("/v2/evil/x/blobs/{digest}"), "", vec![]).await.0,
+            404,
+            "{path}"
+        );
     }
     // Within one tenant a mount is fine, and costs nothing twice.
-    let both = client.token(&acme, &["repository:acme/web:pull,push", "repository:acme/other:pull,push"]).await.unwrap();
+    let both = client
+        .token(&acme, &["repository:acme/web:pull,push", "repository:acme/other:pull,push"])
+        .await
+        .unwrap();
     let used = machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"].clone();
     let path = format!("/v2/acme/other/blobs/uploads/?mount={digest}&from=acme/web");
     assert_eq!(client.call(&both, "POST", &path, "", vec![]).await.0, 201);
@@ -113,7 +153,11 @@ async fn lies_and_full_quotas_are_refused() {
     });
     let put = |text: String, kind: &'static str, tag: &'static str| {
         let (client, token) = (&client, token.clone());
-        async move { client.call(&token, "PUT", &format!("/v2/acme/web/manifests/{tag}"), kind, text.into_bytes()).await }
+        async move {
+            client
+                .call(&token, "PUT", &format!("/v2/acme/web/manifests/{tag}"), kind, text.into_bytes())
+                .await
+        }
     };
     let with = |pointer: &str, value: Value| {
         let mut lie = good.clone();
@@ -138,7 +182,8 @@ async fn lies_and_full_quotas_are_refused() {
     let (status, body) = machine.deploy("acme", "web", "image: web:1\n").await;
     assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-202")), "{body}");
     // The quota stops a push in the middle.
-    let (status, _) = machine.send("PATCH", "/api/v1/tenants/acme", json!({"quota": {"registry_bytes": 1_000_000}})).await;
+    let (status, _) =
+        machine.send("PATCH", "/api/v1/tenants/acme", json!({"quota": {"registry_bytes": 1_000_000}})).await;
     assert_eq!(status, 202);
     let big: Vec<u8> = (0..3_000_000_u32).map(|n| n.to_le_bytes()[0]).collect();
     let (status, text) = client.upload(&token, "acme/web", &big).await;
@@ -147,8 +192,11 @@ async fn lies_and_full_quotas_are_refused() {
     let used = machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"].as_i64().unwrap();
     assert!(used < 1_000_000);
     // A deleted tag gives its bytes back, at once for the manifest.
-    let (status, _) = machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/acme/repositories/web/tags/1", None).await;
+    let (status, _) =
+        machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/acme/repositories/web/tags/1", None).await;
     assert_eq!(status, 204);
-    assert!(machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"].as_i64().unwrap() < used);
+    assert!(
+        machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"].as_i64().unwrap() < used
+    );
     assert_eq!(client.call(&token, "GET", "/v2/acme/web/manifests/1", "", vec![]).await.0, 404);
 }

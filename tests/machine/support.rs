@@ -69,7 +69,10 @@ impl Machine {
                 return;
             }
             let ended = self.up.as_mut().unwrap().try_wait().unwrap();
-            assert!(ended.is_none() && begun.elapsed() < Duration::from_secs(60), "up does not come up:\n{text}");
+            assert!(
+                ended.is_none() && begun.elapsed() < Duration::from_secs(60),
+                "up does not come up:\n{text}"
+            );
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
@@ -100,7 +103,13 @@ impl Machine {
     }
 
     /// A request as somebody; the answer's status and body.
-    pub(crate) async fn ask(&self, token: &str, method: &str, path: &str, body: Option<(&str, String)>) -> (u16, Value) {
+    pub(crate) async fn ask(
+        &self,
+        token: &str,
+        method: &str,
+        path: &str,
+        body: Option<(&str, String)>,
+    ) -> (u16, Value) {
         let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
         let mut request = self.client.request(method, format!("{}{path}", self.address()));
         if !token.is_empty() {
@@ -148,7 +157,12 @@ impl Machine {
         run(
             "skopeo",
             &[
-                "copy", "--quiet", "--insecure-policy", "--dest-tls-verify=false", "--dest-authfile", &auth,
+                "copy",
+                "--quiet",
+                "--insecure-policy",
+                "--dest-tls-verify=false",
+                "--dest-authfile",
+                &auth,
                 &format!("oci:{}/image", dir.path().display()),
                 &format!("docker://127.0.0.1:{}/{image}", self.port),
             ],
@@ -165,7 +179,7 @@ impl Machine {
 
     /// Hands in a spec in YAML.
     pub(crate) async fn deploy(&self, tenant: &str, app: &str, rest: &str) -> (u16, Value) {
-        let spec = format!("spec: v1\nname: {app}\ncpu: 50m\nmemory: 64Mi\n{rest}");
+        let spec = format!("spec: v1\nname: {app}\ncpu: 50m\nmemory: 64Mi\nstop_grace: 1\n{rest}");
         let path = format!("/api/v1/tenants/{tenant}/apps/{app}");
         self.ask(&self.admin, "PUT", &path, Some(("application/yaml", spec))).await
     }
@@ -175,14 +189,24 @@ impl Machine {
     }
 
     /// Waits until an app is as it should be, for at most `seconds`.
-    pub(crate) async fn wait(&self, tenant: &str, app: &str, seconds: u64, what: impl Fn(&Value) -> bool) -> Value {
+    pub(crate) async fn wait(
+        &self,
+        tenant: &str,
+        app: &str,
+        seconds: u64,
+        what: impl Fn(&Value) -> bool,
+    ) -> Value {
         let begun = Instant::now();
         loop {
             let now = self.app(tenant, app).await;
             if what(&now) {
                 return now;
             }
-            assert!(begun.elapsed() < Duration::from_secs(seconds), "not in time: {now:#}\n{}", self.tail("agent"));
+            assert!(
+                begun.elapsed() < Duration::from_secs(seconds),
+                "not in time: {now:#}\n{}",
+                self.tail("agent")
+            );
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
@@ -211,17 +235,21 @@ impl Machine {
 
     /// Process id of an instance's container.
     pub(crate) fn pid(&self, instance: &Value) -> String {
-        let (good, text) = self.podman(&["inspect", "-f", "{{.State.Pid}}", instance["container"].as_str().unwrap()]);
+        let (good, text) =
+            self.podman(&["inspect", "-f", "{{.State.Pid}}", instance["container"].as_str().unwrap()]);
         assert!(good, "{text}");
         text.trim().to_owned()
     }
 
-    /// Runs busybox in the network namespace of an instance: what it prints, and whether it was good.
-    pub(crate) fn within(&self, instance: &Value, args: &[&str]) -> (bool, String) {
+    /// Fetches from within the network namespace of an instance: whether the page itself came. A mere
+    /// connection would prove nothing, a middle box may take it.
+    pub(crate) fn fetches(&self, instance: &Value, more: &[&str], url: &str) -> bool {
         let pid = self.pid(instance);
-        let mut all = vec!["-t", &pid, "-n", "timeout", "4", "busybox"];
-        all.extend(args);
-        run("nsenter", &all)
+        let mut all = vec!["-t", &pid, "-n", "curl", "-s", "-m", "3", "--noproxy", "*"];
+        all.extend(more);
+        all.push(url);
+        let (good, text) = run("nsenter", &all);
+        good && text.contains("hello")
     }
 }
 
@@ -276,7 +304,8 @@ pub(crate) fn oci_image(dir: &Path, command: &[&str]) {
         "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": put(config.to_string().as_bytes(), "config.v1+json"), "layers": [put(&layer, "layer.v1.tar")],
     });
-    let index = json!({"schemaVersion": 2, "manifests": [put(manifest.to_string().as_bytes(), "manifest.v1+json")]});
+    let index =
+        json!({"schemaVersion": 2, "manifests": [put(manifest.to_string().as_bytes(), "manifest.v1+json")]});
     fs::write(dir.join("image/index.json"), index.to_string()).unwrap();
     fs::write(dir.join("image/oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
 }

@@ -33,11 +33,20 @@ async fn set(args: &[&str]) -> Result<(), Error> {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&done.stderr).trim().to_owned();
-    if text.contains("File exists") { Ok(()) } else { Err(Error::Transient(format!("the network of an instance: {text}"))) }
+    if text.contains("File exists") {
+        Ok(())
+    } else {
+        Err(Error::Transient(format!("the network of an instance: {text}")))
+    }
 }
 
 /// Gives an instance its address, between the attachment of its network and its start.
-pub async fn address(bridge: &str, sandbox: &str, own: std::net::Ipv4Addr, subnet: Subnet) -> Result<(), Error> {
+pub async fn address(
+    bridge: &str,
+    sandbox: &str,
+    own: std::net::Ipv4Addr,
+    subnet: Subnet,
+) -> Result<(), Error> {
     let namespace = namespace_of(sandbox);
     let (gateway, prefix) = (subnet.gateway().to_string(), subnet.prefix());
     set(&["addr", "replace", &format!("{gateway}/{prefix}"), "dev", bridge]).await?;
