@@ -302,7 +302,7 @@ impl Config {
         } else if pools.range_size == 0 || pools.uid_end - pools.uid_start < pools.range_size {
             faults.push("the pool of user ids does not hold a single pools.range_size".into());
         }
-        if pools.block_size < 16 || pools.range_size % pools.block_size.max(1) != 0 {
+        if pools.block_size < 16 || !pools.range_size.is_multiple_of(pools.block_size.max(1)) {
             faults.push("pools.block_size is at least 16 and divides pools.range_size".into());
         }
         if pools.subnet_prefix < pools.network.prefix() || pools.subnet_prefix > 28 {

@@ -248,7 +248,7 @@ fn check(file: &Path, output: Output) -> Result<ExitCode, String> {
     } else {
         let colour = if std::io::stderr().is_terminal() { Colour::Always } else { Colour::Never };
         let shown = show(&String::from_utf8_lossy(&text), &file.display().to_string(), &faults, colour);
-        let _ = write!(std::io::stderr(), "{shown}{} fault(s)\n", faults.len());
+        let _ = writeln!(std::io::stderr(), "{shown}{} fault(s)", faults.len());
     }
     Ok(if faults.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

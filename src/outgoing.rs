@@ -2,7 +2,6 @@
 //! is used, and TLS is rustls with ring.
 
 /// A builder with what every client of the platform has in common.
-#[must_use]
 pub fn client() -> reqwest::ClientBuilder {
     // A second installation says so and changes nothing.
     let _ = rustls::crypto::ring::default_provider().install_default();

@@ -33,6 +33,7 @@ impl AppPath {
     }
 }
 
+/// `?dry_run=true`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PutQuery {

@@ -80,7 +80,7 @@ struct Observed {
 
 /// The state of an app in one word and in one sentence.
 #[must_use]
-pub fn state(app: &App, wanted: u32, tenant_state: &str) -> (&'static str, String) {
+pub(super) fn state(app: &App, wanted: u32, tenant_state: &str) -> (&'static str, String) {
     if app.deleted_at.is_some() {
         return ("deleting", "It is being removed.".into());
     }
@@ -114,8 +114,8 @@ pub fn state(app: &App, wanted: u32, tenant_state: &str) -> (&'static str, Strin
 
 /// What is wrong with an instance, with its true reason.
 fn trouble(instance: &InstanceObserved) -> Option<String> {
-    let bad =
-        matches!(instance.state, InstanceState::Waiting | InstanceState::Failed | InstanceState::Unhealthy);
+    // An instance that starts again is in trouble until it has run: what ended it last may do so again.
+    let bad = !matches!(instance.state, InstanceState::Running | InstanceState::Stopping);
     let ending = instance.last_end.as_ref()?;
     if !bad {
         return None;

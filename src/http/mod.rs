@@ -58,12 +58,11 @@ pub async fn outermost<B: MessageBody + 'static>(
     let metrics = req.app_data::<web::Data<Metrics>>().cloned();
     let registry = path.starts_with("/v2/") || path == "/auth/token";
     let outcome = AssertUnwindSafe(next.call(req)).catch_unwind().await;
-    let mut response = match outcome {
-        Ok(response) => response?.map_into_boxed_body(),
-        Err(_) => {
-            tracing::error!(request_id = id, path, "a handler panicked");
-            return Err(panicked(&id, secure));
-        }
+    let mut response = if let Ok(response) = outcome {
+        response?.map_into_boxed_body()
+    } else {
+        tracing::error!(request_id = id, path, "a handler panicked");
+        return Err(panicked(&id, secure));
     };
     if !registry {
         response = error::render(response, &id);

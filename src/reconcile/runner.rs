@@ -124,7 +124,7 @@ async fn work(pool: &PgPool, reconciler: &dyn Reconciler, lease: Lease, metrics:
 
 /// Renews the claim until it cannot be renewed any more; returns a second before it would end.
 async fn hold(pool: &PgPool, kind: &str, lease: Lease) {
-    let margin = Duration::from_secs_f64(store::LEASE_SECONDS) - Duration::from_secs(1);
+    let margin = Duration::from_secs_f64(store::LEASE_SECONDS - 1.0);
     let mut good_until = tokio::time::Instant::now() + margin;
     loop {
         tokio::time::sleep(RENEW).await;

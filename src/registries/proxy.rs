@@ -130,15 +130,14 @@ async fn get_manifest(
     asked: &Asked,
     reference: &str,
 ) -> Result<HttpResponse, OciError> {
-    let digest = match reference.parse::<Digest>() {
-        Ok(digest) => digest,
-        Err(_) => {
-            let tag: Tag = reference.parse().map_err(|_| OciError::unknown_manifest())?;
-            let mut conn = door.pool.acquire().await?;
-            store::find_tag(&mut conn, &asked.tenant, &asked.repository, &tag)
-                .await?
-                .ok_or_else(OciError::unknown_manifest)?
-        }
+    let digest = if let Ok(digest) = reference.parse::<Digest>() {
+        digest
+    } else {
+        let tag: Tag = reference.parse().map_err(|_| OciError::unknown_manifest())?;
+        let mut conn = door.pool.acquire().await?;
+        store::find_tag(&mut conn, &asked.tenant, &asked.repository, &tag)
+            .await?
+            .ok_or_else(OciError::unknown_manifest)?
     };
     pass(door, req, asked, &format!("manifests/{digest}")).await
 }

@@ -15,7 +15,7 @@ use crate::ids::Installation;
 use crate::uid_ranges::machine;
 
 /// The folder of the claims: the same for all installations of the machine.
-pub const FOLDER: &str = "/var/lib/bulkhead-claims";
+pub(super) const FOLDER: &str = "/var/lib/bulkhead-claims";
 
 /// The stretch of user ids that systemd's table leaves free (<https://systemd.io/UIDS-GIDS/>).
 const IDS: IdRange = IdRange { start: 1_879_048_192, size: 2_147_352_576 - 1_879_048_192 };

@@ -96,14 +96,15 @@ fn ensure_user(name: &str) -> Result<User, Failed> {
     Ok(User { name: name.into(), uid, gid })
 }
 
-fn free_port() -> Result<u16, Failed> {
+fn free_port() -> Result<(TcpListener, u16), Failed> {
     let listener = TcpListener::bind("127.0.0.1:0").map_err(io("no free port"))?;
-    Ok(listener.local_addr().map_err(io("no free port"))?.port())
+    let port = listener.local_addr().map_err(io("no free port"))?.port();
+    Ok((listener, port))
 }
 
 impl Folder {
     /// Opens the folder, made ready if it is new. A second opener is told so.
-    pub fn open(path: &Path) -> Result<Self, Failed> {
+    pub fn open(path: &Path, listen: Option<SocketAddr>) -> Result<Self, Failed> {
         fs::create_dir_all(path).map_err(io(format!("{} cannot be made", path.display())))?;
         let path = path.canonicalize().map_err(io(path.display()))?;
         if path.as_os_str().len() > 70 {
@@ -126,7 +127,7 @@ impl Folder {
         let user = |part: &str| ensure_user(&format!("bk{}-{part}", claim.installation));
         let (serve, db) = (user("serve")?, user("db")?);
         let (registry, prober) = (user("registry")?, user("prober")?);
-        let ports = ports(&path)?;
+        let ports = ports(&path, listen.map(|listen| listen.port()))?;
         let folder = Self { path, claim, serve, db, registry, prober, ports, _lock: lock };
         folder.lay_out()?;
         Ok(folder)
@@ -306,12 +307,20 @@ fn check_format(path: &Path) -> Result<(), Failed> {
     }
 }
 
-fn ports(path: &Path) -> Result<Ports, Failed> {
+fn ports(path: &Path, taken: Option<u16>) -> Result<Ports, Failed> {
     let file = path.join("ports.json");
     if let Ok(text) = fs::read_to_string(&file) {
         return serde_json::from_str(&text).map_err(|error| Failed::doing(file.display(), error));
     }
-    let ports = Ports { pull: free_port()?, registry: free_port()? };
+    // Both are held while the other is chosen, and neither is the one that was asked for.
+    let mut chosen = Vec::new();
+    while chosen.len() < 2 {
+        let (listener, port) = free_port()?;
+        if Some(port) != taken {
+            chosen.push((listener, port));
+        }
+    }
+    let ports = Ports { pull: chosen[0].1, registry: chosen[1].1 };
     let text = serde_json::to_string(&ports).map_err(|error| Failed(error.to_string()))?;
     fs::write(&file, text).map_err(io(file.display()))?;
     Ok(ports)

@@ -33,6 +33,7 @@ fn texts(list: &[&str]) -> Vec<String> {
 }
 
 /// The table, in the order in which they start.
+#[must_use]
 pub fn table(folder: &Folder, postgres: &Path, binaries: &Path) -> Vec<Process> {
     let at = |name: &str| folder.path.join(name).display().to_string();
     let binary = |name: &str| binaries.join(name).display().to_string();

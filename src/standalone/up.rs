@@ -52,7 +52,7 @@ pub async fn up(options: Options) -> Result<(), Failed> {
     for finding in findings.iter().filter(|f| f.status == doctor::Status::Warning) {
         say(format!("note: {}: {}", finding.check, finding.finding));
     }
-    let folder = Folder::open(&options.data)?;
+    let folder = Folder::open(&options.data, Some(options.listen))?;
     let (major, bin) = postgres::programs().ok_or_else(|| Failed("Postgres is not installed".into()))?;
     say(format!("installation {} in {}", folder.claim.installation, folder.path.display()));
     write_settings(&folder, &options)?;

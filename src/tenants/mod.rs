@@ -102,9 +102,10 @@ fn bad(path: &str, message: impl Into<String>) -> Fault {
 fn cpu(size: &Size) -> Option<i64> {
     match size {
         Size::Number(millis) => Some(*millis),
-        Size::Text(text) => match text.strip_suffix('m') {
-            Some(millis) => millis.parse().ok(),
-            None => {
+        Size::Text(text) => {
+            if let Some(millis) = text.strip_suffix('m') {
+                millis.parse().ok()
+            } else {
                 let (whole, part) = text.split_once('.').unwrap_or((text, ""));
                 if part.len() > 3 || !part.bytes().all(|b| b.is_ascii_digit()) {
                     return None;
@@ -112,7 +113,7 @@ fn cpu(size: &Size) -> Option<i64> {
                 let part: i64 = format!("{part:0<3}").parse().ok()?;
                 whole.parse::<i64>().ok()?.checked_mul(1000)?.checked_add(part)
             }
-        },
+        }
     }
 }
 

@@ -150,7 +150,7 @@ pub(super) async fn insert_steps(conn: &mut PgConnection, id: TenantId, steps: &
 
 /// A step of an offboarding as shown.
 #[derive(Debug, Clone, Serialize)]
-pub struct Step {
+pub(super) struct Step {
     /// Name.
     pub name: String,
     /// `waiting`, `running`, `done`.

@@ -1,6 +1,8 @@
 //! The platform on the real machine: `bulkhead up` with its Postgres, registry, engine and firewall,
 //! ordinary clients, real containers.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on panics")]
+
 mod access;
 mod attacks;
 mod contained;

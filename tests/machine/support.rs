@@ -43,7 +43,7 @@ impl Machine {
             client: bulkhead::outgoing::client().build().unwrap(),
         };
         machine.up().await;
-        machine.id = machine.agent_config()["installation"].as_str().unwrap().to_owned();
+        machine.id = machine.agent_config()["installation"].as_str().unwrap().into();
         machine.admin = machine.token(&["--admin", "--name", "test"]);
         machine
     }

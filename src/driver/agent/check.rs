@@ -20,7 +20,7 @@ fn path_is_good(path: &str) -> bool {
 }
 
 /// What is wrong with a workload, if anything.
-pub fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String> {
+pub(super) fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String> {
     let no = |why: &str| Err(why.to_owned());
     let w = workload;
     if w.block.size < 16 || w.block.size > 65_536 {

@@ -25,20 +25,20 @@ enum Entry {
 
 /// A tenant as recorded.
 #[derive(Debug, Clone)]
-pub struct Recorded {
+pub(super) struct Recorded {
     /// Identity.
-    pub tenant_id: TenantId,
+    pub(super) tenant_id: TenantId,
     /// Number of the network.
-    pub network: u32,
+    pub(super) network: u32,
     /// Subnet.
-    pub subnet: Subnet,
+    pub(super) subnet: Subnet,
     ranges: Vec<IdRange>,
     retired: bool,
 }
 
 /// The journal.
 #[derive(Debug)]
-pub struct Journal {
+pub(super) struct Journal {
     file: File,
     tenants: HashMap<TenantName, Recorded>,
     blocks: HashMap<AppId, (TenantName, AppName, IdRange)>,
@@ -47,7 +47,7 @@ pub struct Journal {
 impl Journal {
     /// Opens the journal; a line that cannot be read refuses the start: root's record is whole or
     /// nothing. Only a last line that was cut off by a crash is dropped, since nobody was told yes.
-    pub fn open(path: &Path) -> Result<Self, String> {
+    pub(super) fn open(path: &Path) -> Result<Self, String> {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
@@ -102,7 +102,7 @@ impl Journal {
 
     /// Records a tenant's place, or finds it as it was recorded. Ranges may be added, nothing else
     /// ever changes.
-    pub fn claim_tenant(&mut self, config: &AgentConfig, grant: &TenantGrant) -> Result<(), String> {
+    pub(super) fn claim_tenant(&mut self, config: &AgentConfig, grant: &TenantGrant) -> Result<(), String> {
         if grant.ranges.is_empty() || grant.ranges.len() > 256 {
             return Err("a tenant has 1 to 256 id ranges".into());
         }
@@ -122,33 +122,30 @@ impl Journal {
         if !(pool.contains(grant.subnet.address()) && grant.subnet.prefix() >= pool.prefix()) {
             return Err("the subnet lies outside the installation's pool".into());
         }
-        match self.tenants.get(&grant.tenant) {
-            Some(known) => {
-                if known.retired {
-                    return Err("this tenant has left; its name and ids are burnt".into());
-                }
-                if (known.tenant_id, known.network, known.subnet)
-                    != (grant.tenant_id, grant.network, grant.subnet)
-                {
-                    return Err("the journal has another identity, network or subnet for this tenant".into());
-                }
+        if let Some(known) = self.tenants.get(&grant.tenant) {
+            if known.retired {
+                return Err("this tenant has left; its name and ids are burnt".into());
             }
-            None => {
-                let taken = |r: &Recorded| {
-                    r.network == grant.network
-                        || r.tenant_id == grant.tenant_id
-                        || r.subnet.overlaps(grant.subnet)
-                };
-                if self.tenants.values().any(taken) {
-                    return Err("the identity, network or subnet belongs to another tenant".into());
-                }
-                self.write(Entry::Tenant {
-                    tenant: grant.tenant.clone(),
-                    tenant_id: grant.tenant_id,
-                    network: grant.network,
-                    subnet: grant.subnet,
-                })?;
+            if (known.tenant_id, known.network, known.subnet)
+                != (grant.tenant_id, grant.network, grant.subnet)
+            {
+                return Err("the journal has another identity, network or subnet for this tenant".into());
             }
+        } else {
+            let taken = |r: &Recorded| {
+                r.network == grant.network
+                    || r.tenant_id == grant.tenant_id
+                    || r.subnet.overlaps(grant.subnet)
+            };
+            if self.tenants.values().any(taken) {
+                return Err("the identity, network or subnet belongs to another tenant".into());
+            }
+            self.write(Entry::Tenant {
+                tenant: grant.tenant.clone(),
+                tenant_id: grant.tenant_id,
+                network: grant.network,
+                subnet: grant.subnet,
+            })?;
         }
         for range in &grant.ranges {
             let known = self.tenants.get(&grant.tenant).is_some_and(|r| r.ranges.contains(range));
@@ -160,7 +157,7 @@ impl Journal {
     }
 
     /// Records an app's block, or finds it as it was recorded.
-    pub fn claim_block(
+    pub(super) fn claim_block(
         &mut self,
         tenant: &TenantName,
         app: &AppName,
@@ -186,24 +183,24 @@ impl Journal {
 
     /// A tenant that has not left.
     #[must_use]
-    pub fn tenant(&self, name: &TenantName) -> Option<&Recorded> {
+    pub(super) fn tenant(&self, name: &TenantName) -> Option<&Recorded> {
         self.tenants.get(name).filter(|recorded| !recorded.retired)
     }
 
     /// A tenant, also one that has left.
     #[must_use]
-    pub fn ever(&self, name: &TenantName) -> Option<&Recorded> {
+    pub(super) fn ever(&self, name: &TenantName) -> Option<&Recorded> {
         self.tenants.get(name)
     }
 
     /// The tenant and name that an app was recorded with.
     #[must_use]
-    pub fn app(&self, id: AppId) -> Option<(&TenantName, &AppName)> {
+    pub(super) fn app(&self, id: AppId) -> Option<(&TenantName, &AppName)> {
         self.blocks.get(&id).map(|(tenant, app, _)| (tenant, app))
     }
 
     /// Records that a tenant has left.
-    pub fn retire(&mut self, tenant: &TenantName) -> Result<(), String> {
+    pub(super) fn retire(&mut self, tenant: &TenantName) -> Result<(), String> {
         if self.tenant(tenant).is_some() {
             self.write(Entry::Retired { tenant: tenant.clone() })?;
         }

@@ -148,7 +148,7 @@ impl Kept {
                 {
                     Ok(kept) => all.push(kept),
                     Err(error) => {
-                        tracing::error!(path = %path.display(), error, "this record cannot be read")
+                        tracing::error!(path = %path.display(), error, "this record cannot be read");
                     }
                 }
             }

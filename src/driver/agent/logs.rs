@@ -20,7 +20,7 @@ const CHUNK: u64 = 4 << 20;
 
 /// The log of one instance.
 #[derive(Debug)]
-pub struct Tail {
+pub(super) struct Tail {
     raw: PathBuf,
     dir: PathBuf,
     instance: u32,
@@ -32,7 +32,7 @@ pub struct Tail {
 impl Tail {
     /// Reads along a raw log into segments `<instance>.log` and `<instance>.log.1` of a folder.
     #[must_use]
-    pub fn new(raw: PathBuf, dir: PathBuf, instance: u32) -> Self {
+    pub(super) fn new(raw: PathBuf, dir: PathBuf, instance: u32) -> Self {
         let written = std::fs::metadata(dir.join(format!("{instance}.log"))).map_or(0, |m| m.len());
         let offset = std::fs::read_to_string(dir.join(format!("{instance}.offset")))
             .ok()
@@ -46,7 +46,7 @@ impl Tail {
     }
 
     /// Takes over what is new; returns the lines for whoever follows.
-    pub fn advance(&mut self) -> std::io::Result<Vec<LogLine>> {
+    pub(super) fn advance(&mut self) -> std::io::Result<Vec<LogLine>> {
         let mut file = match File::open(&self.raw) {
             Ok(file) => file,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -80,7 +80,7 @@ impl Tail {
 
     /// A line of the platform itself.
     #[must_use]
-    pub fn note(&self, text: &str) -> LogLine {
+    pub(super) fn note(&self, text: &str) -> LogLine {
         LogLine {
             instance: self.instance,
             at: OffsetDateTime::now_utc(),
@@ -90,7 +90,7 @@ impl Tail {
     }
 
     /// Appends lines to the segments.
-    pub fn write(&mut self, lines: &[LogLine]) -> std::io::Result<()> {
+    pub(super) fn write(&mut self, lines: &[LogLine]) -> std::io::Result<()> {
         if lines.is_empty() {
             return Ok(());
         }
@@ -111,7 +111,7 @@ impl Tail {
     }
 
     /// Forgets the raw log; the next one starts anew.
-    pub fn restart(&mut self) {
+    pub(super) fn restart(&mut self) {
         let _ = std::fs::remove_file(&self.raw);
         self.offset = 0;
         self.partial.clear();
@@ -138,14 +138,14 @@ fn parse(line: &[u8], instance: u32) -> Option<LogLine> {
 }
 
 /// The last lines of an app's instances, oldest first.
-pub fn last(dir: &Path, instance: Option<u32>, count: usize) -> Vec<LogLine> {
+pub(super) fn last(dir: &Path, instance: Option<u32>, count: usize) -> Vec<LogLine> {
     let mut lines = std::collections::VecDeque::new();
     let mut files: Vec<(u32, PathBuf)> = Vec::new();
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let number = name.split('.').next().and_then(|n| n.parse::<u32>().ok());
         if let Some(number) = number.filter(|n| instance.is_none_or(|wanted| wanted == *n))
-            && (name.ends_with(".log") || name.ends_with(".log.1"))
+            && [format!("{number}.log"), format!("{number}.log.1")].contains(&name)
         {
             files.push((number, entry.path()));
         }

@@ -4,22 +4,22 @@ use crate::driver::workload::{Update, Workload};
 
 /// An instance as far as the plan is concerned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Part {
+pub(super) struct Part {
     /// Number.
-    pub number: u32,
+    pub(super) number: u32,
     /// Release that it runs.
-    pub revision: i64,
+    pub(super) revision: i64,
     /// Whether it runs and is well.
-    pub well: bool,
+    pub(super) well: bool,
     /// Whether it is being stopped already.
-    pub stopping: bool,
+    pub(super) stopping: bool,
     /// Place among the app's addresses.
-    pub slot: usize,
+    pub(super) slot: usize,
 }
 
 /// One step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub(super) enum Step {
     /// Make an instance of the desired revision at this place.
     Create(usize),
     /// Stop and remove an instance.
@@ -28,7 +28,7 @@ pub enum Step {
 
 /// The next steps. Each round does what is safe now; the next round looks again.
 #[must_use]
-pub fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
+pub(super) fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
     let wanted = workload.instances as usize;
     let current = |part: &&Part| part.revision == workload.revision && !part.stopping;
     let old = |part: &&Part| part.revision != workload.revision && !part.stopping;
@@ -203,7 +203,7 @@ mod tests {
             for step in plan(&w, &parts) {
                 match step {
                     Step::Create(slot) => {
-                        parts.push(Part { number: 50, revision: 2, well: false, stopping: false, slot })
+                        parts.push(Part { number: 50, revision: 2, well: false, stopping: false, slot });
                     }
                     Step::Stop(number) => panic!("stopped {number}"),
                 }

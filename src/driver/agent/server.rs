@@ -290,7 +290,11 @@ async fn stream_logs(agent: &Arc<Agent>, frames: &mut Frames, query: &LogQuery) 
             return;
         }
     }
-    while query.follow {
+    if !query.follow {
+        let _ = send(frames, &Reply::Done {}).await;
+        return;
+    }
+    loop {
         tokio::select! {
             line = live.recv() => {
                 let line = match line {
