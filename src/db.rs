@@ -134,7 +134,13 @@ impl<T> Page<T> {
     }
 }
 
-/// Refuses to run on a schema that is older or newer than this binary knows.
+/// Whether the database answers.
+pub async fn ping(pool: &PgPool) -> Result<(), sqlx::Error> {
+    sqlx::query("SELECT 1").execute(pool).await.map(drop)
+}
+
+/// Refuses to run on a schema that is older than this binary needs. A newer one is fine: migrations
+/// expand before they contract.
 pub async fn check_schema(pool: &PgPool) -> Result<(), Error> {
     let applied: Vec<i64> =
         sqlx::query_scalar("SELECT version FROM _sqlx_migrations WHERE success ORDER BY version")

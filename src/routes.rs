@@ -8,8 +8,9 @@ use askama::Template;
 use crate::access::extract::{Authorizes, SignedIn};
 use crate::access::{self, Authority, Public};
 use crate::error::Error;
-use crate::http::{self, html};
-use crate::{apps, registries, tenants, uid_ranges};
+use crate::fault::catalogue;
+use crate::http::html;
+use crate::{apps, db, registries, tenants, uid_ranges};
 
 /// Arguments of a handler of which the first decides about authority.
 pub trait Authorized {}
@@ -70,7 +71,7 @@ pub fn configure(cfg: &mut web::ServiceConfig) {
     api(cfg);
     console(cfg);
     registry(cfg);
-    cfg.route("/healthz", on(Method::GET, healthz)).route("/readyz", on(Method::GET, crate::startup::readyz));
+    cfg.route("/healthz", on(Method::GET, healthz)).route("/readyz", on(Method::GET, readyz));
 }
 
 /// What the engine's listener answers: pulls, and nothing else.
@@ -151,6 +152,18 @@ async fn healthz(_: Public) -> HttpResponse {
     HttpResponse::Ok().content_type("text/plain").body("alive\n")
 }
 
+/// Whether requests can be served; what of the rest is there is said beside it.
+async fn readyz(
+    _: Public,
+    pool: web::Data<sqlx::PgPool>,
+    registry: web::Data<registries::Distribution>,
+) -> HttpResponse {
+    let database = db::ping(&pool).await.is_ok();
+    let registry = registry.ping().await.is_ok();
+    let body = serde_json::json!({"database": database, "registry": registry});
+    if database { HttpResponse::Ok().json(body) } else { HttpResponse::ServiceUnavailable().json(body) }
+}
+
 #[derive(Template)]
 #[template(path = "docs/error.html")]
 struct ErrorDoc {
@@ -160,7 +173,7 @@ struct ErrorDoc {
 }
 
 async fn error_page(_: Public, code: web::Path<String>) -> Result<HttpResponse, Error> {
-    let found = http::error::explanation(&code).ok_or(Error::NotFound)?;
+    let found = catalogue::explanation(&code).ok_or(Error::NotFound)?;
     html::page(&ErrorDoc { code: found.code.to_string(), title: found.title, text: found.text })
 }
 
@@ -171,9 +184,7 @@ struct ErrorsDoc {
 }
 
 async fn errors_page(_: Public) -> Result<HttpResponse, Error> {
-    let mut rows: Vec<_> =
-        http::error::catalogues().map(|entry| (entry.code.to_string(), entry.title)).collect();
-    rows.sort();
+    let rows = catalogue::all().map(|entry| (entry.code.to_string(), entry.title)).collect();
     html::page(&ErrorsDoc { rows })
 }
 

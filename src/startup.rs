@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use actix_web::middleware::from_fn;
 use actix_web::{App, HttpResponse, HttpServer, web};
-use serde_json::json;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
@@ -132,17 +131,8 @@ impl Platform {
         .app_data(web::Data::<dyn Driver>::from(Arc::clone(&self.driver)))
         .app_data(web::Data::<dyn Holders>::from(holders))
         .app_data(web::Data::new(apps))
-        .app_data(web::Data::new(self.clone()))
         .configure(routes::configure);
     }
-}
-
-/// GET /readyz: whether requests can be served; what of the rest is there is said beside it.
-pub async fn readyz(_: Public, platform: web::Data<Platform>) -> HttpResponse {
-    let database = sqlx::query("SELECT 1").execute(&platform.pool).await.is_ok();
-    let registry = platform.registry.ping().await.is_ok();
-    let body = json!({"database": database, "registry": registry});
-    if database { HttpResponse::Ok().json(body) } else { HttpResponse::ServiceUnavailable().json(body) }
 }
 
 async fn metrics(_: Public, metrics: web::Data<Metrics>) -> HttpResponse {

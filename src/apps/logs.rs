@@ -12,6 +12,7 @@ use super::store;
 use crate::access::{ReadTenant, TenantScope};
 use crate::driver::{Driver, LogLine, LogQuery, LogStreamName};
 use crate::error::Error;
+use crate::fault::plain;
 
 /// `?instance=&tail=&follow=`
 #[derive(Deserialize)]
@@ -36,12 +37,8 @@ pub fn clean(text: &str) -> String {
     for c in text.chars() {
         match c {
             '\t' => out.push('\t'),
-            c if c.is_control()
-                || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') =>
-            {
-                out.extend(c.escape_unicode());
-            }
-            c => out.push(c),
+            c if plain(c) == c => out.push(c),
+            c => out.extend(c.escape_unicode()),
         }
     }
     out

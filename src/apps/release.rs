@@ -3,7 +3,7 @@
 use serde_json::Value;
 use time::OffsetDateTime;
 
-use super::spec::{AppSpec, Format};
+use super::spec::AppSpec;
 use crate::driver::workload::{IdRange, InsideUser, Update, Workload, WorkloadImage};
 use crate::error::Error;
 use crate::ids::{AppId, AppName, Digest, RepositoryPath, Tag, TenantName};
@@ -68,8 +68,7 @@ pub enum Running {
 impl Release {
     /// The spec, parsed again: what the database holds went through the same door.
     pub fn parse_spec(&self) -> Result<AppSpec, Error> {
-        AppSpec::parse(self.spec.to_string().as_bytes(), Format::Json)
-            .map_err(|_| Error::internal("a stored spec has faults"))
+        AppSpec::from_stored(&self.spec).map_err(|_| Error::internal("a stored spec has faults"))
     }
 
     /// The image as people write it.

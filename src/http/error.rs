@@ -10,18 +10,7 @@ use actix_web::{HttpResponse, ResponseError};
 use serde_json::json;
 
 use crate::error::Error;
-use crate::fault::Explanation;
-
-/// Every explained code: API errors, faults of a spec, faults of an image.
-#[must_use]
-pub fn explanation(code: &str) -> Option<&'static Explanation> {
-    catalogues().find(|entry| entry.code.to_string() == code)
-}
-
-/// All of them, in no order.
-pub fn catalogues() -> impl Iterator<Item = &'static Explanation> {
-    crate::error::CATALOGUE.iter().chain(crate::apps::spec::CATALOGUE).chain(crate::images::CATALOGUE)
-}
+use crate::fault::catalogue::explanation;
 
 fn status(error: &Error) -> StatusCode {
     match error {
@@ -125,21 +114,4 @@ pub fn render(response: ServiceResponse<BoxBody>, request_id: &str) -> ServiceRe
     response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
     let response = response.set_body(BoxBody::new(text));
     ServiceResponse::new(request, response)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_code_is_explained_once() {
-        let mut codes: Vec<_> = catalogues().map(|entry| entry.code.0).collect();
-        let count = codes.len();
-        codes.sort_unstable();
-        codes.dedup();
-        assert_eq!(codes.len(), count);
-        for code in [400, 401, 403, 404, 409, 410, 412, 413, 422, 423, 500, 503] {
-            assert!(explanation(&format!("BH-{code}")).is_some(), "{code}");
-        }
-    }
 }

@@ -1,7 +1,7 @@
 //! Images: what a manifest and a config say, read strictly, and what that means for running it.
 
 use crate::driver::workload::InsideUser;
-use crate::fault::{Code, Explanation, Fault, Kind};
+use crate::fault::{Code, Fault, Kind};
 
 pub mod config;
 pub mod manifest;
@@ -9,55 +9,6 @@ pub mod names;
 
 pub use config::ImageConfig;
 pub use names::Names;
-
-/// Faults of images.
-pub const CATALOGUE: &[Explanation] = &[
-    Explanation {
-        code: Code(200),
-        title: "The image is not there",
-        text: "The tenant's registry project has no such repository, tag or digest. Push the image first; GET .../repositories lists what is there.",
-    },
-    Explanation {
-        code: Code(201),
-        title: "The image is for another platform",
-        text: "Apps run on linux/amd64. Build with --platform linux/amd64, or push an index that has it.",
-    },
-    Explanation {
-        code: Code(202),
-        title: "The image has no command",
-        text: "Neither the image (ENTRYPOINT, CMD) nor the spec (command, args) says what to run.",
-    },
-    Explanation {
-        code: Code(203),
-        title: "The image cannot be read",
-        text: "Its manifest or config is malformed: the detail says how. Build and push it again with an up-to-date client.",
-    },
-    Explanation {
-        code: Code(210),
-        title: "The image wants to be root",
-        text: "No USER, or root: it runs as user 1000 inside, without privileges. Set USER to a number from 1 to 1023 (or 1000) in the Dockerfile and give that user the files that it must read.",
-    },
-    Explanation {
-        code: Code(211),
-        title: "The image's user is beyond its block",
-        text: "Inside, ids 0 to 1023 exist. Set USER to a number from 1 to 1023 in the Dockerfile.",
-    },
-    Explanation {
-        code: Code(212),
-        title: "The image's user is not found",
-        text: "USER is a name that the image's /etc/passwd does not have (or that file cannot be read): it runs as user 1000 inside. Write a number in the Dockerfile.",
-    },
-    Explanation {
-        code: Code(213),
-        title: "The image declares volumes",
-        text: "The root file system is read-only, and VOLUME gives nothing here. Name the paths under scratch if the app writes to them.",
-    },
-    Explanation {
-        code: Code(214),
-        title: "The image exposes another port",
-        text: "EXPOSE names ports, none of which is the spec's port. Probably one of both is wrong.",
-    },
-];
 
 /// User and group for an image that names none that is possible.
 const FALLBACK: InsideUser = InsideUser { uid: 1000, gid: 1000 };

@@ -138,7 +138,7 @@ pub(super) fn cpu(text: &str) -> Option<u32> {
             return None;
         }
         let scale = [100, 10, 1][part.len() - 1];
-        whole.parse::<u64>().ok()?.checked_mul(1_000)? + part.parse::<u64>().ok()? * scale
+        whole.parse::<u64>().ok()?.checked_mul(1_000)?.checked_add(part.parse::<u64>().ok()? * scale)?
     };
     u32::try_from(millis).ok().filter(|millis| (10..=1_000_000).contains(millis))
 }

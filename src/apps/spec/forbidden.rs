@@ -2,8 +2,8 @@
 //! folded: `hostNetwork`, `host_network` and `host-network` are one name. The list follows the Pod
 //! Security Standards with their Compose, Marathon, Nomad and Kubernetes spellings.
 
-use super::catalogue as code;
 use crate::fault::Code;
+use crate::fault::catalogue as code;
 
 /// What to say about a forbidden name.
 pub(super) struct Forbidden {

@@ -3,28 +3,26 @@
 
 use std::borrow::Cow;
 
-use super::catalogue as code;
-use super::tree::{At, Budget, Key, Node, Value, broken, duplicate, duplicate_fault};
+use super::tree::{At, Budget, Key, Node, Value, broken};
 use crate::fault::Fault;
+use crate::fault::catalogue as code;
 
 struct Reader<'a> {
     source: &'a str,
     bytes: &'a [u8],
     at: usize,
     budget: Budget,
-    duplicates: Vec<Fault>,
 }
 
-/// Reads a document; duplicates are returned beside the tree, because they do not hide other faults.
-pub(super) fn read(source: &str) -> Result<(Node<'_>, Vec<Fault>), Fault> {
-    let mut reader =
-        Reader { source, bytes: source.as_bytes(), at: 0, budget: Budget::default(), duplicates: Vec::new() };
+/// Reads a document.
+pub(super) fn read(source: &str) -> Result<Node<'_>, Fault> {
+    let mut reader = Reader { source, bytes: source.as_bytes(), at: 0, budget: Budget::default() };
     let node = reader.value(1)?;
     reader.space();
     if reader.at < reader.bytes.len() {
         return Err(reader.fault("there is something after the end of the document"));
     }
-    Ok((node, reader.duplicates))
+    Ok(node)
 }
 
 impl<'a> Reader<'a> {
@@ -236,9 +234,6 @@ impl<'a> Reader<'a> {
                 }
                 _ => return Err(self.fault("here a , or } should stand")),
             }
-        }
-        if let Some(key) = duplicate(&entries) {
-            self.duplicates.push(duplicate_fault(self.source, key));
         }
         Ok(Value::Map(entries))
     }

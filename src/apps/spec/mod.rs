@@ -7,10 +7,9 @@
 use std::collections::BTreeMap;
 
 use crate::driver::workload::Health;
-use crate::fault::{Fault, Kind};
+use crate::fault::{Fault, Kind, catalogue};
 use crate::ids::AppName;
 
-mod catalogue;
 mod fields;
 mod forbidden;
 mod json;
@@ -21,7 +20,6 @@ mod show;
 mod tree;
 mod yaml;
 
-pub use catalogue::CATALOGUE;
 pub use fields::{GRACE, GRACE_DEFAULT, INSTANCES, ImageRef, ImageReference, LEAST_MEMORY, STOP_GRACE, TMP};
 pub use schema::schema;
 pub use show::{Colour, show};
@@ -61,12 +59,23 @@ impl AppSpec {
     /// Reads a document. All its faults are reported together, by place; only a document that is no
     /// document at all stops at its first one.
     pub fn parse(text: &[u8], format: Format) -> Result<Self, Vec<Fault>> {
-        let source = text_of(text).map_err(|fault| vec![fault])?;
+        text_of(text).map_err(|fault| vec![fault]).and_then(|source| Self::read(source, format))
+    }
+
+    /// Reads a spec as [`AppSpec::to_json`] printed it. The size of a document is a bound for what is
+    /// handed in: printed, the same spec can be larger, by the escapes of its texts.
+    pub fn from_stored(stored: &serde_json::Value) -> Result<Self, Vec<Fault>> {
+        Self::read(&stored.to_string(), Format::Json)
+    }
+
+    fn read(source: &str, format: Format) -> Result<Self, Vec<Fault>> {
         let read = match format {
             Format::Json => json::read(source),
             Format::Yaml => yaml::read(source),
         };
-        let (node, mut faults) = read.map_err(|fault| vec![fault])?;
+        let node = read.map_err(|fault| vec![fault])?;
+        let mut faults = Vec::new();
+        tree::find_duplicates(source, &node, "", &mut faults);
         let spec = read::walk(source, &node, &mut faults);
         match spec {
             Some(spec) if faults.is_empty() => Ok(spec),

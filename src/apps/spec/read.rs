@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::fields::{self, ImageRef};
-use super::tree::{At, Key, Node, Value, clean};
-use super::{AppSpec, catalogue as code, forbidden};
+use super::tree::{At, Key, Node, Value, below, clean};
+use super::{AppSpec, forbidden};
 use crate::driver::workload::{Health, HealthCheck};
+use crate::fault::catalogue as code;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::AppName;
 
@@ -14,6 +15,9 @@ use crate::ids::AppName;
 pub(super) fn walk(source: &str, node: &Node<'_>, faults: &mut Vec<Fault>) -> Option<AppSpec> {
     Walk { source, faults }.document(node)
 }
+
+/// Most faults that are listed.
+const MANY: usize = 200;
 
 struct Walk<'s, 'f> {
     source: &'s str,
@@ -28,6 +32,18 @@ fn get<'n, 'a>(entries: Entries<'n, 'a>, name: &str) -> Option<&'n Node<'a>> {
 
 impl Walk<'_, '_> {
     fn add(&mut self, at: At, fault: Fault) {
+        // A document of nothing but faults is not worth more work than its first ones.
+        if self.faults.len() >= MANY {
+            if self.faults.len() == MANY {
+                self.faults.push(Fault::new(
+                    code::MANY,
+                    Kind::Invalid,
+                    "",
+                    "there are more faults than are listed",
+                ));
+            }
+            return;
+        }
         let (line, column) = at.place(self.source);
         self.faults.push(fault.at(line, column));
     }
@@ -66,7 +82,7 @@ impl Walk<'_, '_> {
 
     fn unknown(&mut self, key: &Key<'_>, path: &str, known: &[&str], entries: Entries<'_, '_>) {
         let name = clean(&key.name);
-        let full = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+        let full = below(path, &key.name);
         let fault = if let Some(ours) = forbidden::renamed(&name) {
             Fault::new(code::UNKNOWN, Kind::Unknown, full, format!("there is no field {name}"))
                 .because("here it has another name")

@@ -2,7 +2,10 @@
 
 use std::fmt::Write as _;
 
-use crate::fault::{Fault, Kind};
+use crate::fault::{Fault, Kind, plain};
+
+/// Characters of a source line that are shown.
+const WINDOW: usize = 160;
 
 /// Whether to use colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,47 +28,49 @@ pub fn show(source: &str, file: &str, faults: &[Fault], colour: Colour) -> Strin
     let mut out = String::new();
     for fault in faults {
         let (word, code) = if fault.kind == Kind::Warning { ("warning", "33") } else { ("error", "31") };
-        let path = if fault.path.is_empty() { String::new() } else { format!("{}: ", fault.path) };
+        let path = if fault.path.is_empty() { String::new() } else { format!("{}: ", visible(&fault.path)) };
         let _ = writeln!(
             out,
             "{}: {}{}",
             paint(code, &format!("{word}[{}]", fault.code)),
             path,
-            paint("1", &fault.message)
+            paint("1", &visible(&fault.message))
         );
         if fault.line > 0 {
-            let _ = writeln!(out, "  --> {file}:{}:{}", fault.line, fault.column);
+            let _ = writeln!(out, "  --> {}:{}:{}", visible(file), fault.line, fault.column);
             if let Some(line) = lines.get(fault.line as usize - 1) {
                 let number = fault.line.to_string();
-                let before: String =
-                    line.chars().take(fault.column.saturating_sub(1) as usize).map(visible).collect();
-                let line: String = line.chars().take(200).map(visible).collect();
-                let gap: String = before.chars().map(|c| if width(c) == 2 { "  " } else { " " }).collect();
+                let (line, at) = window(line, fault.column as usize);
+                let gap = " ".repeat(line.chars().take(at).map(width).sum());
                 let _ = writeln!(out, "   {number} | {line}");
                 let _ = writeln!(out, "   {} | {gap}{}", " ".repeat(number.len()), paint(code, "^"));
             }
         }
         if let Some(reason) = &fault.reason {
-            let _ = writeln!(out, "  why: {reason}");
+            let _ = writeln!(out, "  why: {}", visible(reason));
         }
         if let Some(suggestion) = &fault.suggestion {
-            let _ = writeln!(out, "  instead: {suggestion}");
+            let _ = writeln!(out, "  instead: {}", visible(suggestion));
         }
         out.push('\n');
     }
     out
 }
 
-fn visible(c: char) -> char {
-    match c {
-        '\t' => ' ',
-        c if c.is_control()
-            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') =>
-        {
-            '\u{fffd}'
-        }
-        c => c,
+fn visible(text: &str) -> String {
+    text.chars().map(|c| if c == '\t' { ' ' } else { plain(c) }).collect()
+}
+
+/// The part of a line around a column (from 1), and the column's place in it: a long line is cut on
+/// both sides.
+fn window(line: &str, column: usize) -> (String, usize) {
+    let at = column.saturating_sub(1).min(line.chars().count());
+    let from = if at > WINDOW * 3 / 4 { at - WINDOW / 2 } else { 0 };
+    let mut part = visible(&line.chars().skip(from).take(WINDOW).collect::<String>());
+    if line.chars().count() > from + WINDOW {
+        part.push('…');
     }
+    if from > 0 { (format!("…{part}"), at - from + 1) } else { (part, at) }
 }
 
 /// Columns that a character takes: the wide blocks of East Asian scripts and emoji take two.

@@ -136,6 +136,7 @@ fn each_rule_has_its_code() {
         ("cpu", "cpu: 0.0001", 119),
         ("cpu", "cpu: -1", 119),
         ("cpu", "cpu: 1e3", 119),
+        ("cpu", "cpu: 18446744073709551.999", 119),
         ("cpu", "cpu: [1]", 114),
         ("memory", "memory: 4Mi", 120),
         ("memory", "memory: 256M", 120),
@@ -187,10 +188,88 @@ fn each_rule_has_its_code() {
         let faults = yaml(&with(field, line)).expect_err(line);
         assert!(faults.iter().any(|f| f.code.0 == *code), "{line}: {faults:?}");
         for fault in &faults {
-            assert!(CATALOGUE.iter().any(|entry| entry.code == fault.code), "{line}");
+            assert!(catalogue::explanation(&fault.code.to_string()).is_some(), "{line}");
             assert!(fault.line > 0, "{line}: {fault:?}");
         }
     }
+}
+
+#[test]
+fn every_field_that_stands_twice_is_named_with_its_path() {
+    let text = with("env", "env: { A: x, A: y, B: x, B: y }\nhealth: { tcp: { port: 2000, port: 2001 } }");
+    let twice: Vec<_> = seen(yaml(&text)).into_iter().filter(|fault| fault.0 == 105).map(|f| f.1).collect();
+    assert_eq!(twice, ["env.A", "env.B", "health", "health.tcp.port"]);
+    let many: String = (0..60).map(|n| format!("K{}: a, ", n % 30)).collect();
+    assert_eq!(seen(yaml(&with("env", &format!("env: {{ {many} }}")))).len(), 30);
+}
+
+#[test]
+fn a_document_of_nothing_but_faults_costs_little() {
+    let text: String = (0..1_900).map(|n| format!("x{n}: 1\n")).collect();
+    let faults = yaml(&text).unwrap_err();
+    assert_eq!(faults.len(), 201);
+    assert!(faults.iter().any(|fault| fault.code == catalogue::MANY));
+}
+
+#[test]
+fn what_is_stored_is_read_again_however_long_it_became() {
+    let given = with("env", &format!("env:\n  A: |+\n{}", "\n".repeat(31 << 10)));
+    let spec = yaml(&given).unwrap();
+    let stored = spec.to_json();
+    assert!(stored.to_string().len() > 60 << 10);
+    assert_eq!(AppSpec::from_stored(&stored).unwrap(), spec);
+    let mut value =
+        serde_json::json!({"spec": "v1", "name": "a", "image": "a:1", "cpu": "1", "memory": "64Mi"});
+    value["env"] = serde_json::json!({"A": "\u{7f}\"".repeat(10_000)});
+    value["args"] = serde_json::json!(["\u{1}".repeat(2_000)]);
+    let spec = json(&value.to_string()).unwrap();
+    assert_eq!(AppSpec::from_stored(&spec.to_json()).unwrap(), spec);
+}
+
+/// What the schema refuses, the parser refuses; what the parser takes, the schema takes.
+#[test]
+fn the_schema_and_the_parser_agree() {
+    let schema = jsonschema::validator_for(&schema()).unwrap();
+    let good: serde_json::Value = yaml(GOOD).unwrap().to_json();
+    assert!(schema.is_valid(&good), "{good}");
+    let cases: &[(&str, serde_json::Value)] = &[
+        ("/spec", serde_json::json!("v2")),
+        ("/name", serde_json::json!("Web")),
+        ("/name", serde_json::json!("a-")),
+        ("/image", serde_json::json!(3)),
+        ("/cpu", serde_json::json!("lots")),
+        ("/cpu", serde_json::json!(1001)),
+        ("/memory", serde_json::json!("256M")),
+        ("/memory", serde_json::json!(256)),
+        ("/instances", serde_json::json!(101)),
+        ("/instances", serde_json::json!(-1)),
+        ("/env", serde_json::json!({"1A": "b"})),
+        ("/env", serde_json::json!({"A": 1})),
+        ("/env", serde_json::json!({"BULKHEAD_A": "b"})),
+        ("/port", serde_json::json!(80)),
+        ("/health", serde_json::json!({})),
+        ("/health", serde_json::json!({"http": {"path": "x"}})),
+        ("/health", serde_json::json!({"tcp": {}, "http": {"path": "/"}})),
+        ("/health", serde_json::json!({"tcp": {}, "grace": 601})),
+        ("/scratch", serde_json::json!({"x": "1Mi"})),
+        ("/stop_grace", serde_json::json!(121)),
+        ("/connects", serde_json::json!({"apps": ["a", "a"]})),
+        ("/connects", serde_json::json!({"services": []})),
+    ];
+    for (place, value) in cases {
+        let mut spec = good.clone();
+        *spec.pointer_mut(place).unwrap() = value.clone();
+        assert!(!schema.is_valid(&spec), "the schema takes {place}: {value}");
+        assert!(json(&spec.to_string()).is_err(), "the parser takes {place}: {value}");
+    }
+    for field in fields::REQUIRED {
+        let mut spec = good.clone();
+        spec.as_object_mut().unwrap().remove(*field);
+        assert!(!schema.is_valid(&spec) && json(&spec.to_string()).is_err(), "{field}");
+    }
+    let mut spec = good;
+    spec["privileged"] = serde_json::json!(true);
+    assert!(!schema.is_valid(&spec) && json(&spec.to_string()).is_err());
 }
 
 #[test]
@@ -234,6 +313,17 @@ fn the_terminal_shows_the_line_and_obeys_nothing() {
         Err(faults) => show(text, "web.yaml", &faults, Colour::Never),
         Ok(_) => panic!("accepted"),
     };
+    let long = format!(
+        "spec: v1\nname: web\nimage: web:1\nmemory: 64Mi\nenv: {{ A: {} }}\ncpu: x\n",
+        "0".repeat(30)
+    );
+    let long = long.replace("env: {", &format!("env: {{ B: {},", "é".repeat(300)));
+    let shown_long = show(&long, "a\u{202e}b", &yaml(&long).unwrap_err(), Colour::Never);
+    let lines: Vec<Vec<char>> = shown_long.lines().map(|line| line.chars().collect()).collect();
+    let caret = lines.iter().position(|line| line.contains(&'^')).unwrap();
+    let column = lines[caret].iter().position(|c| *c == '^').unwrap();
+    assert!(lines[caret - 1].len() < 180 && lines[caret - 1][column] == '0', "{shown_long}");
+    assert!(!shown_long.contains('\u{202e}'));
     assert!(shown.contains("  --> web.yaml:6:1\n   6 | memry: 1 # \u{fffd}\n     | ^\n"), "{shown}");
 }
 
@@ -279,6 +369,7 @@ proptest! {
 
     #[test]
     fn what_is_printed_is_read_as_the_same(spec in spec_strategy()) {
+        prop_assert_eq!(&AppSpec::from_stored(&spec.to_json()).unwrap(), &spec);
         let printed = spec.to_json().to_string();
         prop_assert_eq!(&json(&printed).unwrap(), &spec);
         // JSON is YAML, as long as it holds no escape that YAML reads otherwise.

@@ -2,9 +2,10 @@
 //! walk over it finds all faults: there is no second reader that could think otherwise.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 
-use super::catalogue as code;
-use crate::fault::{Fault, Kind};
+use crate::fault::catalogue as code;
+use crate::fault::{Fault, Kind, plain};
 
 /// Most nodes of a document.
 pub(super) const NODES: usize = 2_000;
@@ -63,6 +64,11 @@ pub(super) enum Value<'a> {
 }
 
 impl Value<'_> {
+    /// Whether it is a list or a group.
+    fn has_parts(&self) -> bool {
+        matches!(self, Self::List(_) | Self::Map(_))
+    }
+
     /// The type in words, for a fault. Never the value.
     pub(super) fn words(&self) -> &'static str {
         match self {
@@ -101,24 +107,52 @@ impl Budget {
     }
 }
 
-/// Finds keys that stand twice in one group.
-pub(super) fn duplicate<'k>(entries: &'k [(Key<'_>, Node<'_>)]) -> Option<&'k Key<'k>> {
-    entries
-        .iter()
-        .enumerate()
-        .find(|(n, (key, _))| entries[..*n].iter().any(|(earlier, _)| earlier.name == key.name))
-        .map(|(_, (key, _))| key)
+/// Adds a fault for each key that stands twice in its group, with its whole path.
+pub(super) fn find_duplicates(source: &str, node: &Node<'_>, path: &str, faults: &mut Vec<Fault>) {
+    match &node.value {
+        Value::List(items) => {
+            for (n, item) in items.iter().enumerate().filter(|(_, item)| item.value.has_parts()) {
+                find_duplicates(source, item, &format!("{path}[{n}]"), faults);
+            }
+        }
+        Value::Map(entries) => {
+            // A small group is faster searched than hashed.
+            let mut seen = HashSet::new();
+            for (n, (key, value)) in entries.iter().enumerate() {
+                let twice = if entries.len() <= 16 {
+                    entries[..n].iter().any(|(earlier, _)| earlier.name == key.name)
+                } else {
+                    !seen.insert(&key.name)
+                };
+                if twice {
+                    let (line, column) = key.at.place(source);
+                    faults.push(
+                        Fault::new(
+                            code::DUPLICATE,
+                            Kind::Invalid,
+                            below(path, &key.name),
+                            "this field stands twice",
+                        )
+                        .at(line, column)
+                        .because("of two values one would have to be dropped silently"),
+                    );
+                }
+                if value.value.has_parts() {
+                    find_duplicates(source, value, &below(path, &key.name), faults);
+                }
+            }
+        }
+        _ => {}
+    }
 }
 
-/// The fault for such a key.
-pub(super) fn duplicate_fault(source: &str, key: &Key<'_>) -> Fault {
-    let (line, column) = key.at.place(source);
-    Fault::new(code::DUPLICATE, Kind::Invalid, clean(&key.name), "this field stands twice")
-        .at(line, column)
-        .because("of two values one would have to be dropped silently")
+/// The path of a field of a group.
+pub(super) fn below(path: &str, name: &str) -> String {
+    let name = clean(name);
+    if path.is_empty() { name } else { format!("{path}.{name}") }
 }
 
-/// A name that somebody wrote, fit to be shown: no control characters, at most 64 characters.
+/// A name that somebody wrote, fit to be shown, of at most 64 characters.
 pub(super) fn clean(name: &str) -> String {
-    name.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).take(64).collect()
+    name.chars().map(plain).take(64).collect()
 }

@@ -5,25 +5,19 @@ use std::borrow::Cow;
 
 use granit_parser::{Event, Parser, ScalarStyle, Span};
 
-use super::catalogue as code;
-use super::tree::{At, Budget, Key, Node, Value, broken, clean, duplicate, duplicate_fault};
+use super::tree::{At, Budget, Key, Node, Value, broken, clean};
 use crate::fault::Fault;
+use crate::fault::catalogue as code;
 
 struct Reader<'a> {
     source: &'a str,
     events: Parser<'a, granit_parser::StrInput<'a>>,
     budget: Budget,
-    duplicates: Vec<Fault>,
 }
 
-/// Reads a document; duplicates are returned beside the tree.
-pub(super) fn read(source: &str) -> Result<(Node<'_>, Vec<Fault>), Fault> {
-    let mut reader = Reader {
-        source,
-        events: Parser::new_from_str(source),
-        budget: Budget::default(),
-        duplicates: Vec::new(),
-    };
+/// Reads a document.
+pub(super) fn read(source: &str) -> Result<Node<'_>, Fault> {
+    let mut reader = Reader { source, events: Parser::new_from_str(source), budget: Budget::default() };
     let node = loop {
         let (event, span) = reader.next()?;
         match event {
@@ -38,7 +32,7 @@ pub(super) fn read(source: &str) -> Result<(Node<'_>, Vec<Fault>), Fault> {
         let (event, span) = reader.next()?;
         match event {
             Event::DocumentEnd => {}
-            Event::StreamEnd => return Ok((node, reader.duplicates)),
+            Event::StreamEnd => return Ok(node),
             _ => return Err(reader.fault(code::YAML_FEATURE, &span, "there is a second document")),
         }
     }
@@ -160,9 +154,6 @@ impl<'a> Reader<'a> {
             let key = Key { at: at(&span), name };
             let (event, span) = self.next()?;
             entries.push((key, self.node(event, &span, depth + 1)?));
-        }
-        if let Some(key) = duplicate(&entries) {
-            self.duplicates.push(duplicate_fault(self.source, key));
         }
         Ok(Value::Map(entries))
     }

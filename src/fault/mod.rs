@@ -2,6 +2,8 @@
 //! what to do. API, console, `bulkhead check` and the dry run all show this same object. A fault
 //! never echoes a value, only names and bounds: what was handed in may hold a secret.
 
+pub mod catalogue;
+
 use serde::Serialize;
 
 /// A stable code, `BH-nnn`. 100 to 199 are faults of an app spec, 400 and up are API errors.
@@ -118,6 +120,15 @@ impl Fault {
         self.suggestion = Some(suggestion.into());
         self
     }
+}
+
+/// A character fit for a screen: control characters, and those that turn or hide what follows, become
+/// U+FFFD, so that what somebody handed in steers no terminal and no page.
+#[must_use]
+pub fn plain(c: char) -> char {
+    let hidden = matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}');
+    if c.is_control() || hidden { '\u{fffd}' } else { c }
 }
 
 /// One entry of the catalogue behind `/docs/errors/BH-nnn`.
