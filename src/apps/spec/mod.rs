@@ -75,7 +75,7 @@ impl AppSpec {
         };
         let node = read.map_err(|fault| vec![fault])?;
         let mut faults = Vec::new();
-        tree::find_duplicates(source, &node, "", &mut faults);
+        tree::find_duplicates(source, &node, &mut faults);
         let spec = read::walk(source, &node, &mut faults);
         match spec {
             Some(spec) if faults.is_empty() => Ok(spec),

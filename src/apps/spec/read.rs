@@ -107,11 +107,11 @@ impl Walk<'_, '_> {
         self.add(key.at, fault);
     }
 
-    fn text<'n>(&mut self, node: &'n Node<'_>, path: &str) -> Option<&'n str> {
+    fn text<'n>(&mut self, node: &'n Node<'_>, path: impl FnOnce() -> String) -> Option<&'n str> {
         if let Value::Text(text) = &node.value {
             return Some(text);
         }
-        self.wrong(node, path, "a text");
+        self.wrong(node, &path(), "a text");
         None
     }
 
@@ -141,7 +141,7 @@ impl Walk<'_, '_> {
             }
         }
         if let Some(node) = get(entries, "spec")
-            && self.text(node, "spec").is_some_and(|version| version != "v1")
+            && self.text(node, || "spec".into()).is_some_and(|version| version != "v1")
         {
             self.bad(
                 node.at,
@@ -151,12 +151,13 @@ impl Walk<'_, '_> {
                 "write spec: v1",
             );
         }
-        let name = get(entries, "name").and_then(|node| self.name(node, "name"));
+        let name = get(entries, "name").and_then(|node| self.name(node, || "name".into()));
         let image = get(entries, "image").and_then(|node| self.image(node));
         let command = get(entries, "command").and_then(|node| self.texts(node, "command", Least::One));
         let args = get(entries, "args").and_then(|node| self.texts(node, "args", Least::None));
         let cpu_millis = get(entries, "cpu").and_then(|node| self.cpu(node));
-        let memory = get(entries, "memory").and_then(|node| self.size(node, "memory", fields::LEAST_MEMORY));
+        let memory =
+            get(entries, "memory").and_then(|node| self.size(node, || "memory".into(), fields::LEAST_MEMORY));
         let instances = get(entries, "instances")
             .map_or(Some(1), |node| self.whole(node, "instances", code::RANGE, (0, fields::INSTANCES)));
         let singleton = get(entries, "singleton").map_or(Some(false), |node| self.boolean(node, "singleton"));
@@ -197,19 +198,20 @@ impl Walk<'_, '_> {
         })
     }
 
-    fn name(&mut self, node: &Node<'_>, path: &str) -> Option<AppName> {
-        let text = self.text(node, path)?;
+    /// The path is made only when there is something to say about it.
+    fn name(&mut self, node: &Node<'_>, path: impl Fn() -> String) -> Option<AppName> {
+        let text = self.text(node, &path)?;
         match text.parse() {
             Ok(name) => Some(name),
             Err(error) => {
-                self.bad(node.at, code::NAME, path, &error.to_string(), "");
+                self.bad(node.at, code::NAME, &path(), &error.to_string(), "");
                 None
             }
         }
     }
 
     fn image(&mut self, node: &Node<'_>) -> Option<ImageRef> {
-        let text = self.text(node, "image")?;
+        let text = self.text(node, || "image".into())?;
         match ImageRef::parse(text) {
             Ok(image) => Some(image),
             Err((message, instead)) => {
@@ -239,9 +241,9 @@ impl Walk<'_, '_> {
         millis
     }
 
-    fn size(&mut self, node: &Node<'_>, path: &str, least: u64) -> Option<u64> {
+    fn size(&mut self, node: &Node<'_>, path: impl Fn() -> String, least: u64) -> Option<u64> {
         let (Value::Text(text) | Value::Number(text)) = &node.value else {
-            self.wrong(node, path, "a size such as 256Mi");
+            self.wrong(node, &path(), "a size such as 256Mi");
             return None;
         };
         let size = fields::size(text).filter(|size| *size >= least);
@@ -250,7 +252,7 @@ impl Walk<'_, '_> {
                 "is a whole number with Ki, Mi or Gi, at least {}, at most 1024Gi",
                 fields::print_size(least)
             );
-            self.bad(node.at, code::MEMORY, path, &message, "such as 256Mi");
+            self.bad(node.at, code::MEMORY, &path(), &message, "such as 256Mi");
         }
         size
     }
@@ -263,16 +265,11 @@ impl Walk<'_, '_> {
         let mut texts = Vec::with_capacity(items.len());
         let mut sum = 0;
         for (n, item) in items.iter().enumerate() {
-            let Some(text) = self.text(item, &format!("{path}[{n}]")) else { continue };
+            let at = || format!("{path}[{n}]");
+            let Some(text) = self.text(item, at) else { continue };
             sum += text.len();
             if text.len() > 8 * 1024 || text.contains('\0') {
-                self.bad(
-                    item.at,
-                    code::COMMAND,
-                    &format!("{path}[{n}]"),
-                    "is at most 8 KiB and holds no NUL",
-                    "",
-                );
+                self.bad(item.at, code::COMMAND, &at(), "is at most 8 KiB and holds no NUL", "");
             }
             texts.push(text.to_owned());
         }
@@ -299,14 +296,14 @@ impl Walk<'_, '_> {
         let mut env = BTreeMap::new();
         let mut sum = 0;
         for (key, value) in entries {
-            let path = format!("env.{}", clean(&key.name));
+            let path = || below("env", &key.name);
             if !env_key(&key.name) {
                 let message = "the name has letters, digits, _ . and -, starts with a letter or _, and not with BULKHEAD_";
-                self.bad(key.at, code::ENV_KEY, &path, message, "");
+                self.bad(key.at, code::ENV_KEY, &path(), message, "");
             }
-            let Some(text) = self.text(value, &path) else { continue };
+            let Some(text) = self.text(value, path) else { continue };
             if text.contains('\0') {
-                self.bad(value.at, code::ENV_SIZE, &path, "holds no NUL", "");
+                self.bad(value.at, code::ENV_SIZE, &path(), "holds no NUL", "");
             }
             sum += key.name.len() + text.len();
             env.insert(key.name.clone().into_owned(), text.to_owned());
@@ -382,7 +379,7 @@ impl Walk<'_, '_> {
     }
 
     fn health_path(&mut self, node: &Node<'_>) -> Option<String> {
-        let path = self.text(node, "health.http.path")?;
+        let path = self.text(node, || "health.http.path".into())?;
         let good =
             path.starts_with('/') && path.len() <= 256 && path.bytes().all(|b| (0x21..0x7f).contains(&b));
         if !good {
@@ -406,16 +403,16 @@ impl Walk<'_, '_> {
                 return None;
             };
             for (key, value) in entries {
-                let path = format!("scratch.{}", clean(&key.name));
+                let path = || below("scratch", &key.name);
                 if !fields::scratch_path(&key.name) {
                     let message =
                         "an absolute path without . and .., not /, /dev, /proc, /sys, /run, /etc or below";
-                    self.bad(key.at, code::SCRATCH_PATH, &path, message, "such as /var/cache/app");
+                    self.bad(key.at, code::SCRATCH_PATH, &path(), message, "such as /var/cache/app");
                 }
                 if entries.iter().any(|(other, _)| fields::within(&key.name, &other.name)) {
-                    self.bad(key.at, code::SCRATCH_PATH, &path, "lies within another scratch path", "");
+                    self.bad(key.at, code::SCRATCH_PATH, &path(), "lies within another scratch path", "");
                 }
-                if let Some(size) = self.size(value, &path, 4 << 10) {
+                if let Some(size) = self.size(value, path, 4 << 10) {
                     scratch.insert(key.name.clone().into_owned(), size);
                 }
             }
@@ -466,13 +463,13 @@ impl Walk<'_, '_> {
         };
         let mut names: Vec<AppName> = Vec::new();
         for (n, item) in items.iter().enumerate() {
-            let path = format!("connects.apps[{n}]");
-            let Some(name) = self.name(item, &path) else { continue };
+            let path = || format!("connects.apps[{n}]");
+            let Some(name) = self.name(item, path) else { continue };
             if own == Some(&name) {
-                self.bad(item.at, code::CONNECTS, &path, "an app does not name itself", "");
+                self.bad(item.at, code::CONNECTS, &path(), "an app does not name itself", "");
             }
             if names.contains(&name) {
-                self.bad(item.at, code::CONNECTS, &path, "this name stands twice", "");
+                self.bad(item.at, code::CONNECTS, &path(), "this name stands twice", "");
             } else {
                 names.push(name);
             }

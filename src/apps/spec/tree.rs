@@ -64,11 +64,6 @@ pub(super) enum Value<'a> {
 }
 
 impl Value<'_> {
-    /// Whether it is a list or a group.
-    fn has_parts(&self) -> bool {
-        matches!(self, Self::List(_) | Self::Map(_))
-    }
-
     /// The type in words, for a fault. Never the value.
     pub(super) fn words(&self) -> &'static str {
         match self {
@@ -107,39 +102,63 @@ impl Budget {
     }
 }
 
+/// The keys of a group that stand there before.
+fn doubled<'n, 'a>(entries: &'n [(Key<'a>, Node<'a>)]) -> impl Iterator<Item = &'n Key<'a>> {
+    // A small group is faster searched than hashed.
+    let mut seen = HashSet::new();
+    let keys = entries.iter().map(|(key, _)| key);
+    keys.enumerate()
+        .filter(move |(n, key)| {
+            if entries.len() <= 16 {
+                entries[..*n].iter().any(|(earlier, _)| earlier.name == key.name)
+            } else {
+                !seen.insert(&key.name)
+            }
+        })
+        .map(|(_, key)| key)
+}
+
+fn has_doubled(node: &Node<'_>) -> bool {
+    match &node.value {
+        Value::List(items) => items.iter().any(has_doubled),
+        Value::Map(entries) => {
+            doubled(entries).next().is_some() || entries.iter().any(|(_, value)| has_doubled(value))
+        }
+        _ => false,
+    }
+}
+
 /// Adds a fault for each key that stands twice in its group, with its whole path.
-pub(super) fn find_duplicates(source: &str, node: &Node<'_>, path: &str, faults: &mut Vec<Fault>) {
+pub(super) fn find_duplicates(source: &str, node: &Node<'_>, faults: &mut Vec<Fault>) {
+    // Paths are made only where there is something to say about them.
+    if has_doubled(node) {
+        name_duplicates(source, node, "", faults);
+    }
+}
+
+fn name_duplicates(source: &str, node: &Node<'_>, path: &str, faults: &mut Vec<Fault>) {
     match &node.value {
         Value::List(items) => {
-            for (n, item) in items.iter().enumerate().filter(|(_, item)| item.value.has_parts()) {
-                find_duplicates(source, item, &format!("{path}[{n}]"), faults);
+            for (n, item) in items.iter().enumerate() {
+                name_duplicates(source, item, &format!("{path}[{n}]"), faults);
             }
         }
         Value::Map(entries) => {
-            // A small group is faster searched than hashed.
-            let mut seen = HashSet::new();
-            for (n, (key, value)) in entries.iter().enumerate() {
-                let twice = if entries.len() <= 16 {
-                    entries[..n].iter().any(|(earlier, _)| earlier.name == key.name)
-                } else {
-                    !seen.insert(&key.name)
-                };
-                if twice {
-                    let (line, column) = key.at.place(source);
-                    faults.push(
-                        Fault::new(
-                            code::DUPLICATE,
-                            Kind::Invalid,
-                            below(path, &key.name),
-                            "this field stands twice",
-                        )
-                        .at(line, column)
-                        .because("of two values one would have to be dropped silently"),
-                    );
-                }
-                if value.value.has_parts() {
-                    find_duplicates(source, value, &below(path, &key.name), faults);
-                }
+            for key in doubled(entries) {
+                let (line, column) = key.at.place(source);
+                faults.push(
+                    Fault::new(
+                        code::DUPLICATE,
+                        Kind::Invalid,
+                        below(path, &key.name),
+                        "this field stands twice",
+                    )
+                    .at(line, column)
+                    .because("of two values one would have to be dropped silently"),
+                );
+            }
+            for (key, value) in entries {
+                name_duplicates(source, value, &below(path, &key.name), faults);
             }
         }
         _ => {}

@@ -1,0 +1,7 @@
+//! The database's promises against a real Postgres: user ids, work and leases, what a spec compiles to.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on panics")]
+
+mod render;
+mod uid_ranges;
+mod work;
