@@ -189,6 +189,7 @@ fn run(command: Command) -> Result<ExitCode, String> {
                 return Ok(ExitCode::SUCCESS);
             }
             telemetry::start(&config.log);
+            telemetry::arm_failpoints();
             actix_web::rt::System::new()
                 .block_on(startup::serve(config, telemetry::asked_to_stop()))
                 .map_err(|error| explain(&error))?;

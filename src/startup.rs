@@ -160,9 +160,7 @@ pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> Result<(),
 /// The pool of ids is held against the machine: a clash is refused at start.
 fn check_ids(config: &Config) -> Result<(), Error> {
     let pool = config.pools.ids();
-    // Running containers of our own are the only processes with ids of the pool that may be there;
-    // whose they are is for the root half to say.
-    let found = uid_ranges::machine::look(std::path::Path::new("/"), pool, &|_| true);
+    let found = uid_ranges::machine::look(std::path::Path::new("/"), pool, Some(&config.installation));
     for warning in found.warnings {
         tracing::warn!(warning, "user ids");
     }
@@ -261,7 +259,11 @@ async fn watch_ids(config: web::Data<Config>, stop: CancellationToken) {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(Duration::from_secs(600)) => {}
         }
-        let found = uid_ranges::machine::look(std::path::Path::new("/"), config.pools.ids(), &|_| true);
+        let found = uid_ranges::machine::look(
+            std::path::Path::new("/"),
+            config.pools.ids(),
+            Some(&config.installation),
+        );
         for clash in found.clashes {
             tracing::error!(%clash, "ALARM: somebody else uses ids of the pool");
         }

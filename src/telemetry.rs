@@ -17,6 +17,18 @@ pub fn start(log: &Log) {
     };
 }
 
+/// Arms the failpoints that the environment names (`FAILPOINTS`; in builds with the feature of that
+/// name, for tests). A point that panics there ends the whole process at that very step.
+pub fn arm_failpoints() {
+    if cfg!(feature = "failpoints") && std::env::var_os("FAILPOINTS").is_some() {
+        std::mem::forget(fail::FailScenario::setup());
+        std::panic::set_hook(Box::new(|info| {
+            tracing::error!(%info, "a failpoint ends this process");
+            std::process::abort();
+        }));
+    }
+}
+
 /// Counters of this process, in Prometheus' text form at `/metrics` on a listener of their own.
 #[derive(Debug, Default)]
 pub struct Metrics {

@@ -19,6 +19,7 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     bulkhead::telemetry::start(&Log::default());
+    bulkhead::telemetry::arm_failpoints();
     let outcome = AgentConfig::load(&arguments.config).and_then(|config| {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)

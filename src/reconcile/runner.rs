@@ -47,8 +47,10 @@ pub async fn run(
                 Vec::new()
             }
         };
-        fail::fail_point!("reconcile::claimed");
         let some = !claimed.is_empty();
+        if some {
+            fail::fail_point!("reconcile::claimed");
+        }
         for claim in claimed {
             let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
             let Some(reconciler) = by_kind.get(claim.kind.as_str()).cloned() else {

@@ -125,7 +125,7 @@ fn free_share(claims: &[Claim]) -> Option<IdRange> {
     (0..IDS.size / SHARE)
         .map(|n| IdRange { start: IDS.start + n * SHARE, size: SHARE })
         .filter(|ids| !claims.iter().any(|claim| claim.ids.overlaps(*ids)))
-        .find(|ids| machine::look(Path::new("/"), *ids, &|_| false).clashes.is_empty())
+        .find(|ids| machine::look(Path::new("/"), *ids, None).clashes.is_empty())
 }
 
 /// The ids that a data folder has, or would be given.
@@ -134,6 +134,12 @@ pub(super) fn prospect(data: &Path) -> Option<IdRange> {
     let data = data.canonicalize().unwrap_or_else(|_| data.to_owned());
     let own = claims.iter().find(|claim| claim.data == data).map(|claim| claim.ids);
     own.or_else(|| free_share(&claims))
+}
+
+/// The installation that lives in this folder, if one does.
+pub(super) fn installation_of(data: &Path) -> Option<Installation> {
+    let data = data.canonicalize().unwrap_or_else(|_| data.to_owned());
+    all().into_iter().find(|claim| claim.data == data).map(|claim| claim.installation)
 }
 
 /// Gives a claim back, when nothing of the installation is left.

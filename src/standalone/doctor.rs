@@ -178,11 +178,7 @@ fn cgroups() -> Finding {
         .filter(|name| !Path::new(&format!("/sys/fs/cgroup/{name}")).exists())
         .collect();
     if missing.is_empty() {
-        warning(
-            "cgroups",
-            "version 1: all limits hold, but the cause \"out of memory\" cannot be told from other kills",
-            "boot with systemd.unified_cgroup_hierarchy=1 for full reports",
-        )
+        good("cgroups", "version 1: all limits hold")
     } else {
         failed(
             "cgroups",
@@ -297,9 +293,8 @@ fn user_ids(data: &Path) -> Finding {
         );
     };
     // An installation's own containers are the processes that may have ids of its share.
-    let known = Folder::exists(data);
-    let own = |id: u32| known && pool.overlaps(crate::driver::workload::IdRange { start: id, size: 1 });
-    let found = machine::look(Path::new("/"), pool, &own);
+    let own = super::claims::installation_of(data);
+    let found = machine::look(Path::new("/"), pool, own.as_ref());
     if let Some(clash) = found.clashes.first() {
         return failed(
             "user ids",

@@ -281,7 +281,8 @@ impl Folder {
     pub fn engine(&self) -> EngineSettings {
         EngineSettings {
             root: self.path.join("engine"),
-            run: self.path.join("run/engine/state"),
+            // On the machine's own memory: a reboot empties it, and by that the engine knows of one.
+            run: PathBuf::from(format!("/run/bulkhead-{}", self.claim.installation)),
             socket: self.path.join("run/engine/podman.sock"),
             registry_name: self.registry_name(),
             pull_host: self.pull_host(),

@@ -13,6 +13,10 @@ use tokio_util::sync::CancellationToken;
 use super::{Failed, Folder};
 use crate::driver::podman::engine;
 
+/// The longest that a process which ends again and again has to wait. Tests end them on purpose.
+const LONGEST_PAUSE: Duration =
+    if cfg!(feature = "failpoints") { Duration::from_millis(400) } else { Duration::from_secs(15) };
+
 /// A process of the platform.
 #[derive(Debug, Clone)]
 pub struct Process {
@@ -117,6 +121,7 @@ impl Process {
             .env("LANG", "C.UTF-8")
             .env("HOME", folder.join("run"))
             .envs(self.environment.iter().cloned())
+            .envs(self.failpoints(folder))
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(out.try_clone().map_err(failed)?)
@@ -125,6 +130,17 @@ impl Process {
             .process_group(0)
             .spawn()
             .map_err(failed)
+    }
+
+    /// In builds for tests: what the next start of this process, and only that, is armed with.
+    fn failpoints(&self, folder: &Path) -> Option<(&'static str, String)> {
+        if !cfg!(feature = "failpoints") {
+            return None;
+        }
+        let file = folder.join(format!("run/{}.failpoints", self.name));
+        let text = fs::read_to_string(&file).ok()?;
+        let _ = fs::remove_file(file);
+        Some(("FAILPOINTS", text))
     }
 
     fn pid_file(&self, folder: &Path) -> PathBuf {
@@ -221,7 +237,7 @@ fn keep(process: &Process, folder: &Path, first: std::process::Child, halt: &Can
         tracing::warn!(process = process.name, status, "ended; it is started again");
         loop {
             std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_secs(15));
+            pause = (pause * 2).min(LONGEST_PAUSE);
             if halt.is_cancelled() {
                 return;
             }

@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 
 use super::{Failed, Folder, claims, postgres, processes};
 use crate::driver::podman::client::Podman;
-use crate::driver::podman::engine;
 use crate::driver::podman::firewall::Rules;
+use crate::driver::podman::{engine, ports};
 
 /// Removes an installation. `confirm` is its four letters.
 pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
@@ -35,11 +35,23 @@ pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
             .stderr(Stdio::null())
             .status();
     };
+    unmount_below(&folder.engine().run);
+    let _ = std::fs::remove_dir_all(&folder.engine().run);
     for user in [&folder.serve, &folder.db, &folder.registry, &folder.prober] {
         quiet("userdel", &[&user.name]);
     }
     claims::release(&folder.path)?;
-    std::fs::remove_dir_all(&folder.path).map_err(|error| Failed::doing(folder.path.display(), error))
+    let failed = |error: std::io::Error| Failed::doing(folder.path.display(), error);
+    for entry in std::fs::read_dir(&folder.path).map_err(failed)?.flatten() {
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let path = entry.path();
+        if is_folder { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }.map_err(failed)?;
+    }
+    match std::fs::remove_dir(&folder.path) {
+        // A disk of its own is mounted there: emptied is removed.
+        Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => Ok(()),
+        other => other.map_err(failed),
+    }
 }
 
 async fn remove_containers(folder: &Folder) -> Result<(), Failed> {
@@ -72,10 +84,25 @@ async fn remove_containers(folder: &Folder) -> Result<(), Failed> {
     let prefix = format!("bk{id}");
     for network in podman.networks().await.map_err(failed)?.iter().filter(|name| name.starts_with(&prefix)) {
         podman.remove_network(network).await.map_err(failed)?;
+        ports::remove_bridge(network).await.map_err(failed)?;
     }
     let _ = service.kill().await;
     unmount_below(&folder.path);
+    remove_cgroups(id);
     Ok(())
+}
+
+/// The cgroup that all containers were in, in each hierarchy.
+fn remove_cgroups(id: &str) {
+    let own = format!("bulkhead-{id}");
+    let hierarchies = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+    let places = hierarchies.map(|entry| entry.path().join(&own));
+    for place in places.chain([Path::new("/sys/fs/cgroup").join(&own)]) {
+        for inner in std::fs::read_dir(&place).into_iter().flatten().flatten() {
+            let _ = std::fs::remove_dir(inner.path());
+        }
+        let _ = std::fs::remove_dir(place);
+    }
 }
 
 /// The engine leaves storage mounted; a mount would keep the folder from being removed. The deepest

@@ -49,7 +49,7 @@ impl Reconciler for TenantReconciler {
         let Some(problem) = problem else { return Ok(()) };
         let mut conn = self.pool.acquire().await?;
         let id = TenantId(object_id);
-        store::set_condition(&mut conn, id, "Network", "false", "NotReady", problem)
+        store::set_condition(&mut conn, id, "Converged", "false", "Failing", problem)
             .await
             .map_err(|error| sqlx::Error::Protocol(error.to_string()))
     }
@@ -71,6 +71,8 @@ impl TenantReconciler {
             _ => ("true", "Active", "apps may run"),
         };
         store::set_condition(&mut tx, tenant.id, "Active", status, reason, message).await?;
+        store::set_condition(&mut tx, tenant.id, "Converged", "true", "UpToDate", "everything is as desired")
+            .await?;
         store::set_observed(&mut tx, tenant.id, tenant.generation).await?;
         tx.commit().await?;
         Ok(Outcome::Settled)
@@ -103,7 +105,7 @@ impl TenantReconciler {
         let mut tx = self.pool.begin().await?;
         uid_ranges::release_ranges(&mut tx, tenant.id).await?;
         store::set_step(&mut tx, tenant.id, "user-ids", "done", "").await?;
-        for part in ["Network", "Registry", "Active"] {
+        for part in ["Network", "Registry", "Active", "Converged"] {
             store::set_condition(&mut tx, tenant.id, part, "false", "Offboarded", "removed").await?;
         }
         store::set_condition(

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::driver::workload::IdRange;
+use crate::ids::Installation;
 
 /// The stretch that systemd sets aside for its own containers.
 const SYSTEMD_CONTAINERS: IdRange = IdRange { start: 524_288, size: 1_879_048_192 - 524_288 };
@@ -39,10 +40,10 @@ pub struct Findings {
     pub warnings: Vec<String>,
 }
 
-/// Looks at the machine below `root` (`/` but for tests). `own` says which running ids are the
-/// installation's own containers.
+/// Looks at the machine below `root` (`/` but for tests). Processes in the own cgroup of an
+/// `installation` that is there already are its containers: nobody but root can move a process there.
 #[must_use]
-pub fn look(root: &Path, pool: IdRange, own: &dyn Fn(u32) -> bool) -> Findings {
+pub fn look(root: &Path, pool: IdRange, installation: Option<&Installation>) -> Findings {
     let mut findings = Findings::default();
     for file in ["etc/passwd", "etc/group"] {
         let text = std::fs::read_to_string(root.join(file)).unwrap_or_default();
@@ -52,7 +53,7 @@ pub fn look(root: &Path, pool: IdRange, own: &dyn Fn(u32) -> bool) -> Findings {
         let text = std::fs::read_to_string(root.join(file)).unwrap_or_default();
         findings.clashes.extend(subordinates(&format!("/{file}"), &text, pool));
     }
-    findings.clashes.extend(processes(&root.join("proc"), pool, own));
+    findings.clashes.extend(processes(&root.join("proc"), pool, installation));
     if pool.overlaps(SYSTEMD_CONTAINERS) {
         findings.warnings.push(
             "the pool lies within 524288 to 1879048191, which systemd sets aside for its own containers; \
@@ -91,7 +92,14 @@ fn subordinates(place: &str, text: &str, pool: IdRange) -> Vec<Clash> {
         .collect()
 }
 
-fn processes(proc: &Path, pool: IdRange, own: &dyn Fn(u32) -> bool) -> Vec<Clash> {
+/// Whether a process is in the cgroup that all containers of the installation are in.
+fn is_own(process: &Path, installation: &Installation) -> bool {
+    let text = std::fs::read_to_string(process.join("cgroup")).unwrap_or_default();
+    let own = format!("/bulkhead-{installation}/");
+    text.lines().any(|line| line.splitn(3, ':').nth(2).is_some_and(|path| path.starts_with(&own)))
+}
+
+fn processes(proc: &Path, pool: IdRange, installation: Option<&Installation>) -> Vec<Clash> {
     let Ok(entries) = std::fs::read_dir(proc) else { return Vec::new() };
     let mut clashes = Vec::new();
     for entry in entries.flatten() {
@@ -104,7 +112,9 @@ fn processes(proc: &Path, pool: IdRange, own: &dyn Fn(u32) -> bool) -> Vec<Clash
             .flat_map(|line| line.split_whitespace().skip(1))
             .filter_map(|id| id.parse::<u32>().ok());
         for id in ids {
-            if pool.overlaps(IdRange { start: id, size: 1 }) && !own(id) {
+            if pool.overlaps(IdRange { start: id, size: 1 })
+                && !installation.is_some_and(|own| is_own(&entry.path(), own))
+            {
                 clashes.push(Clash {
                     place: "/proc".into(),
                     owner: format!("process {pid}"),
@@ -141,7 +151,7 @@ mod tests {
             ("etc/subuid", "dev:100000:65536\n"),
             ("proc/1/status", "Name:\tinit\nUid:\t0\t0\t0\t0\nGid:\t0\t0\t0\t0\n"),
         ]);
-        let found = look(dir.path(), POOL, &|_| false);
+        let found = look(dir.path(), POOL, None);
         assert_eq!(found.clashes, []);
         assert!(found.warnings.is_empty());
     }
@@ -154,9 +164,11 @@ mod tests {
             ("etc/subuid", "dev:1899999999:2\n"),
             ("etc/subgid", "dev:1900065536:10\n"),
             ("proc/7/status", "Uid:\t1900000007\t0\t0\t0\nGid:\t0\t0\t0\t0\n"),
+            ("proc/7/cgroup", "4:memory:/bulkhead-other/libpod-a\n0::/x/bulkhead-test/\n"),
             ("proc/8/status", "Uid:\t1900000008\t0\t0\t0\nGid:\t0\t0\t0\t0\n"),
+            ("proc/8/cgroup", "4:memory:/bulkhead-test/libpod-b\n0::/\n"),
         ]);
-        let found = look(dir.path(), POOL, &|id| id == 1_900_000_008);
+        let found = look(dir.path(), POOL, Some(&"test".parse().unwrap()));
         let places: Vec<_> = found.clashes.iter().map(|c| (c.place.as_str(), c.owner.as_str())).collect();
         assert_eq!(
             places,
@@ -167,7 +179,7 @@ mod tests {
     #[test]
     fn a_reservation_of_systemd_is_only_a_warning() {
         let dir = machine(&[]);
-        let found = look(dir.path(), IdRange { start: 600_000, size: 65_536 }, &|_| false);
+        let found = look(dir.path(), IdRange { start: 600_000, size: 65_536 }, None);
         assert!(found.clashes.is_empty());
         assert_eq!(found.warnings.len(), 1);
     }

@@ -7,6 +7,8 @@ mod access;
 mod attacks;
 mod contained;
 mod faults;
+mod kills;
 mod main_job;
 mod registry;
+mod side_by_side;
 mod support;

@@ -15,6 +15,7 @@ pub(crate) struct Machine {
     pub(crate) port: u16,
     pub(crate) admin: String,
     pub(crate) id: String,
+    disk: bool,
     up: Option<Child>,
     client: reqwest::Client,
 }
@@ -31,11 +32,27 @@ pub(crate) fn run(program: &str, args: &[&str]) -> (bool, String) {
 
 impl Machine {
     pub(crate) async fn start() -> Self {
+        Self::start_with(None).await
+    }
+
+    /// With a data folder on a disk of its own, in memory.
+    pub(crate) async fn on_a_disk_of(size: &str) -> Self {
+        Self::start_with(Some(size)).await
+    }
+
+    async fn start_with(disk: Option<&str>) -> Self {
         let name: String = (0..6).map(|_| char::from(b'a' + rand::random::<u8>() % 26)).collect();
         let data = PathBuf::from(format!("/tmp/bulkhead-test-{name}"));
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        if let Some(size) = disk {
+            fs::create_dir_all(&data).unwrap();
+            let place = data.display().to_string();
+            let (good, text) = run("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", &place]);
+            assert!(good, "{text}");
+        }
         let mut machine = Self {
             data,
+            disk: disk.is_some(),
             port,
             admin: String::new(),
             id: String::new(),
@@ -85,6 +102,11 @@ impl Machine {
         }
     }
 
+    /// Name of the installation's nftables table.
+    pub(crate) fn table(&self) -> String {
+        format!("bulkhead_{}", self.id)
+    }
+
     pub(crate) fn agent_config(&self) -> toml::Table {
         fs::read_to_string(self.data.join("agent.toml")).unwrap().parse().unwrap()
     }
@@ -124,8 +146,73 @@ impl Machine {
         (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
     }
 
+    /// The same, for a platform that may be dying: none when there is no whole answer.
+    pub(crate) async fn try_ask(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Option<(u16, Value)> {
+        let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
+        let mut request = self.client.request(method, format!("{}{path}", self.address()));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let answer = request.bearer_auth(&self.admin).body(body.to_owned()).send().await.ok()?;
+        let status = answer.status().as_u16();
+        Some((status, serde_json::from_str(&answer.text().await.ok()?).unwrap_or_default()))
+    }
+
+    /// Asks again, as a careful client does, until the answer is not that something is away.
+    pub(crate) async fn insist(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> (u16, Value) {
+        let begun = Instant::now();
+        loop {
+            match self.try_ask(method, path, headers, body).await {
+                Some((status, answer)) if status < 500 => return (status, answer),
+                other => assert!(
+                    begun.elapsed() < Duration::from_secs(60),
+                    "{method} {path}: {other:?}\n{}",
+                    self.tail("serve")
+                ),
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// Kills a process of the platform.
+    pub(crate) fn kill(&self, name: &str) {
+        let text = fs::read_to_string(self.data.join(format!("run/{name}.pid"))).unwrap();
+        assert!(run("kill", &["-9", text.split(' ').next().unwrap()]).0, "{name}");
+    }
+
+    /// Kills a process so that the next one of its name dies at a step; returns when that one is up.
+    pub(crate) async fn arm(&self, name: &str, point: &str) {
+        let file = self.data.join(format!("run/{name}.failpoints"));
+        fs::write(&file, format!("{point}=panic")).unwrap();
+        self.kill(name);
+        let begun = Instant::now();
+        while file.exists() {
+            assert!(begun.elapsed() < Duration::from_secs(30), "{name} does not come back");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(400)).await;
+    }
+
+    /// How often a process has died at a step on purpose.
+    pub(crate) fn deaths(&self, name: &str) -> usize {
+        let text = fs::read_to_string(self.data.join(format!("log/{name}.log"))).unwrap_or_default();
+        text.matches("a failpoint ends this process").count()
+    }
+
     pub(crate) async fn get(&self, path: &str) -> Value {
-        let (status, body) = self.ask(&self.admin, "GET", path, None).await;
+        let (status, body) = self.insist("GET", path, &[], "").await;
         assert_eq!(status, 200, "GET {path}: {body}");
         body
     }
@@ -261,6 +348,10 @@ impl Drop for Machine {
         self.down();
         let data = self.data.display().to_string();
         let done = bulkhead(&["uninstall", "--data", &data, "--confirm", &self.id]);
+        if self.disk {
+            run("umount", &["-l", &data]);
+            let _ = fs::remove_dir_all(&data);
+        }
         let _ = fs::remove_file(format!("{data}.out"));
         if !done.status.success() {
             let text = String::from_utf8_lossy(&done.stderr).into_owned();

@@ -154,6 +154,7 @@ impl App {
                         kept.workload.revision, kept.workload.instances
                     );
                     kept.event("rolled", text);
+                    agent.tidy.notify_one();
                 }
                 steps
             }
@@ -201,7 +202,8 @@ impl App {
             Some("running") if is_alive(&instance) => self.note_running(number),
             Some("exited" | "stopped") => {
                 let code = seen.map_or(0, |c| c.exit_code);
-                self.ended(agent, number, cause_of(code), Some(code), String::new());
+                let hungry = code != 0 && seen.is_some_and(|c| agent.oom.killed(&c.id));
+                self.ended(agent, number, cause_of(code, hungry), Some(code), String::new());
             }
             // The engine says "running" and the process or its monitor is gone: nothing that it says
             // about this container can be relied on any more.
@@ -700,15 +702,21 @@ fn is_alive(instance: &Instance) -> bool {
         && (instance.conmon <= 0 || Path::new(&format!("/proc/{}", instance.conmon)).exists())
 }
 
-fn cause_of(code: i32) -> Cause {
-    if code == 137 { Cause::Killed } else { Cause::Exited }
+/// `hungry`: the kernel's log says that it killed a process of the instance for memory.
+fn cause_of(code: i32, hungry: bool) -> Cause {
+    match (hungry, code) {
+        (true, _) => Cause::OutOfMemory,
+        (false, 137) => Cause::Killed,
+        _ => Cause::Exited,
+    }
 }
 
 fn describe(cause: Cause, code: Option<i32>) -> String {
     match (cause, code) {
-        (Cause::Killed, _) => {
-            "killed (137), the cause is not known; memory that does not suffice is the usual one".into()
+        (Cause::OutOfMemory, _) => {
+            "out of memory: the kernel ended it at its limit; give it more memory, or less scratch".into()
         }
+        (Cause::Killed, _) => "killed (137) by a signal; who sent it is not known".into(),
         (_, Some(code)) => format!("it exited with code {code}"),
         _ => "it ended".into(),
     }

@@ -1,7 +1,7 @@
 //! The root half as a whole: what it holds, how it starts, how it keeps the firewall and the
 //! networks as they must be, and what it tells about it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -17,6 +17,8 @@ use super::kept::Kept;
 use super::server;
 use crate::driver::podman::client::{Listed, Podman};
 use crate::driver::podman::firewall::{self, Pair, Rules};
+use crate::driver::podman::oom::OutOfMemory;
+use crate::driver::podman::render;
 use crate::driver::{AppEvent, Error, Observed};
 use crate::ids::{AppId, AppName, TenantName};
 
@@ -38,6 +40,7 @@ pub(super) struct Listing {
 pub(super) struct Agent {
     pub(super) config: AgentConfig,
     pub(super) podman: Podman,
+    pub(super) oom: OutOfMemory,
     pub(super) journal: Mutex<Journal>,
     pub(super) apps: Mutex<HashMap<AppId, Arc<App>>>,
     pub(super) listing: watch::Sender<Listing>,
@@ -46,6 +49,11 @@ pub(super) struct Agent {
     firewall: tokio::sync::Mutex<Option<(Rules, String)>>,
     version: Mutex<u64>,
     changed: Notify,
+    /// Held for reading while an image is fetched and not yet on record; for writing while images
+    /// are removed.
+    pub(super) images: tokio::sync::RwLock<()>,
+    /// A release has taken over, or an app has gone: images may be left over.
+    pub(super) tidy: Notify,
     boot: String,
     machine: Mutex<VecDeque<AppEvent>>,
 }
@@ -62,10 +70,11 @@ pub async fn run(config: AgentConfig, stop: impl Future<Output = ()>) -> Result<
     agent.adopt().await?;
     let looking = tokio::spawn(looking(Arc::clone(&agent)));
     let watching = tokio::spawn(watching(Arc::clone(&agent)));
+    let tidying = tokio::spawn(tidying(Arc::clone(&agent)));
     let serving = server::serve(Arc::clone(&agent))?;
     tracing::info!(installation = %agent.config.installation, "the agent is ready");
     stop.await;
-    for task in [looking, watching, serving] {
+    for task in [looking, watching, tidying, serving] {
         task.abort();
     }
     let apps: Vec<_> = lock(&agent.apps).values().cloned().collect();
@@ -93,6 +102,7 @@ impl Agent {
         }
         Ok(Arc::new(Self {
             podman,
+            oom: OutOfMemory::open(),
             journal: Mutex::new(journal),
             apps: Mutex::new(HashMap::new()),
             listing: watch::Sender::new(Listing::default()),
@@ -100,6 +110,8 @@ impl Agent {
             firewall: tokio::sync::Mutex::new(None),
             version: Mutex::new(1),
             changed: Notify::new(),
+            images: tokio::sync::RwLock::new(()),
+            tidy: Notify::new(),
             boot: data_encoding::HEXLOWER.encode(&rand::random::<[u8; 8]>()),
             machine: Mutex::new(VecDeque::new()),
             config,
@@ -283,11 +295,24 @@ async fn looking(agent: Arc<Agent>) {
             Ok(list) => {
                 round += 1;
                 let containers = list.into_iter().map(|c| (c.name().to_owned(), c)).collect();
+                tokio::task::block_in_place(|| agent.oom.advance());
                 agent.listing.send_replace(Listing { round, containers: Arc::new(containers) });
             }
             Err(error) => tracing::warn!(%error, "the engine cannot be asked"),
         }
         let _ = tokio::time::timeout(LOOK, agent.look.notified()).await;
+    }
+}
+
+/// Removes images that no app needs any more, when something has changed and once an hour.
+async fn tidying(agent: Arc<Agent>) {
+    loop {
+        let _ = tokio::time::timeout(Duration::from_secs(3600), agent.tidy.notified()).await;
+        if let Err(error) = agent.remove_unused_images().await {
+            tracing::warn!(%error, "unused images cannot be removed");
+        }
+        // A burst of changes is one occasion.
+        tokio::time::sleep(Duration::from_secs(5)).await;
     }
 }
 
@@ -317,6 +342,32 @@ async fn watching(agent: Arc<Agent>) {
 }
 
 impl Agent {
+    /// Images of neither the desired nor the former release of any app. A rollback fetches its image
+    /// again: the registry keeps what was deployed.
+    async fn remove_unused_images(&self) -> Result<(), Error> {
+        // While something is being fetched it comes again later, so that no fetch waits for it.
+        let Ok(_alone) = self.images.try_write() else {
+            self.tidy.notify_one();
+            return Ok(());
+        };
+        let apps: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
+        let wanted: HashSet<String> = apps
+            .iter()
+            .flat_map(|app| {
+                let kept = lock(&app.kept);
+                let both = std::iter::once(&kept.workload).chain(&kept.previous);
+                both.map(|workload| render::image(&self.config, workload)).collect::<Vec<_>>()
+            })
+            .collect();
+        for (id, names) in self.podman.images().await? {
+            if !names.iter().any(|name| wanted.contains(name)) {
+                self.podman.remove_image(&id).await?;
+                tracing::info!(id, "an image that no app needs was removed");
+            }
+        }
+        Ok(())
+    }
+
     /// Sees to it that a tenant's network is there.
     pub(super) async fn ensure_network(&self, tenant: &TenantName) -> Result<(), Error> {
         let recorded = lock(&self.journal).tenant(tenant).cloned();

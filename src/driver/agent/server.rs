@@ -16,7 +16,7 @@ use super::core::{Agent, lock};
 use super::kept::Kept;
 use super::logs;
 use super::protocol::{MAX_FRAME, PROTOCOL, Reply, Request, split};
-use crate::driver::podman::render;
+use crate::driver::podman::{ports, render};
 use crate::driver::workload::{TenantGrant, Workload};
 use crate::driver::{Error, LogQuery, PullSecret, Removal};
 use crate::ids::{AppId, AppName, TenantId, TenantName};
@@ -137,7 +137,7 @@ async fn remove_tenant(agent: &Agent, tenant: &TenantName, id: TenantId) -> Resu
     }
     let bridge = agent.config.bridge(recorded.network);
     agent.podman.remove_network(&bridge).await?;
-    if agent.podman.networks().await?.contains(&bridge) {
+    if agent.podman.networks().await?.contains(&bridge) || !ports::remove_bridge(&bridge).await? {
         return Ok(Removal::Underway);
     }
     lock(&agent.journal).retire(tenant).map_err(Error::Transient)?;
@@ -184,6 +184,8 @@ async fn ensure_app(agent: &Arc<Agent>, workload: Workload, pull: Option<&PullSe
             "another app of the tenant still has this name or one of these addresses".into(),
         ));
     }
+    // Held until the app is on record: what is fetched now is not taken for left over.
+    let _fetching = agent.images.read().await;
     let image = render::image(&agent.config, &workload);
     if !agent.podman.has_image(&image).await? {
         let secret =
@@ -201,16 +203,18 @@ async fn ensure_app(agent: &Arc<Agent>, workload: Workload, pull: Option<&PullSe
             let mut kept = lock(&app.kept);
             fence(&kept)?;
             if kept.workload != workload {
-                if kept.workload.revision != workload.revision {
-                    let before = kept.workload.clone();
-                    if kept.proven {
-                        kept.previous = Some(before);
+                // On the disk before it is believed: a full disk must not leave the two apart.
+                let mut next = kept.clone();
+                if next.workload.revision != workload.revision {
+                    if next.proven {
+                        next.previous = Some(next.workload.clone());
                     }
-                    kept.proven = false;
-                    kept.event("release", format!("release {} takes over", workload.revision));
+                    next.proven = false;
+                    next.event("release", format!("release {} takes over", workload.revision));
                 }
-                kept.workload = workload;
-                kept.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
+                next.workload = workload;
+                next.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
+                *kept = next;
             }
             drop(kept);
             app.wake.notify_one();
@@ -268,6 +272,7 @@ async fn remove_app(
     lock(&app.kept).delete(&agent.apps_dir());
     let _ = std::fs::remove_dir_all(agent.logs_dir(id));
     lock(&agent.apps).remove(&id);
+    agent.tidy.notify_one();
     agent.refresh_firewall().await?;
     Ok(Removal::Gone)
 }

@@ -132,6 +132,27 @@ impl Podman {
         Ok(status.is_success())
     }
 
+    /// All images: identity, and the names with digests under which the engine knows each.
+    pub async fn images(&self) -> Result<Vec<(String, Vec<String>)>, Error> {
+        let value = self.expect(Method::GET, "images/json", None, &[], 60).await?;
+        let list = value.as_array().cloned().unwrap_or_default();
+        Ok(list
+            .iter()
+            .filter_map(|image| {
+                let names = image["RepoDigests"].as_array().into_iter().flatten();
+                let names = names.filter_map(|name| name.as_str().map(str::to_owned)).collect();
+                Some((image["Id"].as_str()?.to_owned(), names))
+            })
+            .collect())
+    }
+
+    /// Removes an image that no container uses; one that is used stays. Never by force: that would
+    /// take a running container with it.
+    pub async fn remove_image(&self, id: &str) -> Result<(), Error> {
+        let path = format!("images/{}?force=false", escape(id));
+        self.expect(Method::DELETE, &path, None, &[404, 409], 60).await.map(drop)
+    }
+
     /// Fetches an image by digest.
     ///
     /// The credential is bound to the address that is really asked: one without an address would be

@@ -75,6 +75,9 @@ pub fn command(settings: &EngineSettings) -> (&'static str, Vec<String>, Vec<(St
         &show(&settings.file("storage")),
         "--runroot",
         &show(&settings.run),
+        // The engine's own mark of a reboot: shared with another engine it would be seen once only.
+        "--tmpdir",
+        &show(&settings.run.join("engine")),
         "--runtime",
         &settings.runtime,
         "--cgroup-manager",

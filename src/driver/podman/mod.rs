@@ -3,5 +3,6 @@
 pub mod client;
 pub mod engine;
 pub mod firewall;
+pub mod oom;
 pub mod ports;
 pub mod render;

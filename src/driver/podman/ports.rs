@@ -40,6 +40,13 @@ async fn set(args: &[&str]) -> Result<(), Error> {
     }
 }
 
+/// The hardware address that belongs to an address. It is always the same one, so that whoever knew
+/// the last instance there does not go on sending to that one's card for half a minute.
+fn card(own: std::net::Ipv4Addr) -> String {
+    let [a, b, c, d] = own.octets();
+    format!("0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
+}
+
 /// Gives an instance its address, between the attachment of its network and its start.
 pub async fn address(
     bridge: &str,
@@ -50,6 +57,7 @@ pub async fn address(
     let namespace = namespace_of(sandbox);
     let (gateway, prefix) = (subnet.gateway().to_string(), subnet.prefix());
     set(&["addr", "replace", &format!("{gateway}/{prefix}"), "dev", bridge]).await?;
+    set(&["-n", namespace, "link", "set", "dev", "eth0", "address", &card(own)]).await?;
     set(&["-n", namespace, "addr", "replace", &format!("{own}/{prefix}"), "dev", "eth0"]).await?;
     set(&["-n", namespace, "route", "replace", "default", "via", &gateway]).await
 }
@@ -67,6 +75,15 @@ pub async fn release(sandbox: &str) {
             .status()
             .await;
     }
+}
+
+/// Takes down a bridge that the engine has left, and looks again: whether it is gone.
+pub async fn remove_bridge(bridge: &str) -> Result<bool, Error> {
+    let there = || std::path::PathBuf::from(format!("/sys/class/net/{bridge}")).exists();
+    if there() {
+        set(&["link", "delete", "dev", bridge]).await?;
+    }
+    Ok(!there())
 }
 
 /// Closes the port of an instance whose network is attached and whose process has not started.
