@@ -154,11 +154,13 @@ CREATE INDEX release_by_digest ON release (tenant_id, repository, digest);
 CREATE INDEX release_by_index_digest ON release (tenant_id, repository, index_digest);
 
 -- Addresses of a tenant's subnet: host is the n-th address. A freed one rests before it is given
--- again, so that no rule of the former owner can still be in force.
+-- again, so that no rule of the former owner can still be in force. An app's addresses are in the
+-- order in which it took them: what runs at the n-th one stays there when more are taken.
 CREATE TABLE app_address (
     tenant_id bigint NOT NULL REFERENCES tenant (id),
     host      bigint NOT NULL CHECK (host >= 2),
     app_id    bigint,
+    taken_at  timestamptz NOT NULL DEFAULT now(),
     freed_at  timestamptz,
     PRIMARY KEY (tenant_id, host),
     FOREIGN KEY (tenant_id, app_id) REFERENCES app (tenant_id, id)

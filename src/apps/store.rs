@@ -137,12 +137,13 @@ pub(super) async fn list_missing(
     .await?)
 }
 
-/// Locks the tenant's quota and state: from here on no other deploy of this tenant can take any.
+/// Locks the tenant's quota and state: from here on no other deploy of this tenant can take any, and
+/// no suspension or offboarding comes in between.
 pub(super) async fn lock_quota(conn: &mut PgConnection, tenant: TenantId) -> Result<(Quota, String), Error> {
     let row = sqlx::query!(
         "SELECT q.cpu_millis, q.memory, q.apps, q.instances, q.registry_bytes, q.used_cpu_millis, q.used_memory, \
          q.used_apps, q.used_instances, q.used_registry_bytes, t.state \
-         FROM quota q JOIN tenant t ON t.id = q.tenant_id WHERE q.tenant_id = $1 FOR UPDATE OF q",
+         FROM quota q JOIN tenant t ON t.id = q.tenant_id WHERE q.tenant_id = $1 FOR SHARE OF t FOR UPDATE OF q",
         tenant.0
     )
     .fetch_one(conn)
@@ -441,7 +442,7 @@ pub(super) async fn take_addresses(
          (SELECT 1 FROM app_address a WHERE a.tenant_id = $1 AND a.host = n \
           AND (a.app_id IS NOT NULL OR a.freed_at > now() - interval '1 minute')) \
          ORDER BY n LIMIT $3 \
-         ON CONFLICT (tenant_id, host) DO UPDATE SET app_id = EXCLUDED.app_id, freed_at = NULL",
+         ON CONFLICT (tenant_id, host) DO UPDATE SET app_id = EXCLUDED.app_id, freed_at = NULL, taken_at = now()",
         tenant.0,
         app.0,
         count - have,
@@ -452,6 +453,7 @@ pub(super) async fn take_addresses(
     Ok(i64::try_from(done.rows_affected()).unwrap_or(0) == count - have)
 }
 
+/// The app's addresses, in the order in which it took them: the n-th stays the n-th.
 pub(super) async fn list_addresses(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -459,7 +461,7 @@ pub(super) async fn list_addresses(
     subnet: Subnet,
 ) -> Result<Vec<Ipv4Addr>, Error> {
     let hosts = sqlx::query_scalar!(
-        "SELECT host FROM app_address WHERE tenant_id = $1 AND app_id = $2 ORDER BY host",
+        "SELECT host FROM app_address WHERE tenant_id = $1 AND app_id = $2 ORDER BY taken_at, host",
         tenant.0,
         app.0
     )

@@ -208,7 +208,7 @@ impl App {
             // The engine says "running" and the process or its monitor is gone: nothing that it says
             // about this container can be relied on any more.
             Some(_) => {
-                let _ = agent.podman.remove(&instance.container).await;
+                let _ = discard(agent, &instance.container).await;
                 let why = "its process or the process that watches it had ended; it is made anew";
                 self.vanished(agent, number, why);
             }
@@ -308,7 +308,7 @@ impl App {
             let own = container.labels.as_ref().and_then(|labels| labels.get("bulkhead.app-id"));
             if own == Some(&id) && !known.contains(name) {
                 let fresh = lock(&self.live).values().any(|live| live.valid_from > listing.round);
-                if !fresh && agent.podman.remove(name).await.is_ok() {
+                if !fresh && discard(agent, name).await.is_ok() {
                     tracing::info!(name, "a container that belongs to no instance was removed");
                 }
             }
@@ -421,8 +421,9 @@ impl App {
             .addresses
             .get(instance.slot)
             .ok_or_else(|| Error::Rejected("there is no address for this instance".into()))?;
-        podman.remove(&instance.container).await?;
+        discard(agent, &instance.container).await?;
         ports::release(&instance.sandbox).await;
+        ports::clear(&bridge, address).await?;
         let dir = agent.logs_dir(self.id);
         std::fs::create_dir_all(&dir).map_err(|error| Error::Transient(error.to_string()))?;
         if let Some(tail) = lock(&self.live).entry(instance.number).or_default().tail.as_mut() {
@@ -446,7 +447,7 @@ impl App {
         let ready = podman.inspect(&instance.container).await?;
         // On record at once: a crash from here on leaves a namespace that is known.
         self.with(instance.number, |i| i.sandbox.clone_from(&ready.sandbox));
-        ports::isolate(&bridge, &ready.sandbox).await?;
+        ports::isolate(&bridge, &ready.sandbox, address).await?;
         ports::address(&bridge, &ready.sandbox, address, recorded.subnet).await?;
         write_in_place(Path::new(&ready.hosts), &self.hosts_text(agent, workload, address));
         fail::fail_point!("agent::start", |_| Err(Error::Transient("failpoint".into())));
@@ -503,17 +504,23 @@ impl App {
             return;
         };
         let grace = lock(&self.kept).workload.stop_grace;
+        let port = self.port_of(agent, number);
         let (app, agent) = (Arc::clone(self), Arc::clone(agent));
         tokio::spawn(async move {
             loop {
                 fail::fail_point!("agent::stop");
                 let _ = agent.podman.stop(&container, grace).await;
-                if agent.podman.remove(&container).await.is_ok() {
+                if discard(&agent, &container).await.is_ok() {
                     break;
                 }
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
             ports::release(&sandbox).await;
+            if let Some((bridge, address)) = port
+                && let Err(error) = ports::clear(&bridge, address).await
+            {
+                tracing::warn!(%error, container, "a port was left");
+            }
             tokio::task::block_in_place(|| app.read_log(&agent, number));
             let before = serde_json::to_vec(&*lock(&app.kept)).unwrap_or_default();
             {
@@ -526,6 +533,14 @@ impl App {
             app.record(&agent, &before);
             app.wake.notify_one();
         });
+    }
+
+    /// The bridge and the address of an instance.
+    fn port_of(&self, agent: &Agent, number: u32) -> Option<(String, std::net::Ipv4Addr)> {
+        let bridge = agent.bridge_of(&self.tenant)?;
+        let kept = lock(&self.kept);
+        let instance = kept.instances.iter().find(|i| i.number == number)?;
+        Some((bridge, *kept.workload_of(instance.revision)?.addresses.get(instance.slot)?))
     }
 
     /// Asks the prober, beside the loop, when it is time.
@@ -650,6 +665,15 @@ impl App {
             events: kept.events.iter().cloned().collect(),
         }
     }
+}
+
+/// Removes a container, and its namespace with it: of one that never started, or that ended by itself,
+/// the engine leaves the namespace lying.
+pub(super) async fn discard(agent: &Agent, container: &str) -> Result<(), Error> {
+    let sandbox = agent.podman.inspect(container).await.map(|seen| seen.sandbox).unwrap_or_default();
+    agent.podman.remove(container).await?;
+    ports::release(&sandbox).await;
+    Ok(())
 }
 
 struct Up {

@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
-use super::app::App;
+use super::app::{App, discard};
 use super::check;
 use super::core::{Agent, lock};
 use super::kept::Kept;
@@ -252,7 +252,7 @@ async fn remove_app(
         .collect();
     let Some(app) = agent.app(id) else {
         for name in &own {
-            agent.podman.remove(name).await?;
+            discard(agent, name).await?;
         }
         return Ok(if own.is_empty() { Removal::Gone } else { Removal::Underway });
     };

@@ -2,6 +2,7 @@
 //! between two instances of one tenant goes up to the host and through the forward hook like all
 //! other traffic, with or without br_netfilter. The bridge answers ARP for the neighbours.
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Stdio;
 
@@ -33,7 +34,8 @@ async fn set(args: &[&str]) -> Result<(), Error> {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&done.stderr).trim().to_owned();
-    if text.contains("File exists") {
+    // It is so already, or gone with its other end in the meantime.
+    if text.contains("File exists") || text.contains("Cannot find device") && args.contains(&"delete") {
         Ok(())
     } else {
         Err(Error::Transient(format!("the network of an instance: {text}")))
@@ -42,18 +44,13 @@ async fn set(args: &[&str]) -> Result<(), Error> {
 
 /// The hardware address that belongs to an address. It is always the same one, so that whoever knew
 /// the last instance there does not go on sending to that one's card for half a minute.
-fn card(own: std::net::Ipv4Addr) -> String {
+fn card(own: Ipv4Addr) -> String {
     let [a, b, c, d] = own.octets();
     format!("0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
 }
 
 /// Gives an instance its address, between the attachment of its network and its start.
-pub async fn address(
-    bridge: &str,
-    sandbox: &str,
-    own: std::net::Ipv4Addr,
-    subnet: Subnet,
-) -> Result<(), Error> {
+pub async fn address(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet) -> Result<(), Error> {
     let namespace = namespace_of(sandbox);
     let (gateway, prefix) = (subnet.gateway().to_string(), subnet.prefix());
     set(&["addr", "replace", &format!("{gateway}/{prefix}"), "dev", bridge]).await?;
@@ -77,17 +74,48 @@ pub async fn release(sandbox: &str) {
     }
 }
 
-/// Takes down a bridge that the engine has left, and looks again: whether it is gone.
-pub async fn remove_bridge(bridge: &str) -> Result<bool, Error> {
-    let there = || std::path::PathBuf::from(format!("/sys/class/net/{bridge}")).exists();
-    if there() {
-        set(&["link", "delete", "dev", bridge]).await?;
-    }
-    Ok(!there())
+fn is_there(bridge: &str) -> bool {
+    Path::new(&format!("/sys/class/net/{bridge}")).exists()
 }
 
-/// Closes the port of an instance whose network is attached and whose process has not started.
-pub async fn isolate(bridge: &str, sandbox: &str) -> Result<(), Error> {
+/// What a port is marked with: the address of the instance behind it.
+fn mark(own: Ipv4Addr) -> String {
+    format!("bulkhead:{own}")
+}
+
+/// Takes down the ports that an address has on a bridge. A namespace lives on for minutes after its
+/// last process, as long as a connection of it waits for an answer; it would go on answering for the
+/// address, and so stand in the way of the next instance there.
+pub async fn clear(bridge: &str, own: Ipv4Addr) -> Result<(), Error> {
+    let mark = mark(own);
+    remove_ports(bridge, |port| port["ifalias"].as_str() == Some(mark.as_str())).await
+}
+
+async fn remove_ports(bridge: &str, which: impl Fn(&Value) -> bool) -> Result<(), Error> {
+    if !is_there(bridge) {
+        return Ok(());
+    }
+    let ports = json(&["-j", "link", "show", "master", bridge]).await?;
+    for port in ports.as_array().into_iter().flatten().filter(|port| which(port)) {
+        if let Some(name) = port["ifname"].as_str() {
+            set(&["link", "delete", "dev", name]).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes down a bridge that the engine has left, with its ports, and looks again: whether it is gone.
+pub async fn remove_bridge(bridge: &str) -> Result<bool, Error> {
+    remove_ports(bridge, |_| true).await?;
+    if is_there(bridge) {
+        set(&["link", "delete", "dev", bridge]).await?;
+    }
+    Ok(!is_there(bridge))
+}
+
+/// Closes and marks the port of an instance whose network is attached and whose process has not
+/// started.
+pub async fn isolate(bridge: &str, sandbox: &str, own: Ipv4Addr) -> Result<(), Error> {
     let namespace = namespace_of(sandbox);
     let inside = json(&["-n", namespace, "-j", "link", "show", "dev", "eth0"]).await?;
     let index = inside[0]["link_index"].as_i64().ok_or_else(|| Error::Transient("no peer of eth0".into()))?;
@@ -97,15 +125,8 @@ pub async fn isolate(bridge: &str, sandbox: &str) -> Result<(), Error> {
         .and_then(|links| links.iter().find(|link| link["ifindex"].as_i64() == Some(index)))
         .and_then(|link| link["ifname"].as_str())
         .ok_or_else(|| Error::Transient("the port of the instance is not on its bridge".into()))?;
-    let done = Command::new("ip")
-        .args(["link", "set", "dev", port, "type", "bridge_slave", "isolated", "on"])
-        .stdin(Stdio::null())
-        .status()
-        .await
-        .map_err(failed("ip"))?;
-    if !done.success() {
-        return Err(Error::Transient("the port of the instance could not be isolated".into()));
-    }
+    set(&["link", "set", "dev", port, "type", "bridge_slave", "isolated", "on"]).await?;
+    set(&["link", "set", "dev", port, "alias", &mark(own)]).await?;
     for (family, key, value) in [
         ("ipv4", "proxy_arp_pvlan", "1"),
         ("ipv4", "send_redirects", "0"),
