@@ -17,7 +17,8 @@ CREATE TABLE robot (
 CREATE UNIQUE INDEX robot_name_is_taken ON robot (tenant_id, name) WHERE revoked_at IS NULL;
 
 -- A manifest is written down before it is handed on (confirmed = false), so that a crash between
--- the two leaves a trace that is looked after.
+-- the two leaves a trace that is looked after. One that goes is doomed first: from then on it is not
+-- there for anybody, and the row goes when the registry has let go of it. Blobs alike.
 CREATE TABLE manifest (
     tenant_id  bigint NOT NULL REFERENCES tenant (id),
     repository text NOT NULL CHECK (char_length(repository) BETWEEN 1 AND 128),
@@ -28,9 +29,11 @@ CREATE TABLE manifest (
     confirmed  boolean NOT NULL DEFAULT false,
     pushed_by  text NOT NULL,
     pushed_at  timestamptz NOT NULL DEFAULT now(),
+    doomed_at  timestamptz,
     PRIMARY KEY (tenant_id, repository, digest)
 );
 CREATE INDEX manifest_unconfirmed ON manifest (pushed_at) WHERE NOT confirmed;
+CREATE INDEX manifest_doomed ON manifest (doomed_at) WHERE doomed_at IS NOT NULL;
 
 -- What a manifest needs: its config and layers, or the manifests of an index.
 CREATE TABLE manifest_part (
@@ -62,6 +65,7 @@ CREATE TABLE blob (
     digest    text NOT NULL CHECK (digest ~ '^sha256:[0-9a-f]{64}$'),
     size      bigint NOT NULL CHECK (size >= 0),
     at        timestamptz NOT NULL DEFAULT now(),
+    doomed_at timestamptz,
     PRIMARY KEY (tenant_id, digest)
 );
 CREATE TABLE blob_place (

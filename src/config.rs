@@ -189,8 +189,9 @@ fn block_size() -> u32 {
 fn subnet_prefix() -> u8 {
     22
 }
+/// Registry clients first try TLS on a plain port; the web server would call each such try an error.
 fn log_level() -> String {
-    "info".to_owned()
+    "info,actix_http::h1::dispatcher=off".to_owned()
 }
 
 /// Every key that there is, for suggestions. A test holds it against the types.

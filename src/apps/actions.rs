@@ -16,10 +16,10 @@ use crate::config::Pools;
 use crate::driver::workload::InsideUser;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
-use crate::ids::{AppId, AppName, Digest};
+use crate::ids::{AppId, AppName, Digest, RepositoryPath};
 use crate::images;
 use crate::reconcile::{Waker, enqueue};
-use crate::registries::Distribution;
+use crate::registries::{self, Distribution};
 use crate::tenants::actions::{By, check_generation};
 use crate::uid_ranges;
 
@@ -173,6 +173,19 @@ impl Apps {
         let before = existing.as_ref().map_or_else(Reserved::default, |app| app.peak.reserved());
         let asked = Asked { before, after: peak.reserved(), new_app: existing.is_none() };
         let short = reservation::check(&quota, asked);
+        // Looked at again under the lock: whoever deletes images holds it too.
+        if let Some(resolved) = &resolved
+            && !is_image_there(
+                tx,
+                tenant,
+                spec.image().repository(),
+                &resolved.index_digest,
+                &resolved.digest,
+            )
+            .await?
+        {
+            faults.push(image_is_gone());
+        }
         let (true, true, Some(resolved)) = (faults.is_empty(), short.is_empty(), resolved) else {
             let only_quota = faults.is_empty();
             faults.extend(short);
@@ -321,6 +334,9 @@ impl Apps {
                 format!("there is no app {missing}"),
             ));
         }
+        if !is_image_there(tx, tenant, &release.repository, &release.index_digest, &release.digest).await? {
+            faults.push(image_is_gone());
+        }
         if !faults.is_empty() {
             return Err(Error::Invalid(faults));
         }
@@ -377,10 +393,24 @@ impl Apps {
     }
 }
 
-fn reference(of: &ImageReference) -> crate::registries::Reference {
+async fn is_image_there(
+    conn: &mut sqlx::PgConnection,
+    tenant: &TenantRef,
+    repository: &RepositoryPath,
+    index: &Digest,
+    manifest: &Digest,
+) -> Result<bool, Error> {
+    registries::are_manifests_there(conn, tenant.id, repository, &[index, manifest]).await
+}
+
+fn image_is_gone() -> Fault {
+    Fault::new(Code(200), Kind::Conflict, "image", "the image has just been deleted").instead("push it again")
+}
+
+fn reference(of: &ImageReference) -> registries::Reference {
     match of {
-        ImageReference::Tag(tag) => crate::registries::Reference::Tag(tag.clone()),
-        ImageReference::Digest(digest) => crate::registries::Reference::Digest(digest.clone()),
+        ImageReference::Tag(tag) => registries::Reference::Tag(tag.clone()),
+        ImageReference::Digest(digest) => registries::Reference::Digest(digest.clone()),
     }
 }
 

@@ -1,7 +1,5 @@
 //! Repositories and tags over the API.
 
-use std::sync::Arc;
-
 use actix_web::{HttpResponse, web};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -12,7 +10,7 @@ use crate::access::{Deploy, ReadTenant, TenantScope};
 use crate::audit;
 use crate::db::{Page, PageQuery};
 use crate::error::Error;
-use crate::ids::{Digest, RepositoryPath, Tag, TenantId};
+use crate::ids::{RepositoryPath, Tag, TenantId, TenantName};
 
 /// GET /api/v1/tenants/{tenant}/repositories: by name.
 pub async fn list_repositories(
@@ -110,37 +108,34 @@ pub async fn delete_tag(
     audit::record(&mut tx, event).await?;
     tx.commit().await?;
     // The tag is gone; what nothing holds any more is cleared away now, or by the sweep later.
-    let family: Vec<Digest> = family.iter().filter_map(|digest| digest.parse().ok()).collect();
-    let name = scope.tenant.name.as_str();
-    if let Err(error) = clear(&pool, &registry, &holders, (scope.tenant.id, name), &repository, &family).await
+    let name = &scope.tenant.name;
+    if let Err(error) =
+        clear(&pool, &registry, &**holders, (scope.tenant.id, name), &repository, &family).await
     {
         tracing::warn!(%error, "a deleted image is cleared away later");
     }
     Ok(HttpResponse::NoContent().finish())
 }
 
-/// Deletes those of the manifests that no tag, index or release holds: in the registry first, so
-/// that a crash in between only leaves a row that is cleared again.
-pub(super) async fn clear(
+/// Deletes those of the manifests that no tag, index or release holds. They are doomed first, under the
+/// lock that every push and deploy of the tenant takes: what is deployed at the same moment stays.
+async fn clear(
     pool: &PgPool,
     registry: &Distribution,
-    holders: &Arc<dyn Holders>,
-    tenant: (TenantId, &str),
+    holders: &dyn Holders,
+    tenant: (TenantId, &TenantName),
     repository: &RepositoryPath,
-    among: &[Digest],
+    among: &[String],
 ) -> Result<(), Error> {
-    let texts: Vec<String> = among.iter().map(ToString::to_string).collect();
-    let mut conn = pool.acquire().await?;
-    let loose = store::list_loose(&mut conn, tenant.0, repository, &texts).await?;
-    drop(conn);
-    for digest in loose {
-        if !holders.holders(tenant.0, repository, &[digest.to_string()]).await?.is_empty() {
-            continue;
-        }
-        registry.delete_manifest(&format!("{}/{repository}", tenant.1), &digest).await?;
-        let mut tx = pool.begin().await?;
-        store::delete_manifest(&mut tx, tenant.0, repository, &digest).await?;
-        tx.commit().await?;
+    let mut tx = pool.begin().await?;
+    store::lock_project_of(&mut tx, tenant.0).await?;
+    let mut loose = store::list_loose(&mut tx, tenant.0, repository, among).await?;
+    let held = holders.holders(tenant.0, repository, &loose).await?;
+    loose.retain(|digest| !held.iter().any(|(own, _)| own == digest));
+    store::doom_manifests(&mut tx, tenant.0, repository, &loose).await?;
+    tx.commit().await?;
+    for digest in loose.iter().filter_map(|digest| digest.parse().ok()) {
+        super::reconcile::remove_doomed(pool, registry, tenant, repository, &digest).await?;
     }
     Ok(())
 }

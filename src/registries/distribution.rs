@@ -106,12 +106,9 @@ impl Distribution {
         rest: &str,
         digest: &Digest,
     ) -> Result<Option<(Vec<u8>, String)>, Error> {
-        let answer = self
-            .request(Method::GET, name, rest, &["pull"])?
-            .header(header::ACCEPT, manifest::ACCEPT)
-            .send()
-            .await
-            .map_err(away)?;
+        let request =
+            self.request(Method::GET, name, rest, &["pull"])?.header(header::ACCEPT, manifest::ACCEPT);
+        let answer = read(request).await.map_err(away)?;
         if answer.status() == StatusCode::NOT_FOUND {
             return Ok(None);
         }
@@ -203,8 +200,8 @@ impl Distribution {
         let name = format!("{tenant}/{repository}");
         let mut found = Found::default();
         for layer in image.layers.iter().rev() {
-            let answer = self.request(Method::GET, &name, &format!("blobs/{layer}"), &["pull"])?;
-            let answer = good(answer.send().await.map_err(away)?)?;
+            let request = self.request(Method::GET, &name, &format!("blobs/{layer}"), &["pull"])?;
+            let answer = good(read(request).await.map_err(away)?)?;
             let stream = answer.bytes_stream().map(|chunk| chunk.map_err(std::io::Error::other));
             let reader = tokio_util::io::SyncIoBridge::new(tokio_util::io::StreamReader::new(stream));
             let search =
@@ -232,12 +229,9 @@ impl Distribution {
     }
 
     async fn size(&self, name: &str, rest: &str) -> Result<Option<u64>, Error> {
-        let answer = self
-            .request(Method::HEAD, name, rest, &["pull"])?
-            .header(header::ACCEPT, manifest::ACCEPT)
-            .send()
-            .await
-            .map_err(away)?;
+        let request =
+            self.request(Method::HEAD, name, rest, &["pull"])?.header(header::ACCEPT, manifest::ACCEPT);
+        let answer = read(request).await.map_err(away)?;
         if answer.status() == StatusCode::NOT_FOUND {
             return Ok(None);
         }
@@ -288,6 +282,21 @@ impl Distribution {
             return Ok(());
         }
         good(answer).map(drop)
+    }
+}
+
+/// Sends a read. The registry (Distribution 2.8 on files) answers 500 to a read of what is being written
+/// at the same moment, so such an answer is asked for again.
+pub(super) async fn read(request: reqwest::RequestBuilder) -> reqwest::Result<Response> {
+    let mut tries = 0;
+    loop {
+        let Some(this) = request.try_clone() else { return request.send().await };
+        let answer = this.send().await?;
+        tries += 1;
+        if !answer.status().is_server_error() || tries == 4 {
+            return Ok(answer);
+        }
+        tokio::time::sleep(Duration::from_millis(20 << tries)).await;
     }
 }
 

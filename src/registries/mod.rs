@@ -16,6 +16,7 @@ pub mod token;
 mod write;
 
 pub use distribution::Distribution;
+pub use store::are_manifests_there;
 pub use token::SigningKey;
 
 /// A tag or a digest.

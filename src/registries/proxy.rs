@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::front::{Door, FrontDoor, OciError, PATIENCE};
 use super::token::Claims;
-use super::{store, write};
+use super::{distribution, store, write};
 use crate::access::Public;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantName};
 use crate::images::manifest;
@@ -101,7 +101,7 @@ pub async fn handle(
     }
     let asked = Asked { tenant, repository, name: name.to_owned(), claims };
     match (req.method().as_str(), place) {
-        ("GET" | "HEAD", Place::Blob(digest)) => pass(&door, &req, &asked, &format!("blobs/{digest}")).await,
+        ("GET" | "HEAD", Place::Blob(digest)) => get_blob(&door, &req, &asked, &digest).await,
         ("GET" | "HEAD", Place::Manifest(reference)) => get_manifest(&door, &req, &asked, &reference).await,
         ("GET", Place::Tags) => list_tags(&door, &asked).await,
         ("GET", Place::Referrers) => {
@@ -123,6 +123,21 @@ fn version() -> HttpResponse {
     HttpResponse::Ok().insert_header(("Docker-Distribution-Api-Version", "registry/2.0")).json(json!({}))
 }
 
+/// Only what is on record is there: what a crash left uncounted is pushed again.
+async fn get_blob(
+    door: &FrontDoor,
+    req: &HttpRequest,
+    asked: &Asked,
+    digest: &Digest,
+) -> Result<HttpResponse, OciError> {
+    let mut conn = door.pool.acquire().await?;
+    if !store::has_blob(&mut conn, &asked.tenant, &asked.repository, digest).await? {
+        return Err(OciError::new(StatusCode::NOT_FOUND, "BLOB_UNKNOWN", "there is no such blob"));
+    }
+    drop(conn);
+    pass(door, req, asked, &format!("blobs/{digest}")).await
+}
+
 /// Tags are our own: a tag becomes its digest here, the registry is asked by digest.
 async fn get_manifest(
     door: &FrontDoor,
@@ -130,15 +145,15 @@ async fn get_manifest(
     asked: &Asked,
     reference: &str,
 ) -> Result<HttpResponse, OciError> {
+    let mut conn = door.pool.acquire().await?;
     let digest = if let Ok(digest) = reference.parse::<Digest>() {
-        digest
+        store::find_manifest(&mut conn, &asked.tenant, &asked.repository, &digest).await?
     } else {
         let tag: Tag = reference.parse().map_err(|_| OciError::unknown_manifest())?;
-        let mut conn = door.pool.acquire().await?;
-        store::find_tag(&mut conn, &asked.tenant, &asked.repository, &tag)
-            .await?
-            .ok_or_else(OciError::unknown_manifest)?
+        store::find_tag(&mut conn, &asked.tenant, &asked.repository, &tag).await?
     };
+    drop(conn);
+    let digest = digest.ok_or_else(OciError::unknown_manifest)?;
     pass(door, req, asked, &format!("manifests/{digest}")).await
 }
 
@@ -194,7 +209,7 @@ async fn pass(
             upstream = upstream.header(name, value);
         }
     }
-    Ok(relay(upstream.send().await.map_err(unreachable_registry)?))
+    Ok(relay(distribution::read(upstream).await.map_err(unreachable_registry)?))
 }
 
 pub(super) fn unreachable_registry(error: reqwest::Error) -> OciError {

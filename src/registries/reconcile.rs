@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Distribution, store};
 use crate::error::Error;
-use crate::ids::{TenantId, TenantName};
+use crate::ids::{Digest, RepositoryPath, TenantId, TenantName};
 use crate::reconcile::Failure;
 use crate::tenants::{Belongings, Left};
 
@@ -21,6 +21,9 @@ pub async fn sweep(pool: PgPool, registry: Distribution, stop: CancellationToken
         }
         if let Err(error) = settle_pushes(&pool, &registry).await {
             tracing::debug!(%error, "pushes are settled later");
+        }
+        if let Err(error) = clear_doomed(&pool, &registry).await {
+            tracing::debug!(%error, "doomed manifests are removed later");
         }
         if let Err(error) = clear_blobs(&pool, &registry).await {
             tracing::debug!(%error, "loose blobs are cleared later");
@@ -46,19 +49,48 @@ pub async fn settle_pushes(pool: &PgPool, registry: &Distribution) -> Result<(),
     Ok(())
 }
 
+/// Takes a doomed manifest out of the registry, then its row.
+pub(super) async fn remove_doomed(
+    pool: &PgPool,
+    registry: &Distribution,
+    tenant: (TenantId, &TenantName),
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<(), Error> {
+    registry.delete_manifest(&format!("{}/{repository}", tenant.1), digest).await?;
+    fail::fail_point!("registries::manifest_deleted", |_| Err(Error::internal("failpoint")));
+    let mut tx = pool.begin().await?;
+    store::delete_manifest(&mut tx, tenant.0, repository, digest).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+async fn clear_doomed(pool: &PgPool, registry: &Distribution) -> Result<(), Error> {
+    let mut conn = pool.acquire().await?;
+    let doomed = store::list_doomed(&mut conn).await?;
+    drop(conn);
+    for (tenant, name, repository, digest) in doomed {
+        remove_doomed(pool, registry, (tenant, &name), &repository, &digest).await?;
+    }
+    Ok(())
+}
+
 async fn clear_blobs(pool: &PgPool, registry: &Distribution) -> Result<(), Error> {
     let mut after = 0;
     loop {
         let mut conn = pool.acquire().await?;
-        let tenants = store::list_tenants_with_blobs(&mut conn, after).await?;
+        let tenants = store::list_tenants_with_loose_blobs(&mut conn, after).await?;
+        drop(conn);
         let Some((last, _)) = tenants.last() else { return Ok(()) };
         after = last.0;
         for (tenant, name) in tenants {
-            for (digest, places) in store::list_loose_blobs(&mut conn, tenant).await? {
+            for (digest, places) in store::doom_loose_blobs(pool, &name).await? {
                 for repository in places {
                     registry.delete_blob(&format!("{name}/{repository}"), &digest).await?;
                 }
-                store::delete_blob(&mut conn, tenant, &digest).await?;
+                let mut tx = pool.begin().await?;
+                store::delete_blob(&mut tx, tenant, &digest).await?;
+                tx.commit().await?;
             }
         }
     }

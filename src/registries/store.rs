@@ -171,12 +171,53 @@ pub(super) async fn find_manifest(
 ) -> Result<Option<Digest>, Error> {
     Ok(sqlx::query_scalar!(
         r#"SELECT m.digest AS "digest: Digest" FROM manifest m JOIN tenant t ON t.id = m.tenant_id
-           WHERE t.name = $1 AND m.repository = $2 AND m.digest = $3 AND m.confirmed"#,
+           WHERE t.name = $1 AND m.repository = $2 AND m.digest = $3 AND m.confirmed AND m.doomed_at IS NULL"#,
         tenant.as_str(),
         repository.as_str(),
         digest.as_str()
     )
     .fetch_optional(conn)
+    .await?)
+}
+
+/// Whether a repository of this tenant has a blob, as far as the platform knows: what it does not know
+/// is not counted, and what is doomed is gone.
+pub(super) async fn has_blob(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT 1 FROM tenant t JOIN blob b ON b.tenant_id = t.id
+           JOIN blob_place p ON p.tenant_id = t.id AND p.digest = b.digest
+           WHERE t.name = $1 AND p.repository = $2 AND b.digest = $3 AND b.doomed_at IS NULL) AS "yes!""#,
+        tenant.as_str(),
+        repository.as_str(),
+        digest.as_str()
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Whether all these manifests are there and stay, within a transaction that holds the tenant's
+/// quota: whoever removes manifests holds it too.
+pub async fn are_manifests_there(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digests: &[&Digest],
+) -> Result<bool, Error> {
+    let texts: Vec<String> = digests.iter().map(ToString::to_string).collect();
+    Ok(sqlx::query_scalar!(
+        r#"SELECT NOT EXISTS (SELECT 1 FROM unnest($3::text[]) d WHERE NOT EXISTS
+           (SELECT 1 FROM manifest m WHERE m.tenant_id = $1 AND m.repository = $2 AND m.digest = d
+            AND m.confirmed AND m.doomed_at IS NULL)) AS "yes!""#,
+        tenant.0,
+        repository.as_str(),
+        &texts
+    )
+    .fetch_one(conn)
     .await?)
 }
 
@@ -217,6 +258,24 @@ pub(super) async fn registry_use(conn: &mut PgConnection, tenant: &TenantName) -
     Ok((positive(row.used), positive(row.limit)))
 }
 
+/// Locks the quota of a tenant: whoever adds to its project or takes from it comes one after another.
+async fn lock_project(conn: &mut PgConnection, tenant: &TenantName) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
+        "SELECT q.tenant_id FROM quota q JOIN tenant t ON t.id = q.tenant_id WHERE t.name = $1 FOR UPDATE OF q",
+        tenant.as_str()
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// What is doomed cannot be pushed again before it is gone.
+fn going() -> Error {
+    Error::Unavailable(
+        "this very content is being removed; push again".into(),
+        std::time::Duration::from_secs(5),
+    )
+}
+
 /// What came of a reservation.
 pub(super) enum Reserve {
     /// So many bytes were taken.
@@ -235,12 +294,7 @@ pub(super) async fn reserve_upload(
     needed: u64,
 ) -> Result<Reserve, Error> {
     let mut tx = pool.begin().await?;
-    let tenant_id = sqlx::query_scalar!(
-        "SELECT q.tenant_id FROM quota q JOIN tenant t ON t.id = q.tenant_id WHERE t.name = $1 FOR UPDATE OF q",
-        tenant.as_str()
-    )
-    .fetch_one(&mut *tx)
-    .await?;
+    let tenant_id = lock_project(&mut tx, tenant).await?;
     let (used, limit) = registry_use(&mut tx, tenant).await?;
     let left = limit.saturating_sub(used);
     if needed > left {
@@ -266,6 +320,20 @@ pub(super) async fn reserve_upload(
     Ok(Reserve::Taken(taken))
 }
 
+/// Gives back what was reserved for an upload and not needed.
+pub(super) async fn give_back(pool: &PgPool, tenant: &TenantName, id: &str, bytes: u64) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE upload u SET bytes = greatest(0, u.bytes - $3) FROM tenant t \
+         WHERE t.name = $1 AND u.tenant_id = t.id AND u.id = $2",
+        tenant.as_str(),
+        id,
+        signed(bytes)
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
 /// A blob is there: it counts once, its upload no more.
 pub(super) async fn commit_blob(
     pool: &PgPool,
@@ -276,12 +344,17 @@ pub(super) async fn commit_blob(
     upload: Option<&str>,
 ) -> Result<(), Error> {
     let mut tx = pool.begin().await?;
-    let tenant_id = sqlx::query_scalar!(
-        "SELECT q.tenant_id FROM quota q JOIN tenant t ON t.id = q.tenant_id WHERE t.name = $1 FOR UPDATE OF q",
-        tenant.as_str()
+    let tenant_id = lock_project(&mut tx, tenant).await?;
+    let doomed = sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT 1 FROM blob WHERE tenant_id = $1 AND digest = $2 AND doomed_at IS NOT NULL) AS "yes!""#,
+        tenant_id,
+        digest.as_str()
     )
     .fetch_one(&mut *tx)
     .await?;
+    if doomed {
+        return Err(going());
+    }
     let new = sqlx::query!(
         "INSERT INTO blob (tenant_id, digest, size) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
         tenant_id,
@@ -334,20 +407,49 @@ pub(super) struct NewManifest {
     pub(super) pushed_by: String,
 }
 
-/// Writes a manifest down before it is handed on; (used, limit) when it does not fit.
+/// What came of writing a manifest down.
+pub(super) enum Noted {
+    /// It is on record.
+    Yes,
+    /// It does not fit.
+    Full { used: u64, limit: u64 },
+    /// It names something that is not there (any more).
+    Unknown,
+}
+
+/// Writes a manifest down before it is handed on.
 pub(super) async fn insert_manifest(
     pool: &PgPool,
     tenant: &TenantName,
     repository: &RepositoryPath,
     new: &NewManifest,
-) -> Result<Option<(u64, u64)>, Error> {
+) -> Result<Noted, Error> {
+    let parts: Vec<String> = new.parts.iter().map(|(digest, _)| digest.to_string()).collect();
+    let blobs: Vec<bool> = new.parts.iter().map(|(_, blob)| *blob).collect();
     let mut tx = pool.begin().await?;
-    let tenant_id = sqlx::query_scalar!(
-        "SELECT q.tenant_id FROM quota q JOIN tenant t ON t.id = q.tenant_id WHERE t.name = $1 FOR UPDATE OF q",
-        tenant.as_str()
+    let tenant_id = lock_project(&mut tx, tenant).await?;
+    let state = sqlx::query!(
+        r#"SELECT EXISTS (SELECT 1 FROM manifest WHERE tenant_id = $1 AND repository = $2 AND digest = $3
+                          AND doomed_at IS NOT NULL) AS "doomed!",
+           EXISTS (SELECT 1 FROM unnest($4::text[], $5::boolean[]) AS x (part, is_blob) WHERE CASE WHEN is_blob
+             THEN NOT EXISTS (SELECT 1 FROM blob b JOIN blob_place p USING (tenant_id, digest) WHERE b.tenant_id = $1
+                              AND b.digest = part AND p.repository = $2 AND b.doomed_at IS NULL)
+             ELSE NOT EXISTS (SELECT 1 FROM manifest m WHERE m.tenant_id = $1 AND m.repository = $2
+                              AND m.digest = part AND m.confirmed AND m.doomed_at IS NULL) END) AS "lacks!""#,
+        tenant_id,
+        repository.as_str(),
+        new.digest.as_str(),
+        &parts,
+        &blobs
     )
     .fetch_one(&mut *tx)
     .await?;
+    if state.doomed {
+        return Err(going());
+    }
+    if state.lacks {
+        return Ok(Noted::Unknown);
+    }
     let inserted = sqlx::query!(
         "INSERT INTO manifest (tenant_id, repository, digest, media_type, size, total, pushed_by) \
          VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING",
@@ -365,11 +467,9 @@ pub(super) async fn insert_manifest(
     if inserted == 1 {
         let (used, limit) = registry_use(&mut tx, tenant).await?;
         if used.saturating_add(new.size) > limit {
-            return Ok(Some((used, limit)));
+            return Ok(Noted::Full { used, limit });
         }
         add_used(&mut tx, TenantId(tenant_id), signed(new.size)).await?;
-        let parts: Vec<String> = new.parts.iter().map(|(digest, _)| digest.to_string()).collect();
-        let blobs: Vec<bool> = new.parts.iter().map(|(_, blob)| *blob).collect();
         sqlx::query!(
             "INSERT INTO manifest_part (tenant_id, repository, digest, part, is_blob) \
              SELECT $1, $2, $3, p, b FROM unnest($4::text[], $5::boolean[]) AS x (p, b) ON CONFLICT DO NOTHING",
@@ -383,7 +483,27 @@ pub(super) async fn insert_manifest(
         .await?;
     }
     tx.commit().await?;
-    Ok(None)
+    Ok(Noted::Yes)
+}
+
+/// The registry does not have a blob that is on record: the record is mended, so that the next push
+/// sends it.
+pub(super) async fn forget_blob(
+    pool: &PgPool,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "DELETE FROM blob_place p USING tenant t WHERE t.name = $1 AND p.tenant_id = t.id AND p.repository = $2 \
+         AND p.digest = $3",
+        tenant.as_str(),
+        repository.as_str(),
+        digest.as_str()
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
 }
 
 /// The registry has it: the tag moves, and it is on record who pushed.
@@ -396,13 +516,14 @@ pub(super) async fn confirm_manifest(
     let mut tx = pool.begin().await?;
     let tenant_id = sqlx::query_scalar!(
         "UPDATE manifest m SET confirmed = true FROM tenant t WHERE t.name = $1 AND m.tenant_id = t.id \
-         AND m.repository = $2 AND m.digest = $3 RETURNING m.tenant_id",
+         AND m.repository = $2 AND m.digest = $3 AND m.doomed_at IS NULL RETURNING m.tenant_id",
         asked.tenant.as_str(),
         asked.repository.as_str(),
         new.digest.as_str()
     )
-    .fetch_one(&mut *tx)
-    .await?;
+    .fetch_optional(&mut *tx)
+    .await?
+    .ok_or_else(going)?;
     if let Some(tag) = tag {
         sqlx::query!(
             "INSERT INTO tag (tenant_id, repository, name, digest, pushed_by) VALUES ($1, $2, $3, $4, $5) \
@@ -481,7 +602,7 @@ pub(super) async fn list_repositories(
         RepositoryRow,
         r#"SELECT m.repository AS name, count(*) AS "manifests!", max(m.pushed_at) AS "pushed_at!",
            (SELECT count(*) FROM tag g WHERE g.tenant_id = $1 AND g.repository = m.repository) AS "tags!"
-           FROM manifest m WHERE m.tenant_id = $1 AND m.confirmed AND m.repository > $2
+           FROM manifest m WHERE m.tenant_id = $1 AND m.confirmed AND m.doomed_at IS NULL AND m.repository > $2
            GROUP BY m.repository ORDER BY m.repository LIMIT $3"#,
         tenant.0,
         after,
@@ -561,16 +682,15 @@ pub(super) async fn list_family(
     Ok(family)
 }
 
-/// Manifests of a repository that no tag and no index holds, but for those pushed within the last
-/// minutes: a client pushes children before their index.
+/// Those of the manifests that no tag and no tagged index holds.
 pub(super) async fn list_loose(
     conn: &mut PgConnection,
     tenant: TenantId,
     repository: &RepositoryPath,
     among: &[String],
-) -> Result<Vec<Digest>, Error> {
+) -> Result<Vec<String>, Error> {
     Ok(sqlx::query_scalar!(
-        r#"SELECT m.digest AS "digest: Digest" FROM manifest m WHERE m.tenant_id = $1 AND m.repository = $2
+        r#"SELECT m.digest FROM manifest m WHERE m.tenant_id = $1 AND m.repository = $2
            AND m.digest = ANY($3)
            AND NOT EXISTS (SELECT 1 FROM tag g WHERE g.tenant_id = m.tenant_id AND g.repository = m.repository
                            AND g.digest = m.digest)
@@ -583,6 +703,39 @@ pub(super) async fn list_loose(
     )
     .fetch_all(conn)
     .await?)
+}
+
+/// Dooms manifests, within a transaction that holds the project's lock.
+pub(super) async fn doom_manifests(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digests: &[String],
+) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE manifest SET doomed_at = now() WHERE tenant_id = $1 AND repository = $2 AND digest = ANY($3) \
+         AND doomed_at IS NULL",
+        tenant.0,
+        repository.as_str(),
+        digests
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Manifests that are doomed and still there.
+pub(super) async fn list_doomed(
+    conn: &mut PgConnection,
+) -> Result<Vec<(TenantId, TenantName, RepositoryPath, Digest)>, Error> {
+    let rows = sqlx::query!(
+        r#"SELECT m.tenant_id, t.name AS "name: TenantName", m.repository AS "repository: RepositoryPath",
+           m.digest AS "digest: Digest" FROM manifest m JOIN tenant t ON t.id = m.tenant_id
+           WHERE m.doomed_at IS NOT NULL ORDER BY m.doomed_at LIMIT 100"#
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|r| (TenantId(r.tenant_id), r.name, r.repository, r.digest)).collect())
 }
 
 /// Forgets a manifest and gives back what it weighed.
@@ -606,22 +759,32 @@ pub(super) async fn delete_manifest(
     Ok(())
 }
 
-/// Blobs of a tenant that no manifest holds any more, with the repositories that have them. Fresh
-/// ones are left: their manifest may be on its way.
-pub(super) async fn list_loose_blobs(
-    conn: &mut PgConnection,
-    tenant: TenantId,
+/// Dooms the blobs of a tenant that no manifest holds any more; they, with the repositories that have
+/// them. Fresh ones are left: their manifest may be on its way.
+pub(super) async fn doom_loose_blobs(
+    pool: &PgPool,
+    name: &TenantName,
 ) -> Result<Vec<(Digest, Vec<String>)>, Error> {
+    let mut tx = pool.begin().await?;
+    let tenant_id = lock_project(&mut tx, name).await?;
     let rows = sqlx::query!(
-        r#"SELECT b.digest AS "digest: Digest", array_agg(p.repository) AS "places!: Vec<String>" FROM blob b
-           JOIN blob_place p USING (tenant_id, digest)
-           WHERE b.tenant_id = $1 AND b.at < now() - interval '2 hours' AND NOT EXISTS
-             (SELECT 1 FROM manifest_part m WHERE m.tenant_id = b.tenant_id AND m.part = b.digest)
-           GROUP BY b.digest LIMIT 200"#,
-        tenant.0
+        r#"WITH loose AS (
+               SELECT b.digest FROM blob b WHERE b.tenant_id = $1 AND (b.doomed_at IS NOT NULL
+                 OR b.at < now() - interval '2 hours' AND NOT EXISTS
+                   (SELECT 1 FROM manifest_part m WHERE m.tenant_id = b.tenant_id AND m.part = b.digest))
+               LIMIT 200
+           ), doomed AS (
+               UPDATE blob b SET doomed_at = coalesce(b.doomed_at, now()) FROM loose l
+               WHERE b.tenant_id = $1 AND b.digest = l.digest RETURNING b.digest
+           )
+           SELECT d.digest AS "digest!: Digest",
+                  coalesce(array_agg(p.repository) FILTER (WHERE p.repository IS NOT NULL), '{}') AS "places!: Vec<String>"
+           FROM doomed d LEFT JOIN blob_place p ON p.tenant_id = $1 AND p.digest = d.digest GROUP BY d.digest"#,
+        tenant_id
     )
-    .fetch_all(conn)
+    .fetch_all(&mut *tx)
     .await?;
+    tx.commit().await?;
     Ok(rows.into_iter().map(|row| (row.digest, row.places)).collect())
 }
 
@@ -644,19 +807,30 @@ pub(super) async fn delete_blob(
     Ok(())
 }
 
-/// Tenants with blobs that might be loose, in pages.
-pub(super) async fn list_tenants_with_blobs(
+/// Tenants with loose blobs, in pages.
+pub(super) async fn list_tenants_with_loose_blobs(
     conn: &mut PgConnection,
     after: i64,
 ) -> Result<Vec<(TenantId, TenantName)>, Error> {
     let rows = sqlx::query!(
         r#"SELECT id, name AS "name: TenantName" FROM tenant t WHERE id > $1 AND state <> 'offboarded'
-           AND EXISTS (SELECT 1 FROM blob b WHERE b.tenant_id = t.id) ORDER BY id LIMIT 200"#,
+           AND EXISTS (SELECT 1 FROM blob b WHERE b.tenant_id = t.id AND (b.doomed_at IS NOT NULL
+             OR b.at < now() - interval '2 hours' AND NOT EXISTS
+               (SELECT 1 FROM manifest_part m WHERE m.tenant_id = b.tenant_id AND m.part = b.digest)))
+           ORDER BY id LIMIT 200"#,
         after
     )
     .fetch_all(conn)
     .await?;
     Ok(rows.into_iter().map(|row| (TenantId(row.id), row.name)).collect())
+}
+
+/// Locks a tenant's project for whoever takes manifests away.
+pub(super) async fn lock_project_of(conn: &mut PgConnection, tenant: TenantId) -> Result<(), Error> {
+    sqlx::query!("SELECT tenant_id FROM quota WHERE tenant_id = $1 FOR UPDATE", tenant.0)
+        .fetch_one(conn)
+        .await?;
+    Ok(())
 }
 
 /// Everything of a tenant's project, a page at a time: manifests, then blobs.

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use super::front::{FrontDoor, OciError};
 use super::proxy::{Asked, relay, state, unreachable_registry};
-use super::store::{self, NewManifest};
+use super::store::{self, NewManifest, Noted};
 use crate::ids::{Digest, RepositoryPath, Tag};
 use crate::images::manifest::{self, Descriptor, Manifest};
 
@@ -76,7 +76,8 @@ pub(super) async fn start(
         if let Some(from) = own_repository(asked, params.from.as_deref()) {
             let name = format!("{}/{from}", asked.tenant);
             // Only what this tenant is known to hold there is mounted; all else is a plain upload.
-            if door.registry.blob_size(&name, &digest).await?.is_some() {
+            let mut conn = door.pool.acquire().await?;
+            if store::has_blob(&mut conn, &asked.tenant, &from, &digest).await? {
                 rest = format!("blobs/uploads/?mount={digest}&from={name}");
                 mounted = Some((digest, name));
             }
@@ -107,6 +108,14 @@ fn status(answer: &reqwest::Response) -> StatusCode {
 
 fn cut() -> OciError {
     OciError::new(StatusCode::BAD_REQUEST, "BLOB_UPLOAD_INVALID", "the upload was cut off")
+}
+
+fn never_pushed() -> OciError {
+    OciError::new(
+        StatusCode::BAD_REQUEST,
+        "MANIFEST_BLOB_UNKNOWN",
+        "the manifest names something that was not pushed, or is gone again: push the image once more",
+    )
 }
 
 fn full(used: u64, limit: u64, asked: u64) -> OciError {
@@ -173,31 +182,47 @@ pub(super) async fn append(
     Ok(relay(answer))
 }
 
-/// Carries the body over, reserving the quota in steps before the bytes go on.
+/// Carries the body over, reserving the quota in steps before the bytes go on. What went over counts
+/// until the blob is there, also when it was cut off: the registry (Distribution 2.8) does not take such
+/// an upload up again, and keeps its bytes until it is purged.
 async fn pump(
     door: &FrontDoor,
     asked: &Asked,
     id: &str,
-    mut body: web::Payload,
+    body: web::Payload,
     sender: mpsc::Sender<Result<Bytes, std::io::Error>>,
 ) -> Result<(), OciError> {
-    let mut reserved = 0;
-    let mut passed = 0;
-    let fail = |error: OciError| async {
+    let (mut reserved, mut passed) = (0, 0);
+    let outcome = carry(door, asked, id, body, &sender, (&mut reserved, &mut passed)).await;
+    if outcome.is_err() {
         let _ = sender.send(Err(std::io::Error::other("stopped"))).await;
-        Err(error)
-    };
+    }
+    drop(sender);
+    if reserved > passed {
+        store::give_back(&door.pool, &asked.tenant, id, reserved - passed).await?;
+    }
+    outcome
+}
+
+async fn carry(
+    door: &FrontDoor,
+    asked: &Asked,
+    id: &str,
+    mut body: web::Payload,
+    sender: &mpsc::Sender<Result<Bytes, std::io::Error>>,
+    (reserved, passed): (&mut u64, &mut u64),
+) -> Result<(), OciError> {
     while let Some(chunk) = body.next().await {
-        let Ok(chunk) = chunk else { return fail(cut()).await };
-        passed += chunk.len() as u64;
-        if passed > reserved {
-            let step = passed - reserved;
-            match store::reserve_upload(&door.pool, &asked.tenant, id, step.max(STEP), step).await {
-                Ok(store::Reserve::Taken(bytes)) => reserved += bytes,
-                Ok(store::Reserve::Full { used, limit }) => return fail(full(used, limit, step)).await,
-                Err(error) => return fail(error.into()).await,
+        let chunk = chunk.map_err(|_| cut())?;
+        let next = *passed + chunk.len() as u64;
+        if next > *reserved {
+            let step = next - *reserved;
+            match store::reserve_upload(&door.pool, &asked.tenant, id, step.max(STEP), step).await? {
+                store::Reserve::Taken(bytes) => *reserved += bytes,
+                store::Reserve::Full { used, limit } => return Err(full(used, limit, step)),
             }
         }
+        *passed = next;
         if sender.send(Ok(chunk)).await.is_err() {
             break;
         }
@@ -266,10 +291,10 @@ pub(super) async fn put_manifest(
         pushed_by: asked.claims.sub.clone(),
     };
     // Written down first: a crash in between leaves a trace that is looked after.
-    if let Some((used, limit)) =
-        store::insert_manifest(&door.pool, &asked.tenant, &asked.repository, &new).await?
-    {
-        return Err(full(used, limit, new.size));
+    match store::insert_manifest(&door.pool, &asked.tenant, &asked.repository, &new).await? {
+        Noted::Yes => {}
+        Noted::Full { used, limit } => return Err(full(used, limit, new.size)),
+        Noted::Unknown => return Err(never_pushed()),
     }
     fail::fail_point!("registries::manifest_noted", |_| Err(OciError::denied("failpoint")));
     let answer = door
@@ -304,7 +329,8 @@ async fn check_parts(
     };
     let registry = Arc::new(door.registry.clone());
     let mut checks = futures_util::stream::iter(list.clone().into_iter().cloned().map(|part| {
-        let (registry, name) = (Arc::clone(&registry), asked.name.clone());
+        let (registry, name, pool) = (Arc::clone(&registry), asked.name.clone(), door.pool.clone());
+        let (tenant, repository) = (asked.tenant.clone(), asked.repository.clone());
         async move {
             let real = if is_blob {
                 registry.blob_size(&name, &part.digest).await?
@@ -314,11 +340,11 @@ async fn check_parts(
             match real {
                 Some(real) if real == part.size => Ok(()),
                 Some(_) => Err(OciError::invalid("a declared size is not the real one")),
-                None => Err(OciError::new(
-                    StatusCode::BAD_REQUEST,
-                    "MANIFEST_BLOB_UNKNOWN",
-                    "the manifest names something that was not pushed",
-                )),
+                None if is_blob => {
+                    store::forget_blob(&pool, &tenant, &repository, &part.digest).await?;
+                    Err(never_pushed())
+                }
+                None => Err(never_pushed()),
             }
         }
     }))

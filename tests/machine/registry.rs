@@ -200,3 +200,92 @@ async fn lies_and_full_quotas_are_refused() {
     );
     assert_eq!(client.call(&token, "GET", "/v2/acme/web/manifests/1", "", vec![]).await.0, 404);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_push_that_was_cut_goes_on_or_begins_anew_and_counts_once() {
+    let machine = Machine::start().await;
+    let acme = machine.tenant("acme").await;
+    let quota = json!({"quota": {"registry_bytes": 30_000_000}});
+    assert_eq!(machine.send("PATCH", "/api/v1/tenants/acme", quota).await.0, 202);
+    let client = Client { machine: &machine, http: bulkhead::outgoing::client().build().unwrap() };
+    let token = client.token(&acme, &["repository:acme/web:pull,push"]).await.unwrap();
+    let bytes: Vec<u8> = (0..6_000_000_u32).map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
+    let octets = "application/octet-stream";
+    let begin = || client.call(&token, "POST", "/v2/acme/web/blobs/uploads/", octets, vec![]);
+    // Between two chunks serve dies; the client goes on where it was.
+    let (status, location, _) = begin().await;
+    assert_eq!(status, 202);
+    let (status, mut location, _) =
+        client.call(&token, "PATCH", &location, octets, bytes[..2_000_000].to_vec()).await;
+    assert_eq!(status, 202);
+    machine.kill("serve");
+    let begun = std::time::Instant::now();
+    while machine.try_ask("GET", "/readyz", &[], "").await.is_none() {
+        assert!(begun.elapsed().as_secs() < 30, "serve does not come back");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    let (status, next, text) =
+        client.call(&token, "PATCH", &location, octets, bytes[2_000_000..].to_vec()).await;
+    assert_eq!(status, 202, "{text}");
+    location = next;
+    let finish = |location: String, digest: Digest| {
+        let sign = if location.contains('?') { '&' } else { '?' };
+        let (client, token) = (&client, token.clone());
+        async move {
+            client.call(&token, "PUT", &format!("{location}{sign}digest={digest}"), octets, vec![]).await
+        }
+    };
+    assert_eq!(finish(location, Digest::of(&bytes)).await.0, 201);
+    // The client dies in the middle of a chunk, again and again: it has promised 20,000,000 bytes and sends
+    // some. What went over counts while the registry keeps it, and no more: the quota still holds a push.
+    let other: Vec<u8> = bytes.iter().rev().copied().collect();
+    for _ in 0..4 {
+        let (_, location, _) = begin().await;
+        let port = machine.port;
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+        let head = format!(
+            "PATCH {location} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {token}\r\n\
+             Content-Type: {octets}\r\nContent-Length: 20000000\r\n\r\n"
+        );
+        std::io::Write::write_all(&mut stream, head.as_bytes()).unwrap();
+        std::io::Write::write_all(&mut stream, &other[..3_000_000]).unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        drop(stream);
+        tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+    }
+    let (status, text) = client.upload(&token, "acme/web", &other).await;
+    assert_eq!(status, 201, "{text}");
+    let used = machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"].as_i64();
+    assert_eq!(used, Some(12_000_000), "counted once, and nothing of what was cut");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_deployed_while_its_tag_is_deleted_is_refused_or_stays() {
+    let machine = Machine::start().await;
+    let acme = machine.tenant("acme").await;
+    let client = Client { machine: &machine, http: bulkhead::outgoing::client().build().unwrap() };
+    let (mut stayed, mut went) = (0, 0);
+    for n in 0..12 {
+        machine.push(&acme, &format!("acme/web:{n}"), &["/bin/busybox", "sleep", &format!("{}", 1000 + n)]);
+        let tag = format!("/api/v1/tenants/acme/repositories/web/tags/{n}");
+        let image = format!("image: web:{n}\ninstances: 0\n");
+        let deploy = async { machine.deploy("acme", "web", &image).await };
+        let delete = async {
+            tokio::time::sleep(std::time::Duration::from_millis(25 * n)).await;
+            machine.ask(&machine.admin, "DELETE", &tag, None).await
+        };
+        let ((status, answer), (deleted, _)) = futures_util::future::join(deploy, delete).await;
+        let token = client.token(&acme, &["repository:acme/web:pull"]).await.unwrap();
+        if status == 202 {
+            stayed += 1;
+            let path = format!("/v2/acme/web/manifests/{}", answer["digest"].as_str().unwrap());
+            assert_eq!(client.call(&token, "GET", &path, "", vec![]).await.0, 200, "round {n}: {deleted}");
+        } else {
+            went += 1;
+            assert_eq!((status, answer["faults"][0]["code"].as_str()), (422, Some("BH-200")), "{answer}");
+            assert_eq!(deleted, 204);
+        }
+    }
+    println!("{stayed} stayed, {went} went");
+    assert_eq!(stayed + went, 12);
+}
