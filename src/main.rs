@@ -9,7 +9,7 @@ use bulkhead::access::{self, Authority, PlatformRole, Role};
 use bulkhead::apps::spec::{AppSpec, Colour, Format, show};
 use bulkhead::config::Config;
 use bulkhead::ids::{ActorId, TenantName};
-use bulkhead::standalone::{self, doctor, uninstall};
+use bulkhead::standalone::{self, doctor, uninstall, units};
 use bulkhead::{db, prober, startup, telemetry};
 use clap::{Parser, Subcommand, ValueEnum};
 
@@ -78,6 +78,23 @@ enum Command {
         #[arg(short, long, default_value = "text")]
         output: Output,
     },
+    /// Write what the systemd units need: users, settings, keys; what is there is left as it is
+    Settings {
+        /// Folder of the settings
+        #[arg(long, default_value = units::SETTINGS)]
+        settings: PathBuf,
+        /// Folder of the state
+        #[arg(long, default_value = units::STATE)]
+        state: PathBuf,
+        /// Take them away again, if nothing was ever run with them
+        #[arg(long)]
+        undo: bool,
+    },
+    /// Write the systemd units into a folder, from the table of processes that `up` runs
+    Units {
+        /// Folder, such as deploy/systemd or /etc/systemd/system
+        folder: PathBuf,
+    },
     /// API tokens, as root on the machine itself
     Token {
         #[command(subcommand)]
@@ -123,9 +140,12 @@ enum TokenCommand {
         /// Days until it expires
         #[arg(long, default_value_t = 90, value_parser = clap::value_parser!(u16).range(1..=365))]
         days: u16,
-        /// Data folder
+        /// Data folder of `up`
         #[arg(long, default_value = "/var/lib/bulkhead")]
         data: PathBuf,
+        /// Settings of `serve`, where there is no such folder
+        #[arg(long, conflicts_with = "data")]
+        config: Option<PathBuf>,
     },
 }
 
@@ -206,6 +226,16 @@ fn run(command: Command) -> Result<ExitCode, String> {
         Command::Check { file, output } => return check(&file, output),
         Command::Render { file, tenant, driver: DriverName::Podman } => return render(&file, tenant),
         Command::Doctor { data, output } => return Ok(examine(&data, output)),
+        Command::Settings { settings, state, undo: true } => {
+            standalone::settings::undo(&settings, &state).map_err(|error| error.to_string())?;
+        }
+        Command::Settings { settings, state, undo: false } => write_settings(&settings, &state)?,
+        Command::Units { folder } => {
+            for (name, text) in units::units() {
+                let path = folder.join(name);
+                std::fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))?;
+            }
+        }
         Command::Token { command } => create_token(command)?,
         Command::Prober { socket } => {
             block_on(async { prober::serve(&socket).await.map_err(|error| error.to_string()) })?;
@@ -287,13 +317,32 @@ fn examine(data: &Path, output: Output) -> ExitCode {
     if bad { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
+fn write_settings(settings: &Path, state: &Path) -> Result<(), String> {
+    let written = standalone::settings::write(settings, state).map_err(|error| error.to_string())?;
+    for path in &written.fresh {
+        print(&format!("written  {}", path.display()));
+    }
+    for path in &written.kept {
+        print(&format!("kept     {}", path.display()));
+    }
+    print(&format!(
+        "\nThe registry (CNCF Distribution) must say, in its own settings:\n\n{}",
+        written.registry
+    ));
+    print(&format!(
+        "Then: look through {0}/serve.toml, `bulkhead migrate --config {0}/serve.toml`, and start bulkhead.target.",
+        settings.display()
+    ));
+    Ok(())
+}
+
 fn create_token(command: TokenCommand) -> Result<(), String> {
-    let TokenCommand::Create { admin, auditor: _, tenant, role, name, days, data } = command;
+    let TokenCommand::Create { admin, auditor: _, tenant, role, name, days, data, config } = command;
     if name.is_empty() || name.chars().count() > 60 || name.chars().any(char::is_control) {
         return Err("--name has 1 to 60 visible characters".into());
     }
     let role = Role::parse(&role).ok_or("--role is viewer, deployer or owner")?;
-    let config = load(&data.join("serve.toml"))
+    let config = load(&config.unwrap_or_else(|| data.join("serve.toml")))
         .map_err(|error| format!("{error}\nis `bulkhead up` running on this --data?"))?;
     block_on(async {
         let failed = |error: bulkhead::error::Error| explain(&error);

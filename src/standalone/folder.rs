@@ -19,6 +19,7 @@ use std::process::Command;
 
 use serde::{Deserialize, Serialize};
 
+use super::processes::{Layout, OwnParts};
 use super::{Claim, Failed, claims};
 use crate::config::{Agent, Config, Database, Log, Pools, Registry, Server};
 use crate::driver::agent::config::AgentConfig;
@@ -69,7 +70,7 @@ fn io(what: impl std::fmt::Display) -> impl FnOnce(std::io::Error) -> Failed {
     move |error| Failed::doing(what, error)
 }
 
-fn ensure_user(name: &str) -> Result<User, Failed> {
+pub(super) fn ensure_user(name: &str) -> Result<User, Failed> {
     let look = || {
         let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
         passwd.lines().find_map(|line| {
@@ -94,6 +95,25 @@ fn ensure_user(name: &str) -> Result<User, Failed> {
     }
     let (uid, gid) = look().ok_or_else(|| Failed(format!("the user {name} was made and is not there")))?;
     Ok(User { name: name.into(), uid, gid })
+}
+
+/// Writes a file in one step, with its owner and mode; nobody sees a half of it, or all of it too early.
+pub(super) fn write_file(path: &Path, text: &str, owner: (u32, u32), mode: u32) -> Result<(), Failed> {
+    let mut fresh = path.as_os_str().to_owned();
+    fresh.push(".new");
+    let fresh = PathBuf::from(fresh);
+    let _ = fs::remove_file(&fresh);
+    let write = || {
+        let mut file =
+            std::os::unix::fs::OpenOptionsExt::mode(File::options().create_new(true).write(true), 0o600)
+                .open(&fresh)?;
+        std::io::Write::write_all(&mut file, text.as_bytes())?;
+        file.sync_all()?;
+        chown(&fresh, Some(owner.0), Some(owner.1))?;
+        fs::set_permissions(&fresh, fs::Permissions::from_mode(mode))?;
+        fs::rename(&fresh, path)
+    };
+    write().map_err(io(path.display()))
 }
 
 fn free_port() -> Result<(TcpListener, u16), Failed> {
@@ -181,22 +201,9 @@ impl Folder {
         self.write("registry/token-certificate.pem", key.certificate(), (0, self.registry.gid), 0o440)
     }
 
-    /// Writes a file in one step, with its owner and mode.
+    /// Writes a file of the folder in one step, with its owner and mode.
     pub fn write(&self, name: &str, text: &str, owner: (u32, u32), mode: u32) -> Result<(), Failed> {
-        let path = self.path.join(name);
-        let fresh = self.path.join(format!("{name}.new"));
-        let _ = fs::remove_file(&fresh);
-        let write = || {
-            let mut file =
-                std::os::unix::fs::OpenOptionsExt::mode(File::options().create_new(true).write(true), 0o600)
-                    .open(&fresh)?;
-            std::io::Write::write_all(&mut file, text.as_bytes())?;
-            file.sync_all()?;
-            chown(&fresh, Some(owner.0), Some(owner.1))?;
-            fs::set_permissions(&fresh, fs::Permissions::from_mode(mode))?;
-            fs::rename(&fresh, &path)
-        };
-        write().map_err(io(path.display()))
+        write_file(&self.path.join(name), text, owner, mode)
     }
 
     fn signing_key(&self) -> PathBuf {
@@ -265,6 +272,28 @@ impl Folder {
             prober_uid: self.prober.uid,
             registry_name: self.registry_name(),
             pull_host: self.pull_host(),
+        }
+    }
+
+    /// Where the parts lie.
+    #[must_use]
+    pub fn layout(&self, postgres: &Path, binaries: &Path) -> Layout {
+        Layout {
+            serve: self.serve.name.clone(),
+            prober: self.prober.name.clone(),
+            binaries: binaries.to_owned(),
+            serve_settings: self.path.join("serve.toml"),
+            agent_settings: self.path.join("agent.toml"),
+            prober_socket: self.path.join("run/prober/prober.sock"),
+            engine: self.engine(),
+            own: Some(OwnParts {
+                postgres: postgres.to_owned(),
+                cluster: self.path.join("postgres/data"),
+                database_socket: self.path.join("run/postgres"),
+                database: self.db.name.clone(),
+                registry_settings: self.path.join("registry/config.yml"),
+                registry: self.registry.name.clone(),
+            }),
         }
     }
 

@@ -7,12 +7,14 @@ pub mod doctor;
 mod folder;
 mod postgres;
 mod processes;
+pub mod settings;
 pub mod uninstall;
+pub mod units;
 mod up;
 
 pub use claims::Claim;
 pub use folder::Folder;
-pub use processes::{Process, table};
+pub use processes::{Layout, Process, table};
 pub use up::{Options, up};
 
 /// What went wrong on the way up, with the remedy, for people.

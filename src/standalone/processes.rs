@@ -1,5 +1,5 @@
-//! The one table of processes: user, command, environment. `up` runs it and starts again what ends;
-//! in production the same table is the systemd units in `deploy/systemd`.
+//! The one table of processes: user, command, environment, limits. `up` runs it and starts again what
+//! ends; in production the same table is the systemd units in `deploy/systemd` (`units.rs`).
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
 use tokio_util::sync::CancellationToken;
 
-use super::{Failed, Folder};
-use crate::driver::podman::engine;
+use super::Failed;
+use crate::driver::podman::engine::{self, EngineSettings};
 
 /// The longest that a process which ends again and again has to wait. Tests end them on purpose.
 const LONGEST_PAUSE: Duration =
@@ -22,6 +22,8 @@ const LONGEST_PAUSE: Duration =
 pub struct Process {
     /// Name.
     pub name: &'static str,
+    /// What it is for, in a few words.
+    pub purpose: &'static str,
     /// User; root when none. Everything that is not root's has no capability at all.
     pub user: Option<String>,
     /// Program and arguments.
@@ -30,6 +32,54 @@ pub struct Process {
     pub environment: Vec<(String, String)>,
     /// The signal that asks it to stop.
     pub stop: Signal,
+    /// What must be up before it.
+    pub after: &'static [&'static str],
+    /// Files that it may have open; none for the engine, whose limits containers inherit.
+    pub files: Option<u64>,
+    /// Memory that it may have, in MiB; held by systemd where that is in charge.
+    pub memory: Option<u32>,
+}
+
+/// Where the parts lie and as whom they run.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    /// User of `serve`.
+    pub serve: String,
+    /// User of the prober.
+    pub prober: String,
+    /// Folder of the platform's programs.
+    pub binaries: PathBuf,
+    /// Settings of `serve`.
+    pub serve_settings: PathBuf,
+    /// Settings of the root half.
+    pub agent_settings: PathBuf,
+    /// The prober's socket.
+    pub prober_socket: PathBuf,
+    /// The engine.
+    pub engine: EngineSettings,
+    /// The database and the registry, where they are the installation's own.
+    pub own: Option<OwnParts>,
+}
+
+/// A private database and registry.
+#[derive(Debug, Clone)]
+pub struct OwnParts {
+    /// Folder of Postgres' programs.
+    pub postgres: PathBuf,
+    /// Folder of the cluster.
+    pub cluster: PathBuf,
+    /// Folder of its socket.
+    pub database_socket: PathBuf,
+    /// Its user.
+    pub database: String,
+    /// Settings of the registry.
+    pub registry_settings: PathBuf,
+    /// Its user.
+    pub registry: String,
+}
+
+fn show(path: &Path) -> String {
+    path.display().to_string()
 }
 
 fn texts(list: &[&str]) -> Vec<String> {
@@ -38,55 +88,87 @@ fn texts(list: &[&str]) -> Vec<String> {
 
 /// The table, in the order in which they start.
 #[must_use]
-pub fn table(folder: &Folder, postgres: &Path, binaries: &Path) -> Vec<Process> {
-    let at = |name: &str| folder.path.join(name).display().to_string();
-    let binary = |name: &str| binaries.join(name).display().to_string();
-    let (podman, args, environment) = engine::command(&folder.engine());
-    let process = |name, user: Option<&str>, command: Vec<String>| Process {
-        name,
-        user: user.map(str::to_owned),
-        command,
+pub fn table(layout: &Layout) -> Vec<Process> {
+    let binary = |name: &str| show(&layout.binaries.join(name));
+    let base = Process {
+        name: "",
+        purpose: "",
+        user: None,
+        command: Vec::new(),
         environment: Vec::new(),
         stop: Signal::TERM,
+        after: &[],
+        files: Some(4_096),
+        memory: None,
     };
+    let (podman, args, environment) = engine::command(&layout.engine);
+    let mut table = layout.own.as_ref().map_or_else(Vec::new, |own| own_parts(own, &base));
+    table.extend([
+        Process {
+            name: "engine",
+            purpose: "container engine",
+            command: std::iter::once(podman.to_owned()).chain(args).collect(),
+            environment,
+            files: None,
+            ..base.clone()
+        },
+        Process {
+            name: "prober",
+            purpose: "health checks",
+            user: Some(layout.prober.clone()),
+            command: texts(&[&binary("bulkhead"), "prober", "--socket", &show(&layout.prober_socket)]),
+            memory: Some(128),
+            ..base.clone()
+        },
+        Process {
+            name: "agent",
+            purpose: "root half",
+            command: texts(&[&binary("bulkhead-agent"), "--config", &show(&layout.agent_settings)]),
+            after: &["engine", "prober"],
+            memory: Some(1_024),
+            ..base.clone()
+        },
+        Process {
+            name: "serve",
+            purpose: "API, console and registry front door",
+            user: Some(layout.serve.clone()),
+            command: texts(&[&binary("bulkhead"), "serve", "--config", &show(&layout.serve_settings)]),
+            after: &["agent"],
+            files: Some(65_536),
+            memory: Some(1_024),
+            ..base
+        },
+    ]);
+    table
+}
+
+fn own_parts(own: &OwnParts, base: &Process) -> Vec<Process> {
     vec![
         Process {
+            name: "postgres",
+            purpose: "private database",
+            user: Some(own.database.clone()),
+            command: texts(&[
+                &show(&own.postgres.join("postgres")),
+                "-D",
+                &show(&own.cluster),
+                "-k",
+                &show(&own.database_socket),
+                "-c",
+                "listen_addresses=",
+            ]),
             // SIGINT is Postgres' fast shutdown: sessions end, nothing is lost.
             stop: Signal::INT,
-            ..process(
-                "postgres",
-                Some(&folder.db.name),
-                texts(&[
-                    &postgres.join("postgres").display().to_string(),
-                    "-D",
-                    &at("postgres/data"),
-                    "-k",
-                    &at("run/postgres"),
-                    "-c",
-                    "listen_addresses=",
-                ]),
-            )
+            ..base.clone()
         },
-        process(
-            "registry",
-            Some(&folder.registry.name),
-            texts(&["docker-registry", "serve", &at("registry/config.yml")]),
-        ),
         Process {
-            environment,
-            ..process("engine", None, std::iter::once(podman.to_owned()).chain(args).collect())
+            name: "registry",
+            purpose: "private registry",
+            user: Some(own.registry.clone()),
+            command: texts(&["docker-registry", "serve", &show(&own.registry_settings)]),
+            files: Some(65_536),
+            ..base.clone()
         },
-        process(
-            "prober",
-            Some(&folder.prober.name),
-            texts(&[&binary("bulkhead"), "prober", "--socket", &at("run/prober/prober.sock")]),
-        ),
-        process("agent", None, texts(&[&binary("bulkhead-agent"), "--config", &at("agent.toml")])),
-        process(
-            "serve",
-            Some(&folder.serve.name),
-            texts(&[&binary("bulkhead"), "serve", "--config", &at("serve.toml")]),
-        ),
     ]
 }
 
@@ -99,6 +181,12 @@ impl Process {
         let failed = |error: std::io::Error| Failed::doing(format!("{} cannot be started", self.name), error);
         let out = File::options().create(true).append(true).open(&log).map_err(failed)?;
         let mut line = Vec::new();
+        if let Some(files) = self.files {
+            // Without CAP_SYS_RESOURCE nothing goes above this process' own limit. No core is ever
+            // written: it would hold secrets.
+            let most = getrlimit(Resource::Nofile).maximum.map_or(files, |most| most.min(files));
+            line.extend(texts(&["prlimit", &format!("--nofile={most}:{most}"), "--core=0:0", "--"]));
+        }
         if let Some(user) = &self.user {
             line.extend(texts(&[
                 "setpriv",

@@ -22,7 +22,7 @@ pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
         )));
     }
     let bin = postgres::programs().map(|(_, bin)| bin).unwrap_or_default();
-    for process in processes::table(&folder, &bin, Path::new("/")).iter().rev() {
+    for process in processes::table(&folder.layout(&bin, Path::new("/"))).iter().rev() {
         process.end_leftover(&folder.path);
     }
     remove_containers(&folder).await?;

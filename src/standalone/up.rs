@@ -60,7 +60,7 @@ pub async fn up(options: Options) -> Result<(), Failed> {
         .ok()
         .and_then(|path| path.parent().map(Path::to_path_buf))
         .ok_or_else(|| Failed("the place of this program is not known".into()))?;
-    let table = processes::table(&folder, &bin, &binaries);
+    let table = processes::table(&folder.layout(&bin, &binaries));
     for process in table.iter().rev() {
         process.end_leftover(&folder.path);
     }

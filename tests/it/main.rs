@@ -4,4 +4,5 @@
 
 mod render;
 mod uid_ranges;
+mod units;
 mod work;

@@ -9,6 +9,7 @@ mod contained;
 mod faults;
 mod kills;
 mod main_job;
+mod production;
 mod registry;
 mod side_by_side;
 mod support;

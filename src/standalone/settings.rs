@@ -1,0 +1,155 @@
+//! What the units need before their first start: users, settings, keys, the engine's files. What is
+//! there is left as it is, so that it can be run again.
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+
+use super::folder::{ensure_user, write_file};
+use super::{Failed, claims, units};
+use crate::config::{Agent, Config, Database, Log, Pools, Registry, Server};
+use crate::driver::agent::config::AgentConfig;
+use crate::driver::podman::engine;
+use crate::registries::SigningKey;
+use crate::registries::token::{ISSUER, SERVICE};
+
+/// What was written, for people.
+#[derive(Debug)]
+pub struct Written {
+    /// Files that are new.
+    pub fresh: Vec<PathBuf>,
+    /// Files that were there and were left.
+    pub kept: Vec<PathBuf>,
+    /// What the registry's own settings must say.
+    pub registry: String,
+}
+
+/// Writes settings below `settings` and the engine's files below `state`.
+pub fn write(settings: &Path, state: &Path) -> Result<Written, Failed> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(Failed("run it as root: it makes users and writes their settings".into()));
+    }
+    let io = |path: &Path| {
+        let path = path.display().to_string();
+        move |error: std::io::Error| Failed::doing(path, error)
+    };
+    fs::create_dir_all(settings).map_err(io(settings))?;
+    let settings = settings.canonicalize().map_err(io(settings))?;
+    let claim = claims::claim(&settings)?;
+    let (serve, prober) = (ensure_user(units::SERVE)?, ensure_user(units::PROBER)?);
+    // Written once with this port, all of them keep to it.
+    let known = Config::load(&settings.join("serve.toml"), &[]).ok().map(|config| config.server.pull_listen);
+    let pull = match known {
+        Some(pull) => pull,
+        None => free_address()?,
+    };
+    let name = format!("{}.bulkhead.internal", claim.installation);
+    let mut layout = units::layout(&name, &pull.to_string(), super::doctor::may_raise_limits());
+    layout.engine.root = state.join("engine");
+    let mut written = Written { fresh: Vec::new(), kept: Vec::new(), registry: String::new() };
+    let mut put = |path: PathBuf, text: &str, group: u32, mode: u32| -> Result<(), Failed> {
+        if path.exists() {
+            written.kept.push(path);
+            return Ok(());
+        }
+        write_file(&path, text, (0, group), mode)?;
+        written.fresh.push(path);
+        Ok(())
+    };
+    let key = settings.join("signing-key.pem");
+    let pem = match fs::read_to_string(&key) {
+        Ok(pem) => pem,
+        Err(_) => SigningKey::generate().map_err(|error| Failed(error.to_string()))?.pem().to_owned(),
+    };
+    let signing = SigningKey::from_pem(&pem).map_err(|error| Failed::doing(key.display(), error))?;
+    put(key.clone(), &pem, serve.gid, 0o440)?;
+    let certificate = settings.join("registry-token.pem");
+    put(certificate.clone(), signing.certificate(), 0, 0o444)?;
+    let config = Config {
+        installation: claim.installation.clone(),
+        server: Server {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            pull_listen: pull,
+            metrics_listen: None,
+            external_url: None,
+            tls_certificate: None,
+            tls_key: None,
+            behind_proxy: false,
+            workers: 2,
+        },
+        database: Database {
+            host: "/run/postgresql".into(),
+            port: 5432,
+            name: "bulkhead".into(),
+            user: units::SERVE.into(),
+            password_file: None,
+            connections: 16,
+        },
+        registry: Registry { url: "http://127.0.0.1:5000".into(), signing_key: key },
+        agent: Agent { socket: "/run/bulkhead/agent/agent.sock".into() },
+        pools: Pools {
+            uid_start: claim.ids.start,
+            uid_end: claim.ids.start + claim.ids.size,
+            range_size: 65_536,
+            block_size: 1_024,
+            network: claim.network,
+            subnet_prefix: 22,
+        },
+        log: Log::default(),
+    };
+    let agent = AgentConfig {
+        installation: claim.installation.clone(),
+        state_dir: state.join("agent"),
+        socket: config.agent.socket.clone(),
+        peer_uid: serve.uid,
+        engine_socket: layout.engine.socket.clone(),
+        id_pool: claim.ids,
+        network_pool: claim.network,
+        prober_socket: layout.prober_socket.clone(),
+        prober_uid: prober.uid,
+        registry_name: name,
+        pull_host: pull.to_string(),
+    };
+    let toml = |text: Result<String, toml::ser::Error>| text.map_err(|error| Failed(error.to_string()));
+    put(settings.join("serve.toml"), &toml(toml::to_string(&config))?, serve.gid, 0o440)?;
+    put(settings.join("agent.toml"), &toml(toml::to_string(&agent))?, 0, 0o400)?;
+    for folder in [layout.engine.root.clone(), layout.engine.root.join("networks")] {
+        fs::create_dir_all(&folder).map_err(io(&folder))?;
+        fs::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o700))
+            .map_err(io(&folder))?;
+    }
+    for (file, text) in engine::files(&layout.engine) {
+        put(layout.engine.root.join(file), &text, 0, 0o400)?;
+    }
+    written.registry = format!(
+        "auth:\n  token:\n    realm: https://YOUR-ADDRESS/auth/token\n    service: {SERVICE}\n    issuer: {ISSUER}\n    \
+         rootcertbundle: {}\nstorage:\n  delete:\n    enabled: true\nhttp:\n  addr: 127.0.0.1:5000\n  relativeurls: true\n",
+        certificate.display()
+    );
+    Ok(written)
+}
+
+/// Takes back what `write` did, as long as nothing was ever run with it: the user ids of an installation
+/// that has had tenants are theirs for ever.
+pub fn undo(settings: &Path, state: &Path) -> Result<(), Failed> {
+    if state.join("agent/journal").exists() {
+        return Err(Failed(format!(
+            "{} has had tenants: their containers, networks and ids are not undone by removing settings",
+            state.display()
+        )));
+    }
+    let settings = settings.canonicalize().map_err(|error| Failed::doing(settings.display(), error))?;
+    for file in ["serve.toml", "agent.toml", "signing-key.pem", "registry-token.pem"] {
+        let _ = fs::remove_file(settings.join(file));
+    }
+    for (file, _) in engine::files(&units::layout("x", "x", true).engine) {
+        let _ = fs::remove_file(state.join("engine").join(file));
+    }
+    claims::release(&settings)
+}
+
+fn free_address() -> Result<SocketAddr, Failed> {
+    TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .map_err(|error| Failed::doing("no free port", error))
+}

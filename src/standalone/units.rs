@@ -1,0 +1,182 @@
+//! The table of processes as systemd units, for `deploy/systemd`. A test holds the files there against
+//! this text.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use rustix::process::Signal;
+
+use super::processes::{Layout, Process, table};
+use crate::driver::podman::engine::EngineSettings;
+
+/// Where settings lie when systemd is in charge.
+pub const SETTINGS: &str = "/etc/bulkhead";
+/// Where state lies.
+pub const STATE: &str = "/var/lib/bulkhead";
+/// Where sockets lie: one folder for each process, made by its unit.
+const SOCKETS: &str = "/run/bulkhead";
+/// The users.
+pub const SERVE: &str = "bulkhead";
+/// The prober's.
+pub const PROBER: &str = "bulkhead-prober";
+
+/// The layout when systemd is in charge: database and registry are given, not the installation's own.
+#[must_use]
+pub fn layout(registry_name: &str, pull_host: &str, may_raise_limits: bool) -> Layout {
+    let (settings, state, sockets) = (PathBuf::from(SETTINGS), PathBuf::from(STATE), PathBuf::from(SOCKETS));
+    Layout {
+        serve: SERVE.into(),
+        prober: PROBER.into(),
+        binaries: "/usr/local/bin".into(),
+        serve_settings: settings.join("serve.toml"),
+        agent_settings: settings.join("agent.toml"),
+        prober_socket: sockets.join("prober/prober.sock"),
+        engine: EngineSettings {
+            root: state.join("engine"),
+            run: "/run/bulkhead-engine".into(),
+            socket: sockets.join("engine/podman.sock"),
+            registry_name: registry_name.into(),
+            pull_host: pull_host.into(),
+            runtime: super::doctor::runtime().unwrap_or("runc").to_owned(),
+            may_raise_limits,
+        },
+        own: None,
+    }
+}
+
+/// All units: file name and text.
+#[must_use]
+pub fn units() -> Vec<(String, String)> {
+    let mut layout = layout("x", "x", true);
+    // The unit is the same on every machine; the engine's own settings name its runtime.
+    layout.engine.runtime = "runc".into();
+    let table = table(&layout);
+    let names: Vec<String> = table.iter().map(|process| file(process.name)).collect();
+    let target = format!(
+        "[Unit]\nDescription=Bulkhead\nWants={names}\n\n[Install]\nWantedBy=multi-user.target\n",
+        names = names.join(" ")
+    );
+    let units = table.iter().map(|process| (file(process.name), unit(process)));
+    units.chain([("bulkhead.target".to_owned(), target)]).collect()
+}
+
+fn file(name: &str) -> String {
+    format!("bulkhead-{name}.service")
+}
+
+/// Who is not root sees and may nearly nothing.
+const UNPRIVILEGED: &str = "NoNewPrivileges=yes
+CapabilityBoundingSet=
+AmbientCapabilities=
+PrivateDevices=yes
+PrivateTmp=yes
+PrivateUsers=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHome=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectSystem=strict
+RemoveIPC=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+";
+
+/// The root half takes down namespaces and loads tables: it shares the machine's mounts, so nothing here
+/// may give it mounts of its own.
+const ROOT_HALF: &str = "NoNewPrivileges=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+RestrictAddressFamilies=AF_UNIX AF_NETLINK AF_INET AF_INET6
+";
+
+fn unit(process: &Process) -> String {
+    let mut out = String::from(
+        "# Written by `bulkhead units` from the table of processes that `bulkhead up` runs: do not edit.\n",
+    );
+    let after: Vec<String> = process.after.iter().map(|name| file(name)).collect();
+    let _ = writeln!(out, "[Unit]\nDescription=Bulkhead: {}\nPartOf=bulkhead.target", process.purpose);
+    let mut order = after.clone();
+    if process.name == "serve" {
+        order.extend(["network-online.target".into(), "postgresql.service".into()]);
+        let _ = writeln!(out, "Wants=network-online.target {}", after.join(" "));
+    } else if !after.is_empty() {
+        let _ = writeln!(out, "Wants={}", after.join(" "));
+    }
+    if !order.is_empty() {
+        let _ = writeln!(out, "After={}", order.join(" "));
+    }
+    let _ = writeln!(out, "StartLimitIntervalSec=0\n\n[Service]\nExecStart={}", command(process));
+    for (name, value) in &process.environment {
+        let _ = writeln!(out, "Environment={name}={value}");
+    }
+    if process.stop != Signal::TERM {
+        let _ = writeln!(out, "KillSignal={}", process.stop.as_raw());
+    }
+    out.push_str("Restart=always\nRestartSec=1\nTimeoutStopSec=20\n");
+    if process.name != "engine" {
+        out.push_str("UMask=0077\n");
+    }
+    if let Some(files) = process.files {
+        let _ = writeln!(out, "LimitNOFILE={files}\nLimitCORE=0");
+    }
+    if let Some(memory) = process.memory {
+        let _ = writeln!(out, "MemoryMax={memory}M\nTasksMax=256");
+    }
+    own_rules(process, &mut out);
+    let _ = writeln!(out, "\n[Install]\nWantedBy=bulkhead.target");
+    out
+}
+
+fn own_rules(process: &Process, out: &mut String) {
+    let folder =
+        |mode: &str| format!("RuntimeDirectory=bulkhead/{}\nRuntimeDirectoryMode={mode}\n", process.name);
+    match process.name {
+        // Containers and what watches them outlive the engine's service, a restart and an upgrade of it.
+        "engine" => {
+            *out +=
+                "KillMode=process\nDelegate=yes\nStateDirectory=bulkhead/engine\nStateDirectoryMode=0700\n";
+            *out += &folder("0700");
+        }
+        "agent" => {
+            // The group reaches the socket; whoever asks there is checked by user id.
+            let _ = writeln!(out, "Group={SERVE}\nStateDirectory=bulkhead/agent\nStateDirectoryMode=0700");
+            *out += &folder("0750");
+            *out += ROOT_HALF;
+        }
+        "prober" => {
+            *out += &folder("0700");
+            let _ = writeln!(out, "User={PROBER}\nGroup={PROBER}\nProtectProc=invisible");
+            *out += "RestrictAddressFamilies=AF_UNIX AF_INET\n";
+            *out += UNPRIVILEGED;
+        }
+        _ => {
+            let user = process.user.as_deref().unwrap_or("root");
+            // The list of processes stays visible: the pool of user ids is held against their owners.
+            let _ = writeln!(out, "User={user}\nGroup={user}");
+            *out += "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n";
+            *out += UNPRIVILEGED;
+        }
+    }
+}
+
+fn command(process: &Process) -> String {
+    let mut words = process.command.clone();
+    // systemd wants whole paths.
+    if let Some(first) = words.first_mut().filter(|first| !first.starts_with('/')) {
+        *first = format!("/usr/bin/{first}");
+    }
+    words.join(" ")
+}
