@@ -1,0 +1,112 @@
+//! Durable deploys a second over the API, against pgbench running the same statements on the same
+//! Postgres with as many clients. Bulkhead's figure includes HTTP, the reads of manifest and config
+//! from the registry, and the reconciler that carries the deploys out meanwhile.
+
+use std::time::{Duration, Instant};
+
+use crate::support::{Machine, run};
+use crate::{Row, median, spread};
+
+const CLIENTS: usize = 8;
+const SECONDS: u64 = 4;
+
+/// What one deploy asks of the database, in its order (`src/access/store.rs`, `src/apps/actions.rs`).
+const STATEMENTS: &str = r"\set n :client_id
+SELECT id, name, tenant_id, role FROM api_token WHERE hash = decode(repeat('00', 32), 'hex') AND revoked_at IS NULL AND expires_at > now();
+SELECT id AS tenant, state FROM tenant WHERE name = 'bench-' || :n::text
+\gset
+SELECT n FROM unnest('{}'::text[]) n WHERE NOT EXISTS (SELECT 1 FROM app WHERE tenant_id = :tenant AND name = n AND removed_at IS NULL AND deleted_at IS NULL);
+SELECT g.digest AS digest FROM tag g JOIN tenant t ON t.id = g.tenant_id WHERE t.name = 'bench-' || :n::text AND g.repository = 'web' AND g.name = '1'
+\gset
+BEGIN;
+SELECT q.cpu_millis, q.memory, q.apps, q.instances, q.registry_bytes, q.used_cpu_millis, q.used_memory, q.used_apps, q.used_instances, q.used_registry_bytes, t.state FROM quota q JOIN tenant t ON t.id = q.tenant_id WHERE q.tenant_id = :tenant FOR SHARE OF t FOR UPDATE OF q;
+SELECT id AS app, generation, revision AS old FROM app WHERE tenant_id = :tenant AND name = 'web' AND removed_at IS NULL
+\gset
+SELECT NOT EXISTS (SELECT 1 FROM unnest(ARRAY[:'digest']) d WHERE NOT EXISTS (SELECT 1 FROM manifest m WHERE m.tenant_id = :tenant AND m.repository = 'web' AND m.digest = d AND m.confirmed AND m.doomed_at IS NULL));
+SELECT spec, digest FROM release WHERE tenant_id = :tenant AND app_id = :app AND revision = :old;
+UPDATE app SET generation = generation + 1, revision = last_revision + 1, last_revision = last_revision + 1, changed_at = now(), problem = NULL WHERE tenant_id = :tenant AND id = :app RETURNING revision AS next
+\gset
+SELECT number FROM network WHERE tenant_id = :tenant;
+SELECT count(*) FROM app_address WHERE tenant_id = :tenant AND app_id = :app;
+INSERT INTO release (tenant_id, app_id, revision, spec, repository, tag, index_digest, digest, inside_uid, inside_gid, warnings, actor) SELECT tenant_id, app_id, :next, spec, repository, tag, index_digest, digest, inside_uid, inside_gid, warnings, actor FROM release WHERE tenant_id = :tenant AND app_id = :app AND revision = :old;
+UPDATE quota SET used_cpu_millis = used_cpu_millis + 0, used_memory = used_memory + 0, used_instances = used_instances + 0, used_apps = used_apps + 0 WHERE tenant_id = :tenant;
+INSERT INTO audit (tenant_id, actor, action, object, request_id, detail) VALUES (:tenant, 'pgbench', 'app.release', 'web', 'bench', '{}');
+INSERT INTO work (kind, object_id, tenant_id) VALUES ('bench', :app, :tenant) ON CONFLICT (kind, object_id) DO UPDATE SET wake = work.wake + 1, due_at = least(work.due_at, now()), parked_at = NULL, attempt = 0;
+COMMIT;
+";
+
+async fn ours(machine: &Machine, round: usize) -> f64 {
+    let begun = Instant::now();
+    let clients = (0..CLIENTS).map(|client| async move {
+        let path = format!("/api/v1/tenants/bench-{client}/apps/web");
+        let mut done = 0_u32;
+        while begun.elapsed() < Duration::from_secs(SECONDS) {
+            let spec = format!(
+                "spec: v1\nname: web\nimage: web:1\ncpu: 50m\nmemory: 64Mi\ninstances: 0\nenv: {{ ROUND: \"{round}-{done}\" }}\n"
+            );
+            let body = Some(("application/yaml", spec));
+            let (status, answer) = machine.ask(&machine.admin, "PUT", &path, body).await;
+            assert_eq!(status, 202, "{answer}");
+            done += 1;
+        }
+        done
+    });
+    let done: u32 = futures_util::future::join_all(clients).await.iter().sum();
+    f64::from(done) / begun.elapsed().as_secs_f64()
+}
+
+fn peer(machine: &Machine, script: &str) -> f64 {
+    let socket = machine.data.join("run/postgres").display().to_string();
+    let (good, text) = run(
+        "/usr/lib/postgresql/15/bin/pgbench",
+        &[
+            "-h",
+            &socket,
+            "-U",
+            "postgres",
+            "-n",
+            "-M",
+            "prepared",
+            "-c",
+            &CLIENTS.to_string(),
+            "-j",
+            "2",
+            "-T",
+            &SECONDS.to_string(),
+            "-f",
+            script,
+            "bulkhead",
+        ],
+    );
+    let line =
+        text.lines().find_map(|line| line.strip_prefix("tps = ")).unwrap_or_else(|| panic!("{good} {text}"));
+    line.split(' ').next().unwrap().parse().unwrap()
+}
+
+pub(crate) async fn measure() -> Row {
+    let machine = Machine::start().await;
+    for client in 0..CLIENTS {
+        let name = format!("bench-{client}");
+        let robot = machine.tenant(&name).await;
+        machine.push(&robot, &format!("{name}/web:1"), &["/bin/busybox", "sleep", "1000"]);
+        machine.deploy(&name, "web", "image: web:1\ninstances: 0\n").await;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("deploy.sql");
+    std::fs::write(&script, STATEMENTS).unwrap();
+    let script = script.display().to_string();
+    let (mut mine, mut theirs) = (Vec::new(), Vec::new());
+    for round in 0..5 {
+        mine.push(ours(&machine, round).await);
+        // The reconciler has carried everything out before the peer is measured.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        theirs.push(peer(&machine, &script));
+    }
+    Row {
+        what: "durable deploys a second, 8 clients",
+        ours: spread(&mine, 0),
+        peer: format!("pgbench, the same statements {}", spread(&theirs, 0)),
+        result: format!("{:.2} of the peer", median(&mine) / median(&theirs)),
+        goal: "0.6",
+    }
+}

@@ -1,0 +1,76 @@
+//! The platform's measures, each against a named peer or limit in the same run: at least five
+//! alternating pairs, medians in a table. `deploy/bench` runs it as root on a quiet machine; names of
+//! measures as arguments run only those.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a measure that cannot go on panics"
+)]
+
+mod deploys;
+mod memory;
+mod specs;
+mod starts;
+#[path = "../../tests/machine/support.rs"]
+#[expect(dead_code, reason = "the tests need more of it")]
+mod support;
+mod uid_ranges;
+
+/// One row of the table.
+pub(crate) struct Row {
+    what: &'static str,
+    ours: String,
+    peer: String,
+    result: String,
+    goal: &'static str,
+}
+
+/// The median, and how far the measured values lie apart.
+pub(crate) fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+/// `median (least to most)` with so many digits.
+pub(crate) fn spread(values: &[f64], digits: usize) -> String {
+    let least = values.iter().copied().fold(f64::MAX, f64::min);
+    let most = values.iter().copied().fold(f64::MIN, f64::max);
+    format!("{:.digits$} ({least:.digits$} to {most:.digits$})", median(values))
+}
+
+fn main() {
+    let asked: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
+    let wanted = |name: &str| asked.is_empty() || asked.iter().any(|a| a == name);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let mut rows = Vec::new();
+    if wanted("specs") {
+        rows.push(specs::measure());
+    }
+    runtime.block_on(async {
+        if wanted("deploys") {
+            rows.push(deploys::measure().await);
+        }
+        if wanted("uids") {
+            rows.push(uid_ranges::measure().await);
+        }
+        if wanted("running") {
+            rows.push(starts::deploy_to_running().await);
+        }
+        if wanted("start") {
+            rows.push(starts::serve_to_ready().await);
+        }
+        if wanted("idle") {
+            rows.push(memory::idle().await);
+        }
+        if wanted("push") {
+            rows.push(memory::push().await);
+        }
+    });
+    println!("\n| measure | Bulkhead | peer or limit | result | goal |\n| --- | --- | --- | --- | --- |");
+    for row in rows {
+        println!("| {} | {} | {} | {} | {} |", row.what, row.ours, row.peer, row.result, row.goal);
+    }
+}
