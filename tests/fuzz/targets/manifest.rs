@@ -1,0 +1,29 @@
+//! Manifests, configs and layers as a tenant pushes them: read or refused, within bounds, never a panic.
+#![no_main]
+
+use bulkhead::images::manifest::Manifest;
+use bulkhead::images::{ImageConfig, Names, names};
+use libfuzzer_sys::fuzz_target;
+
+const TYPES: [&str; 4] = [
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+];
+
+fuzz_target!(|bytes: &[u8]| {
+    for kind in TYPES {
+        match Manifest::parse(bytes, kind) {
+            Ok(Manifest::Image { config, layers }) => {
+                assert!(config.size <= 4 << 20 && (1..=127).contains(&layers.len()));
+            }
+            Ok(Manifest::Index { children }) => assert!((1..=64).contains(&children.len())),
+            Err(error) => assert!(!error.0.is_empty()),
+        }
+    }
+    let _ = ImageConfig::parse(bytes);
+    if let Ok(found) = names::search(bytes) {
+        let _ = Names::parse(found.passwd.as_deref().unwrap_or(""), found.group.as_deref().unwrap_or(""));
+    }
+});
