@@ -129,6 +129,7 @@ CREATE TABLE app (
     FOREIGN KEY (tenant_id, uid_slot) REFERENCES uid_range (tenant_id, slot),
     CONSTRAINT app_block_is_given_once EXCLUDE USING gist (int8range(uid_start, uid_start + uid_size) WITH &&)
 );
+CREATE INDEX app_by_age ON app (tenant_id, created_at);
 CREATE UNIQUE INDEX app_name_is_taken ON app (tenant_id, name) WHERE removed_at IS NULL;
 
 -- Insert-only: what was released stays as it was.

@@ -2,7 +2,7 @@
 //! cross-checked as a whole. An unknown key is refused with the name that was probably meant.
 //! Secrets come from files that the configuration names, never from arguments.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -134,11 +134,7 @@ impl Pools {
     /// The subnet with this number.
     #[must_use]
     pub fn subnet(&self, number: u32) -> Option<Subnet> {
-        if number >= self.networks() {
-            return None;
-        }
-        let start = u32::from(self.network.address()) + (number << (32 - u32::from(self.subnet_prefix)));
-        Subnet::new(Ipv4Addr::from(start), self.subnet_prefix)
+        self.network.part(self.subnet_prefix, number)
     }
 }
 
@@ -180,14 +176,21 @@ fn postgres_port() -> u16 {
 fn connections() -> u32 {
     16
 }
+/// Ids of a tenant's range, unless set otherwise.
+pub const RANGE_SIZE: u32 = 65_536;
+/// Ids of an app's block, unless set otherwise.
+pub const BLOCK_SIZE: u32 = 1_024;
+/// Prefix of a tenant's subnet, unless set otherwise.
+pub const SUBNET_PREFIX: u8 = 22;
+
 fn range_size() -> u32 {
-    65_536
+    RANGE_SIZE
 }
 fn block_size() -> u32 {
-    1_024
+    BLOCK_SIZE
 }
 fn subnet_prefix() -> u8 {
-    22
+    SUBNET_PREFIX
 }
 /// Registry clients first try TLS on a plain port; the web server would call each such try an error.
 fn log_level() -> String {

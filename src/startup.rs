@@ -191,6 +191,7 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
             halt.clone(),
         )),
         tokio::spawn(sweep(platform.pool.clone(), platform.registry.clone(), halt.clone())),
+        tokio::spawn(housekeeping(platform.pool.clone(), halt.clone())),
         tokio::spawn(watch_ids(platform.config.clone(), halt.clone())),
     ];
     let server = platform.config.server.clone();
@@ -201,6 +202,8 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
     })
     .workers(server.workers)
     .client_request_timeout(Duration::from_secs(10))
+    // Whoever hangs up is gone: a stream to nobody holds room at the agent.
+    .h1_allow_half_closed(false)
     .shutdown_timeout(5)
     .disable_signals();
     let front = match tls(&platform.config)? {
@@ -250,6 +253,21 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
     }
     platform.pool.close().await;
     Ok(())
+}
+
+/// Removes once an hour what has had its time.
+async fn housekeeping(pool: PgPool, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(Duration::from_secs(3600)) => {}
+        }
+        for outcome in [crate::access::prune(&pool).await, crate::apps::prune(&pool).await] {
+            if let Err(error) = outcome {
+                tracing::warn!(%error, "old rows are removed later");
+            }
+        }
+    }
 }
 
 /// Holds the pool of ids against the machine every ten minutes; a clash is an alarm in the log.

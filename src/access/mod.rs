@@ -10,7 +10,7 @@ pub mod idempotency;
 mod store;
 
 pub use extract::{PlatformScope, Public, TenantScope};
-pub use store::{create_first_admin_link, create_token, has_admin};
+pub use store::{create_first_admin_link, create_token, has_admin, prune, still_opens};
 
 /// What somebody may do within one tenant. Each includes the ones before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

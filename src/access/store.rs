@@ -214,3 +214,29 @@ pub(super) async fn insert_answer(
     .await?;
     Ok(done.rows_affected() == 1)
 }
+
+/// Removes answers and sessions that have had their time.
+pub async fn prune(pool: &sqlx::PgPool) -> Result<(), Error> {
+    let mut conn = pool.acquire().await?;
+    sqlx::query!("DELETE FROM idempotency WHERE created_at < now() - interval '24 hours'")
+        .execute(&mut *conn)
+        .await?;
+    sqlx::query!("DELETE FROM session WHERE created_at < now() - interval '12 hours'")
+        .execute(&mut *conn)
+        .await?;
+    Ok(())
+}
+
+/// Whether a token still opens a tenant: for streams that outlast the request that began them.
+pub async fn still_opens(pool: &sqlx::PgPool, token_id: i64, tenant: TenantId) -> Result<bool, Error> {
+    let mut conn = pool.acquire().await?;
+    Ok(sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT 1 FROM api_token k, tenant t WHERE k.id = $1 AND k.revoked_at IS NULL
+           AND k.expires_at > now() AND t.id = $2 AND t.state IN ('active', 'suspended')
+           AND (k.tenant_id IS NULL OR k.tenant_id = t.id)) AS "yes!""#,
+        token_id,
+        tenant.0
+    )
+    .fetch_one(&mut *conn)
+    .await?)
+}

@@ -13,7 +13,7 @@ use super::{App, Release, store};
 use crate::access::TenantRef;
 use crate::audit;
 use crate::config::Pools;
-use crate::driver::workload::InsideUser;
+use crate::driver::workload::{InsideUser, Subnet};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::{AppId, AppName, Digest, RepositoryPath};
@@ -38,6 +38,9 @@ pub struct Apps {
     /// Wakes the runner.
     pub waker: Waker,
 }
+
+/// New apps of a tenant within 24 hours.
+const NEW_APPS_A_DAY: i64 = 200;
 
 /// Whether to do it or only to say what would happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,7 +111,7 @@ impl Apps {
         };
         fail::fail_point!("apps::deploy_resolved", |_| Err(Error::internal("failpoint")));
         let mut tx = self.pool.begin().await?;
-        let outcome = self.write(&mut tx, by, tenant, spec, resolved, faults, expected).await?;
+        let outcome = self.write(&mut tx, by, tenant, spec, resolved, faults, (expected, mode)).await?;
         if mode == Mode::DryRun || !outcome.changed {
             tx.rollback().await?;
             return Ok(outcome);
@@ -142,8 +145,8 @@ impl Apps {
         })
     }
 
-    /// The transaction's body. On a dry run it is rolled back, so that what it says is what would
-    /// have happened.
+    /// The transaction's body. On a dry run it stops before anything is given out: what a sequence has
+    /// given, no rollback brings back.
     #[expect(clippy::too_many_arguments, reason = "one call, from `deploy`, whose parts these are")]
     async fn write(
         &self,
@@ -153,7 +156,7 @@ impl Apps {
         spec: &AppSpec,
         resolved: Option<Resolved>,
         mut faults: Vec<Fault>,
-        expected: Option<i64>,
+        (expected, mode): (Option<i64>, Mode),
     ) -> Result<Deployed, Error> {
         let (quota, state) = store::lock_quota(tx, tenant.id).await?;
         TenantRef { state, ..tenant.clone() }.require_active()?;
@@ -218,7 +221,10 @@ impl Apps {
             warnings: resolved.warnings,
         };
         let Some(app) = existing else {
-            self.create(tx, by, tenant, spec.name(), peak, &release).await?;
+            self.require_room(tx, tenant, peak).await?;
+            if mode == Mode::Apply {
+                self.create(tx, by, tenant, spec.name(), peak, &release).await?;
+            }
             return Ok(outcome);
         };
         outcome.generation = app.generation;
@@ -231,6 +237,31 @@ impl Apps {
         (outcome.generation, outcome.revision) =
             self.advance(tx, by, tenant, &app, peak, &mut release, "app.release").await?;
         Ok(outcome)
+    }
+
+    /// What a new app needs beside the quota: addresses, and its turn. Its ids are never given again, so
+    /// that making and deleting apps in a loop would use up everybody's pool.
+    async fn require_room(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        tenant: &TenantRef,
+        peak: Peak,
+    ) -> Result<(), Error> {
+        if store::count_made_lately(tx, tenant.id).await? >= NEW_APPS_A_DAY {
+            return Err(Error::Conflict(format!(
+                "{NEW_APPS_A_DAY} new apps a day are enough: each uses up user ids for ever; change the apps that are there"
+            )));
+        }
+        let subnet = self.subnet_of(tx, tenant).await?;
+        if store::count_free_addresses(tx, tenant.id, subnet).await? < peak.reserved().instances {
+            return Err(no_address(subnet));
+        }
+        Ok(())
+    }
+
+    async fn subnet_of(&self, conn: &mut sqlx::PgConnection, tenant: &TenantRef) -> Result<Subnet, Error> {
+        let number = crate::tenants::tenant_network(conn, tenant.id).await?;
+        self.pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))
     }
 
     async fn create(
@@ -285,15 +316,12 @@ impl Apps {
         app: AppId,
         peak: Peak,
     ) -> Result<(), Error> {
-        let number = crate::tenants::tenant_network(tx, tenant.id).await?;
-        let subnet = self.pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))?;
+        let subnet = self.subnet_of(tx, tenant).await?;
         let count = peak.reserved().instances;
         if store::take_addresses(tx, tenant.id, app, count, subnet).await? {
             Ok(())
         } else {
-            Err(Error::Conflict(format!(
-                "the tenant's subnet {subnet} has no address left; those of deleted apps rest for a minute"
-            )))
+            Err(no_address(subnet))
         }
     }
 
@@ -391,6 +419,13 @@ impl Apps {
             tracing::warn!(%error, "refused fields were not counted");
         }
     }
+}
+
+fn no_address(subnet: Subnet) -> Error {
+    Error::Conflict(format!(
+        "the tenant's subnet {subnet} has no address left: an app keeps as many as it has ever had instances, and \
+         those of deleted apps rest for a minute"
+    ))
 }
 
 async fn is_image_there(

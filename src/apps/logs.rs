@@ -1,5 +1,7 @@
 //! Logs over the API: relayed from the driver, cleaned for whoever looks.
 
+use std::time::Duration;
+
 use actix_web::http::header;
 use actix_web::{HttpRequest, HttpResponse, web};
 use bytes::Bytes;
@@ -9,10 +11,11 @@ use sqlx::PgPool;
 
 use super::api::AppPath;
 use super::store;
-use crate::access::{ReadTenant, TenantScope};
-use crate::driver::{Driver, LogLine, LogQuery, LogStreamName};
+use crate::access::{self, ReadTenant, TenantScope};
+use crate::driver::{Driver, LogLine, LogQuery, LogStream, LogStreamName};
 use crate::error::Error;
 use crate::fault::plain;
+use crate::ids::TenantId;
 
 /// `?instance=&tail=&follow=`
 #[derive(Deserialize)]
@@ -89,7 +92,8 @@ pub async fn get_logs(
         .get(header::ACCEPT)
         .and_then(|accept| accept.to_str().ok())
         .is_some_and(|accept| accept.contains("application/x-ndjson"));
-    let body = lines.map(move |line| match line {
+    let body = watched(lines, pool.get_ref().clone(), (scope.actor.token_id, scope.tenant.id));
+    let body = body.map(move |line| match line {
         Ok(line) if json => {
             let mut text = serde_json::to_vec(&line).map_err(Error::internal)?;
             text.push(b'\n');
@@ -102,9 +106,36 @@ pub async fn get_logs(
     Ok(HttpResponse::Ok().content_type(kind).streaming(body))
 }
 
+/// How often somebody who follows a log is looked at again.
+const AGAIN: Duration = Duration::from_secs(4);
+
+/// The same lines, as long as whoever reads them may: a token that is revoked, or a tenant that leaves,
+/// ends the stream.
+fn watched(
+    lines: LogStream,
+    pool: PgPool,
+    (token, tenant): (i64, TenantId),
+) -> impl futures_util::Stream<Item = Result<LogLine, crate::driver::Error>> {
+    let first = tokio::time::Instant::now() + AGAIN;
+    let tick = tokio::time::interval_at(first, AGAIN);
+    futures_util::stream::unfold((lines, tick, pool), move |(mut lines, mut tick, pool)| async move {
+        loop {
+            tokio::select! {
+                line = lines.next() => return line.map(|line| (line, (lines, tick, pool))),
+                _ = tick.tick() => {
+                    // A database that is away for a moment ends nothing.
+                    if matches!(access::still_opens(&pool, token, tenant).await, Ok(false)) {
+                        return None;
+                    }
+                }
+            }
+        }
+    })
+}
+
 fn unavailable(error: crate::driver::Error) -> Error {
     tracing::warn!(%error, "logs cannot be read");
-    Error::Unavailable("the logs cannot be read right now".into(), std::time::Duration::from_secs(2))
+    Error::Unavailable("the logs cannot be read right now".into(), Duration::from_secs(2))
 }
 
 #[cfg(test)]

@@ -21,6 +21,12 @@ mod view;
 pub use release::{Release, render_example};
 pub use reservation::Peak;
 
+/// Removes what has had its time.
+pub async fn prune(pool: &sqlx::PgPool) -> Result<(), crate::error::Error> {
+    let mut conn = pool.acquire().await?;
+    store::prune(&mut conn).await
+}
+
 /// An app's row.
 #[derive(Debug, Clone)]
 pub struct App {

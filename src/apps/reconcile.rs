@@ -154,11 +154,11 @@ impl Belongings for AppsOfTenant {
 impl crate::registries::Holders for AppsOfTenant {
     async fn holders(
         &self,
+        conn: &mut sqlx::PgConnection,
         tenant: TenantId,
         repository: &crate::ids::RepositoryPath,
         digests: &[String],
     ) -> Result<Vec<(String, String)>, Error> {
-        let mut conn = self.pool.acquire().await?;
-        store::list_holders(&mut conn, tenant, repository, digests).await
+        store::list_holders(conn, tenant, repository, digests).await
     }
 }

@@ -453,6 +453,32 @@ pub(super) async fn take_addresses(
     Ok(i64::try_from(done.rows_affected()).unwrap_or(0) == count - have)
 }
 
+/// Addresses that could be taken now.
+pub(super) async fn count_free_addresses(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    subnet: Subnet,
+) -> Result<i64, Error> {
+    let taken = sqlx::query_scalar!(
+        r#"SELECT count(*) AS "n!" FROM app_address WHERE tenant_id = $1
+           AND (app_id IS NOT NULL OR freed_at > now() - interval '1 minute')"#,
+        tenant.0
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(i64::from(subnet.size()) - 3 - taken)
+}
+
+/// Apps that the tenant has made within a day, those that are gone again included.
+pub(super) async fn count_made_lately(conn: &mut PgConnection, tenant: TenantId) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT count(*) AS "n!" FROM app WHERE tenant_id = $1 AND created_at > now() - interval '1 day'"#,
+        tenant.0
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
 /// The app's addresses, in the order in which it took them: the n-th stays the n-th.
 pub(super) async fn list_addresses(
     conn: &mut PgConnection,
@@ -663,6 +689,20 @@ pub(super) async fn count_refused(conn: &mut PgConnection, names: &[String]) -> 
         "INSERT INTO refused_field (name) SELECT DISTINCT n FROM unnest($1::text[]) n ORDER BY n \
          ON CONFLICT (name) DO UPDATE SET count = refused_field.count + 1, last_at = now()",
         names
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Removes what has had its time: machine events of more than 30 days, and all but the names of fields
+/// that are tried most.
+pub(super) async fn prune(conn: &mut PgConnection) -> Result<(), Error> {
+    sqlx::query!("DELETE FROM machine_event WHERE at < now() - interval '30 days'")
+        .execute(&mut *conn)
+        .await?;
+    sqlx::query!(
+        "DELETE FROM refused_field WHERE name IN (SELECT name FROM refused_field ORDER BY count DESC, last_at DESC OFFSET 500)"
     )
     .execute(conn)
     .await?;

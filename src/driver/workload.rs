@@ -73,6 +73,15 @@ impl Subnet {
     pub fn nth(self, n: u32) -> Option<Ipv4Addr> {
         (n < self.size()).then(|| Ipv4Addr::from(u32::from(self.address) + n))
     }
+    /// The n-th of the subnets with this prefix within this one.
+    #[must_use]
+    pub fn part(self, prefix: u8, number: u32) -> Option<Self> {
+        let count = 1_u32.checked_shl(u32::from(prefix.checked_sub(self.prefix)?))?;
+        if number >= count {
+            return None;
+        }
+        Self::new(Ipv4Addr::from(u32::from(self.address) + (number << (32 - u32::from(prefix)))), prefix)
+    }
     /// The gateway: the first address.
     #[must_use]
     pub fn gateway(self) -> Ipv4Addr {

@@ -42,7 +42,13 @@ struct RawConfig {
     cmd: Option<Vec<String>>,
     exposed_ports: Option<BTreeMap<String, serde_json::Value>>,
     volumes: Option<BTreeMap<String, serde_json::Value>>,
+    labels: Option<BTreeMap<String, String>>,
+    env: Option<Vec<String>>,
 }
+
+/// Most bytes of labels, and of the environment, that an image brings: the engine gives both to each of
+/// its containers.
+const BROUGHT: usize = 64 << 10;
 
 impl ImageConfig {
     /// Reads a config.
@@ -51,6 +57,13 @@ impl ImageConfig {
         let raw: Raw = serde_json::from_value(value)
             .map_err(|_| ManifestError("the config of the image has a field of the wrong type".into()))?;
         let config = raw.config.unwrap_or_default();
+        let labels: usize = config.labels.iter().flatten().map(|(key, value)| key.len() + value.len()).sum();
+        let env: usize = config.env.iter().flatten().map(String::len).sum();
+        if labels > BROUGHT || env > BROUGHT {
+            return Err(ManifestError(
+                "the labels or the environment of the image are larger than 64 KiB".into(),
+            ));
+        }
         let port = |text: &String| text.strip_suffix("/tcp").unwrap_or(text).parse().ok();
         Ok(Self {
             os: raw.os,
@@ -77,5 +90,7 @@ mod tests {
         assert_eq!(config.volumes, ["/data"]);
         assert!(ImageConfig::parse(br#"{"os":"linux","OS":"windows"}"#).is_err());
         assert!(ImageConfig::parse(br#"{"config":{"User":5}}"#).is_err());
+        let large = serde_json::json!({"config": {"Labels": {"a": "x".repeat(70_000)}}}).to_string();
+        assert!(ImageConfig::parse(large.as_bytes()).unwrap_err().0.contains("64 KiB"));
     }
 }

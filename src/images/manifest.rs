@@ -7,6 +7,7 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
+use crate::driver::podman::render::is_harmless_annotation;
 use crate::ids::Digest;
 
 /// Largest manifest and largest config, in bytes.
@@ -102,6 +103,7 @@ impl Manifest {
             None if content_type.starts_with("application/vnd.oci.") => {}
             _ => return no("mediaType in the manifest is not its Content-Type"),
         }
+        annotations(map)?;
         match content_type {
             OCI_MANIFEST | DOCKER_MANIFEST => image(map),
             OCI_INDEX | DOCKER_INDEX => index(map),
@@ -111,6 +113,15 @@ impl Manifest {
 }
 
 type Map = serde_json::Map<String, Value>;
+
+/// Annotations are texts for people; others reach the container runtime, where they are orders.
+fn annotations(map: &Map) -> Result<(), ManifestError> {
+    match map.get("annotations") {
+        None | Some(Value::Null) => Ok(()),
+        Some(Value::Object(list)) if list.keys().all(|key| is_harmless_annotation(key)) => Ok(()),
+        Some(_) => no("an annotation is not one of org.opencontainers.image.*, com.docker.* or vnd.docker.*"),
+    }
+}
 
 fn image(map: &Map) -> Result<Manifest, ManifestError> {
     if map.contains_key("manifests") {
@@ -128,6 +139,11 @@ fn image(map: &Map) -> Result<Manifest, ManifestError> {
         .iter()
         .map(|layer| descriptor(Some(layer), "layers", &LAYER_TYPES))
         .collect::<Result<Vec<_>, _>>()?;
+    // Builders repeat the empty layer; more than that is made to be read again and again.
+    let different: std::collections::HashSet<&Digest> = layers.iter().map(|layer| &layer.digest).collect();
+    if layers.len() - different.len() > 32 {
+        return no("the same layer stands there too often");
+    }
     Ok(Manifest::Image { config, layers })
 }
 
@@ -297,5 +313,21 @@ mod tests {
         assert!(refused(&image_json(|v| v["manifests"] = serde_json::json!([]))).contains("manifests"));
         assert!(refused(&image_json(|v| v["layers"] = serde_json::json!([]))).contains("1 to 127"));
         assert!(refused(&"[".repeat(100_000)).contains("not JSON"));
+        for key in
+            ["run.oci.hooks.stdout", "run.oci.seccomp_bpf_data", "io.podman.annotations.privileged", ""]
+        {
+            assert!(
+                refused(&image_json(|v| v["annotations"] = serde_json::json!({key: "x"})))
+                    .contains("annotation")
+            );
+        }
+        let fine =
+            image_json(|v| v["annotations"] = serde_json::json!({"org.opencontainers.image.created": "x"}));
+        assert!(Manifest::parse(fine.as_bytes(), OCI_MANIFEST).is_ok());
+        let twice = image_json(|v| {
+            let layer = v["layers"][0].clone();
+            v["layers"].as_array_mut().unwrap().extend((0..40).map(|_| layer.clone()));
+        });
+        assert!(refused(&twice).contains("the same layer"));
     }
 }

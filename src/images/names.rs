@@ -6,8 +6,8 @@ use std::io::Read;
 
 /// Largest passwd or group file, in bytes.
 const FILE: u64 = 256 << 10;
-/// Most bytes that are unpacked of one layer on the search.
-const UNPACKED: u64 = 2 << 30;
+/// Most bytes that are unpacked of all layers on the search.
+pub const UNPACKED: u64 = 2 << 30;
 /// Most entries of one layer that are looked at.
 const ENTRIES: usize = 500_000;
 
@@ -87,22 +87,35 @@ impl Found {
 
 /// Looks through one layer: gzip (all members) or plain tar, told apart by its first bytes. A file
 /// that is anything but a plain file, or that a whiteout removes, reads as empty.
-pub fn search(layer: impl Read) -> std::io::Result<Found> {
+///
+/// `budget`: bytes that may still be unpacked; what is used is taken off.
+pub fn search(layer: impl Read, budget: &mut u64) -> std::io::Result<Found> {
     let mut layer = std::io::BufReader::new(layer);
     let magic = std::io::BufRead::fill_buf(&mut layer)?;
     if magic.starts_with(&[0x1f, 0x8b]) {
-        entries(flate2::bufread::MultiGzDecoder::new(layer).take(UNPACKED))
+        entries(flate2::bufread::MultiGzDecoder::new(layer), budget)
     } else if magic.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
         Err(std::io::Error::other("zstd layers are not looked into"))
     } else {
-        entries(layer.take(UNPACKED))
+        entries(layer, budget)
     }
 }
 
-fn entries(reader: impl Read) -> std::io::Result<Found> {
+fn entries(reader: impl Read, budget: &mut u64) -> std::io::Result<Found> {
+    let mut bounded = reader.take(*budget);
+    let found = read_entries(&mut bounded);
+    *budget = bounded.limit();
+    if *budget == 0 {
+        return Err(std::io::Error::other("the image is too large to be searched for names"));
+    }
+    found
+}
+
+fn read_entries(reader: &mut impl Read) -> std::io::Result<Found> {
     let mut archive = tar::Archive::new(reader);
     let mut found = Found::default();
-    for (n, entry) in archive.entries()?.enumerate() {
+    // Raw: extension headers (long names, pax) would be read whole into memory, and neither file needs one.
+    for (n, entry) in archive.entries()?.raw(true).enumerate() {
         if n > ENTRIES {
             return Err(std::io::Error::other("too many entries"));
         }
@@ -155,7 +168,7 @@ mod tests {
         let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         packed.write_all(&plain).unwrap();
         for bytes in [plain, packed.finish().unwrap()] {
-            let found = search(&bytes[..]).unwrap();
+            let found = search(&bytes[..], &mut { UNPACKED }).unwrap();
             let names = Names::parse(&found.passwd.unwrap(), &found.group.unwrap());
             assert_eq!(names.user("app"), Some((7, 8)));
         }
@@ -163,9 +176,23 @@ mod tests {
 
     #[test]
     fn a_whiteout_hides_what_lies_below() {
-        let mut top = search(&layer(&[("etc/.wh.passwd", "")])[..]).unwrap();
-        top.fill(search(&layer(&[("etc/passwd", "app:x:7:8:"), ("etc/group", "g:x:1:")])[..]).unwrap());
+        let mut top = search(&layer(&[("etc/.wh.passwd", "")])[..], &mut { UNPACKED }).unwrap();
+        let lower = layer(&[("etc/passwd", "app:x:7:8:"), ("etc/group", "g:x:1:")]);
+        top.fill(search(&lower[..], &mut { UNPACKED }).unwrap());
         assert_eq!(top.passwd.as_deref(), Some(""));
         assert_eq!(top.group.as_deref(), Some("g:x:1:"));
+    }
+
+    #[test]
+    fn a_bomb_costs_no_more_than_the_budget_and_no_memory() {
+        // A long name of half a gigabyte: its header says so, and zeros follow.
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::GNULongName);
+        header.set_size(512 << 20);
+        header.set_cksum();
+        let bomb = (&header.as_bytes()[..]).chain(std::io::repeat(0));
+        let mut budget = 64 << 20;
+        assert!(search(bomb, &mut budget).is_err());
+        assert_eq!(budget, 0);
     }
 }

@@ -37,7 +37,7 @@ pub enum Answer {
 }
 
 /// Most checks at once.
-const AT_ONCE: usize = 256;
+const AT_ONCE: usize = 1024;
 /// Most bytes of an answer that are read.
 const READ: u64 = 4096;
 
@@ -115,8 +115,13 @@ fn status(line: &[u8]) -> Option<u16> {
         .then(|| code.parse().ok())?
 }
 
-/// Asks a prober behind its socket.
+/// Asks a prober behind its socket; one that does not answer in time is no prober.
 pub async fn ask_at(socket: &Path, question: &Question) -> std::io::Result<Answer> {
+    let patience = Duration::from_millis(u64::from(question.timeout_ms)) + Duration::from_secs(3);
+    tokio::time::timeout(patience, converse(socket, question)).await.map_err(std::io::Error::other)?
+}
+
+async fn converse(socket: &Path, question: &Question) -> std::io::Result<Answer> {
     let stream = UnixStream::connect(socket).await?;
     let (read, mut write) = stream.into_split();
     let mut text = serde_json::to_vec(question)?;

@@ -34,10 +34,12 @@ pub enum Failure {
 
 impl From<crate::error::Error> for Failure {
     fn from(error: crate::error::Error) -> Self {
-        Self::Transient(match &error {
-            crate::error::Error::Internal(cause) => format!("internal error: {cause}"),
-            other => other.to_string(),
-        })
+        // Shown to tenants: what is ours alone goes to the log.
+        if let crate::error::Error::Internal(cause) = &error {
+            tracing::error!(%cause, "a reconcile failed");
+            return Self::Transient("a mistake of the platform's own (BH-500); it is tried again".into());
+        }
+        Self::Transient(error.to_string())
     }
 }
 

@@ -1,7 +1,7 @@
 //! The loop: claim, act, record. The only place that owns retries and leases.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sqlx::PgPool;
@@ -30,10 +30,16 @@ pub async fn run(
     let by_kind: HashMap<&'static str, Arc<dyn Reconciler>> =
         reconcilers.into_iter().map(|r| (r.kind(), r)).collect();
     let room = Arc::new(Semaphore::new(AT_ONCE));
+    let busy: Arc<Mutex<HashMap<i64, i64>>> = Arc::default();
     let mut down = false;
     while !stop.is_cancelled() {
         let free = i64::try_from(room.available_permits()).unwrap_or(0);
-        let claimed = if free == 0 { Ok(Vec::new()) } else { store::claim(&pool, free, PER_TENANT).await };
+        let claimed = if free == 0 {
+            Ok(Vec::new())
+        } else {
+            let now = lock(&busy).clone();
+            store::claim(&pool, free, PER_TENANT, &now).await
+        };
         let claimed = match claimed {
             Ok(claimed) => {
                 down = false;
@@ -58,9 +64,10 @@ pub async fn run(
                 continue;
             };
             let (pool, metrics, waker) = (pool.clone(), metrics.clone(), waker.clone());
+            let turn = Turn::take(&busy, claim.tenant);
             tokio::spawn(async move {
                 work(&pool, &*reconciler, claim.lease, &metrics).await;
-                drop(permit);
+                drop((turn, permit));
                 waker.wake();
             });
         }
@@ -75,6 +82,34 @@ pub async fn run(
     // All permits back: nothing is under way any more.
     let all = u32::try_from(AT_ONCE).unwrap_or(u32::MAX);
     let _ = tokio::time::timeout(Duration::from_secs(15), room.acquire_many(all)).await;
+}
+
+fn lock(busy: &Mutex<HashMap<i64, i64>>) -> std::sync::MutexGuard<'_, HashMap<i64, i64>> {
+    busy.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// One object of a tenant that is being worked on; counted while it lives, so that no tenant takes all
+/// the room with work that takes long.
+struct Turn {
+    busy: Arc<Mutex<HashMap<i64, i64>>>,
+    tenant: i64,
+}
+
+impl Turn {
+    fn take(busy: &Arc<Mutex<HashMap<i64, i64>>>, tenant: i64) -> Self {
+        *lock(busy).entry(tenant).or_default() += 1;
+        Self { busy: Arc::clone(busy), tenant }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut busy = lock(&self.busy);
+        match busy.get_mut(&self.tenant) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(busy.remove(&self.tenant)),
+        }
+    }
 }
 
 async fn work(pool: &PgPool, reconciler: &dyn Reconciler, lease: Lease, metrics: &Metrics) {

@@ -1,6 +1,8 @@
 //! The work table: claimed in batches, fair between tenants, fenced by epochs. Only the database's
 //! clock decides.
 
+use std::collections::HashMap;
+
 use sqlx::{PgConnection, PgPool};
 
 use super::{Failure, Lease, Outcome};
@@ -29,21 +31,32 @@ pub async fn enqueue(
 /// A claimed row.
 pub(super) struct Claimed {
     pub(super) kind: String,
+    pub(super) tenant: i64,
     pub(super) lease: Lease,
 }
 
 /// Seconds that a claim lasts unless it is renewed.
 pub(super) const LEASE_SECONDS: f64 = 20.0;
 
-/// Claims up to `limit` due objects, at most `per_tenant` of one tenant.
-pub(super) async fn claim(pool: &PgPool, limit: i64, per_tenant: i64) -> Result<Vec<Claimed>, sqlx::Error> {
+/// Claims up to `limit` due objects, at most `per_tenant` of one tenant, those included of which `busy`
+/// says that they are being worked on.
+pub(super) async fn claim(
+    pool: &PgPool,
+    limit: i64,
+    per_tenant: i64,
+    busy: &HashMap<i64, i64>,
+) -> Result<Vec<Claimed>, sqlx::Error> {
+    let (tenants, counts): (Vec<i64>, Vec<i64>) = busy.iter().unzip();
     let rows = sqlx::query!(
         r#"WITH due AS (
                SELECT kind, object_id, tenant_id, due_at FROM work
-               WHERE parked_at IS NULL AND due_at <= now() ORDER BY due_at LIMIT 500
+               WHERE parked_at IS NULL AND due_at <= now() AND tenant_id NOT IN
+                 (SELECT b.t FROM unnest($4::bigint[], $5::bigint[]) AS b (t, n) WHERE b.n >= $2)
+               ORDER BY due_at LIMIT 500
            ), fair AS (
                SELECT kind, object_id, due_at,
-                      row_number() OVER (PARTITION BY tenant_id ORDER BY due_at) AS place FROM due
+                      row_number() OVER (PARTITION BY tenant_id ORDER BY due_at) + coalesce(b.n, 0) AS place
+               FROM due LEFT JOIN unnest($4::bigint[], $5::bigint[]) AS b (t, n) ON b.t = tenant_id
            ), picked AS (
                SELECT w.kind, w.object_id FROM work w JOIN fair f USING (kind, object_id)
                WHERE f.place <= $2 AND w.parked_at IS NULL AND w.due_at <= now()
@@ -52,10 +65,12 @@ pub(super) async fn claim(pool: &PgPool, limit: i64, per_tenant: i64) -> Result<
            UPDATE work w SET due_at = now() + make_interval(secs => $3), epoch = w.epoch + 1,
                   seen = w.wake, attempt = w.attempt + 1
            FROM picked p WHERE w.kind = p.kind AND w.object_id = p.object_id
-           RETURNING w.kind, w.object_id, w.epoch, w.attempt"#,
+           RETURNING w.kind, w.object_id, w.tenant_id, w.epoch, w.attempt"#,
         limit,
         per_tenant,
-        LEASE_SECONDS
+        LEASE_SECONDS,
+        &tenants,
+        &counts
     )
     .fetch_all(pool)
     .await?;
@@ -63,6 +78,7 @@ pub(super) async fn claim(pool: &PgPool, limit: i64, per_tenant: i64) -> Result<
         .into_iter()
         .map(|row| Claimed {
             kind: row.kind,
+            tenant: row.tenant_id,
             lease: Lease { object_id: row.object_id, epoch: row.epoch, attempt: row.attempt },
         })
         .collect())

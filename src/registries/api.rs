@@ -58,9 +58,8 @@ pub async fn list_tags(
     let mut conn = pool.acquire().await?;
     let rows =
         store::list_tags(&mut conn, scope.tenant.id, &repository, &query.after_text()?, limit + 1).await?;
-    drop(conn);
     let digests: Vec<String> = rows.iter().map(|row| row.digest.clone()).collect();
-    let held = holders.holders(scope.tenant.id, &repository, &digests).await?;
+    let held = holders.holders(&mut conn, scope.tenant.id, &repository, &digests).await?;
     let views = rows
         .into_iter()
         .map(|row| TagView {
@@ -90,7 +89,7 @@ pub async fn delete_tag(
     let digest =
         store::delete_tag(&mut tx, scope.tenant.id, &repository, &tag).await?.ok_or(Error::NotFound)?;
     let family = store::list_family(&mut tx, scope.tenant.id, &repository, &digest).await?;
-    let held = holders.holders(scope.tenant.id, &repository, &family).await?;
+    let held = holders.holders(&mut tx, scope.tenant.id, &repository, &family).await?;
     if !held.is_empty() {
         let mut apps: Vec<_> = held.into_iter().map(|(_, app)| app).collect();
         apps.sort();
@@ -130,7 +129,7 @@ async fn clear(
     let mut tx = pool.begin().await?;
     store::lock_project_of(&mut tx, tenant.0).await?;
     let mut loose = store::list_loose(&mut tx, tenant.0, repository, among).await?;
-    let held = holders.holders(tenant.0, repository, &loose).await?;
+    let held = holders.holders(&mut tx, tenant.0, repository, &loose).await?;
     loose.retain(|digest| !held.iter().any(|(own, _)| own == digest));
     store::doom_manifests(&mut tx, tenant.0, repository, &loose).await?;
     tx.commit().await?;

@@ -1,6 +1,7 @@
 //! The client of the registry behind the front door: for the platform's own reads and deletions,
 //! with tokens that it mints itself. It follows no redirect and reads no more than it must.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -35,10 +36,13 @@ pub struct Distribution {
     client: reqwest::Client,
     base: String,
     key: SigningKey,
+    searches: Arc<tokio::sync::Semaphore>,
 }
 
-/// Largest layers, in bytes as stored, that are searched for names in all.
+/// Most bytes of a layer, as stored, that are searched for names.
 const SEARCHED: u64 = 1 << 30;
+/// How long an image is searched for names.
+const SEARCH_TIME: Duration = Duration::from_secs(30);
 
 fn away(error: impl std::fmt::Display) -> Error {
     tracing::warn!(%error, "the registry does not answer");
@@ -57,7 +61,8 @@ impl Distribution {
             .read_timeout(Duration::from_secs(60))
             .build()
             .map_err(Error::internal)?;
-        Ok(Self { pool, client, base: base.trim_end_matches('/').to_owned(), key })
+        let searches = Arc::new(tokio::sync::Semaphore::new(2));
+        Ok(Self { pool, client, base: base.trim_end_matches('/').to_owned(), key, searches })
     }
 
     /// Whether the registry answers.
@@ -198,16 +203,29 @@ impl Distribution {
         image: &ResolvedImage,
     ) -> Result<Names, Error> {
         let name = format!("{tenant}/{repository}");
+        // Few at a time: each may cost seconds of a processor.
+        let _turn = self.searches.acquire().await.map_err(Error::internal)?;
         let mut found = Found::default();
-        for layer in image.layers.iter().rev() {
+        let mut budget = names::UNPACKED;
+        let begun = std::time::Instant::now();
+        let mut seen = std::collections::HashSet::new();
+        for layer in image.layers.iter().rev().filter(|layer| seen.insert(*layer)) {
+            if begun.elapsed() > SEARCH_TIME {
+                break;
+            }
             let request = self.request(Method::GET, &name, &format!("blobs/{layer}"), &["pull"])?;
             let answer = good(read(request).await.map_err(away)?)?;
             let stream = answer.bytes_stream().map(|chunk| chunk.map_err(std::io::Error::other));
             let reader = tokio_util::io::SyncIoBridge::new(tokio_util::io::StreamReader::new(stream));
-            let search =
-                tokio::task::spawn_blocking(move || names::search(std::io::Read::take(reader, SEARCHED)));
-            match tokio::time::timeout(Duration::from_secs(60), search).await {
-                Ok(Ok(Ok(lower))) => found.fill(lower),
+            let search = tokio::task::spawn_blocking(move || {
+                let found = names::search(std::io::Read::take(reader, SEARCHED), &mut budget);
+                (found, budget)
+            });
+            match tokio::time::timeout(SEARCH_TIME, search).await {
+                Ok(Ok((Ok(lower), left))) => {
+                    budget = left;
+                    found.fill(lower);
+                }
                 // Nothing further down may be believed when this layer could not be read.
                 _ => break,
             }

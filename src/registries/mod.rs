@@ -45,6 +45,7 @@ pub trait Holders: Send + Sync + 'static {
     /// Names of the apps of which any release runs this manifest or index.
     async fn holders(
         &self,
+        conn: &mut sqlx::PgConnection,
         tenant: TenantId,
         repository: &RepositoryPath,
         digests: &[String],

@@ -70,7 +70,10 @@ async fn clear_doomed(pool: &PgPool, registry: &Distribution) -> Result<(), Erro
     let doomed = store::list_doomed(&mut conn).await?;
     drop(conn);
     for (tenant, name, repository, digest) in doomed {
-        remove_doomed(pool, registry, (tenant, &name), &repository, &digest).await?;
+        // One that does not go does not hold up the others.
+        if let Err(error) = remove_doomed(pool, registry, (tenant, &name), &repository, &digest).await {
+            tracing::warn!(%error, %name, "a deleted image is removed later");
+        }
     }
     Ok(())
 }

@@ -506,6 +506,9 @@ pub(super) async fn forget_blob(
     Ok(())
 }
 
+/// Most tags of a repository.
+const TAGS: i64 = 2_000;
+
 /// The registry has it: the tag moves, and it is on record who pushed.
 pub(super) async fn confirm_manifest(
     pool: &PgPool,
@@ -514,6 +517,7 @@ pub(super) async fn confirm_manifest(
     tag: Option<&Tag>,
 ) -> Result<(), Error> {
     let mut tx = pool.begin().await?;
+    lock_project(&mut tx, &asked.tenant).await?;
     let tenant_id = sqlx::query_scalar!(
         "UPDATE manifest m SET confirmed = true FROM tenant t WHERE t.name = $1 AND m.tenant_id = t.id \
          AND m.repository = $2 AND m.digest = $3 AND m.doomed_at IS NULL RETURNING m.tenant_id",
@@ -525,6 +529,17 @@ pub(super) async fn confirm_manifest(
     .await?
     .ok_or_else(going)?;
     if let Some(tag) = tag {
+        let count = sqlx::query_scalar!(
+            r#"SELECT count(*) AS "n!" FROM tag WHERE tenant_id = $1 AND repository = $2 AND name <> $3"#,
+            tenant_id,
+            asked.repository.as_str(),
+            tag.as_str()
+        )
+        .fetch_one(&mut *tx)
+        .await?;
+        if count >= TAGS {
+            return Err(Error::Conflict(format!("a repository has at most {TAGS} tags; delete some")));
+        }
         sqlx::query!(
             "INSERT INTO tag (tenant_id, repository, name, digest, pushed_by) VALUES ($1, $2, $3, $4, $5) \
              ON CONFLICT (tenant_id, repository, name) DO UPDATE SET digest = $4, pushed_by = $5, pushed_at = now()",

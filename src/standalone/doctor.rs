@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use serde::Serialize;
 
 use super::{Folder, postgres};
+use crate::driver::podman::engine::RUNTIME;
 use crate::uid_ranges::machine;
 
 /// How a check ended.
@@ -66,17 +67,6 @@ pub fn may_raise_limits() -> bool {
         .find_map(|line| line.strip_prefix("CapEff:"))
         .and_then(|text| u64::from_str_radix(text.trim(), 16).ok())
         .is_some_and(|caps| caps & (1 << 24) != 0)
-}
-
-/// The runtime to use: crun needs to raise limits, runc does not.
-#[must_use]
-pub fn runtime() -> Option<&'static str> {
-    let (crun, runc) = (program("crun").is_some(), program("runc").is_some());
-    match (crun, runc) {
-        (true, _) if may_raise_limits() => Some("crun"),
-        (_, true) => Some("runc"),
-        _ => None,
-    }
 }
 
 /// All checks for a data folder and an address.
@@ -146,14 +136,14 @@ fn database() -> Finding {
 }
 
 fn container_runtime() -> Finding {
-    match runtime() {
-        Some(name) => good("runtime", name),
-        None if program("crun").is_some() => failed(
+    if program(RUNTIME).is_some() {
+        good("runtime", RUNTIME)
+    } else {
+        failed(
             "runtime",
-            "crun needs CAP_SYS_RESOURCE, which this machine does not give, and runc is not there",
+            "runc is not there (crun takes orders from images and is not used)",
             "apt-get install runc",
-        ),
-        None => failed("runtime", "neither runc nor crun is there", "apt-get install runc"),
+        )
     }
 }
 
@@ -163,7 +153,7 @@ fn limits() -> Finding {
     } else {
         warning(
             "limits",
-            "no CAP_SYS_RESOURCE: containers get runc and at most 1024 open files",
+            "no CAP_SYS_RESOURCE: containers get at most 1024 open files and 1024 processes of one user",
             "nothing to do; on a machine of your own, root has it",
         )
     }

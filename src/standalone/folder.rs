@@ -21,7 +21,9 @@ use serde::{Deserialize, Serialize};
 
 use super::processes::{Layout, OwnParts};
 use super::{Claim, Failed, claims};
-use crate::config::{Agent, Config, Database, Log, Pools, Registry, Server};
+use crate::config::{
+    Agent, BLOCK_SIZE, Config, Database, Log, Pools, RANGE_SIZE, Registry, SUBNET_PREFIX, Server,
+};
 use crate::driver::agent::config::AgentConfig;
 use crate::driver::podman::engine::EngineSettings;
 use crate::registries::SigningKey;
@@ -248,10 +250,10 @@ impl Folder {
             pools: Pools {
                 uid_start: ids.start,
                 uid_end: ids.start + ids.size,
-                range_size: 65_536,
-                block_size: 1_024,
+                range_size: RANGE_SIZE,
+                block_size: BLOCK_SIZE,
                 network: self.claim.network,
-                subnet_prefix: 22,
+                subnet_prefix: SUBNET_PREFIX,
             },
             log: Log::default(),
         }
@@ -267,7 +269,11 @@ impl Folder {
             peer_uid: self.serve.uid,
             engine_socket: self.path.join("run/engine/podman.sock"),
             id_pool: self.claim.ids,
+            range_size: RANGE_SIZE,
+            block_size: BLOCK_SIZE,
             network_pool: self.claim.network,
+            subnet_prefix: SUBNET_PREFIX,
+            engine_storage: self.path.join("engine"),
             prober_socket: self.path.join("run/prober/prober.sock"),
             prober_uid: self.prober.uid,
             registry_name: self.registry_name(),
@@ -315,7 +321,6 @@ impl Folder {
             socket: self.path.join("run/engine/podman.sock"),
             registry_name: self.registry_name(),
             pull_host: self.pull_host(),
-            runtime: super::doctor::runtime().unwrap_or("runc").to_owned(),
             may_raise_limits: super::doctor::may_raise_limits(),
         }
     }

@@ -6,8 +6,10 @@ use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
 use super::folder::{ensure_user, write_file};
-use super::{Failed, claims, units};
-use crate::config::{Agent, Config, Database, Log, Pools, Registry, Server};
+use super::{Claim, Failed, claims, units};
+use crate::config::{
+    Agent, BLOCK_SIZE, Config, Database, Log, Pools, RANGE_SIZE, Registry, SUBNET_PREFIX, Server,
+};
 use crate::driver::agent::config::AgentConfig;
 use crate::driver::podman::engine;
 use crate::registries::SigningKey;
@@ -65,38 +67,7 @@ pub fn write(settings: &Path, state: &Path) -> Result<Written, Failed> {
     put(key.clone(), &pem, serve.gid, 0o440)?;
     let certificate = settings.join("registry-token.pem");
     put(certificate.clone(), signing.certificate(), 0, 0o444)?;
-    let config = Config {
-        installation: claim.installation.clone(),
-        server: Server {
-            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
-            pull_listen: pull,
-            metrics_listen: None,
-            external_url: None,
-            tls_certificate: None,
-            tls_key: None,
-            behind_proxy: false,
-            workers: 2,
-        },
-        database: Database {
-            host: "/run/postgresql".into(),
-            port: 5432,
-            name: "bulkhead".into(),
-            user: units::SERVE.into(),
-            password_file: None,
-            connections: 16,
-        },
-        registry: Registry { url: "http://127.0.0.1:5000".into(), signing_key: key },
-        agent: Agent { socket: "/run/bulkhead/agent/agent.sock".into() },
-        pools: Pools {
-            uid_start: claim.ids.start,
-            uid_end: claim.ids.start + claim.ids.size,
-            range_size: 65_536,
-            block_size: 1_024,
-            network: claim.network,
-            subnet_prefix: 22,
-        },
-        log: Log::default(),
-    };
+    let config = serve_config(&claim, pull, key);
     let agent = AgentConfig {
         installation: claim.installation.clone(),
         state_dir: state.join("agent"),
@@ -104,7 +75,11 @@ pub fn write(settings: &Path, state: &Path) -> Result<Written, Failed> {
         peer_uid: serve.uid,
         engine_socket: layout.engine.socket.clone(),
         id_pool: claim.ids,
+        range_size: RANGE_SIZE,
+        block_size: BLOCK_SIZE,
         network_pool: claim.network,
+        subnet_prefix: SUBNET_PREFIX,
+        engine_storage: layout.engine.root.clone(),
         prober_socket: layout.prober_socket.clone(),
         prober_uid: prober.uid,
         registry_name: name,
@@ -146,6 +121,41 @@ pub fn undo(settings: &Path, state: &Path) -> Result<(), Failed> {
         let _ = fs::remove_file(state.join("engine").join(file));
     }
     claims::release(&settings)
+}
+
+fn serve_config(claim: &Claim, pull: SocketAddr, key: PathBuf) -> Config {
+    Config {
+        installation: claim.installation.clone(),
+        server: Server {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            pull_listen: pull,
+            metrics_listen: None,
+            external_url: None,
+            tls_certificate: None,
+            tls_key: None,
+            behind_proxy: false,
+            workers: 2,
+        },
+        database: Database {
+            host: "/run/postgresql".into(),
+            port: 5432,
+            name: "bulkhead".into(),
+            user: units::SERVE.into(),
+            password_file: None,
+            connections: 16,
+        },
+        registry: Registry { url: "http://127.0.0.1:5000".into(), signing_key: key },
+        agent: Agent { socket: "/run/bulkhead/agent/agent.sock".into() },
+        pools: Pools {
+            uid_start: claim.ids.start,
+            uid_end: claim.ids.start + claim.ids.size,
+            range_size: RANGE_SIZE,
+            block_size: BLOCK_SIZE,
+            network: claim.network,
+            subnet_prefix: SUBNET_PREFIX,
+        },
+        log: Log::default(),
+    }
 }
 
 fn free_address() -> Result<SocketAddr, Failed> {

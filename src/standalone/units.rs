@@ -37,7 +37,6 @@ pub fn layout(registry_name: &str, pull_host: &str, may_raise_limits: bool) -> L
             socket: sockets.join("engine/podman.sock"),
             registry_name: registry_name.into(),
             pull_host: pull_host.into(),
-            runtime: super::doctor::runtime().unwrap_or("runc").to_owned(),
             may_raise_limits,
         },
         own: None,
@@ -47,10 +46,7 @@ pub fn layout(registry_name: &str, pull_host: &str, may_raise_limits: bool) -> L
 /// All units: file name and text.
 #[must_use]
 pub fn units() -> Vec<(String, String)> {
-    let mut layout = layout("x", "x", true);
-    // The unit is the same on every machine; the engine's own settings name its runtime.
-    layout.engine.runtime = "runc".into();
-    let table = table(&layout);
+    let table = table(&layout("x", "x", true));
     let names: Vec<String> = table.iter().map(|process| file(process.name)).collect();
     let target = format!(
         "[Unit]\nDescription=Bulkhead\nWants={names}\n\n[Install]\nWantedBy=multi-user.target\n",

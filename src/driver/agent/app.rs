@@ -38,6 +38,8 @@ struct Live {
     /// A listing older than this says nothing about the instance any more.
     valid_from: u64,
     checked: Option<tokio::time::Instant>,
+    /// Whether a health check is under way: one at a time.
+    checking: bool,
     ill: u32,
     well: bool,
     why: String,
@@ -80,6 +82,11 @@ impl App {
     /// Ends the task; containers go on.
     pub(super) fn end(&self) {
         self.stop.cancel();
+    }
+
+    /// Tells when the app has left, or the agent ends.
+    pub(super) fn leaving(&self) -> CancellationToken {
+        self.stop.clone()
     }
 
     pub(super) fn version(&self) -> u64 {
@@ -198,21 +205,35 @@ impl App {
             return;
         }
         let seen = listing.containers.get(&instance.container);
-        match seen.map(|c| c.state.as_str()) {
-            Some("running") if is_alive(&instance) => self.note_running(number),
-            Some("exited" | "stopped") => {
-                let code = seen.map_or(0, |c| c.exit_code);
-                let hungry = code != 0 && seen.is_some_and(|c| agent.oom.killed(&c.id));
-                self.ended(agent, number, cause_of(code, hungry), Some(code), String::new());
+        if seen.is_some_and(|c| c.state == "running") && is_alive(&instance) {
+            self.note_running(number);
+            return;
+        }
+        // The listing may be older than what has just happened: only what is asked for now decides.
+        let now = match agent.podman.find(&instance.container).await {
+            Ok(now) => now,
+            Err(error) => {
+                tracing::warn!(%error, app = %self.name, "an instance cannot be looked at");
+                return;
             }
-            // The engine says "running" and the process or its monitor is gone: nothing that it says
-            // about this container can be relied on any more.
+        };
+        match now {
+            None => self.vanished(agent, number, "its container had been removed; it is made anew"),
+            Some(now) if matches!(now.state.as_str(), "exited" | "stopped") => {
+                let hungry = now.exit_code != 0 && agent.oom.killed(&now.id);
+                let cause = cause_of(now.exit_code, hungry);
+                self.ended(agent, number, cause, Some(now.exit_code), String::new());
+            }
+            Some(now) if now.state == "running" && is_alive(&instance) => self.note_running(number),
+            // A process that has just ended, and a monitor that is about to say so.
+            Some(_) if monitor_lives(&instance) => {}
+            // The engine says "running" and nobody watches any more: nothing that it says about this
+            // container can be relied on.
             Some(_) => {
                 let _ = discard(agent, &instance.container).await;
                 let why = "its process or the process that watches it had ended; it is made anew";
                 self.vanished(agent, number, why);
             }
-            None => self.vanished(agent, number, "its container had been removed; it is made anew"),
         }
     }
 
@@ -268,7 +289,7 @@ impl App {
         instance.next_start = Some(now + Duration::from_secs(wait));
         instance.pid = 0;
         instance.uid = None;
-        let detail = if detail.is_empty() { describe(cause, code) } else { detail };
+        let detail = if detail.is_empty() { describe(cause, code) } else { short(&detail) };
         let text = format!("instance {number}: {detail}; it starts again in {wait} s");
         instance.last_end = Some(Ending {
             cause,
@@ -285,6 +306,7 @@ impl App {
     /// A container went away from outside: a new instance takes its place at once.
     fn vanished(&self, agent: &Agent, number: u32, why: &str) {
         self.ended(agent, number, Cause::Removed, None, why.to_owned());
+        self.forget(agent, number);
         let mut kept = lock(&self.kept);
         let fresh = kept.next_number;
         kept.next_number += 1;
@@ -300,13 +322,22 @@ impl App {
         kept.event("repaired", format!("instance {number}: {why} (as instance {fresh})"));
     }
 
+    /// Drops what is held of a number that is not used any more, and the oldest logs.
+    fn forget(&self, agent: &Agent, number: u32) {
+        lock(&self.live).remove(&number);
+        let dir = agent.logs_dir(self.id);
+        let _ = std::fs::remove_file(raw_log(&dir, number));
+        let mut numbers: Vec<u32> = lock(&self.kept).instances.iter().map(|i| i.number).collect();
+        numbers.retain(|own| *own != number);
+        tokio::task::block_in_place(|| logs::prune(&dir, &numbers));
+    }
+
     /// Containers of this app that no instance stands for: left over by a crash between two steps.
     async fn sweep(&self, agent: &Agent, listing: &Listing) {
         let known: Vec<String> = lock(&self.kept).instances.iter().map(|i| i.container.clone()).collect();
         let id = self.id.to_string();
         for (name, container) in listing.containers.iter() {
-            let own = container.labels.as_ref().and_then(|labels| labels.get("bulkhead.app-id"));
-            if own == Some(&id) && !known.contains(name) {
+            if container.app() == Some(id.as_str()) && !known.contains(name) {
                 let fresh = lock(&self.live).values().any(|live| live.valid_from > listing.round);
                 if !fresh && discard(agent, name).await.is_ok() {
                     tracing::info!(name, "a container that belongs to no instance was removed");
@@ -392,10 +423,9 @@ impl App {
                 kept.event(word, format!("instance {number} of release {} {word}", instance.revision));
             }
             Err(error) => {
-                let cause =
-                    if error.to_string().contains("image") { Cause::ImageError } else { Cause::StartError };
                 tracing::warn!(%error, app = %self.name, "an instance cannot be started");
-                self.ended(agent, number, cause, None, format!("it cannot be started: {error}"));
+                let (cause, why) = why_not_started(&error);
+                self.ended(agent, number, cause, None, format!("it cannot be started: {why}"));
                 self.with(number, |i| i.enter(InstanceState::Failed));
             }
         }
@@ -442,6 +472,10 @@ impl App {
         );
         fail::fail_point!("agent::create", |_| Err(Error::Transient("failpoint".into())));
         podman.create(&spec).await?;
+        let made = podman.inspect(&instance.container).await?;
+        render::check_made(&made.annotations, &made.healthcheck).map_err(Error::Rejected)?;
+        // Its rules are in force before its first packet.
+        agent.refresh_firewall().await?;
         fail::fail_point!("agent::init", |_| Err(Error::Transient("failpoint".into())));
         podman.init(&instance.container).await?;
         let ready = podman.inspect(&instance.container).await?;
@@ -528,9 +562,11 @@ impl App {
                 kept.instances.retain(|i| i.number != number);
                 kept.event("stopped", format!("instance {number} was stopped"));
             }
-            lock(&app.live).remove(&number);
-            let _ = std::fs::remove_file(raw_log(&agent.logs_dir(app.id), number));
+            app.forget(&agent, number);
             app.record(&agent, &before);
+            if let Err(error) = agent.refresh_firewall().await {
+                tracing::warn!(%error, "the rules of an instance that is gone are taken away later");
+            }
             app.wake.notify_one();
         });
     }
@@ -580,9 +616,10 @@ impl App {
             let mut live = lock(&self.live);
             let entry = live.entry(number).or_default();
             let pace = if entry.well { CHECK } else { soon };
-            if entry.checked.is_some_and(|at| at.elapsed() < pace) {
+            if entry.checking || entry.checked.is_some_and(|at| at.elapsed() < pace) {
                 return;
             }
+            entry.checking = true;
             entry.checked = Some(tokio::time::Instant::now());
         }
         let (app, agent) = (Arc::clone(self), Arc::clone(agent));
@@ -605,6 +642,7 @@ impl App {
     fn note_check(&self, number: u32, answer: std::io::Result<Answer>, in_grace: bool) -> Option<bool> {
         let mut live = lock(&self.live);
         let entry = live.get_mut(&number)?;
+        entry.checking = false;
         let was = entry.well;
         match answer.ok()? {
             Answer::Well => (entry.well, entry.ill) = (true, 0),
@@ -724,6 +762,41 @@ fn is_alive(instance: &Instance) -> bool {
     instance.pid > 0
         && born(instance.pid) == Some(instance.born)
         && (instance.conmon <= 0 || Path::new(&format!("/proc/{}", instance.conmon)).exists())
+}
+
+fn monitor_lives(instance: &Instance) -> bool {
+    instance.conmon > 0 && Path::new(&format!("/proc/{}", instance.conmon)).exists()
+}
+
+/// A text of others, for events and states: bounded, so that no app's own words crowd out the rest.
+fn short(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(400).collect()
+}
+
+/// Why the engine did not start an instance, in words that name nothing of the host; its own words are
+/// in the platform's log.
+fn why_not_started(error: &Error) -> (Cause, String) {
+    if let Error::Rejected(why) = error {
+        return (Cause::ImageError, short(why));
+    }
+    let text = error.to_string();
+    let known = [
+        ("executable file", "its command is not in the image"),
+        ("no such file or directory", "its command, or what runs it, is not in the image"),
+        ("permission denied", "its user may not execute its command"),
+        ("exec format error", "its command is no program for this machine"),
+        ("firewall table", "the firewall table is not there; nothing starts without it"),
+        ("no such image", "its image is not in the engine's store"),
+        ("image not known", "its image is not in the engine's store"),
+    ];
+    let lower = text.to_lowercase();
+    match known.iter().find(|(sign, _)| lower.contains(sign)) {
+        Some((sign, why)) if sign.contains("image") => (Cause::ImageError, (*why).to_owned()),
+        Some((_, why)) => (Cause::StartError, (*why).to_owned()),
+        None => {
+            (Cause::StartError, "the container engine refused it; the platform's log has its words".into())
+        }
+    }
 }
 
 /// `hungry`: the kernel's log says that it killed a process of the instance for memory.

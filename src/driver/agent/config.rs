@@ -23,8 +23,16 @@ pub struct AgentConfig {
     pub engine_socket: PathBuf,
     /// Ids that tenants may be given.
     pub id_pool: IdRange,
+    /// Ids of a tenant's range: exactly so many, from the pool's start on.
+    pub range_size: u32,
+    /// Ids of an app's block: exactly so many.
+    pub block_size: u32,
     /// Addresses that tenants may be given.
     pub network_pool: Subnet,
+    /// Prefix of a tenant's subnet: the n-th of the pool belongs to the network with the number n.
+    pub subnet_prefix: u8,
+    /// A folder on the disk of the engine's storage.
+    pub engine_storage: PathBuf,
     /// Socket of the prober.
     pub prober_socket: PathBuf,
     /// User id of the prober: the only one that may connect from the host into the bridges.
@@ -40,6 +48,12 @@ impl AgentConfig {
     pub fn load(path: &Path) -> Result<Self, String> {
         let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
         toml::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))
+    }
+
+    /// The subnet of the network with this number.
+    #[must_use]
+    pub fn subnet(&self, number: u32) -> Option<Subnet> {
+        self.network_pool.part(self.subnet_prefix, number)
     }
 
     /// Name of a tenant's bridge and network: at most 15 bytes.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use time::OffsetDateTime;
 use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
 
 use super::app::App;
 use super::config::AgentConfig;
@@ -16,7 +17,7 @@ use super::journal::Journal;
 use super::kept::Kept;
 use super::server;
 use crate::driver::podman::client::{Listed, Podman};
-use crate::driver::podman::firewall::{self, Pair, Rules};
+use crate::driver::podman::firewall::{self, Depth, Pair, Rules};
 use crate::driver::podman::oom::OutOfMemory;
 use crate::driver::podman::render;
 use crate::driver::{AppEvent, Error, Observed};
@@ -26,6 +27,8 @@ use crate::ids::{AppId, AppName, TenantName};
 const LOOK: Duration = Duration::from_millis(400);
 /// How often the table is held against what it must be.
 const WATCH: Duration = Duration::from_secs(1);
+/// In which of these looks the table's sets are looked at too.
+const SETS: u64 = 30;
 /// How often networks are looked at.
 const NETWORKS: Duration = Duration::from_secs(5);
 
@@ -54,8 +57,19 @@ pub(super) struct Agent {
     pub(super) images: tokio::sync::RwLock<()>,
     /// A release has taken over, or an app has gone: images may be left over.
     pub(super) tidy: Notify,
+    /// How many read logs of a tenant.
+    pub(super) readers: Mutex<HashMap<TenantName, usize>>,
+    /// Who may change an app's record.
+    pub(super) gates: Mutex<HashMap<AppId, Arc<Gate>>>,
     boot: String,
     machine: Mutex<VecDeque<AppEvent>>,
+}
+
+/// Who may change an app's record: one at a time, and nobody once it leaves.
+#[derive(Default)]
+pub(super) struct Gate {
+    pub(super) turn: tokio::sync::Mutex<()>,
+    pub(super) leave: CancellationToken,
 }
 
 /// Locks; a panic elsewhere does not make the state of all others unusable.
@@ -112,6 +126,8 @@ impl Agent {
             changed: Notify::new(),
             images: tokio::sync::RwLock::new(()),
             tidy: Notify::new(),
+            readers: Mutex::new(HashMap::new()),
+            gates: Mutex::new(HashMap::new()),
             boot: data_encoding::HEXLOWER.encode(&rand::random::<[u8; 8]>()),
             machine: Mutex::new(VecDeque::new()),
             config,
@@ -140,6 +156,10 @@ impl Agent {
         lock(&self.apps).get(&id).cloned()
     }
 
+    pub(super) fn gate(&self, id: AppId) -> Arc<Gate> {
+        Arc::clone(lock(&self.gates).entry(id).or_default())
+    }
+
     /// The app of this name in this tenant.
     pub(super) fn named(&self, tenant: &TenantName, name: &AppName) -> Option<Arc<App>> {
         let apps = lock(&self.apps);
@@ -162,14 +182,14 @@ impl Agent {
         let mut places = HashMap::new();
         for app in &apps {
             let kept = lock(&app.kept);
-            let place = (kept.workload.addresses.clone(), kept.workload.port);
+            let place = (kept.in_use(), kept.workload.port);
             places.insert((app.tenant.clone(), app.name.clone()), place);
         }
         for app in &apps {
             let Some(bridge) = self.bridge_of(&app.tenant) else { continue };
             let (addresses, connects) = {
                 let kept = lock(&app.kept);
-                (kept.workload.addresses.clone(), kept.workload.connects.clone())
+                (kept.in_use(), kept.workload.connects.clone())
             };
             rules.sources.extend(addresses.iter().map(|address| (bridge.clone(), *address)));
             for name in connects {
@@ -193,13 +213,18 @@ impl Agent {
             return Ok(());
         }
         rules.apply().await?;
-        let seen = rules.in_force().await.unwrap_or_default();
-        if let Some((before, _)) = firewall.as_ref() {
-            for pair in before.pairs.difference(&rules.pairs) {
-                firewall::cut(pair).await;
-            }
+        let seen = rules.in_force(Depth::Whole).await.unwrap_or_default();
+        let before = firewall.replace((rules.clone(), seen));
+        drop(firewall);
+        // Their packets are dropped already; what is tracked of them is tidied up beside.
+        if let Some((before, _)) = before {
+            let gone: Vec<Pair> = before.pairs.difference(&rules.pairs).cloned().collect();
+            tokio::spawn(async move {
+                for pair in gone {
+                    firewall::cut(&pair).await;
+                }
+            });
         }
-        *firewall = Some((rules, seen));
         Ok(())
     }
 
@@ -207,23 +232,25 @@ impl Agent {
     pub(super) async fn table_is_there(&self) -> bool {
         let firewall = self.firewall.lock().await;
         match firewall.as_ref() {
-            Some((rules, _)) => rules.in_force().await.is_some(),
+            Some((rules, _)) => rules.in_force(Depth::Rules).await.is_some(),
             None => false,
         }
     }
 
-    async fn repair_firewall(&self) {
+    /// `depth`: the rules alone are a few lines and looked at all the time; the sets, which are long,
+    /// now and then.
+    async fn repair_firewall(&self, depth: Depth) {
         let mut firewall = self.firewall.lock().await;
         let Some((rules, expected)) = firewall.as_ref() else { return };
-        let seen = rules.in_force().await;
-        if seen.as_deref() == Some(expected.as_str()) {
+        let seen = rules.in_force(depth).await;
+        if seen.as_deref() == Some(firewall::at_depth(expected, depth).as_str()) {
             return;
         }
         let what = if seen.is_none() { "was gone" } else { "had been changed" };
         let rules = rules.clone();
         match rules.apply().await {
             Ok(()) => {
-                let seen = rules.in_force().await.unwrap_or_default();
+                let seen = rules.in_force(Depth::Whole).await.unwrap_or_default();
                 *firewall = Some((rules, seen));
                 self.machine_event(
                     "firewall_repaired",
@@ -319,9 +346,12 @@ async fn tidying(agent: Arc<Agent>) {
 /// Keeps the table and the networks as they must be.
 async fn watching(agent: Arc<Agent>) {
     let mut networks_at = tokio::time::Instant::now();
+    let mut round = 0_u64;
     loop {
         tokio::time::sleep(WATCH).await;
-        agent.repair_firewall().await;
+        round += 1;
+        let depth = if round.is_multiple_of(SETS) { Depth::Whole } else { Depth::Rules };
+        agent.repair_firewall(depth).await;
         if networks_at.elapsed() < NETWORKS {
             continue;
         }

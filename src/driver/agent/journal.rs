@@ -2,7 +2,7 @@
 //! root's own record, append-only, the first write wins for ever. It is what lets the root half
 //! refuse another tenant's things on its own, whatever `serve` says.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
@@ -21,6 +21,7 @@ enum Entry {
     Range { tenant: TenantName, range: IdRange },
     Block { tenant: TenantName, app: AppName, app_id: AppId, block: IdRange },
     Retired { tenant: TenantName },
+    Removed { app_id: AppId },
 }
 
 /// A tenant as recorded.
@@ -42,6 +43,10 @@ pub(super) struct Journal {
     file: File,
     tenants: HashMap<TenantName, Recorded>,
     blocks: HashMap<AppId, (TenantName, AppName, IdRange)>,
+    /// Which block starts here, so that a new one is held against its neighbours alone.
+    starts: BTreeMap<u32, AppId>,
+    removed: HashSet<AppId>,
+    length: u64,
 }
 
 impl Journal {
@@ -60,8 +65,19 @@ impl Journal {
             .mode(0o600)
             .open(path)
             .map_err(|error| error.to_string())?;
-        file.set_len(whole as u64).map_err(|error| error.to_string())?;
-        let mut journal = Self { file, tenants: HashMap::new(), blocks: HashMap::new() };
+        file.set_len(whole as u64).and_then(|()| file.sync_all()).map_err(|error| error.to_string())?;
+        // The file's own entry in its folder, too.
+        if let Some(folder) = path.parent() {
+            File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| error.to_string())?;
+        }
+        let mut journal = Self {
+            file,
+            tenants: HashMap::new(),
+            blocks: HashMap::new(),
+            starts: BTreeMap::new(),
+            removed: HashSet::new(),
+            length: whole as u64,
+        };
         for (n, line) in text[..whole].lines().enumerate() {
             let entry =
                 serde_json::from_str(line).map_err(|error| format!("journal, line {}: {error}", n + 1))?;
@@ -82,7 +98,11 @@ impl Journal {
                 }
             }
             Entry::Block { tenant, app, app_id, block } => {
+                self.starts.insert(block.start, app_id);
                 self.blocks.insert(app_id, (tenant, app, block));
+            }
+            Entry::Removed { app_id } => {
+                self.removed.insert(app_id);
             }
             Entry::Retired { tenant } => {
                 if let Some(recorded) = self.tenants.get_mut(&tenant) {
@@ -95,7 +115,12 @@ impl Journal {
     fn write(&mut self, entry: Entry) -> Result<(), String> {
         let mut line = serde_json::to_vec(&entry).map_err(|error| error.to_string())?;
         line.push(b'\n');
-        self.file.write_all(&line).and_then(|()| self.file.sync_data()).map_err(|error| error.to_string())?;
+        if let Err(error) = self.file.write_all(&line).and_then(|()| self.file.sync_data()) {
+            // Half a line must not stay: the next one would be appended to it, and neither could be read.
+            self.file.set_len(self.length).map_err(|worse| format!("{error}; and {worse}"))?;
+            return Err(error.to_string());
+        }
+        self.length += line.len() as u64;
         self.take(entry);
         Ok(())
     }
@@ -107,8 +132,13 @@ impl Journal {
             return Err("a tenant has 1 to 256 id ranges".into());
         }
         for range in &grant.ranges {
-            if range.size == 0 || !config.id_pool.contains(*range) {
+            if !config.id_pool.contains(*range) {
                 return Err("an id range lies outside the installation's pool".into());
+            }
+            if range.size != config.range_size
+                || !(range.start - config.id_pool.start).is_multiple_of(config.range_size)
+            {
+                return Err("an id range is not one of the pool's own".into());
             }
             if self
                 .tenants
@@ -118,9 +148,8 @@ impl Journal {
                 return Err("an id range belongs to another tenant".into());
             }
         }
-        let pool = config.network_pool;
-        if !(pool.contains(grant.subnet.address()) && grant.subnet.prefix() >= pool.prefix()) {
-            return Err("the subnet lies outside the installation's pool".into());
+        if config.subnet(grant.network) != Some(grant.subnet) {
+            return Err("the network's number and subnet are not one of the pool's own".into());
         }
         if let Some(known) = self.tenants.get(&grant.tenant) {
             if known.retired {
@@ -159,14 +188,23 @@ impl Journal {
     /// Records an app's block, or finds it as it was recorded.
     pub(super) fn claim_block(
         &mut self,
+        config: &AgentConfig,
         tenant: &TenantName,
         app: &AppName,
         app_id: AppId,
         block: IdRange,
     ) -> Result<Recorded, String> {
         let recorded = self.tenant(tenant).ok_or("this tenant is not in the journal")?.clone();
+        if self.removed.contains(&app_id) {
+            return Err("this app was removed; its identity is not given again".into());
+        }
         if !recorded.ranges.iter().any(|range| range.contains(block)) {
             return Err("the block lies outside the tenant's ranges".into());
+        }
+        if block.size != config.block_size
+            || !(block.start - config.id_pool.start).is_multiple_of(config.block_size)
+        {
+            return Err("the block is not one of the range's own".into());
         }
         if let Some((owner, name, own)) = self.blocks.get(&app_id) {
             if (owner, name, *own) != (tenant, app, block) {
@@ -174,7 +212,8 @@ impl Journal {
             }
             return Ok(recorded);
         }
-        if self.blocks.values().any(|(_, _, own)| own.overlaps(block)) {
+        // All blocks are of one size and aligned: two that overlap start at the same id.
+        if self.starts.contains_key(&block.start) {
             return Err("the block belongs to another app".into());
         }
         self.write(Entry::Block { tenant: tenant.clone(), app: app.clone(), app_id, block })?;
@@ -197,6 +236,16 @@ impl Journal {
     #[must_use]
     pub(super) fn app(&self, id: AppId) -> Option<(&TenantName, &AppName)> {
         self.blocks.get(&id).map(|(tenant, app, _)| (tenant, app))
+    }
+
+    /// Whether an app was removed.
+    pub(super) fn is_removed(&self, id: AppId) -> bool {
+        self.removed.contains(&id)
+    }
+
+    /// Records that an app is removed: whatever comes later, it does not return.
+    pub(super) fn remove_app(&mut self, id: AppId) -> Result<(), String> {
+        if self.removed.contains(&id) { Ok(()) } else { self.write(Entry::Removed { app_id: id }) }
     }
 
     /// Records that a tenant has left.
@@ -224,6 +273,10 @@ mod tests {
             registry_name = "x"
             pull_host = "x"
             network_pool = "10.64.0.0/12"
+            range_size = 65536
+            block_size = 1024
+            subnet_prefix = 22
+            engine_storage = "/x"
             [id_pool]
             start = 1879048192
             size = 6553600
@@ -250,7 +303,7 @@ mod tests {
         let mut journal = Journal::open(&path).unwrap();
         journal.claim_tenant(&config(), &grant("acme", 0)).unwrap();
         journal.claim_tenant(&config(), &grant("acme", 0)).unwrap();
-        journal.claim_block(&"acme".parse().unwrap(), &app, AppId(1), block).unwrap();
+        journal.claim_block(&config(), &"acme".parse().unwrap(), &app, AppId(1), block).unwrap();
         drop(journal);
         // A crash in the middle of a line loses that line only.
         let mut file = OpenOptions::new().append(true).open(&path).unwrap();
@@ -268,6 +321,10 @@ mod tests {
             TenantGrant { ranges: vec![IdRange { start: 1_885_601_791, size: 65_536 }], ..grant("evil", 1) },
             TenantGrant { subnet: "192.168.0.0/22".parse().unwrap(), ..grant("evil", 1) },
             TenantGrant { ranges: vec![], ..grant("evil", 1) },
+            TenantGrant { ranges: vec![IdRange { start: 1_879_113_728, size: 131_072 }], ..grant("evil", 1) },
+            TenantGrant { ranges: vec![IdRange { start: 1_879_113_729, size: 65_536 }], ..grant("evil", 1) },
+            TenantGrant { network: u32::MAX, ..grant("evil", 1) },
+            TenantGrant { subnet: "10.64.0.0/12".parse().unwrap(), ..grant("evil", 1) },
         ]
         .iter()
         .enumerate()
@@ -276,11 +333,25 @@ mod tests {
         }
         journal.claim_tenant(&config(), &grant("good", 2)).unwrap();
         let good = "good".parse().unwrap();
-        assert!(journal.claim_block(&good, &app, AppId(2), block).unwrap_err().contains("outside"));
+        let block_of = |journal: &mut Journal, tenant, id, block| {
+            journal.claim_block(&config(), tenant, &app, AppId(id), block).map(drop)
+        };
+        assert!(block_of(&mut journal, &good, 2, block).unwrap_err().contains("outside"));
         let acme = "acme".parse().unwrap();
-        assert!(journal.claim_block(&acme, &app, AppId(2), block).unwrap_err().contains("another app"));
+        assert!(block_of(&mut journal, &acme, 2, block).unwrap_err().contains("another app"));
         let other = IdRange { start: 1_879_049_216, size: 1024 };
-        assert!(journal.claim_block(&acme, &app, AppId(1), other).unwrap_err().contains("another"));
+        assert!(block_of(&mut journal, &acme, 1, other).unwrap_err().contains("another"));
+        for odd in [
+            IdRange { start: 1_879_049_217, size: 1024 },
+            IdRange { start: 1_879_049_216, size: 2048 },
+            IdRange { start: 1_879_049_216, size: 16 },
+        ] {
+            assert!(block_of(&mut journal, &acme, 3, odd).unwrap_err().contains("own"), "{odd:?}");
+        }
+        block_of(&mut journal, &acme, 3, other).unwrap();
+        journal.remove_app(AppId(3)).unwrap();
+        let mut journal = Journal::open(&path).unwrap();
+        assert!(block_of(&mut journal, &acme, 3, other).unwrap_err().contains("removed"));
         journal.retire(&acme).unwrap();
         assert!(claim(&mut journal, &grant("acme", 0)).contains("left"));
     }

@@ -108,13 +108,19 @@ impl Kept {
 
     pub(super) fn event(&mut self, kind: &str, text: impl Into<String>) {
         self.seq += 1;
-        let event =
-            AppEvent { seq: self.seq, at: OffsetDateTime::now_utc(), kind: kind.into(), text: text.into() };
+        let text: String = text.into().chars().take(500).collect();
+        let event = AppEvent { seq: self.seq, at: OffsetDateTime::now_utc(), kind: kind.into(), text };
         tracing::info!(tenant = %self.workload.tenant, app = %self.workload.app, kind, text = event.text, "app");
         self.events.push_back(event);
         while self.events.len() > EVENTS {
             self.events.pop_front();
         }
+    }
+
+    /// Addresses of the instances that there are: rules are made for these alone.
+    pub(super) fn in_use(&self) -> Vec<std::net::Ipv4Addr> {
+        let address = |i: &Instance| self.workload_of(i.revision)?.addresses.get(i.slot).copied();
+        self.instances.iter().filter_map(address).collect()
     }
 
     /// The workload that an instance was made from.

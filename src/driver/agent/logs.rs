@@ -97,17 +97,29 @@ impl Tail {
         std::fs::create_dir_all(&self.dir)?;
         let mut out = Vec::new();
         for line in lines {
-            serde_json::to_writer(&mut out, line)?;
-            out.push(b'\n');
+            let mut text = serde_json::to_vec(line)?;
+            text.push(b'\n');
+            if self.written > 0 && self.written + (out.len() + text.len()) as u64 > SEGMENT {
+                self.append(&out)?;
+                out.clear();
+                std::fs::rename(self.segment(), self.dir.join(format!("{}.log.1", self.instance)))?;
+                self.written = 0;
+            }
+            out.extend_from_slice(&text);
+            if self.written == 0 && out.len() as u64 > SEGMENT / 2 {
+                self.append(&out)?;
+                out.clear();
+            }
         }
-        if self.written > 0 && self.written + out.len() as u64 > SEGMENT {
-            std::fs::rename(self.segment(), self.dir.join(format!("{}.log.1", self.instance)))?;
-            self.written = 0;
-        }
-        let mut file = File::options().create(true).append(true).open(self.segment())?;
-        file.write_all(&out)?;
-        self.written += out.len() as u64;
+        self.append(&out)?;
         std::fs::write(self.dir.join(format!("{}.offset", self.instance)), self.offset.to_string())
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        let mut file = File::options().create(true).append(true).open(self.segment())?;
+        file.write_all(bytes)?;
+        self.written += bytes.len() as u64;
+        Ok(())
     }
 
     /// Forgets the raw log; the next one starts anew.
@@ -137,33 +149,71 @@ fn parse(line: &[u8], instance: u32) -> Option<LogLine> {
     Some(LogLine { instance, at, stream, text: text[..end].trim_end_matches('\r').to_owned() })
 }
 
-/// The last lines of an app's instances, oldest first.
-pub(super) fn last(dir: &Path, instance: Option<u32>, count: usize) -> Vec<LogLine> {
-    let mut lines = std::collections::VecDeque::new();
-    let mut files: Vec<(u32, PathBuf)> = Vec::new();
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let number = name.split('.').next().and_then(|n| n.parse::<u32>().ok());
-        if let Some(number) = number.filter(|n| instance.is_none_or(|wanted| wanted == *n))
-            && [format!("{number}.log"), format!("{number}.log.1")].contains(&name)
-        {
-            files.push((number, entry.path()));
+/// Segments of an app: number of the instance, whether it is the rotated one, path.
+fn segments(dir: &Path) -> Vec<(u32, bool, PathBuf)> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            let (number, rest) = name.split_once('.')?;
+            let rotated = match rest {
+                "log" => false,
+                "log.1" => true,
+                _ => return None,
+            };
+            Some((number.parse().ok()?, rotated, entry.path()))
+        })
+        .collect()
+}
+
+/// How many instances that have ended keep their log.
+const ENDED: usize = 5;
+
+/// Removes the logs of all but the instances that are there and the last few that have ended.
+pub(super) fn prune(dir: &Path, there: &[u32]) {
+    let mut ended: Vec<u32> = segments(dir)
+        .into_iter()
+        .map(|(number, ..)| number)
+        .filter(|number| !there.contains(number))
+        .collect();
+    ended.sort_unstable_by(|a, b| b.cmp(a));
+    ended.dedup();
+    for number in ended.into_iter().skip(ENDED) {
+        for rest in ["log", "log.1", "offset", "raw"] {
+            let _ = std::fs::remove_file(dir.join(format!("{number}.{rest}")));
         }
     }
+}
+
+/// Bytes of all segments together that are read for one question.
+const READ: u64 = 16 << 20;
+
+/// The last lines of an app's instances, oldest first, as far as a bounded read goes back.
+pub(super) fn last(dir: &Path, instance: Option<u32>, count: usize) -> Vec<LogLine> {
+    let mut files = segments(dir);
+    files.retain(|(number, ..)| instance.is_none_or(|wanted| wanted == *number));
     // Rotated segments first, so that each instance's lines are in order before the sort by time.
-    files.sort_by_key(|(number, path)| (*number, path.extension().is_none_or(|e| e != "1")));
-    for (_, path) in files {
-        let Ok(file) = File::open(path) else { continue };
+    files.sort_by_key(|(number, rotated, _)| (*number, !rotated));
+    let share = (READ / (files.len() as u64).max(1)).max(256 << 10);
+    let mut lines: Vec<LogLine> = Vec::new();
+    for (_, _, path) in files {
+        let Ok(mut file) = File::open(path) else { continue };
+        let length = file.metadata().map_or(0, |meta| meta.len());
+        let skip = length.saturating_sub(share);
+        if file.seek(SeekFrom::Start(skip)).is_err() {
+            continue;
+        }
         let mut own = std::collections::VecDeque::new();
-        for line in BufReader::new(file).lines().map_while(Result::ok) {
+        // Where the read begins in the middle of a line, the rest of that line is no line.
+        let whole = BufReader::new(file).split(b'\n').map_while(Result::ok).skip(usize::from(skip > 0));
+        for line in whole {
             if own.len() == count {
                 own.pop_front();
             }
             own.push_back(line);
         }
-        lines.extend(own.iter().filter_map(|line| serde_json::from_str::<LogLine>(line).ok()));
+        lines.extend(own.iter().filter_map(|line| serde_json::from_slice::<LogLine>(line).ok()));
     }
-    let mut lines: Vec<LogLine> = lines.into_iter().collect();
     lines.sort_by_key(|line| line.at);
     let skip = lines.len().saturating_sub(count);
     lines.split_off(skip)
@@ -215,5 +265,20 @@ mod tests {
             .map(|e| e.unwrap().metadata().unwrap().len())
             .sum();
         assert!(size <= 2 * SEGMENT + 64, "{size}");
+        assert_eq!(last(&dir.path().join("own"), None, 10).len(), 10);
+    }
+
+    #[test]
+    fn the_logs_of_the_last_few_that_have_ended_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        for n in 1..=20 {
+            let mut tail = Tail::new(dir.path().join(format!("{n}.raw")), dir.path().to_owned(), n);
+            let line = tail.note("x");
+            tail.write(&[line]).unwrap();
+        }
+        prune(dir.path(), &[3, 20]);
+        let mut left: Vec<u32> = segments(dir.path()).into_iter().map(|(number, ..)| number).collect();
+        left.sort_unstable();
+        assert_eq!(left, [3, 15, 16, 17, 18, 19, 20]);
     }
 }

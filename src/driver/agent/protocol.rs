@@ -106,8 +106,14 @@ pub fn split(observed: Observed) -> Vec<Reply> {
     const SHARE: usize = MAX_FRAME / 2;
     let mut shares: Vec<Vec<AppObserved>> = vec![Vec::new()];
     let mut bytes = 0;
-    for app in observed.apps {
-        let size = serde_json::to_vec(&app).map_or(0, |json| json.len());
+    for mut app in observed.apps {
+        let mut size = serde_json::to_vec(&app).map_or(0, |json| json.len());
+        // Events are the first thing that can be missed: one app never stops what is told of the others.
+        while size > SHARE && !app.events.is_empty() {
+            let half = app.events.len().div_ceil(2);
+            app.events.drain(..half);
+            size = serde_json::to_vec(&app).map_or(0, |json| json.len());
+        }
         if bytes + size > SHARE && bytes > 0 {
             shares.push(Vec::new());
             bytes = 0;

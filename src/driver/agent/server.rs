@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
@@ -21,8 +21,12 @@ use crate::driver::workload::{TenantGrant, Workload};
 use crate::driver::{Error, LogQuery, PullSecret, Removal};
 use crate::ids::{AppId, AppName, TenantId, TenantName};
 
-/// Most connections at once; more have to wait.
+/// Most connections at once; more have to wait. Logs have room of their own, so that whoever reads
+/// them holds up nothing else.
 const CONNECTIONS: usize = 64;
+/// Most readers of logs at once, in all and of one tenant.
+const READERS: usize = 128;
+const READERS_OF_TENANT: usize = 16;
 /// How long the one request of a connection may take to arrive.
 const ARRIVE: Duration = Duration::from_secs(5);
 
@@ -59,8 +63,7 @@ pub(super) fn serve(agent: Arc<Agent>) -> Result<JoinHandle<()>, String> {
             }
             let agent = Arc::clone(&agent);
             tokio::spawn(async move {
-                answer(&agent, Framed::new(stream, codec())).await;
-                drop(permit);
+                answer(&agent, Framed::new(stream, codec()), permit).await;
             });
         }
     }))
@@ -72,12 +75,18 @@ async fn send(frames: &mut Frames, reply: &Reply) -> Result<(), ()> {
     tokio::time::timeout(Duration::from_secs(10), sending).await.map_err(|_| ())?.map_err(|_| ())
 }
 
-async fn answer(agent: &Arc<Agent>, mut frames: Frames) {
+async fn answer(agent: &Arc<Agent>, mut frames: Frames, permit: OwnedSemaphorePermit) {
     let Ok(Some(Ok(frame))) = tokio::time::timeout(ARRIVE, frames.next()).await else { return };
     let reply = match serde_json::from_slice::<Request>(&frame) {
         Err(_) => Reply::Failed { error: Error::Rejected("the message cannot be read".into()) },
         Ok(Request::Logs { query }) => {
-            stream_logs(agent, &mut frames, &query).await;
+            drop(permit);
+            if let Some(_reader) = Reader::enter(agent, &query.tenant) {
+                stream_logs(agent, &mut frames, &query).await;
+            } else {
+                let error = Error::Transient("too many logs are being read; close some".into());
+                let _ = send(&mut frames, &Reply::Failed { error }).await;
+            }
             return;
         }
         Ok(Request::Observe { cursor, wait_ms }) => {
@@ -97,6 +106,35 @@ async fn answer(agent: &Arc<Agent>, mut frames: Frames) {
         },
     };
     let _ = send(&mut frames, &reply).await;
+}
+
+/// Somebody who reads a log; counted while it lives.
+struct Reader {
+    agent: Arc<Agent>,
+    tenant: TenantName,
+}
+
+impl Reader {
+    fn enter(agent: &Arc<Agent>, tenant: &TenantName) -> Option<Self> {
+        let mut readers = lock(&agent.readers);
+        let own = readers.get(tenant).copied().unwrap_or(0);
+        if own >= READERS_OF_TENANT || readers.values().sum::<usize>() >= READERS {
+            return None;
+        }
+        readers.insert(tenant.clone(), own + 1);
+        drop(readers);
+        Some(Self { agent: Arc::clone(agent), tenant: tenant.clone() })
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let mut readers = lock(&self.agent.readers);
+        match readers.get_mut(&self.tenant) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(readers.remove(&self.tenant)),
+        }
+    }
 }
 
 async fn handle(agent: &Arc<Agent>, request: Request) -> Result<Reply, Error> {
@@ -153,36 +191,15 @@ async fn ensure_app(agent: &Arc<Agent>, workload: Workload, pull: Option<&PullSe
             .ok_or_else(|| Error::Rejected("this tenant is not in the journal".into()))?;
         check::check(&workload, &recorded).map_err(Error::Rejected)?;
         journal
-            .claim_block(&workload.tenant, &workload.app, workload.app_id, workload.block)
+            .claim_block(&agent.config, &workload.tenant, &workload.app, workload.app_id, workload.block)
             .map_err(Error::Rejected)?;
     }
-    let fence = |kept: &Kept| {
-        let known = &kept.workload;
-        if kept.removing {
-            return Err(Error::Conflict("the app is being removed".into()));
-        }
-        if (workload.generation, workload.epoch) < (known.generation, known.epoch)
-            || workload.revision < known.revision
-        {
-            return Err(Error::Conflict("a newer generation or epoch was here".into()));
-        }
-        Ok(())
-    };
+    // One at a time for an app: two of them would each make a task of its own for it.
+    let gate = agent.gate(workload.app_id);
+    let _turn = gate.turn.lock().await;
     let known = agent.app(workload.app_id);
     if let Some(app) = &known {
-        fence(&lock(&app.kept))?;
-    }
-    // Two apps of one tenant never have one address, and no second app has this one's name.
-    let clash = lock(&agent.apps).values().any(|app| {
-        app.id != workload.app_id
-            && app.tenant == workload.tenant
-            && (app.name == workload.app
-                || lock(&app.kept).workload.addresses.iter().any(|own| workload.addresses.contains(own)))
-    });
-    if clash {
-        return Err(Error::Transient(
-            "another app of the tenant still has this name or one of these addresses".into(),
-        ));
+        fence(&workload, &lock(&app.kept))?;
     }
     // Held until the app is on record: what is fetched now is not taken for left over.
     let _fetching = agent.images.read().await;
@@ -190,44 +207,104 @@ async fn ensure_app(agent: &Arc<Agent>, workload: Workload, pull: Option<&PullSe
     if !agent.podman.has_image(&image).await? {
         let secret =
             pull.ok_or_else(|| Error::Transient("the image is not here and there is no credential".into()))?;
-        agent.podman.pull(&image, &agent.config.pull_host, secret).await?;
+        tokio::select! {
+            done = agent.podman.pull(&image, &agent.config.pull_host, secret) => done?,
+            () = gate.leave.cancelled() => return Err(Error::Conflict("the app is being removed".into())),
+            () = no_room(&agent.config.engine_storage) => {
+                return Err(Error::Transient("the machine has no room to unpack this image".into()));
+            }
+        }
         fail::fail_point!("agent::pulled", |_| Err(Error::Transient("failpoint".into())));
     }
-    let fresh = match known {
-        None => {
-            let kept = Kept::new(workload);
-            kept.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
-            Some(kept)
-        }
-        Some(app) => {
-            let mut kept = lock(&app.kept);
-            fence(&kept)?;
-            if kept.workload != workload {
-                // On the disk before it is believed: a full disk must not leave the two apart.
-                let mut next = kept.clone();
-                if next.workload.revision != workload.revision {
-                    if next.proven {
-                        next.previous = Some(next.workload.clone());
-                    }
-                    next.proven = false;
-                    next.event("release", format!("release {} takes over", workload.revision));
-                }
-                next.workload = workload;
-                next.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
-                *kept = next;
-            }
-            drop(kept);
-            app.wake.notify_one();
-            None
-        }
-    };
-    if let Some(kept) = fresh {
-        let id = kept.workload.app_id;
-        // The rules come first: no address is used before it is known.
-        let app = App::spawn(Arc::clone(agent), kept);
-        lock(&agent.apps).insert(id, app);
+    if gate.leave.is_cancelled() || lock(&agent.journal).is_removed(workload.app_id) {
+        return Err(Error::Conflict("the app is being removed".into()));
     }
+    put_on_record(agent, workload, known)?;
     agent.refresh_firewall().await
+}
+
+/// Writes down what shall run, on the disk before it is believed: a full disk must not leave the two
+/// apart.
+fn put_on_record(agent: &Arc<Agent>, workload: Workload, known: Option<Arc<App>>) -> Result<(), Error> {
+    // Two apps of one tenant never have one address, and no second app has this one's name.
+    let mut apps = lock(&agent.apps);
+    clash(&workload, apps.values())?;
+    let Some(app) = known else {
+        let kept = Kept::new(workload);
+        kept.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
+        let id = kept.workload.app_id;
+        apps.insert(id, App::spawn(Arc::clone(agent), kept));
+        return Ok(());
+    };
+    let mut kept = lock(&app.kept);
+    fence(&workload, &kept)?;
+    if kept.workload != workload {
+        let mut next = kept.clone();
+        if next.workload.revision != workload.revision {
+            if next.proven {
+                next.previous = Some(next.workload.clone());
+            }
+            next.proven = false;
+            next.event("release", format!("release {} takes over", workload.revision));
+        }
+        next.workload = workload;
+        next.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
+        *kept = next;
+    }
+    drop(kept);
+    app.wake.notify_one();
+    Ok(())
+}
+
+/// The most that a generation or revision may rise at once: else one message could shut out every
+/// honest one for ever.
+const LEAP: i64 = 100_000;
+
+fn fence(workload: &Workload, kept: &Kept) -> Result<(), Error> {
+    let known = &kept.workload;
+    if kept.removing {
+        return Err(Error::Conflict("the app is being removed".into()));
+    }
+    if (workload.generation, workload.epoch) < (known.generation, known.epoch)
+        || workload.revision < known.revision
+    {
+        return Err(Error::Conflict("a newer generation or epoch was here".into()));
+    }
+    if workload.generation - known.generation > LEAP || workload.revision - known.revision > LEAP {
+        return Err(Error::Rejected("a generation or revision rises by too much".into()));
+    }
+    Ok(())
+}
+
+fn clash<'a>(workload: &Workload, mut apps: impl Iterator<Item = &'a Arc<App>>) -> Result<(), Error> {
+    let clash = apps.any(|app| {
+        app.id != workload.app_id
+            && app.tenant == workload.tenant
+            && (app.name == workload.app
+                || lock(&app.kept).workload.addresses.iter().any(|own| workload.addresses.contains(own)))
+    });
+    if clash {
+        let why = "another app of the tenant still has this name or one of these addresses";
+        return Err(Error::Transient(why.into()));
+    }
+    Ok(())
+}
+
+/// Bytes that stay free on the disk of the engine's storage: an image is unpacked by root, and what it
+/// becomes is known only then.
+const ROOM: u64 = 1 << 30;
+
+/// Returns when the disk runs full.
+async fn no_room(storage: &std::path::Path) {
+    loop {
+        if let Ok(stat) = rustix::fs::statvfs(storage)
+            && stat.f_bavail.saturating_mul(stat.f_frsize) < ROOM
+        {
+            tracing::error!(storage = %storage.display(), "less than 1 GiB is free: no image is unpacked");
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
 }
 
 async fn remove_app(
@@ -244,17 +321,27 @@ async fn remove_app(
         }
         Some(_) => {}
     }
+    // What is being fetched for it is given up; until that has ended, it is not gone.
+    let gate = agent.gate(id);
+    gate.leave.cancel();
+    let Ok(_turn) = gate.turn.try_lock() else { return Ok(Removal::Underway) };
+    // From here on nobody can bring it back: its identity is never given again.
+    lock(&agent.journal).remove_app(id).map_err(Error::Transient)?;
     let containers = agent.podman.list(agent.config.installation.as_str()).await?;
     let own: Vec<String> = containers
         .iter()
-        .filter(|c| c.labels.as_ref().and_then(|l| l.get("bulkhead.app-id")) == Some(&id.to_string()))
+        .filter(|c| c.app() == Some(id.to_string().as_str()))
         .map(|c| c.name().to_owned())
         .collect();
     let Some(app) = agent.app(id) else {
         for name in &own {
             discard(agent, name).await?;
         }
-        return Ok(if own.is_empty() { Removal::Gone } else { Removal::Underway });
+        if !own.is_empty() {
+            return Ok(Removal::Underway);
+        }
+        lock(&agent.gates).remove(&id);
+        return Ok(Removal::Gone);
     };
     let empty = {
         let mut kept = lock(&app.kept);
@@ -299,6 +386,8 @@ async fn stream_logs(agent: &Arc<Agent>, frames: &mut Frames, query: &LogQuery) 
         let _ = send(frames, &Reply::Done {}).await;
         return;
     }
+    let leaving = app.leaving();
+    drop(app);
     loop {
         tokio::select! {
             line = live.recv() => {
@@ -320,6 +409,7 @@ async fn stream_logs(agent: &Arc<Agent>, frames: &mut Frames, query: &LogQuery) 
             }
             // Anything from the other side, its end included, ends the stream.
             _ = frames.next() => return,
+            () = leaving.cancelled() => break,
         }
     }
     let _ = send(frames, &Reply::Done {}).await;

@@ -24,9 +24,9 @@ pub struct Listed {
     /// Names.
     #[serde(default)]
     pub names: Vec<String>,
-    /// Labels.
+    /// Labels, of which only our own are read: an image brings as many as it likes.
     #[serde(default)]
-    pub labels: Option<std::collections::HashMap<String, String>>,
+    labels: Option<OwnLabels>,
     /// The engine's own word, which is not believed alone.
     #[serde(default)]
     pub state: String,
@@ -38,7 +38,19 @@ pub struct Listed {
     pub exit_code: i32,
 }
 
+#[derive(Debug, Clone, Deserialize)]
+struct OwnLabels {
+    #[serde(rename = "bulkhead.app-id")]
+    app: Option<String>,
+}
+
 impl Listed {
+    /// The app that it belongs to.
+    #[must_use]
+    pub fn app(&self) -> Option<&str> {
+        self.labels.as_ref()?.app.as_deref()
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -57,6 +69,16 @@ pub struct Inspected {
     pub sandbox: String,
     /// Path of its hosts file.
     pub hosts: String,
+    /// The engine's own word for its state.
+    pub state: String,
+    /// Exit code of the last run.
+    pub exit_code: i32,
+    /// Identity in the engine.
+    pub id: String,
+    /// Keys of its annotations.
+    pub annotations: Vec<String>,
+    /// The command of its health check.
+    pub healthcheck: Vec<String>,
 }
 
 fn away(error: impl std::fmt::Display) -> Error {
@@ -118,11 +140,13 @@ impl Podman {
     pub async fn list(&self, installation: &str) -> Result<Vec<Listed>, Error> {
         let filter = json!({"label": [format!("bulkhead.installation={installation}")]}).to_string();
         let path = format!("containers/json?all=true&filters={}", escape(&filter));
-        let value = self.expect(Method::GET, &path, None, &[], 20).await?;
-        if value.is_null() {
-            return Ok(Vec::new());
-        }
-        serde_json::from_value(value).map_err(away)
+        let request = self.client.get(format!("http://engine/v4.0.0/libpod/{path}"));
+        let answer = request.timeout(Duration::from_secs(20)).send().await.map_err(away)?;
+        let answer = answer.error_for_status().map_err(away)?;
+        // Read straight into what is needed: the answer holds every label of every image.
+        let bytes = answer.bytes().await.map_err(away)?;
+        let list: Option<Vec<Listed>> = serde_json::from_slice(&bytes).map_err(away)?;
+        Ok(list.unwrap_or_default())
     }
 
     /// Whether the engine has an image.
@@ -223,16 +247,38 @@ impl Podman {
         self.expect(Method::DELETE, &path, None, &[404], 60).await.map(drop)
     }
 
-    /// Looks at one container.
-    pub async fn inspect(&self, name: &str) -> Result<Inspected, Error> {
-        let value = self.expect(Method::GET, &format!("containers/{name}/json"), None, &[], 20).await?;
+    /// Looks at one container; none when there is none of this name.
+    pub async fn find(&self, name: &str) -> Result<Option<Inspected>, Error> {
+        let (status, value) =
+            self.call(Method::GET, &format!("containers/{name}/json"), None, Duration::from_secs(20)).await?;
+        if status == StatusCode::NOT_FOUND {
+            return Ok(None);
+        }
+        if !status.is_success() {
+            return Err(away(status));
+        }
         let number = |value: &Value| value.as_i64().and_then(|n| i32::try_from(n).ok()).unwrap_or(0);
-        Ok(Inspected {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let healthcheck = value["Config"]["Healthcheck"]["Test"].as_array();
+        Ok(Some(Inspected {
+            state: text(&value["State"]["Status"]),
+            exit_code: number(&value["State"]["ExitCode"]),
+            id: text(&value["Id"]),
+            annotations: value["Config"]["Annotations"]
+                .as_object()
+                .map(|list| list.keys().cloned().collect())
+                .unwrap_or_default(),
+            healthcheck: healthcheck.into_iter().flatten().map(text).collect(),
             pid: number(&value["State"]["Pid"]),
             conmon: number(&value["State"]["ConmonPid"]),
-            sandbox: value["NetworkSettings"]["SandboxKey"].as_str().unwrap_or_default().to_owned(),
-            hosts: value["HostsPath"].as_str().unwrap_or_default().to_owned(),
-        })
+            sandbox: text(&value["NetworkSettings"]["SandboxKey"]),
+            hosts: text(&value["HostsPath"]),
+        }))
+    }
+
+    /// Looks at one container that must be there.
+    pub async fn inspect(&self, name: &str) -> Result<Inspected, Error> {
+        self.find(name).await?.ok_or_else(|| Error::Transient("the container is not there".into()))
     }
 
     /// Sees to it that a network exists as it should. It gives no addresses: those are Bulkhead's own,

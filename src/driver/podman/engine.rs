@@ -3,6 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
+/// What starts containers. Never crun: it takes orders from annotations (`run.oci.*`: a host file to
+/// write to, another system call filter), and the engine copies an image's annotations to its containers.
+pub const RUNTIME: &str = "runc";
+
 /// Where an engine lives and what its machine lacks.
 #[derive(Debug, Clone)]
 pub struct EngineSettings {
@@ -16,8 +20,6 @@ pub struct EngineSettings {
     pub registry_name: String,
     /// Where that name leads: Bulkhead's listener for pulls.
     pub pull_host: String,
-    /// `runc` or `crun`.
-    pub runtime: String,
     /// Whether limits above those of this process can be set (`CAP_SYS_RESOURCE`).
     pub may_raise_limits: bool,
 }
@@ -40,11 +42,10 @@ pub fn files(settings: &EngineSettings) -> Vec<(&'static str, String)> {
     let containers = format!(
         "[containers]\n{limits}\nbase_hosts_file = \"none\"\nlog_driver = \"k8s-file\"\nhttp_proxy = false\n\
          init = false\nprivileged = false\ndns_servers = []\n\n\
-         [engine]\nruntime = \"{runtime}\"\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"none\"\n\
+         [engine]\nruntime = \"{RUNTIME}\"\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"none\"\n\
          image_parallel_copies = 2\nnetwork_cmd_path = \"\"\n\n\
          [network]\nnetwork_backend = \"netavark\"\nnetwork_config_dir = \"{networks}\"\n\
          default_subnet = \"192.0.2.0/28\"\ndefault_subnet_pools = [{{base = \"192.0.2.0/24\", size = 28}}]\n",
-        runtime = settings.runtime,
         networks = settings.file("networks").display(),
     );
     let storage = format!(
@@ -79,7 +80,7 @@ pub fn command(settings: &EngineSettings) -> (&'static str, Vec<String>, Vec<(St
         "--tmpdir",
         &show(&settings.run.join("engine")),
         "--runtime",
-        &settings.runtime,
+        RUNTIME,
         "--cgroup-manager",
         "cgroupfs",
         "--network-config-dir",

@@ -42,6 +42,34 @@ pub struct Rules {
     pub pairs: BTreeSet<Pair>,
 }
 
+/// How much of the table is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Depth {
+    /// The chains and the names of the sets.
+    Rules,
+    /// The sets' elements too.
+    Whole,
+}
+
+/// What a look of this depth shows of a table that was seen whole.
+#[must_use]
+pub fn at_depth(whole: &str, depth: Depth) -> String {
+    if depth == Depth::Whole {
+        return whole.to_owned();
+    }
+    let mut out = String::with_capacity(whole.len().min(4096));
+    let mut inside = false;
+    for line in whole.lines() {
+        inside |= line.trim_start().starts_with("elements = {");
+        if !inside {
+            out.push_str(line);
+            out.push('\n');
+        }
+        inside &= !line.ends_with('}');
+    }
+    out
+}
+
 fn set<T>(elements: impl Iterator<Item = T>, show: impl Fn(T) -> String) -> String {
     let list: Vec<String> = elements.map(show).collect();
     if list.is_empty() { String::new() } else { format!("    elements = {{ {} }}\n", list.join(", ")) }
@@ -92,7 +120,7 @@ meta l4proto icmp icmp type destination-unreachable accept\n    reject with icmp
 
     /// Puts the table in force: wholly, or not at all.
     pub async fn apply(&self) -> Result<(), Error> {
-        let failed = |why: String| Error::Transient(format!("nftables: {why}"));
+        let failed = |why: String| Error::Transient(why);
         let mut child = Command::new("nft")
             .args(["-f", "-"])
             .stdin(Stdio::piped())
@@ -108,14 +136,16 @@ meta l4proto icmp icmp type destination-unreachable accept\n    reject with icmp
         if done.status.success() {
             Ok(())
         } else {
-            Err(failed(String::from_utf8_lossy(&done.stderr).into_owned()))
+            tracing::error!(words = %String::from_utf8_lossy(&done.stderr), "the table cannot be loaded");
+            Err(failed("the firewall table cannot be loaded".into()))
         }
     }
 
     /// The table as it is in force, without what packets leave in it; none when there is none.
-    pub async fn in_force(&self) -> Option<String> {
+    pub async fn in_force(&self, depth: Depth) -> Option<String> {
+        let flags = if depth == Depth::Whole { "-s" } else { "-st" };
         let done = Command::new("nft")
-            .args(["-s", "list", "table", "inet", &self.table])
+            .args([flags, "list", "table", "inet", &self.table])
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .output()
@@ -128,7 +158,7 @@ meta l4proto icmp icmp type destination-unreachable accept\n    reject with icmp
         // What was denied is written by packets; the rest is ours alone.
         let (before, after) = text.split_once("\tset denied {")?;
         let after = after.split_once("\n\t}").map_or("", |(_, after)| after);
-        Some(format!("{before}{after}"))
+        Some(at_depth(&format!("{before}{after}"), depth))
     }
 
     /// Takes the table away, when the installation goes.

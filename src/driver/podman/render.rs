@@ -16,6 +16,32 @@ pub const RAW_LOG: u64 = 16 << 20;
 /// The scheduler's period in microseconds.
 const PERIOD: u64 = 100_000;
 
+/// Annotations that an image may have: texts for people. The engine copies an image's annotations to
+/// its containers, where some runtimes take others as orders.
+#[must_use]
+pub fn is_harmless_annotation(key: &str) -> bool {
+    ["org.opencontainers.image.", "com.docker.", "vnd.docker."].iter().any(|prefix| key.starts_with(prefix))
+}
+
+/// Annotations that the engine itself gives to every container that it makes.
+const ENGINES_OWN: [&str; 4] = [
+    "io.podman.annotations.autoremove",
+    "io.podman.annotations.init",
+    "io.podman.annotations.privileged",
+    "io.podman.annotations.publish-all",
+];
+
+/// Whether a container that was made is what was asked for, in what an image could have added to it.
+pub fn check_made(annotations: &[String], healthcheck: &[String]) -> Result<(), String> {
+    if annotations.iter().any(|key| !ENGINES_OWN.contains(&key.as_str()) && !is_harmless_annotation(key)) {
+        return Err("the image has annotations that a container runtime could take as orders".into());
+    }
+    if healthcheck != ["NONE"] {
+        return Err("the image's own health check could not be switched off".into());
+    }
+    Ok(())
+}
+
 /// One instance to be made.
 #[derive(Debug)]
 pub struct Instance<'a> {
@@ -111,6 +137,8 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
         "stdin": false,
         "terminal": false,
         "init": false,
+        // An image's own would be run by the engine, as root and outside the instance's limits.
+        "healthconfig": {"Test": ["NONE"]},
         "systemd": "false",
         "sdnotifyMode": "ignore",
         "log_configuration": {"driver": "k8s-file", "path": instance.log, "size": RAW_LOG},

@@ -23,7 +23,7 @@ fuzz_target!(|bytes: &[u8]| {
         }
     }
     let _ = ImageConfig::parse(bytes);
-    if let Ok(found) = names::search(bytes) {
+    if let Ok(found) = names::search(bytes, &mut (64 << 20)) {
         let _ = Names::parse(found.passwd.as_deref().unwrap_or(""), found.group.as_deref().unwrap_or(""));
     }
 });
