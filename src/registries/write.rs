@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use super::front::{FrontDoor, OciError};
 use super::proxy::{Asked, relay, state, unreachable_registry};
 use super::store::{self, NewManifest, Noted};
-use crate::ids::{Digest, RepositoryPath, Tag};
+use crate::ids::{Digest, RepositoryPath, Tag, TenantName};
 use crate::images::manifest::{self, Descriptor, Manifest};
 
 /// Bytes that are reserved of the quota at a time while an upload streams.
@@ -192,37 +192,61 @@ async fn pump(
     body: web::Payload,
     sender: mpsc::Sender<Result<Bytes, std::io::Error>>,
 ) -> Result<(), OciError> {
-    let (mut reserved, mut passed) = (0, 0);
-    let outcome = carry(door, asked, id, body, &sender, (&mut reserved, &mut passed)).await;
+    let mut taken = Taken {
+        pool: door.pool.clone(),
+        tenant: asked.tenant.clone(),
+        id: id.to_owned(),
+        reserved: 0,
+        passed: 0,
+    };
+    let outcome = carry(&mut taken, body, &sender).await;
     if outcome.is_err() {
         let _ = sender.send(Err(std::io::Error::other("stopped"))).await;
-    }
-    drop(sender);
-    if reserved > passed {
-        store::give_back(&door.pool, &asked.tenant, id, reserved - passed).await?;
     }
     outcome
 }
 
+/// What an upload has taken of the quota. When it ends, also because the client has hung up and nobody
+/// waits for the answer any more, what was not needed is given back.
+struct Taken {
+    pool: sqlx::PgPool,
+    tenant: TenantName,
+    id: String,
+    reserved: u64,
+    passed: u64,
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        let left = self.reserved.saturating_sub(self.passed);
+        if left == 0 {
+            return;
+        }
+        let (pool, tenant, id) = (self.pool.clone(), self.tenant.clone(), self.id.clone());
+        actix_web::rt::spawn(async move {
+            if let Err(error) = store::give_back(&pool, &tenant, &id, left).await {
+                tracing::warn!(%error, "bytes that an upload did not need count for two hours more");
+            }
+        });
+    }
+}
+
 async fn carry(
-    door: &FrontDoor,
-    asked: &Asked,
-    id: &str,
+    taken: &mut Taken,
     mut body: web::Payload,
     sender: &mpsc::Sender<Result<Bytes, std::io::Error>>,
-    (reserved, passed): (&mut u64, &mut u64),
 ) -> Result<(), OciError> {
     while let Some(chunk) = body.next().await {
         let chunk = chunk.map_err(|_| cut())?;
-        let next = *passed + chunk.len() as u64;
-        if next > *reserved {
-            let step = next - *reserved;
-            match store::reserve_upload(&door.pool, &asked.tenant, id, step.max(STEP), step).await? {
-                store::Reserve::Taken(bytes) => *reserved += bytes,
+        let next = taken.passed + chunk.len() as u64;
+        if next > taken.reserved {
+            let step = next - taken.reserved;
+            match store::reserve_upload(&taken.pool, &taken.tenant, &taken.id, step.max(STEP), step).await? {
+                store::Reserve::Taken(bytes) => taken.reserved += bytes,
                 store::Reserve::Full { used, limit } => return Err(full(used, limit, step)),
             }
         }
-        *passed = next;
+        taken.passed = next;
         if sender.send(Ok(chunk)).await.is_err() {
             break;
         }

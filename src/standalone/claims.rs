@@ -2,7 +2,6 @@
 //! lock, so that two installations never give the same id or address.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -36,7 +35,7 @@ pub struct Claim {
 }
 
 struct Locked {
-    file: File,
+    _lock: File,
     claims: Vec<Claim>,
 }
 
@@ -44,37 +43,28 @@ fn open() -> Result<Locked, Failed> {
     // The file may hold what was claimed, and nothing but that: a damaged one stops everything.
     let failed = |error: std::io::Error| Failed::doing(format!("{FOLDER} cannot be used"), error);
     std::fs::create_dir_all(FOLDER).map_err(failed)?;
-    let path = Path::new(FOLDER).join("claims.json");
-    let mut file = OpenOptions::new()
+    // The lock is a file of its own: the claims are replaced whole, so that no crash leaves them empty.
+    let lock = OpenOptions::new()
         .create(true)
         .truncate(false)
-        .read(true)
         .write(true)
         .mode(0o600)
-        .open(path)
+        .open(Path::new(FOLDER).join("lock"))
         .map_err(failed)?;
-    flock(&file, FlockOperation::LockExclusive).map_err(|error| failed(error.into()))?;
-    let mut text = String::new();
-    file.read_to_string(&mut text).map_err(failed)?;
-    let claims = if text.trim().is_empty() {
-        Vec::new()
-    } else {
-        serde_json::from_str(&text)
-            .map_err(|error| Failed::doing(format!("{FOLDER}/claims.json is damaged"), error))?
+    flock(&lock, FlockOperation::LockExclusive).map_err(|error| failed(error.into()))?;
+    let claims = match std::fs::read_to_string(Path::new(FOLDER).join("claims.json")) {
+        Ok(text) => serde_json::from_str(&text)
+            .map_err(|error| Failed::doing(format!("{FOLDER}/claims.json is damaged"), error))?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(failed(error)),
     };
-    Ok(Locked { file, claims })
+    Ok(Locked { _lock: lock, claims })
 }
 
 impl Locked {
-    fn save(&mut self) -> Result<(), Failed> {
-        let text = serde_json::to_vec_pretty(&self.claims).map_err(|error| Failed(error.to_string()))?;
-        let write = |file: &mut File| {
-            file.rewind()?;
-            file.set_len(0)?;
-            file.write_all(&text)?;
-            file.sync_all()
-        };
-        write(&mut self.file).map_err(|error| Failed::doing("the claims cannot be written", error))
+    fn save(&self) -> Result<(), Failed> {
+        let text = serde_json::to_string_pretty(&self.claims).map_err(|error| Failed(error.to_string()))?;
+        super::folder::write_file(&Path::new(FOLDER).join("claims.json"), &text, (0, 0), 0o600)
     }
 }
 

@@ -227,6 +227,21 @@ fn folder(data: &Path) -> Finding {
             "choose a --data of at most 70 characters",
         );
     }
+    let place = data.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let place = place.canonicalize().unwrap_or_else(|_| place.to_owned());
+    // Only what is already there counts as the folder itself; what is above it may be like /tmp.
+    let foreign = if data.exists() {
+        super::folder::foreign(&place)
+    } else {
+        super::folder::foreign(&place.join("new"))
+    };
+    if let Some(foreign) = foreign {
+        return failed(
+            "data folder",
+            format!("{} can be changed by somebody who is not root", foreign.display()),
+            "choose a --data below folders of root's",
+        );
+    }
     if Folder::exists(data) {
         good("data folder", format!("{} is there", data.display()))
     } else if data.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {

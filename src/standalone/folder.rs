@@ -5,6 +5,7 @@
 //! | `format` | root | version of this layout |
 //! | `postgres/` | db | the private cluster |
 //! | `registry/` | registry | blobs and manifests |
+//! | `registry.yml`, `registry-token.pem` | root | settings of the registry |
 //! | `engine/` | root | the container engine's storage and settings |
 //! | `agent/` | root | journal, desired state, logs of apps |
 //! | `secrets/` | root, serve | the key of the registry's tokens |
@@ -13,7 +14,7 @@
 
 use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener};
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -72,6 +73,19 @@ fn io(what: impl std::fmt::Display) -> impl FnOnce(std::io::Error) -> Failed {
     move |error| Failed::doing(what, error)
 }
 
+/// The part of a path that others than root could swap for something else; a folder such as /tmp, in
+/// which everybody has only what is his own, is none.
+pub(super) fn foreign(path: &Path) -> Option<PathBuf> {
+    path.ancestors()
+        .enumerate()
+        .find(|(n, place)| {
+            let Ok(meta) = fs::symlink_metadata(place) else { return false };
+            let open = meta.mode() & 0o022 != 0 && (*n == 0 || meta.mode() & 0o1000 == 0);
+            meta.uid() != 0 || open
+        })
+        .map(|(_, place)| place.to_owned())
+}
+
 pub(super) fn ensure_user(name: &str) -> Result<User, Failed> {
     let look = || {
         let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
@@ -110,10 +124,12 @@ pub(super) fn write_file(path: &Path, text: &str, owner: (u32, u32), mode: u32) 
             std::os::unix::fs::OpenOptionsExt::mode(File::options().create_new(true).write(true), 0o600)
                 .open(&fresh)?;
         std::io::Write::write_all(&mut file, text.as_bytes())?;
+        // On the open file, never by its name: the folder may be another user's, who could swap the name.
+        std::os::unix::fs::fchown(&file, Some(owner.0), Some(owner.1))?;
+        file.set_permissions(fs::Permissions::from_mode(mode))?;
         file.sync_all()?;
-        chown(&fresh, Some(owner.0), Some(owner.1))?;
-        fs::set_permissions(&fresh, fs::Permissions::from_mode(mode))?;
-        fs::rename(&fresh, path)
+        fs::rename(&fresh, path)?;
+        path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
     };
     write().map_err(io(path.display()))
 }
@@ -129,6 +145,12 @@ impl Folder {
     pub fn open(path: &Path, listen: Option<SocketAddr>) -> Result<Self, Failed> {
         fs::create_dir_all(path).map_err(io(format!("{} cannot be made", path.display())))?;
         let path = path.canonicalize().map_err(io(path.display()))?;
+        if let Some(place) = foreign(&path) {
+            return Err(Failed(format!(
+                "{} can be changed by somebody who is not root: choose a --data below folders of root's",
+                place.display()
+            )));
+        }
         if path.as_os_str().len() > 70 {
             return Err(Failed(format!(
                 "{} is too long a path for sockets (at most 70 characters): choose a shorter --data",
@@ -200,7 +222,7 @@ impl Folder {
         };
         let key = SigningKey::from_pem(&pem).map_err(|error| Failed(error.to_string()))?;
         self.write("secrets/signing-key.pem", &pem, (0, self.serve.gid), 0o440)?;
-        self.write("registry/token-certificate.pem", key.certificate(), (0, self.registry.gid), 0o440)
+        self.write("registry-token.pem", key.certificate(), (0, self.registry.gid), 0o440)
     }
 
     /// Writes a file of the folder in one step, with its owner and mode.
@@ -297,7 +319,7 @@ impl Folder {
                 cluster: self.path.join("postgres/data"),
                 database_socket: self.path.join("run/postgres"),
                 database: self.db.name.clone(),
-                registry_settings: self.path.join("registry/config.yml"),
+                registry_settings: self.path.join("registry.yml"),
                 registry: self.registry.name.clone(),
             }),
         }

@@ -67,7 +67,7 @@ pub(super) fn ensure(folder: &Folder, major: u32, bin: &Path) -> Result<(), Fail
         folder.db.name, folder.serve.name
     );
     for (name, text) in [("pg_hba.conf", hba), ("pg_ident.conf", ident.as_str())] {
-        fs::write(fresh.join(name), text).map_err(|error| Failed::doing(name, error))?;
+        super::folder::write_file(&fresh.join(name), text, (folder.db.uid, folder.db.gid), 0o600)?;
     }
     fs::rename(&fresh, &data).map_err(|error| Failed::doing("the cluster cannot be put in place", error))
 }

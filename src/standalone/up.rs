@@ -101,12 +101,13 @@ fn write_settings(folder: &Folder, options: &Options) -> Result<(), Failed> {
          rootdirectory: {root}/data\n  delete:\n    enabled: true\n  maintenance:\n    uploadpurging:\n      \
          enabled: true\n      age: 1h\n      interval: 1h\n      dryrun: false\nhttp:\n  addr: 127.0.0.1:{port}\n  \
          relativeurls: true\n  secret: {secret}\nauth:\n  token:\n    realm: http://127.0.0.1/auth/token\n    \
-         service: {SERVICE}\n    issuer: {ISSUER}\n    rootcertbundle: {root}/token-certificate.pem\n",
+         service: {SERVICE}\n    issuer: {ISSUER}\n    rootcertbundle: {certificate}\n",
         root = folder.path.join("registry").display(),
+        certificate = folder.path.join("registry-token.pem").display(),
         port = folder.registry_port(),
         secret = http_secret(folder)?,
     );
-    folder.write("registry/config.yml", &registry, (0, folder.registry.gid), 0o440)
+    folder.write("registry.yml", &registry, (0, folder.registry.gid), 0o440)
 }
 
 /// The secret that signs the registry's upload states: made once, so that uploads survive a restart.

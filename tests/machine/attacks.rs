@@ -125,9 +125,7 @@ fn as_a_conquered_serve() {
     drop(idle);
     // Files of the root half, and the engine, are closed to this user.
     let data = std::path::Path::new(&socket).ancestors().nth(3).unwrap();
-    for file in
-        ["agent/journal", "run/engine/podman.sock", "agent.toml", "registry/config.yml", "postgres/data"]
-    {
+    for file in ["agent/journal", "run/engine/podman.sock", "agent.toml", "registry.yml", "postgres/data"] {
         assert!(
             std::fs::File::open(data.join(file)).is_err() && UnixStream::connect(data.join(file)).is_err(),
             "{file}"

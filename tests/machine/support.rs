@@ -47,7 +47,8 @@ impl Machine {
         if let Some(size) = disk {
             fs::create_dir_all(&data).unwrap();
             let place = data.display().to_string();
-            let (good, text) = run("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", &place]);
+            let (good, text) =
+                run("mount", &["-t", "tmpfs", "-o", &format!("size={size},mode=755"), "tmpfs", &place]);
             assert!(good, "{text}");
         }
         let mut machine = Self {
