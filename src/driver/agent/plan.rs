@@ -74,8 +74,8 @@ pub(super) fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
             if let Some(slot) = free(&taken) {
                 taken.push(slot);
                 steps.push(Step::Create(slot));
-            } else if steps.is_empty() {
-                // No place is left: an old one has to give way, an ill one first.
+            } else if steps.is_empty() && !parts.iter().any(|part| part.stopping) {
+                // No place is left, and none becomes free: an old one has to give way, an ill one first.
                 if let Some(part) = parts.iter().filter(old).min_by_key(|part| (part.well, part.number)) {
                     steps.push(Step::Stop(part.number));
                 }
@@ -210,6 +210,20 @@ mod tests {
             }
         }
         assert_eq!(parts.len(), 3);
+    }
+
+    #[test]
+    fn a_change_in_the_middle_of_a_change_takes_no_more_away() {
+        // Two run; release 2 has one that is well, and one of release 1 is being stopped for it, slowly.
+        let mut parts = running(3, 1);
+        parts[0] = Part { stopping: true, well: false, ..parts[0] };
+        parts[2].revision = 2;
+        let mut w = workload(2, 3, Update::Rolling);
+        w.addresses.truncate(3);
+        assert_eq!(plan(&w, &parts), [], "the place of the one that stops is waited for");
+        let (settled, least) = play(&w, parts, true);
+        assert_eq!((settled.len(), least), (2, 2));
+        assert!(settled.iter().all(|part| part.revision == 3));
     }
 
     #[test]
