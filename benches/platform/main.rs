@@ -45,32 +45,32 @@ fn main() {
     let asked: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
     let wanted = |name: &str| asked.is_empty() || asked.iter().any(|a| a == name);
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let mut rows = Vec::new();
+    println!("| measure | Bulkhead | peer or limit | result | goal |\n| --- | --- | --- | --- | --- |");
+    // Each as soon as it is there: what was measured is not lost when a later one fails.
+    let say = |row: Row| {
+        println!("| {} | {} | {} | {} | {} |", row.what, row.ours, row.peer, row.result, row.goal);
+    };
     if wanted("specs") {
-        rows.push(specs::measure());
+        say(specs::measure());
     }
     runtime.block_on(async {
-        if wanted("deploys") {
-            rows.push(deploys::measure().await);
-        }
         if wanted("uids") {
-            rows.push(uid_ranges::measure().await);
-        }
-        if wanted("running") {
-            rows.push(starts::deploy_to_running().await);
+            say(uid_ranges::measure().await);
         }
         if wanted("start") {
-            rows.push(starts::serve_to_ready().await);
+            say(starts::serve_to_ready().await);
+        }
+        if wanted("running") {
+            say(starts::deploy_to_running().await);
+        }
+        if wanted("deploys") {
+            say(deploys::measure().await);
         }
         if wanted("idle") {
-            rows.push(memory::idle().await);
+            say(memory::idle().await);
         }
         if wanted("push") {
-            rows.push(memory::push().await);
+            say(memory::push().await);
         }
     });
-    println!("\n| measure | Bulkhead | peer or limit | result | goal |\n| --- | --- | --- | --- | --- |");
-    for row in rows {
-        println!("| {} | {} | {} | {} | {} |", row.what, row.ours, row.peer, row.result, row.goal);
-    }
 }

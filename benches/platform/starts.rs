@@ -63,7 +63,7 @@ pub(crate) async fn deploy_to_running() -> Row {
     let (good, text) = machine.podman(&["images", "--quiet", "--no-trunc"]);
     assert!(good, "{text}");
     let image = text.trim().to_owned();
-    let (good, text) = machine.podman(&["network", "create", "bench"]);
+    let (good, text) = machine.podman(&["network", "create", "--subnet", "198.51.100.0/24", "bench"]);
     assert!(good, "{text}");
     let (mut mine, mut theirs) = (Vec::new(), Vec::new());
     for n in 0..7 {
