@@ -9,6 +9,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use super::Failed;
+use crate::config::{BLOCK_SIZE, Pools, RANGE_SIZE, SUBNET_PREFIX};
 use crate::driver::workload::{IdRange, Subnet};
 use crate::ids::Installation;
 use crate::uid_ranges::machine;
@@ -32,6 +33,21 @@ pub struct Claim {
     pub ids: IdRange,
     /// Its addresses.
     pub network: Subnet,
+}
+
+impl Claim {
+    /// The pools of `serve`, of the usual sizes.
+    #[must_use]
+    pub fn pools(&self) -> Pools {
+        Pools {
+            uid_start: self.ids.start,
+            uid_end: self.ids.start + self.ids.size,
+            range_size: RANGE_SIZE,
+            block_size: BLOCK_SIZE,
+            network: self.network,
+            subnet_prefix: SUBNET_PREFIX,
+        }
+    }
 }
 
 struct Locked {

@@ -94,12 +94,23 @@ pub(super) async fn run(folder: &Folder, listen: SocketAddr, pool: &PgPool) -> R
 
 async fn token(pool: &PgPool) -> Result<String, Failed> {
     let failed = |error: crate::error::Error| Failed(error.to_string());
-    let mut conn = pool.acquire().await.map_err(|error| Failed(error.to_string()))?;
+    let lost = |error: sqlx::Error| Failed(error.to_string());
+    let mut tx = pool.begin().await.map_err(lost)?;
     let authority = Authority::Platform(PlatformRole::Admin);
     let actor = ActorId::new("root: up --demo");
-    let (_, token) = access::create_token(&mut conn, "demo", authority, &actor, time::Duration::hours(1))
+    let (id, token) = access::create_token(&mut tx, "demo", authority, &actor, time::Duration::hours(1))
         .await
         .map_err(failed)?;
+    let event = crate::audit::Event {
+        tenant: None,
+        actor: &actor,
+        action: "token.create",
+        object: "demo",
+        request_id: "command line",
+        detail: json!({"hours": 1, "token": id}),
+    };
+    crate::audit::record(&mut tx, event).await.map_err(failed)?;
+    tx.commit().await.map_err(lost)?;
     Ok(token.expose().to_owned())
 }
 

@@ -22,9 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::processes::{Layout, OwnParts};
 use super::{Claim, Failed, claims};
-use crate::config::{
-    Agent, BLOCK_SIZE, Config, Database, Log, Pools, RANGE_SIZE, Registry, SUBNET_PREFIX, Server,
-};
+use crate::config::{Agent, BLOCK_SIZE, Config, Database, Log, RANGE_SIZE, Registry, SUBNET_PREFIX, Server};
 use crate::driver::agent::config::AgentConfig;
 use crate::driver::podman::engine::EngineSettings;
 use crate::registries::SigningKey;
@@ -243,7 +241,6 @@ impl Folder {
     /// The configuration of `serve`.
     #[must_use]
     pub fn config(&self, listen: SocketAddr) -> Config {
-        let ids = self.claim.ids;
         Config {
             installation: self.claim.installation.clone(),
             server: Server {
@@ -269,14 +266,7 @@ impl Folder {
                 signing_key: self.signing_key(),
             },
             agent: Agent { socket: self.path.join("run/agent/agent.sock") },
-            pools: Pools {
-                uid_start: ids.start,
-                uid_end: ids.start + ids.size,
-                range_size: RANGE_SIZE,
-                block_size: BLOCK_SIZE,
-                network: self.claim.network,
-                subnet_prefix: SUBNET_PREFIX,
-            },
+            pools: self.claim.pools(),
             log: Log::default(),
         }
     }

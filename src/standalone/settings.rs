@@ -7,9 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::folder::{ensure_user, write_file};
 use super::{Claim, Failed, claims, units};
-use crate::config::{
-    Agent, BLOCK_SIZE, Config, Database, Log, Pools, RANGE_SIZE, Registry, SUBNET_PREFIX, Server,
-};
+use crate::config::{Agent, BLOCK_SIZE, Config, Database, Log, RANGE_SIZE, Registry, SUBNET_PREFIX, Server};
 use crate::driver::agent::config::AgentConfig;
 use crate::driver::podman::engine;
 use crate::registries::SigningKey;
@@ -146,14 +144,7 @@ fn serve_config(claim: &Claim, pull: SocketAddr, key: PathBuf) -> Config {
         },
         registry: Registry { url: "http://127.0.0.1:5000".into(), signing_key: key },
         agent: Agent { socket: "/run/bulkhead/agent/agent.sock".into() },
-        pools: Pools {
-            uid_start: claim.ids.start,
-            uid_end: claim.ids.start + claim.ids.size,
-            range_size: RANGE_SIZE,
-            block_size: BLOCK_SIZE,
-            network: claim.network,
-            subnet_prefix: SUBNET_PREFIX,
-        },
+        pools: claim.pools(),
         log: Log::default(),
     }
 }

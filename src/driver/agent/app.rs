@@ -15,6 +15,7 @@ use super::core::{Agent, Listing, lock};
 use super::kept::{Instance, Kept};
 use super::logs::{self, Tail};
 use super::plan::{Part, Step, plan};
+use crate::driver::podman::ports::{Port, Seen};
 use crate::driver::podman::{ports, render};
 use crate::driver::workload::{HealthCheck, Workload};
 use crate::driver::{AppObserved, Cause, Ending, Error, InstanceObserved, InstanceState, LogLine};
@@ -38,6 +39,8 @@ struct Live {
     /// A listing older than this says nothing about the instance any more.
     valid_from: u64,
     checked: Option<tokio::time::Instant>,
+    /// Since when it is as it should be for a moment only.
+    odd: Option<tokio::time::Instant>,
     /// Whether a health check is under way: one at a time.
     checking: bool,
     ill: u32,
@@ -206,6 +209,8 @@ impl App {
         }
         let seen = listing.containers.get(&instance.container);
         if seen.is_some_and(|c| c.state == "running") && is_alive(&instance) {
+            lock(&self.live).entry(number).or_default().odd = None;
+            self.look_at_port(agent, &instance).await;
             self.note_running(number);
             return;
         }
@@ -225,14 +230,41 @@ impl App {
                 self.ended(agent, number, cause, Some(now.exit_code), String::new());
             }
             Some(now) if now.state == "running" && is_alive(&instance) => self.note_running(number),
-            // A process that has just ended, and a monitor that is about to say so.
-            Some(_) if monitor_lives(&instance) => {}
+            // A process that has just ended, and a monitor that is about to say so; not for ever.
+            Some(_) if monitor_lives(&instance) && !self.is_odd_for_long(number) => {}
             // The engine says "running" and nobody watches any more: nothing that it says about this
             // container can be relied on.
             Some(_) => {
                 let _ = discard(agent, &instance.container).await;
                 let why = "its process or the process that watches it had ended; it is made anew";
                 self.vanished(agent, number, why);
+            }
+        }
+    }
+
+    /// Whether an instance has been in a state that should last a moment only, for longer.
+    fn is_odd_for_long(&self, number: u32) -> bool {
+        let mut live = lock(&self.live);
+        let since = live.entry(number).or_default().odd.get_or_insert_with(tokio::time::Instant::now);
+        since.elapsed() > Duration::from_secs(10)
+    }
+
+    /// An instance whose port is gone reaches nobody and is reached by nobody: it is made anew. A port
+    /// that somebody has opened is closed again.
+    async fn look_at_port(&self, agent: &Arc<Agent>, instance: &Instance) {
+        let Some(port) = &instance.port else { return };
+        match port.look() {
+            Seen::Closed => {}
+            Seen::Open => {
+                let text = match port.close().await {
+                    Ok(()) => "was open to its neighbours and was closed again".to_owned(),
+                    Err(error) => format!("is open to its neighbours and cannot be closed: {error}"),
+                };
+                lock(&self.kept).event("repaired", format!("instance {}: its port {text}", instance.number));
+            }
+            Seen::Gone => {
+                let _ = discard(agent, &instance.container).await;
+                self.vanished(agent, instance.number, "its network had been removed; it is made anew");
             }
         }
     }
@@ -414,6 +446,7 @@ impl App {
                 if let Some(i) = kept.instances.iter_mut().find(|i| i.number == number) {
                     (i.pid, i.born, i.conmon, i.uid, i.hosts) =
                         (up.pid, up.born, up.conmon, up.uid, up.hosts);
+                    i.port = Some(up.port);
                     i.started = Some(OffsetDateTime::now_utc());
                     i.next_start = None;
                     i.restarts += u32::from(again);
@@ -481,7 +514,7 @@ impl App {
         let ready = podman.inspect(&instance.container).await?;
         // On record at once: a crash from here on leaves a namespace that is known.
         self.with(instance.number, |i| i.sandbox.clone_from(&ready.sandbox));
-        ports::isolate(&bridge, &ready.sandbox, address).await?;
+        let port = ports::isolate(&bridge, &ready.sandbox, address).await?;
         ports::address(&bridge, &ready.sandbox, address, recorded.subnet).await?;
         write_in_place(Path::new(&ready.hosts), &self.hosts_text(agent, workload, address));
         fail::fail_point!("agent::start", |_| Err(Error::Transient("failpoint".into())));
@@ -489,7 +522,7 @@ impl App {
         let up = podman.inspect(&instance.container).await?;
         let born = born(up.pid).unwrap_or(0);
         let uid = owner(up.pid);
-        Ok(Up { pid: up.pid, born, conmon: up.conmon, uid, hosts: ready.hosts })
+        Ok(Up { pid: up.pid, born, conmon: up.conmon, uid, hosts: ready.hosts, port })
     }
 
     /// The names that an instance knows: itself and the apps that it asked for.
@@ -720,6 +753,7 @@ struct Up {
     conmon: i32,
     uid: Option<u32>,
     hosts: String,
+    port: Port,
 }
 
 fn raw_log(dir: &Path, number: u32) -> std::path::PathBuf {

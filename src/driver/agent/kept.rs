@@ -8,6 +8,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
+use crate::driver::podman::ports::Port;
 use crate::driver::workload::Workload;
 use crate::driver::{AppEvent, Ending, InstanceState};
 
@@ -40,6 +41,9 @@ pub(super) struct Instance {
     /// Path of its network namespace, to be taken down when it has ended.
     #[serde(default)]
     pub(super) sandbox: String,
+    /// Its port on the bridge.
+    #[serde(default)]
+    pub(super) port: Option<Port>,
     /// Where the engine keeps its hosts file.
     pub(super) hosts: String,
 }
@@ -63,6 +67,7 @@ impl Instance {
             conmon: 0,
             uid: None,
             sandbox: String::new(),
+            port: None,
             hosts: String::new(),
         }
     }

@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Stdio;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::process::Command;
 
@@ -113,9 +114,48 @@ pub async fn remove_bridge(bridge: &str) -> Result<bool, Error> {
     Ok(!is_there(bridge))
 }
 
+/// A port of a bridge. A name alone may be another's by now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
+    /// Name.
+    name: String,
+    /// The kernel's number for it.
+    index: i64,
+}
+
+/// How a port is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seen {
+    /// On its bridge, closed to its neighbours.
+    Closed,
+    /// On its bridge, and somebody has opened it.
+    Open,
+    /// Not on a bridge any more.
+    Gone,
+}
+
+impl Port {
+    /// Looks at the port.
+    #[must_use]
+    pub fn look(&self) -> Seen {
+        let read = |file: &str| std::fs::read_to_string(format!("/sys/class/net/{}/{file}", self.name));
+        let same = read("ifindex").is_ok_and(|text| text.trim().parse() == Ok(self.index));
+        match read("brport/isolated") {
+            Ok(text) if same && text.trim() == "1" => Seen::Closed,
+            Ok(_) if same => Seen::Open,
+            _ => Seen::Gone,
+        }
+    }
+
+    /// Closes the port to its neighbours.
+    pub async fn close(&self) -> Result<(), Error> {
+        set(&["link", "set", "dev", &self.name, "type", "bridge_slave", "isolated", "on"]).await
+    }
+}
+
 /// Closes and marks the port of an instance whose network is attached and whose process has not
 /// started.
-pub async fn isolate(bridge: &str, sandbox: &str, own: Ipv4Addr) -> Result<(), Error> {
+pub async fn isolate(bridge: &str, sandbox: &str, own: Ipv4Addr) -> Result<Port, Error> {
     let namespace = namespace_of(sandbox);
     let inside = json(&["-n", namespace, "-j", "link", "show", "dev", "eth0"]).await?;
     let index = inside[0]["link_index"].as_i64().ok_or_else(|| Error::Transient("no peer of eth0".into()))?;
@@ -125,8 +165,9 @@ pub async fn isolate(bridge: &str, sandbox: &str, own: Ipv4Addr) -> Result<(), E
         .and_then(|links| links.iter().find(|link| link["ifindex"].as_i64() == Some(index)))
         .and_then(|link| link["ifname"].as_str())
         .ok_or_else(|| Error::Transient("the port of the instance is not on its bridge".into()))?;
-    set(&["link", "set", "dev", port, "type", "bridge_slave", "isolated", "on"]).await?;
-    set(&["link", "set", "dev", port, "alias", &mark(own)]).await?;
+    let port = Port { name: port.to_owned(), index };
+    port.close().await?;
+    set(&["link", "set", "dev", &port.name, "alias", &mark(own)]).await?;
     for (family, key, value) in [
         ("ipv4", "proxy_arp_pvlan", "1"),
         ("ipv4", "send_redirects", "0"),
@@ -141,5 +182,5 @@ pub async fn isolate(bridge: &str, sandbox: &str, own: Ipv4Addr) -> Result<(), E
             Err(error) => return Err(failed(key)(error)),
         }
     }
-    Ok(())
+    Ok(port)
 }
