@@ -4,19 +4,10 @@ use std::fs;
 use std::io::Write as _;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use crate::Row;
-use crate::support::{Machine, run};
-
-/// Kilobytes of a field of the process' status, such as `VmRSS:`.
-fn memory(machine: &Machine, field: &str) -> u64 {
-    let pid = fs::read_to_string(machine.data.join("run/serve.pid")).unwrap();
-    let text = fs::read_to_string(format!("/proc/{}/status", pid.split(' ').next().unwrap())).unwrap();
-    let line = text.lines().find(|line| line.starts_with(field)).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
+use crate::support::{Image, Machine, run};
 
 #[expect(clippy::cast_precision_loss, reason = "megabytes for people")]
 fn megabytes(kilobytes: u64) -> f64 {
@@ -47,7 +38,7 @@ pub(crate) async fn idle() -> Row {
     tokio::time::sleep(Duration::from_secs(20)).await;
     let mut values: Vec<u64> = Vec::new();
     for _ in 0..5 {
-        values.push(memory(&machine, "VmRSS:"));
+        values.push(machine.memory("VmRSS:"));
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
     values.sort_unstable();
@@ -66,37 +57,21 @@ pub(crate) async fn push() -> Row {
     let robot = machine.tenant("acme").await;
     machine.push(&robot, "acme/small:1", &["/bin/busybox", "sleep", "1"]);
     tokio::time::sleep(Duration::from_secs(2)).await;
-    let before = memory(&machine, "VmRSS:");
+    let before = machine.memory("VmRSS:");
     let dir = tempfile::tempdir().unwrap();
     image_of(dir.path(), 2048);
-    let auth = machine.auth_file(dir.path(), &robot);
-    let port = machine.port;
-    let source = format!("oci:{}/image", dir.path().display());
-    let begun = Instant::now();
-    let pushing = tokio::task::spawn_blocking(move || {
-        run(
-            "skopeo",
-            &[
-                "copy",
-                "--quiet",
-                "--insecure-policy",
-                "--dest-tls-verify=false",
-                "--dest-authfile",
-                &auth,
-                &source,
-                &format!("docker://127.0.0.1:{port}/acme/big:1"),
-            ],
-        )
-    });
+    let (begun, machine) = (Instant::now(), std::sync::Arc::new(machine));
+    let (own, place) = (std::sync::Arc::clone(&machine), dir.path().to_owned());
+    let pushing = tokio::task::spawn_blocking(move || own.copy(&robot, &place, "acme/big:1"));
     let mut most = before;
     while !pushing.is_finished() {
-        most = most.max(memory(&machine, "VmRSS:"));
+        most = most.max(machine.memory("VmRSS:"));
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let (good, text) = pushing.await.unwrap();
     assert!(good, "{text}");
     let seconds = begun.elapsed().as_secs_f64();
-    let peak = memory(&machine, "VmHWM:").max(most);
+    let peak = machine.memory("VmHWM:").max(most);
     Row {
         what: "resident memory of serve during a push of 2 GiB, MB",
         ours: format!(
@@ -137,21 +112,6 @@ fn image_of(dir: &std::path::Path, mebibytes: u64) {
     let digest = sum.split(' ').next().unwrap().to_owned();
     let length = fs::metadata(&plain).unwrap().len();
     fs::rename(&plain, blobs.join(&digest)).unwrap();
-    let put = |text: String, kind: &str| {
-        let digest = bulkhead::ids::Digest::of(text.as_bytes());
-        fs::write(blobs.join(&digest.as_str()[7..]), &text).unwrap();
-        json!({"mediaType": format!("application/vnd.oci.image.{kind}"), "digest": digest, "size": text.len()})
-    };
-    let config = json!({
-        "architecture": "amd64", "os": "linux", "config": {"User": "1000", "Cmd": ["/bin/true"]},
-        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
-    });
-    let manifest = json!({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": put(config.to_string(), "config.v1+json"),
-        "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": format!("sha256:{digest}"), "size": length}],
-    });
-    let index = json!({"schemaVersion": 2, "manifests": [put(manifest.to_string(), "manifest.v1+json")]});
-    fs::write(dir.join("image/index.json"), index.to_string()).unwrap();
-    fs::write(dir.join("image/oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    let image = Image { user: "1000", ..Image::of(&["/bin/true"]) };
+    image.write(dir, &format!("sha256:{digest}").parse().unwrap(), length);
 }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on panics")]
 
+mod command_line;
 mod render;
 mod uid_ranges;
 mod units;

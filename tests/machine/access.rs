@@ -147,4 +147,48 @@ async fn bad_input_is_explained_and_changes_nothing() {
     assert_eq!(post("once").await.unwrap().status(), 202);
     assert_eq!(post("once").await.unwrap().status(), 202);
     assert_eq!(post("other").await.unwrap().status(), 409);
+    // Lists come in pages, and every row once.
+    let (mut names, mut path) = (Vec::new(), "/api/v1/tenants?limit=1".to_owned());
+    loop {
+        let page = machine.get(&path).await;
+        names.extend(
+            page["items"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap().to_owned()),
+        );
+        let Some(next) = page["next"].as_str() else { break };
+        path = format!("/api/v1/tenants?limit=1&cursor={next}");
+    }
+    assert_eq!(names, ["acme", "once"]);
+    // A body of 100 MB is refused while it comes; memory does not grow with it.
+    let dir = tempfile::tempdir().unwrap();
+    let large = dir.path().join("large");
+    std::fs::File::create(&large).unwrap().set_len(100_000_000).unwrap();
+    let before = machine.memory("VmHWM:");
+    let (_, code) = crate::support::run(
+        "curl",
+        &[
+            "-s",
+            "-o",
+            "/dev/null",
+            "-w",
+            "%{http_code}",
+            "-X",
+            "PUT",
+            "-H",
+            "Content-Type: application/yaml",
+            "-H",
+            &format!("Authorization: Bearer {}", machine.admin),
+            "--data-binary",
+            &format!("@{}", large.display()),
+            &format!("{}{path}", machine.address(), path = "/api/v1/tenants/acme/apps/web"),
+        ],
+    );
+    assert_eq!(code, "413");
+    assert!(machine.memory("VmHWM:") < before + 8_000, "{before} kB, then {}", machine.memory("VmHWM:"));
+    // A token ends with its time.
+    let token = machine.token(&["--tenant", "acme", "--name", "short"]);
+    assert_eq!(machine.ask(&token, "GET", "/api/v1/tenants/acme", None).await.0, 200);
+    machine.sql("UPDATE api_token SET expires_at = now() - interval '1 second' WHERE name = 'short'");
+    assert_eq!(machine.ask(&token, "GET", "/api/v1/tenants/acme", None).await.0, 401);
+    let denied = machine.sql("SELECT count(*) FROM audit WHERE action IN ('tenant.onboard', 'token.create')");
+    assert!(denied.parse::<i64>().unwrap() >= 4, "every change is on record");
 }

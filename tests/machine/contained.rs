@@ -136,4 +136,16 @@ async fn tenants_and_apps_are_apart_and_reach_only_what_they_name() {
     println!("the table was back after {} ms", begun.elapsed().as_millis());
     assert!(!fetch(&evil, &at(&web, 8080)));
     assert!(fetch(&web, &at(&api, 8080)));
+    // An element that somebody adds to a set is taken out again, and what is as it should be is left alone.
+    let table = machine.table();
+    let own = |of: &serde_json::Value| of["address"].as_str().unwrap().to_owned();
+    let element = format!("{{ \"bk{}1\" . {} . {} . 8080 }}", machine.id, own(&evil), own(&web));
+    assert!(run("nft", &["add", "element", "inet", &table, "pairs", &element]).0);
+    let begun = std::time::Instant::now();
+    while run("nft", &["get", "element", "inet", &table, "pairs", &element]).0 {
+        assert!(begun.elapsed().as_secs() < 45, "the foreign element stays");
+        std::thread::sleep(std::time::Duration::from_millis(500));
+    }
+    let repairs = machine.sql("SELECT count(*) FROM machine_event WHERE kind = 'firewall_repaired'");
+    assert_eq!(repairs, "2", "the flush and the foreign element, and nothing else");
 }

@@ -25,6 +25,31 @@ async fn an_app_that_fails_says_why_and_backs_off() {
         .wait("acme", "ill", 40, |app| app["observed"]["instances"][0]["last_end"]["cause"] == "unhealthy")
         .await;
     assert!(ill["summary"].as_str().unwrap().contains("health check"), "{}", ill["summary"]);
+    // It backs off and starts again while serve hangs: the root half needs nobody for that.
+    machine.signal("serve", "-STOP");
+    let kept = || {
+        let files = std::fs::read_dir(machine.data.join("agent/apps")).unwrap();
+        let texts = files.map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap());
+        let all: Vec<serde_json::Value> = texts.filter_map(|text| serde_json::from_str(&text).ok()).collect();
+        let bad = all.into_iter().find(|kept| kept["workload"]["app"] == "bad").unwrap();
+        bad["instances"][0]["restarts"].as_i64().unwrap()
+    };
+    let (before, begun) = (kept(), std::time::Instant::now());
+    while kept() == before {
+        assert!(begun.elapsed().as_secs() < 30, "no restart while serve hangs");
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    }
+    machine.signal("serve", "-CONT");
+    let waits: Vec<i64> = machine.get("/api/v1/tenants/acme/apps/bad").await["events"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .rev()
+        .filter_map(|event| {
+            event["text"].as_str()?.rsplit_once("starts again in ")?.1.strip_suffix(" s")?.parse().ok()
+        })
+        .collect();
+    assert!(waits.len() >= 2 && waits.is_sorted() && waits.first() < waits.last(), "{waits:?}");
     // A bad release leaves the good one alone.
     machine.push(&robot, "acme/bad:2", &HTTPD);
     machine.deploy("acme", "bad", "image: bad:2\nport: 8080\n").await;
@@ -64,6 +89,45 @@ async fn what_is_removed_from_outside_comes_back() {
     machine
         .wait("acme", "web", 20, |app| number(app) > instance["number"].as_i64() && app["state"] == "running")
         .await;
+    // It is stopped by hand: it starts again.
+    let before = machine.app("acme", "web").await["observed"]["instances"][0].clone();
+    assert!(machine.podman(&["stop", "-t", "0", before["container"].as_str().unwrap()]).0);
+    machine
+        .wait("acme", "web", 20, |app| {
+            app["state"] == "running" && app["observed"]["instances"][0]["started"] != before["started"]
+        })
+        .await;
+    // Its network goes: the bridge alone, and the engine's record with everything on it.
+    let bridge = format!("bk{}0", machine.id);
+    for away in ["link", "network"] {
+        let before = machine.app("acme", "web").await["observed"]["instances"][0].clone();
+        if away == "link" {
+            assert!(run("ip", &["link", "delete", &bridge]).0);
+        } else {
+            assert!(machine.podman(&["network", "rm", "-f", "-t", "0", &bridge]).0);
+        }
+        let after = machine
+            .wait("acme", "web", 30, |app| {
+                app["state"] == "running" && app["observed"]["instances"][0]["started"] != before["started"]
+            })
+            .await;
+        assert!(machine.fetches(&after["observed"]["instances"][0], &[], "http://127.0.0.1:8080/"), "{away}");
+        assert!(run("ip", &["link", "show", &bridge]).0, "{away}");
+    }
+    // Its port is opened to its neighbours: it is closed again.
+    let (_, ports) = run("ip", &["-o", "link", "show", "master", &bridge]);
+    let port = ports.split_whitespace().nth(1).unwrap().split('@').next().unwrap().to_owned();
+    let flag = format!("/sys/class/net/{port}/brport/isolated");
+    assert!(run("ip", &["link", "set", "dev", &port, "type", "bridge_slave", "isolated", "off"]).0);
+    let begun = std::time::Instant::now();
+    while std::fs::read_to_string(&flag).unwrap().trim() != "1" {
+        assert!(begun.elapsed().as_secs() < 5, "the port stays open");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    let app = machine.running("acme", "web").await;
+    for told in ["network had been removed", "open to its neighbours"] {
+        assert!(app["events"].to_string().contains(told), "{told}: {}", app["events"]);
+    }
     // The agent and serve are killed: what runs goes on running and is found again.
     let before = machine.app("acme", "web").await["observed"]["instances"][0].clone();
     let pid = machine.pid(&before);
@@ -84,7 +148,7 @@ async fn what_is_removed_from_outside_comes_back() {
     let data = machine.data.display().to_string();
     let (good, text) =
         run(env!("CARGO_BIN_EXE_bulkhead"), &["up", "--data", &data, "--listen", "127.0.0.1:1"]);
-    assert!(!good, "{text}");
+    assert!(!good && text.contains("another `bulkhead up` runs"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -114,6 +178,9 @@ async fn loud_logs_hurt_nobody() {
     let script = "i=0; while [ $i -lt 40000 ]; do echo \"line $i {\\\"level\\\":\\\"fatal\\\"} 2099-01-01T00:00:00Z\"; i=$((i+1)); done; \
                   busybox head -c 30000000 /dev/zero | busybox tr '\\0' x; echo; busybox printf '\\033[2Jcleared\\n'; sleep 1000";
     machine.push(&robot, "acme/loud:1", &["/bin/busybox", "sh", "-c", script]);
+    machine.push(&robot, "acme/quiet:1", &HTTPD);
+    machine.deploy("acme", "quiet", "image: quiet:1\nport: 8080\nhealth: { http: { path: / } }\n").await;
+    let quiet = machine.running("acme", "quiet").await["observed"]["instances"][0].clone();
     machine.deploy("acme", "loud", "image: loud:1\n").await;
     machine.running("acme", "loud").await;
     let mut text = String::new();
@@ -132,4 +199,74 @@ async fn loud_logs_hurt_nobody() {
     let (_, size) = run("du", &["-sm", &machine.data.join("agent/logs").display().to_string()]);
     let megabytes: u64 = size.split_whitespace().next().unwrap().parse().unwrap();
     assert!(megabytes < 64, "{size}");
+    let after = machine.running("acme", "quiet").await["observed"]["instances"][0].clone();
+    assert_eq!((after["started"].clone(), after["restarts"].as_i64()), (quiet["started"].clone(), Some(0)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_needs_more_memory_than_it_has_is_told_so() {
+    let machine = Machine::start().await;
+    let robot = machine.tenant("acme").await;
+    let script = "x=x; while true; do x=$x$x; done";
+    machine.push(&robot, "acme/hungry:1", &["/bin/busybox", "sh", "-c", script]);
+    machine.deploy("acme", "hungry", "image: hungry:1\n").await;
+    let hungry = machine
+        .wait("acme", "hungry", 60, |app| app["observed"]["instances"][0]["last_end"].is_object())
+        .await;
+    // The kernel's own word, where it can be read; never a guess.
+    let readable = std::fs::File::open("/dev/kmsg").is_ok();
+    let wanted = if readable { "out_of_memory" } else { "killed" };
+    assert_eq!(hungry["observed"]["instances"][0]["last_end"]["cause"], wanted, "{hungry:#}");
+    // Another app that is killed by a signal is not said to have been hungry.
+    machine.push(&robot, "acme/shot:1", &["/bin/busybox", "sleep", "1000"]);
+    machine.deploy("acme", "shot", "image: shot:1\n").await;
+    let shot = machine.running("acme", "shot").await["observed"]["instances"][0].clone();
+    assert!(run("kill", &["-9", &machine.pid(&shot)]).0);
+    let shot =
+        machine.wait("acme", "shot", 20, |app| app["observed"]["instances"][0]["last_end"].is_object()).await;
+    assert_eq!(shot["observed"]["instances"][0]["last_end"]["cause"], "killed", "{shot:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_followed_log_comes_at_once_and_ends_with_the_right_to_it() {
+    use futures_util::StreamExt as _;
+    let machine = Machine::start().await;
+    let robot = machine.tenant("acme").await;
+    let script = "i=0; while true; do echo tick $i; i=$((i+1)); busybox sleep 1; done";
+    machine.push(&robot, "acme/clock:1", &["/bin/busybox", "sh", "-c", script]);
+    machine.deploy("acme", "clock", "image: clock:1\n").await;
+    machine.running("acme", "clock").await;
+    let token = machine.token(&["--tenant", "acme", "--role", "viewer", "--name", "reader"]);
+    let http = bulkhead::outgoing::client().build().unwrap();
+    let follow = || {
+        http.get(format!("{}/api/v1/tenants/acme/apps/clock/logs?follow=true&tail=1", machine.address()))
+            .bearer_auth(&token)
+            .header("accept", "application/x-ndjson")
+            .send()
+    };
+    let mut stream = follow().await.unwrap().bytes_stream();
+    let mut text = String::new();
+    while text.matches("tick").count() < 3 {
+        let more = tokio::time::timeout(std::time::Duration::from_secs(10), stream.next()).await;
+        text.push_str(&String::from_utf8_lossy(&more.expect("lines come").unwrap().unwrap()));
+    }
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines.iter().all(|line| line["stream"] == "stdout" && line["instance"] == 1), "{text}");
+    // More readers than one tenant may have: the last ones are told, and the platform goes on.
+    let mut others = Vec::new();
+    for _ in 0..20 {
+        others.push(follow().await.unwrap());
+    }
+    assert_eq!(machine.deploy("acme", "other", "image: clock:1\n").await.0, 202);
+    machine.running("acme", "other").await;
+    drop(others);
+    // The right to it ends, and the stream with it.
+    machine.sql("UPDATE api_token SET revoked_at = now() WHERE name = 'reader'");
+    let begun = std::time::Instant::now();
+    while stream.next().await.is_some_and(|more| more.is_ok()) {
+        assert!(begun.elapsed().as_secs() < 12, "the stream goes on");
+    }
+    assert!(begun.elapsed().as_secs() < 12);
+    assert_eq!(follow().await.unwrap().status(), 401);
 }

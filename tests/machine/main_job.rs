@@ -52,7 +52,17 @@ async fn a_newcomers_tour_from_onboarding_to_leaving() {
     let (status, again) = machine.deploy("acme", "web", &format!("image: web:1\n{health}")).await;
     assert_eq!((status, again["changed"].as_bool()), (200, Some(false)));
 
-    // A new release, and back.
+    // A new release, and back; whoever had looked at an older state is told.
+    let stale = machine
+        .try_ask(
+            "PUT",
+            "/api/v1/tenants/acme/apps/web",
+            &[("content-type", "application/yaml"), ("if-match", "\"7\"")],
+            "spec: v1\nname: web\nimage: web:2\ncpu: 50m\nmemory: 64Mi\n",
+        )
+        .await
+        .unwrap();
+    assert_eq!((stale.0, stale.1["code"].as_str()), (412, Some("BH-412")), "{}", stale.1);
     let (status, _) = machine.deploy("acme", "web", &format!("image: web:2\n{health}")).await;
     assert_eq!(status, 202);
     let second = machine.running("acme", "web").await;

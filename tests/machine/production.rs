@@ -158,6 +158,27 @@ async fn settings_that_cannot_work_are_refused_with_the_reason() {
         let (good, text) = serve(name, value);
         assert!(!good && text.contains(why), "{name}: {text}");
     }
+    // Somebody else's process has an id of the pool: said at the start, by serve and by the doctor.
+    let pool = machine.agent_config()["id_pool"]["start"].as_integer().unwrap() + 5_000_000;
+    let foreign = Serve(
+        Command::new("setpriv")
+            .args(["--reuid", &pool.to_string(), "--clear-groups", "sleep", "60"])
+            .spawn()
+            .unwrap(),
+    );
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let done = Command::new(env!("CARGO_BIN_EXE_bulkhead"))
+        .args(["serve", "--config", &config])
+        .env("BULKHEAD_SERVER__LISTEN", format!("127.0.0.1:{}", free_port()))
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&done.stderr).into_owned();
+    let who = format!("process {} uses 1 id(s) from {pool}", foreign.0.id());
+    assert!(!done.status.success() && text.contains(&who), "{text}");
+    let data = machine.data.display().to_string();
+    let (good, text) = run(env!("CARGO_BIN_EXE_bulkhead"), &["doctor", "--data", &data]);
+    assert!(!good && text.contains("the pool is used by others"), "{text}");
+    drop(foreign);
     // Another installation's database is left alone.
     let done = Command::new(env!("CARGO_BIN_EXE_bulkhead"))
         .args(["serve", "--config", &config])
@@ -217,6 +238,30 @@ fn the_doctor_says_what_is_there_and_what_to_do() {
         run(env!("CARGO_BIN_EXE_bulkhead"), &["up", "--data", &path, "--listen", "127.0.0.1:1"]);
     assert!(!good && text.contains("nothing foreign is overwritten"), "{text}");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    // What a machine may lack, taken away in a mount namespace of its own, or with a right less.
+    let doctor = env!("CARGO_BIN_EXE_bulkhead");
+    for (take, check) in [
+        ("mount -t tmpfs x /usr/lib/podman", "missing: netavark"),
+        ("mount -t tmpfs x /usr/lib/postgresql", "Postgres is not installed"),
+        ("mount -t tmpfs x /sys/fs/cgroup", "controllers are missing: memory, cpu, pids"),
+        (
+            "mkdir -p /tmp/bulkhead-small && mount -t tmpfs -o size=64m,mode=755 x /tmp/bulkhead-small",
+            "MiB are free at",
+        ),
+    ] {
+        let script = format!(
+            "{take} && {doctor} doctor --data /tmp/bulkhead-small; rmdir /tmp/bulkhead-small 2>/dev/null; true"
+        );
+        let (_, text) = run("unshare", &["--mount", "sh", "-c", &script]);
+        let line = text.lines().find(|line| line.contains(check)).unwrap_or_else(|| panic!("{take}: {text}"));
+        assert!(line.starts_with("FAILED"), "{line}");
+    }
+    let _ = fs::remove_dir("/tmp/bulkhead-small");
+    let (_, text) = run("setpriv", &["--bounding-set=-net_admin", "--inh-caps=-net_admin", doctor, "doctor"]);
+    assert!(text.lines().any(|line| line.starts_with("FAILED  nftables")), "{text}");
+    let (_, text) =
+        run("setpriv", &["--bounding-set=-sys_resource", "--inh-caps=-sys_resource", doctor, "doctor"]);
+    assert!(text.contains("no CAP_SYS_RESOURCE: containers get at most 1024 open files"), "{text}");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let listen = taken.local_addr().unwrap().to_string();
     let (good, text) =

@@ -3,7 +3,7 @@
 use bulkhead::ids::Digest;
 use serde_json::{Value, json};
 
-use crate::support::{HTTPD, Machine};
+use crate::support::{HTTPD, Image, Machine};
 
 struct Client<'m> {
     machine: &'m Machine,
@@ -181,6 +181,35 @@ async fn lies_and_full_quotas_are_refused() {
     // An image that cannot run is refused at deploy, with the reason.
     let (status, body) = machine.deploy("acme", "web", "image: web:1\n").await;
     assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-202")), "{body}");
+    // So is one for another platform; one that wants to be root runs, with a warning that says what to do.
+    let other = Image { architecture: "arm64", ..Image::of(&HTTPD) };
+    assert!(machine.push_image(&acme, "acme/arm:1", &other).0);
+    let (status, body) = machine.deploy("acme", "arm", "image: arm:1\n").await;
+    assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-201")), "{body}");
+    let root = Image { user: "", ..Image::of(&HTTPD) };
+    assert!(machine.push_image(&acme, "acme/root:1", &root).0);
+    let (status, body) = machine.deploy("acme", "root", "image: root:1\nport: 8080\n").await;
+    assert_eq!((status, body["warnings"][0]["code"].as_str()), (202, Some("BH-210")), "{body}");
+    assert!(body["warnings"][0]["suggestion"].as_str().unwrap().contains("USER 1000"), "{body}");
+    let app = machine.running("acme", "root").await;
+    let uid = app["observed"]["instances"][0]["uid"].as_i64().unwrap();
+    assert_eq!(uid, app["uids"]["start"].as_i64().unwrap() + 1000);
+    // Orders to a container runtime are no annotations.
+    for key in ["run.oci.hooks.stdout", "run.oci.seccomp_bpf_data"] {
+        let evil = Image { annotations: json!({key: "/etc/nologin"}), ..Image::of(&HTTPD) };
+        let (good, text) = machine.push_image(&acme, "acme/evil:1", &evil);
+        assert!(!good && text.contains("annotation"), "{text}");
+    }
+    // A secret that has expired is none, and it is known when one was last used.
+    let robots = machine.get("/api/v1/tenants/acme/robots").await;
+    assert!(
+        robots["items"][0]["last_used_at"].is_string() && robots["items"][0]["secret"].is_null(),
+        "{robots}"
+    );
+    machine.sql("UPDATE robot SET expires_at = now() - interval '1 second'");
+    assert_eq!(client.token(&acme, &[]).await, Err(401));
+    assert_eq!(client.call(&token, "GET", "/v2/acme/web/tags/list", "", vec![]).await.0, 401);
+    machine.sql("UPDATE robot SET expires_at = now() + interval '1 day'");
     // The quota stops a push in the middle.
     let (status, _) =
         machine.send("PATCH", "/api/v1/tenants/acme", json!({"quota": {"registry_bytes": 1_000_000}})).await;

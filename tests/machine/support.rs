@@ -187,10 +187,32 @@ impl Machine {
         }
     }
 
+    /// Sends a signal to a process of the platform.
+    pub(crate) fn signal(&self, name: &str, signal: &str) {
+        let text = fs::read_to_string(self.data.join(format!("run/{name}.pid"))).unwrap();
+        assert!(run("kill", &[signal, text.split(' ').next().unwrap()]).0, "{name}");
+    }
+
     /// Kills a process of the platform.
     pub(crate) fn kill(&self, name: &str) {
-        let text = fs::read_to_string(self.data.join(format!("run/{name}.pid"))).unwrap();
-        assert!(run("kill", &["-9", text.split(' ').next().unwrap()]).0, "{name}");
+        self.signal(name, "-9");
+    }
+
+    /// Does something to the database that only time would do.
+    pub(crate) fn sql(&self, statement: &str) -> String {
+        let socket = self.data.join("run/postgres").display().to_string();
+        let (good, text) =
+            run("psql", &["-h", &socket, "-U", "postgres", "-d", "bulkhead", "-tAc", statement]);
+        assert!(good, "{text}");
+        text.trim().to_owned()
+    }
+
+    /// Kilobytes of memory that `serve` has.
+    pub(crate) fn memory(&self, field: &str) -> u64 {
+        let pid = fs::read_to_string(self.data.join("run/serve.pid")).unwrap();
+        let text = fs::read_to_string(format!("/proc/{}/status", pid.split(' ').next().unwrap())).unwrap();
+        let line = text.lines().find(|line| line.starts_with(field)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
     /// Kills a process so that the next one of its name dies at a step; returns when that one is up.
@@ -239,9 +261,24 @@ impl Machine {
     }
 
     pub(crate) fn try_push(&self, robot: &(String, String), image: &str, command: &[&str]) -> (bool, String) {
+        self.push_image(robot, image, &Image::of(command))
+    }
+
+    pub(crate) fn push_image(
+        &self,
+        robot: &(String, String),
+        name: &str,
+        image: &Image<'_>,
+    ) -> (bool, String) {
         let dir = tempfile::tempdir().unwrap();
-        oci_image(dir.path(), command);
-        let auth = self.auth_file(dir.path(), robot);
+        let (digest, size) = layer(dir.path());
+        image.write(dir.path(), &digest, size);
+        self.copy(robot, dir.path(), name)
+    }
+
+    /// Pushes what lies in a folder, with an ordinary client.
+    pub(crate) fn copy(&self, robot: &(String, String), dir: &Path, name: &str) -> (bool, String) {
+        let auth = self.auth_file(dir, robot);
         run(
             "skopeo",
             &[
@@ -251,8 +288,8 @@ impl Machine {
                 "--dest-tls-verify=false",
                 "--dest-authfile",
                 &auth,
-                &format!("oci:{}/image", dir.path().display()),
-                &format!("docker://127.0.0.1:{}/{image}", self.port),
+                &format!("oci:{}/image", dir.display()),
+                &format!("docker://127.0.0.1:{}/{name}", self.port),
             ],
         )
     }
@@ -362,8 +399,47 @@ impl Drop for Machine {
     }
 }
 
-/// An image in the OCI layout: busybox from this machine, user 1000, one layer.
-pub(crate) fn oci_image(dir: &Path, command: &[&str]) {
+/// What an image says of itself.
+pub(crate) struct Image<'a> {
+    pub(crate) user: &'a str,
+    pub(crate) architecture: &'a str,
+    pub(crate) command: &'a [&'a str],
+    pub(crate) annotations: Value,
+}
+
+impl<'a> Image<'a> {
+    /// A usual one: for this platform, run by its own user.
+    pub(crate) fn of(command: &'a [&'a str]) -> Self {
+        Self { user: "app", architecture: "amd64", command, annotations: json!({}) }
+    }
+
+    /// Writes it in the OCI layout, with this layer, which is among the blobs already.
+    pub(crate) fn write(&self, dir: &Path, layer: &Digest, size: u64) {
+        let blobs = dir.join("image/blobs/sha256");
+        let put = |text: String, kind: &str| {
+            let digest = Digest::of(text.as_bytes());
+            fs::write(blobs.join(&digest.as_str()[7..]), &text).unwrap();
+            json!({"mediaType": format!("application/vnd.oci.image.{kind}"), "digest": digest, "size": text.len()})
+        };
+        let config = json!({
+            "architecture": self.architecture, "os": "linux",
+            "config": {"User": self.user, "Cmd": self.command},
+            "rootfs": {"type": "layers", "diff_ids": [layer]},
+        });
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "annotations": self.annotations,
+            "config": put(config.to_string(), "config.v1+json"),
+            "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": layer, "size": size}],
+        });
+        let index = json!({"schemaVersion": 2, "manifests": [put(manifest.to_string(), "manifest.v1+json")]});
+        fs::write(dir.join("image/index.json"), index.to_string()).unwrap();
+        fs::write(dir.join("image/oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    }
+}
+
+/// The layer of all test images: busybox from this machine and a page.
+fn layer(dir: &Path) -> (Digest, u64) {
     let busybox = fs::read("/bin/busybox").expect("busybox-static is installed by deploy/packages");
     let mut layer = tar::Builder::new(Vec::new());
     for (path, bytes, mode) in [
@@ -380,26 +456,11 @@ pub(crate) fn oci_image(dir: &Path, command: &[&str]) {
         layer.append_data(&mut header, path, bytes).unwrap();
     }
     let layer = layer.into_inner().unwrap();
+    let digest = Digest::of(&layer);
     let blobs = dir.join("image/blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();
-    let put = |bytes: &[u8], kind: &str| {
-        let digest = Digest::of(bytes);
-        fs::write(blobs.join(&digest.as_str()[7..]), bytes).unwrap();
-        json!({"mediaType": format!("application/vnd.oci.image.{kind}"), "digest": digest, "size": bytes.len()})
-    };
-    let config = json!({
-        "architecture": "amd64", "os": "linux",
-        "config": {"User": "app", "Cmd": command},
-        "rootfs": {"type": "layers", "diff_ids": [Digest::of(&layer)]},
-    });
-    let manifest = json!({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": put(config.to_string().as_bytes(), "config.v1+json"), "layers": [put(&layer, "layer.v1.tar")],
-    });
-    let index =
-        json!({"schemaVersion": 2, "manifests": [put(manifest.to_string().as_bytes(), "manifest.v1+json")]});
-    fs::write(dir.join("image/index.json"), index.to_string()).unwrap();
-    fs::write(dir.join("image/oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    fs::write(blobs.join(&digest.as_str()[7..]), &layer).unwrap();
+    (digest, layer.len() as u64)
 }
 
 /// The command of a small web server.
