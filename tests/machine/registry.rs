@@ -194,12 +194,23 @@ async fn lies_and_full_quotas_are_refused() {
     let app = machine.running("acme", "root").await;
     let uid = app["observed"]["instances"][0]["uid"].as_i64().unwrap();
     assert_eq!(uid, app["uids"]["start"].as_i64().unwrap() + 1000);
-    // Orders to a container runtime are no annotations.
-    for key in ["run.oci.hooks.stdout", "run.oci.seccomp_bpf_data"] {
-        let evil = Image { annotations: json!({key: "/etc/nologin"}), ..Image::of(&HTTPD) };
-        let (good, text) = machine.push_image(&acme, "acme/evil:1", &evil);
-        assert!(!good && text.contains("annotation"), "{text}");
-    }
+    // Orders to a container runtime are no annotations: refused as they stand. A client that then sends the
+    // image in Docker's form has left them out, and nothing of them reaches the container.
+    let orders = json!({"run.oci.hooks.stdout": "/etc/nologin", "run.oci.seccomp_bpf_data": "x"});
+    let mut evil = good.clone();
+    evil["annotations"] = orders.clone();
+    let (status, _, text) = put(evil.to_string(), MANIFEST, "evil").await;
+    assert!(status == 400 && text.contains("annotation"), "{status} {text}");
+    let evil = Image { annotations: orders, ..Image::of(&HTTPD) };
+    assert!(machine.push_image(&acme, "acme/evil:1", &evil).0);
+    assert_eq!(machine.deploy("acme", "evil", "image: evil:1\nport: 8080\n").await.0, 202);
+    let app = machine.running("acme", "evil").await;
+    let name = app["observed"]["instances"][0]["container"].as_str().unwrap().to_owned();
+    let (_, annotations) = machine.podman(&["inspect", "-f", "{{.Config.Annotations}}", &name]);
+    assert!(
+        annotations.contains("io.container.manager") && !annotations.contains("run.oci"),
+        "{annotations}"
+    );
     // A secret that has expired is none, and it is known when one was last used.
     let robots = machine.get("/api/v1/tenants/acme/robots").await;
     assert!(
@@ -211,15 +222,19 @@ async fn lies_and_full_quotas_are_refused() {
     assert_eq!(client.call(&token, "GET", "/v2/acme/web/tags/list", "", vec![]).await.0, 401);
     machine.sql("UPDATE robot SET expires_at = now() + interval '1 day'");
     // The quota stops a push in the middle.
+    let used = async || {
+        machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"].as_i64().unwrap()
+    };
+    let limit = used().await + 1_000_000;
     let (status, _) =
-        machine.send("PATCH", "/api/v1/tenants/acme", json!({"quota": {"registry_bytes": 1_000_000}})).await;
+        machine.send("PATCH", "/api/v1/tenants/acme", json!({"quota": {"registry_bytes": limit}})).await;
     assert_eq!(status, 202);
     let big: Vec<u8> = (0..3_000_000_u32).map(|n| n.to_le_bytes()[0]).collect();
     let (status, text) = client.upload(&token, "acme/web", &big).await;
     assert_eq!(status, 403, "{text}");
-    assert!(text.contains("limit 1000000 bytes"), "{text}");
-    let used = machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"].as_i64().unwrap();
-    assert!(used < 1_000_000);
+    assert!(text.contains(&format!("limit {limit} bytes")), "{text}");
+    let used = used().await;
+    assert!(used < limit);
     // A deleted tag gives its bytes back, at once for the manifest.
     let (status, _) =
         machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/acme/repositories/web/tags/1", None).await;
