@@ -1,0 +1,320 @@
+//! Apps, releases, addresses and what was seen.
+
+use sqlx::PgConnection;
+use sqlx::types::Json;
+use time::OffsetDateTime;
+
+use super::{App, Peak};
+use crate::driver::AppObserved;
+use crate::error::Error;
+use crate::ids::{AppId, AppName, TenantId};
+use crate::tenants::{Amount, Quota};
+use crate::uid_ranges::Block;
+
+mod addresses;
+mod observed;
+mod releases;
+
+pub(super) use {addresses::*, observed::*, releases::*};
+
+struct AppRow {
+    id: i64,
+    tenant_id: i64,
+    name: AppName,
+    generation: i64,
+    observed_generation: i64,
+    revision: i64,
+    peak_instances: i64,
+    peak_surge: i64,
+    peak_cpu_millis: i64,
+    peak_memory: i64,
+    uid_start: i64,
+    uid_size: i64,
+    observed: Option<Json<AppObserved>>,
+    observed_at: Option<OffsetDateTime>,
+    problem: Option<String>,
+    created_at: OffsetDateTime,
+    changed_at: OffsetDateTime,
+    deleted_at: Option<OffsetDateTime>,
+}
+
+impl From<AppRow> for App {
+    fn from(row: AppRow) -> Self {
+        Self {
+            id: AppId(row.id),
+            tenant_id: TenantId(row.tenant_id),
+            name: row.name,
+            generation: row.generation,
+            observed_generation: row.observed_generation,
+            revision: row.revision,
+            peak: Peak {
+                instances: row.peak_instances,
+                surge: row.peak_surge,
+                cpu_millis: row.peak_cpu_millis,
+                memory: row.peak_memory,
+            },
+            uid_start: row.uid_start,
+            uid_size: row.uid_size,
+            observed: row.observed.map(|Json(observed)| observed),
+            observed_at: row.observed_at,
+            problem: row.problem,
+            created_at: row.created_at,
+            changed_at: row.changed_at,
+            deleted_at: row.deleted_at,
+        }
+    }
+}
+
+/// An app by name, unless it was removed.
+pub(super) async fn find_app(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    name: &AppName,
+) -> Result<Option<App>, Error> {
+    let row = sqlx::query_as!(
+        AppRow,
+        r#"SELECT id, tenant_id, name AS "name: AppName", generation, observed_generation, revision,
+           peak_instances, peak_surge, peak_cpu_millis, peak_memory, uid_start, uid_size,
+           observed AS "observed: Json<AppObserved>", observed_at, problem, created_at, changed_at, deleted_at
+           FROM app WHERE tenant_id = $1 AND name = $2 AND removed_at IS NULL"#,
+        tenant.0,
+        name.as_str()
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(Into::into))
+}
+
+/// An app by identity, removed or not.
+pub(super) async fn find_app_by_id(conn: &mut PgConnection, id: AppId) -> Result<Option<App>, Error> {
+    let row = sqlx::query_as!(
+        AppRow,
+        r#"SELECT id, tenant_id, name AS "name: AppName", generation, observed_generation, revision,
+           peak_instances, peak_surge, peak_cpu_millis, peak_memory, uid_start, uid_size,
+           observed AS "observed: Json<AppObserved>", observed_at, problem, created_at, changed_at, deleted_at
+           FROM app WHERE id = $1 AND removed_at IS NULL"#,
+        id.0
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(Into::into))
+}
+
+/// Apps of a tenant by name.
+pub(super) async fn list_apps(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<App>, Error> {
+    let rows = sqlx::query_as!(
+        AppRow,
+        r#"SELECT id, tenant_id, name AS "name: AppName", generation, observed_generation, revision,
+           peak_instances, peak_surge, peak_cpu_millis, peak_memory, uid_start, uid_size,
+           observed AS "observed: Json<AppObserved>", observed_at, problem, created_at, changed_at, deleted_at
+           FROM app WHERE tenant_id = $1 AND removed_at IS NULL AND name > $2 ORDER BY name LIMIT $3"#,
+        tenant.0,
+        after,
+        limit
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(Into::into).collect())
+}
+
+/// Which of these names the tenant has no app for.
+pub(super) async fn list_missing(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    names: &[AppName],
+) -> Result<Vec<String>, Error> {
+    let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+    Ok(sqlx::query_scalar!(
+        r#"SELECT n AS "name!" FROM unnest($2::text[]) n WHERE NOT EXISTS
+           (SELECT 1 FROM app WHERE tenant_id = $1 AND name = n AND removed_at IS NULL AND deleted_at IS NULL)"#,
+        tenant.0,
+        &names
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// Locks the tenant's quota and state: from here on no other deploy of this tenant can take any, and
+/// no suspension or offboarding comes in between.
+pub(super) async fn lock_quota(conn: &mut PgConnection, tenant: TenantId) -> Result<(Quota, String), Error> {
+    let row = sqlx::query!(
+        "SELECT q.cpu_millis, q.memory, q.apps, q.instances, q.registry_bytes, q.used_cpu_millis, q.used_memory, \
+         q.used_apps, q.used_instances, q.used_registry_bytes, t.state \
+         FROM quota q JOIN tenant t ON t.id = q.tenant_id WHERE q.tenant_id = $1 FOR SHARE OF t FOR UPDATE OF q",
+        tenant.0
+    )
+    .fetch_one(conn)
+    .await?;
+    let amount = |limit, used| Amount { limit, used };
+    let quota = Quota {
+        cpu: amount(row.cpu_millis, row.used_cpu_millis),
+        memory: amount(row.memory, row.used_memory),
+        apps: amount(row.apps, row.used_apps),
+        instances: amount(row.instances, row.used_instances),
+        registry_bytes: amount(row.registry_bytes, row.used_registry_bytes),
+    };
+    Ok((quota, row.state))
+}
+
+/// Adds to what is used; the rows' own checks keep it from going below zero.
+pub(super) async fn add_used(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    before: crate::apps::reservation::Reserved,
+    after: crate::apps::reservation::Reserved,
+    apps: i64,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE quota SET used_cpu_millis = used_cpu_millis + $2, used_memory = used_memory + $3, \
+         used_instances = used_instances + $4, used_apps = used_apps + $5 WHERE tenant_id = $1",
+        tenant.0,
+        after.cpu - before.cpu,
+        after.memory - before.memory,
+        after.instances - before.instances,
+        apps
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn insert_app(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    name: &AppName,
+    peak: Peak,
+    block: Block,
+) -> Result<AppId, Error> {
+    let id = sqlx::query_scalar!(
+        "INSERT INTO app (tenant_id, name, peak_instances, peak_surge, peak_cpu_millis, peak_memory, \
+         uid_slot, uid_start, uid_size) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) RETURNING id",
+        tenant.0,
+        name.as_str(),
+        peak.instances,
+        peak.surge,
+        peak.cpu_millis,
+        peak.memory,
+        block.slot,
+        i64::from(block.ids.start),
+        i64::from(block.ids.size)
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(AppId(id))
+}
+
+/// Takes the next release as desired: its revision and the raised generation.
+pub(super) async fn advance_app(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    id: AppId,
+    peak: Peak,
+) -> Result<(i64, i64), Error> {
+    let row = sqlx::query!(
+        "UPDATE app SET generation = generation + 1, revision = last_revision + 1, \
+         last_revision = last_revision + 1, peak_instances = $3, peak_surge = $4, peak_cpu_millis = $5, \
+         peak_memory = $6, changed_at = now(), problem = NULL WHERE tenant_id = $1 AND id = $2 \
+         RETURNING generation, revision",
+        tenant.0,
+        id.0,
+        peak.instances,
+        peak.surge,
+        peak.cpu_millis,
+        peak.memory
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok((row.generation, row.revision))
+}
+
+pub(super) async fn set_peak(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    id: AppId,
+    peak: Peak,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE app SET peak_instances = $3, peak_surge = $4, peak_cpu_millis = $5, peak_memory = $6 \
+         WHERE tenant_id = $1 AND id = $2",
+        tenant.0,
+        id.0,
+        peak.instances,
+        peak.surge,
+        peak.cpu_millis,
+        peak.memory
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// What is reserved for an app, removed or not.
+pub(super) async fn find_peak(conn: &mut PgConnection, tenant: TenantId, id: AppId) -> Result<Peak, Error> {
+    Ok(sqlx::query_as!(
+        Peak,
+        "SELECT peak_instances AS instances, peak_surge AS surge, peak_cpu_millis AS cpu_millis, \
+         peak_memory AS memory FROM app WHERE tenant_id = $1 AND id = $2",
+        tenant.0,
+        id.0
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Apps that the tenant has made within a day, those that are gone again included.
+pub(super) async fn count_made_lately(conn: &mut PgConnection, tenant: TenantId) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT count(*) AS "n!" FROM app WHERE tenant_id = $1 AND created_at > now() - interval '1 day'"#,
+        tenant.0
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Asks for the removal; the row goes when absence was observed.
+pub(super) async fn set_deleted(conn: &mut PgConnection, tenant: TenantId, id: AppId) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
+        "UPDATE app SET deleted_at = coalesce(deleted_at, now()), generation = generation + 1, changed_at = now() \
+         WHERE tenant_id = $1 AND id = $2 RETURNING generation",
+        tenant.0,
+        id.0
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+pub(super) async fn set_removed(conn: &mut PgConnection, tenant: TenantId, id: AppId) -> Result<bool, Error> {
+    let done = sqlx::query!(
+        "UPDATE app SET removed_at = now(), observed = NULL WHERE tenant_id = $1 AND id = $2 AND removed_at IS NULL",
+        tenant.0,
+        id.0
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Apps of a tenant whose removal was not asked for yet.
+pub(super) async fn list_undeleted(conn: &mut PgConnection, tenant: TenantId) -> Result<Vec<AppName>, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT name AS "name: AppName" FROM app WHERE tenant_id = $1 AND removed_at IS NULL
+           AND deleted_at IS NULL ORDER BY name LIMIT 200"#,
+        tenant.0
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+pub(super) async fn count_left(conn: &mut PgConnection, tenant: TenantId) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT count(*) AS "n!" FROM app WHERE tenant_id = $1 AND removed_at IS NULL"#,
+        tenant.0
+    )
+    .fetch_one(conn)
+    .await?)
+}

@@ -1,0 +1,182 @@
+//! Rows of releases: insert-only.
+
+use serde_json::Value;
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+
+use crate::apps::{App, Release};
+use crate::driver::workload::InsideUser;
+use crate::error::Error;
+use crate::ids::{AppId, Digest, RepositoryPath, Tag, TenantId};
+
+pub(in crate::apps) async fn insert_release(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    app: AppId,
+    release: &Release,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "INSERT INTO release (tenant_id, app_id, revision, spec, repository, tag, index_digest, digest, \
+         inside_uid, inside_gid, warnings, rolled_back_to, actor) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+        tenant.0,
+        app.0,
+        release.revision,
+        release.spec,
+        release.repository.as_str(),
+        release.tag.as_ref().map(Tag::as_str),
+        release.index_digest.as_str(),
+        release.digest.as_str(),
+        i32::from(release.user.uid),
+        i32::from(release.user.gid),
+        release.warnings,
+        release.rolled_back_to,
+        release.actor
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+struct ReleaseRow {
+    revision: i64,
+    spec: Value,
+    repository: RepositoryPath,
+    tag: Option<Tag>,
+    index_digest: Digest,
+    digest: Digest,
+    inside_uid: i32,
+    inside_gid: i32,
+    warnings: Value,
+    rolled_back_to: Option<i64>,
+    actor: String,
+    created_at: OffsetDateTime,
+}
+
+impl From<ReleaseRow> for Release {
+    fn from(row: ReleaseRow) -> Self {
+        Self {
+            revision: row.revision,
+            spec: row.spec,
+            repository: row.repository,
+            tag: row.tag,
+            index_digest: row.index_digest,
+            digest: row.digest,
+            user: InsideUser {
+                uid: u16::try_from(row.inside_uid).unwrap_or(1000),
+                gid: u16::try_from(row.inside_gid).unwrap_or(1000),
+            },
+            warnings: row.warnings,
+            rolled_back_to: row.rolled_back_to,
+            actor: row.actor,
+            created_at: row.created_at,
+        }
+    }
+}
+
+pub(in crate::apps) async fn find_release(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    app: AppId,
+    revision: i64,
+) -> Result<Option<Release>, Error> {
+    let row = sqlx::query_as!(
+        ReleaseRow,
+        r#"SELECT revision, spec, repository AS "repository: RepositoryPath", tag AS "tag: Tag",
+           index_digest AS "index_digest: Digest", digest AS "digest: Digest", inside_uid, inside_gid, warnings,
+           rolled_back_to, actor, created_at
+           FROM release WHERE tenant_id = $1 AND app_id = $2 AND revision = $3"#,
+        tenant.0,
+        app.0,
+        revision
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(Into::into))
+}
+
+/// The desired releases of a page of apps, in one query.
+pub(in crate::apps) async fn list_wanted(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    apps: &[App],
+) -> Result<std::collections::HashMap<AppId, Release>, Error> {
+    let ids: Vec<i64> = apps.iter().map(|app| app.id.0).collect();
+    let revisions: Vec<i64> = apps.iter().map(|app| app.revision).collect();
+    let rows = sqlx::query!(
+        r#"SELECT r.app_id, r.revision, r.spec, r.repository AS "repository: RepositoryPath", r.tag AS "tag: Tag",
+           r.index_digest AS "index_digest: Digest", r.digest AS "digest: Digest", r.inside_uid, r.inside_gid,
+           r.warnings, r.rolled_back_to, r.actor, r.created_at
+           FROM unnest($2::bigint[], $3::bigint[]) AS w (app_id, revision)
+           JOIN release r ON r.tenant_id = $1 AND r.app_id = w.app_id AND r.revision = w.revision"#,
+        tenant.0,
+        &ids,
+        &revisions
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let release = ReleaseRow {
+                revision: row.revision,
+                spec: row.spec,
+                repository: row.repository,
+                tag: row.tag,
+                index_digest: row.index_digest,
+                digest: row.digest,
+                inside_uid: row.inside_uid,
+                inside_gid: row.inside_gid,
+                warnings: row.warnings,
+                rolled_back_to: row.rolled_back_to,
+                actor: row.actor,
+                created_at: row.created_at,
+            };
+            (AppId(row.app_id), release.into())
+        })
+        .collect())
+}
+
+/// Releases, newest first, older than `before`.
+pub(in crate::apps) async fn list_releases(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    app: AppId,
+    before: i64,
+    limit: i64,
+) -> Result<Vec<Release>, Error> {
+    let rows = sqlx::query_as!(
+        ReleaseRow,
+        r#"SELECT revision, spec, repository AS "repository: RepositoryPath", tag AS "tag: Tag",
+           index_digest AS "index_digest: Digest", digest AS "digest: Digest", inside_uid, inside_gid, warnings,
+           rolled_back_to, actor, created_at
+           FROM release WHERE tenant_id = $1 AND app_id = $2 AND revision < $3 ORDER BY revision DESC LIMIT $4"#,
+        tenant.0,
+        app.0,
+        before,
+        limit
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(Into::into).collect())
+}
+
+/// Which apps run one of these digests in any release that can still be rolled back to.
+pub(in crate::apps) async fn list_holders(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digests: &[String],
+) -> Result<Vec<(String, String)>, Error> {
+    let rows = sqlx::query!(
+        r#"SELECT DISTINCT d AS "digest!", a.name FROM unnest($3::text[]) d
+           JOIN release r ON r.tenant_id = $1 AND r.repository = $2 AND (r.digest = d OR r.index_digest = d)
+           JOIN app a ON a.tenant_id = r.tenant_id AND a.id = r.app_id AND a.removed_at IS NULL"#,
+        tenant.0,
+        repository.as_str(),
+        digests
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.digest, row.name)).collect())
+}

@@ -1,0 +1,77 @@
+//! Robots, manifests, tags, blobs and what they weigh; a file for each of reading, pushing and removing.
+
+use sqlx::PgConnection;
+
+use crate::error::Error;
+use crate::ids::{TenantId, TenantName};
+
+mod push;
+mod read;
+mod remove;
+mod robots;
+
+pub use read::are_manifests_there;
+pub(super) use {push::*, read::*, remove::*, robots::*};
+
+pub(in crate::registries) async fn tenant_state(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+) -> Result<Option<String>, Error> {
+    Ok(sqlx::query_scalar!("SELECT state FROM tenant WHERE name = $1", tenant.as_str())
+        .fetch_optional(conn)
+        .await?)
+}
+
+fn positive(n: i64) -> u64 {
+    u64::try_from(n).unwrap_or(0)
+}
+
+fn signed(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+/// Bytes used, uploads under way included, and the limit.
+pub(in crate::registries) async fn registry_use(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+) -> Result<(u64, u64), Error> {
+    let row = sqlx::query!(
+        r#"SELECT (q.used_registry_bytes + coalesce((SELECT sum(u.bytes) FROM upload u WHERE u.tenant_id = t.id
+                   AND u.changed_at > now() - interval '2 hours'), 0))::bigint AS "used!",
+                  q.registry_bytes AS "limit!"
+           FROM tenant t JOIN quota q ON q.tenant_id = t.id WHERE t.name = $1"#,
+        tenant.as_str()
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok((positive(row.used), positive(row.limit)))
+}
+
+/// Locks the quota of a tenant: whoever adds to its project or takes from it comes one after another.
+async fn lock_project(conn: &mut PgConnection, tenant: &TenantName) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
+        "SELECT q.tenant_id FROM quota q JOIN tenant t ON t.id = q.tenant_id WHERE t.name = $1 FOR UPDATE OF q",
+        tenant.as_str()
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// What is doomed cannot be pushed again before it is gone.
+fn going() -> Error {
+    Error::Unavailable(
+        "this very content is being removed; push again".into(),
+        std::time::Duration::from_secs(5),
+    )
+}
+
+async fn add_used(conn: &mut PgConnection, tenant: TenantId, bytes: i64) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE quota SET used_registry_bytes = greatest(0, used_registry_bytes + $2) WHERE tenant_id = $1",
+        tenant.0,
+        bytes
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}

@@ -1,0 +1,323 @@
+//! Rows of a push: uploads, blobs and manifests as they come, and what they take of the quota.
+
+use sqlx::{PgConnection, PgPool};
+
+use super::{add_used, going, lock_project, registry_use, signed};
+use crate::error::Error;
+use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
+use crate::registries::proxy::Asked;
+
+/// What came of a reservation.
+pub(in crate::registries) enum Reserve {
+    /// So many bytes were taken.
+    Taken(u64),
+    /// Not even what is needed now is left.
+    Full { used: u64, limit: u64 },
+}
+
+/// Takes bytes of the quota for an upload: a whole step where it fits, else what is needed now. The
+/// lock on the quota's row keeps two uploads from taking the same bytes.
+pub(in crate::registries) async fn reserve_upload(
+    pool: &PgPool,
+    tenant: &TenantName,
+    id: &str,
+    step: u64,
+    needed: u64,
+) -> Result<Reserve, Error> {
+    let mut tx = pool.begin().await?;
+    let tenant_id = lock_project(&mut tx, tenant).await?;
+    let (used, limit) = registry_use(&mut tx, tenant).await?;
+    let left = limit.saturating_sub(used);
+    if needed > left {
+        return Ok(Reserve::Full { used, limit });
+    }
+    let taken = if step <= left { step } else { needed };
+    sqlx::query!(
+        "DELETE FROM upload WHERE tenant_id = $1 AND changed_at < now() - interval '2 hours'",
+        tenant_id
+    )
+    .execute(&mut *tx)
+    .await?;
+    sqlx::query!(
+        "INSERT INTO upload (tenant_id, id, bytes) VALUES ($1, $2, $3) \
+         ON CONFLICT (tenant_id, id) DO UPDATE SET bytes = upload.bytes + $3, changed_at = now()",
+        tenant_id,
+        id,
+        signed(taken)
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(Reserve::Taken(taken))
+}
+
+/// Gives back what was reserved for an upload and not needed.
+pub(in crate::registries) async fn give_back(
+    pool: &PgPool,
+    tenant: &TenantName,
+    id: &str,
+    bytes: u64,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE upload u SET bytes = greatest(0, u.bytes - $3) FROM tenant t \
+         WHERE t.name = $1 AND u.tenant_id = t.id AND u.id = $2",
+        tenant.as_str(),
+        id,
+        signed(bytes)
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
+/// A blob is there: it counts once, its upload no more.
+pub(in crate::registries) async fn commit_blob(
+    pool: &PgPool,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    digest: &Digest,
+    size: u64,
+    upload: Option<&str>,
+) -> Result<(), Error> {
+    let mut tx = pool.begin().await?;
+    let tenant_id = lock_project(&mut tx, tenant).await?;
+    let doomed = sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT 1 FROM blob WHERE tenant_id = $1 AND digest = $2 AND doomed_at IS NOT NULL) AS "yes!""#,
+        tenant_id,
+        digest.as_str()
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+    if doomed {
+        return Err(going());
+    }
+    let new = sqlx::query!(
+        "INSERT INTO blob (tenant_id, digest, size) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+        tenant_id,
+        digest.as_str(),
+        signed(size)
+    )
+    .execute(&mut *tx)
+    .await?
+    .rows_affected();
+    if new == 1 {
+        add_used(&mut tx, TenantId(tenant_id), signed(size)).await?;
+    }
+    sqlx::query!(
+        "INSERT INTO blob_place (tenant_id, digest, repository) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+        tenant_id,
+        digest.as_str(),
+        repository.as_str()
+    )
+    .execute(&mut *tx)
+    .await?;
+    if let Some(id) = upload {
+        sqlx::query!("DELETE FROM upload WHERE tenant_id = $1 AND id = $2", tenant_id, id)
+            .execute(&mut *tx)
+            .await?;
+    }
+    tx.commit().await?;
+    Ok(())
+}
+
+/// A manifest as it was pushed.
+pub(in crate::registries) struct NewManifest {
+    pub(in crate::registries) digest: Digest,
+    pub(in crate::registries) media_type: String,
+    pub(in crate::registries) size: u64,
+    /// Bytes of its parts.
+    pub(in crate::registries) total: u64,
+    /// Digest, and whether it is a blob.
+    pub(in crate::registries) parts: Vec<(Digest, bool)>,
+    pub(in crate::registries) pushed_by: String,
+}
+
+/// What came of writing a manifest down.
+pub(in crate::registries) enum Noted {
+    /// It is on record.
+    Yes,
+    /// It does not fit.
+    Full { used: u64, limit: u64 },
+    /// It names something that is not there (any more).
+    Unknown,
+}
+
+/// Writes a manifest down before it is handed on.
+pub(in crate::registries) async fn insert_manifest(
+    pool: &PgPool,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    new: &NewManifest,
+) -> Result<Noted, Error> {
+    let parts: Vec<String> = new.parts.iter().map(|(digest, _)| digest.to_string()).collect();
+    let blobs: Vec<bool> = new.parts.iter().map(|(_, blob)| *blob).collect();
+    let mut tx = pool.begin().await?;
+    let tenant_id = lock_project(&mut tx, tenant).await?;
+    let state = sqlx::query!(
+        r#"SELECT EXISTS (SELECT 1 FROM manifest WHERE tenant_id = $1 AND repository = $2 AND digest = $3
+                          AND doomed_at IS NOT NULL) AS "doomed!",
+           EXISTS (SELECT 1 FROM unnest($4::text[], $5::boolean[]) AS x (part, is_blob) WHERE CASE WHEN is_blob
+             THEN NOT EXISTS (SELECT 1 FROM blob b JOIN blob_place p USING (tenant_id, digest) WHERE b.tenant_id = $1
+                              AND b.digest = part AND p.repository = $2 AND b.doomed_at IS NULL)
+             ELSE NOT EXISTS (SELECT 1 FROM manifest m WHERE m.tenant_id = $1 AND m.repository = $2
+                              AND m.digest = part AND m.confirmed AND m.doomed_at IS NULL) END) AS "lacks!""#,
+        tenant_id,
+        repository.as_str(),
+        new.digest.as_str(),
+        &parts,
+        &blobs
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+    if state.doomed {
+        return Err(going());
+    }
+    if state.lacks {
+        return Ok(Noted::Unknown);
+    }
+    let inserted = sqlx::query!(
+        "INSERT INTO manifest (tenant_id, repository, digest, media_type, size, total, pushed_by) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING",
+        tenant_id,
+        repository.as_str(),
+        new.digest.as_str(),
+        new.media_type,
+        signed(new.size),
+        signed(new.total),
+        new.pushed_by
+    )
+    .execute(&mut *tx)
+    .await?
+    .rows_affected();
+    if inserted == 1 {
+        let (used, limit) = registry_use(&mut tx, tenant).await?;
+        if used.saturating_add(new.size) > limit {
+            return Ok(Noted::Full { used, limit });
+        }
+        add_used(&mut tx, TenantId(tenant_id), signed(new.size)).await?;
+        sqlx::query!(
+            "INSERT INTO manifest_part (tenant_id, repository, digest, part, is_blob) \
+             SELECT $1, $2, $3, p, b FROM unnest($4::text[], $5::boolean[]) AS x (p, b) ON CONFLICT DO NOTHING",
+            tenant_id,
+            repository.as_str(),
+            new.digest.as_str(),
+            &parts,
+            &blobs
+        )
+        .execute(&mut *tx)
+        .await?;
+    }
+    tx.commit().await?;
+    Ok(Noted::Yes)
+}
+
+/// The registry does not have a blob that is on record: the record is mended, so that the next push
+/// sends it.
+pub(in crate::registries) async fn forget_blob(
+    pool: &PgPool,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "DELETE FROM blob_place p USING tenant t WHERE t.name = $1 AND p.tenant_id = t.id AND p.repository = $2 \
+         AND p.digest = $3",
+        tenant.as_str(),
+        repository.as_str(),
+        digest.as_str()
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
+/// Most tags of a repository.
+const TAGS: i64 = 2_000;
+
+/// The registry has it: the tag moves, and it is on record who pushed.
+pub(in crate::registries) async fn confirm_manifest(
+    pool: &PgPool,
+    asked: &Asked,
+    new: &NewManifest,
+    tag: Option<&Tag>,
+) -> Result<(), Error> {
+    let mut tx = pool.begin().await?;
+    lock_project(&mut tx, &asked.tenant).await?;
+    let tenant_id = sqlx::query_scalar!(
+        "UPDATE manifest m SET confirmed = true FROM tenant t WHERE t.name = $1 AND m.tenant_id = t.id \
+         AND m.repository = $2 AND m.digest = $3 AND m.doomed_at IS NULL RETURNING m.tenant_id",
+        asked.tenant.as_str(),
+        asked.repository.as_str(),
+        new.digest.as_str()
+    )
+    .fetch_optional(&mut *tx)
+    .await?
+    .ok_or_else(going)?;
+    if let Some(tag) = tag {
+        let count = sqlx::query_scalar!(
+            r#"SELECT count(*) AS "n!" FROM tag WHERE tenant_id = $1 AND repository = $2 AND name <> $3"#,
+            tenant_id,
+            asked.repository.as_str(),
+            tag.as_str()
+        )
+        .fetch_one(&mut *tx)
+        .await?;
+        if count >= TAGS {
+            return Err(Error::Conflict(format!("a repository has at most {TAGS} tags; delete some")));
+        }
+        sqlx::query!(
+            "INSERT INTO tag (tenant_id, repository, name, digest, pushed_by) VALUES ($1, $2, $3, $4, $5) \
+             ON CONFLICT (tenant_id, repository, name) DO UPDATE SET digest = $4, pushed_by = $5, pushed_at = now()",
+            tenant_id,
+            asked.repository.as_str(),
+            tag.as_str(),
+            new.digest.as_str(),
+            new.pushed_by
+        )
+        .execute(&mut *tx)
+        .await?;
+    }
+    let actor = crate::ids::ActorId::new(&new.pushed_by);
+    let event = crate::audit::Event {
+        tenant: Some(TenantId(tenant_id)),
+        actor: &actor,
+        action: "image.push",
+        object: asked.repository.as_str(),
+        request_id: "registry",
+        detail: serde_json::json!({"digest": new.digest, "tag": tag}),
+    };
+    crate::audit::record(&mut tx, event).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Manifests that were written down and never confirmed.
+pub(in crate::registries) async fn list_unconfirmed(
+    conn: &mut PgConnection,
+) -> Result<Vec<(TenantId, TenantName, RepositoryPath, Digest)>, Error> {
+    let rows = sqlx::query!(
+        r#"SELECT m.tenant_id, t.name AS "name: TenantName", m.repository AS "repository: RepositoryPath",
+           m.digest AS "digest: Digest" FROM manifest m JOIN tenant t ON t.id = m.tenant_id
+           WHERE NOT m.confirmed AND m.pushed_at < now() - interval '1 minute' ORDER BY m.pushed_at LIMIT 100"#
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|r| (TenantId(r.tenant_id), r.name, r.repository, r.digest)).collect())
+}
+
+pub(in crate::registries) async fn set_confirmed(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE manifest SET confirmed = true WHERE tenant_id = $1 AND repository = $2 AND digest = $3",
+        tenant.0,
+        repository.as_str(),
+        digest.as_str()
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}

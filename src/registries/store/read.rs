@@ -1,0 +1,183 @@
+//! What there is: manifests, tags, repositories, as clients and people ask for them.
+
+use serde::Serialize;
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+
+use crate::error::Error;
+use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
+
+/// The digest that a tag stands for.
+pub(in crate::registries) async fn find_tag(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    tag: &Tag,
+) -> Result<Option<Digest>, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT g.digest AS "digest: Digest" FROM tag g JOIN tenant t ON t.id = g.tenant_id
+           WHERE t.name = $1 AND g.repository = $2 AND g.name = $3"#,
+        tenant.as_str(),
+        repository.as_str(),
+        tag.as_str()
+    )
+    .fetch_optional(conn)
+    .await?)
+}
+
+/// The digest, if this tenant has such a manifest.
+pub(in crate::registries) async fn find_manifest(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<Option<Digest>, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT m.digest AS "digest: Digest" FROM manifest m JOIN tenant t ON t.id = m.tenant_id
+           WHERE t.name = $1 AND m.repository = $2 AND m.digest = $3 AND m.confirmed AND m.doomed_at IS NULL"#,
+        tenant.as_str(),
+        repository.as_str(),
+        digest.as_str()
+    )
+    .fetch_optional(conn)
+    .await?)
+}
+
+/// Whether a repository of this tenant has a blob, as far as the platform knows: what it does not know
+/// is not counted, and what is doomed is gone.
+pub(in crate::registries) async fn has_blob(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT 1 FROM tenant t JOIN blob b ON b.tenant_id = t.id
+           JOIN blob_place p ON p.tenant_id = t.id AND p.digest = b.digest
+           WHERE t.name = $1 AND p.repository = $2 AND b.digest = $3 AND b.doomed_at IS NULL) AS "yes!""#,
+        tenant.as_str(),
+        repository.as_str(),
+        digest.as_str()
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Whether all these manifests are there and stay, within a transaction that holds the tenant's
+/// quota: whoever removes manifests holds it too.
+pub async fn are_manifests_there(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digests: &[&Digest],
+) -> Result<bool, Error> {
+    let texts: Vec<String> = digests.iter().map(ToString::to_string).collect();
+    Ok(sqlx::query_scalar!(
+        r#"SELECT NOT EXISTS (SELECT 1 FROM unnest($3::text[]) d WHERE NOT EXISTS
+           (SELECT 1 FROM manifest m WHERE m.tenant_id = $1 AND m.repository = $2 AND m.digest = d
+            AND m.confirmed AND m.doomed_at IS NULL)) AS "yes!""#,
+        tenant.0,
+        repository.as_str(),
+        &texts
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+pub(in crate::registries) async fn list_tag_names(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+) -> Result<Vec<String>, Error> {
+    Ok(sqlx::query_scalar!(
+        "SELECT g.name FROM tag g JOIN tenant t ON t.id = g.tenant_id \
+         WHERE t.name = $1 AND g.repository = $2 ORDER BY g.name LIMIT 10000",
+        tenant.as_str(),
+        repository.as_str()
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// A repository as listed.
+#[derive(Debug, Serialize)]
+pub(in crate::registries) struct RepositoryRow {
+    pub(in crate::registries) name: String,
+    pub(in crate::registries) tags: i64,
+    pub(in crate::registries) manifests: i64,
+    #[serde(with = "time::serde::rfc3339")]
+    pub(in crate::registries) pushed_at: OffsetDateTime,
+}
+
+pub(in crate::registries) async fn list_repositories(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<RepositoryRow>, Error> {
+    Ok(sqlx::query_as!(
+        RepositoryRow,
+        r#"SELECT m.repository AS name, count(*) AS "manifests!", max(m.pushed_at) AS "pushed_at!",
+           (SELECT count(*) FROM tag g WHERE g.tenant_id = $1 AND g.repository = m.repository) AS "tags!"
+           FROM manifest m WHERE m.tenant_id = $1 AND m.confirmed AND m.doomed_at IS NULL AND m.repository > $2
+           GROUP BY m.repository ORDER BY m.repository LIMIT $3"#,
+        tenant.0,
+        after,
+        limit
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// A tag as listed.
+#[derive(Debug, Serialize)]
+pub(in crate::registries) struct TagRow {
+    pub(in crate::registries) name: String,
+    pub(in crate::registries) digest: String,
+    pub(in crate::registries) size: i64,
+    pub(in crate::registries) pushed_by: String,
+    #[serde(with = "time::serde::rfc3339")]
+    pub(in crate::registries) pushed_at: OffsetDateTime,
+}
+
+pub(in crate::registries) async fn list_tags(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<TagRow>, Error> {
+    Ok(sqlx::query_as!(
+        TagRow,
+        r#"SELECT g.name, g.digest, m.size + m.total AS "size!",
+           coalesce((SELECT 'robot ' || r.name FROM robot r WHERE 'robot:' || r.id = g.pushed_by), g.pushed_by) AS "pushed_by!",
+           g.pushed_at
+           FROM tag g JOIN manifest m USING (tenant_id, repository, digest)
+           WHERE g.tenant_id = $1 AND g.repository = $2 AND g.name > $3 ORDER BY g.name LIMIT $4"#,
+        tenant.0,
+        repository.as_str(),
+        after,
+        limit
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// The manifests that stand for a tag's: itself and, of an index, its children.
+pub(in crate::registries) async fn list_family(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<Vec<String>, Error> {
+    let mut family = sqlx::query_scalar!(
+        "SELECT part FROM manifest_part WHERE tenant_id = $1 AND repository = $2 AND digest = $3 AND NOT is_blob",
+        tenant.0,
+        repository.as_str(),
+        digest.as_str()
+    )
+    .fetch_all(conn)
+    .await?;
+    family.push(digest.to_string());
+    Ok(family)
+}

@@ -1,0 +1,224 @@
+//! What goes: tags at once, manifests and blobs after they were doomed.
+
+use sqlx::{PgConnection, PgPool};
+
+use super::{add_used, lock_project};
+use crate::error::Error;
+use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
+
+/// Takes a tag away; the digest that it stood for.
+pub(in crate::registries) async fn delete_tag(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    tag: &Tag,
+) -> Result<Option<Digest>, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"DELETE FROM tag WHERE tenant_id = $1 AND repository = $2 AND name = $3 RETURNING digest AS "digest: Digest""#,
+        tenant.0,
+        repository.as_str(),
+        tag.as_str()
+    )
+    .fetch_optional(conn)
+    .await?)
+}
+
+/// Those of the manifests that no tag and no tagged index holds.
+pub(in crate::registries) async fn list_loose(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    among: &[String],
+) -> Result<Vec<String>, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT m.digest FROM manifest m WHERE m.tenant_id = $1 AND m.repository = $2
+           AND m.digest = ANY($3)
+           AND NOT EXISTS (SELECT 1 FROM tag g WHERE g.tenant_id = m.tenant_id AND g.repository = m.repository
+                           AND g.digest = m.digest)
+           AND NOT EXISTS (SELECT 1 FROM manifest_part p JOIN tag g ON g.tenant_id = p.tenant_id
+                           AND g.repository = p.repository AND g.digest = p.digest
+                           WHERE p.tenant_id = m.tenant_id AND p.repository = m.repository AND p.part = m.digest)"#,
+        tenant.0,
+        repository.as_str(),
+        among
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// Dooms manifests, within a transaction that holds the project's lock.
+pub(in crate::registries) async fn doom_manifests(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digests: &[String],
+) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE manifest SET doomed_at = now() WHERE tenant_id = $1 AND repository = $2 AND digest = ANY($3) \
+         AND doomed_at IS NULL",
+        tenant.0,
+        repository.as_str(),
+        digests
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Manifests that are doomed and still there.
+pub(in crate::registries) async fn list_doomed(
+    conn: &mut PgConnection,
+) -> Result<Vec<(TenantId, TenantName, RepositoryPath, Digest)>, Error> {
+    let rows = sqlx::query!(
+        r#"SELECT m.tenant_id, t.name AS "name: TenantName", m.repository AS "repository: RepositoryPath",
+           m.digest AS "digest: Digest" FROM manifest m JOIN tenant t ON t.id = m.tenant_id
+           WHERE m.doomed_at IS NOT NULL ORDER BY m.doomed_at LIMIT 100"#
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|r| (TenantId(r.tenant_id), r.name, r.repository, r.digest)).collect())
+}
+
+/// Forgets a manifest and gives back what it weighed.
+pub(in crate::registries) async fn delete_manifest(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<(), Error> {
+    let size = sqlx::query_scalar!(
+        "DELETE FROM manifest WHERE tenant_id = $1 AND repository = $2 AND digest = $3 RETURNING size",
+        tenant.0,
+        repository.as_str(),
+        digest.as_str()
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    if let Some(size) = size {
+        add_used(conn, tenant, -size).await?;
+    }
+    Ok(())
+}
+
+/// Dooms the blobs of a tenant that no manifest holds any more; they, with the repositories that have
+/// them. Fresh ones are left: their manifest may be on its way.
+pub(in crate::registries) async fn doom_loose_blobs(
+    pool: &PgPool,
+    name: &TenantName,
+) -> Result<Vec<(Digest, Vec<String>)>, Error> {
+    let mut tx = pool.begin().await?;
+    let tenant_id = lock_project(&mut tx, name).await?;
+    let rows = sqlx::query!(
+        r#"WITH loose AS (
+               SELECT b.digest FROM blob b WHERE b.tenant_id = $1 AND (b.doomed_at IS NOT NULL
+                 OR b.at < now() - interval '2 hours' AND NOT EXISTS
+                   (SELECT 1 FROM manifest_part m WHERE m.tenant_id = b.tenant_id AND m.part = b.digest))
+               LIMIT 200
+           ), doomed AS (
+               UPDATE blob b SET doomed_at = coalesce(b.doomed_at, now()) FROM loose l
+               WHERE b.tenant_id = $1 AND b.digest = l.digest RETURNING b.digest
+           )
+           SELECT d.digest AS "digest!: Digest",
+                  coalesce(array_agg(p.repository) FILTER (WHERE p.repository IS NOT NULL), '{}') AS "places!: Vec<String>"
+           FROM doomed d LEFT JOIN blob_place p ON p.tenant_id = $1 AND p.digest = d.digest GROUP BY d.digest"#,
+        tenant_id
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(rows.into_iter().map(|row| (row.digest, row.places)).collect())
+}
+
+pub(in crate::registries) async fn delete_blob(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    digest: &Digest,
+) -> Result<(), Error> {
+    let size = sqlx::query_scalar!(
+        "DELETE FROM blob b WHERE tenant_id = $1 AND digest = $2 AND NOT EXISTS \
+         (SELECT 1 FROM manifest_part m WHERE m.tenant_id = b.tenant_id AND m.part = b.digest) RETURNING size",
+        tenant.0,
+        digest.as_str()
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    if let Some(size) = size {
+        add_used(conn, tenant, -size).await?;
+    }
+    Ok(())
+}
+
+/// Tenants with loose blobs, in pages.
+pub(in crate::registries) async fn list_tenants_with_loose_blobs(
+    conn: &mut PgConnection,
+    after: i64,
+) -> Result<Vec<(TenantId, TenantName)>, Error> {
+    let rows = sqlx::query!(
+        r#"SELECT id, name AS "name: TenantName" FROM tenant t WHERE id > $1 AND state <> 'offboarded'
+           AND EXISTS (SELECT 1 FROM blob b WHERE b.tenant_id = t.id AND (b.doomed_at IS NOT NULL
+             OR b.at < now() - interval '2 hours' AND NOT EXISTS
+               (SELECT 1 FROM manifest_part m WHERE m.tenant_id = b.tenant_id AND m.part = b.digest)))
+           ORDER BY id LIMIT 200"#,
+        after
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (TenantId(row.id), row.name)).collect())
+}
+
+/// Locks a tenant's project for whoever takes manifests away.
+pub(in crate::registries) async fn lock_project_of(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<(), Error> {
+    sqlx::query!("SELECT tenant_id FROM quota WHERE tenant_id = $1 FOR UPDATE", tenant.0)
+        .fetch_one(conn)
+        .await?;
+    Ok(())
+}
+
+/// Everything of a tenant's project, a page at a time: manifests, then blobs.
+pub(in crate::registries) async fn list_all_manifests(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<Vec<(RepositoryPath, Digest)>, Error> {
+    let rows = sqlx::query!(
+        r#"SELECT repository AS "repository: RepositoryPath", digest AS "digest: Digest" FROM manifest
+           WHERE tenant_id = $1 LIMIT 200"#,
+        tenant.0
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.repository, row.digest)).collect())
+}
+
+pub(in crate::registries) async fn delete_tags_of(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "DELETE FROM tag WHERE tenant_id = $1 AND repository = $2 AND digest = $3",
+        tenant.0,
+        repository.as_str(),
+        digest.as_str()
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+pub(in crate::registries) async fn list_all_blobs(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<Vec<(Digest, Vec<String>)>, Error> {
+    let rows = sqlx::query!(
+        r#"SELECT b.digest AS "digest: Digest", array_agg(p.repository) AS "places!: Vec<String>" FROM blob b
+           JOIN blob_place p USING (tenant_id, digest) WHERE b.tenant_id = $1 GROUP BY b.digest LIMIT 200"#,
+        tenant.0
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.digest, row.places)).collect())
+}
