@@ -14,7 +14,7 @@ use crate::access::{ManageTenants, PlatformScope, ReadPlatform, ReadTenant, Tena
 use crate::config::{Config, Pools};
 use crate::db::{Page, PageQuery};
 use crate::error::Error;
-use crate::fault::{Code, Fault, Kind};
+use crate::fault::{Code, Fault, Kind, plain};
 use crate::http::parse_json;
 use crate::ids::TenantName;
 use crate::reconcile::Waker;
@@ -31,12 +31,12 @@ struct OnboardBody {
 
 fn check_display_name(name: &str, faults: &mut Vec<Fault>) {
     let count = name.chars().count();
-    if !(1..=120).contains(&count) || name.chars().any(char::is_control) {
+    if !(1..=120).contains(&count) || name.chars().any(|c| plain(c) != c) {
         faults.push(Fault::new(
             Code(426),
             Kind::Invalid,
             "display_name",
-            "a display name has 1 to 120 characters and no control characters",
+            "a display name has 1 to 120 characters, and none that controls, hides or turns text",
         ));
     }
 }

@@ -121,6 +121,8 @@ async fn bad_input_is_explained_and_changes_nothing() {
     let paths: Vec<_> =
         body["faults"].as_array().unwrap().iter().map(|f| f["path"].as_str().unwrap()).collect();
     assert_eq!(paths, ["name", "quota.cpu"]);
+    let hidden = json!({"name": "acme", "display_name": "Acme \u{202e}gro.live"});
+    assert_eq!(machine.send("POST", "/api/v1/tenants", hidden).await.0, 422);
     machine.tenant("acme").await;
     let path = "/api/v1/tenants/acme/apps/web";
     let put = |kind: &'static str, text: String| machine.ask(&machine.admin, "PUT", path, Some((kind, text)));

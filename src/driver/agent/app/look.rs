@@ -1,0 +1,238 @@
+//! Looking at instances: what the engine, /proc and the bridge say, and what becomes of those that ended.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use time::OffsetDateTime;
+
+use super::super::core::{Agent, Listing, lock};
+use super::super::kept::Instance;
+use super::super::logs::{self, Tail};
+use super::{App, BACKOFF, LONG_RUN, SETTLE, born, discard, raw_log, short};
+use crate::driver::podman::ports::Seen;
+use crate::driver::podman::render;
+use crate::driver::{Cause, Ending, InstanceState};
+
+impl App {
+    pub(super) fn read_log(&self, agent: &Agent, number: u32) {
+        let mut live = lock(&self.live);
+        let entry = live.entry(number).or_default();
+        let dir = agent.logs_dir(self.id);
+        let tail = entry.tail.get_or_insert_with(|| Tail::new(raw_log(&dir, number), dir.clone(), number));
+        match tail.advance() {
+            Ok(lines) => {
+                for line in lines {
+                    let _ = self.lines.send(line);
+                }
+            }
+            Err(error) => tracing::warn!(%error, app = %self.name, "a log cannot be read"),
+        }
+    }
+
+    /// Holds one instance against what the engine lists and against /proc.
+    pub(super) async fn look(&self, agent: &Arc<Agent>, listing: &Listing, number: u32) {
+        if lock(&self.live).entry(number).or_default().valid_from > listing.round {
+            return;
+        }
+        let Some(instance) = self.instance(number) else { return };
+        let running = matches!(
+            instance.state,
+            InstanceState::Starting | InstanceState::Running | InstanceState::Unhealthy
+        );
+        if !running {
+            return;
+        }
+        let seen = listing.containers.get(&instance.container);
+        if seen.is_some_and(|c| c.state == "running") && is_alive(&instance) {
+            lock(&self.live).entry(number).or_default().odd = None;
+            self.look_at_port(agent, &instance).await;
+            self.note_running(number);
+            return;
+        }
+        // The listing may be older than what has just happened: only what is asked for now decides.
+        let now = match agent.podman.find(&instance.container).await {
+            Ok(now) => now,
+            Err(error) => {
+                tracing::warn!(%error, app = %self.name, "an instance cannot be looked at");
+                return;
+            }
+        };
+        match now {
+            None => self.vanished(agent, number, "its container had been removed; it is made anew"),
+            Some(now) if matches!(now.state.as_str(), "exited" | "stopped") => {
+                let hungry = now.exit_code != 0 && agent.oom.killed(&now.id);
+                let cause = cause_of(now.exit_code, hungry);
+                self.ended(agent, number, cause, Some(now.exit_code), String::new());
+            }
+            Some(now) if now.state == "running" && is_alive(&instance) => self.note_running(number),
+            // A process that has just ended, and a monitor that is about to say so; not for ever.
+            Some(_) if monitor_lives(&instance) && !self.is_odd_for_long(number) => {}
+            // The engine says "running" and nobody watches any more: nothing that it says about this
+            // container can be relied on.
+            Some(_) => {
+                let _ = discard(agent, &instance.container).await;
+                let why = "its process or the process that watches it had ended; it is made anew";
+                self.vanished(agent, number, why);
+            }
+        }
+    }
+
+    /// Whether an instance has been in a state that should last a moment only, for longer.
+    fn is_odd_for_long(&self, number: u32) -> bool {
+        let mut live = lock(&self.live);
+        let since = live.entry(number).or_default().odd.get_or_insert_with(tokio::time::Instant::now);
+        since.elapsed() > Duration::from_secs(10)
+    }
+
+    /// An instance whose port is gone reaches nobody and is reached by nobody: it is made anew. A port
+    /// that somebody has opened is closed again.
+    async fn look_at_port(&self, agent: &Arc<Agent>, instance: &Instance) {
+        let Some(port) = &instance.port else { return };
+        match port.look() {
+            Seen::Closed => {}
+            Seen::Open => {
+                let text = match port.close().await {
+                    Ok(()) => "was open to its neighbours and was closed again".to_owned(),
+                    Err(error) => format!("is open to its neighbours and cannot be closed: {error}"),
+                };
+                lock(&self.kept).event("repaired", format!("instance {}: its port {text}", instance.number));
+            }
+            Seen::Gone => {
+                let _ = discard(agent, &instance.container).await;
+                self.vanished(agent, instance.number, "its network had been removed; it is made anew");
+            }
+        }
+    }
+
+    fn note_running(&self, number: u32) {
+        let (well, ill) = lock(&self.live).get(&number).map_or((false, 0), |live| (live.well, live.ill));
+        let mut kept = lock(&self.kept);
+        let revision = kept.instances.iter().find(|i| i.number == number).map_or(0, |i| i.revision);
+        let checked = kept.workload_of(revision).is_some_and(|w| w.health.is_some());
+        if let Some(instance) = kept.instances.iter_mut().find(|i| i.number == number) {
+            let up = instance.started.map_or(time::Duration::ZERO, |at| OffsetDateTime::now_utc() - at);
+            if checked {
+                match (well, ill) {
+                    (true, _) => instance.enter(InstanceState::Running),
+                    (false, 1..) if instance.state != InstanceState::Starting => {
+                        instance.enter(InstanceState::Unhealthy);
+                    }
+                    _ => {}
+                }
+            } else if up >= SETTLE {
+                instance.enter(InstanceState::Running);
+            }
+            if instance.failures > 0 && up >= LONG_RUN {
+                instance.failures = 0;
+            }
+        }
+    }
+
+    /// An instance has ended by itself: why is written down, and when it starts again.
+    pub(super) fn ended(&self, agent: &Agent, number: u32, cause: Cause, code: Option<i32>, detail: String) {
+        tokio::task::block_in_place(|| self.read_log(agent, number));
+        let last_lines: Vec<String> = logs::last(&agent.logs_dir(self.id), Some(number), 5)
+            .iter()
+            .filter(|line| line.stream != crate::driver::LogStreamName::Platform)
+            .map(|line| line.text.chars().filter(|c| !c.is_control()).take(300).collect())
+            .collect();
+        let now = OffsetDateTime::now_utc();
+        let mut kept = lock(&self.kept);
+        let Some(instance) = kept.instances.iter_mut().find(|i| i.number == number) else { return };
+        let ran = instance.started.map_or(time::Duration::ZERO, |at| now - at);
+        if ran >= LONG_RUN {
+            instance.failures = 0;
+        }
+        instance.failures += 1;
+        let wait = (1_u64 << (instance.failures - 1).min(9)).min(BACKOFF);
+        instance.next_start = Some(now + Duration::from_secs(wait));
+        instance.pid = 0;
+        instance.uid = None;
+        let detail = if detail.is_empty() { describe(cause, code) } else { short(&detail) };
+        let text = format!("instance {number}: {detail}; it starts again in {wait} s");
+        instance.last_end = Some(Ending {
+            cause,
+            exit_code: code,
+            at: now,
+            ran_ms: u64::try_from(ran.whole_milliseconds()).unwrap_or(0),
+            detail,
+            last_lines,
+        });
+        instance.enter(InstanceState::Waiting);
+        kept.event("ended", text);
+    }
+
+    /// A container went away from outside: a new instance takes its place at once.
+    pub(super) fn vanished(&self, agent: &Agent, number: u32, why: &str) {
+        self.ended(agent, number, Cause::Removed, None, why.to_owned());
+        self.forget(agent, number);
+        let mut kept = lock(&self.kept);
+        let fresh = kept.next_number;
+        kept.next_number += 1;
+        let revision = kept.instances.iter().find(|i| i.number == number).map_or(0, |i| i.revision);
+        let container = kept.workload_of(revision).map(|w| render::name(&agent.config, w, fresh));
+        if let Some(instance) = kept.instances.iter_mut().find(|i| i.number == number) {
+            instance.number = fresh;
+            instance.container = container.unwrap_or_default();
+            instance.next_start = Some(OffsetDateTime::now_utc());
+            // What others do to it is not held against the app.
+            instance.failures = instance.failures.saturating_sub(1);
+        }
+        kept.event("repaired", format!("instance {number}: {why} (as instance {fresh})"));
+    }
+
+    /// Drops what is held of a number that is not used any more, and the oldest logs.
+    pub(super) fn forget(&self, agent: &Agent, number: u32) {
+        lock(&self.live).remove(&number);
+        let dir = agent.logs_dir(self.id);
+        let _ = std::fs::remove_file(raw_log(&dir, number));
+        let mut numbers: Vec<u32> = lock(&self.kept).instances.iter().map(|i| i.number).collect();
+        numbers.retain(|own| *own != number);
+        tokio::task::block_in_place(|| logs::prune(&dir, &numbers));
+    }
+
+    /// Containers of this app that no instance stands for: left over by a crash between two steps.
+    pub(super) async fn sweep(&self, agent: &Agent, listing: &Listing) {
+        let known: Vec<String> = lock(&self.kept).instances.iter().map(|i| i.container.clone()).collect();
+        let id = self.id.to_string();
+        for (name, container) in listing.containers.iter() {
+            if container.app() == Some(id.as_str()) && !known.contains(name) {
+                let fresh = lock(&self.live).values().any(|live| live.valid_from > listing.round);
+                if !fresh && discard(agent, name).await.is_ok() {
+                    tracing::info!(name, "a container that belongs to no instance was removed");
+                }
+            }
+        }
+    }
+}
+
+fn is_alive(instance: &Instance) -> bool {
+    instance.pid > 0
+        && born(instance.pid) == Some(instance.born)
+        && (instance.conmon <= 0 || Path::new(&format!("/proc/{}", instance.conmon)).exists())
+}
+
+fn monitor_lives(instance: &Instance) -> bool {
+    instance.conmon > 0 && Path::new(&format!("/proc/{}", instance.conmon)).exists()
+}
+
+/// `hungry`: the kernel's log says that it killed a process of the instance for memory.
+fn cause_of(code: i32, hungry: bool) -> Cause {
+    match (hungry, code) {
+        (true, _) => Cause::OutOfMemory,
+        (false, 137) => Cause::Killed,
+        _ => Cause::Exited,
+    }
+}
+
+fn describe(cause: Cause, code: Option<i32>) -> String {
+    match (cause, code) {
+        (Cause::OutOfMemory, _) => {
+            "out of memory: the kernel ended it at its limit; give it more memory, or less scratch".into()
+        }
+        (Cause::Killed, _) => "killed (137) by a signal; who sent it is not known".into(),
+        (_, Some(code)) => format!("it exited with code {code}"),
+        _ => "it ended".into(),
+    }
+}

@@ -1,0 +1,263 @@
+//! One app on this machine: a task that looks, plans and acts, again and again. It alone touches the
+//! app's containers.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::{Notify, broadcast};
+use tokio_util::sync::CancellationToken;
+
+use super::core::{Agent, Listing, lock};
+use super::kept::{Instance, Kept};
+use super::logs::Tail;
+use super::plan::{Part, Step, plan};
+use crate::driver::{AppObserved, InstanceObserved, InstanceState, LogLine};
+use crate::ids::{AppId, AppName, TenantName};
+
+mod health;
+mod look;
+mod start;
+
+pub(super) use start::discard;
+
+/// The longest that a restart waits, in seconds.
+const BACKOFF: u64 = 300;
+/// After so long a run, the next failure counts as the first.
+const LONG_RUN: time::Duration = time::Duration::minutes(10);
+/// An app without a health check is well after so long.
+const SETTLE: time::Duration = time::Duration::seconds(1);
+/// How often a health check is made, and how many must fail in a row.
+const CHECK: Duration = Duration::from_secs(2);
+const FAILURES: u32 = 3;
+
+/// What is known of an instance while this process lives.
+#[derive(Default)]
+struct Live {
+    tail: Option<Tail>,
+    /// A listing older than this says nothing about the instance any more.
+    valid_from: u64,
+    checked: Option<tokio::time::Instant>,
+    /// Since when it is as it should be for a moment only.
+    odd: Option<tokio::time::Instant>,
+    /// Whether a health check is under way: one at a time.
+    checking: bool,
+    ill: u32,
+    well: bool,
+    why: String,
+    hosts: String,
+}
+
+/// An app.
+pub(super) struct App {
+    pub(super) id: AppId,
+    pub(super) tenant: TenantName,
+    pub(super) name: AppName,
+    pub(super) kept: Mutex<Kept>,
+    pub(super) lines: broadcast::Sender<LogLine>,
+    pub(super) wake: Notify,
+    live: Mutex<HashMap<u32, Live>>,
+    version: AtomicU64,
+    stop: CancellationToken,
+}
+
+impl App {
+    /// Starts the task of an app.
+    pub(super) fn spawn(agent: Arc<Agent>, kept: Kept) -> Arc<Self> {
+        let app = Arc::new(Self {
+            id: kept.workload.app_id,
+            tenant: kept.workload.tenant.clone(),
+            name: kept.workload.app.clone(),
+            kept: Mutex::new(kept),
+            lines: broadcast::Sender::new(1024),
+            wake: Notify::new(),
+            live: Mutex::new(HashMap::new()),
+            version: AtomicU64::new(0),
+            stop: CancellationToken::new(),
+        });
+        agent.touch(&app.version);
+        let task = Arc::clone(&app);
+        tokio::spawn(async move { task.live(agent).await });
+        app
+    }
+
+    /// Ends the task; containers go on.
+    pub(super) fn end(&self) {
+        self.stop.cancel();
+    }
+
+    /// Tells when the app has left, or the agent ends.
+    pub(super) fn leaving(&self) -> CancellationToken {
+        self.stop.clone()
+    }
+
+    pub(super) fn version(&self) -> u64 {
+        self.version.load(Ordering::Relaxed)
+    }
+
+    async fn live(self: Arc<Self>, agent: Arc<Agent>) {
+        let mut listing = agent.listing.subscribe();
+        // What was being stopped when the agent ended is stopped on.
+        let stopping: Vec<u32> = lock(&self.kept)
+            .instances
+            .iter()
+            .filter(|i| i.state == InstanceState::Stopping)
+            .map(|i| i.number)
+            .collect();
+        for number in stopping {
+            self.begin_stop(&agent, number);
+        }
+        loop {
+            let now = listing.borrow_and_update().clone();
+            if now.round > 0 {
+                let before = serde_json::to_vec(&*lock(&self.kept)).unwrap_or_default();
+                self.step(&agent, &now).await;
+                self.record(&agent, &before);
+            }
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = self.wake.notified() => {}
+                changed = listing.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+
+    /// Writes the state down and tells, if anything changed.
+    fn record(&self, agent: &Agent, before: &[u8]) {
+        let kept = lock(&self.kept);
+        let after = serde_json::to_vec(&*kept).unwrap_or_default();
+        if after != before {
+            if let Err(error) = kept.save(&agent.apps_dir()) {
+                tracing::error!(%error, app = %self.name, "the record cannot be written");
+            }
+            drop(kept);
+            agent.touch(&self.version);
+        }
+    }
+
+    /// One round: look at each instance, then plan, then act.
+    async fn step(self: &Arc<Self>, agent: &Arc<Agent>, listing: &Listing) {
+        let numbers: Vec<u32> = lock(&self.kept).instances.iter().map(|i| i.number).collect();
+        for number in numbers {
+            tokio::task::block_in_place(|| self.read_log(agent, number));
+            self.look(agent, listing, number).await;
+            self.check_health(agent, number);
+        }
+        self.sweep(agent, listing).await;
+        let steps = {
+            let mut kept = lock(&self.kept);
+            if kept.removing {
+                kept.instances
+                    .iter()
+                    .filter(|i| i.state != InstanceState::Stopping)
+                    .map(|i| Step::Stop(i.number))
+                    .collect()
+            } else {
+                let parts: Vec<Part> = kept.instances.iter().map(part).collect();
+                let steps = plan(&kept.workload, &parts);
+                if steps.is_empty() && !kept.proven && settled(&kept) {
+                    kept.proven = true;
+                    kept.previous = None;
+                    let text = format!(
+                        "release {} runs: {} instance(s)",
+                        kept.workload.revision, kept.workload.instances
+                    );
+                    kept.event("rolled", text);
+                    agent.tidy.notify_one();
+                }
+                steps
+            }
+        };
+        for step in steps {
+            match step {
+                Step::Create(slot) => self.create(agent, slot).await,
+                Step::Stop(number) => self.begin_stop(agent, number),
+            }
+        }
+        self.start_waiting(agent).await;
+        self.write_hosts(agent);
+    }
+
+    fn instance(&self, number: u32) -> Option<Instance> {
+        lock(&self.kept).instances.iter().find(|i| i.number == number).cloned()
+    }
+
+    fn with<T>(&self, number: u32, change: impl FnOnce(&mut Instance) -> T) -> Option<T> {
+        lock(&self.kept).instances.iter_mut().find(|i| i.number == number).map(change)
+    }
+
+    /// What is told about the app.
+    pub(super) fn observed(&self, _: &Agent) -> AppObserved {
+        let kept = lock(&self.kept);
+        AppObserved {
+            tenant: self.tenant.clone(),
+            app: self.name.clone(),
+            app_id: self.id,
+            generation: kept.workload.generation,
+            revision: kept.workload.revision,
+            settled: settled(&kept),
+            message: kept.message.clone(),
+            instances: kept
+                .instances
+                .iter()
+                .map(|i| InstanceObserved {
+                    number: i.number,
+                    revision: i.revision,
+                    state: i.state,
+                    since: i.since,
+                    started: i.started,
+                    restarts: i.restarts,
+                    next_start: i.next_start,
+                    last_end: i.last_end.clone(),
+                    address: kept
+                        .workload
+                        .addresses
+                        .get(i.slot)
+                        .copied()
+                        .unwrap_or(std::net::Ipv4Addr::UNSPECIFIED),
+                    uid: i.uid,
+                    container: i.container.clone(),
+                })
+                .collect(),
+            events: kept.events.iter().cloned().collect(),
+        }
+    }
+}
+
+fn raw_log(dir: &Path, number: u32) -> std::path::PathBuf {
+    dir.join(format!("{number}.raw"))
+}
+
+fn part(instance: &Instance) -> Part {
+    Part {
+        number: instance.number,
+        revision: instance.revision,
+        well: instance.state == InstanceState::Running,
+        stopping: instance.state == InstanceState::Stopping,
+        slot: instance.slot,
+    }
+}
+
+/// Whether what runs is what is desired.
+fn settled(kept: &Kept) -> bool {
+    !kept.removing
+        && kept.instances.len() == kept.workload.instances as usize
+        && kept
+            .instances
+            .iter()
+            .all(|i| i.revision == kept.workload.revision && i.state == InstanceState::Running)
+}
+
+/// A text of others, for events and states: bounded, so that no app's own words crowd out the rest.
+fn short(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(400).collect()
+}
+
+/// When a process started, in ticks since boot (proc(5), stat, field 22): an id is given again, the
+/// pair of both is not.
+fn born(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()
+}

@@ -1,0 +1,307 @@
+//! Starting and stopping instances, each step on record before it is made.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use time::OffsetDateTime;
+
+use super::super::core::{Agent, lock};
+use super::super::kept::Instance;
+use super::{App, born, raw_log, short};
+use crate::driver::podman::ports::Port;
+use crate::driver::podman::{ports, render};
+use crate::driver::workload::Workload;
+use crate::driver::{Cause, Error, InstanceState};
+
+impl App {
+    pub(super) async fn create(&self, agent: &Arc<Agent>, slot: usize) {
+        let number = {
+            let mut kept = lock(&self.kept);
+            let number = kept.next_number;
+            kept.next_number += 1;
+            let name = render::name(&agent.config, &kept.workload, number);
+            let revision = kept.workload.revision;
+            kept.instances.push(Instance::new(number, revision, slot, name));
+            // On record before the container exists: a crash in between leaves nothing unknown.
+            if let Err(error) = kept.save(&agent.apps_dir()) {
+                tracing::error!(%error, "the record cannot be written");
+                kept.instances.pop();
+                return;
+            }
+            number
+        };
+        self.start(agent, number).await;
+    }
+
+    /// Starts those whose time has come, and those that a crash left half-made.
+    pub(super) async fn start_waiting(&self, agent: &Arc<Agent>) {
+        let now = OffsetDateTime::now_utc();
+        let due: Vec<u32> = lock(&self.kept)
+            .instances
+            .iter()
+            .filter(|i| match i.state {
+                InstanceState::Waiting | InstanceState::Failed => i.next_start.is_none_or(|at| at <= now),
+                InstanceState::Preparing => true,
+                _ => false,
+            })
+            .map(|i| i.number)
+            .collect();
+        for number in due {
+            self.start(agent, number).await;
+        }
+    }
+
+    /// Makes and starts an instance's container: create, attach the network, close its port, start.
+    async fn start(&self, agent: &Arc<Agent>, number: u32) {
+        let (instance, workload) = {
+            let kept = lock(&self.kept);
+            let Some(instance) = kept.instances.iter().find(|i| i.number == number).cloned() else { return };
+            let Some(workload) = kept.workload_of(instance.revision).cloned() else {
+                drop(kept);
+                // Its release is not known any more; the plan replaces it.
+                lock(&self.kept).instances.retain(|i| i.number != number);
+                return;
+            };
+            (instance, workload)
+        };
+        let again = instance.last_end.is_some();
+        let result = self.bring_up(agent, &instance, &workload).await;
+        let valid_from = agent.listing.borrow().round + 2;
+        agent.look.notify_one();
+        {
+            let mut live = lock(&self.live);
+            let entry = live.entry(number).or_default();
+            entry.valid_from = valid_from;
+            entry.well = false;
+            entry.ill = 0;
+            entry.hosts = String::new();
+        }
+        match result {
+            Ok(up) => {
+                let mut kept = lock(&self.kept);
+                if let Some(i) = kept.instances.iter_mut().find(|i| i.number == number) {
+                    (i.pid, i.born, i.conmon, i.uid, i.hosts) =
+                        (up.pid, up.born, up.conmon, up.uid, up.hosts);
+                    i.port = Some(up.port);
+                    i.started = Some(OffsetDateTime::now_utc());
+                    i.next_start = None;
+                    i.restarts += u32::from(again);
+                    i.enter(InstanceState::Starting);
+                }
+                let word = if again { "restarted" } else { "started" };
+                kept.event(word, format!("instance {number} of release {} {word}", instance.revision));
+            }
+            Err(error) => {
+                tracing::warn!(%error, app = %self.name, "an instance cannot be started");
+                let (cause, why) = why_not_started(&error);
+                self.ended(agent, number, cause, None, format!("it cannot be started: {why}"));
+                self.with(number, |i| i.enter(InstanceState::Failed));
+            }
+        }
+    }
+
+    async fn bring_up(
+        &self,
+        agent: &Arc<Agent>,
+        instance: &Instance,
+        workload: &Workload,
+    ) -> Result<Up, Error> {
+        let podman = &agent.podman;
+        if !agent.table_is_there().await {
+            return Err(Error::Transient(
+                "the firewall table is not there; nothing starts without it".into(),
+            ));
+        }
+        agent.ensure_network(&self.tenant).await?;
+        let recorded = lock(&agent.journal).tenant(&self.tenant).cloned();
+        let recorded = recorded.ok_or_else(|| Error::Rejected("the tenant has left".into()))?;
+        let bridge = agent.config.bridge(recorded.network);
+        let address = *workload
+            .addresses
+            .get(instance.slot)
+            .ok_or_else(|| Error::Rejected("there is no address for this instance".into()))?;
+        discard(agent, &instance.container).await?;
+        ports::release(&instance.sandbox).await;
+        ports::clear(&bridge, address).await?;
+        let dir = agent.logs_dir(self.id);
+        std::fs::create_dir_all(&dir).map_err(|error| Error::Transient(error.to_string()))?;
+        if let Some(tail) = lock(&self.live).entry(instance.number).or_default().tail.as_mut() {
+            tail.restart();
+        }
+        let raw = raw_log(&dir, instance.number);
+        let spec = render::create(
+            &agent.config,
+            workload,
+            &render::Instance {
+                number: instance.number,
+                gateway: recorded.subnet.gateway(),
+                network: &bridge,
+                log: &raw.to_string_lossy(),
+            },
+        );
+        fail::fail_point!("agent::create", |_| Err(Error::Transient("failpoint".into())));
+        podman.create(&spec).await?;
+        let made = podman.inspect(&instance.container).await?;
+        render::check_made(&made.annotations, &made.healthcheck).map_err(Error::Rejected)?;
+        // Its rules are in force before its first packet.
+        agent.refresh_firewall().await?;
+        fail::fail_point!("agent::init", |_| Err(Error::Transient("failpoint".into())));
+        podman.init(&instance.container).await?;
+        let ready = podman.inspect(&instance.container).await?;
+        // On record at once: a crash from here on leaves a namespace that is known.
+        self.with(instance.number, |i| i.sandbox.clone_from(&ready.sandbox));
+        let port = ports::isolate(&bridge, &ready.sandbox, address).await?;
+        ports::address(&bridge, &ready.sandbox, address, recorded.subnet).await?;
+        write_in_place(Path::new(&ready.hosts), &self.hosts_text(agent, workload, address));
+        fail::fail_point!("agent::start", |_| Err(Error::Transient("failpoint".into())));
+        podman.start(&instance.container).await?;
+        let up = podman.inspect(&instance.container).await?;
+        let born = born(up.pid).unwrap_or(0);
+        let uid = owner(up.pid);
+        Ok(Up { pid: up.pid, born, conmon: up.conmon, uid, hosts: ready.hosts, port })
+    }
+
+    /// The names that an instance knows: itself and the apps that it asked for.
+    fn hosts_text(&self, agent: &Agent, workload: &Workload, own: std::net::Ipv4Addr) -> String {
+        use std::fmt::Write as _;
+        let mut out = format!("127.0.0.1 localhost\n{own} {}\n", self.name);
+        for name in &workload.connects {
+            let Some(peer) = agent.named(&self.tenant, name) else { continue };
+            let kept = lock(&peer.kept);
+            for instance in kept.instances.iter().filter(|i| i.state == InstanceState::Running) {
+                if let Some(address) = kept.workload.addresses.get(instance.slot) {
+                    let _ = writeln!(out, "{address} {name}");
+                }
+            }
+        }
+        out
+    }
+
+    /// Writes changed names into running instances.
+    pub(super) fn write_hosts(&self, agent: &Agent) {
+        let running: Vec<Instance> =
+            lock(&self.kept).instances.iter().filter(|i| i.pid > 0 && !i.hosts.is_empty()).cloned().collect();
+        for instance in running {
+            let workload = lock(&self.kept).workload_of(instance.revision).cloned();
+            let Some((workload, address)) =
+                workload.and_then(|w| w.addresses.get(instance.slot).copied().map(|address| (w, address)))
+            else {
+                continue;
+            };
+            let text = self.hosts_text(agent, &workload, address);
+            let mut live = lock(&self.live);
+            let entry = live.entry(instance.number).or_default();
+            if entry.hosts != text {
+                write_in_place(Path::new(&instance.hosts), &text);
+                entry.hosts = text;
+            }
+        }
+    }
+
+    /// Stops an instance beside the loop: its grace may be long.
+    pub(super) fn begin_stop(self: &Arc<Self>, agent: &Arc<Agent>, number: u32) {
+        let Some((container, sandbox)) = self.with(number, |i| {
+            i.enter(InstanceState::Stopping);
+            (i.container.clone(), i.sandbox.clone())
+        }) else {
+            return;
+        };
+        let grace = lock(&self.kept).workload.stop_grace;
+        let port = self.port_of(agent, number);
+        let (app, agent) = (Arc::clone(self), Arc::clone(agent));
+        tokio::spawn(async move {
+            loop {
+                fail::fail_point!("agent::stop");
+                let _ = agent.podman.stop(&container, grace).await;
+                if discard(&agent, &container).await.is_ok() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            ports::release(&sandbox).await;
+            if let Some((bridge, address)) = port
+                && let Err(error) = ports::clear(&bridge, address).await
+            {
+                tracing::warn!(%error, container, "a port was left");
+            }
+            tokio::task::block_in_place(|| app.read_log(&agent, number));
+            let before = serde_json::to_vec(&*lock(&app.kept)).unwrap_or_default();
+            {
+                let mut kept = lock(&app.kept);
+                kept.instances.retain(|i| i.number != number);
+                kept.event("stopped", format!("instance {number} was stopped"));
+            }
+            app.forget(&agent, number);
+            app.record(&agent, &before);
+            if let Err(error) = agent.refresh_firewall().await {
+                tracing::warn!(%error, "the rules of an instance that is gone are taken away later");
+            }
+            app.wake.notify_one();
+        });
+    }
+
+    /// The bridge and the address of an instance.
+    fn port_of(&self, agent: &Agent, number: u32) -> Option<(String, std::net::Ipv4Addr)> {
+        let bridge = agent.bridge_of(&self.tenant)?;
+        let kept = lock(&self.kept);
+        let instance = kept.instances.iter().find(|i| i.number == number)?;
+        Some((bridge, *kept.workload_of(instance.revision)?.addresses.get(instance.slot)?))
+    }
+}
+
+/// Removes a container, and its namespace with it: of one that never started, or that ended by itself,
+/// the engine leaves the namespace lying.
+pub(in crate::driver::agent) async fn discard(agent: &Agent, container: &str) -> Result<(), Error> {
+    let sandbox = agent.podman.inspect(container).await.map(|seen| seen.sandbox).unwrap_or_default();
+    agent.podman.remove(container).await?;
+    ports::release(&sandbox).await;
+    Ok(())
+}
+
+struct Up {
+    pid: i32,
+    born: u64,
+    conmon: i32,
+    uid: Option<u32>,
+    hosts: String,
+    port: Port,
+}
+
+fn owner(pid: i32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().next()?.parse().ok()
+}
+
+/// Why the engine did not start an instance, in words that name nothing of the host; its own words are
+/// in the platform's log.
+fn why_not_started(error: &Error) -> (Cause, String) {
+    if let Error::Rejected(why) = error {
+        return (Cause::ImageError, short(why));
+    }
+    let text = error.to_string();
+    let known = [
+        ("executable file", "its command is not in the image"),
+        ("no such file or directory", "its command, or what runs it, is not in the image"),
+        ("permission denied", "its user may not execute its command"),
+        ("exec format error", "its command is no program for this machine"),
+        ("firewall table", "the firewall table is not there; nothing starts without it"),
+        ("no such image", "its image is not in the engine's store"),
+        ("image not known", "its image is not in the engine's store"),
+    ];
+    let lower = text.to_lowercase();
+    match known.iter().find(|(sign, _)| lower.contains(sign)) {
+        Some((sign, why)) if sign.contains("image") => (Cause::ImageError, (*why).to_owned()),
+        Some((_, why)) => (Cause::StartError, (*why).to_owned()),
+        None => {
+            (Cause::StartError, "the container engine refused it; the platform's log has its words".into())
+        }
+    }
+}
+
+/// Writes into the very file that an instance has mounted; a new file would not be seen inside.
+fn write_in_place(path: &Path, text: &str) {
+    if let Err(error) = std::fs::write(path, text) {
+        tracing::debug!(%error, path = %path.display(), "names were not written");
+    }
+}
