@@ -9,7 +9,7 @@ use crate::fault::{Code, Fault};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// It does not exist, or whoever asks may not know that it does.
-    #[error("not found")]
+    #[error("there is no such thing, or it belongs to a tenant that you have no role in")]
     NotFound,
     /// A name is taken, or a state stands in the way.
     #[error("{0}")]

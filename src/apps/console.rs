@@ -59,6 +59,7 @@ struct TenantPage {
     conditions: Vec<ConditionRow>,
     address: String,
     host: String,
+    plain: bool,
 }
 
 fn mark(state: &str) -> &'static str {
@@ -132,6 +133,7 @@ pub async fn tenant_page(
         display_name: tenant.display_name,
         state: tenant.state,
         host: address.split("://").nth(1).unwrap_or_default().to_owned(),
+        plain: address.starts_with("http://"),
         address,
     })
 }

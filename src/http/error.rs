@@ -82,6 +82,11 @@ pub fn render(response: ServiceResponse<BoxBody>, request_id: &str) -> ServiceRe
         return response;
     }
     let known = response.response().extensions().get::<Rc<Problem>>().cloned();
+    // A page that a handler has made, such as the sign-in that failed, says it better.
+    let kind = response.response().headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok());
+    if known.is_none() && kind.is_some_and(|kind| kind.starts_with("text/html")) {
+        return response;
+    }
     let (request, response) = {
         if known.is_some() {
             response.into_parts()

@@ -100,6 +100,22 @@ async fn the_first_admins_link_works_once_and_pages_are_safe() {
     let missing = page("/tenants/nobody").await.unwrap();
     assert_eq!(missing.status(), 404);
     assert!(missing.text().await.unwrap().contains("<h1>Not found</h1>"));
+    // A sign-in that fails says so on its own page; a form without its field is told as an error.
+    let login = |body: &'static str| {
+        http.post(format!("{}/login", machine.address()))
+            .header("origin", machine.address())
+            .header("content-type", "application/x-www-form-urlencoded")
+            .header("accept", "text/html")
+            .body(body)
+            .send()
+    };
+    let wrong = login("token=bhk_nonsense").await.unwrap();
+    assert_eq!(wrong.status(), 401);
+    let text = wrong.text().await.unwrap();
+    assert!(text.contains("This token is not known") && text.contains("<form"), "{text}");
+    let odd = login("tokn=x").await.unwrap();
+    assert_eq!(odd.status(), 400);
+    assert!(odd.text().await.unwrap().contains("<h1>The request cannot be read</h1>"));
     // A session alone changes nothing without our own page's origin.
     let forged = http
         .post(format!("{}/api/v1/tenants", machine.address()))
