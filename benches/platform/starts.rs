@@ -53,6 +53,36 @@ fn peer(machine: &Machine, image: &str, name: &str) -> f64 {
     begun.elapsed().as_secs_f64() * 1e3
 }
 
+/// The peer's network, with a bridge that bears the machine's name and goes also after a failure.
+struct Bridge<'a> {
+    machine: &'a Machine,
+    interface: String,
+}
+
+impl<'a> Bridge<'a> {
+    fn new(machine: &'a Machine) -> Self {
+        let interface = format!("bk{}-bench", machine.id);
+        let (good, text) = machine.podman(&[
+            "network",
+            "create",
+            "--subnet",
+            "198.51.100.0/24",
+            "--interface-name",
+            &interface,
+            "bench",
+        ]);
+        assert!(good, "{text}");
+        Self { machine, interface }
+    }
+}
+
+impl Drop for Bridge<'_> {
+    fn drop(&mut self) {
+        self.machine.podman(&["network", "rm", "--force", "--time", "0", "bench"]);
+        run("ip", &["link", "del", &self.interface]);
+    }
+}
+
 pub(crate) async fn deploy_to_running() -> Row {
     let machine = Machine::start().await;
     let robot = machine.tenant("acme").await;
@@ -63,8 +93,7 @@ pub(crate) async fn deploy_to_running() -> Row {
     let (good, text) = machine.podman(&["images", "--quiet", "--no-trunc"]);
     assert!(good, "{text}");
     let image = text.trim().to_owned();
-    let (good, text) = machine.podman(&["network", "create", "--subnet", "198.51.100.0/24", "bench"]);
-    assert!(good, "{text}");
+    let bridge = Bridge::new(&machine);
     let (mut mine, mut theirs) = (Vec::new(), Vec::new());
     for n in 0..7 {
         mine.push(ours(&machine, &format!("app{n}")).await);
@@ -74,7 +103,7 @@ pub(crate) async fn deploy_to_running() -> Row {
         assert_eq!(machine.ask(&machine.admin, "DELETE", &path, None).await.0, 202);
         tokio::time::sleep(Duration::from_secs(3)).await;
     }
-    machine.podman(&["network", "rm", "--force", "bench"]);
+    drop(bridge);
     Row {
         what: "accepted deploy to running, ms",
         ours: spread(&mine, 0),
