@@ -53,7 +53,7 @@ fn peer(machine: &Machine, image: &str, name: &str) -> f64 {
     begun.elapsed().as_secs_f64() * 1e3
 }
 
-/// The peer's network, with a bridge that bears the machine's name and goes also after a failure.
+/// The peer's network, whose bridge goes also after a failure.
 struct Bridge<'a> {
     machine: &'a Machine,
     interface: String,
@@ -61,17 +61,13 @@ struct Bridge<'a> {
 
 impl<'a> Bridge<'a> {
     fn new(machine: &'a Machine) -> Self {
-        let interface = format!("bk{}-bench", machine.id);
-        let (good, text) = machine.podman(&[
-            "network",
-            "create",
-            "--subnet",
-            "198.51.100.0/24",
-            "--interface-name",
-            &interface,
-            "bench",
-        ]);
+        let (good, text) = machine.podman(&["network", "create", "--subnet", "198.51.100.0/24", "bench"]);
         assert!(good, "{text}");
+        // This engine gives bridges names of its own.
+        let (good, interface) =
+            machine.podman(&["network", "inspect", "--format", "{{.NetworkInterface}}", "bench"]);
+        assert!(good && !interface.trim().is_empty(), "{interface}");
+        let interface = interface.trim().to_owned();
         Self { machine, interface }
     }
 }
