@@ -135,11 +135,11 @@ impl Apps {
         let has_command =
             spec.command().is_some_and(|c| !c.is_empty()) || spec.args().is_some_and(|a| !a.is_empty());
         let command = if has_command { images::SpecCommand::Given } else { images::SpecCommand::Absent };
-        let flight =
-            images::preflight(&found.config, names.as_ref(), spec.port(), command).map_err(Error::Invalid)?;
+        let flight = images::preflight(&found.config, names.as_deref(), spec.port(), command)
+            .map_err(Error::Invalid)?;
         Ok(Resolved {
-            index_digest: found.index_digest,
-            digest: found.manifest_digest,
+            index_digest: found.index_digest.clone(),
+            digest: found.manifest_digest.clone(),
             user: flight.user,
             warnings: flight.warnings,
         })

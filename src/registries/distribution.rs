@@ -8,6 +8,7 @@ use futures_util::StreamExt;
 use reqwest::{Method, Response, StatusCode, header};
 use sqlx::PgPool;
 
+use super::known::Known;
 use super::token::{Access, SigningKey};
 use super::{Reference, store};
 use crate::error::Error;
@@ -37,6 +38,7 @@ pub struct Distribution {
     base: String,
     key: SigningKey,
     searches: Arc<tokio::sync::Semaphore>,
+    known: Arc<Known>,
 }
 
 /// Most bytes of a layer, as stored, that are searched for names.
@@ -62,7 +64,8 @@ impl Distribution {
             .build()
             .map_err(Error::internal)?;
         let searches = Arc::new(tokio::sync::Semaphore::new(2));
-        Ok(Self { pool, client, base: base.trim_end_matches('/').to_owned(), key, searches })
+        let base = base.trim_end_matches('/').to_owned();
+        Ok(Self { pool, client, base, key, searches, known: Arc::new(Known::new()) })
     }
 
     /// Whether the registry answers.
@@ -151,7 +154,7 @@ impl Distribution {
         tenant: &TenantName,
         repository: &RepositoryPath,
         reference: &Reference,
-    ) -> Result<ResolvedImage, Error> {
+    ) -> Result<Arc<ResolvedImage>, Error> {
         let missing = || {
             Error::fault(
                 Fault::new(
@@ -171,6 +174,9 @@ impl Distribution {
         drop(conn);
         let index_digest = known.ok_or_else(missing)?;
         let name = format!("{tenant}/{repository}");
+        if let Some(image) = self.known.image(&name, &index_digest) {
+            return Ok(image);
+        }
         let mut manifest_digest = index_digest.clone();
         let mut found = self.manifest(&name, &index_digest).await?.ok_or_else(missing)?;
         if let Manifest::Index { children } = &found {
@@ -190,8 +196,11 @@ impl Distribution {
             .await?
             .ok_or_else(missing)?;
         let config = ImageConfig::parse(&bytes).map_err(|error| fault(203, &error.to_string()))?;
-        let layers = layers.into_iter().map(|layer| layer.digest).collect();
-        Ok(ResolvedImage { index_digest, manifest_digest, config, layers })
+        let layers: Vec<_> = layers.into_iter().map(|layer| layer.digest).collect();
+        let size = bytes.len() + layers.len() * std::mem::size_of::<Digest>() * 4;
+        let image = Arc::new(ResolvedImage { index_digest, manifest_digest, config, layers });
+        self.known.keep_image(&name, &image, size);
+        Ok(image)
     }
 
     /// Users and groups of an image, by a bounded read of its layers from the top down. What cannot
@@ -201,16 +210,21 @@ impl Distribution {
         tenant: &TenantName,
         repository: &RepositoryPath,
         image: &ResolvedImage,
-    ) -> Result<Names, Error> {
+    ) -> Result<Arc<Names>, Error> {
         let name = format!("{tenant}/{repository}");
+        if let Some(names) = self.known.names(&name, &image.manifest_digest) {
+            return Ok(names);
+        }
         // Few at a time: each may cost seconds of a processor.
         let _turn = self.searches.acquire().await.map_err(Error::internal)?;
         let mut found = Found::default();
         let mut budget = names::UNPACKED;
         let begun = std::time::Instant::now();
         let mut seen = std::collections::HashSet::new();
+        let mut whole = true;
         for layer in image.layers.iter().rev().filter(|layer| seen.insert(*layer)) {
             if begun.elapsed() > SEARCH_TIME {
+                whole = false;
                 break;
             }
             let request = self.request(Method::GET, &name, &format!("blobs/{layer}"), &["pull"])?;
@@ -221,19 +235,23 @@ impl Distribution {
                 let found = names::search(std::io::Read::take(reader, SEARCHED), &mut budget);
                 (found, budget)
             });
-            match tokio::time::timeout(SEARCH_TIME, search).await {
-                Ok(Ok((Ok(lower), left))) => {
-                    budget = left;
-                    found.fill(lower);
-                }
+            let Ok(Ok((Ok(lower), left))) = tokio::time::timeout(SEARCH_TIME, search).await else {
                 // Nothing further down may be believed when this layer could not be read.
-                _ => break,
-            }
+                whole = false;
+                break;
+            };
+            budget = left;
+            found.fill(lower);
             if found.is_whole() {
                 break;
             }
         }
-        Ok(Names::parse(found.passwd.as_deref().unwrap_or(""), found.group.as_deref().unwrap_or("")))
+        let (passwd, group) = (found.passwd.unwrap_or_default(), found.group.unwrap_or_default());
+        let names = Arc::new(Names::parse(&passwd, &group));
+        if whole {
+            self.known.keep_names(&name, &image.manifest_digest, &names, passwd.len() + group.len());
+        }
+        Ok(names)
     }
 
     /// Size of a blob as the registry has it.

@@ -8,6 +8,7 @@ use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
 pub mod api;
 pub mod distribution;
 pub mod front;
+mod known;
 pub mod proxy;
 pub mod reconcile;
 pub mod robots;

@@ -71,9 +71,11 @@ pub(in crate::apps) async fn insert_events(
     .await?;
     if done.rows_affected() > 0 {
         sqlx::query!(
-            "DELETE FROM app_event e USING app a WHERE a.id = $1 AND e.tenant_id = a.tenant_id AND e.app_id = a.id \
-             AND (e.at, e.seq) <= (SELECT m.at, m.seq FROM app_event m WHERE m.tenant_id = a.tenant_id \
-             AND m.app_id = a.id ORDER BY m.at DESC, m.seq DESC OFFSET $2 LIMIT 1)",
+            "WITH last AS MATERIALIZED (SELECT m.tenant_id, m.app_id, m.at, m.seq FROM app a \
+             JOIN app_event m ON m.tenant_id = a.tenant_id AND m.app_id = a.id WHERE a.id = $1 \
+             ORDER BY m.at DESC, m.seq DESC OFFSET $2 LIMIT 1) \
+             DELETE FROM app_event e USING last WHERE e.tenant_id = last.tenant_id AND e.app_id = last.app_id \
+             AND (e.at, e.seq) <= (last.at, last.seq)",
             app.0,
             EVENTS_KEPT
         )

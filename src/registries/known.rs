@@ -1,0 +1,97 @@
+//! What is known of images already. A digest stands for the same bytes for ever, so what was read once
+//! needs no second read; whether an image is still there is for the database to say, on every deploy.
+
+use std::sync::Arc;
+
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+
+use super::distribution::ResolvedImage;
+use crate::ids::Digest;
+use crate::images::Names;
+
+/// Most bytes that are kept of each kind, about.
+const BYTES: u64 = 4 << 20;
+/// Images that this holds, about.
+const IMAGES: usize = 2_000;
+
+/// An image in a repository: nobody learns from the time of an answer what another tenant holds.
+type Key = (String, Digest);
+
+/// Something, and how many bytes it weighs.
+type Weighed<T> = (Arc<T>, u64);
+
+#[derive(Debug, Clone)]
+struct Bytes;
+
+impl<T> Weighter<Key, Weighed<T>> for Bytes {
+    fn weight(&self, (name, _): &Key, value: &Weighed<T>) -> u64 {
+        // The key's digest and the parts around it.
+        value.1 + name.len() as u64 + 256
+    }
+}
+
+type Shelf<T> = Cache<Key, Weighed<T>, Bytes>;
+
+/// Images and their names, by repository and digest.
+pub(super) struct Known {
+    images: Shelf<ResolvedImage>,
+    names: Shelf<Names>,
+}
+
+impl std::fmt::Debug for Known {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Known").field("images", &self.images.len()).finish_non_exhaustive()
+    }
+}
+
+impl Known {
+    pub(super) fn new() -> Self {
+        Self {
+            images: Cache::with_weighter(IMAGES, BYTES, Bytes),
+            names: Cache::with_weighter(IMAGES, BYTES, Bytes),
+        }
+    }
+
+    /// The image that this digest of a tag stands for.
+    pub(super) fn image(&self, name: &str, index: &Digest) -> Option<Arc<ResolvedImage>> {
+        self.images.get(&(name.to_owned(), index.clone())).map(|found| found.0)
+    }
+
+    /// Keeps an image, whose config has so many bytes.
+    pub(super) fn keep_image(&self, name: &str, image: &Arc<ResolvedImage>, bytes: usize) {
+        let key = (name.to_owned(), image.index_digest.clone());
+        self.images.insert(key, (Arc::clone(image), bytes as u64));
+    }
+
+    /// The users and groups of the image with this manifest.
+    pub(super) fn names(&self, name: &str, manifest: &Digest) -> Option<Arc<Names>> {
+        self.names.get(&(name.to_owned(), manifest.clone())).map(|found| found.0)
+    }
+
+    /// Keeps users and groups that were read whole, from so many bytes.
+    pub(super) fn keep_names(&self, name: &str, manifest: &Digest, names: &Arc<Names>, bytes: usize) {
+        // A name in a map takes several times its text.
+        self.names.insert((name.to_owned(), manifest.clone()), (Arc::clone(names), 4 * bytes as u64));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_repository_knows_nothing_of_another_and_the_room_is_bounded() {
+        let known = Known::new();
+        let names = Arc::new(Names::parse("app:x:7:8:", ""));
+        let digest = Digest::of(b"x");
+        known.keep_names("acme/web", &digest, &names, 10);
+        assert_eq!(known.names("acme/web", &digest).as_deref(), Some(&*names));
+        assert_eq!(known.names("acme/other", &digest), None);
+        assert_eq!(known.names("evil/web", &digest), None);
+        for n in 0..1_000_u32 {
+            known.keep_names("acme/web", &Digest::of(&n.to_le_bytes()), &names, 10_000);
+        }
+        assert!(known.names.weight() <= BYTES, "{}", known.names.weight());
+    }
+}
