@@ -74,6 +74,7 @@ pub fn may_raise_limits() -> bool {
 pub fn examine(data: &Path, listen: Option<SocketAddr>) -> Vec<Finding> {
     let mut findings = vec![
         root(),
+        parts(std::env::current_exe().ok().as_deref().and_then(Path::parent)),
         packages(),
         database(),
         container_runtime(),
@@ -96,6 +97,24 @@ fn root() -> Finding {
         good("root", "this is root")
     } else {
         failed("root", "this is not root", "run it as root: it makes users, networks and containers")
+    }
+}
+
+/// The two programs stand side by side and are started by their names.
+fn parts(folder: Option<&Path>) -> Finding {
+    let Some(folder) = folder else {
+        return failed("programs", "the place of this program is not known", "start it by its full path");
+    };
+    let missing: Vec<&str> =
+        ["bulkhead", "bulkhead-agent"].into_iter().filter(|name| !folder.join(name).is_file()).collect();
+    if missing.is_empty() {
+        good("programs", "bulkhead and bulkhead-agent stand side by side")
+    } else {
+        failed(
+            "programs",
+            format!("not in {}: {}", folder.display(), missing.join(", ")),
+            "put both programs of one build, bulkhead and bulkhead-agent, into one folder, under these names",
+        )
     }
 }
 

@@ -262,6 +262,12 @@ fn the_doctor_says_what_is_there_and_what_to_do() {
     let (_, text) =
         run("setpriv", &["--bounding-set=-sys_resource", "--inh-caps=-sys_resource", doctor, "doctor"]);
     assert!(text.contains("no CAP_SYS_RESOURCE: containers get at most 1024 open files"), "{text}");
+    // One program alone does not start the other.
+    let alone = tempfile::tempdir().unwrap();
+    fs::copy(doctor, alone.path().join("bulkhead")).unwrap();
+    let (_, text) = run(&alone.path().join("bulkhead").display().to_string(), &["doctor"]);
+    let line = text.lines().find(|line| line.contains("programs")).unwrap();
+    assert!(line.starts_with("FAILED") && line.contains("bulkhead-agent"), "{line}");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let listen = taken.local_addr().unwrap().to_string();
     let (good, text) =
