@@ -60,6 +60,23 @@ pub struct Server {
     pub workers: usize,
 }
 
+impl Server {
+    /// In plain text on loopback, and nothing else.
+    #[must_use]
+    pub fn plain(listen: SocketAddr, pull_listen: SocketAddr) -> Self {
+        Self {
+            listen,
+            pull_listen,
+            metrics_listen: None,
+            external_url: None,
+            tls_certificate: None,
+            tls_key: None,
+            behind_proxy: false,
+            workers: two(),
+        }
+    }
+}
+
 /// Postgres.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

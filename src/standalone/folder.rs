@@ -243,16 +243,7 @@ impl Folder {
     pub fn config(&self, listen: SocketAddr) -> Config {
         Config {
             installation: self.claim.installation.clone(),
-            server: Server {
-                listen,
-                pull_listen: SocketAddr::from(([127, 0, 0, 1], self.ports.pull)),
-                metrics_listen: None,
-                external_url: None,
-                tls_certificate: None,
-                tls_key: None,
-                behind_proxy: false,
-                workers: 2,
-            },
+            server: Server::plain(listen, SocketAddr::from(([127, 0, 0, 1], self.ports.pull))),
             database: Database {
                 host: self.path.join("run/postgres").display().to_string(),
                 port: 5432,

@@ -124,16 +124,7 @@ pub fn undo(settings: &Path, state: &Path) -> Result<(), Failed> {
 fn serve_config(claim: &Claim, pull: SocketAddr, key: PathBuf) -> Config {
     Config {
         installation: claim.installation.clone(),
-        server: Server {
-            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
-            pull_listen: pull,
-            metrics_listen: None,
-            external_url: None,
-            tls_certificate: None,
-            tls_key: None,
-            behind_proxy: false,
-            workers: 2,
-        },
+        server: Server::plain(SocketAddr::from(([127, 0, 0, 1], 8080)), pull),
         database: Database {
             host: "/run/postgresql".into(),
             port: 5432,

@@ -332,4 +332,25 @@ async fn what_is_deployed_while_its_tag_is_deleted_is_refused_or_stays() {
     }
     println!("{stayed} stayed, {went} went");
     assert_eq!(stayed + went, 12);
+    // What is known of an image from an earlier look does not outlive the image, by tag or by digest; and
+    // another tenant knows nothing of it.
+    machine.push(&acme, "acme/web:known", &["/bin/busybox", "sleep", "900"]);
+    let path = "/api/v1/tenants/acme/apps/known?dry_run=true";
+    let look = async |tenant: &str, image: &str| {
+        let spec = format!("spec: v1\nname: known\nimage: {image}\ncpu: 50m\nmemory: 64Mi\ninstances: 0\n");
+        let path = path.replace("acme", tenant);
+        machine.ask(&machine.admin, "PUT", &path, Some(("application/yaml", spec))).await
+    };
+    let (status, seen) = look("acme", "web:known").await;
+    assert_eq!(status, 200, "{seen}");
+    let digest = format!("web@{}", seen["digest"].as_str().unwrap());
+    assert_eq!(look("acme", &digest).await.0, 200);
+    machine.tenant("evil").await;
+    assert_eq!(look("evil", &digest).await.0, 422);
+    let tag = "/api/v1/tenants/acme/repositories/web/tags/known";
+    assert_eq!(machine.ask(&machine.admin, "DELETE", tag, None).await.0, 204);
+    for image in ["web:known", digest.as_str()] {
+        let (status, answer) = look("acme", image).await;
+        assert_eq!((status, answer["faults"][0]["code"].as_str()), (422, Some("BH-200")), "{answer}");
+    }
 }
