@@ -24,6 +24,8 @@ pub struct Config {
     pub registry: Registry,
     /// The root half.
     pub agent: Agent,
+    /// Signing in, and what is on record.
+    pub access: Access,
     /// Pools of ids and addresses. Fixed once the database was made.
     pub pools: Pools,
     /// Logging.
@@ -88,14 +90,45 @@ pub struct Database {
     pub port: u16,
     /// Database.
     pub name: String,
-    /// Role.
+    /// Role of requests. Row level security holds for it.
     pub user: String,
-    /// File with the password; none for peer authentication over a unix socket.
+    /// File with its password; none for peer authentication over a unix socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
+    /// Role of reconcilers.
+    #[serde(default = "reconciler_user")]
+    pub reconciler_user: String,
+    /// File with its password.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reconciler_password_file: Option<PathBuf>,
+    /// Role that may make roles, for `migrate` alone.
+    #[serde(default = "admin_user")]
+    pub admin_user: String,
+    /// File with its password; `serve` needs and reads none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admin_password_file: Option<PathBuf>,
     /// Largest number of connections.
     #[serde(default = "connections")]
     pub connections: u32,
+}
+
+impl Database {
+    /// The database `bulkhead` on a unix socket, where everybody is who the system says.
+    #[must_use]
+    pub fn on_socket(folder: &Path) -> Self {
+        Self {
+            host: folder.display().to_string(),
+            port: postgres_port(),
+            name: "bulkhead".into(),
+            user: "bulkhead".into(),
+            password_file: None,
+            reconciler_user: reconciler_user(),
+            reconciler_password_file: None,
+            admin_user: admin_user(),
+            admin_password_file: None,
+            connections: connections(),
+        }
+    }
 }
 
 /// The registry behind the front door.
@@ -114,6 +147,80 @@ pub struct Registry {
 pub struct Agent {
     /// Its socket.
     pub socket: PathBuf,
+}
+
+/// Signing in, and what is on record.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Access {
+    /// File with the platform's key: 32 random bytes in base64. It seals second factors and signs the
+    /// audit's chain; without it neither is worth anything.
+    pub key: PathBuf,
+    /// File to which the audit's heads are appended, best on another disk; none when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audit_heads: Option<PathBuf>,
+    /// Months that the audit keeps before the month of today.
+    #[serde(default = "audit_months")]
+    pub audit_months: u32,
+    /// Providers that people may come through.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub providers: Vec<Provider>,
+}
+
+impl Access {
+    /// With this key and these heads, and no provider.
+    #[must_use]
+    pub fn with(key: PathBuf, audit_heads: PathBuf) -> Self {
+        Self { key, audit_heads: Some(audit_heads), audit_months: audit_months(), providers: Vec::new() }
+    }
+}
+
+/// An OpenID Connect provider.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Provider {
+    /// Short name: stands in addresses and on record.
+    pub name: String,
+    /// What its button says.
+    pub label: String,
+    /// Its exact issuer, such as `https://id.example.org`.
+    pub issuer: String,
+    /// Our name there.
+    pub client_id: String,
+    /// File with our secret there; none for a public client.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_secret: Option<PathBuf>,
+    /// What to ask for beside `openid`.
+    #[serde(default = "scopes")]
+    pub scopes: Vec<String>,
+    /// Hosts beside the issuer's own on which it has endpoints.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hosts: Vec<String>,
+    /// PEM file with certificates to trust beside the usual ones, for a provider of one's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca: Option<PathBuf>,
+    /// The claim that roles are mapped from.
+    #[serde(default = "roles_claim")]
+    pub roles_claim: String,
+    /// What a value of that claim gives.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub roles: Vec<RoleMapping>,
+    /// Whether somebody whom the provider knows and we do not gets an account, also without any role.
+    #[serde(default)]
+    pub admit_all: bool,
+}
+
+/// What a value of a provider's claim gives.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RoleMapping {
+    /// The value.
+    pub value: String,
+    /// The tenant; none for the platform.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<crate::ids::TenantName>,
+    /// The role there.
+    pub role: String,
 }
 
 /// Pools of ids and addresses.
@@ -193,6 +300,21 @@ fn postgres_port() -> u16 {
 fn connections() -> u32 {
     16
 }
+fn audit_months() -> u32 {
+    13
+}
+fn scopes() -> Vec<String> {
+    ["profile", "email"].map(String::from).into()
+}
+fn roles_claim() -> String {
+    "groups".to_owned()
+}
+fn reconciler_user() -> String {
+    "bulkhead_reconciler".to_owned()
+}
+fn admin_user() -> String {
+    "postgres".to_owned()
+}
 /// Ids of a tenant's range, unless set otherwise.
 pub const RANGE_SIZE: u32 = 65_536;
 /// Ids of an app's block, unless set otherwise.
@@ -216,7 +338,7 @@ fn log_level() -> String {
 
 /// Every key that there is, for suggestions. A test holds it against the types.
 const KEYS: &[(&str, &[&str])] = &[
-    ("", &["installation", "server", "database", "registry", "agent", "pools", "log"]),
+    ("", &["installation", "server", "database", "registry", "agent", "access", "pools", "log"]),
     (
         "server",
         &[
@@ -230,9 +352,24 @@ const KEYS: &[(&str, &[&str])] = &[
             "workers",
         ],
     ),
-    ("database", &["host", "port", "name", "user", "password_file", "connections"]),
+    (
+        "database",
+        &[
+            "host",
+            "port",
+            "name",
+            "user",
+            "password_file",
+            "reconciler_user",
+            "reconciler_password_file",
+            "admin_user",
+            "admin_password_file",
+            "connections",
+        ],
+    ),
     ("registry", &["url", "signing_key"]),
     ("agent", &["socket"]),
+    ("access", &["key", "audit_heads", "audit_months", "providers"]),
     ("pools", &["uid_start", "uid_end", "range_size", "block_size", "network", "subnet_prefix"]),
     ("log", &["format", "level"]),
 ];
@@ -309,7 +446,58 @@ impl Config {
         if self.database.connections < 4 {
             faults.push("database.connections is at least 4".into());
         }
+        let logins = [&self.database.user, &self.database.reconciler_user, &self.database.admin_user];
+        if logins[0] == logins[1]
+            || logins[..2].contains(&logins[2])
+            || logins.contains(&&"bulkhead_owner".to_owned())
+        {
+            faults.push(
+                "database.user, database.reconciler_user and database.admin_user are three roles, and none is \
+                 bulkhead_owner"
+                    .into(),
+            );
+        }
+        self.check_providers(faults);
         self.check_pools(faults);
+    }
+
+    fn check_providers(&self, faults: &mut Vec<String>) {
+        if self.access.audit_months < 3 {
+            faults.push("access.audit_months is at least 3".into());
+        }
+        let mut seen = Vec::new();
+        for provider in &self.access.providers {
+            let at = |field: &str| format!("access.providers: {}: {field}", provider.name);
+            let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+            if !(1..=32).contains(&provider.name.len())
+                || !provider.name.bytes().all(plain)
+                || matches!(provider.name.as_str(), "local" | "second-factor")
+            {
+                faults
+                    .push(at("name has 1 to 32 of a to z, 0 to 9 and -, and is not local or second-factor"));
+            }
+            let own = (provider.name.as_str(), provider.issuer.as_str());
+            if seen.iter().any(|(name, issuer)| *name == own.0 || *issuer == own.1) {
+                faults.push(at("each provider has a name and an issuer of its own"));
+            }
+            seen.push(own);
+            let plain_loopback = provider
+                .issuer
+                .strip_prefix("http://")
+                .is_some_and(|rest| is_loopback(rest.split('/').next().unwrap_or_default()));
+            if !provider.issuer.starts_with("https://") && !plain_loopback {
+                faults.push(at("issuer starts with https:// unless it is this machine's loopback"));
+            }
+            for mapping in &provider.roles {
+                let known: &[&str] = match mapping.tenant {
+                    Some(_) => &["viewer", "deployer", "owner"],
+                    None => &["auditor", "admin"],
+                };
+                if !known.contains(&mapping.role.as_str()) {
+                    faults.push(at(&format!("roles: {} is one of {}", mapping.value, known.join(", "))));
+                }
+            }
+        }
     }
 
     fn check_pools(&self, faults: &mut Vec<String>) {
@@ -427,6 +615,8 @@ url = "http://127.0.0.1:5001"
 signing_key = "/x/key.pem"
 [agent]
 socket = "/x/agent.sock"
+[access]
+key = "/x/platform-key"
 [pools]
 uid_start = 1879048192
 uid_end = 1912602624
@@ -482,6 +672,44 @@ network = "10.64.0.0/12"
         assert!(faults(GOOD, &[("BULKHEAD_POOLS__SUBNET_PREFIX", "30")]).contains("subnet_prefix"));
     }
 
+    fn provider(name: &str, issuer: &str) -> Provider {
+        Provider {
+            name: name.into(),
+            label: "x".into(),
+            issuer: issuer.into(),
+            client_id: "x".into(),
+            client_secret: None,
+            scopes: Vec::new(),
+            hosts: Vec::new(),
+            ca: None,
+            roles_claim: "groups".into(),
+            roles: Vec::new(),
+            admit_all: false,
+        }
+    }
+
+    #[test]
+    fn providers_are_apart_and_reached_over_tls() {
+        let with = |providers: Vec<Provider>| {
+            let mut config = Config::parse(GOOD, &[]).unwrap();
+            config.access.providers = providers;
+            faults(&toml::to_string(&config).unwrap(), &[])
+        };
+        assert_eq!(with(vec![provider("a", "https://a.example"), provider("b", "http://127.0.0.1:3")]), "");
+        assert!(with(vec![provider("a", "http://a.example")]).contains("https://"));
+        assert!(with(vec![provider("a", "https://x"), provider("b", "https://x")]).contains("of its own"));
+        assert!(with(vec![provider("local", "https://x")]).contains("is not local"));
+        let mut wrong = provider("a", "https://a.example");
+        wrong.roles = vec![RoleMapping { value: "x".into(), tenant: None, role: "owner".into() }];
+        assert!(with(vec![wrong]).contains("auditor, admin"));
+    }
+
+    #[test]
+    fn roles_of_the_database_are_three() {
+        assert!(faults(GOOD, &[("BULKHEAD_DATABASE__RECONCILER_USER", "bulkhead")]).contains("three roles"));
+        assert!(faults(GOOD, &[("BULKHEAD_DATABASE__USER", "postgres")]).contains("three roles"));
+    }
+
     #[test]
     fn every_key_is_known_to_the_suggestions() {
         let mut config = Config::parse(GOOD, &[]).unwrap();
@@ -490,6 +718,10 @@ network = "10.64.0.0/12"
         config.server.tls_certificate = Some("x".into());
         config.server.tls_key = Some("x".into());
         config.database.password_file = Some("x".into());
+        config.database.reconciler_password_file = Some("x".into());
+        config.database.admin_password_file = Some("x".into());
+        config.access.audit_heads = Some("x".into());
+        config.access.providers = vec![provider("id", "https://id.example")];
         let toml::Value::Table(table) = toml::Value::try_from(&config).unwrap() else { panic!() };
         let mut seen: Vec<(String, Vec<String>)> = vec![(String::new(), table.keys().cloned().collect())];
         for (section, value) in &table {

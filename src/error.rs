@@ -26,6 +26,12 @@ pub enum Error {
     /// Nobody, or somebody whose credential is not (or no longer) good.
     #[error("not signed in")]
     Unauthenticated,
+    /// Signed in, but too long ago for this: the person proves once more to be there.
+    #[error("this needs you to confirm that it is you; sign-ins count for ten minutes")]
+    Unconfirmed,
+    /// Too many tries; how long until the next one.
+    #[error("too many tries: the next one is possible in {} s", .0.as_secs())]
+    Throttled(Duration),
     /// Known, but not allowed to do this; the sentence says which role may.
     #[error("{0}")]
     Forbidden(String),
@@ -66,12 +72,14 @@ impl Error {
             Self::Unauthenticated => 401,
             Self::Forbidden(_) => 403,
             Self::NotFound => 404,
+            Self::Unconfirmed => 407,
             Self::AlreadyExists(_) => 409,
             Self::Conflict(_) => 410,
             Self::PreconditionFailed(_) => 412,
             Self::TooLarge(_) => 413,
             Self::Invalid(_) => 422,
             Self::QuotaExceeded(_) => 423,
+            Self::Throttled(_) => 429,
             Self::Internal(_) => 500,
             Self::Unavailable(..) => 503,
         })

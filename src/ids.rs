@@ -270,6 +270,30 @@ number_id!(
     AppId
 );
 
+number_id!(
+    /// A person's account.
+    AccountId
+);
+
+text_id!(
+    /// The name that a person signs in with: lower-case letters, digits and `. _ @ + -`, so that an
+    /// address of electronic mail is one; at most 64 characters.
+    AccountName,
+    |text| {
+        let bytes = text.as_bytes();
+        let edge = |b: Option<&u8>| b.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        if bytes.len() > 64 || !edge(bytes.first()) || !edge(bytes.last()) {
+            return Err(NameError::new(
+                "a person's name has 1 to 64 characters, the first and the last of a to z and 0 to 9",
+            ));
+        }
+        if !bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._@+-".contains(b)) {
+            return Err(NameError::new("a person's name consists of a to z, 0 to 9 and . _ @ + -"));
+        }
+        Ok(())
+    }
+);
+
 /// Who does something, as it stands in the audit: `token:12 ci`, `root`, `platform`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(transparent)]

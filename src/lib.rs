@@ -5,6 +5,7 @@
 #![recursion_limit = "256"]
 
 pub mod access;
+pub mod activity;
 pub mod apps;
 pub mod audit;
 pub mod config;
@@ -15,6 +16,7 @@ pub mod fault;
 pub mod http;
 pub mod ids;
 pub mod images;
+pub mod keys;
 pub mod outgoing;
 pub mod prober;
 pub mod reconcile;

@@ -5,10 +5,13 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use bulkhead::access::{self, Authority, PlatformRole, Role};
+use bulkhead::access::{Authority, PlatformRole, Role, tokens};
 use bulkhead::apps::spec::{AppSpec, Colour, Format, show};
+use bulkhead::audit::{heads::Heads, verify};
 use bulkhead::config::Config;
+use bulkhead::db::{Login, Within};
 use bulkhead::ids::{ActorId, TenantName};
+use bulkhead::keys::{Keys, Purpose};
 use bulkhead::standalone::{self, doctor, uninstall, units};
 use bulkhead::{db, prober, startup, telemetry};
 use clap::{Parser, Subcommand, ValueEnum};
@@ -46,7 +49,7 @@ enum Command {
     },
     /// Bring the database to this version
     Migrate {
-        /// Settings (TOML)
+        /// Settings (TOML); - for standard input
         #[arg(long)]
         config: PathBuf,
     },
@@ -100,6 +103,11 @@ enum Command {
         #[command(subcommand)]
         command: TokenCommand,
     },
+    /// The record of who did what
+    Audit {
+        #[command(subcommand)]
+        command: AuditCommand,
+    },
     /// Answer health checks (started by `up` or its unit)
     #[command(hide = true)]
     Prober {
@@ -149,6 +157,22 @@ enum TokenCommand {
     },
 }
 
+#[derive(Subcommand)]
+enum AuditCommand {
+    /// Hold every row against the chain that seals them: which was changed, taken out or put in
+    Verify {
+        /// Data folder of `up`
+        #[arg(long, default_value = "/var/lib/bulkhead")]
+        data: PathBuf,
+        /// Settings of `serve`, where there is no such folder
+        #[arg(long, conflicts_with = "data")]
+        config: Option<PathBuf>,
+        /// Form of the answer
+        #[arg(short, long, default_value = "text")]
+        output: Output,
+    },
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Output {
     Text,
@@ -188,6 +212,11 @@ fn explain(error: &bulkhead::error::Error) -> String {
 
 fn load(path: &Path) -> Result<Config, String> {
     let environment: Vec<(String, String)> = std::env::vars().collect();
+    if path == Path::new("-") {
+        let mut text = String::new();
+        std::io::stdin().read_to_string(&mut text).map_err(|error| error.to_string())?;
+        return Config::parse(&text, &environment).map_err(|error| error.to_string());
+    }
     Config::load(path, &environment).map_err(|error| error.to_string())
 }
 
@@ -216,11 +245,7 @@ fn run(command: Command) -> Result<ExitCode, String> {
         }
         Command::Migrate { config } => {
             let config = load(&config)?;
-            block_on(async {
-                let options = db::options(&config.database).map_err(|error| error.to_string())?;
-                let pool = db::pool(options, 2);
-                startup::migrate(&pool, &config).await.map_err(|error| explain(&error))
-            })?;
+            block_on(async { startup::migrate(&config).await.map_err(|error| explain(&error)) })?;
             print("the database is of this version");
         }
         Command::Check { file, output } => return check(&file, output),
@@ -237,6 +262,9 @@ fn run(command: Command) -> Result<ExitCode, String> {
             }
         }
         Command::Token { command } => create_token(command)?,
+        Command::Audit { command: AuditCommand::Verify { data, config, output } } => {
+            return verify_audit(&data, config, output);
+        }
         Command::Prober { socket } => {
             block_on(async { prober::serve(&socket).await.map_err(|error| error.to_string()) })?;
         }
@@ -336,41 +364,67 @@ fn write_settings(settings: &Path, state: &Path) -> Result<(), String> {
     Ok(())
 }
 
+fn connect(config: &Config, login: Login) -> Result<sqlx::PgPool, String> {
+    Ok(db::pool(db::options(&config.database, login).map_err(|error| error.to_string())?, 1))
+}
+
+fn settings(data: &Path, config: Option<PathBuf>) -> Result<Config, String> {
+    load(&config.unwrap_or_else(|| data.join("serve.toml")))
+        .map_err(|error| format!("{error}\nis `bulkhead up` running on this --data?"))
+}
+
+fn verify_audit(data: &Path, config: Option<PathBuf>, output: Output) -> Result<ExitCode, String> {
+    let config = settings(data, config)?;
+    let report = block_on(async {
+        let key = Keys::load(&config.access.key).map_err(|error| explain(&error))?.of(Purpose::Audit);
+        let heads = Heads::in_file(config.access.audit_heads.clone());
+        let pool = connect(&config, Login::Reconciler)?;
+        verify::verify(&pool, &key, &heads).await.map_err(|error| explain(&error))
+    })?;
+    if output == Output::Json {
+        print(&serde_json::to_string_pretty(&report).map_err(|error| error.to_string())?);
+    } else {
+        for finding in &report.findings {
+            print(&format!("FAILED  {finding}"));
+        }
+        print(&format!(
+            "{} rows in {} rounds fit; {} too new to be sealed, {} of months that were given up{}",
+            report.rows,
+            report.rounds,
+            report.unsealed,
+            report.retired,
+            if report.heads { "" } else { "; no heads to compare with: a cut tail would not be seen" }
+        ));
+    }
+    Ok(if report.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
 fn create_token(command: TokenCommand) -> Result<(), String> {
     let TokenCommand::Create { admin, auditor: _, tenant, role, name, days, data, config } = command;
     if name.is_empty() || name.chars().count() > 60 || name.chars().any(char::is_control) {
         return Err("--name has 1 to 60 visible characters".into());
     }
     let role = Role::parse(&role).ok_or("--role is viewer, deployer or owner")?;
-    let config = load(&config.unwrap_or_else(|| data.join("serve.toml")))
-        .map_err(|error| format!("{error}\nis `bulkhead up` running on this --data?"))?;
+    let config = settings(&data, config)?;
     block_on(async {
         let failed = |error: bulkhead::error::Error| explain(&error);
-        let pool = db::pool(db::options(&config.database).map_err(|error| error.to_string())?, 1);
-        let mut tx = pool.begin().await.map_err(|error| format!("the database does not answer: {error}"))?;
-        let (authority, id) = match &tenant {
+        let pool = connect(&config, Login::Runtime)?;
+        let within = tenant.as_ref().map_or(Within::Platform, Within::Named);
+        let mut tx = db::begin(&pool, within)
+            .await
+            .map_err(|error| format!("the database does not answer: {error}"))?;
+        let authority = match &tenant {
             Some(tenant) => {
                 let id = bulkhead::tenants::id_of(&mut tx, tenant).await.map_err(failed)?;
-                let id = id.ok_or("there is no such tenant")?;
-                (Authority::Tenant(id, role), Some(id))
+                Authority::Tenant(id.ok_or("there is no such tenant")?, role)
             }
-            None => {
-                (Authority::Platform(if admin { PlatformRole::Admin } else { PlatformRole::Auditor }), None)
-            }
+            None if admin => Authority::Platform(PlatformRole::Admin),
+            None => Authority::Platform(PlatformRole::Auditor),
         };
         let actor = ActorId::new("root");
         let life = time::Duration::days(days.into());
         let (_, token) =
-            access::create_token(&mut tx, &name, authority, &actor, life).await.map_err(failed)?;
-        let event = bulkhead::audit::Event {
-            tenant: id,
-            actor: &actor,
-            action: "token.create",
-            object: &name,
-            request_id: "command line",
-            detail: serde_json::json!({"days": days}),
-        };
-        bulkhead::audit::record(&mut tx, event).await.map_err(failed)?;
+            tokens::create_as_root(&mut tx, &name, authority, &actor, life).await.map_err(failed)?;
         tx.commit().await.map_err(|error| error.to_string())?;
         print(token.expose());
         Ok(())

@@ -1,23 +1,44 @@
 //! Every address of the platform, one table. A handler gets in only if its first argument decides
 //! about authority ([`Authorizes`]): without one this file does not compile.
 
+use std::pin::Pin;
+
+use actix_web::dev::Payload;
 use actix_web::http::Method;
-use actix_web::{FromRequest, Handler, HttpResponse, Responder, web};
+use actix_web::{FromRequest, Handler, HttpRequest, HttpResponse, Responder, web};
 use askama::Template;
 
-use crate::access::extract::{Authorizes, SignedIn};
-use crate::access::{self, Authority, Public};
+use crate::access::extract::Authorizes;
+use crate::access::{self, Public};
 use crate::error::Error;
 use crate::fault::catalogue;
-use crate::http::html;
-use crate::{apps, db, registries, tenants, uid_ranges};
+use crate::http::html::{self, Frame};
+use crate::{activity, apps, db, registries, tenants, uid_ranges};
 
 /// Arguments of a handler of which the first decides about authority.
-pub trait Authorized {}
+pub trait Authorized: Sized + 'static {
+    /// The first.
+    type First: Authorizes + FromRequest;
+    /// All others.
+    type Rest: FromRequest;
+    /// All together.
+    fn join(first: Self::First, rest: Self::Rest) -> Self;
+}
 
 macro_rules! authorized {
     ($($rest:ident)*) => {
-        impl<First: Authorizes, $($rest),*> Authorized for (First, $($rest,)*) {}
+        impl<First, $($rest),*> Authorized for (First, $($rest,)*)
+        where
+            First: Authorizes + FromRequest + 'static,
+            $($rest: FromRequest + 'static,)*
+        {
+            type First = First;
+            type Rest = ($($rest,)*);
+            #[allow(non_snake_case, clippy::unused_unit, reason = "one macro for all lengths")]
+            fn join(first: First, ($($rest,)*): ($($rest,)*)) -> Self {
+                (first, $($rest,)*)
+            }
+        }
     };
 }
 
@@ -29,49 +50,47 @@ authorized!(B C D E);
 authorized!(B C D E F);
 authorized!(B C D E F G);
 
+/// Arguments that are taken from a request one after another: nothing of it is read, no body and no form,
+/// before it is known that whoever sent it may do this.
+struct Gated<Args>(Args);
+
+impl<Args: Authorized> FromRequest for Gated<Args> {
+    type Error = actix_web::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self, actix_web::Error>>>>;
+    fn from_request(req: &HttpRequest, payload: &mut Payload) -> Self::Future {
+        let (req, mut payload) = (req.clone(), payload.take());
+        Box::pin(async move {
+            let first = Args::First::from_request(&req, &mut payload).await.map_err(Into::into)?;
+            let rest = Args::Rest::from_request(&req, &mut payload).await.map_err(Into::into)?;
+            Ok(Self(Args::join(first, rest)))
+        })
+    }
+}
+
 fn on<F, Args>(method: Method, handler: F) -> actix_web::Route
 where
     F: Handler<Args>,
-    Args: FromRequest + Authorized + 'static,
+    Args: Authorized,
     F::Output: Responder + 'static,
 {
-    web::method(method).to(handler)
+    web::method(method).to(move |Gated(args): Gated<Args>| handler.call(args))
 }
 
-/// The API's addresses: method and path. The table of documentation and tests.
-pub const API: &[(&str, &str)] = &[
-    ("POST", "/api/v1/tenants"),
-    ("GET", "/api/v1/tenants"),
-    ("GET", "/api/v1/tenants/{tenant}"),
-    ("PATCH", "/api/v1/tenants/{tenant}"),
-    ("PUT", "/api/v1/tenants/{tenant}/suspension"),
-    ("DELETE", "/api/v1/tenants/{tenant}/suspension"),
-    ("PUT", "/api/v1/tenants/{tenant}/offboarding"),
-    ("GET", "/api/v1/tenants/{tenant}/offboarding"),
-    ("POST", "/api/v1/tenants/{tenant}/robots"),
-    ("GET", "/api/v1/tenants/{tenant}/robots"),
-    ("DELETE", "/api/v1/tenants/{tenant}/robots/{robot}"),
-    ("GET", "/api/v1/tenants/{tenant}/repositories"),
-    ("GET", "/api/v1/tenants/{tenant}/repositories/{repository}/tags"),
-    ("DELETE", "/api/v1/tenants/{tenant}/repositories/{repository}/tags/{tag}"),
-    ("GET", "/api/v1/tenants/{tenant}/apps"),
-    ("PUT", "/api/v1/tenants/{tenant}/apps/{app}"),
-    ("GET", "/api/v1/tenants/{tenant}/apps/{app}"),
-    ("DELETE", "/api/v1/tenants/{tenant}/apps/{app}"),
-    ("GET", "/api/v1/tenants/{tenant}/apps/{app}/releases"),
-    ("POST", "/api/v1/tenants/{tenant}/apps/{app}/releases"),
-    ("GET", "/api/v1/tenants/{tenant}/apps/{app}/logs"),
-    ("GET", "/api/v1/uids/{uid}"),
-    ("GET", "/api/v1/uid-ranges"),
-    ("GET", "/api/v1/schemas/app-spec"),
-];
+/// Every address and what it answers to: the table of documentation and tests. It is made from the very
+/// list that the server is.
+#[must_use]
+pub fn table() -> Vec<(Method, String)> {
+    let mut rows = Vec::new();
+    each(&mut |method, path, _| rows.push((method, path.to_owned())));
+    rows
+}
 
 /// Everything that the main listener answers.
 pub fn configure(cfg: &mut web::ServiceConfig) {
-    api(cfg);
-    console(cfg);
+    each(&mut |_, path, route| {
+        cfg.route(path, route);
+    });
     registry(cfg);
-    cfg.route("/healthz", on(Method::GET, healthz)).route("/readyz", on(Method::GET, readyz));
 }
 
 /// What the engine's listener answers: pulls, and nothing else.
@@ -90,62 +109,170 @@ async fn authorized_proxy(
     registries::proxy::handle(public, req, door, body).await
 }
 
-fn api(cfg: &mut web::ServiceConfig) {
-    use Method as M;
-    let tenant = "/api/v1/tenants/{tenant}";
-    let at = |rest: &str| format!("{tenant}{rest}");
-    cfg.route("/api/v1/tenants", on(M::POST, tenants::api::onboard))
-        .route("/api/v1/tenants", on(M::GET, tenants::api::list_tenants))
-        .route(tenant, on(M::GET, tenants::api::get_tenant))
-        .route(tenant, on(M::PATCH, tenants::api::change_tenant))
-        .route(&at("/suspension"), on(M::PUT, tenants::api::begin_suspension))
-        .route(&at("/suspension"), on(M::DELETE, tenants::api::end_suspension))
-        .route(&at("/offboarding"), on(M::PUT, tenants::api::begin_offboarding))
-        .route(&at("/offboarding"), on(M::GET, tenants::api::get_offboarding))
-        .route(&at("/robots"), on(M::POST, registries::robots::create_robot))
-        .route(&at("/robots"), on(M::GET, registries::robots::list_robots))
-        .route(&at("/robots/{robot}"), on(M::DELETE, registries::robots::delete_robot))
-        .route(&at("/repositories"), on(M::GET, registries::api::list_repositories))
-        .route(&at("/repositories/{repository:.+}/tags"), on(M::GET, registries::api::list_tags))
-        .route(&at("/repositories/{repository:.+}/tags/{tag}"), on(M::DELETE, registries::api::delete_tag))
-        .route(&at("/apps"), on(M::GET, apps::api::list_apps))
-        .route(&at("/apps/{app}"), on(M::PUT, apps::api::put_app))
-        .route(&at("/apps/{app}"), on(M::GET, apps::api::get_app))
-        .route(&at("/apps/{app}"), on(M::DELETE, apps::api::delete_app))
-        .route(&at("/apps/{app}/releases"), on(M::GET, apps::api::list_releases))
-        .route(&at("/apps/{app}/releases"), on(M::POST, apps::api::roll_back))
-        .route(&at("/apps/{app}/logs"), on(M::GET, apps::logs::get_logs))
-        .route("/api/v1/uids/{uid}", on(M::GET, uid_ranges::api::get_uid))
-        .route("/api/v1/uid-ranges", on(M::GET, uid_ranges::api::list_uid_ranges))
-        .route("/api/v1/schemas/app-spec", on(M::GET, apps::api::app_spec_schema));
+type Taker<'a> = dyn FnMut(Method, &str, actix_web::Route) + 'a;
+
+fn each(take: &mut Taker<'_>) {
+    platform(take);
+    people(take);
+    within_tenant(take);
+    signing_in(take);
+    console(take);
 }
 
-fn console(cfg: &mut web::ServiceConfig) {
-    use Method as M;
-    cfg.route("/", on(M::GET, home))
-        .route("/login", on(M::GET, access::console::login_page))
-        .route("/login", on(M::POST, access::console::login))
-        .route("/logout", on(M::POST, access::console::logout))
-        .route("/first-admin/{code}", on(M::GET, access::console::first_admin_page))
-        .route("/first-admin/{code}", on(M::POST, access::console::first_admin))
-        .route("/tenants", on(M::GET, tenants::console::list_page))
-        .route("/tenants/{tenant}", on(M::GET, apps::console::tenant_page))
-        .route("/tenants/{tenant}/apps/{app}", on(M::GET, apps::console::app_page))
-        .route("/docs/errors", on(M::GET, errors_page))
-        .route("/docs/errors/{code}", on(M::GET, error_page))
-        .route("/static/{file}", on(M::GET, static_file));
-}
-
-/// Where somebody belongs: the platform's people to all tenants, a tenant's to their own.
-async fn home(scope: SignedIn, pool: web::Data<sqlx::PgPool>) -> Result<HttpResponse, Error> {
-    let to = match scope.actor.authority {
-        Authority::Platform(_) => "/tenants".to_owned(),
-        Authority::Tenant(id, _) => {
-            let mut conn = pool.acquire().await?;
-            format!("/tenants/{}", tenants::name_of(&mut conn, id).await?)
-        }
+macro_rules! routes {
+    ($take:ident, $($method:ident $path:literal => $handler:expr;)*) => {
+        $($take(Method::$method, $path, on(Method::$method, $handler));)*
     };
-    Ok(HttpResponse::SeeOther().insert_header(("location", to)).finish())
+}
+
+fn platform(take: &mut Taker<'_>) {
+    use tenants::api as t;
+    routes! { take,
+        GET "/healthz" => healthz;
+        GET "/readyz" => readyz;
+        POST "/api/v1/tenants" => t::onboard;
+        GET "/api/v1/tenants" => t::list_tenants;
+        GET "/api/v1/tenants/{tenant}" => t::get_tenant;
+        PATCH "/api/v1/tenants/{tenant}" => t::change_tenant;
+        PUT "/api/v1/tenants/{tenant}/suspension" => t::begin_suspension;
+        DELETE "/api/v1/tenants/{tenant}/suspension" => t::end_suspension;
+        PUT "/api/v1/tenants/{tenant}/offboarding" => t::begin_offboarding;
+        GET "/api/v1/tenants/{tenant}/offboarding" => t::get_offboarding;
+        GET "/api/v1/uids/{uid}" => uid_ranges::api::get_uid;
+        GET "/api/v1/uid-ranges" => uid_ranges::api::list_uid_ranges;
+        GET "/api/v1/audit" => activity::api::list_platform;
+        GET "/api/v1/audit/export" => activity::api::export_platform;
+        GET "/api/v1/schemas/app-spec" => apps::api::app_spec_schema;
+    }
+}
+
+fn people(take: &mut Taker<'_>) {
+    use access::api::{me, people as p};
+    routes! { take,
+        GET "/api/v1/me" => me::get_me;
+        GET "/api/v1/me/sessions" => me::list_sessions;
+        DELETE "/api/v1/me/sessions" => me::end_other_sessions;
+        DELETE "/api/v1/me/sessions/{id}" => me::end_session;
+        PUT "/api/v1/me/password" => me::set_password;
+        POST "/api/v1/me/confirmation" => me::confirm;
+        POST "/api/v1/me/second-factor" => me::begin_second_factor;
+        PUT "/api/v1/me/second-factor" => me::confirm_second_factor;
+        DELETE "/api/v1/me/second-factor" => me::remove_second_factor;
+        GET "/api/v1/me/tokens" => me::list_tokens;
+        POST "/api/v1/me/tokens" => me::create_token;
+        DELETE "/api/v1/me/tokens/{id}" => me::revoke_token;
+        DELETE "/api/v1/me/tenants/{tenant}" => me::leave;
+        GET "/api/v1/accounts" => p::list_accounts;
+        GET "/api/v1/accounts/{account}" => p::get_account;
+        PATCH "/api/v1/accounts/{account}" => p::change_account;
+        POST "/api/v1/accounts/{account}/reset" => p::reset_account;
+        DELETE "/api/v1/accounts/{account}/second-factor" => p::remove_second_factor;
+        GET "/api/v1/invitations" => p::list_invitations;
+        POST "/api/v1/invitations" => p::invite;
+        DELETE "/api/v1/invitations/{id}" => p::revoke_invitation;
+        GET "/api/v1/tokens" => p::list_tokens;
+        DELETE "/api/v1/tokens/{id}" => p::revoke_token;
+    }
+}
+
+fn within_tenant(take: &mut Taker<'_>) {
+    use access::api::{credentials as c, members as m};
+    use registries::{api as r, robots};
+    routes! { take,
+        GET "/api/v1/tenants/{tenant}/members" => m::list_members;
+        PUT "/api/v1/tenants/{tenant}/members/{member}" => m::change_member;
+        DELETE "/api/v1/tenants/{tenant}/members/{member}" => m::remove_member;
+        POST "/api/v1/tenants/{tenant}/members/{member}/reset" => m::reset_member;
+        GET "/api/v1/tenants/{tenant}/invitations" => m::list_invitations;
+        POST "/api/v1/tenants/{tenant}/invitations" => m::invite;
+        DELETE "/api/v1/tenants/{tenant}/invitations/{id}" => m::revoke_invitation;
+        GET "/api/v1/tenants/{tenant}/service-accounts" => c::list_services;
+        POST "/api/v1/tenants/{tenant}/service-accounts" => c::create_service;
+        DELETE "/api/v1/tenants/{tenant}/service-accounts/{service}" => c::delete_service;
+        GET "/api/v1/tenants/{tenant}/tokens" => c::list_tokens;
+        POST "/api/v1/tenants/{tenant}/tokens" => c::create_token;
+        DELETE "/api/v1/tenants/{tenant}/tokens/{id}" => c::revoke_token;
+        GET "/api/v1/tenants/{tenant}/audit" => activity::api::list_tenant;
+        GET "/api/v1/tenants/{tenant}/audit/export" => activity::api::export_tenant;
+        POST "/api/v1/tenants/{tenant}/robots" => robots::create_robot;
+        GET "/api/v1/tenants/{tenant}/robots" => robots::list_robots;
+        DELETE "/api/v1/tenants/{tenant}/robots/{robot}" => robots::delete_robot;
+        GET "/api/v1/tenants/{tenant}/repositories" => r::list_repositories;
+        GET "/api/v1/tenants/{tenant}/repositories/{repository:.+}/tags" => r::list_tags;
+        DELETE "/api/v1/tenants/{tenant}/repositories/{repository:.+}/tags/{tag}" => r::delete_tag;
+        GET "/api/v1/tenants/{tenant}/apps" => apps::api::list_apps;
+        PUT "/api/v1/tenants/{tenant}/apps/{app}" => apps::api::put_app;
+        GET "/api/v1/tenants/{tenant}/apps/{app}" => apps::api::get_app;
+        DELETE "/api/v1/tenants/{tenant}/apps/{app}" => apps::api::delete_app;
+        GET "/api/v1/tenants/{tenant}/apps/{app}/releases" => apps::api::list_releases;
+        POST "/api/v1/tenants/{tenant}/apps/{app}/releases" => apps::api::roll_back;
+        GET "/api/v1/tenants/{tenant}/apps/{app}/logs" => apps::logs::get_logs;
+    }
+}
+
+fn signing_in(take: &mut Taker<'_>) {
+    use access::console::{account as a, links, login as l, provider as p};
+    routes! { take,
+        GET "/" => l::home;
+        GET "/login" => l::login_page;
+        POST "/login" => l::login;
+        GET "/login/second-factor" => l::second_factor_page;
+        POST "/login/second-factor" => l::second_factor;
+        POST "/logout" => l::logout;
+        GET "/login/providers/{provider}" => p::begin;
+        GET "/login/providers/{provider}/callback" => p::come_back;
+        GET "/confirm/{provider}" => p::begin_confirmation;
+        GET "/account/providers/{provider}" => p::begin_link;
+        GET "/confirm" => l::confirm_page;
+        POST "/confirm" => l::confirm;
+        GET "/first-admin/{code}" => links::first_admin_page;
+        POST "/first-admin/{code}" => links::first_admin;
+        GET "/invitations/{code}" => links::invitation_page;
+        POST "/invitations/{code}" => links::accept;
+        GET "/reset/{code}" => links::reset_page;
+        POST "/reset/{code}" => links::reset;
+        GET "/account" => a::account_page;
+        POST "/account/password" => a::set_password;
+        POST "/account/second-factor" => a::begin_second_factor;
+        POST "/account/second-factor/confirmation" => a::confirm_second_factor;
+        POST "/account/second-factor/removal" => a::remove_second_factor;
+        POST "/account/sessions/end" => a::end_session;
+        POST "/account/tokens" => a::create_token;
+        POST "/account/tokens/revocation" => a::revoke_token;
+    }
+}
+
+fn console(take: &mut Taker<'_>) {
+    use access::console::{members as m, people as p, permissions};
+    routes! { take,
+        GET "/people" => p::people_page;
+        POST "/people/change" => p::change_person;
+        POST "/people/reset" => p::reset_person;
+        POST "/people/second-factor/removal" => p::remove_second_factor;
+        POST "/people/invitation" => p::invite;
+        POST "/people/invitation/revocation" => p::revoke_invitation;
+        GET "/audit" => activity::console::platform_page;
+        GET "/tenants" => tenants::console::list_page;
+        GET "/tenants/{tenant}" => apps::console::tenant_page;
+        GET "/tenants/{tenant}/members" => m::members_page;
+        POST "/tenants/{tenant}/members/role" => m::change_member;
+        POST "/tenants/{tenant}/members/removal" => m::remove_member;
+        POST "/tenants/{tenant}/members/reset" => m::reset_member;
+        POST "/tenants/{tenant}/members/invitation" => m::invite;
+        POST "/tenants/{tenant}/members/invitation/revocation" => m::revoke_invitation;
+        POST "/tenants/{tenant}/leave" => m::leave;
+        GET "/tenants/{tenant}/tokens" => m::tokens_page;
+        POST "/tenants/{tenant}/tokens" => m::create_token;
+        POST "/tenants/{tenant}/tokens/revocation" => m::revoke_token;
+        POST "/tenants/{tenant}/tokens/service-account" => m::create_service;
+        POST "/tenants/{tenant}/tokens/service-account/removal" => m::delete_service;
+        GET "/tenants/{tenant}/activity" => activity::console::tenant_page;
+        GET "/tenants/{tenant}/apps/{app}" => apps::console::app_page;
+        GET "/docs/permissions" => permissions::permissions_page;
+        GET "/docs/errors" => errors_page;
+        GET "/docs/errors/{code}" => error_page;
+        GET "/static/{file}" => static_file;
+    }
 }
 
 async fn healthz(_: Public) -> HttpResponse {
@@ -167,6 +294,7 @@ async fn readyz(
 #[derive(Template)]
 #[template(path = "docs/error.html")]
 struct ErrorDoc {
+    frame: Frame,
     code: String,
     title: &'static str,
     text: &'static str,
@@ -174,18 +302,24 @@ struct ErrorDoc {
 
 async fn error_page(_: Public, code: web::Path<String>) -> Result<HttpResponse, Error> {
     let found = catalogue::explanation(&code).ok_or(Error::NotFound)?;
-    html::page(&ErrorDoc { code: found.code.to_string(), title: found.title, text: found.text })
+    html::page(&ErrorDoc {
+        frame: Frame::default(),
+        code: found.code.to_string(),
+        title: found.title,
+        text: found.text,
+    })
 }
 
 #[derive(Template)]
 #[template(path = "docs/errors.html")]
 struct ErrorsDoc {
+    frame: Frame,
     rows: Vec<(String, &'static str)>,
 }
 
 async fn errors_page(_: Public) -> Result<HttpResponse, Error> {
     let rows = catalogue::all().map(|entry| (entry.code.to_string(), entry.title)).collect();
-    html::page(&ErrorsDoc { rows })
+    html::page(&ErrorsDoc { frame: Frame::default(), rows })
 }
 
 async fn static_file(_: Public, file: web::Path<String>) -> Result<HttpResponse, Error> {

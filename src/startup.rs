@@ -6,19 +6,26 @@ use std::time::Duration;
 
 use actix_web::middleware::from_fn;
 use actix_web::{App, HttpResponse, HttpServer, web};
-use sqlx::PgPool;
+use sqlx::{Connection, PgConnection, PgPool};
 use tokio_util::sync::CancellationToken;
 
 use crate::access::Public;
+use crate::access::denials::Denials;
+use crate::access::oidc::Providers;
+use crate::access::passwords::Passwords;
+use crate::access::sessions::Desk;
+use crate::access::throttle::Throttle;
 use crate::apps::actions::Apps;
 use crate::apps::follow::follow;
 use crate::apps::reconcile::{AppReconciler, AppsOfTenant};
+use crate::audit::heads::Heads;
 use crate::config::Config;
-use crate::db;
+use crate::db::{self, Login};
 use crate::driver::Driver;
 use crate::driver::agent::client::AgentClient;
 use crate::error::Error;
 use crate::http::{self, OwnAddress};
+use crate::keys::{Keys, Purpose};
 use crate::reconcile::{self, Reconciler, Waker};
 use crate::registries::front::{Door, FrontDoor};
 use crate::registries::reconcile::{ImagesOfTenant, RobotsOfTenant, sweep};
@@ -26,15 +33,19 @@ use crate::registries::{Distribution, Holders, PullSecrets, SigningKey};
 use crate::telemetry::Metrics;
 use crate::tenants::Belongings;
 use crate::tenants::reconcile::TenantReconciler;
-use crate::{routes, uid_ranges};
+use crate::{audit, routes, uid_ranges};
 
 /// Everything that handlers share, made once.
 #[derive(Clone)]
 pub struct Platform {
     /// Configuration.
     pub config: web::Data<Config>,
-    /// Database.
+    /// Database, as requests see it.
     pub pool: PgPool,
+    /// Database, as reconcilers see it.
+    pub work: PgPool,
+    /// Where people sign in.
+    pub desk: Desk,
     /// What runs workloads.
     pub driver: Arc<dyn Driver>,
     /// The registry.
@@ -49,15 +60,26 @@ pub struct Platform {
 
 impl Platform {
     /// Builds the parts; nothing is asked yet.
-    pub fn build(config: Config, driver: Arc<dyn Driver>, pool: PgPool) -> Result<Self, Error> {
+    pub fn build(config: Config, driver: Arc<dyn Driver>, pool: PgPool, work: PgPool) -> Result<Self, Error> {
         let pem = fs::read_to_string(&config.registry.signing_key).map_err(|error| {
             Error::internal(format!("{}: {error}", config.registry.signing_key.display()))
         })?;
         let key = SigningKey::from_pem(&pem)?;
         let registry = Distribution::new(pool.clone(), &config.registry.url, key.clone())?;
+        let keys = Keys::load(&config.access.key)?;
+        let desk = Desk {
+            throttle: Throttle::new(pool.clone(), &keys),
+            passwords: Passwords::new()?,
+            denials: Denials::default(),
+            providers: Providers::load(&config.access.providers)?,
+            pool: pool.clone(),
+            keys,
+        };
         Ok(Self {
             config: web::Data::new(config),
+            desk,
             pool,
+            work,
             driver,
             registry,
             key,
@@ -69,7 +91,7 @@ impl Platform {
     /// The reconcilers.
     #[must_use]
     pub fn reconcilers(&self) -> Vec<Arc<dyn Reconciler>> {
-        let (pool, pools) = (self.pool.clone(), self.config.pools.clone());
+        let (pool, pools) = (self.work.clone(), self.config.pools.clone());
         let belongings: Vec<Arc<dyn Belongings>> = vec![
             Arc::new(RobotsOfTenant { pool: pool.clone() }),
             Arc::new(AppsOfTenant { pool: pool.clone() }),
@@ -94,7 +116,10 @@ impl Platform {
 
     /// Hands the parts to a listener.
     pub fn configure(&self, door: Door, cfg: &mut web::ServiceConfig) {
-        let own = OwnAddress { external: self.config.server.external_url.clone() };
+        let own = OwnAddress {
+            external: self.config.server.external_url.clone(),
+            behind_proxy: self.config.server.behind_proxy,
+        };
         let engine = door != Door::Tenants;
         let holders: Arc<dyn Holders> = Arc::new(AppsOfTenant { pool: self.pool.clone() });
         let front = FrontDoor {
@@ -103,10 +128,12 @@ impl Platform {
             registry: self.registry.clone(),
             own: own.clone(),
             door,
+            denials: self.desk.denials.clone(),
         };
         cfg.app_data(web::PayloadConfig::new(http::BODY_LIMIT))
             .app_data(web::FormConfig::default().limit(4096))
             .app_data(web::Data::new(front))
+            .app_data(web::Data::new(own))
             .app_data(self.metrics.clone());
         if engine {
             cfg.configure(routes::registry);
@@ -123,7 +150,9 @@ impl Platform {
                 Error::Malformed(format!("the query cannot be read: {error}")).into()
             }),
         )
-        .app_data(web::Data::new(own))
+        .app_data(web::Data::new(self.desk.clone()))
+        .app_data(web::Data::new(self.desk.keys.clone()))
+        .app_data(web::Data::new(self.desk.denials.clone()))
         .app_data(self.config.clone())
         .app_data(web::Data::new(self.pool.clone()))
         .app_data(web::Data::new(self.waker.clone()))
@@ -139,21 +168,32 @@ async fn metrics(_: Public, metrics: web::Data<Metrics>) -> HttpResponse {
     HttpResponse::Ok().content_type("text/plain; version=0.0.4").body(metrics.render())
 }
 
-/// Brings the database to this version and sees to it that it belongs to this installation.
-pub async fn migrate(pool: &PgPool, config: &Config) -> Result<(), Error> {
-    db::MIGRATOR.run(pool).await.map_err(Error::internal)?;
-    db::claim_installation(pool, &config.installation, &config.pools).await
+/// Brings the database to this version and sees to it that it belongs to this installation. It connects as a
+/// role that may make roles.
+pub async fn migrate(config: &Config) -> Result<(), Error> {
+    let options = db::options(&config.database, Login::Admin).map_err(Error::internal)?;
+    let mut conn = PgConnection::connect_with(&options).await.map_err(Error::internal)?;
+    db::migrate(&mut conn, config).await?;
+    conn.close().await?;
+    Ok(())
 }
 
 /// Runs `serve` until it is told to stop.
 pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> Result<(), Error> {
-    let options = db::options(&config.database).map_err(Error::internal)?;
-    let pool = db::pool(options, config.database.connections);
+    let connections = config.database.connections;
+    let pool = db::pool(db::options(&config.database, Login::Runtime).map_err(Error::internal)?, connections);
+    let work = db::options(&config.database, Login::Reconciler).map_err(Error::internal)?;
+    let work = db::pool(work, (connections / 2).max(4));
     db::check_schema(&pool).await?;
-    db::claim_installation(&pool, &config.installation, &config.pools).await?;
+    for pool in [&pool, &work] {
+        db::check_role(pool).await?;
+    }
+    let mut conn = work.acquire().await?;
+    db::claim_installation(&mut conn, &config.installation, &config.pools).await?;
+    drop(conn);
     check_ids(&config)?;
     let client = AgentClient::new(config.agent.socket.clone());
-    let platform = Platform::build(config, Arc::new(client), pool)?;
+    let platform = Platform::build(config, Arc::new(client), pool, work)?;
     run(platform, stop).await
 }
 
@@ -178,20 +218,27 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
     let halt = CancellationToken::new();
     let mut tasks = vec![
         tokio::spawn(reconcile::run(
-            platform.pool.clone(),
+            platform.work.clone(),
             platform.reconcilers(),
             platform.waker.clone(),
             platform.metrics.clone(),
             halt.clone(),
         )),
         tokio::spawn(follow(
-            platform.pool.clone(),
+            platform.work.clone(),
             Arc::clone(&platform.driver),
             platform.waker.clone(),
             halt.clone(),
         )),
-        tokio::spawn(sweep(platform.pool.clone(), platform.registry.clone(), halt.clone())),
-        tokio::spawn(housekeeping(platform.pool.clone(), halt.clone())),
+        tokio::spawn(sweep(platform.work.clone(), platform.registry.clone(), halt.clone())),
+        tokio::spawn(housekeeping(platform.work.clone(), platform.config.clone(), halt.clone())),
+        tokio::spawn(platform.desk.denials.clone().run(platform.work.clone(), halt.clone())),
+        tokio::spawn(audit::seal::run(
+            platform.work.clone(),
+            platform.desk.keys.of(Purpose::Audit),
+            Heads::in_file(platform.config.access.audit_heads.clone()),
+            halt.clone(),
+        )),
         tokio::spawn(watch_ids(platform.config.clone(), halt.clone())),
     ];
     let server = platform.config.server.clone();
@@ -252,20 +299,26 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
         let _ = tokio::time::timeout(Duration::from_secs(15), task).await;
     }
     platform.pool.close().await;
+    platform.work.close().await;
     Ok(())
 }
 
-/// Removes once an hour what has had its time.
-async fn housekeeping(pool: PgPool, stop: CancellationToken) {
+/// Makes the audit's months that are to come, and removes what has had its time; at the start and once an hour.
+async fn housekeeping(pool: PgPool, config: web::Data<Config>, stop: CancellationToken) {
     loop {
+        for outcome in [
+            audit::prepare_months(&pool).await,
+            audit::retire_months(&pool, config.access.audit_months).await,
+            crate::access::prune(&pool).await,
+            crate::apps::prune(&pool).await,
+        ] {
+            if let Err(error) = outcome {
+                tracing::warn!(%error, "housekeeping goes on later");
+            }
+        }
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(Duration::from_secs(3600)) => {}
-        }
-        for outcome in [crate::access::prune(&pool).await, crate::apps::prune(&pool).await] {
-            if let Err(error) = outcome {
-                tracing::warn!(%error, "old rows are removed later");
-            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The extractors that give a handler its authority: they authenticate, load what the address
-//! names and check the role, in one step. A route takes its handler only if the first argument is
-//! one of these (`routes.rs`), so a handler without authority does not compile.
+//! names and check the role, in one step and one question to the database. A route takes its handler only if
+//! the first argument is one of these (`routes.rs`), so a handler without authority does not compile.
 
 use std::marker::PhantomData;
 use std::pin::Pin;
@@ -8,12 +8,19 @@ use std::pin::Pin;
 use actix_web::dev::Payload;
 use actix_web::http::{Method, header};
 use actix_web::{FromRequest, HttpRequest, web};
+use serde::de::DeserializeOwned;
+use serde::de::value::{Error as FormError, MapDeserializer};
 use sqlx::PgPool;
+use subtle::ConstantTimeEq;
 
-use super::{Actor, Permission, PlatformRole, Role, TenantRef, credentials, store};
+use super::denials::Denials;
+use super::store::Facts;
+use super::{Actor, Effect, Means, Permission, PlatformRole, Role, TenantRef, credentials, includes, store};
+use crate::audit::Refusal;
 use crate::error::Error;
 use crate::http::{OwnAddress, RequestId, request_id};
 use crate::ids::TenantName;
+use crate::keys::{Keys, Purpose, mac};
 
 /// Cookie of a session where the address is https.
 const COOKIE_SECURE: &str = "__Host-bulkhead";
@@ -47,9 +54,25 @@ pub struct TenantScope<P> {
     pub actor: Actor,
     /// Where.
     pub tenant: TenantRef,
+    /// Role in it; none for the platform's people who are no members.
+    pub role: Option<Role>,
     /// Id of the request.
     pub request_id: RequestId,
     permission: PhantomData<P>,
+}
+
+impl<P> TenantScope<P> {
+    /// Whether the same person may do this here too: for what a page offers.
+    #[must_use]
+    pub fn may<Q: Permission>(&self) -> bool {
+        includes::<Q>(self.actor.platform, self.role)
+    }
+
+    /// The highest role that this person may give to others here.
+    #[must_use]
+    pub fn highest(&self) -> Option<Role> {
+        if self.actor.platform == Some(PlatformRole::Admin) { Some(Role::Owner) } else { self.role }
+    }
 }
 
 /// Anybody who is signed in, whatever the role.
@@ -61,7 +84,17 @@ pub struct SignedIn {
     pub request_id: RequestId,
 }
 
+/// Somebody who is signed in, or nobody: for pages that look different for each.
+#[derive(Debug)]
+pub struct Perhaps {
+    /// Who.
+    pub actor: Option<Actor>,
+    /// Id of the request.
+    pub request_id: RequestId,
+}
+
 impl Authorizes for Public {}
+impl Authorizes for Perhaps {}
 impl<P> Authorizes for PlatformScope<P> {}
 impl<P> Authorizes for TenantScope<P> {}
 impl Authorizes for SignedIn {}
@@ -69,7 +102,8 @@ impl Authorizes for SignedIn {}
 /// The name of the session cookie for this request.
 #[must_use]
 pub fn cookie_name(req: &HttpRequest) -> &'static str {
-    if req.connection_info().scheme() == "https" { COOKIE_SECURE } else { COOKIE_PLAIN }
+    let secure = req.app_data::<web::Data<OwnAddress>>().is_some_and(|own| own.is_secure(req));
+    if secure { COOKIE_SECURE } else { COOKIE_PLAIN }
 }
 
 enum Credential {
@@ -86,22 +120,55 @@ fn credential(req: &HttpRequest) -> Option<Credential> {
     req.cookie(cookie_name(req)).map(|cookie| Credential::Session(cookie.value().to_owned()))
 }
 
-async fn authenticate(req: &HttpRequest) -> Result<Actor, Error> {
-    let pool = req.app_data::<web::Data<PgPool>>().ok_or_else(|| Error::internal("no pool"))?;
-    let mut conn = pool.acquire().await?;
-    let actor = match credential(req) {
-        Some(Credential::Token(token)) => store::find_token(&mut conn, &credentials::hash(&token)).await?,
-        Some(Credential::Session(session)) => {
-            let changes = !matches!(*req.method(), Method::GET | Method::HEAD);
-            let own = req.app_data::<web::Data<OwnAddress>>();
-            if changes && !own.is_some_and(|own| own.same_origin(req)) {
-                return Err(Error::Forbidden("this request does not come from Bulkhead's own pages".into()));
-            }
-            store::find_session(&mut conn, &credentials::hash(&session)).await?
+fn part<T: 'static>(req: &HttpRequest) -> Result<&web::Data<T>, Error> {
+    req.app_data::<web::Data<T>>().ok_or_else(|| Error::internal("a part of the platform is not wired"))
+}
+
+/// Refuses what a browser sends for somebody else's page.
+pub fn require_own_page(req: &HttpRequest) -> Result<(), Error> {
+    if part::<OwnAddress>(req)?.same_origin(req) {
+        Ok(())
+    } else {
+        Err(Error::Forbidden("this request does not come from Bulkhead's own pages".into()))
+    }
+}
+
+async fn authenticate(req: &HttpRequest, wanted: Option<&TenantName>) -> Result<Facts, Error> {
+    fail::fail_point!("access::authenticate", |_| Err(Error::internal("failpoint")));
+    let found = match credential(req) {
+        Some(Credential::Token(token)) => {
+            let mut conn = part::<PgPool>(req)?.acquire().await?;
+            store::find_token(&mut conn, &credentials::hash(&token), wanted).await?
         }
-        None => None,
+        Some(Credential::Session(session)) => {
+            if !matches!(*req.method(), Method::GET | Method::HEAD) {
+                require_own_page(req)?;
+            }
+            let mut conn = part::<PgPool>(req)?.acquire().await?;
+            store::find_session(&mut conn, &credentials::hash(&session), wanted).await?
+        }
+        None => return Err(Error::Unauthenticated),
     };
-    actor.ok_or(Error::Unauthenticated)
+    found.ok_or_else(|| {
+        refuse(req, None, "anonymous", "the credential is not good");
+        Error::Unauthenticated
+    })
+}
+
+/// Notes a refusal for the audit.
+fn refuse(req: &HttpRequest, tenant: Option<&TenantRef>, actor: &str, reason: &'static str) {
+    let (Some(denials), Some(own)) =
+        (req.app_data::<web::Data<Denials>>(), req.app_data::<web::Data<OwnAddress>>())
+    else {
+        return;
+    };
+    denials.note(Refusal {
+        tenant: tenant.map(|tenant| tenant.id),
+        actor: actor.to_owned(),
+        object: format!("{} {}", req.method(), req.match_pattern().unwrap_or_default()),
+        reason,
+        place: own.client(req).to_string(),
+    });
 }
 
 fn role_name(tenant: Option<Role>, platform: PlatformRole) -> String {
@@ -109,6 +176,42 @@ fn role_name(tenant: Option<Role>, platform: PlatformRole) -> String {
         Some(role) => format!("this needs the role {} in the tenant", role.as_str()),
         None => format!("this needs the role {} on the platform", platform.as_str()),
     }
+}
+
+/// What a person's forms carry beside the cookie: no other page can know it.
+#[must_use]
+pub fn form_token(keys: &Keys, session: &[u8]) -> String {
+    let mac = mac(&keys.of(Purpose::Forms), &[session]);
+    data_encoding::BASE32_NOPAD.encode(&mac[..20]).to_ascii_lowercase()
+}
+
+/// Whether somebody may still do `P` in a tenant, asked anew: for streams that outlast the request that
+/// began them. A tenant that is not active any more ends them for everybody.
+pub async fn still_may<P: Permission>(
+    pool: &PgPool,
+    means: &Means,
+    tenant: &TenantName,
+) -> Result<bool, Error> {
+    let mut conn = pool.acquire().await?;
+    let facts = match means {
+        Means::Session { hash, .. } => store::find_session(&mut conn, hash, Some(tenant)).await?,
+        Means::Token { hash, .. } => store::find_token(&mut conn, hash, Some(tenant)).await?,
+    };
+    Ok(facts.is_some_and(|facts| {
+        facts.tenant.is_some_and(|(tenant, role)| {
+            tenant.state == "active" && includes::<P>(facts.actor.platform, role)
+        })
+    }))
+}
+
+/// Whether somebody may still read the platform.
+pub async fn still_reads_platform(pool: &PgPool, means: &Means) -> Result<bool, Error> {
+    let mut conn = pool.acquire().await?;
+    let facts = match means {
+        Means::Session { hash, .. } => store::find_session(&mut conn, hash, None).await?,
+        Means::Token { hash, .. } => store::find_token(&mut conn, hash, None).await?,
+    };
+    Ok(facts.is_some_and(|facts| includes::<super::ReadPlatform>(facts.actor.platform, None)))
 }
 
 type Extracted<T> = Pin<Box<dyn Future<Output = Result<T, Error>>>>;
@@ -126,7 +229,25 @@ impl FromRequest for SignedIn {
     type Future = Extracted<Self>;
     fn from_request(req: &HttpRequest, _: &mut Payload) -> Self::Future {
         let req = req.clone();
-        Box::pin(async move { Ok(Self { actor: authenticate(&req).await?, request_id: request_id(&req) }) })
+        Box::pin(async move {
+            Ok(Self { actor: authenticate(&req, None).await?.actor, request_id: request_id(&req) })
+        })
+    }
+}
+
+impl FromRequest for Perhaps {
+    type Error = Error;
+    type Future = Extracted<Self>;
+    fn from_request(req: &HttpRequest, _: &mut Payload) -> Self::Future {
+        let req = req.clone();
+        Box::pin(async move {
+            let actor = match authenticate(&req, None).await {
+                Ok(facts) => Some(facts.actor),
+                Err(Error::Unauthenticated) => None,
+                Err(other) => return Err(other),
+            };
+            Ok(Self { actor, request_id: request_id(&req) })
+        })
     }
 }
 
@@ -136,14 +257,20 @@ impl<P: Permission> FromRequest for PlatformScope<P> {
     fn from_request(req: &HttpRequest, _: &mut Payload) -> Self::Future {
         let req = req.clone();
         Box::pin(async move {
-            let actor = authenticate(&req).await?;
-            match actor.authority {
-                super::Authority::Platform(role) if role >= P::PLATFORM => {
+            let actor = authenticate(&req, None).await?.actor;
+            match actor.platform {
+                Some(role) if role >= P::PLATFORM => {
                     Ok(Self { actor, request_id: request_id(&req), permission: PhantomData })
                 }
-                super::Authority::Platform(_) => Err(Error::Forbidden(role_name(None, P::PLATFORM))),
+                Some(_) => {
+                    refuse(&req, None, actor.id.as_str(), "the role does not include it");
+                    Err(Error::Forbidden(role_name(None, P::PLATFORM)))
+                }
                 // Who has a role in a tenant only is a stranger here.
-                super::Authority::Tenant(..) => Err(Error::NotFound),
+                None => {
+                    refuse(&req, None, actor.id.as_str(), "a stranger");
+                    Err(Error::NotFound)
+                }
             }
         })
     }
@@ -155,18 +282,53 @@ impl<P: Permission> FromRequest for TenantScope<P> {
     fn from_request(req: &HttpRequest, _: &mut Payload) -> Self::Future {
         let req = req.clone();
         Box::pin(async move {
-            let actor = authenticate(&req).await?;
-            let name: TenantName = req.match_info().query("tenant").parse().map_err(|_| Error::NotFound)?;
-            let pool = req.app_data::<web::Data<PgPool>>().ok_or_else(|| Error::internal("no pool"))?;
-            let mut conn = pool.acquire().await?;
-            let tenant = store::find_tenant(&mut conn, &name).await?.ok_or(Error::NotFound)?;
-            if !actor.knows(tenant.id) {
+            let name: Option<TenantName> = req.match_info().query("tenant").parse().ok();
+            let Facts { actor, tenant } = authenticate(&req, name.as_ref()).await?;
+            let (tenant, role) = tenant.ok_or(Error::NotFound)?;
+            if actor.platform.is_none() && role.is_none() {
+                // On the platform's record: who is not of the tenant is none of its people's business.
+                refuse(&req, None, actor.id.as_str(), "a stranger");
                 return Err(Error::NotFound);
             }
-            if !actor.may_in::<P>(tenant.id) {
+            if !includes::<P>(actor.platform, role) {
+                refuse(&req, Some(&tenant), actor.id.as_str(), "the role does not include it");
                 return Err(Error::Forbidden(role_name(P::TENANT, P::PLATFORM)));
             }
-            Ok(Self { actor, tenant, request_id: request_id(&req), permission: PhantomData })
+            let of_platform = actor.platform.is_some_and(|role| role >= P::PLATFORM);
+            if P::EFFECT == Effect::Changes && tenant.state != "active" && !of_platform {
+                refuse(&req, Some(&tenant), actor.id.as_str(), "the tenant is suspended");
+                tenant.require_active()?;
+            }
+            Ok(Self { actor, tenant, role, request_id: request_id(&req), permission: PhantomData })
+        })
+    }
+}
+
+/// A form that was sent from a person's own page: the fields, once its token was found good.
+#[derive(Debug)]
+pub struct Posted<T>(pub T);
+
+impl<T: DeserializeOwned + 'static> FromRequest for Posted<T> {
+    type Error = Error;
+    type Future = Extracted<Self>;
+    fn from_request(req: &HttpRequest, payload: &mut Payload) -> Self::Future {
+        let fields = web::Form::<Vec<(String, String)>>::from_request(req, payload);
+        let req = req.clone();
+        Box::pin(async move {
+            let unread = |_| Error::Malformed("the form cannot be read".into());
+            let mut fields = fields.await.map_err(unread)?.into_inner();
+            let cookie = req.cookie(cookie_name(&req)).ok_or(Error::Unauthenticated)?;
+            let wanted = form_token(part::<Keys>(&req)?, &credentials::hash(cookie.value()));
+            let given = fields.iter().position(|(name, _)| name == "form").map(|at| fields.remove(at).1);
+            if !given.is_some_and(|given| bool::from(given.as_bytes().ct_eq(wanted.as_bytes()))) {
+                return Err(Error::Forbidden(
+                    "this form is not from your present session; load the page again and repeat".into(),
+                ));
+            }
+            let fields = MapDeserializer::<_, FormError>::new(fields.into_iter());
+            T::deserialize(fields)
+                .map(Self)
+                .map_err(|error| Error::Malformed(format!("the form cannot be read: {error}")))
         })
     }
 }

@@ -1,16 +1,30 @@
-//! Who may do what. One table of permissions; the extractors in `extract.rs` are the only way to
-//! an [`Actor`], and every route takes one of them.
+//! Who may do what. One table of permissions, from which the extractors in `extract.rs`, the console and the
+//! documentation derive; those extractors are the only way to an [`Actor`], and every route takes one.
 
-use crate::ids::{ActorId, TenantId, TenantName};
+use time::OffsetDateTime;
 
+use crate::error::Error;
+use crate::ids::{AccountId, ActorId, TenantId, TenantName};
+
+pub mod accounts;
+pub mod api;
 pub mod console;
 pub mod credentials;
+pub mod denials;
 pub mod extract;
 pub mod idempotency;
+pub mod invitations;
+pub mod members;
+pub mod oidc;
+pub mod passwords;
+pub mod second_factor;
+pub mod sessions;
 mod store;
+pub mod throttle;
+pub mod tokens;
 
-pub use extract::{PlatformScope, Public, TenantScope};
-pub use store::{create_first_admin_link, create_token, has_admin, prune, still_opens};
+pub use extract::{PlatformScope, Public, SignedIn, TenantScope};
+pub use store::{create_first_admin_link, has_admin, prune, registry_role};
 
 /// What somebody may do within one tenant. Each includes the ones before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -19,7 +33,7 @@ pub enum Role {
     Viewer,
     /// Deploys, rolls back and deletes apps and images.
     Deployer,
-    /// Also makes credentials.
+    /// Also decides about people and credentials.
     Owner,
 }
 
@@ -32,47 +46,33 @@ pub enum PlatformRole {
     Admin,
 }
 
-impl Role {
-    /// The role of this name.
-    #[must_use]
-    pub fn parse(text: &str) -> Option<Self> {
-        match text {
-            "viewer" => Some(Self::Viewer),
-            "deployer" => Some(Self::Deployer),
-            "owner" => Some(Self::Owner),
-            _ => None,
+macro_rules! names {
+    ($role:ident { $($variant:ident: $name:literal),* }) => {
+        impl $role {
+            /// Names of all roles, the smallest first.
+            pub const NAMES: &[&str] = &[$($name),*];
+
+            /// The role of this name.
+            #[must_use]
+            pub fn parse(text: &str) -> Option<Self> {
+                match text {
+                    $($name => Some(Self::$variant),)*
+                    _ => None,
+                }
+            }
+            /// Its name.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)*
+                }
+            }
         }
-    }
-    /// Its name.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Viewer => "viewer",
-            Self::Deployer => "deployer",
-            Self::Owner => "owner",
-        }
-    }
+    };
 }
 
-impl PlatformRole {
-    /// The role of this name.
-    #[must_use]
-    pub fn parse(text: &str) -> Option<Self> {
-        match text {
-            "auditor" => Some(Self::Auditor),
-            "admin" => Some(Self::Admin),
-            _ => None,
-        }
-    }
-    /// Its name.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Auditor => "auditor",
-            Self::Admin => "admin",
-        }
-    }
-}
+names!(Role { Viewer: "viewer", Deployer: "deployer", Owner: "owner" });
+names!(PlatformRole { Auditor: "auditor", Admin: "admin" });
 
 /// Where somebody's authority holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,17 +83,70 @@ pub enum Authority {
     Tenant(TenantId, Role),
 }
 
+/// By what somebody was recognised. It can be asked again: streams outlast the request that began them.
+#[derive(Debug, Clone)]
+pub enum Means {
+    /// A session of a person.
+    Session {
+        /// Number.
+        id: i64,
+        /// Hash of its reference.
+        hash: Vec<u8>,
+        /// Whether the person has proved to be there within the last ten minutes.
+        recent: bool,
+    },
+    /// An API token.
+    Token {
+        /// Number.
+        id: i64,
+        /// Hash.
+        hash: Vec<u8>,
+        /// Its end.
+        expires_at: OffsetDateTime,
+    },
+}
+
 /// Somebody who was authenticated.
 #[derive(Debug, Clone)]
 pub struct Actor {
     /// As it stands in the audit.
     pub id: ActorId,
-    /// The credential's own name.
+    /// Name, for people.
     pub name: String,
-    /// The API token behind it.
-    pub token_id: i64,
-    /// What it may do where.
-    pub authority: Authority,
+    /// The person; none for service accounts and tokens that root has made.
+    pub account: Option<AccountId>,
+    /// By what.
+    pub means: Means,
+    /// Role on the platform, as it is now.
+    pub platform: Option<PlatformRole>,
+}
+
+impl Actor {
+    /// For what matters most: a session must have been confirmed within ten minutes. A token has no
+    /// person behind it that could be asked; what it may do is bounded by its scope.
+    pub fn require_recent(&self) -> Result<(), Error> {
+        match self.means {
+            Means::Session { recent: false, .. } => Err(Error::Unconfirmed),
+            _ => Ok(()),
+        }
+    }
+
+    /// The person, where only a person in a session will do.
+    pub fn require_person(&self) -> Result<AccountId, Error> {
+        match (&self.means, self.account) {
+            (Means::Session { .. }, Some(account)) => Ok(account),
+            _ => Err(Error::Forbidden("this is for a person who has signed in, not for a token".into())),
+        }
+    }
+
+    /// The end of the token by which somebody came: what a token makes does not outlive it.
+    #[must_use]
+    pub fn ends(&self) -> Option<OffsetDateTime> {
+        match self.means {
+            Means::Token { expires_at, .. } => Some(expires_at),
+            Means::Session { .. } => None,
+        }
+    }
 }
 
 /// A tenant as an extractor has loaded it.
@@ -109,14 +162,21 @@ pub struct TenantRef {
 
 impl TenantRef {
     /// Refuses a change while the tenant is not active.
-    pub fn require_active(&self) -> Result<(), crate::error::Error> {
+    pub fn require_active(&self) -> Result<(), Error> {
         match self.state.as_str() {
             "active" => Ok(()),
-            state => Err(crate::error::Error::Conflict(format!(
-                "the tenant is {state}; only an active one can change"
-            ))),
+            state => Err(Error::Conflict(format!("the tenant is {state}; only an active one can change"))),
         }
     }
+}
+
+/// Whether a permission only looks, or changes something: a suspended tenant's own people only look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Looks.
+    Reads,
+    /// Changes.
+    Changes,
 }
 
 /// What a route needs. One row of the table of permissions.
@@ -125,51 +185,77 @@ pub trait Permission: 'static {
     const TENANT: Option<Role>;
     /// The smallest role on the platform.
     const PLATFORM: PlatformRole;
+    /// What it does.
+    const EFFECT: Effect;
+}
+
+/// A row of the table, for documentation and tests.
+#[derive(Debug, Clone, Copy)]
+pub struct Row {
+    /// Name.
+    pub name: &'static str,
+    /// What it allows, in words.
+    pub words: &'static str,
+    /// The smallest role within the tenant.
+    pub tenant: Option<Role>,
+    /// The smallest role on the platform.
+    pub platform: PlatformRole,
+    /// What it does.
+    pub effect: Effect,
 }
 
 macro_rules! permissions {
-    ($($(#[$doc:meta])* $name:ident: $tenant:expr, $platform:ident;)*) => {
+    ($($name:ident: $words:literal, $tenant:expr, $platform:ident, $effect:ident;)*) => {
         $(
-            $(#[$doc])*
+            #[doc = $words]
             #[derive(Debug, Clone, Copy)]
             pub struct $name;
             impl Permission for $name {
                 const TENANT: Option<Role> = $tenant;
                 const PLATFORM: PlatformRole = PlatformRole::$platform;
+                const EFFECT: Effect = Effect::$effect;
             }
         )*
+        /// The table.
+        pub const PERMISSIONS: &[Row] = &[$(Row {
+            name: stringify!($name), words: $words, tenant: $tenant, platform: PlatformRole::$platform,
+            effect: Effect::$effect,
+        }),*];
     };
 }
 
 permissions! {
-    /// See a tenant and what is in it.
-    ReadTenant: Some(Role::Viewer), Auditor;
-    /// Deploy, roll back, delete apps; delete images.
-    Deploy: Some(Role::Deployer), Admin;
-    /// Make and revoke registry credentials.
-    ManageCredentials: Some(Role::Owner), Admin;
-    /// See the platform: list of tenants, pools.
-    ReadPlatform: None, Auditor;
-    /// Onboard, change, suspend, offboard tenants.
-    ManageTenants: None, Admin;
+    ReadTenant: "See a tenant, its apps, images, logs and members", Some(Role::Viewer), Auditor, Reads;
+    PullImages: "Pull the tenant's images", Some(Role::Viewer), Admin, Reads;
+    PushImages: "Push images", Some(Role::Deployer), Admin, Changes;
+    Deploy: "Deploy, roll back and delete apps; delete images", Some(Role::Deployer), Admin, Changes;
+    ReadActivity: "See who did what in a tenant", Some(Role::Owner), Auditor, Reads;
+    ManageCredentials: "Make and revoke robots, service accounts and their tokens", Some(Role::Owner), Admin, Changes;
+    ManageMembers: "Invite people, change their role, remove them", Some(Role::Owner), Admin, Changes;
+    ReadPlatform: "See the platform: all tenants, pools, people, its own activity", None, Auditor, Reads;
+    ManageTenants: "Onboard, change, suspend and offboard tenants", None, Admin, Changes;
+    ManagePeople: "Invite people to the platform, change their role, disable them, make links for new passwords", None, Admin, Changes;
 }
 
-impl Actor {
-    /// Whether this actor may do what `P` stands for in this tenant.
-    #[must_use]
-    pub fn may_in<P: Permission>(&self, tenant: TenantId) -> bool {
-        match self.authority {
-            Authority::Platform(role) => role >= P::PLATFORM,
-            Authority::Tenant(own, role) => own == tenant && P::TENANT.is_some_and(|least| role >= least),
-        }
-    }
+/// Whether these roles include `P`.
+#[must_use]
+pub fn includes<P: Permission>(platform: Option<PlatformRole>, role: Option<Role>) -> bool {
+    platform.is_some_and(|role| role >= P::PLATFORM)
+        || P::TENANT.is_some_and(|least| role.is_some_and(|role| role >= least))
+}
 
-    /// Whether this actor may know that the tenant exists.
-    #[must_use]
-    pub fn knows(&self, tenant: TenantId) -> bool {
-        match self.authority {
-            Authority::Platform(_) => true,
-            Authority::Tenant(own, _) => own == tenant,
-        }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn roles_include_those_before() {
+        assert!(includes::<Deploy>(None, Some(Role::Owner)));
+        assert!(!includes::<Deploy>(None, Some(Role::Viewer)));
+        assert!(!includes::<Deploy>(Some(PlatformRole::Auditor), None));
+        assert!(includes::<Deploy>(Some(PlatformRole::Admin), None));
+        assert!(!includes::<ManageTenants>(None, Some(Role::Owner)));
+        assert!(!includes::<ReadTenant>(None, None));
+        assert!(PERMISSIONS.iter().all(|row| !row.words.is_empty()));
     }
 }

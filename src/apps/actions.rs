@@ -13,6 +13,7 @@ use super::{App, Release, store};
 use crate::access::TenantRef;
 use crate::audit;
 use crate::config::Pools;
+use crate::db;
 use crate::driver::workload::{InsideUser, Subnet};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
@@ -93,7 +94,7 @@ impl Apps {
         tenant.require_active()?;
         // Everything that can be wrong is told together: the image, the names, the quota.
         let mut faults = Vec::new();
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = db::begin(&self.pool, tenant.id).await?;
         for missing in store::list_missing(&mut conn, tenant.id, spec.connects_apps()).await? {
             faults.push(
                 Fault::new(Code(427), Kind::Conflict, "connects.apps", format!("there is no app {missing}"))
@@ -110,7 +111,7 @@ impl Apps {
             Err(other) => return Err(other),
         };
         fail::fail_point!("apps::deploy_resolved", |_| Err(Error::internal("failpoint")));
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin(&self.pool, tenant.id).await?;
         let outcome = self.write(&mut tx, by, tenant, spec, resolved, faults, (expected, mode)).await?;
         if mode == Mode::DryRun || !outcome.changed {
             tx.rollback().await?;
@@ -381,7 +382,7 @@ impl Apps {
         name: &AppName,
         expected: Option<i64>,
     ) -> Result<i64, Error> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin(&self.pool, tenant.id).await?;
         store::lock_quota(&mut tx, tenant.id).await?;
         let app = store::find_app(&mut tx, tenant.id, name).await?.ok_or(Error::NotFound)?;
         check_generation(expected, app.generation)?;

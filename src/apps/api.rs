@@ -12,7 +12,7 @@ use super::store;
 use super::view::{AppView, ReleaseView};
 use crate::access::idempotency::Once;
 use crate::access::{Deploy, Public, ReadTenant, TenantScope};
-use crate::db::{Page, PageQuery};
+use crate::db::{self, Page, PageQuery};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::http::parse_json;
@@ -117,7 +117,7 @@ pub async fn list_apps(
     query: web::Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
     let rows = store::list_apps(&mut conn, scope.tenant.id, &query.after_text()?, limit + 1).await?;
     let wanted = store::list_wanted(&mut conn, scope.tenant.id, &rows).await?;
     let views = rows
@@ -136,7 +136,7 @@ pub async fn get_app(
     pool: web::Data<PgPool>,
     path: web::Path<AppPath>,
 ) -> Result<HttpResponse, Error> {
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
     let app = store::find_app(&mut conn, scope.tenant.id, &path.name()?).await?.ok_or(Error::NotFound)?;
     let release = store::find_release(&mut conn, scope.tenant.id, app.id, app.revision).await?;
     let events = store::list_events(&mut conn, scope.tenant.id, app.id, 20).await?;
@@ -165,7 +165,7 @@ pub async fn list_releases(
     query: web::Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
     let app = store::find_app(&mut conn, scope.tenant.id, &path.name()?).await?.ok_or(Error::NotFound)?;
     let before = query.after_number(i64::MAX)?;
     let rows = store::list_releases(&mut conn, scope.tenant.id, app.id, before, limit + 1).await?;
@@ -190,7 +190,7 @@ pub async fn roll_back(
     let input: RollBackBody = parse_json(&req, &body)?;
     let name = path.name()?;
     let once = Once::of(&req, &body)?;
-    let mut tx = apps.pool.begin().await?;
+    let mut tx = db::begin(&apps.pool, scope.tenant.id).await?;
     if let Some(kept) = once.kept(&mut tx, &scope.actor).await? {
         return Ok(HttpResponse::build(kept.status).json(kept.body));
     }

@@ -10,12 +10,15 @@ use time::OffsetDateTime;
 
 use super::api::AppPath;
 use super::{App, Event, Release, logs, store, view};
+use crate::access::console::tenant_frame;
 use crate::access::{ReadTenant, TenantScope};
 use crate::config::Config;
-use crate::db::{Page, PageQuery};
+use crate::db::{self, Page, PageQuery};
 use crate::driver::{Driver, InstanceObserved, InstanceState, LogQuery};
 use crate::error::Error;
+use crate::http::html::Frame;
 use crate::http::{OwnAddress, html};
+use crate::keys::Keys;
 use crate::tenants::console::{bytes, cores, mark as tenant_mark};
 use crate::tenants::{self, Amount};
 use crate::uid_ranges;
@@ -46,6 +49,7 @@ struct ConditionRow {
 #[derive(Template)]
 #[template(path = "tenants/show.html")]
 struct TenantPage {
+    frame: Frame,
     platform: bool,
     name: String,
     display_name: String,
@@ -89,10 +93,11 @@ pub async fn tenant_page(
     own: web::Data<OwnAddress>,
     config: web::Data<Config>,
     pool: web::Data<PgPool>,
+    keys: web::Data<Keys>,
     query: web::Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
     let tenant = tenants::find_for_console(&mut conn, scope.tenant.id).await?.ok_or(Error::NotFound)?;
     let rows = store::list_apps(&mut conn, tenant.id, &query.after_text()?, limit + 1).await?;
     let wanted = store::list_wanted(&mut conn, tenant.id, &rows).await?;
@@ -103,7 +108,8 @@ pub async fn tenant_page(
     let address = own.of(&req).unwrap_or_default();
     let quota = &tenant.quota;
     html::page(&TenantPage {
-        platform: matches!(scope.actor.authority, crate::access::Authority::Platform(_)),
+        frame: tenant_frame(&keys, &scope, "Apps"),
+        platform: scope.actor.platform.is_some(),
         mark: tenant_mark(&tenant.state),
         apps: page.items.into_iter().map(|app| app_row(app, &wanted, &tenant.state)).collect(),
         next: page.next.unwrap_or_default(),
@@ -193,6 +199,7 @@ struct EventRow {
 #[derive(Template)]
 #[template(path = "apps/show.html")]
 struct AppPage {
+    frame: Frame,
     tenant: String,
     name: String,
     state: &'static str,
@@ -219,10 +226,11 @@ pub async fn app_page(
     req: HttpRequest,
     own: web::Data<OwnAddress>,
     pool: web::Data<PgPool>,
+    keys: web::Data<Keys>,
     driver: web::Data<dyn Driver>,
     path: web::Path<AppPath>,
 ) -> Result<HttpResponse, Error> {
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
     let tenant = scope.tenant.id;
     let app = store::find_app(&mut conn, tenant, &path.name()?).await?.ok_or(Error::NotFound)?;
     let release =
@@ -236,6 +244,7 @@ pub async fn app_page(
     let names: Vec<&str> = spec.connects_apps().iter().map(crate::ids::AppName::as_str).collect();
     let warnings = release.warnings.as_array().cloned().unwrap_or_default();
     html::page(&AppPage {
+        frame: tenant_frame(&keys, &scope, "Apps"),
         tenant: scope.tenant.name.to_string(),
         state,
         mark: mark(state),

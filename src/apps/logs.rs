@@ -11,11 +11,13 @@ use sqlx::PgPool;
 
 use super::api::AppPath;
 use super::store;
-use crate::access::{self, ReadTenant, TenantScope};
+use crate::access::extract::still_may;
+use crate::access::{Means, ReadTenant, TenantScope};
+use crate::db;
 use crate::driver::{Driver, LogLine, LogQuery, LogStream, LogStreamName};
 use crate::error::Error;
 use crate::fault::plain;
-use crate::ids::TenantId;
+use crate::ids::TenantName;
 
 /// `?instance=&tail=&follow=`
 #[derive(Deserialize)]
@@ -73,7 +75,7 @@ pub async fn get_logs(
     if !(1..=10_000).contains(&query.tail) {
         return Err(Error::Malformed("tail is 1 to 10000".into()));
     }
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
     let app = store::find_app(&mut conn, scope.tenant.id, &path.name()?).await?.ok_or(Error::NotFound)?;
     drop(conn);
     let lines = driver
@@ -92,7 +94,7 @@ pub async fn get_logs(
         .get(header::ACCEPT)
         .and_then(|accept| accept.to_str().ok())
         .is_some_and(|accept| accept.contains("application/x-ndjson"));
-    let body = watched(lines, pool.get_ref().clone(), (scope.actor.token_id, scope.tenant.id));
+    let body = watched(lines, pool.get_ref().clone(), (scope.actor.means, scope.tenant.name));
     let body = body.map(move |line| match line {
         Ok(line) if json => {
             let mut text = serde_json::to_vec(&line).map_err(Error::internal)?;
@@ -109,28 +111,31 @@ pub async fn get_logs(
 /// How often somebody who follows a log is looked at again.
 const AGAIN: Duration = Duration::from_secs(4);
 
-/// The same lines, as long as whoever reads them may: a token that is revoked, or a tenant that leaves,
-/// ends the stream.
+/// The same lines, as long as whoever reads them may: a session that ends, a token that is revoked, a role
+/// that is taken away, a tenant that is suspended or leaves ends the stream.
 fn watched(
     lines: LogStream,
     pool: PgPool,
-    (token, tenant): (i64, TenantId),
+    (means, tenant): (Means, TenantName),
 ) -> impl futures_util::Stream<Item = Result<LogLine, crate::driver::Error>> {
     let first = tokio::time::Instant::now() + AGAIN;
     let tick = tokio::time::interval_at(first, AGAIN);
-    futures_util::stream::unfold((lines, tick, pool), move |(mut lines, mut tick, pool)| async move {
-        loop {
-            tokio::select! {
-                line = lines.next() => return line.map(|line| (line, (lines, tick, pool))),
-                _ = tick.tick() => {
-                    // A database that is away for a moment ends nothing.
-                    if matches!(access::still_opens(&pool, token, tenant).await, Ok(false)) {
-                        return None;
+    futures_util::stream::unfold(
+        (lines, tick, pool, means, tenant),
+        |(mut lines, mut tick, pool, means, tenant)| async move {
+            loop {
+                tokio::select! {
+                    line = lines.next() => return line.map(|line| (line, (lines, tick, pool, means, tenant))),
+                    _ = tick.tick() => {
+                        // A database that is away for a moment ends nothing.
+                        if matches!(still_may::<ReadTenant>(&pool, &means, &tenant).await, Ok(false)) {
+                            return None;
+                        }
                     }
                 }
             }
-        }
-    })
+        },
+    )
 }
 
 fn unavailable(error: crate::driver::Error) -> Error {

@@ -128,6 +128,11 @@ const OF_REQUEST: &[Explanation] = &[
         text: "There is no such thing, or it belongs to a tenant that you have no role in: the answer is the same on purpose.",
     },
     Explanation {
+        code: Code(407),
+        title: "Confirm that it is you",
+        text: "What matters most (passwords, second factors, tokens, people's roles) asks for the password, the second factor or the provider again when the last proof lies more than ten minutes back. In the console, open /confirm; then do it again. API tokens are not asked.",
+    },
+    Explanation {
         code: Code(409),
         title: "Already taken",
         text: "The name is in use, or was in use once: names of tenants are never given again.",
@@ -181,6 +186,11 @@ const OF_REQUEST: &[Explanation] = &[
         code: Code(428),
         title: "The name in the spec is not the name in the address",
         text: "PUT .../apps/NAME takes a spec with `name: NAME`.",
+    },
+    Explanation {
+        code: Code(429),
+        title: "Too many tries",
+        text: "Passwords, codes and links can be tried only so fast. Nobody is locked out: wait the seconds in Retry-After and try again. Where you have signed in before, others' tries do not slow you down.",
     },
     Explanation {
         code: Code(500),

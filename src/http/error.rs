@@ -16,7 +16,8 @@ fn status(error: &Error) -> StatusCode {
     match error {
         Error::Malformed(_) => StatusCode::BAD_REQUEST,
         Error::Unauthenticated => StatusCode::UNAUTHORIZED,
-        Error::Forbidden(_) => StatusCode::FORBIDDEN,
+        Error::Forbidden(_) | Error::Unconfirmed => StatusCode::FORBIDDEN,
+        Error::Throttled(_) => StatusCode::TOO_MANY_REQUESTS,
         Error::NotFound => StatusCode::NOT_FOUND,
         Error::AlreadyExists(_) | Error::Conflict(_) => StatusCode::CONFLICT,
         Error::PreconditionFailed(_) => StatusCode::PRECONDITION_FAILED,
@@ -51,7 +52,7 @@ impl ResponseError for Error {
         }
         let mut response = HttpResponse::build(status);
         match self {
-            Self::Unavailable(_, after) => {
+            Self::Unavailable(_, after) | Self::Throttled(after) => {
                 response.insert_header((header::RETRY_AFTER, after.as_secs().max(1)));
             }
             Self::Unauthenticated => {

@@ -5,6 +5,30 @@ use askama::Template;
 
 use crate::error::Error;
 
+/// A place that the rail leads to.
+#[derive(Debug, Clone)]
+pub struct Link {
+    /// Word.
+    pub label: &'static str,
+    /// Address.
+    pub href: String,
+    /// Whether it is where the page is.
+    pub here: bool,
+}
+
+/// What stands around every page: who is signed in, and where else one can go.
+#[derive(Debug, Clone, Default)]
+pub struct Frame {
+    /// Name of the person; empty for a page that needs nobody.
+    pub who: String,
+    /// Token of the person's forms.
+    pub form: String,
+    /// The rail; none where there is only one place.
+    pub rail: Vec<Link>,
+    /// Heading of the rail, such as the tenant's name.
+    pub rail_name: String,
+}
+
 /// Renders a page.
 pub fn page(template: &impl Template) -> Result<HttpResponse, Error> {
     let text = template.render().map_err(Error::internal)?;
@@ -14,6 +38,9 @@ pub fn page(template: &impl Template) -> Result<HttpResponse, Error> {
 #[derive(Template)]
 #[template(path = "errors/error.html")]
 struct ErrorPage<'a> {
+    frame: Frame,
+    confirm: bool,
+    faults: Vec<&'a str>,
     status: &'a str,
     title: &'a str,
     detail: &'a str,
@@ -28,6 +55,12 @@ struct ErrorPage<'a> {
 pub fn error_page(problem: &serde_json::Value) -> String {
     let text = |key: &str| problem[key].as_str().unwrap_or_default();
     ErrorPage {
+        frame: Frame::default(),
+        confirm: text("code") == "BH-407",
+        faults: problem["faults"]
+            .as_array()
+            .map(|faults| faults.iter().filter_map(|fault| fault["message"].as_str()).collect())
+            .unwrap_or_default(),
         status: &problem["status"].to_string(),
         title: text("title"),
         detail: text("detail"),

@@ -1,6 +1,7 @@
 //! What every request passes, whatever its noun: request id, headers, body caps, panics, errors.
 
 use std::future::{Ready, ready};
+use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
 use std::rc::Rc;
 
@@ -53,15 +54,16 @@ pub async fn outermost<B: MessageBody + 'static>(
 ) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
     let id = fresh_id();
     req.extensions_mut().insert(RequestId(Rc::from(id.as_str())));
-    let (path, method) = (req.path().to_owned(), req.method().clone());
-    let secure = req.connection_info().scheme() == "https";
+    // The pattern, never the path: links that are used once stand in it.
+    let registry = req.path().starts_with("/v2/") || req.path() == "/auth/token";
+    let method = req.method().clone();
+    let secure = req.app_data::<web::Data<OwnAddress>>().is_some_and(|own| own.is_secure(req.request()));
     let metrics = req.app_data::<web::Data<Metrics>>().cloned();
-    let registry = path.starts_with("/v2/") || path == "/auth/token";
     let outcome = AssertUnwindSafe(next.call(req)).catch_unwind().await;
     let mut response = if let Ok(response) = outcome {
         response?.map_into_boxed_body()
     } else {
-        tracing::error!(request_id = id, path, "a handler panicked");
+        tracing::error!(request_id = id, %method, "a handler panicked");
         return Err(panicked(&id, secure));
     };
     if !registry {
@@ -72,7 +74,8 @@ pub async fn outermost<B: MessageBody + 'static>(
         Metrics::count(&metrics.requests[class]);
     }
     headers(response.headers_mut(), &id, secure);
-    tracing::debug!(request_id = id, %method, path, status = response.status().as_u16(), "answered");
+    let pattern = response.request().match_pattern().unwrap_or_default();
+    tracing::debug!(request_id = id, %method, pattern, status = response.status().as_u16(), "answered");
     Ok(response)
 }
 
@@ -121,6 +124,8 @@ fn headers(headers: &mut header::HeaderMap, id: &str, secure: bool) {
 pub struct OwnAddress {
     /// Configured address without a trailing slash.
     pub external: Option<String>,
+    /// Whether a proxy of ours stands in front: then, and only then, its word about the client is taken.
+    pub behind_proxy: bool,
 }
 
 impl OwnAddress {
@@ -132,7 +137,30 @@ impl OwnAddress {
             return Some(external.clone());
         }
         let host = req.headers().get(header::HOST)?.to_str().ok()?;
-        crate::config::is_loopback(host).then(|| format!("{}://{host}", req.connection_info().scheme()))
+        let scheme = if self.is_secure(req) { "https" } else { "http" };
+        crate::config::is_loopback(host).then(|| format!("{scheme}://{host}"))
+    }
+
+    /// Whether browsers reach us over TLS. What a client says about that is not asked.
+    #[must_use]
+    pub fn is_secure(&self, req: &HttpRequest) -> bool {
+        match &self.external {
+            Some(external) => external.starts_with("https://"),
+            None => req.app_config().secure(),
+        }
+    }
+
+    /// Where a request comes from: the peer, or what our own proxy says of it (the last entry: those
+    /// before it are the client's own).
+    #[must_use]
+    pub fn client(&self, req: &HttpRequest) -> IpAddr {
+        let said = || {
+            let value = req.headers().get("x-forwarded-for")?.to_str().ok()?;
+            value.rsplit(',').next()?.trim().parse().ok()
+        };
+        let peer = || req.peer_addr().map(|peer| peer.ip());
+        let known = if self.behind_proxy { said().or_else(peer) } else { peer() };
+        known.unwrap_or(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED))
     }
 
     /// Whether a request that changes something comes from our own pages: browsers send `Origin`

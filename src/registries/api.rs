@@ -8,7 +8,7 @@ use sqlx::PgPool;
 use super::{Distribution, Holders, store};
 use crate::access::{Deploy, ReadTenant, TenantScope};
 use crate::audit;
-use crate::db::{Page, PageQuery};
+use crate::db::{self, Page, PageQuery};
 use crate::error::Error;
 use crate::ids::{RepositoryPath, Tag, TenantId, TenantName};
 
@@ -19,7 +19,7 @@ pub async fn list_repositories(
     query: web::Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
     let rows = store::list_repositories(&mut conn, scope.tenant.id, &query.after_text()?, limit + 1).await?;
     Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.name.clone())))
 }
@@ -55,7 +55,7 @@ pub async fn list_tags(
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let repository = path.repository()?;
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
     let rows =
         store::list_tags(&mut conn, scope.tenant.id, &repository, &query.after_text()?, limit + 1).await?;
     let digests: Vec<String> = rows.iter().map(|row| row.digest.clone()).collect();
@@ -85,7 +85,7 @@ pub async fn delete_tag(
 ) -> Result<HttpResponse, Error> {
     let repository = path.repository()?;
     let tag: Tag = path.tag.as_deref().unwrap_or_default().parse().map_err(|_| Error::NotFound)?;
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(&pool, scope.tenant.id).await?;
     let digest =
         store::delete_tag(&mut tx, scope.tenant.id, &repository, &tag).await?.ok_or(Error::NotFound)?;
     let family = store::list_family(&mut tx, scope.tenant.id, &repository, &digest).await?;
@@ -126,7 +126,7 @@ async fn clear(
     repository: &RepositoryPath,
     among: &[String],
 ) -> Result<(), Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(pool, tenant.0).await?;
     store::lock_project_of(&mut tx, tenant.0).await?;
     let mut loose = store::list_loose(&mut tx, tenant.0, repository, among).await?;
     let held = holders.holders(&mut tx, tenant.0, repository, &loose).await?;

@@ -11,6 +11,7 @@ use sqlx::PgPool;
 use super::known::Known;
 use super::token::{Access, SigningKey};
 use super::{Reference, store};
+use crate::db;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::{Digest, RepositoryPath, TenantName};
@@ -166,7 +167,7 @@ impl Distribution {
                 .instead("push it first; GET .../repositories lists what is there"),
             )
         };
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = db::begin(&self.pool, tenant).await?;
         let known = match reference {
             Reference::Tag(tag) => store::find_tag(&mut conn, tenant, repository, tag).await?,
             Reference::Digest(digest) => store::find_manifest(&mut conn, tenant, repository, digest).await?,

@@ -10,11 +10,15 @@ use serde::Deserialize;
 use serde_json::json;
 use sqlx::PgPool;
 
-use super::token::{Claims, Push, Right, SERVICE, SigningKey, grant};
+use super::token::{Access, Claims, Holder, Push, Right, SERVICE, SigningKey, grant};
 use super::{Distribution, store};
-use crate::access::{Public, credentials};
+use crate::access::denials::Denials;
+use crate::access::{self, Public, PullImages, PushImages, credentials, includes};
+use crate::audit::Refusal;
+use crate::db;
 use crate::error::Error;
 use crate::http::OwnAddress;
+use crate::ids::TenantName;
 
 /// Which door it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +42,8 @@ pub struct FrontDoor {
     pub own: OwnAddress,
     /// Which door.
     pub door: Door,
+    /// Refusals, for the audit.
+    pub denials: Denials,
 }
 
 /// An error as registries' clients read it.
@@ -132,13 +138,21 @@ impl FrontDoor {
         let token =
             req.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()?.strip_prefix("Bearer "));
         let Some(claims) = token.and_then(|token| self.key.verify(token)) else { return Ok(None) };
-        if let Some(id) = claims.sub.strip_prefix("robot:").and_then(|id| id.parse::<i64>().ok()) {
-            let mut conn = self.pool.acquire().await?;
-            if !store::is_robot_good(&mut conn, id).await? {
-                return Ok(None);
-            }
-        }
-        Ok(Some(claims))
+        let Some((kind, id, tenant)) = claims.holder() else { return Ok(Some(claims)) };
+        // The token is good for minutes; whoever holds it may have been shut out since, or have less.
+        let mut conn = db::begin(&self.pool, &tenant).await?;
+        let good = if kind == Holder::Robot {
+            store::is_robot_good(&mut conn, id).await?
+        } else {
+            let role = match store::find_token_hash(&mut conn, id).await? {
+                Some(hash) => access::registry_role(&mut conn, &tenant, &hash).await?,
+                None => None,
+            };
+            includes::<PullImages>(None, role)
+                && (includes::<PushImages>(None, role) || !claims.access.iter().any(Access::pushes))
+        };
+        conn.commit().await?;
+        Ok(good.then_some(claims))
     }
 
     /// The right behind a user name and password.
@@ -150,12 +164,27 @@ impl FrontDoor {
         if self.door != Door::Tenants {
             return Ok(None);
         }
-        let Some((tenant, name)) = user.split_once('+') else { return Ok(None) };
-        let mut conn = self.pool.acquire().await?;
-        let found = store::find_robot(&mut conn, tenant, name, &credentials::hash(password)).await?;
-        Ok(found.map(|robot| {
-            let push = if robot.push { Push::Yes } else { Push::No };
-            (format!("robot:{}", robot.id), Right::Tenant(robot.tenant, push))
+        let (tenant, name) = user.split_once('+').unwrap_or((user, ""));
+        let Ok(tenant) = tenant.parse::<TenantName>() else { return Ok(None) };
+        let hash = credentials::hash(password);
+        let mut conn = db::begin(&self.pool, &tenant).await?;
+        let found = if password.starts_with(credentials::TOKEN_PREFIX) {
+            // An API token opens the registry with the tenant's name as the user, as far as its role goes.
+            let role = access::registry_role(&mut conn, &tenant, &hash).await?;
+            match store::find_token_id(&mut conn, &hash).await? {
+                Some(id) if includes::<PullImages>(None, role) => {
+                    Some((format!("token:{id}"), includes::<PushImages>(None, role)))
+                }
+                _ => None,
+            }
+        } else {
+            let robot = store::find_robot(&mut conn, &tenant, name, &hash).await?;
+            robot.map(|robot| (format!("robot:{}", robot.id), robot.push))
+        };
+        conn.commit().await?;
+        Ok(found.map(|(subject, push)| {
+            let push = if push { Push::Yes } else { Push::No };
+            (format!("{subject}@{tenant}"), Right::Tenant(tenant, push))
         }))
     }
 }
@@ -203,7 +232,14 @@ pub async fn get_token(
     let pair = pair.ok_or_else(wrong)?;
     let (user, password) = pair.split_once(':').ok_or_else(wrong)?;
     let Some((subject, right)) = door.right(user, password).await? else {
-        tracing::info!(user, "registry credentials refused");
+        tracing::info!("registry credentials refused");
+        door.denials.note(Refusal {
+            tenant: None,
+            actor: "anonymous".into(),
+            object: "registry".into(),
+            reason: "the user name or secret is wrong",
+            place: door.own.client(&req).to_string(),
+        });
         return Err(wrong());
     };
     let asked = scopes(req.query_string());

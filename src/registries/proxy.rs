@@ -10,6 +10,7 @@ use super::front::{Door, FrontDoor, OciError, PATIENCE};
 use super::token::Claims;
 use super::{distribution, store, write};
 use crate::access::Public;
+use crate::db;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantName};
 use crate::images::manifest;
 
@@ -130,7 +131,7 @@ async fn get_blob(
     asked: &Asked,
     digest: &Digest,
 ) -> Result<HttpResponse, OciError> {
-    let mut conn = door.pool.acquire().await?;
+    let mut conn = db::begin(&door.pool, &asked.tenant).await?;
     if !store::has_blob(&mut conn, &asked.tenant, &asked.repository, digest).await? {
         return Err(OciError::new(StatusCode::NOT_FOUND, "BLOB_UNKNOWN", "there is no such blob"));
     }
@@ -145,7 +146,7 @@ async fn get_manifest(
     asked: &Asked,
     reference: &str,
 ) -> Result<HttpResponse, OciError> {
-    let mut conn = door.pool.acquire().await?;
+    let mut conn = db::begin(&door.pool, &asked.tenant).await?;
     let digest = if let Ok(digest) = reference.parse::<Digest>() {
         store::find_manifest(&mut conn, &asked.tenant, &asked.repository, &digest).await?
     } else {
@@ -158,7 +159,7 @@ async fn get_manifest(
 }
 
 async fn list_tags(door: &FrontDoor, asked: &Asked) -> Result<HttpResponse, OciError> {
-    let mut conn = door.pool.acquire().await?;
+    let mut conn = db::begin(&door.pool, &asked.tenant).await?;
     let tags = store::list_tag_names(&mut conn, &asked.tenant, &asked.repository).await?;
     if tags.is_empty() {
         return Err(OciError::unknown_name());

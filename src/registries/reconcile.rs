@@ -7,6 +7,7 @@ use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
 use super::{Distribution, store};
+use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, TenantId, TenantName};
 use crate::reconcile::Failure;
@@ -59,7 +60,7 @@ pub(super) async fn remove_doomed(
 ) -> Result<(), Error> {
     registry.delete_manifest(&format!("{}/{repository}", tenant.1), digest).await?;
     fail::fail_point!("registries::manifest_deleted", |_| Err(Error::internal("failpoint")));
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(pool, tenant.0).await?;
     store::delete_manifest(&mut tx, tenant.0, repository, digest).await?;
     tx.commit().await?;
     Ok(())

@@ -9,7 +9,7 @@ use super::store;
 use crate::access::credentials::Secret;
 use crate::access::{ManageCredentials, ReadTenant, TenantScope};
 use crate::audit;
-use crate::db::{Page, PageQuery, constraint};
+use crate::db::{self, Page, PageQuery, constraint};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::http::{OwnAddress, parse_json};
@@ -64,7 +64,7 @@ pub async fn create_robot(
     let robot = check(parse_json(&req, &body)?)?;
     scope.tenant.require_active()?;
     let secret = Secret::generate("bhr_");
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(&pool, scope.tenant.id).await?;
     store::insert_robot(&mut tx, scope.tenant.id, &robot, &secret.hash(), scope.actor.id.as_str())
         .await
         .map_err(|error| match constraint(&error) {
@@ -111,7 +111,7 @@ pub async fn list_robots(
     query: web::Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
     let rows = store::list_robots(&mut conn, scope.tenant.id, &query.after_text()?, limit + 1).await?;
     Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.name.clone())))
 }
@@ -128,7 +128,7 @@ pub async fn delete_robot(
     pool: web::Data<PgPool>,
     path: web::Path<RobotPath>,
 ) -> Result<HttpResponse, Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(&pool, scope.tenant.id).await?;
     if !store::revoke_robot(&mut tx, scope.tenant.id, &path.robot).await? {
         return Err(Error::NotFound);
     }

@@ -40,6 +40,12 @@ impl Access {
         let actions = actions.iter().map(ToString::to_string).collect();
         Self { kind: "repository".into(), name, actions }
     }
+
+    /// Whether it opens for writing.
+    #[must_use]
+    pub fn pushes(&self) -> bool {
+        self.actions.iter().any(|action| action == "push")
+    }
 }
 
 /// The claims of a token.
@@ -47,7 +53,7 @@ impl Access {
 pub struct Claims {
     iss: String,
     aud: String,
-    /// Whom it was given to: `robot:ID`, `engine`, `platform`, `anonymous`.
+    /// Whom it was given to: `robot:ID@TENANT`, `token:ID@TENANT`, `engine`, `platform`, `anonymous`.
     pub sub: String,
     iat: u64,
     nbf: u64,
@@ -56,7 +62,35 @@ pub struct Claims {
     pub access: Vec<Access>,
 }
 
+/// What somebody at the front door holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holder {
+    /// A robot's secret.
+    Robot,
+    /// An API token.
+    Token,
+}
+
 impl Claims {
+    /// Who holds it: kind, number, tenant; none for the platform's own.
+    #[must_use]
+    pub fn holder(&self) -> Option<(Holder, i64, TenantName)> {
+        let (who, tenant) = self.sub.split_once('@')?;
+        let (kind, id) = who.split_once(':')?;
+        let kind = match kind {
+            "robot" => Holder::Robot,
+            "token" => Holder::Token,
+            _ => return None,
+        };
+        Some((kind, id.parse().ok()?, tenant.parse().ok()?))
+    }
+
+    /// Who pushes, as it stands beside what was pushed: `robot:ID`, `token:ID`.
+    #[must_use]
+    pub fn pusher(&self) -> &str {
+        self.sub.split('@').next().unwrap_or_default()
+    }
+
     /// Whether it opens this.
     #[must_use]
     pub fn allows(&self, name: &str, action: &str) -> bool {

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use super::front::{FrontDoor, OciError};
 use super::proxy::{Asked, relay, state, unreachable_registry};
 use super::store::{self, NewManifest, Noted};
+use crate::db;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantName};
 use crate::images::manifest::{self, Descriptor, Manifest};
 
@@ -40,7 +41,7 @@ fn params(req: &HttpRequest) -> Result<Params, OciError> {
 }
 
 async fn may_push(door: &FrontDoor, asked: &Asked) -> Result<(), OciError> {
-    let mut conn = door.pool.acquire().await?;
+    let mut conn = db::begin(&door.pool, &asked.tenant).await?;
     match store::tenant_state(&mut conn, &asked.tenant).await?.as_deref() {
         Some("active") => Ok(()),
         Some(state) => Err(OciError::denied(format!("the tenant is {state}: nothing can be pushed"))),
@@ -76,7 +77,7 @@ pub(super) async fn start(
         if let Some(from) = own_repository(asked, params.from.as_deref()) {
             let name = format!("{}/{from}", asked.tenant);
             // Only what this tenant is known to hold there is mounted; all else is a plain upload.
-            let mut conn = door.pool.acquire().await?;
+            let mut conn = db::begin(&door.pool, &asked.tenant).await?;
             if store::has_blob(&mut conn, &asked.tenant, &from, &digest).await? {
                 rest = format!("blobs/uploads/?mount={digest}&from={name}");
                 mounted = Some((digest, name));
@@ -149,7 +150,7 @@ pub(super) async fn append(
     };
     let length = req.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
     if let Some(length) = length.filter(|length| *length > 0) {
-        let mut conn = door.pool.acquire().await?;
+        let mut conn = db::begin(&door.pool, &asked.tenant).await?;
         let (used, limit) = store::registry_use(&mut conn, &asked.tenant).await?;
         if used.saturating_add(length) > limit {
             return Err(full(used, limit, length));
@@ -312,7 +313,7 @@ pub(super) async fn put_manifest(
         size: bytes.len() as u64,
         total,
         parts,
-        pushed_by: asked.claims.sub.clone(),
+        pushed_by: asked.claims.pusher().to_owned(),
     };
     // Written down first: a crash in between leaves a trace that is looked after.
     match store::insert_manifest(&door.pool, &asked.tenant, &asked.repository, &new).await? {

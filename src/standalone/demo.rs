@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 
 use super::{Failed, Folder};
-use crate::access::{self, Authority, PlatformRole};
+use crate::access::{Authority, PlatformRole, tokens};
+use crate::db::{self, Within};
 use crate::ids::{ActorId, Digest};
 
 const SPEC: &str = "spec: v1\nname: hello\nimage: hello:1\ncpu: 100m\nmemory: 64Mi\ninstances: 2\nport: 8080\n\
@@ -95,21 +96,12 @@ pub(super) async fn run(folder: &Folder, listen: SocketAddr, pool: &PgPool) -> R
 async fn token(pool: &PgPool) -> Result<String, Failed> {
     let failed = |error: crate::error::Error| Failed(error.to_string());
     let lost = |error: sqlx::Error| Failed(error.to_string());
-    let mut tx = pool.begin().await.map_err(lost)?;
+    let mut tx = db::begin(pool, Within::Platform).await.map_err(lost)?;
     let authority = Authority::Platform(PlatformRole::Admin);
     let actor = ActorId::new("root: up --demo");
-    let (id, token) = access::create_token(&mut tx, "demo", authority, &actor, time::Duration::hours(1))
+    let (_, token) = tokens::create_as_root(&mut tx, "demo", authority, &actor, time::Duration::hours(1))
         .await
         .map_err(failed)?;
-    let event = crate::audit::Event {
-        tenant: None,
-        actor: &actor,
-        action: "token.create",
-        object: "demo",
-        request_id: "command line",
-        detail: json!({"hours": 1, "token": id}),
-    };
-    crate::audit::record(&mut tx, event).await.map_err(failed)?;
     tx.commit().await.map_err(lost)?;
     Ok(token.expose().to_owned())
 }

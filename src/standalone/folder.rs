@@ -8,7 +8,8 @@
 //! | `registry.yml`, `registry-token.pem` | root | settings of the registry |
 //! | `engine/` | root | the container engine's storage and settings |
 //! | `agent/` | root | journal, desired state, logs of apps |
-//! | `secrets/` | root, serve | the key of the registry's tokens |
+//! | `audit/` | serve | heads of the audit's chain |
+//! | `secrets/` | root, serve | the platform's key, the key of the registry's tokens |
 //! | `run/` | each its own | sockets, process ids |
 //! | `log/` | root | logs of the platform's own processes |
 
@@ -22,9 +23,12 @@ use serde::{Deserialize, Serialize};
 
 use super::processes::{Layout, OwnParts};
 use super::{Claim, Failed, claims};
-use crate::config::{Agent, BLOCK_SIZE, Config, Database, Log, RANGE_SIZE, Registry, SUBNET_PREFIX, Server};
+use crate::config::{
+    Access, Agent, BLOCK_SIZE, Config, Database, Log, RANGE_SIZE, Registry, SUBNET_PREFIX, Server,
+};
 use crate::driver::agent::config::AgentConfig;
 use crate::driver::podman::engine::EngineSettings;
+use crate::keys::Keys;
 use crate::registries::SigningKey;
 
 /// Version of the layout.
@@ -184,7 +188,7 @@ impl Folder {
     fn lay_out(&self) -> Result<(), Failed> {
         let root = (0, 0);
         let (db, reg) = ((self.db.uid, self.db.gid), (self.registry.uid, self.registry.gid));
-        let layout: [(&str, (u32, u32), u32); 13] = [
+        let layout: [(&str, (u32, u32), u32); 14] = [
             ("", root, 0o711),
             ("postgres", db, 0o700),
             ("registry", reg, 0o700),
@@ -192,6 +196,7 @@ impl Folder {
             ("engine/networks", root, 0o700),
             ("agent", root, 0o700),
             ("secrets", (0, self.serve.gid), 0o710),
+            ("audit", (self.serve.uid, self.serve.gid), 0o700),
             ("log", root, 0o700),
             ("run", root, 0o711),
             ("run/postgres", (self.db.uid, self.serve.gid), 0o750),
@@ -219,6 +224,10 @@ impl Folder {
             Err(error) => return Err(io(path.display())(error)),
         };
         let key = SigningKey::from_pem(&pem).map_err(|error| Failed(error.to_string()))?;
+        let platform = self.path.join("secrets/platform-key");
+        if !platform.exists() {
+            self.write("secrets/platform-key", &Keys::generate(), (0, self.serve.gid), 0o440)?;
+        }
         self.write("secrets/signing-key.pem", &pem, (0, self.serve.gid), 0o440)?;
         self.write("registry-token.pem", key.certificate(), (0, self.registry.gid), 0o440)
     }
@@ -244,19 +253,13 @@ impl Folder {
         Config {
             installation: self.claim.installation.clone(),
             server: Server::plain(listen, SocketAddr::from(([127, 0, 0, 1], self.ports.pull))),
-            database: Database {
-                host: self.path.join("run/postgres").display().to_string(),
-                port: 5432,
-                name: "bulkhead".into(),
-                user: "bulkhead".into(),
-                password_file: None,
-                connections: 16,
-            },
+            database: Database::on_socket(&self.path.join("run/postgres")),
             registry: Registry {
                 url: format!("http://127.0.0.1:{}", self.ports.registry),
                 signing_key: self.signing_key(),
             },
             agent: Agent { socket: self.path.join("run/agent/agent.sock") },
+            access: Access::with(self.path.join("secrets/platform-key"), self.path.join("audit/heads")),
             pools: self.claim.pools(),
             log: Log::default(),
         }

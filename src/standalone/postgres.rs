@@ -36,7 +36,7 @@ pub(super) fn ensure(folder: &Folder, major: u32, bin: &Path) -> Result<(), Fail
                 bin.display()
             )));
         }
-        return Ok(());
+        return write_access(folder, &data);
     }
     let fresh = folder.path.join("postgres/data.new");
     let _ = fs::remove_dir_all(&fresh);
@@ -61,18 +61,28 @@ pub(super) fn ensure(folder: &Folder, major: u32, bin: &Path) -> Result<(), Fail
             String::from_utf8_lossy(&done.stderr),
         ));
     }
-    let hba = "local all all peer map=bulkhead\n";
-    let ident = format!(
-        "bulkhead {} postgres\nbulkhead root postgres\nbulkhead root bulkhead\nbulkhead {} bulkhead\n",
-        folder.db.name, folder.serve.name
-    );
-    for (name, text) in [("pg_hba.conf", hba), ("pg_ident.conf", ident.as_str())] {
-        super::folder::write_file(&fresh.join(name), text, (folder.db.uid, folder.db.gid), 0o600)?;
-    }
+    write_access(folder, &fresh)?;
     fs::rename(&fresh, &data).map_err(|error| Failed::doing("the cluster cannot be put in place", error))
 }
 
-/// Waits until it answers, then sees to role and database.
+/// Who may be whom, by what the system says of the process at the other end of the socket.
+fn write_access(folder: &Folder, data: &Path) -> Result<(), Failed> {
+    let serve = &folder.serve.name;
+    let ident = format!(
+        "bulkhead {} postgres\nbulkhead root postgres\nbulkhead root bulkhead\nbulkhead root bulkhead_reconciler\n\
+         bulkhead {serve} bulkhead\nbulkhead {serve} bulkhead_reconciler\n",
+        folder.db.name
+    );
+    let owner = (folder.db.uid, folder.db.gid);
+    for (name, text) in
+        [("pg_hba.conf", "local all all peer map=bulkhead\n"), ("pg_ident.conf", ident.as_str())]
+    {
+        super::folder::write_file(&data.join(name), text, owner, 0o600)?;
+    }
+    Ok(())
+}
+
+/// Waits until it answers, then sees to the database. Its roles and tables are `migrate`'s.
 pub(super) async fn prepare(folder: &Folder) -> Result<(), Failed> {
     let options = PgConnectOptions::new_without_pgpass()
         .socket(folder.path.join("run/postgres"))
@@ -91,20 +101,15 @@ pub(super) async fn prepare(folder: &Folder) -> Result<(), Failed> {
             }
         }
     };
-    for (look, make) in [
-        ("SELECT 1 FROM pg_roles WHERE rolname = 'bulkhead'", "CREATE ROLE bulkhead LOGIN"),
-        ("SELECT 1 FROM pg_database WHERE datname = 'bulkhead'", "CREATE DATABASE bulkhead OWNER bulkhead"),
-    ] {
-        let there: Option<i32> = sqlx::query_scalar(look)
-            .fetch_optional(&mut conn)
+    let there: Option<i32> = sqlx::query_scalar("SELECT 1 FROM pg_database WHERE datname = 'bulkhead'")
+        .fetch_optional(&mut conn)
+        .await
+        .map_err(|error| Failed::doing("the database", error))?;
+    if there.is_none() {
+        sqlx::query("CREATE DATABASE bulkhead")
+            .execute(&mut conn)
             .await
             .map_err(|error| Failed::doing("the database", error))?;
-        if there.is_none() {
-            sqlx::query(make)
-                .execute(&mut conn)
-                .await
-                .map_err(|error| Failed::doing("the database", error))?;
-        }
     }
     Ok(())
 }

@@ -7,9 +7,12 @@ use std::path::{Path, PathBuf};
 
 use super::folder::{ensure_user, write_file};
 use super::{Claim, Failed, claims, units};
-use crate::config::{Agent, BLOCK_SIZE, Config, Database, Log, RANGE_SIZE, Registry, SUBNET_PREFIX, Server};
+use crate::config::{
+    Access, Agent, BLOCK_SIZE, Config, Database, Log, RANGE_SIZE, Registry, SUBNET_PREFIX, Server,
+};
 use crate::driver::agent::config::AgentConfig;
 use crate::driver::podman::engine;
+use crate::keys::Keys;
 use crate::registries::SigningKey;
 use crate::registries::token::{ISSUER, SERVICE};
 
@@ -65,7 +68,8 @@ pub fn write(settings: &Path, state: &Path) -> Result<Written, Failed> {
     put(key.clone(), &pem, serve.gid, 0o440)?;
     let certificate = settings.join("registry-token.pem");
     put(certificate.clone(), signing.certificate(), 0, 0o444)?;
-    let config = serve_config(&claim, pull, key);
+    put(settings.join("platform-key"), &Keys::generate(), serve.gid, 0o440)?;
+    let config = serve_config(&claim, pull, &settings);
     let agent = AgentConfig {
         installation: claim.installation.clone(),
         state_dir: state.join("agent"),
@@ -112,7 +116,7 @@ pub fn undo(settings: &Path, state: &Path) -> Result<(), Failed> {
         )));
     }
     let settings = settings.canonicalize().map_err(|error| Failed::doing(settings.display(), error))?;
-    for file in ["serve.toml", "agent.toml", "signing-key.pem", "registry-token.pem"] {
+    for file in ["serve.toml", "agent.toml", "signing-key.pem", "registry-token.pem", "platform-key"] {
         let _ = fs::remove_file(settings.join(file));
     }
     for (file, _) in engine::files(&units::layout("x", "x", true).engine) {
@@ -121,20 +125,17 @@ pub fn undo(settings: &Path, state: &Path) -> Result<(), Failed> {
     claims::release(&settings)
 }
 
-fn serve_config(claim: &Claim, pull: SocketAddr, key: PathBuf) -> Config {
+fn serve_config(claim: &Claim, pull: SocketAddr, settings: &Path) -> Config {
     Config {
         installation: claim.installation.clone(),
         server: Server::plain(SocketAddr::from(([127, 0, 0, 1], 8080)), pull),
-        database: Database {
-            host: "/run/postgresql".into(),
-            port: 5432,
-            name: "bulkhead".into(),
-            user: units::SERVE.into(),
-            password_file: None,
-            connections: 16,
+        database: Database::on_socket(Path::new("/run/postgresql")),
+        registry: Registry {
+            url: "http://127.0.0.1:5000".into(),
+            signing_key: settings.join("signing-key.pem"),
         },
-        registry: Registry { url: "http://127.0.0.1:5000".into(), signing_key: key },
         agent: Agent { socket: "/run/bulkhead/agent/agent.sock".into() },
+        access: Access::with(settings.join("platform-key"), Path::new(units::AUDIT).join("heads")),
         pools: claim.pools(),
         log: Log::default(),
     }

@@ -13,6 +13,8 @@ use crate::driver::podman::engine::EngineSettings;
 pub const SETTINGS: &str = "/etc/bulkhead";
 /// Where state lies.
 pub const STATE: &str = "/var/lib/bulkhead";
+/// Where `serve` keeps the heads of the audit's chain.
+pub const AUDIT: &str = "/var/lib/bulkhead/audit";
 /// Where sockets lie: one folder for each process, made by its unit.
 const SOCKETS: &str = "/run/bulkhead";
 /// The users.
@@ -161,7 +163,10 @@ fn own_rules(process: &Process, out: &mut String) {
         _ => {
             let user = process.user.as_deref().unwrap_or("root");
             // The list of processes stays visible: the pool of user ids is held against their owners.
-            let _ = writeln!(out, "User={user}\nGroup={user}");
+            let _ = writeln!(
+                out,
+                "User={user}\nGroup={user}\nStateDirectory=bulkhead/audit\nStateDirectoryMode=0700"
+            );
             *out += "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n";
             *out += UNPRIVILEGED;
         }

@@ -9,9 +9,10 @@ use std::time::Duration;
 use super::processes::{self, Kept};
 use super::{Failed, Folder, demo, doctor, postgres};
 use crate::access;
+use crate::db::{self, Login};
 use crate::driver::podman::engine;
 use crate::registries::token::{ISSUER, SERVICE};
-use crate::{db, startup, telemetry};
+use crate::{startup, telemetry};
 
 /// How `up` was called.
 #[derive(Debug, Clone)]
@@ -135,7 +136,8 @@ async fn start(
         say(format!("  {name:<9} ready after {} ms", begun.elapsed().as_millis()));
     }
     let config = folder.config(options.listen);
-    let pool = db::pool(db::options(&config.database).map_err(|error| Failed(error.to_string()))?, 2);
+    let login = db::options(&config.database, Login::Runtime).map_err(|error| Failed(error.to_string()))?;
+    let pool = db::pool(login, 2);
     let mut conn = pool.acquire().await.map_err(|error| Failed::doing("the database", error))?;
     say(format!("\nBulkhead is at http://{}", options.listen));
     let failed = |error: crate::error::Error| Failed(error.to_string());
@@ -161,12 +163,10 @@ async fn ready(folder: &Folder, options: &Options, name: &str) -> Result<(), Fai
         "postgres" => {
             postgres::prepare(folder).await?;
             let config = folder.config(options.listen);
-            let pool = db::pool(db::options(&config.database).map_err(|error| Failed(error.to_string()))?, 1);
-            startup::migrate(&pool, &config).await.map_err(|error| {
+            startup::migrate(&config).await.map_err(|error| {
                 let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
                 Failed(format!("the database cannot be brought to this version: {error} {cause}"))
             })?;
-            pool.close().await;
             Ok(())
         }
         "registry" => {

@@ -10,6 +10,7 @@ use crate::access::idempotency::{Kept, Once};
 use crate::access::{Actor, TenantRef};
 use crate::audit;
 use crate::config::Pools;
+use crate::db::{self, Within};
 use crate::error::Error;
 use crate::ids::{ActorId, TenantId, TenantName};
 use crate::reconcile::{Waker, enqueue};
@@ -56,7 +57,7 @@ pub async fn onboard(
     once: &Once,
     new: NewTenant,
 ) -> Result<Kept, Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(pool, Within::Platform).await?;
     if let Some(kept) = once.kept(&mut tx, by.actor).await? {
         return Ok(kept);
     }
@@ -68,6 +69,7 @@ pub async fn onboard(
             _ => error.into(),
         }
     })?;
+    db::enter(&mut tx, id).await?;
     store::insert_quota(&mut tx, id, new.limits).await?;
     let range = uid_ranges::allocate_range(&mut tx, id, pools).await?;
     store::insert_network(&mut tx, id, i64::from(pools.networks())).await.map_err(|error| {
@@ -124,7 +126,7 @@ pub async fn change(
     limits: Limits,
     expected: Option<i64>,
 ) -> Result<i64, Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(pool, tenant.id).await?;
     let (generation, state) = store::lock_tenant(&mut tx, tenant.id).await?;
     check_generation(expected, generation)?;
     if state.starts_with("offboard") {
@@ -174,7 +176,7 @@ pub async fn suspend(
     tenant: &TenantRef,
     what: Suspension,
 ) -> Result<i64, Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(pool, tenant.id).await?;
     let (generation, state) = store::lock_tenant(&mut tx, tenant.id).await?;
     let (wanted, action) = match what {
         Suspension::Begin => ("suspended", "tenant.suspend"),
@@ -200,7 +202,7 @@ pub const STEPS: [&str; 5] = ["credentials", "apps", "registry", "network", "use
 
 /// Starts the offboarding. Doing it again changes nothing.
 pub async fn offboard(pool: &PgPool, waker: &Waker, by: By<'_>, tenant: &TenantRef) -> Result<i64, Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(pool, tenant.id).await?;
     let (generation, state) = store::lock_tenant(&mut tx, tenant.id).await?;
     if state.starts_with("offboard") {
         return Ok(generation);
@@ -208,6 +210,7 @@ pub async fn offboard(pool: &PgPool, waker: &Waker, by: By<'_>, tenant: &TenantR
     let generation = store::raise_generation(&mut tx, tenant.id, "offboarding").await?;
     store::insert_steps(&mut tx, tenant.id, &STEPS).await?;
     store::revoke_tokens(&mut tx, tenant.id).await?;
+    store::end_access(&mut tx, tenant.id).await?;
     record(&mut tx, tenant.id, by, "tenant.offboard", &tenant.name, json!({})).await?;
     enqueue(&mut tx, WORK, tenant.id.0, tenant.id).await?;
     tx.commit().await?;

@@ -12,7 +12,7 @@ use super::{QuotaInput, Tenant, store};
 use crate::access::idempotency::Once;
 use crate::access::{ManageTenants, PlatformScope, ReadPlatform, ReadTenant, TenantScope};
 use crate::config::{Config, Pools};
-use crate::db::{Page, PageQuery};
+use crate::db::{self, Page, PageQuery, Within};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind, plain};
 use crate::http::parse_json;
@@ -116,14 +116,14 @@ pub async fn list_tenants(
     query: web::Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, Within::Platform).await?;
     let rows = store::list_tenants(&mut conn, &query.after_text()?, limit + 1).await?;
     let page = Page::new(rows.into_iter().map(TenantView::row).collect(), limit, |row| row.name.clone());
     Ok(HttpResponse::Ok().json(page))
 }
 
 async fn view(pool: &PgPool, pools: &Pools, id: crate::ids::TenantId) -> Result<TenantView, Error> {
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(pool, id).await?;
     let tenant = store::find_tenant(&mut conn, id).await?.ok_or(Error::NotFound)?;
     let mut view = TenantView::row(tenant);
     view.uid_ranges = Some(uid_ranges::list_ranges_of(&mut conn, id).await?);
@@ -254,7 +254,7 @@ pub async fn get_offboarding(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
 ) -> Result<HttpResponse, Error> {
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
     let steps = store::list_steps(&mut conn, scope.tenant.id).await?;
     if steps.is_empty() {
         return Err(Error::NotFound);

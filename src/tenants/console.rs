@@ -5,10 +5,13 @@ use askama::Template;
 use sqlx::PgPool;
 
 use super::{Amount, Tenant, store};
+use crate::access::console::platform_frame;
 use crate::access::{PlatformScope, ReadPlatform};
-use crate::db::{Page, PageQuery};
+use crate::db::{self, Page, PageQuery, Within};
 use crate::error::Error;
+use crate::http::html::Frame;
 use crate::http::{OwnAddress, html};
+use crate::keys::Keys;
 
 struct Row {
     name: String,
@@ -24,6 +27,7 @@ struct Row {
 #[derive(Template)]
 #[template(path = "tenants/list.html")]
 struct ListPage {
+    frame: Frame,
     rows: Vec<Row>,
     next: String,
     address: String,
@@ -92,17 +96,19 @@ impl From<Tenant> for Row {
 
 /// GET /tenants
 pub async fn list_page(
-    _: PlatformScope<ReadPlatform>,
+    scope: PlatformScope<ReadPlatform>,
     req: HttpRequest,
     own: web::Data<OwnAddress>,
     pool: web::Data<PgPool>,
+    keys: web::Data<Keys>,
     query: web::Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, Within::Platform).await?;
     let rows = store::list_tenants(&mut conn, &query.after_text()?, limit + 1).await?;
     let page = Page::new(rows.into_iter().map(Row::from).collect(), limit, |row: &Row| row.name.clone());
     html::page(&ListPage {
+        frame: platform_frame(&keys, &scope.actor, "Tenants"),
         rows: page.items,
         next: page.next.unwrap_or_default(),
         address: own.of(&req).unwrap_or_default(),

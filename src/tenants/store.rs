@@ -120,15 +120,37 @@ pub(super) async fn wake_apps(conn: &mut PgConnection, id: TenantId) -> Result<(
 }
 
 pub(super) async fn revoke_tokens(conn: &mut PgConnection, id: TenantId) -> Result<(), Error> {
-    sqlx::query!("UPDATE api_token SET revoked_at = now() WHERE tenant_id = $1 AND revoked_at IS NULL", id.0)
-        .execute(conn)
-        .await?;
+    sqlx::query!(
+        "UPDATE api_token SET revoked_at = now() WHERE coalesce(tenant_id, 0) = $1 AND revoked_at IS NULL",
+        id.0
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Everybody's way in ends at once: members, service accounts, open invitations.
+pub(super) async fn end_access(conn: &mut PgConnection, id: TenantId) -> Result<(), Error> {
+    sqlx::query!("DELETE FROM membership WHERE tenant_id = $1", id.0).execute(&mut *conn).await?;
+    sqlx::query!(
+        "UPDATE service_account SET deleted_at = now() WHERE tenant_id = $1 AND deleted_at IS NULL",
+        id.0
+    )
+    .execute(&mut *conn)
+    .await?;
+    sqlx::query!(
+        "UPDATE invitation SET revoked_at = now() WHERE coalesce(tenant_id, 0) = $1 AND used_at IS NULL \
+         AND revoked_at IS NULL",
+        id.0
+    )
+    .execute(conn)
+    .await?;
     Ok(())
 }
 
 pub(super) async fn count_good_tokens(conn: &mut PgConnection, id: TenantId) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(
-        r#"SELECT count(*) AS "n!" FROM api_token WHERE tenant_id = $1 AND revoked_at IS NULL"#,
+        r#"SELECT count(*) AS "n!" FROM api_token WHERE coalesce(tenant_id, 0) = $1 AND revoked_at IS NULL"#,
         id.0
     )
     .fetch_one(conn)

@@ -8,7 +8,7 @@ use sqlx::PgPool;
 use super::store;
 use crate::access::{PlatformScope, ReadPlatform};
 use crate::config::Config;
-use crate::db::{Page, PageQuery};
+use crate::db::{self, Page, PageQuery, Within};
 use crate::error::Error;
 
 #[derive(Serialize)]
@@ -47,7 +47,7 @@ pub async fn get_uid(
         .parse::<u32>()
         .map_err(|_| Error::Malformed("a user id is a number from 0 to 4294967295".into()))?
         .into();
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, Within::Platform).await?;
     let row = store::find_owner(&mut conn, uid).await?.ok_or(Error::NotFound)?;
     let app = match (row.app, row.app_start, row.app_size) {
         (Some(name), Some(start), Some(size)) => Some(AppView {
@@ -80,7 +80,7 @@ pub async fn list_uid_ranges(
     query: web::Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
-    let mut conn = pool.acquire().await?;
+    let mut conn = db::begin(&pool, Within::Platform).await?;
     let rows = store::list_pool(&mut conn, query.after_number(-1)?, limit + 1).await?;
     let (used, next) = store::count_pool(&mut conn).await?;
     let pools = &config.pools;

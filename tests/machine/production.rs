@@ -91,11 +91,13 @@ async fn a_second_serve_with_tls_shares_the_work() {
     assert!(answer.headers()["strict-transport-security"].to_str().unwrap().starts_with("max-age="));
     assert!(http.get(format!("http://localhost:{port}/readyz")).send().await.is_err(), "no plain text");
     // A session over TLS has the prefix that only TLS can set.
+    let first = fs::read_to_string(machine.data.join("secrets/first-admin-link")).unwrap();
+    let code = first.trim().rsplit('/').next().unwrap();
     let login = http
-        .post(format!("{address}/login"))
+        .post(format!("{address}/first-admin/{code}"))
         .header("origin", &address)
         .header("content-type", "application/x-www-form-urlencoded")
-        .body(format!("token={}", machine.admin))
+        .body("name=ada&password=wholly+unguessable+sentence+7")
         .send()
         .await
         .unwrap();
@@ -103,6 +105,7 @@ async fn a_second_serve_with_tls_shares_the_work() {
     assert!(
         cookie.starts_with("__Host-bulkhead=") && cookie.contains("Secure") && cookie.contains("HttpOnly")
     );
+    assert!(!cookie.contains("Domain") && cookie.contains("Path=/"), "{cookie}");
     // What the one accepts, either may carry out.
     let spec = "spec: v1\nname: web\nimage: web:1\ncpu: 50m\nmemory: 64Mi\nstop_grace: 1\nport: 8080\n";
     let put = http

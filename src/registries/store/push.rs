@@ -3,6 +3,7 @@
 use sqlx::{PgConnection, PgPool};
 
 use super::{add_used, going, lock_project, registry_use, signed};
+use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
 use crate::registries::proxy::Asked;
@@ -24,7 +25,7 @@ pub(in crate::registries) async fn reserve_upload(
     step: u64,
     needed: u64,
 ) -> Result<Reserve, Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(pool, tenant).await?;
     let tenant_id = lock_project(&mut tx, tenant).await?;
     let (used, limit) = registry_use(&mut tx, tenant).await?;
     let left = limit.saturating_sub(used);
@@ -58,6 +59,7 @@ pub(in crate::registries) async fn give_back(
     id: &str,
     bytes: u64,
 ) -> Result<(), Error> {
+    let mut tx = db::begin(pool, tenant).await?;
     sqlx::query!(
         "UPDATE upload u SET bytes = greatest(0, u.bytes - $3) FROM tenant t \
          WHERE t.name = $1 AND u.tenant_id = t.id AND u.id = $2",
@@ -65,8 +67,9 @@ pub(in crate::registries) async fn give_back(
         id,
         signed(bytes)
     )
-    .execute(pool)
+    .execute(&mut *tx)
     .await?;
+    tx.commit().await?;
     Ok(())
 }
 
@@ -79,7 +82,7 @@ pub(in crate::registries) async fn commit_blob(
     size: u64,
     upload: Option<&str>,
 ) -> Result<(), Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(pool, tenant).await?;
     let tenant_id = lock_project(&mut tx, tenant).await?;
     let doomed = sqlx::query_scalar!(
         r#"SELECT EXISTS (SELECT 1 FROM blob WHERE tenant_id = $1 AND digest = $2 AND doomed_at IS NOT NULL) AS "yes!""#,
@@ -151,7 +154,7 @@ pub(in crate::registries) async fn insert_manifest(
 ) -> Result<Noted, Error> {
     let parts: Vec<String> = new.parts.iter().map(|(digest, _)| digest.to_string()).collect();
     let blobs: Vec<bool> = new.parts.iter().map(|(_, blob)| *blob).collect();
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(pool, tenant).await?;
     let tenant_id = lock_project(&mut tx, tenant).await?;
     let state = sqlx::query!(
         r#"SELECT EXISTS (SELECT 1 FROM manifest WHERE tenant_id = $1 AND repository = $2 AND digest = $3
@@ -219,6 +222,7 @@ pub(in crate::registries) async fn forget_blob(
     repository: &RepositoryPath,
     digest: &Digest,
 ) -> Result<(), Error> {
+    let mut tx = db::begin(pool, tenant).await?;
     sqlx::query!(
         "DELETE FROM blob_place p USING tenant t WHERE t.name = $1 AND p.tenant_id = t.id AND p.repository = $2 \
          AND p.digest = $3",
@@ -226,8 +230,9 @@ pub(in crate::registries) async fn forget_blob(
         repository.as_str(),
         digest.as_str()
     )
-    .execute(pool)
+    .execute(&mut *tx)
     .await?;
+    tx.commit().await?;
     Ok(())
 }
 
@@ -241,7 +246,7 @@ pub(in crate::registries) async fn confirm_manifest(
     new: &NewManifest,
     tag: Option<&Tag>,
 ) -> Result<(), Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(pool, &asked.tenant).await?;
     lock_project(&mut tx, &asked.tenant).await?;
     let tenant_id = sqlx::query_scalar!(
         "UPDATE manifest m SET confirmed = true FROM tenant t WHERE t.name = $1 AND m.tenant_id = t.id \

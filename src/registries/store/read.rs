@@ -150,7 +150,8 @@ pub(in crate::registries) async fn list_tags(
     Ok(sqlx::query_as!(
         TagRow,
         r#"SELECT g.name, g.digest, m.size + m.total AS "size!",
-           coalesce((SELECT 'robot ' || r.name FROM robot r WHERE 'robot:' || r.id = g.pushed_by), g.pushed_by) AS "pushed_by!",
+           coalesce((SELECT 'robot ' || r.name FROM robot r WHERE 'robot:' || r.id = g.pushed_by),
+             (SELECT 'token ' || k.name FROM api_token k WHERE 'token:' || k.id = g.pushed_by), g.pushed_by) AS "pushed_by!",
            g.pushed_at
            FROM tag g JOIN manifest m USING (tenant_id, repository, digest)
            WHERE g.tenant_id = $1 AND g.repository = $2 AND g.name > $3 ORDER BY g.name LIMIT $4"#,

@@ -3,6 +3,7 @@
 use sqlx::{PgConnection, PgPool};
 
 use super::{add_used, lock_project};
+use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
 
@@ -106,7 +107,7 @@ pub(in crate::registries) async fn doom_loose_blobs(
     pool: &PgPool,
     name: &TenantName,
 ) -> Result<Vec<(Digest, Vec<String>)>, Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin(pool, name).await?;
     let tenant_id = lock_project(&mut tx, name).await?;
     let rows = sqlx::query!(
         r#"WITH loose AS (

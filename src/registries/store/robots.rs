@@ -9,23 +9,22 @@ use crate::ids::{TenantId, TenantName};
 
 pub(in crate::registries) struct Robot {
     pub(in crate::registries) id: i64,
-    pub(in crate::registries) tenant: TenantName,
     pub(in crate::registries) push: bool,
 }
 
 /// A robot whose secret fits, which is neither expired nor revoked.
 pub(in crate::registries) async fn find_robot(
     conn: &mut PgConnection,
-    tenant: &str,
+    tenant: &TenantName,
     name: &str,
     hash: &[u8],
 ) -> Result<Option<Robot>, Error> {
     let robot = sqlx::query_as!(
         Robot,
-        r#"SELECT r.id, t.name AS "tenant: TenantName", r.push FROM robot r JOIN tenant t ON t.id = r.tenant_id
+        r#"SELECT r.id, r.push FROM robot r JOIN tenant t ON t.id = r.tenant_id
            WHERE t.name = $1 AND r.name = $2 AND r.hash = $3 AND r.revoked_at IS NULL AND r.expires_at > now()
            AND t.state IN ('active', 'suspended')"#,
-        tenant,
+        tenant.as_str(),
         name,
         hash
     )
@@ -50,6 +49,22 @@ pub(in crate::registries) async fn is_robot_good(conn: &mut PgConnection, id: i6
     )
     .fetch_one(conn)
     .await?)
+}
+
+/// The number of an API token of the tenant that the transaction is about.
+pub(in crate::registries) async fn find_token_id(
+    conn: &mut PgConnection,
+    hash: &[u8],
+) -> Result<Option<i64>, Error> {
+    Ok(sqlx::query_scalar!("SELECT id FROM api_token WHERE hash = $1", hash).fetch_optional(conn).await?)
+}
+
+/// The hash of an API token of the tenant that the transaction is about.
+pub(in crate::registries) async fn find_token_hash(
+    conn: &mut PgConnection,
+    id: i64,
+) -> Result<Option<Vec<u8>>, Error> {
+    Ok(sqlx::query_scalar!("SELECT hash FROM api_token WHERE id = $1", id).fetch_optional(conn).await?)
 }
 
 /// A robot as shown.

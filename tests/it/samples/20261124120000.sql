@@ -8,7 +8,7 @@ SELECT id, 1879048192, 1912602624, 65536, 1024 FROM tenant ORDER BY id;
 INSERT INTO network (tenant_id, limit_) SELECT id, 512 FROM tenant ORDER BY id;
 INSERT INTO tenant_condition (tenant_id, type, status, reason, message)
 SELECT id, 'Network', 'true', 'Ready', 'there' FROM tenant;
-INSERT INTO offboarding_step (tenant_id, position, name) SELECT id, 1, 'robots' FROM tenant WHERE name = 'beta';
+INSERT INTO offboarding_step (tenant_id, position, name) SELECT id, 1, 'robots' FROM tenant;
 INSERT INTO app (tenant_id, name, peak_instances, peak_surge, peak_cpu_millis, peak_memory, uid_slot, uid_start, uid_size)
 SELECT u.tenant_id, 'web', 1, 1, 100, 67108864, u.slot, lower(u.r), 1024 FROM uid_range u;
 INSERT INTO release (tenant_id, app_id, revision, spec, repository, tag, index_digest, digest, inside_uid, inside_gid, actor)

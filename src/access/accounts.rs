@@ -1,0 +1,202 @@
+//! What people do with their own accounts, and admins with others'.
+
+use serde_json::{Value, json};
+
+use super::passwords::{self, Verdict};
+use super::second_factor::{self, Setup};
+use super::sessions::{Client, Desk, note};
+use super::{Actor, PlatformRole, store};
+use crate::db::{self, Within};
+use crate::error::Error;
+use crate::fault::{Code, Fault, Kind};
+use crate::ids::{AccountId, AccountName};
+
+/// A fault of a field.
+pub(super) fn wrong(path: &str, message: impl Into<String>) -> Error {
+    Error::fault(Fault::new(Code(426), Kind::Invalid, path, message))
+}
+
+/// The name of an account, or a fault of that field.
+pub(super) fn account_name(path: &str, text: &str) -> Result<AccountName, Error> {
+    text.trim().to_lowercase().parse().map_err(|error: crate::ids::NameError| wrong(path, error.to_string()))
+}
+
+/// What is to change of an account; none means "as it is".
+#[derive(Debug, Default)]
+pub struct Change {
+    /// Role on the platform; none within: none any more.
+    pub platform_role: Option<Option<PlatformRole>>,
+    /// Whether the account is shut.
+    pub disabled: Option<bool>,
+}
+
+impl Desk {
+    /// A new password for oneself. All other sessions end.
+    pub async fn change_password(
+        &self,
+        client: &Client,
+        actor: &Actor,
+        current: &str,
+        new: &str,
+    ) -> Result<(), Error> {
+        let account = actor.require_person()?;
+        actor.require_recent()?;
+        self.throttle.guess(&actor.name, client.address, Some(account)).await?;
+        let mut conn = self.pool.acquire().await?;
+        let found = store::find_for_sign_in(&mut conn, &actor.name).await?.ok_or(Error::NotFound)?;
+        drop(conn);
+        if found.password.is_some()
+            && self.passwords.verify(current, found.password.as_deref()).await? == Verdict::Wrong
+        {
+            return Err(wrong("current", "this is not the present password"));
+        }
+        if let Some(why) = passwords::objection(new, &[&actor.name, "bulkhead"]) {
+            return Err(wrong("new", why));
+        }
+        let hash = self.passwords.hash(new).await?;
+        let keep = match actor.means {
+            super::Means::Session { id, .. } => Some(id),
+            super::Means::Token { .. } => None,
+        };
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        store::set_password(&mut tx, account, &hash).await?;
+        let ended = store::delete_sessions_but(&mut tx, account, keep).await?;
+        store::forgive(&mut tx, &self.throttle.pair(&actor.name, client.address)).await?;
+        let detail = json!({"sessions_ended": ended});
+        note(&mut tx, &actor.id, "account.password", &actor.name, &client.request_id, detail).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Begins to set up a second factor: what to scan. Nothing is in force yet.
+    pub async fn begin_second_factor(&self, actor: &Actor) -> Result<Setup, Error> {
+        let account = actor.require_person()?;
+        actor.require_recent()?;
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        let setup = second_factor::begin(&mut tx, &self.keys, account, &actor.name).await?;
+        tx.commit().await?;
+        Ok(setup)
+    }
+
+    /// The first good code puts it in force; the recovery codes are shown once. All other sessions end.
+    pub async fn confirm_second_factor(
+        &self,
+        client: &Client,
+        actor: &Actor,
+        code: &str,
+    ) -> Result<Vec<String>, Error> {
+        let account = actor.require_person()?;
+        actor.require_recent()?;
+        self.throttle.guess(&format!("second factor of {account}"), client.address, Some(account)).await?;
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        match store::find_factor(&mut tx, account).await? {
+            Some(factor) if !factor.confirmed => {}
+            _ => return Err(Error::Conflict("no second factor is being set up".into())),
+        }
+        if !second_factor::check_code(&mut tx, &self.keys, account, code, second_factor::now()).await? {
+            return Err(wrong(
+                "code",
+                "this is not the code that is shown now; look at the clock of the device",
+            ));
+        }
+        let codes = second_factor::make_recovery_codes(&mut tx, account).await?;
+        let keep = match actor.means {
+            super::Means::Session { id, .. } => Some(id),
+            super::Means::Token { .. } => None,
+        };
+        store::delete_sessions_but(&mut tx, account, keep).await?;
+        note(
+            &mut tx,
+            &actor.id,
+            "account.second_factor",
+            &actor.name,
+            &client.request_id,
+            json!({"on": true}),
+        )
+        .await?;
+        tx.commit().await?;
+        Ok(codes)
+    }
+
+    /// Takes one's own second factor away.
+    pub async fn remove_second_factor(&self, actor: &Actor, request_id: &str) -> Result<(), Error> {
+        let account = actor.require_person()?;
+        actor.require_recent()?;
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        if !store::delete_factor(&mut tx, account).await? {
+            return Err(Error::NotFound);
+        }
+        note(&mut tx, &actor.id, "account.second_factor", &actor.name, request_id, json!({"on": false}))
+            .await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Takes somebody's second factor away, for whoever has lost the device and the codes.
+    pub async fn remove_second_factor_of(
+        &self,
+        actor: &Actor,
+        request_id: &str,
+        name: &AccountName,
+    ) -> Result<(), Error> {
+        actor.require_recent()?;
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        let account = store::find_account_id(&mut tx, name).await?.ok_or(Error::NotFound)?;
+        if !store::delete_factor(&mut tx, account).await? {
+            return Err(Error::NotFound);
+        }
+        store::delete_sessions_but(&mut tx, account, None).await?;
+        let detail = json!({"on": false, "by_admin": true});
+        note(&mut tx, &actor.id, "account.second_factor", name.as_str(), request_id, detail).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Changes somebody's standing on the platform. It holds with their next request, on open streams too.
+    pub async fn change_account(
+        &self,
+        actor: &Actor,
+        request_id: &str,
+        name: &AccountName,
+        change: &Change,
+    ) -> Result<(), Error> {
+        actor.require_recent()?;
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        let account = store::find_account_id(&mut tx, name).await?.ok_or(Error::NotFound)?;
+        // The lock first: of two admins who shut each other out one waits here, and is refused.
+        let before = store::count_admins(&mut tx).await?;
+        let mut detail = serde_json::Map::new();
+        if let Some(role) = change.platform_role {
+            store::set_platform_role(&mut tx, account, role.map(PlatformRole::as_str), "local").await?;
+            detail.insert("platform_role".into(), json!(role.map_or("none", PlatformRole::as_str)));
+        }
+        if let Some(disabled) = change.disabled {
+            store::set_disabled(&mut tx, account, disabled).await?;
+            if disabled {
+                store::delete_sessions_but(&mut tx, account, None).await?;
+            }
+            detail.insert("disabled".into(), json!(disabled));
+        }
+        if before > 0 && store::count_admins(&mut tx).await? == 0 {
+            return Err(Error::Conflict("this is the last admin: make another one first".into()));
+        }
+        note(&mut tx, &actor.id, "account.change", name.as_str(), request_id, Value::Object(detail)).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Makes an account for whoever holds a link to it, in the transaction that uses the link up.
+    pub(super) async fn prepare_password(&self, name: &str, password: &str) -> Result<String, Error> {
+        if let Some(why) = passwords::objection(password, &[name, "bulkhead"]) {
+            return Err(wrong("password", why));
+        }
+        self.passwords.hash(password).await
+    }
+}
+
+/// A person's account as a number, for an actor who is one.
+pub(super) fn own(actor: &Actor) -> Result<AccountId, Error> {
+    actor
+        .account
+        .ok_or_else(|| Error::Forbidden("this is for people; a token of root or a service has none".into()))
+}

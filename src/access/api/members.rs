@@ -1,0 +1,138 @@
+//! A tenant's people over the API.
+
+use actix_web::{HttpRequest, HttpResponse, web};
+use serde::Deserialize;
+use serde_json::json;
+use sqlx::PgPool;
+
+use super::NumberPath;
+use crate::access::extract::TenantScope;
+use crate::access::invitations::{HOURS, Made};
+use crate::access::sessions::DeskData;
+use crate::access::{ManageMembers, ReadActivity, ReadTenant, Role, accounts, members, store};
+use crate::db::{self, Page, PageQuery};
+use crate::error::Error;
+use crate::http::{OwnAddress, parse_json};
+
+/// GET /api/v1/tenants/{tenant}/members: by name.
+pub async fn list_members(
+    scope: TenantScope<ReadTenant>,
+    pool: web::Data<PgPool>,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    let limit = query.limit()?;
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
+    let rows = store::list_members(&mut conn, scope.tenant.id, &query.after_text()?, limit + 1).await?;
+    Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.name.clone())))
+}
+
+/// The member that the address names.
+#[derive(Deserialize)]
+pub struct MemberPath {
+    /// Name.
+    pub member: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RoleBody {
+    role: String,
+}
+
+/// The role that a field names.
+pub(in crate::access) fn role(text: &str) -> Result<Role, Error> {
+    Role::parse(text).ok_or_else(|| accounts::wrong("role", "role is viewer, deployer or owner"))
+}
+
+/// PUT /api/v1/tenants/{tenant}/members/{member}
+pub async fn change_member(
+    scope: TenantScope<ManageMembers>,
+    req: HttpRequest,
+    pool: web::Data<PgPool>,
+    path: web::Path<MemberPath>,
+    body: web::Bytes,
+) -> Result<HttpResponse, Error> {
+    let input: RoleBody = parse_json(&req, &body)?;
+    let wanted = role(&input.role)?;
+    members::change_role(&pool, &scope, &path.member, wanted).await?;
+    Ok(HttpResponse::Ok().json(json!({"name": path.member, "role": wanted.as_str()})))
+}
+
+/// DELETE /api/v1/tenants/{tenant}/members/{member}
+pub async fn remove_member(
+    scope: TenantScope<ManageMembers>,
+    pool: web::Data<PgPool>,
+    path: web::Path<MemberPath>,
+) -> Result<HttpResponse, Error> {
+    members::remove(&pool, &scope, &path.member).await?;
+    Ok(HttpResponse::NoContent().finish())
+}
+
+/// The answer that shows a link, for the one time.
+pub(in crate::access) fn link_made(req: &HttpRequest, own: &OwnAddress, made: &Made) -> HttpResponse {
+    let address = own.of(req).unwrap_or_default();
+    HttpResponse::Created().json(json!({"id": made.id, "link": format!("{address}{}", made.path)}))
+}
+
+/// POST /api/v1/tenants/{tenant}/members/{member}/reset: a link for a new password.
+pub async fn reset_member(
+    scope: TenantScope<ManageMembers>,
+    req: HttpRequest,
+    own: web::Data<OwnAddress>,
+    desk: DeskData,
+    path: web::Path<MemberPath>,
+) -> Result<HttpResponse, Error> {
+    let made = desk.reset_member(&scope, &path.member).await?;
+    Ok(link_made(&req, &own, &made))
+}
+
+/// GET /api/v1/tenants/{tenant}/invitations: open ones, oldest first.
+pub async fn list_invitations(
+    scope: TenantScope<ReadActivity>,
+    pool: web::Data<PgPool>,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    let (limit, after) = (query.limit()?, query.after_number(0)?);
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
+    let rows = store::list_invitations(&mut conn, Some(scope.tenant.id), after, limit + 1).await?;
+    Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.id)))
+}
+
+/// Hours of an invitation unless said otherwise.
+pub(super) fn hours() -> i32 {
+    HOURS.0
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct InvitationBody {
+    name: String,
+    role: String,
+    #[serde(default = "hours")]
+    hours: i32,
+}
+
+/// POST /api/v1/tenants/{tenant}/invitations
+pub async fn invite(
+    scope: TenantScope<ManageMembers>,
+    req: HttpRequest,
+    own: web::Data<OwnAddress>,
+    desk: DeskData,
+    body: web::Bytes,
+) -> Result<HttpResponse, Error> {
+    let input: InvitationBody = parse_json(&req, &body)?;
+    scope.tenant.require_active()?;
+    let name = accounts::account_name("name", &input.name)?;
+    let made = desk.invite(&scope, &name, role(&input.role)?, input.hours).await?;
+    Ok(link_made(&req, &own, &made))
+}
+
+/// DELETE /api/v1/tenants/{tenant}/invitations/{id}
+pub async fn revoke_invitation(
+    scope: TenantScope<ManageMembers>,
+    desk: DeskData,
+    path: web::Path<NumberPath>,
+) -> Result<HttpResponse, Error> {
+    desk.revoke_invitation(&scope.actor, &scope.request_id.0, Some(scope.tenant.id), path.id).await?;
+    Ok(HttpResponse::NoContent().finish())
+}

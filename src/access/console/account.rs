@@ -1,0 +1,301 @@
+//! One's own account: password, second factor, sessions, tokens.
+
+use actix_web::http::StatusCode;
+use actix_web::{HttpRequest, HttpResponse, web};
+use askama::Template;
+use qrcodegen::{QrCode, QrCodeEcc};
+use serde::Deserialize;
+
+use super::login::{CodeForm, Nothing};
+use super::{SecretPage, frame, inline, page_with, see_other, when};
+use crate::access::extract::{Posted, SignedIn};
+use crate::access::sessions::{Client, DeskData};
+use crate::access::tokens::NewToken;
+use crate::access::{Means, accounts, store};
+use crate::error::Error;
+use crate::http::html::Frame;
+use crate::http::{OwnAddress, html};
+
+struct SessionView {
+    id: i64,
+    here: bool,
+    agent: String,
+    place: String,
+    method: String,
+    since: String,
+    seen: String,
+}
+
+struct TokenView {
+    id: i64,
+    name: String,
+    opens: String,
+    expires: String,
+    used: String,
+}
+
+#[derive(Template)]
+#[template(path = "access/account.html")]
+struct AccountPage {
+    frame: Frame,
+    error: String,
+    name: String,
+    role: String,
+    password: bool,
+    second_factor: bool,
+    codes_left: i64,
+    sessions: Vec<SessionView>,
+    tokens: Vec<TokenView>,
+    places: Vec<store::BelongsTo>,
+    platform: bool,
+    linked: Vec<String>,
+    others: Vec<(String, String)>,
+}
+
+async fn view(scope: &SignedIn, desk: &DeskData, error: String) -> Result<AccountPage, Error> {
+    let account = accounts::own(&scope.actor)?;
+    let mut conn = desk.pool.acquire().await?;
+    let found = store::find_for_sign_in(&mut conn, &scope.actor.name).await?.ok_or(Error::NotFound)?;
+    let here = match scope.actor.means {
+        Means::Session { id, .. } => id,
+        Means::Token { .. } => 0,
+    };
+    let sessions = store::list_sessions(&mut conn, account).await?;
+    let tokens = store::list_own_tokens(&mut conn, account).await?;
+    let issuers = store::list_issuers(&mut conn, account).await?;
+    let label = |issuer: &String| match desk.providers.of_issuer(issuer) {
+        Some(provider) => provider.settings.label.clone(),
+        None => issuer.clone(),
+    };
+    let linked: Vec<String> = issuers.iter().map(label).collect();
+    let mut others = desk.providers.buttons();
+    others.retain(|(name, _)| {
+        desk.providers.get(name).is_ok_and(|provider| !issuers.contains(&provider.settings.issuer))
+    });
+    Ok(AccountPage {
+        linked,
+        others,
+        frame: frame(&desk.keys, &scope.actor),
+        error,
+        name: scope.actor.name.clone(),
+        role: scope.actor.platform.map(|role| role.as_str().to_owned()).unwrap_or_default(),
+        platform: scope.actor.platform.is_some(),
+        password: found.password.is_some(),
+        second_factor: found.second_factor,
+        codes_left: store::count_recovery_codes(&mut conn, account).await?,
+        places: store::tenants_of(&mut conn, account).await?,
+        sessions: sessions
+            .into_iter()
+            .map(|row| SessionView {
+                here: row.id == here,
+                id: row.id,
+                agent: row.agent,
+                place: row.place,
+                method: row.method,
+                since: when(row.created_at),
+                seen: when(row.last_seen_at),
+            })
+            .collect(),
+        tokens: tokens
+            .into_iter()
+            .map(|row| TokenView {
+                id: row.id,
+                opens: match row.tenant {
+                    Some(tenant) => format!("{} of {tenant}", row.role),
+                    None => format!("{} of the platform", row.role),
+                },
+                name: row.name,
+                expires: when(row.expires_at),
+                used: row.last_used_at.map_or_else(|| "never".to_owned(), when),
+            })
+            .collect(),
+    })
+}
+
+/// GET /account
+pub async fn account_page(scope: SignedIn, desk: DeskData) -> Result<HttpResponse, Error> {
+    html::page(&view(&scope, &desk, String::new()).await?)
+}
+
+async fn again(scope: &SignedIn, desk: &DeskData, error: Error) -> Result<HttpResponse, Error> {
+    if matches!(error, Error::Unconfirmed) {
+        return Ok(see_other("/confirm?next=/account"));
+    }
+    let error = inline(error)?;
+    page_with(StatusCode::UNPROCESSABLE_ENTITY, &view(scope, desk, error).await?)
+}
+
+/// The present password and the new one.
+#[derive(Deserialize)]
+pub struct PasswordForm {
+    #[serde(default)]
+    current: String,
+    new: String,
+}
+
+/// POST /account/password
+pub async fn set_password(
+    scope: SignedIn,
+    req: HttpRequest,
+    own: web::Data<OwnAddress>,
+    desk: DeskData,
+    form: Posted<PasswordForm>,
+) -> Result<HttpResponse, Error> {
+    let client = Client::of(&req, &own);
+    match desk.change_password(&client, &scope.actor, &form.0.current, &form.0.new).await {
+        Ok(()) => Ok(see_other("/account")),
+        Err(error) => again(&scope, &desk, error).await,
+    }
+}
+
+#[derive(Template)]
+#[template(path = "access/second_factor_setup.html")]
+struct SetupPage {
+    frame: Frame,
+    error: String,
+    secret: String,
+    picture: String,
+    side: i32,
+}
+
+/// The modules of a QR code as one path: a square for each dark one, with the quiet zone around.
+fn picture(text: &str) -> Result<(String, i32), Error> {
+    use std::fmt::Write as _;
+    let code = QrCode::encode_text(text, QrCodeEcc::Medium).map_err(Error::internal)?;
+    let mut path = String::new();
+    for y in 0..code.size() {
+        for x in 0..code.size() {
+            if code.get_module(x, y) {
+                let _ = write!(path, "M{} {}h1v1h-1z", x + 4, y + 4);
+            }
+        }
+    }
+    Ok((path, code.size() + 8))
+}
+
+/// POST /account/second-factor: begins to set one up.
+pub async fn begin_second_factor(
+    scope: SignedIn,
+    desk: DeskData,
+    _: Posted<Nothing>,
+) -> Result<HttpResponse, Error> {
+    match desk.begin_second_factor(&scope.actor).await {
+        Ok(setup) => {
+            let (picture, side) = picture(&setup.address)?;
+            let groups: Vec<&str> =
+                setup.secret.as_bytes().chunks(4).filter_map(|part| std::str::from_utf8(part).ok()).collect();
+            html::page(&SetupPage {
+                frame: frame(&desk.keys, &scope.actor),
+                error: String::new(),
+                secret: groups.join(" "),
+                picture,
+                side,
+            })
+        }
+        Err(error) => again(&scope, &desk, error).await,
+    }
+}
+
+/// POST /account/second-factor/confirmation: the first code.
+pub async fn confirm_second_factor(
+    scope: SignedIn,
+    req: HttpRequest,
+    own: web::Data<OwnAddress>,
+    desk: DeskData,
+    form: Posted<CodeForm>,
+) -> Result<HttpResponse, Error> {
+    match desk.confirm_second_factor(&Client::of(&req, &own), &scope.actor, &form.0.code).await {
+        Ok(codes) => html::page(&SecretPage {
+            frame: frame(&desk.keys, &scope.actor),
+            title: "Recovery codes".into(),
+            text: "The second factor is in force. Should you lose the device, each of these opens your account once in the place of a code. Keep them apart from it; they are not shown again.",
+            lines: codes,
+            back: "/account".into(),
+        }),
+        Err(error) => again(&scope, &desk, error).await,
+    }
+}
+
+/// POST /account/second-factor/removal
+pub async fn remove_second_factor(
+    scope: SignedIn,
+    desk: DeskData,
+    _: Posted<Nothing>,
+) -> Result<HttpResponse, Error> {
+    match desk.remove_second_factor(&scope.actor, &scope.request_id.0).await {
+        Ok(()) => Ok(see_other("/account")),
+        Err(error) => again(&scope, &desk, error).await,
+    }
+}
+
+/// Which one; empty for all others.
+#[derive(Deserialize)]
+pub struct WhichForm {
+    #[serde(default)]
+    pub(super) id: String,
+}
+
+impl WhichForm {
+    pub(super) fn number(&self) -> Result<i64, Error> {
+        self.id.parse().map_err(|_| Error::NotFound)
+    }
+}
+
+/// POST /account/sessions/end
+pub async fn end_session(
+    scope: SignedIn,
+    desk: DeskData,
+    form: Posted<WhichForm>,
+) -> Result<HttpResponse, Error> {
+    if form.0.id.is_empty() {
+        desk.end_other_sessions(&scope.actor, &scope.request_id.0).await?;
+    } else {
+        desk.end_session(&scope.actor, &scope.request_id.0, form.0.number()?).await?;
+    }
+    Ok(see_other("/account"))
+}
+
+/// A token of one's own.
+#[derive(Deserialize)]
+pub struct TokenForm {
+    name: String,
+    #[serde(default)]
+    tenant: String,
+    role: String,
+    days: String,
+}
+
+/// POST /account/tokens
+pub async fn create_token(
+    scope: SignedIn,
+    desk: DeskData,
+    form: Posted<TokenForm>,
+) -> Result<HttpResponse, Error> {
+    let form = form.0;
+    let make = async {
+        let new = NewToken::check(&scope.actor, &form.name, form.days.parse().unwrap_or(0))?;
+        let tenant = Some(form.tenant.as_str()).filter(|tenant| !tenant.is_empty());
+        let authority = desk.own_authority(&scope.actor, tenant, &form.role).await?;
+        desk.create_own_token(&scope.actor, &scope.request_id.0, authority, new).await
+    };
+    match make.await {
+        Ok(made) => html::page(&SecretPage {
+            frame: frame(&desk.keys, &scope.actor),
+            title: format!("Token {}", form.name),
+            text: "Keep it in a password manager now: it is not shown again, and Bulkhead itself keeps only its hash. Automation sends it as Authorization: Bearer …",
+            lines: vec![made.secret.expose().to_owned()],
+            back: "/account".into(),
+        }),
+        Err(error) => again(&scope, &desk, error).await,
+    }
+}
+
+/// POST /account/tokens/revocation
+pub async fn revoke_token(
+    scope: SignedIn,
+    desk: DeskData,
+    form: Posted<WhichForm>,
+) -> Result<HttpResponse, Error> {
+    desk.revoke_own_token(&scope.actor, &scope.request_id.0, form.0.number()?).await?;
+    Ok(see_other("/account"))
+}

@@ -1,0 +1,180 @@
+//! Pages of access: signing in, one's own account, a tenant's people and tokens, the platform's people. Every
+//! action is a plain form and works without script.
+
+use actix_web::cookie::{Cookie, SameSite};
+use actix_web::http::header;
+use actix_web::{HttpRequest, HttpResponse, web};
+use askama::Template;
+use time::OffsetDateTime;
+
+use super::extract::{TenantScope, cookie_name, form_token};
+use super::{Actor, Means, ReadActivity, includes};
+use crate::error::Error;
+use crate::http::html::{Frame, Link};
+use crate::http::{OwnAddress, html};
+use crate::keys::Keys;
+
+pub mod account;
+pub mod links;
+pub mod login;
+pub mod members;
+pub mod people;
+pub mod permissions;
+pub mod provider;
+
+fn is_secure(req: &HttpRequest) -> bool {
+    req.app_data::<web::Data<OwnAddress>>().is_some_and(|own| own.is_secure(req))
+}
+
+fn cookie(req: &HttpRequest, name: &'static str, value: &str) -> Cookie<'static> {
+    Cookie::build(name, value.to_owned())
+        .path("/")
+        .http_only(true)
+        .same_site(SameSite::Lax)
+        .secure(is_secure(req))
+        .finish()
+}
+
+/// The cookie of a session.
+#[must_use]
+pub fn session_cookie(req: &HttpRequest, value: &str) -> Cookie<'static> {
+    cookie(req, cookie_name(req), value)
+}
+
+/// The cookie of a sign-in that is under way.
+fn step_name(req: &HttpRequest) -> &'static str {
+    if is_secure(req) { "__Host-bulkhead-step" } else { "bulkhead-step-loopback" }
+}
+
+fn step_cookie(req: &HttpRequest, value: &str) -> Cookie<'static> {
+    cookie(req, step_name(req), value)
+}
+
+fn gone(mut cookie: Cookie<'static>) -> Cookie<'static> {
+    cookie.make_removal();
+    cookie
+}
+
+/// Sends the browser on.
+pub(super) fn see_other(to: &str) -> HttpResponse {
+    HttpResponse::SeeOther().insert_header((header::LOCATION, to)).finish()
+}
+
+/// Where to go after signing in or confirming: a path of our own, or else home.
+#[must_use]
+pub fn own_path(text: &str) -> &str {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"/-_.".contains(&b);
+    let good = text.len() <= 200
+        && text.starts_with('/')
+        && !text.starts_with("//")
+        && text.bytes().all(plain)
+        && !text.contains("..");
+    if good { text } else { "/" }
+}
+
+/// A page with another status than 200.
+fn page_with(status: actix_web::http::StatusCode, template: &impl Template) -> Result<HttpResponse, Error> {
+    let mut response = html::page(template)?;
+    *response.status_mut() = status;
+    Ok(response)
+}
+
+/// Either the error's sentence for the form that it belongs to, or the error itself.
+fn inline(error: Error) -> Result<String, Error> {
+    match error {
+        Error::Invalid(faults) => {
+            Ok(faults.iter().map(|f| f.message.as_str()).collect::<Vec<_>>().join("; "))
+        }
+        Error::AlreadyExists(text) | Error::Conflict(text) => Ok(text),
+        Error::Throttled(_) => Ok(error.to_string()),
+        other => Err(other),
+    }
+}
+
+/// A time for people.
+#[must_use]
+pub fn when(at: OffsetDateTime) -> String {
+    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute] UTC");
+    at.format(format).unwrap_or_default()
+}
+
+/// What stands around the pages of somebody who is signed in.
+#[must_use]
+pub fn frame(keys: &Keys, actor: &Actor) -> Frame {
+    let form = match &actor.means {
+        Means::Session { hash, .. } => form_token(keys, hash),
+        Means::Token { .. } => String::new(),
+    };
+    Frame { who: actor.name.clone(), form, rail: Vec::new(), rail_name: String::new() }
+}
+
+fn link(label: &'static str, href: String, here: &str) -> Link {
+    Link { label, here: label == here, href }
+}
+
+/// The same within a tenant: `here` is the section's word.
+#[must_use]
+pub fn tenant_frame<P>(keys: &Keys, scope: &TenantScope<P>, here: &str) -> Frame {
+    let mut frame = frame(keys, &scope.actor);
+    let at = |rest: &str| format!("/tenants/{}{rest}", scope.tenant.name);
+    frame.rail = vec![link("Apps", at(""), here), link("Members", at("/members"), here)];
+    if scope.may::<ReadActivity>() {
+        frame.rail.push(link("Tokens", at("/tokens"), here));
+        frame.rail.push(link("Activity", at("/activity"), here));
+    }
+    frame.rail_name = scope.tenant.name.to_string();
+    frame
+}
+
+/// The same on the platform.
+#[must_use]
+pub fn platform_frame(keys: &Keys, actor: &Actor, here: &str) -> Frame {
+    let mut frame = frame(keys, actor);
+    if includes::<super::ReadPlatform>(actor.platform, None) {
+        frame.rail = vec![
+            link("Tenants", "/tenants".into(), here),
+            link("People", "/people".into(), here),
+            link("Audit", "/audit".into(), here),
+        ];
+        frame.rail_name = "Platform".into();
+    }
+    frame
+}
+
+/// Something that is shown once.
+#[derive(Template)]
+#[template(path = "access/secret.html")]
+struct SecretPage {
+    frame: Frame,
+    title: String,
+    text: &'static str,
+    lines: Vec<String>,
+    back: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_sent_elsewhere() {
+        for good in ["/", "/account", "/tenants/acme/members"] {
+            assert_eq!(own_path(good), good);
+        }
+        for bad in [
+            "",
+            "//evil.example",
+            "/\\evil.example",
+            "https://evil.example",
+            "javascript:alert(1)",
+            "/../x",
+            "/a?next=//x",
+            "\n/x",
+            "/%2f%2fevil.example",
+            " /x",
+            "/x\r\nSet-Cookie: a=b",
+        ] {
+            assert_eq!(own_path(bad), "/", "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! The platform's people.
+
+use actix_web::http::StatusCode;
+use actix_web::{HttpRequest, HttpResponse, web};
+use askama::Template;
+use serde::Deserialize;
+
+use super::account::WhichForm;
+use super::{SecretPage, inline, page_with, platform_frame, see_other, when};
+use crate::access::accounts::{self, Change};
+use crate::access::api::people::platform_role;
+use crate::access::extract::{PlatformScope, Posted};
+use crate::access::invitations::{HOURS, Made};
+use crate::access::sessions::DeskData;
+use crate::access::{Actor, ManagePeople, ReadPlatform, includes, store};
+use crate::db::{self, Page, PageQuery, Within};
+use crate::error::Error;
+use crate::http::html::Frame;
+use crate::http::{OwnAddress, html};
+
+struct PersonView {
+    name: String,
+    display_name: String,
+    role: String,
+    /// What there is to know of how they sign in; empty when all is well.
+    note: &'static str,
+    factor: bool,
+    seen: String,
+    disabled: bool,
+    own: bool,
+}
+
+struct InvitationView {
+    id: i64,
+    name: String,
+    role: String,
+    until: String,
+}
+
+#[derive(Template)]
+#[template(path = "access/people.html")]
+struct PeoplePage {
+    frame: Frame,
+    error: String,
+    manages: bool,
+    people: Vec<PersonView>,
+    next: String,
+    invitations: Vec<InvitationView>,
+}
+
+async fn view(actor: &Actor, desk: &DeskData, query: &PageQuery, error: String) -> Result<PeoplePage, Error> {
+    let limit = query.limit()?;
+    let mut conn = db::begin(&desk.pool, Within::Platform).await?;
+    let rows = store::list_accounts(&mut conn, &query.after_text()?, None, limit + 1).await?;
+    let page = Page::new(rows, limit, |row| row.name.clone());
+    let invitations = store::list_invitations(&mut conn, None, 0, 200).await?;
+    Ok(PeoplePage {
+        frame: platform_frame(&desk.keys, actor, "People"),
+        error,
+        manages: includes::<ManagePeople>(actor.platform, None),
+        people: page
+            .items
+            .into_iter()
+            .map(|row| PersonView {
+                own: row.name == actor.name,
+                seen: row.last_seen_at.map(when).unwrap_or_default(),
+                role: row.platform_role.unwrap_or_else(|| "none".into()),
+                note: match (row.password, row.second_factor) {
+                    (false, _) => "through a provider",
+                    (true, false) => "no second factor",
+                    (true, true) => "",
+                },
+                factor: row.second_factor,
+                disabled: row.disabled_at.is_some(),
+                name: row.name,
+                display_name: row.display_name,
+            })
+            .collect(),
+        next: page.next.unwrap_or_default(),
+        invitations: invitations
+            .into_iter()
+            .map(|row| InvitationView {
+                id: row.id,
+                name: row.name,
+                role: row.role.unwrap_or_else(|| "none".into()),
+                until: when(row.expires_at),
+            })
+            .collect(),
+    })
+}
+
+/// GET /people
+pub async fn people_page(
+    scope: PlatformScope<ReadPlatform>,
+    desk: DeskData,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    html::page(&view(&scope.actor, &desk, &query, String::new()).await?)
+}
+
+async fn after(actor: &Actor, desk: &DeskData, outcome: Result<(), Error>) -> Result<HttpResponse, Error> {
+    match outcome {
+        Ok(()) => Ok(see_other("/people")),
+        Err(Error::Unconfirmed) => Ok(see_other("/confirm?next=/people")),
+        Err(error) => {
+            let error = inline(error)?;
+            page_with(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                &view(actor, desk, &PageQuery::default(), error).await?,
+            )
+        }
+    }
+}
+
+/// Whom, and what of them.
+#[derive(Deserialize)]
+pub struct PersonForm {
+    name: String,
+    #[serde(default)]
+    role: String,
+    #[serde(default)]
+    what: String,
+}
+
+impl PersonForm {
+    fn name(&self) -> Result<crate::ids::AccountName, Error> {
+        self.name.parse().map_err(|_| Error::NotFound)
+    }
+}
+
+/// POST /people/change: role, or `what` = disable, enable.
+pub async fn change_person(
+    scope: PlatformScope<ManagePeople>,
+    desk: DeskData,
+    form: Posted<PersonForm>,
+) -> Result<HttpResponse, Error> {
+    let name = form.0.name()?;
+    let change = match form.0.what.as_str() {
+        "disable" => Change { disabled: Some(true), ..Change::default() },
+        "enable" => Change { disabled: Some(false), ..Change::default() },
+        _ => Change { platform_role: Some(platform_role(Some(&form.0.role))?), ..Change::default() },
+    };
+    let outcome = desk.change_account(&scope.actor, &scope.request_id.0, &name, &change).await;
+    after(&scope.actor, &desk, outcome).await
+}
+
+/// POST /people/second-factor/removal
+pub async fn remove_second_factor(
+    scope: PlatformScope<ManagePeople>,
+    desk: DeskData,
+    form: Posted<PersonForm>,
+) -> Result<HttpResponse, Error> {
+    let name = form.0.name()?;
+    let outcome = desk.remove_second_factor_of(&scope.actor, &scope.request_id.0, &name).await;
+    after(&scope.actor, &desk, outcome).await
+}
+
+fn link_page(
+    actor: &Actor,
+    desk: &DeskData,
+    (title, text): (String, &'static str),
+    link: String,
+) -> Result<HttpResponse, Error> {
+    html::page(&SecretPage {
+        frame: platform_frame(&desk.keys, actor, "People"),
+        title,
+        text,
+        lines: vec![link],
+        back: "/people".into(),
+    })
+}
+
+fn address(req: &HttpRequest, own: &OwnAddress, made: &Made) -> String {
+    format!("{}{}", own.of(req).unwrap_or_default(), made.path)
+}
+
+/// POST /people/reset
+pub async fn reset_person(
+    scope: PlatformScope<ManagePeople>,
+    req: HttpRequest,
+    own: web::Data<OwnAddress>,
+    desk: DeskData,
+    form: Posted<PersonForm>,
+) -> Result<HttpResponse, Error> {
+    let name = form.0.name()?;
+    match desk.reset(&scope.actor, &scope.request_id.0, &name).await {
+        Ok(made) => link_page(
+            &scope.actor,
+            &desk,
+            (
+                format!("New password for {name}"),
+                "Pass this link on. It works once, for four hours; it ends that person's sessions and tokens.",
+            ),
+            address(&req, &own, &made),
+        ),
+        Err(error) => after(&scope.actor, &desk, Err(error)).await,
+    }
+}
+
+/// POST /people/invitation
+pub async fn invite(
+    scope: PlatformScope<ManagePeople>,
+    req: HttpRequest,
+    own: web::Data<OwnAddress>,
+    desk: DeskData,
+    form: Posted<PersonForm>,
+) -> Result<HttpResponse, Error> {
+    let make = async {
+        let name = accounts::account_name("name", &form.0.name)?;
+        let role = platform_role(Some(&form.0.role))?;
+        desk.invite_to_platform(&scope.actor, &scope.request_id.0, &name, role, HOURS.0).await
+    };
+    match make.await {
+        Ok(made) => link_page(
+            &scope.actor,
+            &desk,
+            (
+                format!("Invitation for {}", form.0.name),
+                "Pass this link on. It works once, for three days, for that name alone, and is not shown again.",
+            ),
+            address(&req, &own, &made),
+        ),
+        Err(error) => after(&scope.actor, &desk, Err(error)).await,
+    }
+}
+
+/// POST /people/invitation/revocation
+pub async fn revoke_invitation(
+    scope: PlatformScope<ManagePeople>,
+    desk: DeskData,
+    form: Posted<WhichForm>,
+) -> Result<HttpResponse, Error> {
+    let id = form.0.number()?;
+    let outcome = desk.revoke_invitation(&scope.actor, &scope.request_id.0, None, id).await;
+    after(&scope.actor, &desk, outcome).await
+}

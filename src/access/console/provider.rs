@@ -1,0 +1,139 @@
+//! The way to a provider and back, as addresses.
+
+use actix_web::http::StatusCode;
+use actix_web::{HttpRequest, HttpResponse, web};
+use askama::Template;
+use serde::Deserialize;
+
+use super::{cookie, gone, is_secure, page_with, see_other, session_cookie};
+use crate::access::Means;
+use crate::access::extract::{Perhaps, Public, SignedIn};
+use crate::access::oidc::Refused;
+use crate::access::oidc::flow::{Back, Came, Goal};
+use crate::access::sessions::{Client, DeskData};
+use crate::error::Error;
+use crate::http::OwnAddress;
+use crate::http::html::Frame;
+
+/// The provider that the address names.
+#[derive(Deserialize)]
+pub struct ProviderPath {
+    provider: String,
+}
+
+fn way_name(req: &HttpRequest) -> &'static str {
+    if is_secure(req) { "__Host-bulkhead-way" } else { "bulkhead-way-loopback" }
+}
+
+#[derive(Template)]
+#[template(path = "access/refused.html")]
+struct RefusedPage {
+    frame: Frame,
+    label: String,
+    reason: String,
+}
+
+fn refused(label: &str, reason: String) -> Result<HttpResponse, Error> {
+    page_with(
+        StatusCode::UNAUTHORIZED,
+        &RefusedPage { frame: Frame::default(), label: label.to_owned(), reason },
+    )
+}
+
+fn callback(req: &HttpRequest, own: &OwnAddress, provider: &str) -> Result<String, Error> {
+    let address = own.of(req).ok_or_else(|| Error::Malformed("this is not an address of ours".into()))?;
+    Ok(format!("{address}/login/providers/{provider}/callback"))
+}
+
+async fn go(
+    req: &HttpRequest,
+    own: &OwnAddress,
+    desk: &DeskData,
+    name: &str,
+    goal: Goal,
+) -> Result<HttpResponse, Error> {
+    let provider = desk.providers.get(name)?;
+    desk.throttle.knock("provider", own.client(req)).await?;
+    match provider.way_there(&desk.keys, &callback(req, own, name)?, goal).await {
+        Ok((address, way)) => {
+            let mut answer = see_other(&address);
+            let _ = answer.add_cookie(&cookie(req, way_name(req), &way));
+            Ok(answer)
+        }
+        Err(Refused(reason)) => {
+            tracing::warn!(provider = name, reason, "a provider cannot be reached");
+            refused(
+                &provider.settings.label,
+                "It cannot be reached right now, or its settings do not fit. Others can sign in meanwhile."
+                    .into(),
+            )
+        }
+    }
+}
+
+/// GET /login/providers/{provider}: sends the browser there. Nothing is written: what comes back must fit the
+/// cookie that it gets.
+pub async fn begin(
+    _: Public,
+    req: HttpRequest,
+    own: web::Data<OwnAddress>,
+    desk: DeskData,
+    path: web::Path<ProviderPath>,
+) -> Result<HttpResponse, Error> {
+    go(&req, &own, &desk, &path.provider, Goal::SignIn).await
+}
+
+/// GET /confirm/{provider}: the provider asks the person anew.
+pub async fn begin_confirmation(
+    scope: SignedIn,
+    req: HttpRequest,
+    own: web::Data<OwnAddress>,
+    desk: DeskData,
+    path: web::Path<ProviderPath>,
+) -> Result<HttpResponse, Error> {
+    scope.actor.require_person()?;
+    let Means::Session { id, .. } = scope.actor.means else { return Err(Error::NotFound) };
+    go(&req, &own, &desk, &path.provider, Goal::Confirm(id)).await
+}
+
+/// GET /account/providers/{provider}: to sign in through it too from now on.
+pub async fn begin_link(
+    scope: SignedIn,
+    req: HttpRequest,
+    own: web::Data<OwnAddress>,
+    desk: DeskData,
+    path: web::Path<ProviderPath>,
+) -> Result<HttpResponse, Error> {
+    scope.actor.require_person()?;
+    if scope.actor.require_recent().is_err() {
+        return Ok(see_other("/confirm?next=/account"));
+    }
+    let Means::Session { id, .. } = scope.actor.means else { return Err(Error::NotFound) };
+    go(&req, &own, &desk, &path.provider, Goal::Link(id)).await
+}
+
+/// GET /login/providers/{provider}/callback
+pub async fn come_back(
+    scope: Perhaps,
+    req: HttpRequest,
+    own: web::Data<OwnAddress>,
+    desk: DeskData,
+    path: web::Path<ProviderPath>,
+    back: web::Query<Back>,
+) -> Result<HttpResponse, Error> {
+    let provider = desk.providers.get(&path.provider)?;
+    let callback = callback(&req, &own, &path.provider)?;
+    let way = req.cookie(way_name(&req)).map(|cookie| cookie.value().to_owned()).unwrap_or_default();
+    let client = Client::of(&req, &own);
+    let came = desk.come_back(&client, provider, (&callback, &way), &back, scope.actor.as_ref()).await?;
+    let mut answer = match came {
+        Came::In(session, to) => {
+            let mut answer = see_other(to);
+            let _ = answer.add_cookie(&session_cookie(&req, session.expose()));
+            answer
+        }
+        Came::Refused(reason) => refused(&provider.settings.label, reason)?,
+    };
+    let _ = answer.add_cookie(&gone(cookie(&req, way_name(&req), "")));
+    Ok(answer)
+}

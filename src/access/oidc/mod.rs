@@ -1,0 +1,196 @@
+//! OpenID Connect: who the providers are, how they are asked, and what is believed of their answers. A provider
+//! is reached at the issuer that the settings name and at hosts that they name, over TLS, without following
+//! a redirect, within ten seconds and a quarter of a megabyte.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use openidconnect::{ClientId, ClientSecret, IssuerUrl, ProviderMetadataWithLogout};
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use crate::config::Provider as Settings;
+use crate::error::Error;
+
+pub mod claims;
+pub mod flow;
+
+/// How long what a provider says of itself is believed, and how soon it may be asked again.
+const FRESH: Duration = Duration::from_secs(3_600);
+const SOONEST: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(10);
+const LARGEST: usize = 256 * 1024;
+
+/// Why something did not work, for the log and for the person: never with a secret in it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Refused(pub String);
+
+impl Refused {
+    pub(super) fn because(what: &str, cause: impl std::fmt::Display) -> Self {
+        Self(format!("{what}: {cause}"))
+    }
+}
+
+struct Known {
+    at: Instant,
+    metadata: Arc<ProviderMetadataWithLogout>,
+}
+
+/// One provider.
+pub struct Provider {
+    /// Settings.
+    pub settings: Settings,
+    secret: Option<ClientSecret>,
+    http: reqwest::Client,
+    known: Mutex<Option<Known>>,
+}
+
+impl std::fmt::Debug for Provider {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Provider({})", self.settings.name)
+    }
+}
+
+/// All providers, in the order of the settings.
+#[derive(Debug, Clone, Default)]
+pub struct Providers(Arc<Vec<Provider>>);
+
+impl Providers {
+    /// From the settings; secrets and certificates are read from their files. Nothing is asked yet: a
+    /// provider that is away keeps nobody else from signing in.
+    pub fn load(settings: &[Settings]) -> Result<Self, Error> {
+        let one = |settings: &Settings| {
+            let read = |path: &std::path::Path| {
+                std::fs::read_to_string(path)
+                    .map_err(|error| Error::internal(format!("{}: {error}", path.display())))
+            };
+            let secret = settings.client_secret.as_deref().map(read).transpose()?;
+            let mut http = crate::outgoing::client().timeout(PATIENCE).connect_timeout(PATIENCE);
+            if let Some(ca) = &settings.ca {
+                let certificates = reqwest::Certificate::from_pem_bundle(read(ca)?.as_bytes())
+                    .map_err(|error| Error::internal(format!("{}: {error}", ca.display())))?;
+                http = http.tls_certs_merge(certificates);
+            }
+            Ok(Provider {
+                secret: secret.map(|text| ClientSecret::new(text.trim().to_owned())),
+                http: http.build().map_err(Error::internal)?,
+                known: Mutex::default(),
+                settings: settings.clone(),
+            })
+        };
+        Ok(Self(Arc::new(settings.iter().map(one).collect::<Result<_, Error>>()?)))
+    }
+
+    /// Name and label of each.
+    #[must_use]
+    pub fn buttons(&self) -> Vec<(String, String)> {
+        self.0.iter().map(|p| (p.settings.name.clone(), p.settings.label.clone())).collect()
+    }
+
+    /// The provider of this name.
+    pub fn get(&self, name: &str) -> Result<&Provider, Error> {
+        self.0.iter().find(|provider| provider.settings.name == name).ok_or(Error::NotFound)
+    }
+
+    /// The provider of this issuer.
+    #[must_use]
+    pub fn of_issuer(&self, issuer: &str) -> Option<&Provider> {
+        self.0.iter().find(|provider| provider.settings.issuer == issuer)
+    }
+}
+
+impl Provider {
+    fn client_id(&self) -> ClientId {
+        ClientId::new(self.settings.client_id.clone())
+    }
+
+    /// Whether an address is one that the settings allow: the issuer's own host or one that is named, and
+    /// as well protected as the issuer.
+    fn check_address(&self, what: &str, address: &openidconnect::url::Url) -> Result<(), Refused> {
+        let issuer = openidconnect::url::Url::parse(&self.settings.issuer)
+            .map_err(|error| Refused::because("the issuer", error))?;
+        let own = (issuer.host_str(), issuer.port_or_known_default());
+        let host = address.host_str().unwrap_or_default();
+        let named = self.settings.hosts.iter().any(|known| known == host)
+            && address.port_or_known_default() == Some(443);
+        let same = (address.host_str(), address.port_or_known_default()) == own;
+        if address.scheme() == issuer.scheme() && (same || named) {
+            Ok(())
+        } else {
+            Err(Refused(format!(
+                "its {what} is at {host}, which is neither the issuer's host nor among the provider's hosts in the settings"
+            )))
+        }
+    }
+
+    /// One request; the answer, if it is small enough and no redirect.
+    async fn send(
+        &self,
+        request: openidconnect::HttpRequest,
+    ) -> Result<openidconnect::HttpResponse, Refused> {
+        let address = openidconnect::url::Url::parse(&request.uri().to_string())
+            .map_err(|error| Refused::because("an address", error))?;
+        self.check_address("endpoint", &address)?;
+        let request = reqwest::Request::try_from(request)
+            .map_err(|error| Refused::because("a request", error.without_url()))?;
+        let away =
+            |error: reqwest::Error| Refused::because("the provider does not answer", error.without_url());
+        let mut answer = self.http.execute(request).await.map_err(away)?;
+        if answer.status().is_redirection() {
+            return Err(Refused("the provider answers with a redirect, and none is followed".into()));
+        }
+        let mut response = http::Response::builder().status(answer.status());
+        for (name, value) in answer.headers() {
+            response = response.header(name, value);
+        }
+        let mut body = Vec::new();
+        while let Some(chunk) = answer.chunk().await.map_err(away)? {
+            if body.len() + chunk.len() > LARGEST {
+                return Err(Refused("the provider's answer is too large".into()));
+            }
+            body.extend_from_slice(&chunk);
+        }
+        response.body(body).map_err(|error| Refused::because("an answer", error))
+    }
+
+    /// What the provider says of itself, keys included. Asked anew after an hour, or when `anew`, but never
+    /// more often than every ten seconds.
+    async fn metadata(&self, anew: bool) -> Result<Arc<ProviderMetadataWithLogout>, Refused> {
+        let mut known = self.known.lock().await;
+        if let Some(known) = &*known {
+            let age = known.at.elapsed();
+            if age < SOONEST || (!anew && age < FRESH) {
+                return Ok(Arc::clone(&known.metadata));
+            }
+        }
+        let issuer = IssuerUrl::new(self.settings.issuer.clone())
+            .map_err(|error| Refused::because("the issuer", error))?;
+        let ask = |request| self.send(request);
+        let metadata = ProviderMetadataWithLogout::discover_async(issuer, &ask)
+            .await
+            .map_err(|error| Refused::because("discovery", flat(&error)))?;
+        self.check_address("authorization endpoint", metadata.authorization_endpoint().url())?;
+        if let Some(token) = metadata.token_endpoint() {
+            self.check_address("token endpoint", token.url())?;
+        }
+        let metadata = Arc::new(metadata);
+        *known = Some(Known { at: Instant::now(), metadata: Arc::clone(&metadata) });
+        Ok(metadata)
+    }
+}
+
+/// An error with its causes in one line.
+fn flat(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    text
+}
+
+/// Claims beyond the usual ones.
+pub(super) type Extra = HashMap<String, serde_json::Value>;

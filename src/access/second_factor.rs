@@ -1,0 +1,113 @@
+//! The second factor: time-based codes (RFC 6238: SHA-1, six digits, thirty seconds, one step of leeway), each
+//! good once, and recovery codes. The secret is kept sealed.
+
+use sqlx::PgConnection;
+use totp_rs::{Algorithm, Builder, Totp};
+
+use super::credentials::{self, Secret};
+use super::store;
+use crate::error::Error;
+use crate::ids::AccountId;
+use crate::keys::{Keys, Purpose};
+
+/// How many recovery codes there are.
+const CODES: usize = 10;
+
+/// What somebody sees once, when they set it up.
+pub struct Setup {
+    /// The secret in base32, for typing.
+    pub secret: String,
+    /// The `otpauth:` address, for scanning.
+    pub address: String,
+}
+
+fn totp(secret: &[u8], account: &str) -> Result<Totp, Error> {
+    // A colon separates issuer and account in the address; no name has one.
+    Builder::new()
+        .with_algorithm(Algorithm::SHA1)
+        .with_digits(6)
+        .with_skew(1)
+        .with_step_duration(30)
+        .with_secret(secret.to_vec())
+        .with_account_name(account.to_owned())
+        .with_issuer(Some("Bulkhead".to_owned()))
+        .build()
+        .map_err(|error| Error::internal(error.to_string()))
+}
+
+fn place(account: AccountId) -> String {
+    format!("second factor of account {account}")
+}
+
+/// Begins to set one up: it is in force with the first good code.
+pub async fn begin(
+    conn: &mut PgConnection,
+    keys: &Keys,
+    account: AccountId,
+    name: &str,
+) -> Result<Setup, Error> {
+    let secret: [u8; 20] = rand::random();
+    let sealed = keys.seal(Purpose::SecondFactor, &place(account), &secret)?;
+    if !store::begin_factor(conn, account, &sealed).await? {
+        return Err(Error::Conflict("there is a second factor; remove it first".into()));
+    }
+    let address = totp(&secret, name)?.to_url().map_err(|error| Error::internal(error.to_string()))?;
+    Ok(Setup { secret: data_encoding::BASE32_NOPAD.encode(&secret), address })
+}
+
+/// Holds a code against the factor at this time (seconds of the Unix epoch), and uses its step up.
+pub async fn check_code(
+    conn: &mut PgConnection,
+    keys: &Keys,
+    account: AccountId,
+    code: &str,
+    now: u64,
+) -> Result<bool, Error> {
+    let Some(factor) = store::find_factor(conn, account).await? else { return Ok(false) };
+    let secret = keys.open(Purpose::SecondFactor, &place(account), &factor.sealed)?;
+    let code: String = code.chars().filter(|c| !c.is_whitespace()).collect();
+    let Some(step) = totp(&secret, "x")?.check(&code, now) else { return Ok(false) };
+    store::use_step(conn, account, i64::try_from(step).unwrap_or(i64::MAX)).await
+}
+
+/// A code, or else a recovery code, of a factor that is in force.
+pub async fn check(
+    conn: &mut PgConnection,
+    keys: &Keys,
+    account: AccountId,
+    code: &str,
+    now: u64,
+) -> Result<bool, Error> {
+    if !store::find_factor(conn, account).await?.is_some_and(|factor| factor.confirmed) {
+        return Ok(false);
+    }
+    if check_code(conn, keys, account, code, now).await? {
+        return Ok(true);
+    }
+    store::use_recovery_code(conn, account, &hash_of(account, code)).await
+}
+
+fn hash_of(account: AccountId, code: &str) -> Vec<u8> {
+    let plain: String = code.chars().filter(char::is_ascii_alphanumeric).collect();
+    credentials::hash(&format!("recovery {account} {}", plain.to_ascii_lowercase()))
+}
+
+/// New recovery codes, shown once; earlier ones end. Each has 80 random bits, so a plain hash is enough.
+pub async fn make_recovery_codes(conn: &mut PgConnection, account: AccountId) -> Result<Vec<String>, Error> {
+    let codes: Vec<String> = (0..CODES)
+        .map(|_| {
+            let secret = Secret::generate("");
+            let text = &secret.expose()[..16];
+            format!("{}-{}-{}-{}", &text[..4], &text[4..8], &text[8..12], &text[12..])
+        })
+        .collect();
+    let hashes: Vec<Vec<u8>> = codes.iter().map(|code| hash_of(account, code)).collect();
+    store::insert_recovery_codes(conn, account, &hashes).await?;
+    Ok(codes)
+}
+
+/// Seconds since the Unix epoch.
+#[must_use]
+pub fn now() -> u64 {
+    u64::try_from(time::OffsetDateTime::now_utc().unix_timestamp()).unwrap_or(0)
+}

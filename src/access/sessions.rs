@@ -1,0 +1,312 @@
+//! Signing in and out. What fails, fails alike: nobody of that name, a wrong password and a disabled account
+//! take the same path and get the same answer.
+
+use std::net::IpAddr;
+
+use actix_web::http::header;
+use actix_web::{HttpRequest, web};
+use serde_json::json;
+use sqlx::PgPool;
+
+use super::credentials::{self, Secret};
+use super::denials::Denials;
+use super::extract::cookie_name;
+use super::oidc::Providers;
+use super::passwords::{Passwords, Verdict};
+use super::store::{self, Begun, ForSignIn, NewSession};
+use super::throttle::Throttle;
+use super::{Actor, Means, second_factor};
+use crate::audit::{self, Refusal};
+use crate::db::{self, Tx, Within};
+use crate::error::Error;
+use crate::http::OwnAddress;
+use crate::ids::{AccountId, ActorId};
+use crate::keys::Keys;
+
+/// What is at hand where people sign in.
+#[derive(Debug, Clone)]
+pub struct Desk {
+    /// Database.
+    pub pool: PgPool,
+    /// The platform's key.
+    pub keys: Keys,
+    /// Passwords.
+    pub passwords: Passwords,
+    /// Guesses.
+    pub throttle: Throttle,
+    /// Refusals.
+    pub denials: Denials,
+    /// Providers.
+    pub providers: Providers,
+}
+
+/// Who asks, as far as the network says.
+#[derive(Debug, Clone)]
+pub struct Client {
+    /// Address.
+    pub address: IpAddr,
+    /// What the browser calls itself.
+    pub agent: String,
+    /// Hash of the session that the browser has so far.
+    pub session: Option<Vec<u8>>,
+    /// Id of the request.
+    pub request_id: String,
+}
+
+impl Client {
+    /// Of a request.
+    #[must_use]
+    pub fn of(req: &HttpRequest, own: &OwnAddress) -> Self {
+        let agent = req.headers().get(header::USER_AGENT).and_then(|v| v.to_str().ok()).unwrap_or("");
+        Self {
+            address: own.client(req),
+            agent: agent.chars().filter(|c| !c.is_control()).take(200).collect(),
+            session: req.cookie(cookie_name(req)).map(|cookie| credentials::hash(cookie.value())),
+            request_id: crate::http::request_id(req).0.to_string(),
+        }
+    }
+}
+
+/// What comes of a right password.
+pub enum SignIn {
+    /// The person is in: the reference of the session.
+    Done(Secret),
+    /// The second factor is awaited: the reference of what has begun.
+    SecondFactor(Secret),
+}
+
+const STEP: &str = "second-factor";
+
+impl Desk {
+    pub(super) fn refuse(&self, client: &Client, actor: &str, object: &str, reason: &'static str) {
+        self.denials.note(Refusal {
+            tenant: None,
+            actor: actor.to_owned(),
+            object: object.to_owned(),
+            reason,
+            place: client.address.to_string(),
+        });
+    }
+
+    /// Holds name and password against each other. None when they do not fit.
+    pub async fn sign_in(
+        &self,
+        client: &Client,
+        name: &str,
+        password: &str,
+    ) -> Result<Option<SignIn>, Error> {
+        // What is longer than any name or password is still one guess.
+        let name: String = name.trim().to_lowercase().chars().take(64).collect();
+        let password: String = password.chars().take(1_024).collect();
+        let mut conn = self.pool.acquire().await?;
+        let found = store::find_for_sign_in(&mut conn, &name).await?;
+        drop(conn);
+        let account = found.as_ref().map(|found| AccountId(found.id));
+        self.throttle.guess(&name, client.address, account).await?;
+        let phc = found.as_ref().and_then(|found| found.password.as_deref());
+        let verdict = self.passwords.verify(&password, phc).await?;
+        let (Some(found), true) = (found, verdict != Verdict::Wrong) else {
+            // A name that nobody has may be a password that was typed into the wrong field.
+            let who = account.map_or_else(|| "anonymous".to_owned(), |id| format!("account:{id} {name}"));
+            self.refuse(client, &who, "sign-in", "wrong name or password");
+            return Ok(None);
+        };
+        if found.disabled {
+            self.refuse(
+                client,
+                &format!("account:{} {name}", found.id),
+                "sign-in",
+                "the account is disabled",
+            );
+            return Ok(None);
+        }
+        self.proceed(client, &found, &verdict).await.map(Some)
+    }
+
+    async fn proceed(&self, client: &Client, found: &ForSignIn, verdict: &Verdict) -> Result<SignIn, Error> {
+        let account = AccountId(found.id);
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        if let (Verdict::Stronger(new), Some(old)) = (verdict, &found.password) {
+            store::strengthen_password(&mut tx, account, old, new).await?;
+        }
+        if found.second_factor {
+            let step = Secret::generate("");
+            let begun = Begun { account_id: Some(found.id), provider: None, session_id: None };
+            store::insert_sign_in(&mut tx, &step.hash(), STEP, &begun).await?;
+            tx.commit().await?;
+            return Ok(SignIn::SecondFactor(step));
+        }
+        let session = self.begin(&mut tx, client, account, &found.name, "password").await?;
+        tx.commit().await?;
+        Ok(SignIn::Done(session))
+    }
+
+    /// Whether a second factor is awaited under this reference.
+    pub async fn awaits(&self, reference: &str) -> Result<bool, Error> {
+        let mut conn = self.pool.acquire().await?;
+        store::is_sign_in_good(&mut conn, &credentials::hash(reference), STEP).await
+    }
+
+    /// The second step of a sign-in; none when the code is wrong, or there is no first step any more.
+    pub async fn second_step(
+        &self,
+        client: &Client,
+        reference: &str,
+        code: &str,
+    ) -> Result<Option<Secret>, Error> {
+        let hash = credentials::hash(reference);
+        // The try counts, whatever comes of it.
+        let mut conn = self.pool.acquire().await?;
+        let begun = store::try_sign_in(&mut conn, &hash, STEP).await?;
+        drop(conn);
+        let Some(account) = begun.and_then(|begun| begun.account_id).map(AccountId) else { return Ok(None) };
+        self.throttle.guess(&format!("second factor of {account}"), client.address, Some(account)).await?;
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        if !second_factor::check(&mut tx, &self.keys, account, code, second_factor::now()).await? {
+            self.refuse(client, &format!("account:{account}"), "sign-in", "wrong second factor");
+            return Ok(None);
+        }
+        // Used up with the code: neither opens anything twice.
+        if store::use_sign_in(&mut tx, &hash, STEP).await?.is_none() {
+            return Ok(None);
+        }
+        let Some((name, false)) = store::find_name(&mut tx, account).await? else { return Ok(None) };
+        let session = self.begin(&mut tx, client, account, &name, "password and code").await?;
+        tx.commit().await?;
+        Ok(Some(session))
+    }
+
+    /// Begins a session, in the transaction that found the person good. A session that the browser had
+    /// before ends: what somebody planted there is worth nothing.
+    pub async fn begin(
+        &self,
+        tx: &mut Tx,
+        client: &Client,
+        account: AccountId,
+        name: &str,
+        method: &str,
+    ) -> Result<Secret, Error> {
+        if let Some(old) = &client.session {
+            store::delete_session(tx, old).await?;
+        }
+        let session = Secret::generate("");
+        let new = NewSession {
+            hash: &session.hash(),
+            account,
+            method,
+            place: &client.address.to_string(),
+            agent: &client.agent,
+        };
+        let id = store::insert_session(tx, &new).await?;
+        store::know_place(tx, account, &self.throttle.place(client.address)).await?;
+        store::forgive(tx, &self.throttle.pair(name, client.address)).await?;
+        let actor = ActorId::new(&format!("account:{account} {name}"));
+        let detail = json!({"session": id, "method": method, "place": client.address});
+        note(tx, &actor, "session.begin", name, &client.request_id, detail).await?;
+        Ok(session)
+    }
+
+    /// Ends the session that the browser has; by what it was begun.
+    pub async fn sign_out(&self, client: &Client, actor: &Actor) -> Result<Option<String>, Error> {
+        let Some(hash) = &client.session else { return Ok(None) };
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        let method = store::delete_session(&mut tx, hash).await?;
+        if method.is_some() {
+            note(&mut tx, &actor.id, "session.end", &actor.name, &client.request_id, json!({})).await?;
+        }
+        tx.commit().await?;
+        Ok(method)
+    }
+
+    /// The person proves once more to be there: the session goes on under a new reference. None when the
+    /// password or the code is wrong.
+    pub async fn confirm(
+        &self,
+        client: &Client,
+        actor: &Actor,
+        password: &str,
+        code: &str,
+    ) -> Result<Option<Secret>, Error> {
+        let (account, session) = match actor.means {
+            Means::Session { id, .. } => (actor.require_person()?, id),
+            Means::Token { .. } => return Err(Error::Forbidden("tokens are not asked to confirm".into())),
+        };
+        self.throttle.guess(&actor.name, client.address, Some(account)).await?;
+        let mut conn = self.pool.acquire().await?;
+        let found = store::find_for_sign_in(&mut conn, &actor.name).await?;
+        drop(conn);
+        let phc = found.as_ref().and_then(|found| found.password.as_deref());
+        if self.passwords.verify(password, phc).await? == Verdict::Wrong {
+            self.refuse(client, actor.id.as_str(), "confirmation", "wrong password");
+            return Ok(None);
+        }
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        if found.is_some_and(|found| found.second_factor)
+            && !second_factor::check(&mut tx, &self.keys, account, code, second_factor::now()).await?
+        {
+            self.refuse(client, actor.id.as_str(), "confirmation", "wrong second factor");
+            return Ok(None);
+        }
+        let fresh = self.renew(&mut tx, client, actor, session).await?;
+        tx.commit().await?;
+        Ok(fresh)
+    }
+
+    /// The session goes on under a new reference, confirmed.
+    pub async fn renew(
+        &self,
+        tx: &mut Tx,
+        client: &Client,
+        actor: &Actor,
+        session: i64,
+    ) -> Result<Option<Secret>, Error> {
+        let fresh = Secret::generate("");
+        if !store::rotate_session(tx, session, &fresh.hash()).await? {
+            return Ok(None);
+        }
+        store::forgive(tx, &self.throttle.pair(&actor.name, client.address)).await?;
+        note(tx, &actor.id, "session.confirm", &actor.name, &client.request_id, json!({})).await?;
+        Ok(Some(fresh))
+    }
+
+    /// Ends one of one's own sessions.
+    pub async fn end_session(&self, actor: &Actor, request_id: &str, id: i64) -> Result<(), Error> {
+        let account = actor.require_person()?;
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        if !store::delete_session_of(&mut tx, account, id).await? {
+            return Err(Error::NotFound);
+        }
+        note(&mut tx, &actor.id, "session.end", &actor.name, request_id, json!({"session": id})).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Ends all of one's own sessions but the present one; how many.
+    pub async fn end_other_sessions(&self, actor: &Actor, request_id: &str) -> Result<u64, Error> {
+        let account = actor.require_person()?;
+        let keep = match actor.means {
+            Means::Session { id, .. } => Some(id),
+            Means::Token { .. } => None,
+        };
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        let ended = store::delete_sessions_but(&mut tx, account, keep).await?;
+        note(&mut tx, &actor.id, "session.end", &actor.name, request_id, json!({"others": ended})).await?;
+        tx.commit().await?;
+        Ok(ended)
+    }
+}
+
+/// Records something that concerns no tenant.
+pub(super) async fn note(
+    tx: &mut Tx,
+    actor: &ActorId,
+    action: &'static str,
+    object: &str,
+    request_id: &str,
+    detail: serde_json::Value,
+) -> Result<(), Error> {
+    audit::record(tx, audit::Event { tenant: None, actor, action, object, request_id, detail }).await
+}
+
+/// The desk of a request.
+pub type DeskData = web::Data<Desk>;

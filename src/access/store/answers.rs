@@ -1,0 +1,52 @@
+//! The answers of repeated requests.
+
+use sqlx::PgConnection;
+
+use crate::error::Error;
+use crate::ids::ActorId;
+
+/// The kept answer to a request with this key: hash of the request, status, body.
+pub(in crate::access) async fn find_answer(
+    conn: &mut PgConnection,
+    actor: &ActorId,
+    key: &str,
+) -> Result<Option<(Vec<u8>, i32, serde_json::Value)>, Error> {
+    let row = sqlx::query!(
+        "SELECT request_hash, status, response FROM idempotency \
+         WHERE actor = $1 AND key = $2 AND created_at > now() - interval '24 hours'",
+        actor.as_str(),
+        key
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(|row| (row.request_hash, row.status, row.response)))
+}
+
+/// Keeps an answer, in the transaction that did the work.
+pub(in crate::access) async fn insert_answer(
+    conn: &mut PgConnection,
+    actor: &ActorId,
+    key: &str,
+    request_hash: &[u8],
+    answer: (i32, &serde_json::Value),
+) -> Result<bool, Error> {
+    sqlx::query!(
+        "DELETE FROM idempotency WHERE actor = $1 AND key = $2 AND created_at < now() - interval '24 hours'",
+        actor.as_str(),
+        key
+    )
+    .execute(&mut *conn)
+    .await?;
+    let done = sqlx::query!(
+        "INSERT INTO idempotency (actor, key, request_hash, status, response) VALUES ($1, $2, $3, $4, $5) \
+         ON CONFLICT DO NOTHING",
+        actor.as_str(),
+        key,
+        request_hash,
+        answer.0,
+        answer.1
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}

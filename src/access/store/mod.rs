@@ -1,0 +1,210 @@
+//! Who stands behind a credential, in one question; a file for each of people, sessions, tokens, members,
+//! links and throttling.
+
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+
+use super::credentials::Secret;
+use super::{Actor, Means, PlatformRole, Role, TenantRef};
+use crate::error::Error;
+use crate::ids::{AccountId, ActorId, TenantId, TenantName};
+
+mod answers;
+mod links;
+mod members;
+mod people;
+mod sessions;
+mod throttle;
+mod tokens;
+
+pub(super) use {answers::*, links::*, members::*, people::*, sessions::*, throttle::*, tokens::*};
+
+/// Somebody, and what they are in the tenant that was asked about, if there is such a tenant.
+#[derive(Debug)]
+pub(super) struct Facts {
+    pub(super) actor: Actor,
+    pub(super) tenant: Option<(TenantRef, Option<Role>)>,
+}
+
+fn tenant(
+    id: Option<i64>,
+    state: Option<String>,
+    wanted: Option<&TenantName>,
+    role: Option<Role>,
+) -> Option<(TenantRef, Option<Role>)> {
+    let (id, state, name) = (id?, state?, wanted?.clone());
+    // Who leaves takes everybody's roles along.
+    let role = role.filter(|_| !state.starts_with("offboard"));
+    Some((TenantRef { id: TenantId(id), name, state }, role))
+}
+
+/// Who holds the session: idle for at most 30 minutes, 12 hours in all, of an account that is not disabled.
+pub(super) async fn find_session(
+    conn: &mut PgConnection,
+    hash: &[u8],
+    wanted: Option<&TenantName>,
+) -> Result<Option<Facts>, Error> {
+    let row = sqlx::query!(
+        r#"SELECT account_id AS "account_id!", account AS "account!", platform_role, session_id AS "session_id!",
+           recent AS "recent!", stale AS "stale!", tenant_id, tenant_state, member_role
+           FROM access_by_session($1, $2)"#,
+        hash,
+        wanted.map(TenantName::as_str)
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some(row) = row else { return Ok(None) };
+    if row.stale {
+        sqlx::query!("UPDATE session SET last_seen_at = now() WHERE id = $1", row.session_id)
+            .execute(conn)
+            .await?;
+    }
+    let role = row.member_role.as_deref().and_then(Role::parse);
+    let actor = Actor {
+        id: ActorId::new(&format!("account:{} {}", row.account_id, row.account)),
+        name: row.account,
+        account: Some(AccountId(row.account_id)),
+        means: Means::Session { id: row.session_id, hash: hash.to_vec(), recent: row.recent },
+        platform: row.platform_role.as_deref().and_then(PlatformRole::parse),
+    };
+    Ok(Some(Facts { actor, tenant: tenant(row.tenant_id, row.tenant_state, wanted, role) }))
+}
+
+struct TokenRow {
+    token_id: i64,
+    token: String,
+    token_role: String,
+    token_tenant: Option<i64>,
+    expires_at: OffsetDateTime,
+    stale: bool,
+    account_id: Option<i64>,
+    account: Option<String>,
+    platform_role: Option<String>,
+    service: Option<String>,
+    service_role: Option<String>,
+    tenant_id: Option<i64>,
+    tenant_state: Option<String>,
+    member_role: Option<String>,
+}
+
+impl TokenRow {
+    /// What a token says is the most that it may do; whoever stands behind it may have less by now.
+    fn role(&self) -> Option<Role> {
+        let scope = Role::parse(&self.token_role)?;
+        if self.account_id.is_some() {
+            let member = self.member_role.as_deref().and_then(Role::parse);
+            let platform =
+                self.platform_role.as_deref().and_then(PlatformRole::parse).map(|role| match role {
+                    PlatformRole::Admin => Role::Owner,
+                    PlatformRole::Auditor => Role::Viewer,
+                });
+            return member.max(platform).map(|now| now.min(scope));
+        }
+        match &self.service_role {
+            Some(role) => Role::parse(role).map(|now| now.min(scope)),
+            None => Some(scope),
+        }
+    }
+
+    fn platform(&self) -> Option<PlatformRole> {
+        if self.token_tenant.is_some() {
+            return None;
+        }
+        let scope = PlatformRole::parse(&self.token_role)?;
+        match self.account_id {
+            Some(_) => self.platform_role.as_deref().and_then(PlatformRole::parse).map(|now| now.min(scope)),
+            None => Some(scope),
+        }
+    }
+
+    fn facts(self, hash: &[u8], wanted: Option<&TenantName>) -> Facts {
+        let own = self.token_tenant.is_some() && self.token_tenant == self.tenant_id;
+        let role = if own { self.role() } else { None };
+        let text = match (&self.account, &self.service) {
+            (Some(account), _) => format!("account:{} {account}", self.account_id.unwrap_or_default()),
+            (None, Some(service)) => format!("service:{service}"),
+            (None, None) => "root".to_owned(),
+        };
+        let actor = Actor {
+            id: ActorId::new(&format!("{text} token:{} {}", self.token_id, self.token)),
+            platform: self.platform(),
+            account: self.account_id.map(AccountId),
+            means: Means::Token { id: self.token_id, hash: hash.to_vec(), expires_at: self.expires_at },
+            name: self.token,
+        };
+        Facts { actor, tenant: tenant(self.tenant_id, self.tenant_state, wanted, role) }
+    }
+}
+
+/// Who holds a token that is neither expired nor revoked, and whose owner is still there. The last use is
+/// written down at most once a minute, so that reading costs no write.
+pub(super) async fn find_token(
+    conn: &mut PgConnection,
+    hash: &[u8],
+    wanted: Option<&TenantName>,
+) -> Result<Option<Facts>, Error> {
+    let row = sqlx::query_as!(
+        TokenRow,
+        r#"SELECT token_id AS "token_id!", token AS "token!", token_role AS "token_role!", token_tenant,
+           expires_at AS "expires_at!", stale AS "stale!", account_id, account, platform_role, service, service_role,
+           tenant_id, tenant_state, member_role FROM access_by_token($1, $2)"#,
+        hash,
+        wanted.map(TenantName::as_str)
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some(row) = row else { return Ok(None) };
+    if row.stale {
+        sqlx::query_scalar!("SELECT access_note_use($1)", hash).fetch_one(conn).await?;
+    }
+    Ok(Some(row.facts(hash, wanted)))
+}
+
+/// The role that an API token of this tenant has now, for the registry's front door.
+pub async fn registry_role(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+    hash: &[u8],
+) -> Result<Option<Role>, Error> {
+    let facts = find_token(conn, hash, Some(tenant)).await?;
+    Ok(facts.and_then(|facts| facts.tenant).and_then(|(_, role)| role))
+}
+
+/// Whether there is somebody, or a token, that can do everything.
+pub async fn has_admin(conn: &mut PgConnection) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT 1 FROM account WHERE platform_role = 'admin' AND disabled_at IS NULL) AS "yes!""#
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Makes the one-time link for the first admin, good for a day; earlier ones end.
+pub async fn create_first_admin_link(conn: &mut PgConnection) -> Result<Secret, Error> {
+    let secret = Secret::generate("");
+    sqlx::query!("DELETE FROM first_admin_link").execute(&mut *conn).await?;
+    sqlx::query!(
+        "INSERT INTO first_admin_link (hash, expires_at) VALUES ($1, now() + interval '1 day')",
+        secret.hash()
+    )
+    .execute(conn)
+    .await?;
+    Ok(secret)
+}
+
+/// Removes answers, sessions, sign-ins and buckets that have had their time.
+pub async fn prune(pool: &sqlx::PgPool) -> Result<(), Error> {
+    let mut conn = pool.acquire().await?;
+    sqlx::query!("DELETE FROM idempotency WHERE created_at < now() - interval '24 hours'")
+        .execute(&mut *conn)
+        .await?;
+    sqlx::query!("DELETE FROM session WHERE created_at < now() - interval '12 hours'")
+        .execute(&mut *conn)
+        .await?;
+    sqlx::query!("DELETE FROM sign_in WHERE expires_at < now()").execute(&mut *conn).await?;
+    sqlx::query!("DELETE FROM throttle WHERE tat < now()").execute(&mut *conn).await?;
+    sqlx::query!("DELETE FROM known_place WHERE last_at < now() - interval '90 days'")
+        .execute(&mut *conn)
+        .await?;
+    Ok(())
+}

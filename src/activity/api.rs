@@ -1,0 +1,119 @@
+//! The audit over the API: pages, newest first, and everything as JSON lines.
+
+use actix_web::{HttpResponse, web};
+use bytes::Bytes;
+use sqlx::PgPool;
+
+use super::ActivityQuery;
+use crate::access::{Means, PlatformScope, ReadActivity, ReadPlatform, TenantScope};
+use crate::audit::{self, Filter};
+use crate::db::{self, Page, Within};
+use crate::error::Error;
+
+/// Rows that an export reads at once.
+const PART: i64 = 1_000;
+
+async fn page(pool: &PgPool, filter: &Filter, limit: i64) -> Result<HttpResponse, Error> {
+    let mut conn = db::begin(pool, filter.tenant.map_or(Within::Platform, Within::Tenant)).await?;
+    let rows = audit::list(&mut conn, filter).await?;
+    Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.id)))
+}
+
+/// GET /api/v1/tenants/{tenant}/audit: newest first.
+pub async fn list_tenant(
+    scope: TenantScope<ReadActivity>,
+    pool: web::Data<PgPool>,
+    query: web::Query<ActivityQuery>,
+) -> Result<HttpResponse, Error> {
+    let (filter, limit) = query.filter(Some(scope.tenant.id))?;
+    page(&pool, &filter, limit).await
+}
+
+/// GET /api/v1/audit: of all tenants and the platform, newest first.
+pub async fn list_platform(
+    _: PlatformScope<ReadPlatform>,
+    pool: web::Data<PgPool>,
+    query: web::Query<ActivityQuery>,
+) -> Result<HttpResponse, Error> {
+    let (filter, limit) = query.filter(None)?;
+    page(&pool, &filter, limit).await
+}
+
+/// Everything that fits the filter, a part at a time: each is read when the one before was taken. Whoever
+/// may not read it any more gets no further part.
+fn export(pool: PgPool, filter: Filter, watch: Watch) -> HttpResponse {
+    let body =
+        futures_util::stream::unfold((pool, Some(filter), watch), |(pool, filter, watch)| async move {
+            let mut filter = filter?;
+            let part = async {
+                if !watch.still_may(&pool).await? {
+                    return Ok((Vec::new(), None));
+                }
+                let mut conn =
+                    db::begin(&pool, filter.tenant.map_or(Within::Platform, Within::Tenant)).await?;
+                let rows = audit::list(&mut conn, &filter).await?;
+                let next =
+                    (i64::try_from(rows.len()) == Ok(PART)).then(|| rows.last().map(|row| row.id)).flatten();
+                let mut text = Vec::new();
+                for row in &rows {
+                    serde_json::to_writer(&mut text, row).map_err(Error::internal)?;
+                    text.push(b'\n');
+                }
+                Ok::<_, Error>((text, next))
+            };
+            match part.await {
+                Ok((text, next)) => {
+                    let next = next.map(|before| {
+                        filter.before = before;
+                        filter
+                    });
+                    (!text.is_empty()).then(|| (Ok(Bytes::from(text)), (pool, next, watch)))
+                }
+                Err(error) => Some((Err(error), (pool, None, watch))),
+            }
+        });
+    HttpResponse::Ok()
+        .content_type("application/x-ndjson")
+        .insert_header(("content-disposition", "attachment; filename=\"audit.jsonl\""))
+        .streaming(body)
+}
+
+/// Who reads an export, asked anew before each part.
+struct Watch {
+    means: Means,
+    tenant: Option<crate::ids::TenantName>,
+}
+
+impl Watch {
+    async fn still_may(&self, pool: &PgPool) -> Result<bool, Error> {
+        match &self.tenant {
+            Some(tenant) => {
+                crate::access::extract::still_may::<ReadActivity>(pool, &self.means, tenant).await
+            }
+            None => crate::access::extract::still_reads_platform(pool, &self.means).await,
+        }
+    }
+}
+
+/// GET /api/v1/tenants/{tenant}/audit/export
+pub async fn export_tenant(
+    scope: TenantScope<ReadActivity>,
+    pool: web::Data<PgPool>,
+    query: web::Query<ActivityQuery>,
+) -> Result<HttpResponse, Error> {
+    let (mut filter, _) = query.filter(Some(scope.tenant.id))?;
+    filter.limit = PART;
+    let watch = Watch { means: scope.actor.means, tenant: Some(scope.tenant.name) };
+    Ok(export(pool.get_ref().clone(), filter, watch))
+}
+
+/// GET /api/v1/audit/export
+pub async fn export_platform(
+    scope: PlatformScope<ReadPlatform>,
+    pool: web::Data<PgPool>,
+    query: web::Query<ActivityQuery>,
+) -> Result<HttpResponse, Error> {
+    let (mut filter, _) = query.filter(None)?;
+    filter.limit = PART;
+    Ok(export(pool.get_ref().clone(), filter, Watch { means: scope.actor.means, tenant: None }))
+}

@@ -1,0 +1,138 @@
+//! The audit as a page, for a tenant and for the platform.
+
+use actix_web::{HttpResponse, web};
+use askama::Template;
+use sqlx::PgPool;
+use time::format_description::well_known::Rfc3339;
+
+use super::ActivityQuery;
+use crate::access::console::{platform_frame, tenant_frame};
+use crate::access::{PlatformScope, ReadActivity, ReadPlatform, TenantScope};
+use crate::audit::{self, Entry, Filter};
+use crate::db::{self, Page, Within};
+use crate::error::Error;
+use crate::http::html::{self, Frame};
+use crate::keys::Keys;
+
+struct Row {
+    at: String,
+    machine: String,
+    tenant: String,
+    actor: String,
+    action: String,
+    object: String,
+    denied: bool,
+    detail: String,
+}
+
+#[derive(Template)]
+#[template(path = "access/activity.html")]
+struct ActivityPage {
+    frame: Frame,
+    title: &'static str,
+    tenant: String,
+    export: String,
+    actor: String,
+    action: String,
+    object: String,
+    result: String,
+    filtered: bool,
+    rows: Vec<Row>,
+    next: String,
+}
+
+/// An object as words: `role: owner, hours: 72`.
+fn words(detail: &serde_json::Value) -> String {
+    let Some(fields) = detail.as_object() else { return String::new() };
+    let one = |(name, value): (&String, &serde_json::Value)| match value {
+        serde_json::Value::String(text) => format!("{name}: {text}"),
+        other => format!("{name}: {other}"),
+    };
+    fields.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+impl From<Entry> for Row {
+    fn from(entry: Entry) -> Self {
+        Self {
+            at: crate::access::console::when(entry.at),
+            machine: entry.at.format(&Rfc3339).unwrap_or_default(),
+            tenant: entry.tenant.unwrap_or_default(),
+            // The number is for machines; people know the name.
+            actor: entry.actor,
+            denied: entry.result == "denied",
+            detail: words(&entry.detail),
+            action: entry.action,
+            object: entry.object,
+        }
+    }
+}
+
+fn encoded(text: &str) -> String {
+    use std::fmt::Write as _;
+    text.bytes().fold(String::new(), |mut out, byte| {
+        if byte.is_ascii_alphanumeric() || b"-_.".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            let _ = write!(out, "%{byte:02X}");
+        }
+        out
+    })
+}
+
+async fn page(
+    pool: &PgPool,
+    (frame, title, tenant): (Frame, &'static str, String),
+    (filter, limit): (Filter, i64),
+) -> Result<HttpResponse, Error> {
+    let mut conn = db::begin(pool, filter.tenant.map_or(Within::Platform, Within::Tenant)).await?;
+    let rows = audit::list(&mut conn, &filter).await?;
+    let page = Page::new(rows, limit, |row| row.id);
+    let kept = [
+        ("actor", &filter.actor),
+        ("action", &filter.action),
+        ("object", &filter.object),
+        ("result", &filter.result),
+    ];
+    let query: String = kept
+        .iter()
+        .filter_map(|(name, value)| value.as_ref().map(|value| format!("&{name}={}", encoded(value))))
+        .collect();
+    let at = if tenant.is_empty() { String::new() } else { format!("/tenants/{tenant}") };
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    html::page(&ActivityPage {
+        frame,
+        title,
+        export: format!("/api/v1{at}/audit/export?{}", query.trim_start_matches('&')),
+        tenant,
+        filtered: !query.is_empty(),
+        next: page.next.map(|next| format!("?cursor={next}{query}")).unwrap_or_default(),
+        actor: text(&filter.actor),
+        action: text(&filter.action),
+        object: text(&filter.object),
+        result: text(&filter.result),
+        rows: page.items.into_iter().map(Row::from).collect(),
+    })
+}
+
+/// GET /tenants/{tenant}/activity
+pub async fn tenant_page(
+    scope: TenantScope<ReadActivity>,
+    pool: web::Data<PgPool>,
+    keys: web::Data<Keys>,
+    query: web::Query<ActivityQuery>,
+) -> Result<HttpResponse, Error> {
+    let asked = query.filter(Some(scope.tenant.id))?;
+    let frame = tenant_frame(&keys, &scope, "Activity");
+    page(&pool, (frame, "Activity", scope.tenant.name.to_string()), asked).await
+}
+
+/// GET /audit
+pub async fn platform_page(
+    scope: PlatformScope<ReadPlatform>,
+    pool: web::Data<PgPool>,
+    keys: web::Data<Keys>,
+    query: web::Query<ActivityQuery>,
+) -> Result<HttpResponse, Error> {
+    let asked = query.filter(None)?;
+    page(&pool, (platform_frame(&keys, &scope.actor, "Audit"), "Audit", String::new()), asked).await
+}

@@ -1,0 +1,67 @@
+//! What the audit has to say, for whoever may read it: over the API, as JSON lines, and as a page.
+
+use serde::Deserialize;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::audit::Filter;
+use crate::db::PageQuery;
+use crate::error::Error;
+use crate::ids::TenantId;
+
+pub mod api;
+pub mod console;
+
+/// Filters and the place in the list. All that is given must hold.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ActivityQuery {
+    limit: Option<u32>,
+    cursor: Option<String>,
+    #[serde(default)]
+    actor: String,
+    #[serde(default)]
+    action: String,
+    #[serde(default)]
+    object: String,
+    #[serde(default)]
+    result: String,
+    #[serde(default)]
+    since: String,
+    #[serde(default)]
+    until: String,
+}
+
+fn some(text: &str) -> Option<String> {
+    Some(text.trim()).filter(|text| !text.is_empty()).map(str::to_owned)
+}
+
+fn time(name: &str, text: &str) -> Result<Option<OffsetDateTime>, Error> {
+    some(text)
+        .map(|text| OffsetDateTime::parse(&text, &Rfc3339))
+        .transpose()
+        .map_err(|_| Error::Malformed(format!("{name} is a time such as 2026-11-25T10:00:00Z")))
+}
+
+impl ActivityQuery {
+    /// The filter that it asks for, one row longer than the page, and the length of the page.
+    fn filter(&self, tenant: Option<TenantId>) -> Result<(Filter, i64), Error> {
+        let page = PageQuery::new(self.limit, self.cursor.clone());
+        let limit = page.limit()?;
+        if !matches!(self.result.as_str(), "" | "done" | "denied") {
+            return Err(Error::Malformed("result is done or denied".into()));
+        }
+        let filter = Filter {
+            tenant,
+            actor: some(&self.actor),
+            action: some(&self.action),
+            object: some(&self.object),
+            result: some(&self.result),
+            since: time("since", &self.since)?,
+            until: time("until", &self.until)?,
+            before: page.after_number(i64::MAX)?,
+            limit: limit + 1,
+        };
+        Ok((filter, limit))
+    }
+}

@@ -1,0 +1,148 @@
+//! The sealer: a second behind, it chains what was written. A round takes every row of the transactions below
+//! the snapshot's horizon (none of them is still open, so nothing slips in behind it), makes a seal for each
+//! tenant with rows in it, and a MAC over all of them. Requests never wait for it.
+
+use std::time::Duration;
+
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+
+use super::heads::Heads;
+use super::store::{self, Seal, Sealable};
+use crate::error::Error;
+use crate::keys::mac;
+
+const PAUSE: Duration = Duration::from_secs(1);
+/// Most rows of a round, unless one transaction alone has more.
+const AT_ONCE: i64 = 5_000;
+
+fn micros(at: OffsetDateTime) -> i128 {
+    at.unix_timestamp_nanos() / 1_000
+}
+
+/// What a row adds to its seal: sixteen bytes.
+pub(super) fn row_mac(key: &[u8; 32], row: &Sealable) -> [u8; 16] {
+    let full = mac(
+        key,
+        &[
+            b"row",
+            &row.id.to_be_bytes(),
+            &micros(row.at).to_be_bytes(),
+            &row.tenant_id.unwrap_or(0).to_be_bytes(),
+            row.actor.as_bytes(),
+            row.action.as_bytes(),
+            row.object.as_bytes(),
+            row.result.as_bytes(),
+            row.request_id.as_bytes(),
+            row.detail.as_bytes(),
+        ],
+    );
+    let mut short = [0; 16];
+    short.copy_from_slice(&full[..16]);
+    short
+}
+
+/// The MAC of a seal, chained to the one before it.
+pub(super) fn seal_mac(key: &[u8; 32], seal: &Seal, before: &[u8]) -> [u8; 32] {
+    let ids: Vec<u8> = seal.ids.iter().flat_map(|id| id.to_be_bytes()).collect();
+    mac(
+        key,
+        &[
+            b"seal",
+            &seal.round.to_be_bytes(),
+            &seal.tenant_id.unwrap_or(0).to_be_bytes(),
+            &seal.number.to_be_bytes(),
+            &ids,
+            &seal.macs,
+            &micros(seal.first_at).to_be_bytes(),
+            &micros(seal.last_at).to_be_bytes(),
+            before,
+        ],
+    )
+}
+
+/// The MAC of a round, chained to the one before it.
+pub(super) fn round_mac(
+    key: &[u8; 32],
+    number: i64,
+    to: &str,
+    last_id: i64,
+    seals: &[Seal],
+    before: &[u8],
+) -> [u8; 32] {
+    let inner: Vec<u8> = seals.iter().flat_map(|seal| seal.mac.clone()).collect();
+    mac(key, &[b"round", &number.to_be_bytes(), to.as_bytes(), &last_id.to_be_bytes(), &inner, before])
+}
+
+/// Makes the next round, if there is anything to seal; its number.
+pub async fn seal(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Option<i64>, Error> {
+    let mut tx = pool.begin().await?;
+    if !store::try_lock(&mut tx).await? {
+        return Ok(None);
+    }
+    let horizon = store::horizon(&mut tx, AT_ONCE).await?;
+    if !horizon.some {
+        return Ok(None);
+    }
+    let rows = if horizon.restored {
+        store::list_unsealed(&mut tx, &horizon.to).await?
+    } else {
+        store::list_between(&mut tx, &horizon).await?
+    };
+    let number = horizon.number + 1;
+    let last_id = rows.iter().map(|row| row.id).max().unwrap_or(0);
+    let mut seals: Vec<Seal> = Vec::new();
+    for group in rows.chunk_by(|a, b| a.tenant_id == b.tenant_id) {
+        let tenant = group[0].tenant_id;
+        let (last, before) = store::last_seal(&mut tx, tenant).await?.unwrap_or((0, Vec::new()));
+        let mut seal = Seal {
+            round: number,
+            tenant_id: tenant,
+            number: last + 1,
+            ids: group.iter().map(|row| row.id).collect(),
+            first_at: group.iter().map(|row| row.at).min().unwrap_or(group[0].at),
+            last_at: group.iter().map(|row| row.at).max().unwrap_or(group[0].at),
+            macs: group.iter().flat_map(|row| row_mac(key, row)).collect(),
+            mac: Vec::new(),
+        };
+        seal.mac = seal_mac(key, &seal, &before).to_vec();
+        seals.push(seal);
+    }
+    let before = horizon.mac.clone().unwrap_or_default();
+    let mac = round_mac(key, number, &horizon.to, last_id, &seals, &before);
+    store::insert_round(&mut tx, number, &horizon, last_id, &mac).await?;
+    for seal in &seals {
+        store::insert_seal(&mut tx, seal).await?;
+    }
+    fail::fail_point!("audit::seal_commit", |_| Err(Error::internal("failpoint")));
+    tx.commit().await?;
+    // A crash here leaves the file a head behind: a file that lacks the newest head is no alarm.
+    heads.append(number, &mac).map_err(Error::internal)?;
+    tracing::debug!(round = number, head = data_encoding::HEXLOWER.encode(&mac), "the audit is sealed");
+    Ok(Some(number))
+}
+
+/// Seals once a second, until `stop`, and once more then.
+pub async fn run(pool: PgPool, key: [u8; 32], heads: Heads, stop: CancellationToken) {
+    loop {
+        let last = tokio::select! {
+            () = stop.cancelled() => true,
+            () = tokio::time::sleep(PAUSE) => false,
+        };
+        // As long as there is more than a round takes.
+        for _ in 0..1_000 {
+            match seal(&pool, &key, &heads).await {
+                Ok(Some(_)) if !last => {}
+                Ok(_) => break,
+                Err(error) => {
+                    tracing::warn!(%error, "the audit is sealed later");
+                    break;
+                }
+            }
+        }
+        if last {
+            return;
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! The audit table. Insert-only: nobody but its owner could do more.
+
+use serde_json::{Value, json};
+use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
+
+use super::{Entry, Event, Refusals};
+use crate::error::Error;
+use crate::ids::TenantId;
+
+mod seals;
+
+pub(super) use seals::*;
+
+pub(super) async fn insert_event(conn: &mut PgConnection, event: &Event<'_>) -> Result<(), Error> {
+    sqlx::query!(
+        "INSERT INTO audit (tenant_id, actor, action, object, request_id, detail) VALUES ($1, $2, $3, $4, $5, $6)",
+        event.tenant.map(|id| id.0),
+        event.actor.as_str(),
+        event.action,
+        event.object,
+        event.request_id,
+        event.detail,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn insert_refusals(conn: &mut PgConnection, batch: &Refusals) -> Result<(), Error> {
+    let tenants: Vec<Option<i64>> = batch.keys().map(|refusal| refusal.tenant.map(|id| id.0)).collect();
+    let clean = |text: &str| text.chars().filter(|c| !c.is_control()).take(200).collect::<String>();
+    let actors: Vec<String> = batch.keys().map(|refusal| clean(&refusal.actor)).collect();
+    let objects: Vec<String> = batch.keys().map(|refusal| clean(&refusal.object)).collect();
+    let details: Vec<Value> = batch
+        .iter()
+        .map(|(refusal, count)| json!({"reason": refusal.reason, "from": refusal.place, "count": count}))
+        .collect();
+    sqlx::query!(
+        "INSERT INTO audit (tenant_id, actor, action, object, result, request_id, detail) \
+         SELECT t, a, 'access.denied', o, 'denied', 'batch', d \
+         FROM unnest($1::bigint[], $2::text[], $3::text[], $4::jsonb[]) AS x (t, a, o, d)",
+        &tenants as &[Option<i64>],
+        &actors,
+        &objects,
+        &details
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Which rows to list. All that is given must hold.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    /// Rows of this tenant; none: of all, with their tenant.
+    pub tenant: Option<TenantId>,
+    /// Exactly this actor.
+    pub actor: Option<String>,
+    /// Exactly this action.
+    pub action: Option<String>,
+    /// Exactly this object.
+    pub object: Option<String>,
+    /// `done` or `denied`.
+    pub result: Option<String>,
+    /// At or after.
+    pub since: Option<OffsetDateTime>,
+    /// Before.
+    pub until: Option<OffsetDateTime>,
+    /// Only rows with a smaller number.
+    pub before: i64,
+    /// At most so many.
+    pub limit: i64,
+}
+
+/// Rows of the audit, newest first.
+pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Vec<Entry>, Error> {
+    // Planned anew each time: which index is best depends on what is asked for.
+    sqlx::query("SET LOCAL plan_cache_mode = force_custom_plan").execute(&mut *conn).await?;
+    let rows = match filter.tenant {
+        Some(tenant) => {
+            sqlx::query_as!(
+                Entry,
+                r#"SELECT id, at, NULL::text AS tenant, actor, action, object, result, request_id, detail
+                   FROM audit WHERE tenant_id = $1 AND id < $2
+                   AND ($3::text IS NULL OR actor = $3) AND ($4::text IS NULL OR action = $4)
+                   AND ($5::text IS NULL OR object = $5) AND ($6::text IS NULL OR result = $6)
+                   AND at >= coalesce($7::timestamptz, '-infinity') AND at < coalesce($8::timestamptz, 'infinity')
+                   ORDER BY id DESC LIMIT $9"#,
+                tenant.0,
+                filter.before,
+                filter.actor,
+                filter.action,
+                filter.object,
+                filter.result,
+                filter.since,
+                filter.until,
+                filter.limit
+            )
+            .fetch_all(conn)
+            .await?
+        }
+        None => {
+            sqlx::query_as!(
+                Entry,
+                r#"SELECT a.id, a.at, t.name AS "tenant?", a.actor, a.action, a.object, a.result, a.request_id, a.detail
+                   FROM audit a LEFT JOIN tenant t ON t.id = a.tenant_id WHERE a.id < $1
+                   AND ($2::text IS NULL OR a.actor = $2) AND ($3::text IS NULL OR a.action = $3)
+                   AND ($4::text IS NULL OR a.object = $4) AND ($5::text IS NULL OR a.result = $5)
+                   AND a.at >= coalesce($6::timestamptz, '-infinity') AND a.at < coalesce($7::timestamptz, 'infinity')
+                   ORDER BY a.id DESC LIMIT $8"#,
+                filter.before,
+                filter.actor,
+                filter.action,
+                filter.object,
+                filter.result,
+                filter.since,
+                filter.until,
+                filter.limit
+            )
+            .fetch_all(conn)
+            .await?
+        }
+    };
+    Ok(rows)
+}
+
+/// Makes the months that are to come.
+pub async fn prepare_months(pool: &PgPool) -> Result<(), Error> {
+    let mut conn = pool.acquire().await?;
+    sqlx::query_scalar!("SELECT audit_prepare_months()").fetch_one(&mut *conn).await?;
+    Ok(())
+}
+
+/// Gives up every month that ended more than `months` months ago, a trace of it in the audit itself.
+pub async fn retire_months(pool: &PgPool, months: u32) -> Result<(), Error> {
+    let mut tx = pool.begin().await?;
+    let months = i32::try_from(months).unwrap_or(i32::MAX);
+    let due = sqlx::query_scalar!(
+        r#"SELECT (date_trunc('month', min(at)))::date AS "month?" FROM audit
+           HAVING date_trunc('month', min(at)) + interval '1 month' < now() - make_interval(months => $1)"#,
+        months
+    )
+    .fetch_optional(&mut *tx)
+    .await?
+    .flatten();
+    let Some(month) = due else { return Ok(()) };
+    let rows =
+        sqlx::query_scalar!(r#"SELECT audit_retire_month($1) AS "rows!""#, month).fetch_one(&mut *tx).await?;
+    let actor = crate::ids::ActorId::platform();
+    let event = Event {
+        tenant: None,
+        actor: &actor,
+        action: "audit.retire",
+        object: &month.to_string(),
+        request_id: "housekeeping",
+        detail: json!({"rows": rows}),
+    };
+    insert_event(&mut tx, &event).await?;
+    tx.commit().await?;
+    Ok(())
+}

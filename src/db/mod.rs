@@ -1,0 +1,311 @@
+//! The way to Postgres: pools, transactions that name their tenant, what a violated constraint means, and
+//! pages. Requests come as one role, reconcilers as another; `migrate.rs` makes both and the schema.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, Transaction};
+
+use crate::config::Database;
+use crate::error::Error;
+use crate::ids::{TenantId, TenantName};
+
+mod migrate;
+
+pub use migrate::migrate;
+
+/// The migrations of this binary.
+pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!();
+
+/// A transaction.
+pub type Tx = Transaction<'static, Postgres>;
+
+/// As whom to connect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Login {
+    /// Requests.
+    Runtime,
+    /// Reconcilers, sweeps and the audit's sealer.
+    Reconciler,
+    /// `migrate` alone: may make roles.
+    Admin,
+}
+
+/// How to connect, from the configuration. The password is read from its file.
+pub fn options(database: &Database, login: Login) -> std::io::Result<PgConnectOptions> {
+    let (user, password_file) = match login {
+        Login::Runtime => (&database.user, &database.password_file),
+        Login::Reconciler => (&database.reconciler_user, &database.reconciler_password_file),
+        Login::Admin => (&database.admin_user, &database.admin_password_file),
+    };
+    let mut options = PgConnectOptions::new_without_pgpass()
+        .port(database.port)
+        .database(&database.name)
+        .username(user)
+        .application_name("bulkhead")
+        .options([("statement_timeout", "15s"), ("lock_timeout", "5s"), ("timezone", "UTC")]);
+    options = if database.host.starts_with('/') {
+        options.socket(&database.host)
+    } else {
+        options.host(&database.host)
+    };
+    if let Some(file) = password_file {
+        options = options.password(std::fs::read_to_string(file)?.trim_end_matches('\n'));
+    }
+    Ok(options)
+}
+
+/// Whose rows a transaction sees: the database itself hides all others from requests
+/// (row level security). Reconcilers see all, whatever they name.
+#[derive(Debug, Clone, Copy)]
+pub enum Within<'a> {
+    /// One tenant's.
+    Tenant(TenantId),
+    /// The same, by name; none if there is no such tenant.
+    Named(&'a TenantName),
+    /// What belongs to no tenant; of the tenants, what the platform's people may read.
+    Platform,
+}
+
+impl From<TenantId> for Within<'_> {
+    fn from(id: TenantId) -> Self {
+        Self::Tenant(id)
+    }
+}
+
+impl<'a> From<&'a TenantName> for Within<'a> {
+    fn from(name: &'a TenantName) -> Self {
+        Self::Named(name)
+    }
+}
+
+impl Within<'_> {
+    /// The one place where a statement is put together from text. It carries a number or a DNS label,
+    /// nothing that could end it.
+    fn statement(self) -> String {
+        match self {
+            Self::Tenant(id) => format!("SELECT set_config('app.tenant', '{}', true)", id.0),
+            Self::Named(name) => format!(
+                "SELECT set_config('app.tenant', coalesce((SELECT id::text FROM tenant WHERE name = '{name}'), ''), true)"
+            ),
+            Self::Platform => "SELECT set_config('app.platform', 'on', true)".to_owned(),
+        }
+    }
+}
+
+/// Begins a transaction and says in the same message whose rows it is about.
+pub async fn begin<'a>(pool: &PgPool, within: impl Into<Within<'a>>) -> Result<Tx, sqlx::Error> {
+    let statement = format!("BEGIN; {}", within.into().statement());
+    pool.begin_with(AssertSqlSafe(statement)).await
+}
+
+/// Says within a transaction whose rows it is about from now on: for a tenant that was made in it.
+pub async fn enter<'a>(conn: &mut PgConnection, within: impl Into<Within<'a>>) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(AssertSqlSafe(within.into().statement())).execute(conn).await.map(drop)
+}
+
+/// Refuses a role for which row level security would not hold.
+pub async fn check_role(pool: &PgPool) -> Result<(), Error> {
+    let row: (String, bool) = sqlx::query_as(
+        "SELECT current_user::text, rolsuper OR rolbypassrls OR pg_has_role(current_user, 'bulkhead_owner', 'MEMBER') \
+         FROM pg_roles WHERE rolname = current_user",
+    )
+    .fetch_one(pool)
+    .await?;
+    if row.1 {
+        return Err(Error::internal(format!(
+            "the role {} may pass over row level security: give database.user and database.reconciler_user roles of \
+             their own (`bulkhead migrate` makes them)",
+            row.0
+        )));
+    }
+    Ok(())
+}
+
+/// A pool that connects when it is needed and gives up waiting after two seconds, so that a slow
+/// database is answered with "try again" and never with a queue.
+#[must_use]
+pub fn pool(options: PgConnectOptions, connections: u32) -> PgPool {
+    PgPoolOptions::new()
+        .max_connections(connections)
+        .min_connections(1)
+        .acquire_timeout(Duration::from_secs(2))
+        .idle_timeout(Duration::from_secs(300))
+        .connect_lazy_with(options)
+}
+
+/// The name of the violated constraint, if that is what went wrong.
+#[must_use]
+pub fn constraint(error: &sqlx::Error) -> Option<&str> {
+    error.as_database_error().and_then(|error| error.constraint())
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        let away = match &error {
+            sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Io(_) => true,
+            // 08: connection, 53: resources, 57P: shutdown, 40001, 40P01, 55P03: try again.
+            sqlx::Error::Database(database) => database.code().is_some_and(|code| {
+                code.starts_with("08")
+                    || code.starts_with("53")
+                    || code.starts_with("57")
+                    || matches!(&*code, "40001" | "40P01" | "55P03")
+            }),
+            _ => false,
+        };
+        if away {
+            tracing::warn!(%error, "the database is not there");
+            return Self::Unavailable("the database does not answer in time".into(), Duration::from_secs(2));
+        }
+        Self::internal(error)
+    }
+}
+
+/// A page of a list as asked for: `?limit=&cursor=`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PageQuery {
+    limit: Option<u32>,
+    cursor: Option<String>,
+}
+
+/// Default and largest length of a page.
+const PAGE: (i64, i64) = (50, 200);
+
+impl PageQuery {
+    /// From its two parts.
+    #[must_use]
+    pub fn new(limit: Option<u32>, cursor: Option<String>) -> Self {
+        Self { limit, cursor }
+    }
+
+    /// Length of the page: 50 unless asked for, at most 200.
+    pub fn limit(&self) -> Result<i64, Error> {
+        match self.limit {
+            None => Ok(PAGE.0),
+            Some(n) if (1..=PAGE.1).contains(&i64::from(n)) => Ok(i64::from(n)),
+            Some(_) => Err(Error::Malformed(format!("limit is 1 to {}", PAGE.1))),
+        }
+    }
+
+    /// The text key after which the page starts; empty for the first page.
+    pub fn after_text(&self) -> Result<String, Error> {
+        let Some(cursor) = &self.cursor else { return Ok(String::new()) };
+        data_encoding::BASE64URL_NOPAD
+            .decode(cursor.as_bytes())
+            .ok()
+            .and_then(|bytes| String::from_utf8(bytes).ok())
+            .ok_or_else(|| Error::Malformed("cursor is not one that this list has handed out".into()))
+    }
+
+    /// The number after which (or before which, in a list that counts down) the page starts.
+    pub fn after_number(&self, first: i64) -> Result<i64, Error> {
+        let text = self.after_text()?;
+        if text.is_empty() {
+            return Ok(first);
+        }
+        text.parse().map_err(|_| Error::Malformed("cursor is not one that this list has handed out".into()))
+    }
+}
+
+/// A page as answered.
+#[derive(Debug, Serialize)]
+pub struct Page<T> {
+    /// The rows, in the list's order.
+    pub items: Vec<T>,
+    /// Where the next page starts; null on the last one.
+    pub next: Option<String>,
+}
+
+impl<T> Page<T> {
+    /// From rows of which one more than `limit` was asked for; `key` names a row's place.
+    pub fn new<K: std::fmt::Display>(mut rows: Vec<T>, limit: i64, key: impl Fn(&T) -> K) -> Self {
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        let next = if rows.len() > limit {
+            rows.truncate(limit);
+            rows.last().map(|row| data_encoding::BASE64URL_NOPAD.encode(key(row).to_string().as_bytes()))
+        } else {
+            None
+        };
+        Self { items: rows, next }
+    }
+}
+
+/// Whether the database answers.
+pub async fn ping(pool: &PgPool) -> Result<(), sqlx::Error> {
+    sqlx::query("SELECT 1").execute(pool).await.map(drop)
+}
+
+/// Refuses to run on a schema that is older than this binary needs. A newer one is fine: migrations
+/// expand before they contract.
+pub async fn check_schema(pool: &PgPool) -> Result<(), Error> {
+    let applied: Vec<i64> =
+        sqlx::query_scalar("SELECT version FROM _sqlx_migrations WHERE success ORDER BY version")
+            .fetch_all(pool)
+            .await
+            .map_err(|error| {
+                Error::internal(format!(
+                    "the database has no schema yet, or cannot be read ({error}); run: bulkhead migrate"
+                ))
+            })?;
+    let known: Vec<i64> = MIGRATOR.iter().map(|migration| migration.version).collect();
+    if let Some(missing) = known.iter().find(|version| !applied.contains(version)) {
+        return Err(Error::internal(format!("the schema lacks migration {missing}; run: bulkhead migrate")));
+    }
+    Ok(())
+}
+
+/// Writes down whom the database belongs to, or holds the configuration against it: ids that were
+/// given under one pool must never be computed under another.
+pub async fn claim_installation(
+    conn: &mut PgConnection,
+    id: &crate::ids::Installation,
+    pools: &crate::config::Pools,
+) -> Result<(), Error> {
+    let wanted = (
+        i64::from(pools.uid_start),
+        i64::from(pools.uid_end),
+        i64::from(pools.range_size),
+        i64::from(pools.block_size),
+        i64::from(u32::from(pools.network.address())),
+        i32::from(pools.network.prefix()),
+        i32::from(pools.subnet_prefix),
+    );
+    sqlx::query!(
+        "INSERT INTO installation (id, uid_start, uid_end, range_size, block_size, network_start, network_prefix, \
+         subnet_prefix) VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING",
+        id.as_str(),
+        wanted.0,
+        wanted.1,
+        wanted.2,
+        wanted.3,
+        wanted.4,
+        wanted.5,
+        wanted.6
+    )
+    .execute(&mut *conn)
+    .await?;
+    let row = sqlx::query!("SELECT * FROM installation").fetch_one(conn).await?;
+    let known = (
+        row.uid_start,
+        row.uid_end,
+        row.range_size,
+        row.block_size,
+        row.network_start,
+        row.network_prefix,
+        row.subnet_prefix,
+    );
+    if row.id != id.as_str() {
+        return Err(Error::internal(format!(
+            "this database belongs to the installation {}, not {id}",
+            row.id
+        )));
+    }
+    if known != wanted {
+        return Err(Error::internal(
+            "the pools in the configuration are not those that this database was made with; they are fixed for life",
+        ));
+    }
+    Ok(())
+}

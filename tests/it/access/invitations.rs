@@ -1,0 +1,173 @@
+//! Links that are used once: by whom they are for, in their time, whatever the other tabs do.
+
+use bulkhead::access::{PlatformRole, Role};
+use serde_json::{Value, json};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+
+use crate::support::{PASSWORD, TestApp, page};
+
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn an_invitation_opens_once_for_its_recipient(options: PgPoolOptions, connect: PgConnectOptions) {
+    let app = TestApp::new(options, connect).await;
+    app.tenant("acme").await;
+    app.tenant("beta").await;
+    let mut olga = app.member("olga", "acme", Role::Owner).await;
+    let fields = [("name", "Bob@example.org"), ("role", "deployer")];
+    let answer = olga.submit("/tenants/acme/members", "/tenants/acme/members/invitation", &fields).await;
+    assert_eq!(answer.status(), 200);
+    let link = page::secrets(&answer.text().await.unwrap()).pop().unwrap();
+    let path = link.strip_prefix(&app.one.address).unwrap().to_owned();
+    // Looking does not use it up; the list does not show it.
+    let mut bob = app.nobody("bob@example.org");
+    for _ in 0..2 {
+        let text = bob.page(&path).await;
+        assert!(
+            text.contains("bob@example.org") && text.contains("acme") && text.contains("deployer"),
+            "{text}"
+        );
+    }
+    let code = path.rsplit('/').next().unwrap().to_owned();
+    let list = olga.api("GET", "/api/v1/tenants/acme/invitations", Value::Null).await.1.to_string();
+    assert!(list.contains("bob@example.org") && !list.contains(&code), "{list}");
+    assert!(!olga.page("/tenants/acme/members").await.contains(&code));
+    // Somebody else's form, a weak password: nothing is used up.
+    let fields = [("display_name", "Bob"), ("password", PASSWORD)];
+    assert_eq!(bob.post_from("http://evil.example", &path, &fields).await.status(), 403);
+    let weak = bob.post(&path, &[("display_name", "Bob"), ("password", "password1")]).await;
+    assert_eq!(weak.status(), 422);
+    // Two tabs at once: one gets in.
+    let another = app.another().await;
+    let (mut one, mut two) = (bob.clone(), bob.clone());
+    two.address.clone_from(&another.address);
+    let (a, b) = tokio::join!(one.post(&path, &fields), two.post(&path, &fields));
+    let mut answers = [a.status().as_u16(), b.status().as_u16()];
+    answers.sort_unstable();
+    assert!(answers == [303, 404] || answers == [303, 422], "{answers:?}");
+    another.stop().await;
+    let bob = if one.cookie.is_some() { &mut one } else { &mut two };
+    bob.address.clone_from(&app.one.address);
+    assert_eq!(bob.get(&path).await.status(), 404, "used up");
+    assert!(bob.page("/tenants/acme").await.contains("acme"));
+    let me = bob.api("GET", "/api/v1/me", Value::Null).await.1;
+    assert_eq!(me["tenants"][0]["role"], "deployer", "{me}");
+    // For somebody who is here already: as that person, and nobody else.
+    let admin = app.admin().await;
+    let body = json!({"name": "bob@example.org", "role": "viewer"});
+    let (_, made) = app.ask(&admin, "POST", "/api/v1/tenants/beta/invitations", body).await;
+    let path = made["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
+    assert!(app.nobody("x").page(&path).await.contains("Sign in as bob@example.org"));
+    assert_eq!(olga.post(&path, &fields).await.status(), 403, "it is not hers");
+    let thief = app.nobody("x").post(&path, &fields).await;
+    assert_eq!(thief.status(), 422, "no second account of that name");
+    assert_eq!(bob.post(&path, &[]).await.status(), 303);
+    assert_eq!(bob.api("GET", "/api/v1/me", Value::Null).await.1["tenants"].as_array().unwrap().len(), 2);
+}
+
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn an_invitation_has_its_time_and_can_be_taken_back(options: PgPoolOptions, connect: PgConnectOptions) {
+    let app = TestApp::new(options, connect).await;
+    app.tenant("acme").await;
+    let admin = app.admin().await;
+    let invite = async || {
+        let body = json!({"name": "bob", "role": "viewer"});
+        let (status, made) = app.ask(&admin, "POST", "/api/v1/tenants/acme/invitations", body).await;
+        assert_eq!(status, 201, "{made}");
+        let path = made["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
+        (made["id"].as_i64().unwrap(), path)
+    };
+    let (_, first) = invite().await;
+    let (id, second) = invite().await;
+    assert_eq!(app.nobody("bob").get(&first).await.status(), 404, "a newer one takes its place");
+    assert_eq!(app.nobody("bob").get(&second).await.status(), 200);
+    let path = format!("/api/v1/tenants/acme/invitations/{id}");
+    assert_eq!(app.ask(&admin, "DELETE", &path, Value::Null).await.0, 204);
+    assert_eq!(app.nobody("bob").get(&second).await.status(), 404);
+    assert_eq!(app.ask(&admin, "DELETE", &path, Value::Null).await.0, 404);
+    let (_, third) = invite().await;
+    app.sql("UPDATE invitation SET expires_at = now() - interval '1 second'").await;
+    assert_eq!(app.nobody("bob").get(&third).await.status(), 404, "expired");
+    // Nothing is given by a tenant that rests.
+    let (_, fourth) = invite().await;
+    assert_eq!(app.ask(&admin, "PUT", "/api/v1/tenants/acme/suspension", Value::Null).await.0, 202);
+    let answer = app.nobody("bob").post(&fourth, &[("display_name", "B"), ("password", PASSWORD)]).await;
+    assert_eq!(answer.status(), 422);
+    for (body, field) in [
+        (json!({"name": "Bob Builder", "role": "viewer"}), "name"),
+        (json!({"name": "bob", "role": "admin"}), "role"),
+        (json!({"name": "bob", "role": "viewer", "hours": 1000}), "hours"),
+    ] {
+        assert_eq!(app.ask(&admin, "DELETE", "/api/v1/tenants/acme/suspension", Value::Null).await.0, 202);
+        let (status, answer) = app.ask(&admin, "POST", "/api/v1/tenants/acme/invitations", body).await;
+        assert_eq!((status, answer["faults"][0]["path"].as_str()), (422, Some(field)), "{answer}");
+    }
+}
+
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn a_new_password_by_link(options: PgPoolOptions, connect: PgConnectOptions) {
+    let app = TestApp::new(options, connect).await;
+    app.tenant("acme").await;
+    app.tenant("beta").await;
+    let mut olga = app.member("olga", "acme", Role::Owner).await;
+    let mut bob = app.member("bob", "acme", Role::Deployer).await;
+    let (_, made) = bob
+        .api("POST", "/api/v1/me/tokens", json!({"name": "x", "tenant": "acme", "role": "viewer", "days": 1}))
+        .await;
+    let token = made["token"].as_str().unwrap().to_owned();
+    let reset = "/api/v1/tenants/acme/members/bob/reset";
+    let (status, made) = olga.api("POST", reset, Value::Null).await;
+    assert_eq!(status, 201, "{made}");
+    let link = made["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
+    let mut tab = app.nobody("bob");
+    assert!(tab.page(&link).await.contains("New password for bob"));
+    assert_eq!(tab.post(&link, &[("password", "short")]).await.status(), 422);
+    assert_eq!(tab.post(&link, &[("password", "a fresh and odd sentence")]).await.status(), 303);
+    assert_eq!(tab.post(&link, &[("password", "another odd sentence here")]).await.status(), 404, "once");
+    assert_eq!(bob.get("/account").await.status(), 401, "sessions end");
+    assert_eq!(app.ask(&token, "GET", "/api/v1/tenants/acme", Value::Null).await.0, 401, "tokens too");
+    assert_eq!(bob.sign_in(PASSWORD).await, 401);
+    assert_eq!(bob.sign_in("a fresh and odd sentence").await, 303);
+    // An owner makes none for somebody who is more elsewhere: it would be the way into another tenant.
+    let (_, made) = olga.api("POST", reset, Value::Null).await;
+    let link = made["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
+    let admin = app.admin().await;
+    let body = json!({"name": "bob", "role": "owner"});
+    let (_, invitation) = app.ask(&admin, "POST", "/api/v1/tenants/beta/invitations", body).await;
+    let path = invitation["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
+    assert_eq!(bob.post(&path, &[]).await.status(), 303);
+    assert_eq!(olga.api("POST", reset, Value::Null).await.0, 409);
+    let answer = tab.post(&link, &[("password", "a third and odd sentence")]).await;
+    assert_eq!(answer.status(), 422, "nor does the one from before it open any more");
+    assert_eq!(bob.sign_in("a fresh and odd sentence").await, 303, "nothing changed");
+    // Nor for somebody of the platform; an admin makes them for everybody.
+    assert_eq!(app.ask(&admin, "POST", "/api/v1/accounts/bob/reset", Value::Null).await.0, 201);
+    assert_eq!(olga.api("POST", "/api/v1/accounts/bob/reset", Value::Null).await.0, 404);
+}
+
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn there_is_no_account_before_the_first_admins(options: PgPoolOptions, connect: PgConnectOptions) {
+    let app = TestApp::new(options, connect).await;
+    for (name, password) in [("admin", "admin"), ("root", ""), ("bulkhead", "bulkhead"), ("", "")] {
+        assert_eq!(app.nobody(name).sign_in(password).await, 401);
+    }
+    for token in ["bhk_", "bhk_admin", " ", "bhk_none"] {
+        assert_eq!(app.ask(token, "GET", "/api/v1/me", Value::Null).await.0, 401);
+    }
+    let mut conn = app.one.platform.pool.acquire().await.unwrap();
+    assert!(!bulkhead::access::has_admin(&mut conn).await.unwrap());
+    let link = bulkhead::access::create_first_admin_link(&mut conn).await.unwrap();
+    let newer = bulkhead::access::create_first_admin_link(&mut conn).await.unwrap();
+    assert_eq!(app.nobody("x").get(&format!("/first-admin/{}", link.expose())).await.status(), 404);
+    let path = format!("/first-admin/{}", newer.expose());
+    let mut ada = app.nobody("ada");
+    ada.page(&path).await;
+    let bad = ada.post(&path, &[("name", "Ada Lovelace"), ("password", PASSWORD)]).await;
+    assert_eq!(bad.status(), 422);
+    let fields = [("name", "ada"), ("display_name", "Ada"), ("password", PASSWORD)];
+    assert_eq!(ada.post_from("http://evil.example", &path, &fields).await.status(), 403);
+    assert_eq!(ada.post(&path, &fields).await.status(), 303);
+    assert_eq!(ada.post(&path, &fields).await.status(), 404, "once");
+    assert!(bulkhead::access::has_admin(&mut conn).await.unwrap());
+    assert!(ada.page("/people").await.contains("ada"));
+    let mut second = app.person("sue", Some(PlatformRole::Admin)).await;
+    assert!(second.page("/people").await.contains("sue"));
+}

@@ -1,0 +1,11 @@
+//! Who gets in, sees and changes what: by the door, over a real database.
+
+mod audit;
+mod every_route;
+mod invitations;
+mod oidc;
+mod roles;
+mod sign_in;
+mod tenancy;
+mod tokens;
+mod web;

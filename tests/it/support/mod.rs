@@ -1,0 +1,356 @@
+//! The platform's front in this process, over a real database with its real roles: as many replicas as a
+//! test wants, an ordinary HTTP client, people with their cookies.
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix_web::middleware::from_fn;
+use actix_web::{App, HttpServer};
+use bulkhead::access::{Authority, PlatformRole, Role, tokens};
+use bulkhead::audit::{heads::Heads, seal};
+use bulkhead::config::Config;
+use bulkhead::db::{self, Within};
+use bulkhead::driver::agent::client::AgentClient;
+use bulkhead::http;
+use bulkhead::ids::{ActorId, TenantId};
+use bulkhead::keys::{Keys, Purpose};
+use bulkhead::registries::SigningKey;
+use bulkhead::registries::front::Door;
+use bulkhead::startup::Platform;
+use reqwest::{Client, Method, Response};
+use serde_json::{Value, json};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{Executor, PgPool};
+
+pub(crate) mod page;
+
+/// The password of everybody in these tests.
+pub(crate) const PASSWORD: &str = "wholly unguessable sentence 7";
+
+/// A replica: a listener of its own over the shared database.
+pub(crate) struct Replica {
+    pub(crate) address: String,
+    pub(crate) platform: Platform,
+    handle: actix_web::dev::ServerHandle,
+}
+
+impl Replica {
+    pub(crate) async fn stop(self) {
+        self.handle.stop(false).await;
+        self.platform.pool.close().await;
+        self.platform.work.close().await;
+    }
+}
+
+/// An installation without its outside world.
+pub(crate) struct TestApp {
+    /// As the owner of the database: for what only time or an attacker does.
+    pub(crate) root: PgPool,
+    pub(crate) config: Config,
+    _dir: tempfile::TempDir,
+    pub(crate) one: Replica,
+    connect: PgConnectOptions,
+    http: Client,
+}
+
+/// A pool whose connections are of this role.
+pub(crate) async fn pool_as(connect: &PgConnectOptions, role: &'static str) -> PgPool {
+    PgPoolOptions::new()
+        .max_connections(8)
+        .acquire_timeout(Duration::from_secs(20))
+        .after_connect(move |conn, _| {
+            Box::pin(
+                async move { conn.execute(sqlx::AssertSqlSafe(format!("SET ROLE {role}"))).await.map(drop) },
+            )
+        })
+        .connect_with(connect.clone())
+        .await
+        .unwrap()
+}
+
+async fn replica(config: &Config, connect: &PgConnectOptions) -> Replica {
+    let pool = pool_as(connect, "bulkhead_runtime").await;
+    let work = pool_as(connect, "bulkhead_reconciler").await;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address: SocketAddr = listener.local_addr().unwrap();
+    let mut config = config.clone();
+    config.server.listen = address;
+    let driver = Arc::new(AgentClient::new(PathBuf::from("/nonexistent/agent.sock")));
+    let platform = Platform::build(config, driver, pool, work).unwrap();
+    let inner = platform.clone();
+    let server = HttpServer::new(move || {
+        let platform = inner.clone();
+        App::new().wrap(from_fn(http::outermost)).configure(|cfg| platform.configure(Door::Tenants, cfg))
+    })
+    .workers(2)
+    .disable_signals()
+    .listen(listener)
+    .unwrap()
+    .run();
+    let handle = server.handle();
+    tokio::spawn(server);
+    Replica { address: format!("http://{address}"), platform, handle }
+}
+
+/// Settings of a platform that stands in this folder.
+fn settings(dir: &std::path::Path) -> Config {
+    std::fs::write(dir.join("signing-key.pem"), SigningKey::generate().unwrap().pem()).unwrap();
+    std::fs::write(dir.join("platform-key"), Keys::generate()).unwrap();
+    let place = dir.display();
+    let text = format!(
+        "installation = \"demo\"\n[server]\nlisten = \"127.0.0.1:1\"\npull_listen = \"127.0.0.1:2\"\n\
+         [database]\nhost = \"/run/x\"\nname = \"x\"\nuser = \"bulkhead\"\n\
+         [registry]\nurl = \"http://127.0.0.1:9\"\nsigning_key = \"{place}/signing-key.pem\"\n\
+         [agent]\nsocket = \"{place}/agent.sock\"\n\
+         [access]\nkey = \"{place}/platform-key\"\naudit_heads = \"{place}/heads\"\n\
+         [pools]\nuid_start = 1879048192\nuid_end = 1912602624\nnetwork = \"10.64.0.0/12\"\n"
+    );
+    Config::parse(&text, &[]).unwrap()
+}
+
+impl TestApp {
+    pub(crate) async fn new(options: PgPoolOptions, connect: PgConnectOptions) -> Self {
+        Self::with(options, connect, |_| {}).await
+    }
+
+    /// With settings changed before the start.
+    pub(crate) async fn with(
+        options: PgPoolOptions,
+        connect: PgConnectOptions,
+        change: impl FnOnce(&mut Config),
+    ) -> Self {
+        let root = options.max_connections(4).connect_with(connect.clone()).await.unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = settings(dir.path());
+        change(&mut config);
+        let one = replica(&config, &connect).await;
+        let http = bulkhead::outgoing::client().build().unwrap();
+        Self { root, config, _dir: dir, one, connect, http }
+    }
+
+    /// One more replica over the same database.
+    pub(crate) async fn another(&self) -> Replica {
+        replica(&self.config, &self.connect).await
+    }
+
+    pub(crate) async fn pool_as(&self, role: &'static str) -> PgPool {
+        pool_as(&self.connect, role).await
+    }
+
+    /// A token that root has made.
+    pub(crate) async fn token(&self, authority: Authority) -> String {
+        let within = match authority {
+            Authority::Tenant(id, _) => Within::Tenant(id),
+            Authority::Platform(_) => Within::Platform,
+        };
+        let mut tx = db::begin(&self.one.platform.pool, within).await.unwrap();
+        let by = ActorId::new("root");
+        let life = time::Duration::days(1);
+        let (_, secret) = tokens::create_as_root(&mut tx, "test", authority, &by, life).await.unwrap();
+        tx.commit().await.unwrap();
+        secret.expose().to_owned()
+    }
+
+    pub(crate) async fn admin(&self) -> String {
+        self.token(Authority::Platform(PlatformRole::Admin)).await
+    }
+
+    /// Onboards a tenant: its number.
+    pub(crate) async fn tenant(&self, name: &str) -> TenantId {
+        let admin = self.admin().await;
+        let (status, body) = self.ask(&admin, "POST", "/api/v1/tenants", json!({"name": name})).await;
+        assert_eq!(status, 202, "{body}");
+        TenantId(self.number("SELECT id FROM tenant WHERE name = $1", name).await)
+    }
+
+    pub(crate) async fn number(&self, query: &'static str, of: &str) -> i64 {
+        sqlx::query_scalar(query).bind(of).fetch_one(&self.root).await.unwrap()
+    }
+
+    pub(crate) async fn sql(&self, statement: &str) {
+        self.root.execute(sqlx::AssertSqlSafe(statement.to_owned())).await.unwrap();
+    }
+
+    /// A request with a token; status and body.
+    pub(crate) async fn ask(&self, token: &str, method: &str, path: &str, body: Value) -> (u16, Value) {
+        let mut request = self
+            .http
+            .request(Method::from_bytes(method.as_bytes()).unwrap(), format!("{}{path}", self.one.address));
+        if !token.is_empty() {
+            request = request.bearer_auth(token);
+        }
+        if !body.is_null() {
+            request = request.json(&body);
+        }
+        let answer = request.send().await.unwrap();
+        let status = answer.status().as_u16();
+        let text = answer.text().await.unwrap();
+        (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    pub(crate) async fn get(&self, token: &str, path: &str) -> Value {
+        let (status, body) = self.ask(token, "GET", path, Value::Null).await;
+        assert_eq!(status, 200, "GET {path}: {body}");
+        body
+    }
+
+    /// Makes a person, by the ways that people come: an invitation that they accept.
+    pub(crate) async fn person(&self, name: &str, platform: Option<PlatformRole>) -> Person {
+        let admin = self.admin().await;
+        let body = json!({"name": name, "platform_role": platform.map(PlatformRole::as_str)});
+        let (status, made) = self.ask(&admin, "POST", "/api/v1/invitations", body).await;
+        assert_eq!(status, 201, "{made}");
+        self.join(name, made["link"].as_str().unwrap()).await
+    }
+
+    /// A person who belongs to a tenant.
+    pub(crate) async fn member(&self, name: &str, tenant: &str, role: Role) -> Person {
+        let admin = self.admin().await;
+        let body = json!({"name": name, "role": role.as_str()});
+        let path = format!("/api/v1/tenants/{tenant}/invitations");
+        let (status, made) = self.ask(&admin, "POST", &path, body).await;
+        assert_eq!(status, 201, "{made}");
+        self.join(name, made["link"].as_str().unwrap()).await
+    }
+
+    /// Accepts an invitation as somebody new.
+    pub(crate) async fn join(&self, name: &str, link: &str) -> Person {
+        let mut person = self.nobody(name);
+        let path = link.strip_prefix(&self.one.address).unwrap();
+        let answer = person.post(path, &[("display_name", name), ("password", PASSWORD)]).await;
+        let status = answer.status().as_u16();
+        assert_eq!(status, 303, "{}", answer.text().await.unwrap());
+        assert!(person.cookie.is_some());
+        person
+    }
+
+    /// Somebody with a browser and no session.
+    pub(crate) fn nobody(&self, name: &str) -> Person {
+        Person {
+            name: name.to_owned(),
+            address: self.one.address.clone(),
+            http: self.http.clone(),
+            cookie: None,
+            step: None,
+            way: None,
+        }
+    }
+
+    /// Seals what is there, as the service does a second behind.
+    pub(crate) async fn seal(&self) {
+        let key = self.one.platform.desk.keys.of(Purpose::Audit);
+        let heads = Heads::in_file(self.config.access.audit_heads.clone());
+        while seal::seal(&self.one.platform.work, &key, &heads).await.unwrap().is_some() {}
+    }
+
+    /// Writes down what was refused, as the service does every second.
+    pub(crate) async fn write_denials(&self) {
+        self.one.platform.desk.denials.write(&self.one.platform.work).await.unwrap();
+    }
+}
+
+/// A person with a browser.
+#[derive(Clone)]
+pub(crate) struct Person {
+    pub(crate) name: String,
+    pub(crate) address: String,
+    http: Client,
+    pub(crate) cookie: Option<String>,
+    pub(crate) step: Option<String>,
+    pub(crate) way: Option<String>,
+}
+
+impl Person {
+    fn cookies(&self) -> String {
+        [&self.cookie, &self.step, &self.way].into_iter().flatten().cloned().collect::<Vec<_>>().join("; ")
+    }
+
+    fn keep(&mut self, answer: &Response) {
+        for header in answer.headers().get_all("set-cookie") {
+            let text = header.to_str().unwrap();
+            let pair = text.split(';').next().unwrap().to_owned();
+            let gone = pair.ends_with('=');
+            let place = match pair.split('=').next().unwrap() {
+                name if name.contains("-step") => &mut self.step,
+                name if name.contains("-way") => &mut self.way,
+                _ => &mut self.cookie,
+            };
+            *place = (!gone).then_some(pair);
+        }
+    }
+
+    pub(crate) async fn send(
+        &mut self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: String,
+    ) -> Response {
+        let method = Method::from_bytes(method.as_bytes()).unwrap();
+        let url = if path.starts_with("http") { path.to_owned() } else { format!("{}{path}", self.address) };
+        let mut request = self.http.request(method, url).header("cookie", self.cookies()).body(body);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let answer = request.send().await.unwrap();
+        self.keep(&answer);
+        answer
+    }
+
+    pub(crate) async fn get(&mut self, path: &str) -> Response {
+        self.send("GET", path, &[("accept", "text/html")], String::new()).await
+    }
+
+    /// Reads a page; it must be there.
+    pub(crate) async fn page(&mut self, path: &str) -> String {
+        let answer = self.get(path).await;
+        let status = answer.status().as_u16();
+        let text = answer.text().await.unwrap();
+        assert_eq!(status, 200, "GET {path}: {text}");
+        text
+    }
+
+    /// Sends a form from our own page, with what a browser adds.
+    pub(crate) async fn post(&mut self, path: &str, fields: &[(&str, &str)]) -> Response {
+        let origin = self.address.clone();
+        self.post_from(&origin, path, fields).await
+    }
+
+    pub(crate) async fn post_from(&mut self, origin: &str, path: &str, fields: &[(&str, &str)]) -> Response {
+        let body = page::form(fields);
+        let headers = [
+            ("origin", origin),
+            ("content-type", "application/x-www-form-urlencoded"),
+            ("accept", "text/html"),
+        ];
+        self.send("POST", path, &headers, body).await
+    }
+
+    /// Sends a form that is on a page, with its token.
+    pub(crate) async fn submit(&mut self, on: &str, path: &str, fields: &[(&str, &str)]) -> Response {
+        let text = self.page(on).await;
+        let token = page::form_token(&text);
+        let mut all = vec![("form", token.as_str())];
+        all.extend(fields);
+        self.post(path, &all).await
+    }
+
+    /// A request to the API from our own page.
+    pub(crate) async fn api(&mut self, method: &str, path: &str, body: Value) -> (u16, Value) {
+        let origin = self.address.clone();
+        let text = if body.is_null() { String::new() } else { body.to_string() };
+        let headers = [("origin", origin.as_str()), ("content-type", "application/json")];
+        let answer = self.send(method, path, &headers, text).await;
+        let status = answer.status().as_u16();
+        let text = answer.text().await.unwrap();
+        (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    /// Signs in; the status of the answer.
+    pub(crate) async fn sign_in(&mut self, password: &str) -> u16 {
+        let name = self.name.clone();
+        self.post("/login", &[("name", &name), ("password", password)]).await.status().as_u16()
+    }
+}
