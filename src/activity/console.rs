@@ -6,7 +6,7 @@ use sqlx::PgPool;
 use time::format_description::well_known::Rfc3339;
 
 use super::ActivityQuery;
-use crate::access::console::{platform_frame, tenant_frame};
+use crate::access::console::{platform_frame, tenant_frame, when, who};
 use crate::access::{PlatformScope, ReadActivity, ReadPlatform, TenantScope};
 use crate::audit::{self, Entry, Filter};
 use crate::db::{self, Page, Within};
@@ -54,11 +54,10 @@ fn words(detail: &serde_json::Value) -> String {
 impl From<Entry> for Row {
     fn from(entry: Entry) -> Self {
         Self {
-            at: crate::access::console::when(entry.at),
+            at: when(entry.at),
             machine: entry.at.format(&Rfc3339).unwrap_or_default(),
             tenant: entry.tenant.unwrap_or_default(),
-            // The number is for machines; people know the name.
-            actor: entry.actor,
+            actor: who(&entry.actor),
             denied: entry.result == "denied",
             detail: words(&entry.detail),
             action: entry.action,

@@ -96,7 +96,8 @@ fn panicked(id: &str, secure: bool) -> actix_web::Error {
 fn headers(headers: &mut header::HeaderMap, id: &str, secure: bool) {
     let fixed = [
         ("x-content-type-options", "nosniff"),
-        ("referrer-policy", "no-referrer"),
+        // Not no-referrer: browsers would then send our own forms with "Origin: null", as a stranger's.
+        ("referrer-policy", "same-origin"),
         ("cross-origin-opener-policy", "same-origin"),
         ("cross-origin-resource-policy", "same-origin"),
         (

@@ -7,11 +7,11 @@ use qrcodegen::{QrCode, QrCodeEcc};
 use serde::Deserialize;
 
 use super::login::{CodeForm, Nothing};
-use super::{SecretPage, frame, inline, page_with, see_other, when};
+use super::{SecretPage, browser, frame, inline, page_with, see_other, when};
 use crate::access::extract::{Posted, SignedIn};
 use crate::access::sessions::{Client, DeskData};
 use crate::access::tokens::NewToken;
-use crate::access::{Means, accounts, store};
+use crate::access::{Actor, Means, PlatformRole, Role, accounts, store};
 use crate::error::Error;
 use crate::http::html::Frame;
 use crate::http::{OwnAddress, html};
@@ -47,9 +47,31 @@ struct AccountPage {
     sessions: Vec<SessionView>,
     tokens: Vec<TokenView>,
     places: Vec<store::BelongsTo>,
-    platform: bool,
+    /// What a token of one's own could open: value and words.
+    openings: Vec<(String, String)>,
     linked: Vec<String>,
     others: Vec<(String, String)>,
+}
+
+/// One's own roles and those below them, the smallest first: nobody picks what would be refused.
+fn openings(actor: &Actor, places: &[store::BelongsTo]) -> Vec<(String, String)> {
+    let mut list = Vec::new();
+    for place in places {
+        for role in Role::NAMES {
+            list.push((format!("{}/{role}", place.tenant), format!("{}, as {role}", place.tenant)));
+            if *role == place.role {
+                break;
+            }
+        }
+    }
+    let own = actor.platform.map(PlatformRole::as_str);
+    for role in PlatformRole::NAMES.iter().filter(|_| own.is_some()) {
+        list.push((format!("/{role}"), format!("the platform, as {role}")));
+        if Some(*role) == own {
+            break;
+        }
+    }
+    list
 }
 
 async fn view(scope: &SignedIn, desk: &DeskData, error: String) -> Result<AccountPage, Error> {
@@ -60,6 +82,7 @@ async fn view(scope: &SignedIn, desk: &DeskData, error: String) -> Result<Accoun
         Means::Session { id, .. } => id,
         Means::Token { .. } => 0,
     };
+    let places = store::tenants_of(&mut conn, account).await?;
     let sessions = store::list_sessions(&mut conn, account).await?;
     let tokens = store::list_own_tokens(&mut conn, account).await?;
     let issuers = store::list_issuers(&mut conn, account).await?;
@@ -79,17 +102,17 @@ async fn view(scope: &SignedIn, desk: &DeskData, error: String) -> Result<Accoun
         error,
         name: scope.actor.name.clone(),
         role: scope.actor.platform.map(|role| role.as_str().to_owned()).unwrap_or_default(),
-        platform: scope.actor.platform.is_some(),
+        openings: openings(&scope.actor, &places),
         password: found.password.is_some(),
         second_factor: found.second_factor,
         codes_left: store::count_recovery_codes(&mut conn, account).await?,
-        places: store::tenants_of(&mut conn, account).await?,
+        places,
         sessions: sessions
             .into_iter()
             .map(|row| SessionView {
                 here: row.id == here,
                 id: row.id,
-                agent: row.agent,
+                agent: browser(&row.agent),
                 place: row.place,
                 method: row.method,
                 since: when(row.created_at),
@@ -259,9 +282,8 @@ pub async fn end_session(
 #[derive(Deserialize)]
 pub struct TokenForm {
     name: String,
-    #[serde(default)]
-    tenant: String,
-    role: String,
+    /// `TENANT/ROLE`, or `/ROLE` for the platform.
+    opens: String,
     days: String,
 }
 
@@ -274,8 +296,9 @@ pub async fn create_token(
     let form = form.0;
     let make = async {
         let new = NewToken::check(&scope.actor, &form.name, form.days.parse().unwrap_or(0))?;
-        let tenant = Some(form.tenant.as_str()).filter(|tenant| !tenant.is_empty());
-        let authority = desk.own_authority(&scope.actor, tenant, &form.role).await?;
+        let (tenant, role) = form.opens.split_once('/').unwrap_or(("", ""));
+        let tenant = Some(tenant).filter(|tenant| !tenant.is_empty());
+        let authority = desk.own_authority(&scope.actor, tenant, role).await?;
         desk.create_own_token(&scope.actor, &scope.request_id.0, authority, new).await
     };
     match make.await {

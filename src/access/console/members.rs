@@ -6,7 +6,7 @@ use askama::Template;
 use serde::Deserialize;
 
 use super::account::WhichForm;
-use super::{SecretPage, inline, page_with, see_other, tenant_frame, when};
+use super::{SecretPage, inline, page_with, see_other, tenant_frame, when, who};
 use crate::access::api::members::role;
 use crate::access::extract::{Posted, TenantScope};
 use crate::access::invitations::HOURS;
@@ -279,7 +279,10 @@ async fn tokens_view<P>(
         tenant: scope.tenant.name.to_string(),
         error,
         manages: scope.may::<ManageCredentials>() && scope.tenant.state == "active",
-        services,
+        services: services
+            .into_iter()
+            .map(|row| store::ServiceRow { created_by: who(&row.created_by), ..row })
+            .collect(),
         tokens: page
             .items
             .into_iter()

@@ -1,6 +1,7 @@
 //! Who gets in, sees and changes what: by the door, over a real database.
 
 mod audit;
+mod browser;
 mod every_route;
 mod invitations;
 mod oidc;

@@ -101,7 +101,7 @@ async fn a_session_has_its_time(options: PgPoolOptions, connect: PgConnectOption
     assert_eq!(ada.sign_in(PASSWORD).await, 303);
     app.sql("UPDATE session SET confirmed_at = now() - interval '11 minutes'").await;
     let answer =
-        ada.submit("/account", "/account/tokens", &[("name", "x"), ("role", "admin"), ("days", "1")]).await;
+        ada.submit("/account", "/account/tokens", &[("name", "x"), ("opens", "/admin"), ("days", "1")]).await;
     assert_eq!(answer.status(), 303);
     assert_eq!(answer.headers()["location"], "/confirm?next=/account");
     let (status, body) =
@@ -115,7 +115,7 @@ async fn a_session_has_its_time(options: PgPoolOptions, connect: PgConnectOption
     assert_eq!((right.status().as_u16(), right.headers()["location"].to_str().unwrap()), (303, "/"));
     assert_ne!(ada.cookie, before, "a new reference with more right");
     let answer =
-        ada.submit("/account", "/account/tokens", &[("name", "x"), ("role", "admin"), ("days", "1")]).await;
+        ada.submit("/account", "/account/tokens", &[("name", "x"), ("opens", "/admin"), ("days", "1")]).await;
     assert_eq!(answer.status(), 200);
 }
 

@@ -39,7 +39,7 @@ async fn every_answer_bears_its_headers(options: PgPoolOptions, connect: PgConne
         assert!(text("content-security-policy").starts_with("default-src 'none'"), "{path}");
         assert!(!text("content-security-policy").contains("unsafe"), "{path}");
         assert_eq!(text("x-content-type-options"), "nosniff", "{path}");
-        assert_eq!(text("referrer-policy"), "no-referrer", "{path}");
+        assert_eq!(text("referrer-policy"), "same-origin", "{path}");
         assert_eq!(text("cross-origin-opener-policy"), "same-origin", "{path}");
         assert!(text("content-security-policy").contains("frame-ancestors 'none'"), "{path}");
         let wanted = if path.starts_with("/static/") { "public, max-age=3600" } else { "no-store" };

