@@ -12,6 +12,8 @@ CREATE TABLE audit (
     tx         xid8 NOT NULL DEFAULT pg_current_xact_id(),
     tenant_id  bigint REFERENCES tenant (id),
     actor      text NOT NULL,
+    -- The token by which the actor came.
+    via        text,
     action     text NOT NULL,
     object     text NOT NULL,
     result     text NOT NULL DEFAULT 'done' CHECK (result IN ('done', 'denied')),
@@ -80,7 +82,8 @@ CREATE TABLE audit_round (
     mac      bytea NOT NULL CHECK (octet_length(mac) = 32)
 );
 
--- The rows of one tenant (or of the platform itself: no tenant) in one round, chained to its seal before.
+-- The rows of one tenant (or of the platform itself: no tenant) and one month in one round, chained to the
+-- seal before.
 CREATE TABLE audit_seal (
     round     bigint NOT NULL REFERENCES audit_round (number),
     tenant_id bigint REFERENCES tenant (id),
@@ -91,7 +94,7 @@ CREATE TABLE audit_seal (
     macs      bytea NOT NULL CHECK (octet_length(macs) = 16 * cardinality(ids)),
     mac       bytea NOT NULL CHECK (octet_length(mac) = 32)
 );
-CREATE UNIQUE INDEX audit_seal_of_round ON audit_seal (round, coalesce(tenant_id, 0));
+CREATE INDEX audit_seal_of_round ON audit_seal (round, coalesce(tenant_id, 0), number);
 CREATE UNIQUE INDEX audit_seal_of_tenant ON audit_seal (coalesce(tenant_id, 0), number);
 
 -- Months that were given up after their time: what verification does not look for any more.
@@ -105,18 +108,22 @@ CREATE TABLE audit_retired (
 CREATE FUNCTION audit_retire_month(wanted date) RETURNS bigint LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, public AS $$
 DECLARE
-    month date := date_trunc('month', wanted)::date;
+    first date := date_trunc('month', wanted)::date;
     part text := 'audit_' || to_char(date_trunc('month', wanted), 'YYYYMM');
-    count bigint;
+    wanted_from timestamptz := date_trunc('month', wanted) AT TIME ZONE 'UTC';
+    gone bigint;
 BEGIN
-    IF month + interval '1 month' > now() AT TIME ZONE 'UTC' - interval '90 days' THEN
+    IF first + interval '1 month' > now() AT TIME ZONE 'UTC' - interval '90 days' THEN
         RAISE EXCEPTION 'the audit keeps every month for at least 90 days';
     END IF;
     IF to_regclass('public.' || part) IS NULL THEN
-        RETURN 0;
+        -- A month that was never made lies among the rest.
+        DELETE FROM public.audit_rest WHERE at >= wanted_from AND at < wanted_from + interval '1 month';
+        GET DIAGNOSTICS gone = ROW_COUNT;
+    ELSE
+        EXECUTE format('SELECT count(*) FROM public.%I', part) INTO gone;
+        EXECUTE format('DROP TABLE public.%I', part);
     END IF;
-    EXECUTE format('SELECT count(*) FROM public.%I', part) INTO count;
-    INSERT INTO public.audit_retired (month, rows) VALUES (month, count);
-    EXECUTE format('DROP TABLE public.%I', part);
-    RETURN count;
+    INSERT INTO public.audit_retired (month, rows) VALUES (first, gone) ON CONFLICT DO NOTHING;
+    RETURN gone;
 END $$;

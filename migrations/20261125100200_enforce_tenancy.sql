@@ -26,7 +26,7 @@ GRANT INSERT, UPDATE ON account, api_token, service_account, invitation TO bulkh
 GRANT INSERT, UPDATE, DELETE ON account_identity, second_factor, recovery_code, membership, session, sign_in,
     throttle, known_place TO bulkhead_runtime;
 -- Insert-only, and neither the time nor the number nor the transaction is the writer's to choose.
-GRANT INSERT (tenant_id, actor, action, object, result, request_id, detail) ON audit TO bulkhead_runtime, bulkhead_reconciler;
+GRANT INSERT (tenant_id, actor, via, action, object, result, request_id, detail) ON audit TO bulkhead_runtime, bulkhead_reconciler;
 
 -- What reconcilers may write.
 GRANT INSERT, UPDATE, DELETE ON work, tenant_condition, app_event, machine_event TO bulkhead_reconciler;
@@ -34,7 +34,7 @@ GRANT UPDATE ON tenant, quota, uid_range, offboarding_step, app, app_address, ro
     api_token TO bulkhead_reconciler;
 GRANT INSERT ON app_address TO bulkhead_reconciler;
 GRANT DELETE ON manifest, manifest_part, tag, blob, blob_place, upload, idempotency, session, sign_in, throttle,
-    known_place TO bulkhead_reconciler;
+    known_place, refused_field TO bulkhead_reconciler;
 GRANT INSERT ON audit_round, audit_seal TO bulkhead_reconciler;
 GRANT INSERT ON installation TO bulkhead_reconciler;
 

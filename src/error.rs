@@ -64,6 +64,18 @@ impl Error {
         Self::Invalid(vec![fault])
     }
 
+    /// What it was, with its causes: for the log, never for a client.
+    #[must_use]
+    pub fn for_log(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(inner) = cause {
+            text = format!("{text}: {inner}");
+            cause = inner.source();
+        }
+        text
+    }
+
     /// The stable code of the error.
     #[must_use]
     pub fn code(&self) -> Code {

@@ -294,26 +294,45 @@ text_id!(
     }
 );
 
-/// Who does something, as it stands in the audit: `token:12 ci`, `root`, `platform`.
+/// Who does something, as it stands in the audit: `account:12 olga`, `service:ci`, `root`, `platform`; and by
+/// which token, if by one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(transparent)]
-pub struct ActorId(String);
+pub struct ActorId {
+    #[serde(rename = "id")]
+    text: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    via: Option<String>,
+}
+
+fn one_line(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(120).collect()
+}
 
 impl ActorId {
     /// An actor from its kind and name. Control characters are dropped, so that a log line stays one.
     #[must_use]
     pub fn new(text: &str) -> Self {
-        Self(text.chars().filter(|c| !c.is_control()).take(120).collect())
+        Self { text: one_line(text), via: None }
+    }
+    /// The same, by a token of this number and name.
+    #[must_use]
+    pub fn by_token(self, id: i64, name: &str) -> Self {
+        Self { via: Some(one_line(&format!("token:{id} {name}"))), ..self }
+    }
+    /// By which token.
+    #[must_use]
+    pub fn via(&self) -> Option<&str> {
+        self.via.as_deref()
     }
     /// The platform itself, in a reconciler.
     #[must_use]
     pub fn platform() -> Self {
-        Self("platform".into())
+        Self::new("platform")
     }
-    /// The text of it.
+    /// Who, without the token.
     #[must_use]
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.text
     }
 }
 

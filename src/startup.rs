@@ -313,7 +313,7 @@ async fn housekeeping(pool: PgPool, config: web::Data<Config>, stop: Cancellatio
             crate::apps::prune(&pool).await,
         ] {
             if let Err(error) = outcome {
-                tracing::warn!(%error, "housekeeping goes on later");
+                tracing::warn!(error = error.for_log(), "housekeeping goes on later");
             }
         }
         tokio::select! {

@@ -51,7 +51,7 @@ impl Denials {
                 () = tokio::time::sleep(PAUSE) => false,
             };
             if let Err(error) = self.write(&pool).await {
-                tracing::warn!(%error, "refusals are written down later");
+                tracing::warn!(error = error.for_log(), "refusals are written down later");
             }
             if last {
                 return;

@@ -19,7 +19,7 @@ use super::{Actor, Effect, Means, Permission, PlatformRole, Role, TenantRef, cre
 use crate::audit::Refusal;
 use crate::error::Error;
 use crate::http::{OwnAddress, RequestId, request_id};
-use crate::ids::TenantName;
+use crate::ids::{ActorId, TenantName};
 use crate::keys::{Keys, Purpose, mac};
 
 /// Cookie of a session where the address is https.
@@ -150,13 +150,13 @@ async fn authenticate(req: &HttpRequest, wanted: Option<&TenantName>) -> Result<
         None => return Err(Error::Unauthenticated),
     };
     found.ok_or_else(|| {
-        refuse(req, None, "anonymous", "the credential is not good");
+        refuse(req, None, None, "the credential is not good");
         Error::Unauthenticated
     })
 }
 
 /// Notes a refusal for the audit.
-fn refuse(req: &HttpRequest, tenant: Option<&TenantRef>, actor: &str, reason: &'static str) {
+fn refuse(req: &HttpRequest, tenant: Option<&TenantRef>, actor: Option<&ActorId>, reason: &'static str) {
     let (Some(denials), Some(own)) =
         (req.app_data::<web::Data<Denials>>(), req.app_data::<web::Data<OwnAddress>>())
     else {
@@ -164,7 +164,8 @@ fn refuse(req: &HttpRequest, tenant: Option<&TenantRef>, actor: &str, reason: &'
     };
     denials.note(Refusal {
         tenant: tenant.map(|tenant| tenant.id),
-        actor: actor.to_owned(),
+        actor: actor.map_or("anonymous", ActorId::as_str).to_owned(),
+        via: actor.and_then(ActorId::via).map(str::to_owned),
         object: format!("{} {}", req.method(), req.match_pattern().unwrap_or_default()),
         reason,
         place: own.client(req).to_string(),
@@ -263,12 +264,12 @@ impl<P: Permission> FromRequest for PlatformScope<P> {
                     Ok(Self { actor, request_id: request_id(&req), permission: PhantomData })
                 }
                 Some(_) => {
-                    refuse(&req, None, actor.id.as_str(), "the role does not include it");
+                    refuse(&req, None, Some(&actor.id), "the role does not include it");
                     Err(Error::Forbidden(role_name(None, P::PLATFORM)))
                 }
                 // Who has a role in a tenant only is a stranger here.
                 None => {
-                    refuse(&req, None, actor.id.as_str(), "a stranger");
+                    refuse(&req, None, Some(&actor.id), "a stranger");
                     Err(Error::NotFound)
                 }
             }
@@ -287,16 +288,16 @@ impl<P: Permission> FromRequest for TenantScope<P> {
             let (tenant, role) = tenant.ok_or(Error::NotFound)?;
             if actor.platform.is_none() && role.is_none() {
                 // On the platform's record: who is not of the tenant is none of its people's business.
-                refuse(&req, None, actor.id.as_str(), "a stranger");
+                refuse(&req, None, Some(&actor.id), "a stranger");
                 return Err(Error::NotFound);
             }
             if !includes::<P>(actor.platform, role) {
-                refuse(&req, Some(&tenant), actor.id.as_str(), "the role does not include it");
+                refuse(&req, Some(&tenant), Some(&actor.id), "the role does not include it");
                 return Err(Error::Forbidden(role_name(P::TENANT, P::PLATFORM)));
             }
             let of_platform = actor.platform.is_some_and(|role| role >= P::PLATFORM);
             if P::EFFECT == Effect::Changes && tenant.state != "active" && !of_platform {
-                refuse(&req, Some(&tenant), actor.id.as_str(), "the tenant is suspended");
+                refuse(&req, Some(&tenant), Some(&actor.id), "the tenant is suspended");
                 tenant.require_active()?;
             }
             Ok(Self { actor, tenant, role, request_id: request_id(&req), permission: PhantomData })

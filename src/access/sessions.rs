@@ -82,6 +82,7 @@ impl Desk {
         self.denials.note(Refusal {
             tenant: None,
             actor: actor.to_owned(),
+            via: None,
             object: object.to_owned(),
             reason,
             place: client.address.to_string(),

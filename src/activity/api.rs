@@ -25,7 +25,7 @@ pub async fn list_tenant(
     pool: web::Data<PgPool>,
     query: web::Query<ActivityQuery>,
 ) -> Result<HttpResponse, Error> {
-    let (filter, limit) = query.filter(Some(scope.tenant.id))?;
+    let (filter, limit) = query.filter(&pool, Some(scope.tenant.id)).await?;
     page(&pool, &filter, limit).await
 }
 
@@ -35,7 +35,7 @@ pub async fn list_platform(
     pool: web::Data<PgPool>,
     query: web::Query<ActivityQuery>,
 ) -> Result<HttpResponse, Error> {
-    let (filter, limit) = query.filter(None)?;
+    let (filter, limit) = query.filter(&pool, None).await?;
     page(&pool, &filter, limit).await
 }
 
@@ -101,7 +101,7 @@ pub async fn export_tenant(
     pool: web::Data<PgPool>,
     query: web::Query<ActivityQuery>,
 ) -> Result<HttpResponse, Error> {
-    let (mut filter, _) = query.filter(Some(scope.tenant.id))?;
+    let (mut filter, _) = query.filter(&pool, Some(scope.tenant.id)).await?;
     filter.limit = PART;
     let watch = Watch { means: scope.actor.means, tenant: Some(scope.tenant.name) };
     Ok(export(pool.get_ref().clone(), filter, watch))
@@ -113,7 +113,7 @@ pub async fn export_platform(
     pool: web::Data<PgPool>,
     query: web::Query<ActivityQuery>,
 ) -> Result<HttpResponse, Error> {
-    let (mut filter, _) = query.filter(None)?;
+    let (mut filter, _) = query.filter(&pool, None).await?;
     filter.limit = PART;
     Ok(export(pool.get_ref().clone(), filter, Watch { means: scope.actor.means, tenant: None }))
 }

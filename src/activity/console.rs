@@ -57,7 +57,10 @@ impl From<Entry> for Row {
             at: when(entry.at),
             machine: entry.at.format(&Rfc3339).unwrap_or_default(),
             tenant: entry.tenant.unwrap_or_default(),
-            actor: who(&entry.actor),
+            actor: match entry.via.as_deref().and_then(|via| via.split_once(' ')) {
+                Some((_, token)) => format!("{}, by the token {token}", who(&entry.actor)),
+                None => who(&entry.actor),
+            },
             denied: entry.result == "denied",
             detail: words(&entry.detail),
             action: entry.action,
@@ -105,7 +108,7 @@ async fn page(
         tenant,
         filtered: !query.is_empty(),
         next: page.next.map(|next| format!("?cursor={next}{query}")).unwrap_or_default(),
-        actor: text(&filter.actor),
+        actor: filter.actor.as_deref().map(who).unwrap_or_default(),
         action: text(&filter.action),
         object: text(&filter.object),
         result: text(&filter.result),
@@ -120,7 +123,7 @@ pub async fn tenant_page(
     keys: web::Data<Keys>,
     query: web::Query<ActivityQuery>,
 ) -> Result<HttpResponse, Error> {
-    let asked = query.filter(Some(scope.tenant.id))?;
+    let asked = query.filter(&pool, Some(scope.tenant.id)).await?;
     let frame = tenant_frame(&keys, &scope, "Activity");
     page(&pool, (frame, "Activity", scope.tenant.name.to_string()), asked).await
 }
@@ -132,6 +135,6 @@ pub async fn platform_page(
     keys: web::Data<Keys>,
     query: web::Query<ActivityQuery>,
 ) -> Result<HttpResponse, Error> {
-    let asked = query.filter(None)?;
+    let asked = query.filter(&pool, None).await?;
     page(&pool, (platform_frame(&keys, &scope.actor, "Audit"), "Audit", String::new()), asked).await
 }

@@ -1,6 +1,7 @@
 //! What the audit has to say, for whoever may read it: over the API, as JSON lines, and as a page.
 
 use serde::Deserialize;
+use sqlx::PgPool;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -44,8 +45,9 @@ fn time(name: &str, text: &str) -> Result<Option<OffsetDateTime>, Error> {
 }
 
 impl ActivityQuery {
-    /// The filter that it asks for, one row longer than the page, and the length of the page.
-    fn filter(&self, tenant: Option<TenantId>) -> Result<(Filter, i64), Error> {
+    /// The filter that it asks for, one row longer than the page, and the length of the page. People write
+    /// names where the record has `account:12 olga`.
+    async fn filter(&self, pool: &PgPool, tenant: Option<TenantId>) -> Result<(Filter, i64), Error> {
         let page = PageQuery::new(self.limit, self.cursor.clone());
         let limit = page.limit()?;
         if !matches!(self.result.as_str(), "" | "done" | "denied") {
@@ -53,7 +55,10 @@ impl ActivityQuery {
         }
         let filter = Filter {
             tenant,
-            actor: some(&self.actor),
+            actor: match some(&self.actor) {
+                Some(text) => Some(crate::access::actor_of(pool, &text).await?),
+                None => None,
+            },
             action: some(&self.action),
             object: some(&self.object),
             result: some(&self.result),

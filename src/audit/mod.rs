@@ -42,6 +42,8 @@ pub struct Refusal {
     pub tenant: Option<TenantId>,
     /// Who.
     pub actor: String,
+    /// By which token.
+    pub via: Option<String>,
     /// What was asked for.
     pub object: String,
     /// Why it was refused.
@@ -57,6 +59,7 @@ impl Refusal {
         Self {
             tenant: None,
             actor: "many".into(),
+            via: None,
             object: "more than could be told apart within a second".into(),
             reason: "various",
             place: "many".into(),
@@ -80,6 +83,9 @@ pub struct Entry {
     pub tenant: Option<String>,
     /// Who.
     pub actor: String,
+    /// By which token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub via: Option<String>,
     /// What.
     pub action: String,
     /// To what.

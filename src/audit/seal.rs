@@ -17,6 +17,12 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Most rows of a round, unless one transaction alone has more.
 const AT_ONCE: i64 = 5_000;
 
+/// The month of a time, by its first day.
+pub(super) fn month(at: OffsetDateTime) -> Option<time::Date> {
+    let at = at.to_offset(time::UtcOffset::UTC);
+    time::Date::from_calendar_date(at.year(), at.month(), 1).ok()
+}
+
 fn micros(at: OffsetDateTime) -> i128 {
     at.unix_timestamp_nanos() / 1_000
 }
@@ -31,6 +37,7 @@ pub(super) fn row_mac(key: &[u8; 32], row: &Sealable) -> [u8; 16] {
             &micros(row.at).to_be_bytes(),
             &row.tenant_id.unwrap_or(0).to_be_bytes(),
             row.actor.as_bytes(),
+            row.via.as_deref().unwrap_or_default().as_bytes(),
             row.action.as_bytes(),
             row.object.as_bytes(),
             row.result.as_bytes(),
@@ -93,9 +100,13 @@ pub async fn seal(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Option
     let number = horizon.number + 1;
     let last_id = rows.iter().map(|row| row.id).max().unwrap_or(0);
     let mut seals: Vec<Seal> = Vec::new();
-    for group in rows.chunk_by(|a, b| a.tenant_id == b.tenant_id) {
+    // A seal never spans two months: one of them may be given up before the other.
+    for group in rows.chunk_by(|a, b| a.tenant_id == b.tenant_id && month(a.at) == month(b.at)) {
         let tenant = group[0].tenant_id;
-        let (last, before) = store::last_seal(&mut tx, tenant).await?.unwrap_or((0, Vec::new()));
+        let (last, before) = match seals.last().filter(|seal| seal.tenant_id == tenant) {
+            Some(seal) => (seal.number, seal.mac.clone()),
+            None => store::last_seal(&mut tx, tenant).await?.unwrap_or((0, Vec::new())),
+        };
         let mut seal = Seal {
             round: number,
             tenant_id: tenant,
@@ -136,7 +147,7 @@ pub async fn run(pool: PgPool, key: [u8; 32], heads: Heads, stop: CancellationTo
                 Ok(Some(_)) if !last => {}
                 Ok(_) => break,
                 Err(error) => {
-                    tracing::warn!(%error, "the audit is sealed later");
+                    tracing::warn!(error = error.for_log(), "the audit is sealed later");
                     break;
                 }
             }

@@ -9,7 +9,7 @@ use subtle::ConstantTimeEq;
 use time::{Date, OffsetDateTime};
 
 use super::heads::Heads;
-use super::seal::{round_mac, row_mac, seal_mac};
+use super::seal::{month, round_mac, row_mac, seal_mac};
 use super::store::{self, Seal};
 use crate::error::Error;
 
@@ -117,11 +117,6 @@ struct Walk<'a> {
     confirmed: HashSet<String>,
     last: HashMap<i64, (i64, Vec<u8>)>,
     report: Report,
-}
-
-fn month(at: OffsetDateTime) -> Option<Date> {
-    let at = at.to_offset(time::UtcOffset::UTC);
-    Date::from_calendar_date(at.year(), at.month(), 1).ok()
 }
 
 impl Walk<'_> {

@@ -236,6 +236,7 @@ pub async fn get_token(
         door.denials.note(Refusal {
             tenant: None,
             actor: "anonymous".into(),
+            via: None,
             object: "registry".into(),
             reason: "the user name or secret is wrong",
             place: door.own.client(&req).to_string(),

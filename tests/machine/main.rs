@@ -11,5 +11,6 @@ mod kills;
 mod main_job;
 mod production;
 mod registry;
+mod secrets;
 mod side_by_side;
 mod support;

@@ -5,7 +5,7 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use askama::Template;
 use serde::Deserialize;
 
-use super::{frame, inline, page_with, see_other, session_cookie};
+use super::{frame, inline, page_with, see_other, session_cookie, who};
 use crate::access::extract::{Perhaps, Public, require_own_page};
 use crate::access::invitations::{Kind, NewPerson, Seen};
 use crate::access::sessions::{Client, DeskData};
@@ -29,15 +29,15 @@ struct InvitationPage {
     display_name: String,
 }
 
-fn view(seen: Seen, frame: Frame, who: &str) -> InvitationPage {
+fn view(seen: Seen, frame: Frame, person: &str) -> InvitationPage {
     InvitationPage {
         frame,
         error: String::new(),
-        ready: who == seen.recipient,
+        ready: person == seen.recipient,
         has_account: seen.has_account,
         place: seen.tenant.map_or_else(|| "the platform".to_owned(), |tenant| format!("the tenant {tenant}")),
         role: seen.role.unwrap_or_default(),
-        by: seen.by.split(' ').nth(1).unwrap_or("an admin").to_owned(),
+        by: who(&seen.by),
         recipient: seen.recipient,
         display_name: String::new(),
     }

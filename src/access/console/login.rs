@@ -19,7 +19,6 @@ use crate::http::{OwnAddress, html};
 struct LoginPage {
     frame: Frame,
     error: String,
-    name: String,
     plain: bool,
     providers: Vec<(String, String)>,
 }
@@ -29,7 +28,6 @@ impl LoginPage {
         Self {
             frame: Frame::default(),
             error: String::new(),
-            name: String::new(),
             plain: !own.is_secure(req),
             providers: desk.providers.buttons(),
         }
@@ -89,8 +87,8 @@ pub async fn login(
         }
         Err(other) => return Err(other),
     };
-    let name = form.name.chars().take(64).collect();
-    page_with(status, &LoginPage { error, name, ..LoginPage::new(&req, &own, &desk) })
+    // The name is not shown again: it may be a password that was typed into the wrong field.
+    page_with(status, &LoginPage { error, ..LoginPage::new(&req, &own, &desk) })
 }
 
 fn retry_after(answer: &mut HttpResponse, error: &Error) {

@@ -101,27 +101,33 @@ pub fn when(at: OffsetDateTime) -> String {
 /// Somebody of the audit, for people: the numbers are for machines.
 #[must_use]
 pub fn who(actor: &str) -> String {
-    let (holder, token) = match actor.split_once(" token:") {
-        Some((holder, token)) => (holder, token.split_once(' ').map(|(_, name)| name)),
-        None => (actor, None),
-    };
-    let name = match holder.split_once(':') {
+    match actor.split_once(':') {
         Some(("account", rest)) => rest.split_once(' ').map_or(rest, |(_, name)| name).to_owned(),
         Some(("service", rest)) => format!("service account {rest}"),
-        _ => holder.to_owned(),
-    };
-    match token {
-        Some(token) => format!("{name}, by the token {token}"),
-        None => name,
+        _ => actor.to_owned(),
     }
 }
 
 /// What a browser calls itself, in two words.
 #[must_use]
 pub fn browser(agent: &str) -> String {
-    let find = |known: &[(&str, &'static str)]| known.iter().find(|(sign, _)| agent.contains(sign)).map(|(_, name)| *name);
-    let name = find(&[("Edg/", "Edge"), ("Firefox/", "Firefox"), ("Chrome/", "Chrome"), ("Safari/", "Safari"), ("curl/", "curl")]);
-    let system = find(&[("Android", "Android"), ("iPhone", "iPhone"), ("Windows", "Windows"), ("Mac OS", "Mac"), ("Linux", "Linux")]);
+    let find = |known: &[(&str, &'static str)]| {
+        known.iter().find(|(sign, _)| agent.contains(sign)).map(|(_, name)| *name)
+    };
+    let name = find(&[
+        ("Edg/", "Edge"),
+        ("Firefox/", "Firefox"),
+        ("Chrome/", "Chrome"),
+        ("Safari/", "Safari"),
+        ("curl/", "curl"),
+    ]);
+    let system = find(&[
+        ("Android", "Android"),
+        ("iPhone", "iPhone"),
+        ("Windows", "Windows"),
+        ("Mac OS", "Mac"),
+        ("Linux", "Linux"),
+    ]);
     match (name, system) {
         (Some(name), Some(system)) => format!("{name} on {system}"),
         (Some(one), None) | (None, Some(one)) => one.to_owned(),
@@ -190,11 +196,12 @@ mod tests {
     #[test]
     fn people_read_names() {
         assert_eq!(who("account:12 olga"), "olga");
-        assert_eq!(who("account:12 olga token:7 my laptop"), "olga, by the token my laptop");
-        assert_eq!(who("service:ci token:7 pipeline"), "service account ci, by the token pipeline");
-        assert_eq!(who("root token:7 me"), "root, by the token me");
+        assert_eq!(who("service:ci"), "service account ci");
         assert_eq!(who("platform"), "platform");
-        assert_eq!(browser("Mozilla/5.0 (X11; Linux x86_64) Gecko/20100101 Firefox/130.0"), "Firefox on Linux");
+        assert_eq!(
+            browser("Mozilla/5.0 (X11; Linux x86_64) Gecko/20100101 Firefox/130.0"),
+            "Firefox on Linux"
+        );
         assert_eq!(browser("curl/8.5"), "curl");
         assert_eq!(browser(""), "a program");
     }

@@ -126,7 +126,7 @@ impl TokenRow {
             (None, None) => "root".to_owned(),
         };
         let actor = Actor {
-            id: ActorId::new(&format!("{text} token:{} {}", self.token_id, self.token)),
+            id: ActorId::new(&text).by_token(self.token_id, &self.token),
             platform: self.platform(),
             account: self.account_id.map(AccountId),
             means: Means::Token { id: self.token_id, hash: hash.to_vec(), expires_at: self.expires_at },
@@ -207,4 +207,21 @@ pub async fn prune(pool: &sqlx::PgPool) -> Result<(), Error> {
         .execute(&mut *conn)
         .await?;
     Ok(())
+}
+
+/// How the record names whom people call so: a person, else a service account; what is written as on record
+/// stays.
+pub async fn actor_of(pool: &sqlx::PgPool, text: &str) -> Result<String, Error> {
+    if text.contains(':') || matches!(text, "root" | "platform" | "anonymous" | "many") {
+        return Ok(text.to_owned());
+    }
+    if let Some(name) = text.strip_prefix("service account ") {
+        return Ok(format!("service:{name}"));
+    }
+    let mut conn = pool.acquire().await?;
+    let found = match text.parse() {
+        Ok(name) => find_account_id(&mut conn, &name).await?,
+        Err(_) => None,
+    };
+    Ok(found.map_or_else(|| format!("service:{text}"), |id| format!("account:{id} {text}")))
 }

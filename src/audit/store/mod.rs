@@ -14,9 +14,10 @@ pub(super) use seals::*;
 
 pub(super) async fn insert_event(conn: &mut PgConnection, event: &Event<'_>) -> Result<(), Error> {
     sqlx::query!(
-        "INSERT INTO audit (tenant_id, actor, action, object, request_id, detail) VALUES ($1, $2, $3, $4, $5, $6)",
+        "INSERT INTO audit (tenant_id, actor, via, action, object, request_id, detail) VALUES ($1, $2, $3, $4, $5, $6, $7)",
         event.tenant.map(|id| id.0),
         event.actor.as_str(),
+        event.actor.via(),
         event.action,
         event.object,
         event.request_id,
@@ -31,17 +32,19 @@ pub(super) async fn insert_refusals(conn: &mut PgConnection, batch: &Refusals) -
     let tenants: Vec<Option<i64>> = batch.keys().map(|refusal| refusal.tenant.map(|id| id.0)).collect();
     let clean = |text: &str| text.chars().filter(|c| !c.is_control()).take(200).collect::<String>();
     let actors: Vec<String> = batch.keys().map(|refusal| clean(&refusal.actor)).collect();
+    let vias: Vec<Option<String>> = batch.keys().map(|refusal| refusal.via.as_deref().map(clean)).collect();
     let objects: Vec<String> = batch.keys().map(|refusal| clean(&refusal.object)).collect();
     let details: Vec<Value> = batch
         .iter()
         .map(|(refusal, count)| json!({"reason": refusal.reason, "from": refusal.place, "count": count}))
         .collect();
     sqlx::query!(
-        "INSERT INTO audit (tenant_id, actor, action, object, result, request_id, detail) \
-         SELECT t, a, 'access.denied', o, 'denied', 'batch', d \
-         FROM unnest($1::bigint[], $2::text[], $3::text[], $4::jsonb[]) AS x (t, a, o, d)",
+        "INSERT INTO audit (tenant_id, actor, via, action, object, result, request_id, detail) \
+         SELECT t, a, v, 'access.denied', o, 'denied', 'batch', d \
+         FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::jsonb[]) AS x (t, a, v, o, d)",
         &tenants as &[Option<i64>],
         &actors,
+        &vias as &[Option<String>],
         &objects,
         &details
     )
@@ -81,7 +84,7 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Vec<Entry>
         Some(tenant) => {
             sqlx::query_as!(
                 Entry,
-                r#"SELECT id, at, NULL::text AS tenant, actor, action, object, result, request_id, detail
+                r#"SELECT id, at, NULL::text AS tenant, actor, via, action, object, result, request_id, detail
                    FROM audit WHERE tenant_id = $1 AND id < $2
                    AND ($3::text IS NULL OR actor = $3) AND ($4::text IS NULL OR action = $4)
                    AND ($5::text IS NULL OR object = $5) AND ($6::text IS NULL OR result = $6)
@@ -103,7 +106,7 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Vec<Entry>
         None => {
             sqlx::query_as!(
                 Entry,
-                r#"SELECT a.id, a.at, t.name AS "tenant?", a.actor, a.action, a.object, a.result, a.request_id, a.detail
+                r#"SELECT a.id, a.at, t.name AS "tenant?", a.actor, a.via, a.action, a.object, a.result, a.request_id, a.detail
                    FROM audit a LEFT JOIN tenant t ON t.id = a.tenant_id WHERE a.id < $1
                    AND ($2::text IS NULL OR a.actor = $2) AND ($3::text IS NULL OR a.action = $3)
                    AND ($4::text IS NULL OR a.object = $4) AND ($5::text IS NULL OR a.result = $5)

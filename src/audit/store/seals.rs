@@ -12,6 +12,7 @@ pub(in crate::audit) struct Sealable {
     pub(in crate::audit) at: OffsetDateTime,
     pub(in crate::audit) tenant_id: Option<i64>,
     pub(in crate::audit) actor: String,
+    pub(in crate::audit) via: Option<String>,
     pub(in crate::audit) action: String,
     pub(in crate::audit) object: String,
     pub(in crate::audit) result: String,
@@ -67,7 +68,7 @@ pub(in crate::audit) async fn list_between(
 ) -> Result<Vec<Sealable>, Error> {
     Ok(sqlx::query_as!(
         Sealable,
-        r#"SELECT id, at, tenant_id, actor, action, object, result, request_id, detail::text AS "detail!"
+        r#"SELECT id, at, tenant_id, actor, via, action, object, result, request_id, detail::text AS "detail!"
            FROM audit WHERE tx >= $1::text::xid8 AND tx < $2::text::xid8
            ORDER BY coalesce(tenant_id, 0), id"#,
         horizon.from,
@@ -84,7 +85,7 @@ pub(in crate::audit) async fn list_unsealed(
 ) -> Result<Vec<Sealable>, Error> {
     Ok(sqlx::query_as!(
         Sealable,
-        r#"SELECT id, at, tenant_id, actor, action, object, result, request_id, detail::text AS "detail!"
+        r#"SELECT id, at, tenant_id, actor, via, action, object, result, request_id, detail::text AS "detail!"
            FROM audit WHERE (tx < $1::text::xid8 OR tx >= pg_snapshot_xmax(pg_current_snapshot())) AND id NOT IN (SELECT unnest(ids) FROM audit_seal)
            ORDER BY coalesce(tenant_id, 0), id"#,
         to
@@ -192,7 +193,7 @@ pub(in crate::audit) async fn list_seals(
     Ok(sqlx::query_as!(
         Seal,
         "SELECT round, tenant_id, number, ids, first_at, last_at, macs, mac FROM audit_seal \
-         WHERE round >= $1 AND round <= $2 ORDER BY round, coalesce(tenant_id, 0)",
+         WHERE round >= $1 AND round <= $2 ORDER BY round, coalesce(tenant_id, 0), number",
         first,
         last
     )
@@ -209,7 +210,7 @@ pub(in crate::audit) async fn list_rows(
 ) -> Result<Vec<Sealable>, Error> {
     Ok(sqlx::query_as!(
         Sealable,
-        r#"SELECT id, at, tenant_id, actor, action, object, result, request_id, detail::text AS "detail!"
+        r#"SELECT id, at, tenant_id, actor, via, action, object, result, request_id, detail::text AS "detail!"
            FROM audit WHERE id = ANY($1) AND at >= $2 AND at <= $3"#,
         ids,
         first,

@@ -90,6 +90,8 @@ async fn each_change_is_one_row_and_a_failed_one_none(options: PgPoolOptions, co
     for bad in ["?result=maybe", "?since=yesterday", "?limit=0", "?nonsense=1", "?cursor=%21"] {
         assert_eq!(olga.api("GET", &format!("{base}/audit{bad}"), Value::Null).await.0, 400, "{bad}");
     }
+    let by_name = olga.api("GET", &format!("{base}/audit?actor=olga"), Value::Null).await.1;
+    assert!(by_name["items"].as_array().unwrap().len() > 5, "{by_name}");
     let text = olga.page("/tenants/acme/activity?action=member.role").await;
     assert!(
         text.contains("member.role") && text.contains("deployer") && !text.contains("robot.create"),
@@ -239,7 +241,84 @@ async fn sealing_misses_nothing(options: PgPoolOptions, connect: PgConnectOption
     app.seal().await;
     let report = check(&app).await;
     assert!(report.findings.is_empty() && report.rows == rows(&app).await, "{report:?}");
-    // As after a restore elsewhere: transactions count from below what was sealed.
-    app.sql("UPDATE audit_round SET tx_to = tx_to").await;
     second.stop().await;
+    // As after a restore into another cluster, whose transactions count from below what was sealed: rows of
+    // before keep their high numbers, new ones get low ones.
+    app.sql("UPDATE audit SET tx = ((tx::text::bigint) + 1000000)::text::xid8; \
+             INSERT INTO audit (tenant_id, actor, action, object, request_id) SELECT id, 'root', 'x.y', 'unsealed', 'r' FROM tenant").await;
+    let last: (i64, String, i64, Vec<u8>, Vec<u8>) = sqlx::query_as(
+        "SELECT number, (tx_to::text::bigint + 1000000)::text, last_id, \
+         coalesce((SELECT string_agg(s.mac, ''::bytea ORDER BY coalesce(s.tenant_id, 0), s.number) FROM audit_seal s WHERE s.round = r.number), ''::bytea), \
+         coalesce((SELECT b.mac FROM audit_round b WHERE b.number = r.number - 1), ''::bytea) \
+         FROM audit_round r ORDER BY number DESC LIMIT 1",
+    )
+    .fetch_one(&app.root)
+    .await
+    .unwrap();
+    let number = last.0.to_be_bytes();
+    let mac = bulkhead::keys::mac(
+        &key,
+        &[b"round", &number, last.1.as_bytes(), &last.2.to_be_bytes(), &last.3, &last.4],
+    );
+    sqlx::query("UPDATE audit_round SET tx_to = $1::text::xid8, mac = $2 WHERE number = $3")
+        .bind(&last.1)
+        .bind(&mac[..])
+        .bind(last.0)
+        .execute(&app.root)
+        .await
+        .unwrap();
+    std::fs::remove_file(app.config.access.audit_heads.as_ref().unwrap()).unwrap();
+    app.seal().await;
+    app.member("bob", "acme", Role::Viewer).await;
+    app.seal().await;
+    let report = check(&app).await;
+    assert!(
+        report.findings.is_empty() && report.rows == rows(&app).await && report.unsealed == 0,
+        "{report:?}"
+    );
+}
+
+/// A month goes after its time, with a record of it; what goes in another way is found. All of it is what the
+/// service does every hour, as the role that it has.
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn months_are_kept_given_up_and_missed(options: PgPoolOptions, connect: PgConnectOptions) {
+    let app = TestApp::new(options, connect).await;
+    let work = &app.one.platform.work;
+    app.tenant("acme").await;
+    let old = "INSERT INTO audit (at, tenant_id, actor, action, object, request_id) SELECT now() - interval '20 months', \
+               id, 'root', 'tenant.change', 'old', 'r' FROM tenant, generate_series(1, 5)";
+    app.sql(old).await;
+    app.sql("CREATE TABLE audit_made PARTITION OF audit FOR VALUES FROM ('2024-01-01 00:00:00+00') TO ('2024-02-01 00:00:00+00'); \
+             ALTER TABLE audit_made RENAME TO audit_202401; SELECT audit_close_part('audit_202401'); \
+             INSERT INTO audit (at, tenant_id, actor, action, object, request_id) SELECT '2024-01-15', id, 'root', 'x.y', 'older', 'r' FROM tenant").await;
+    app.seal().await;
+    assert_eq!(check(&app).await.findings, []);
+    let housekeeping = async || {
+        bulkhead::audit::prepare_months(work).await.unwrap();
+        bulkhead::audit::retire_months(work, 13).await.unwrap();
+        bulkhead::access::prune(work).await.unwrap();
+        bulkhead::apps::prune(work).await.unwrap();
+    };
+    for _ in 0..4 {
+        housekeeping().await;
+    }
+    let left: i64 = sqlx::query_scalar("SELECT count(*) FROM audit WHERE at < now() - interval '14 months'")
+        .fetch_one(&app.root)
+        .await
+        .unwrap();
+    assert_eq!(left, 0);
+    let told: i64 = sqlx::query_scalar("SELECT count(*) FROM audit WHERE action = 'audit.retire'")
+        .fetch_one(&app.root)
+        .await
+        .unwrap();
+    assert_eq!(told, 2, "one record a month, and no more when there is nothing left to do");
+    app.seal().await;
+    let report = check(&app).await;
+    assert!(report.findings.is_empty() && report.retired == 6, "{report:?}");
+    // A month of late is not to be had, by nobody.
+    let refused =
+        sqlx::query_scalar::<_, i64>("SELECT audit_retire_month((now() - interval '1 month')::date)")
+            .fetch_one(work)
+            .await;
+    assert!(refused.unwrap_err().to_string().contains("90 days"));
 }

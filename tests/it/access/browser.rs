@@ -1,0 +1,99 @@
+//! The pages in a real browser: nothing inline runs, nothing foreign is loaded, everybody can use them, and no
+//! other origin can send our forms.
+
+use std::io::Write;
+use std::process::Stdio;
+
+use bulkhead::access::{PlatformRole, Role};
+use serde_json::{Value, json};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+
+use crate::support::{PASSWORD, TestApp, node};
+
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn pages_hold_in_a_browser(options: PgPoolOptions, connect: PgConnectOptions) {
+    let app = TestApp::new(options, connect).await;
+    app.tenant("acme").await;
+    let admin = app.admin().await;
+    let mut olga = app.member("olga", "acme", Role::Owner).await;
+    app.member("bob", "acme", Role::Viewer).await;
+    let base = "/api/v1/tenants/acme";
+    for (path, body) in [
+        ("service-accounts", json!({"name": "ci", "role": "deployer"})),
+        ("tokens", json!({"service_account": "ci", "name": "pipeline", "days": 30})),
+        ("invitations", json!({"name": "carl@example.org", "role": "viewer"})),
+    ] {
+        assert_eq!(olga.api("POST", &format!("{base}/{path}"), body).await.0, 201);
+    }
+    olga.api(
+        "POST",
+        "/api/v1/me/tokens",
+        json!({"name": "<b>mine</b>", "tenant": "acme", "role": "viewer", "days": 3}),
+    )
+    .await;
+    let mut ada = app.person("ada", Some(PlatformRole::Admin)).await;
+    let (_, made) = ada.api("POST", "/api/v1/invitations", json!({"name": "ian"})).await;
+    let invitation = made["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
+    let reset = app.ask(&admin, "POST", "/api/v1/accounts/bob/reset", Value::Null).await.1;
+    let reset = reset["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
+    app.ask("bhk_wrong", "GET", "/api/v1/me", Value::Null).await;
+    app.write_denials().await;
+    let before = app.number("SELECT count(*) FROM invitation WHERE recipient <> $1", "").await;
+    let mut pages: Vec<&str> = vec![
+        "/tenants",
+        "/people",
+        "/audit",
+        "/account",
+        "/confirm",
+        "/tenants/acme",
+        "/tenants/acme/members",
+        "/tenants/acme/tokens",
+        "/tenants/acme/activity",
+        "/docs/permissions",
+        "/docs/errors",
+        "/nothing/here",
+    ];
+    pages.extend([invitation.as_str(), reset.as_str()]);
+    let task = json!({
+        "address": app.one.address, "name": "ada", "password": PASSWORD, "pages": pages,
+        "forge": {
+            "path": "/tenants/acme/members/invitation", "api": format!("{base}/invitations"),
+            "fields": {"form": "x", "name": "mallory", "role": "owner"},
+        },
+        "shots": std::env::var("BULKHEAD_SHOTS").ok(),
+    });
+    let work = tokio::task::spawn_blocking(move || {
+        let mut child = node("pages.mjs")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(task.to_string().as_bytes()).unwrap();
+        child.wait_with_output().unwrap()
+    });
+    let done = work.await.unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let seen: Value = serde_json::from_slice(&done.stdout).unwrap();
+    for page in seen["pages"].as_array().unwrap() {
+        let path = page["path"].as_str().unwrap();
+        let wanted = if path == "/nothing/here" { 404 } else { 200 };
+        assert_eq!(page["status"], wanted, "{page}");
+        assert!(page["title"].as_str().unwrap().ends_with("Bulkhead"), "{page}");
+        assert_eq!(page["faults"], json!([]), "{path}");
+        assert_eq!(page["wide"], json!([]), "{path} is wider than its window");
+        assert!(
+            page["stopped"].as_i64().unwrap() >= 2,
+            "{path}: what was put in was stopped by the policy: {page}"
+        );
+    }
+    assert_eq!(seen["dialogs"], 0, "nothing that was put in has run");
+    assert_eq!(seen["foreign"], json!([]), "nothing but our own is loaded");
+    assert_eq!(seen["forged"], 403, "another origin's form");
+    assert_eq!(seen["fetched"], "failed", "another origin reads nothing");
+    assert_eq!(seen["framed"], false, "nobody frames us");
+    let cookie = json!([{"name": "bulkhead-loopback", "httpOnly": true, "sameSite": "Lax", "path": "/"}]);
+    assert_eq!(seen["cookies"], cookie);
+    let after = app.number("SELECT count(*) FROM invitation WHERE recipient <> $1", "").await;
+    assert_eq!(after, before);
+}
