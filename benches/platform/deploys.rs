@@ -10,9 +10,9 @@ use crate::{Row, median, spread};
 const CLIENTS: usize = 8;
 const SECONDS: u64 = 4;
 
-/// What one deploy asks of the database, in its order (`src/access/store.rs`, `src/apps/actions.rs`).
+/// What one deploy asks of the database, in its order (`src/access/store`, `src/apps/actions.rs`).
 const STATEMENTS: &str = r"\set n :client_id
-SELECT id, name, tenant_id, role FROM api_token WHERE hash = decode(repeat('00', 32), 'hex') AND revoked_at IS NULL AND expires_at > now();
+SELECT token_id, token_role, tenant_state FROM access_by_token(decode(repeat('00', 32), 'hex'), 'bench-' || :n::text);
 SELECT id AS tenant, state FROM tenant WHERE name = 'bench-' || :n::text
 \gset
 SELECT n FROM unnest('{}'::text[]) n WHERE NOT EXISTS (SELECT 1 FROM app WHERE tenant_id = :tenant AND name = n AND removed_at IS NULL AND deleted_at IS NULL);

@@ -9,6 +9,7 @@
     reason = "a measure that cannot go on panics"
 )]
 
+mod access;
 mod deploys;
 mod memory;
 mod specs;
@@ -65,6 +66,15 @@ fn main() {
         }
         if wanted("deploys") {
             say(deploys::measure().await);
+        }
+        if wanted("signed") {
+            say(access::signed().await);
+        }
+        if wanted("logins") {
+            say(access::logins().await);
+        }
+        if wanted("audit") {
+            access::audit().await.into_iter().for_each(say);
         }
         if wanted("idle") {
             say(memory::idle().await);

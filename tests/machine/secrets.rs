@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -23,24 +24,20 @@ impl Drop for Serve {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn secrets_are_in_no_log_dump_metric_or_error() {
-    let machine = Machine::start().await;
-    let dir = tempfile::tempdir().unwrap();
-    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    let (port, pull, metrics) = (free_port(), free_port(), free_port());
+/// One more `serve` over the same database, whose log says everything.
+fn loud(machine: &Machine, dir: &Path, port: u16, metrics: u16) -> Serve {
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
     let mut settings: toml::Table =
         fs::read_to_string(machine.data.join("serve.toml")).unwrap().parse().unwrap();
     let server = settings["server"].as_table_mut().unwrap();
-    for (name, port) in [("listen", port), ("pull_listen", pull), ("metrics_listen", metrics)] {
+    for (name, port) in [("listen", port), ("pull_listen", free_port()), ("metrics_listen", metrics)] {
         server.insert(name.into(), format!("127.0.0.1:{port}").into());
     }
     settings["log"].as_table_mut().unwrap().insert("level".into(), "trace".into());
-    let config = dir.path().join("serve.toml");
+    let config = dir.join("serve.toml");
     fs::write(&config, toml::to_string(&settings).unwrap()).unwrap();
     fs::set_permissions(&config, fs::Permissions::from_mode(0o644)).unwrap();
     let user = format!("bk{}-serve", machine.id);
-    let log = dir.path().join("log");
     let child = Command::new("setpriv")
         .args([
             "--reuid",
@@ -55,10 +52,35 @@ async fn secrets_are_in_no_log_dump_metric_or_error() {
         .args([env!("CARGO_BIN_EXE_bulkhead"), "serve", "--config", &config.display().to_string()])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(fs::File::create(&log).unwrap())
+        .stderr(fs::File::create(dir.join("log")).unwrap())
         .spawn()
         .unwrap();
-    let _serve = Serve(child);
+    Serve(child)
+}
+
+/// Everything that was written down anywhere: the logs, the dump, the metrics.
+async fn written(machine: &Machine, log: &Path, metrics: u16) -> [(&'static str, String); 3] {
+    let url = format!("http://127.0.0.1:{metrics}/metrics");
+    let numbers = reqwest::get(url).await.unwrap().text().await.unwrap();
+    assert!(numbers.contains("bulkhead_http_responses_total"));
+    let socket = machine.data.join("run/postgres").display().to_string();
+    let (good, dump) = run("pg_dump", &["-h", &socket, "-U", "postgres", "bulkhead"]);
+    assert!(good && dump.contains("COPY public.account") && dump.contains("ada"), "the dump is one");
+    let mut logs = fs::read_to_string(log).unwrap();
+    assert!(logs.contains("TRACE") && logs.lines().count() > 100, "the log is at its loudest");
+    for name in ["serve", "agent", "registry", "postgres", "prober", "engine"] {
+        logs += &fs::read_to_string(machine.data.join(format!("log/{name}.log"))).unwrap_or_default();
+    }
+    [("a log", logs), ("the dump", dump), ("the metrics", numbers)]
+}
+
+#[expect(clippy::too_many_lines, reason = "one story: every door, one after another")]
+#[tokio::test(flavor = "multi_thread")]
+async fn secrets_are_in_no_log_dump_metric_or_error() {
+    let machine = Machine::start().await;
+    let (dir, (port, metrics)) = (tempfile::tempdir().unwrap(), (free_port(), free_port()));
+    let log = dir.path().join("log");
+    let _serve = loud(&machine, dir.path(), port, metrics);
     let address = format!("http://127.0.0.1:{port}");
     let http = bulkhead::outgoing::client().build().unwrap();
     let begun = Instant::now();
@@ -140,7 +162,8 @@ async fn secrets_are_in_no_log_dump_metric_or_error() {
     for answer in wrong.drain(..) {
         let status = answer.status();
         assert!(status.is_client_error() || status.is_success(), "{status}");
-        errors += &format!("{:?} {}\n", answer.headers().clone(), answer.text().await.unwrap());
+        let headers = format!("{:?}\n", answer.headers());
+        errors.extend([headers, answer.text().await.unwrap()]);
     }
     let good = http
         .get(format!("{address}/auth/token?service=bulkhead-registry&scope=repository:acme/web:pull"))
@@ -152,22 +175,11 @@ async fn secrets_are_in_no_log_dump_metric_or_error() {
     http.get(format!("{address}/v2/acme/web/tags/list")).bearer_auth(&bearer).send().await.unwrap();
     canaries.push(("registry token", bearer));
     tokio::time::sleep(Duration::from_millis(2_500)).await;
-    let numbers =
-        http.get(format!("http://127.0.0.1:{metrics}/metrics")).send().await.unwrap().text().await.unwrap();
-    assert!(numbers.contains("bulkhead_http_responses_total"));
-    let socket = machine.data.join("run/postgres").display().to_string();
-    let (good, dump) = run("pg_dump", &["-h", &socket, "-U", "postgres", "bulkhead"]);
-    assert!(good && dump.contains("COPY public.account") && dump.contains("ada"), "the dump is one");
-    let mut logs = fs::read_to_string(&log).unwrap();
-    assert!(logs.contains("TRACE") && logs.lines().count() > 100, "the log is at its loudest");
-    for name in ["serve", "agent", "registry", "postgres", "prober", "engine"] {
-        logs += &fs::read_to_string(machine.data.join(format!("log/{name}.log"))).unwrap_or_default();
-    }
+    let written = written(&machine, &log, metrics).await;
     let text = fs::read_to_string(format!("{}.out", machine.data.display())).unwrap();
     assert!(text.contains(&code), "the one place where the first link is shown");
     for (what, canary) in canaries {
-        for (place, text) in
-            [("a log", &logs), ("the dump", &dump), ("the metrics", &numbers), ("an error", &errors)]
+        for (place, text) in written.iter().map(|(place, text)| (*place, text)).chain([("an error", &errors)])
         {
             if let Some(at) = text.find(&canary) {
                 let from = text[..at].rfind('\n').map_or(0, |n| n + 1);
