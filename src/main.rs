@@ -5,16 +5,14 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use bulkhead::access::{Authority, PlatformRole, Role, tokens};
 use bulkhead::apps::spec::{AppSpec, Colour, Format, show};
-use bulkhead::audit::{heads::Heads, verify};
 use bulkhead::config::Config;
-use bulkhead::db::{Login, Within};
-use bulkhead::ids::{ActorId, TenantName};
-use bulkhead::keys::{Keys, Purpose};
+use bulkhead::ids::TenantName;
 use bulkhead::standalone::{self, doctor, uninstall, units};
-use bulkhead::{db, prober, startup, telemetry};
+use bulkhead::{prober, startup, telemetry};
 use clap::{Parser, Subcommand, ValueEnum};
+
+mod commands;
 
 /// Bulkhead: many tenants' containers on one platform, apart by construction.
 #[derive(Parser)]
@@ -102,6 +100,16 @@ enum Command {
     Token {
         #[command(subcommand)]
         command: TokenCommand,
+    },
+    /// A one-time link that makes an admin's account, as root on the machine: for the first one, or when nobody
+    /// can get in any more
+    FirstAdmin {
+        /// Data folder of `up`
+        #[arg(long, default_value = "/var/lib/bulkhead")]
+        data: PathBuf,
+        /// Settings of `serve`, where there is no such folder
+        #[arg(long, conflicts_with = "data")]
+        config: Option<PathBuf>,
     },
     /// The record of who did what
     Audit {
@@ -261,9 +269,10 @@ fn run(command: Command) -> Result<ExitCode, String> {
                 std::fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))?;
             }
         }
-        Command::Token { command } => create_token(command)?,
+        Command::Token { command } => commands::create_token(command)?,
+        Command::FirstAdmin { data, config } => commands::first_admin(&data, config)?,
         Command::Audit { command: AuditCommand::Verify { data, config, output } } => {
-            return verify_audit(&data, config, output);
+            return commands::verify_audit(&data, config, output);
         }
         Command::Prober { socket } => {
             block_on(async { prober::serve(&socket).await.map_err(|error| error.to_string()) })?;
@@ -358,75 +367,14 @@ fn write_settings(settings: &Path, state: &Path) -> Result<(), String> {
         written.registry
     ));
     print(&format!(
-        "Then: look through {0}/serve.toml, `bulkhead migrate --config {0}/serve.toml`, and start bulkhead.target.",
+        "Postgres must take its three roles for what they are. In pg_hba.conf, before other lines:\n\n\
+         local bulkhead bulkhead,bulkhead_reconciler peer map=bulkhead\n\nand in pg_ident.conf:\n\n{}",
+        units::IDENT
+    ));
+    print(&format!(
+        "Then: look through {0}/serve.toml; `runuser -u postgres -- createdb bulkhead`;\n`runuser -u postgres -- \
+         bulkhead migrate --config - < {0}/serve.toml`; and start bulkhead.target.",
         settings.display()
     ));
     Ok(())
-}
-
-fn connect(config: &Config, login: Login) -> Result<sqlx::PgPool, String> {
-    Ok(db::pool(db::options(&config.database, login).map_err(|error| error.to_string())?, 1))
-}
-
-fn settings(data: &Path, config: Option<PathBuf>) -> Result<Config, String> {
-    load(&config.unwrap_or_else(|| data.join("serve.toml")))
-        .map_err(|error| format!("{error}\nis `bulkhead up` running on this --data?"))
-}
-
-fn verify_audit(data: &Path, config: Option<PathBuf>, output: Output) -> Result<ExitCode, String> {
-    let config = settings(data, config)?;
-    let report = block_on(async {
-        let key = Keys::load(&config.access.key).map_err(|error| explain(&error))?.of(Purpose::Audit);
-        let heads = Heads::in_file(config.access.audit_heads.clone());
-        let pool = connect(&config, Login::Reconciler)?;
-        verify::verify(&pool, &key, &heads).await.map_err(|error| explain(&error))
-    })?;
-    if output == Output::Json {
-        print(&serde_json::to_string_pretty(&report).map_err(|error| error.to_string())?);
-    } else {
-        for finding in &report.findings {
-            print(&format!("FAILED  {finding}"));
-        }
-        print(&format!(
-            "{} rows in {} rounds fit; {} too new to be sealed, {} of months that were given up{}",
-            report.rows,
-            report.rounds,
-            report.unsealed,
-            report.retired,
-            if report.heads { "" } else { "; no heads to compare with: a cut tail would not be seen" }
-        ));
-    }
-    Ok(if report.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn create_token(command: TokenCommand) -> Result<(), String> {
-    let TokenCommand::Create { admin, auditor: _, tenant, role, name, days, data, config } = command;
-    if name.is_empty() || name.chars().count() > 60 || name.chars().any(char::is_control) {
-        return Err("--name has 1 to 60 visible characters".into());
-    }
-    let role = Role::parse(&role).ok_or("--role is viewer, deployer or owner")?;
-    let config = settings(&data, config)?;
-    block_on(async {
-        let failed = |error: bulkhead::error::Error| explain(&error);
-        let pool = connect(&config, Login::Runtime)?;
-        let within = tenant.as_ref().map_or(Within::Platform, Within::Named);
-        let mut tx = db::begin(&pool, within)
-            .await
-            .map_err(|error| format!("the database does not answer: {error}"))?;
-        let authority = match &tenant {
-            Some(tenant) => {
-                let id = bulkhead::tenants::id_of(&mut tx, tenant).await.map_err(failed)?;
-                Authority::Tenant(id.ok_or("there is no such tenant")?, role)
-            }
-            None if admin => Authority::Platform(PlatformRole::Admin),
-            None => Authority::Platform(PlatformRole::Auditor),
-        };
-        let actor = ActorId::new("root");
-        let life = time::Duration::days(days.into());
-        let (_, token) =
-            tokens::create_as_root(&mut tx, &name, authority, &actor, life).await.map_err(failed)?;
-        tx.commit().await.map_err(|error| error.to_string())?;
-        print(token.expose());
-        Ok(())
-    })
 }

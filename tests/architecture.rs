@@ -32,6 +32,7 @@ const ORDER: &[&str] = &[
     "routes",
     "startup",
     "standalone",
+    "commands",
     "main",
 ];
 

@@ -2,6 +2,7 @@
 //! on; here is its hash. It names its recipient: nobody else can use it for another account.
 
 use serde_json::json;
+use sqlx::PgPool;
 
 use super::credentials::{self, Secret};
 use super::extract::TenantScope;
@@ -18,6 +19,17 @@ use crate::ids::{AccountId, AccountName, ActorId, TenantId};
 pub const HOURS: (i32, i32) = (72, 168);
 /// Hours that a link for a new password is good.
 const RESET_HOURS: i32 = 4;
+
+/// Makes the one-time link for an admin's account, as root on the machine: its path. Earlier ones end.
+pub async fn make_first_admin_link(pool: &PgPool) -> Result<String, Error> {
+    let secret = Secret::generate("");
+    let mut tx = db::begin(pool, Within::Platform).await?;
+    store::replace_first_link(&mut tx, &secret.hash()).await?;
+    let root = ActorId::new("root");
+    note(&mut tx, &root, "account.first_admin_link", "first admin", "command line", json!({})).await?;
+    tx.commit().await?;
+    Ok(format!("/first-admin/{}", secret.expose()))
+}
 
 /// A link that was made: number and code.
 pub struct Made {

@@ -24,7 +24,7 @@ pub mod throttle;
 pub mod tokens;
 
 pub use extract::{PlatformScope, Public, SignedIn, TenantScope};
-pub use store::{actor_of, create_first_admin_link, has_admin, prune, registry_role};
+pub use store::{actor_of, has_admin, prune, registry_role};
 
 /// What somebody may do within one tenant. Each includes the ones before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -15,6 +15,9 @@ pub const SETTINGS: &str = "/etc/bulkhead";
 pub const STATE: &str = "/var/lib/bulkhead";
 /// Where `serve` keeps the heads of the audit's chain.
 pub const AUDIT: &str = "/var/lib/bulkhead/audit";
+/// Who may be whom in the database, by what the system says: `serve`, and root at the command line.
+pub const IDENT: &str = "bulkhead bulkhead bulkhead\nbulkhead bulkhead bulkhead_reconciler\nbulkhead root bulkhead\n\
+                         bulkhead root bulkhead_reconciler\n";
 /// Where sockets lie: one folder for each process, made by its unit.
 const SOCKETS: &str = "/run/bulkhead";
 /// The users.

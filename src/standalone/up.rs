@@ -142,8 +142,8 @@ async fn start(
     say(format!("\nBulkhead is at http://{}", options.listen));
     let failed = |error: crate::error::Error| Failed(error.to_string());
     if !access::has_admin(&mut conn).await.map_err(failed)? {
-        let link = access::create_first_admin_link(&mut conn).await.map_err(failed)?;
-        let address = format!("http://{}/first-admin/{}", options.listen, link.expose());
+        let path = access::invitations::make_first_admin_link(&pool).await.map_err(failed)?;
+        let address = format!("http://{}{path}", options.listen);
         folder.write("secrets/first-admin-link", &format!("{address}\n"), (0, 0), 0o400)?;
         say(format!("First admin (works once, for a day): {address}"));
         say(format!("It is also in {}", folder.path.join("secrets/first-admin-link").display()));

@@ -4,7 +4,6 @@
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
-use super::credentials::Secret;
 use super::{Actor, Means, PlatformRole, Role, TenantRef};
 use crate::error::Error;
 use crate::ids::{AccountId, ActorId, TenantId, TenantName};
@@ -179,17 +178,16 @@ pub async fn has_admin(conn: &mut PgConnection) -> Result<bool, Error> {
     .await?)
 }
 
-/// Makes the one-time link for the first admin, good for a day; earlier ones end.
-pub async fn create_first_admin_link(conn: &mut PgConnection) -> Result<Secret, Error> {
-    let secret = Secret::generate("");
+/// Puts the hash of a link for a first admin in the place of all earlier ones; good for a day.
+pub(super) async fn replace_first_link(conn: &mut PgConnection, hash: &[u8]) -> Result<(), Error> {
     sqlx::query!("DELETE FROM first_admin_link").execute(&mut *conn).await?;
     sqlx::query!(
         "INSERT INTO first_admin_link (hash, expires_at) VALUES ($1, now() + interval '1 day')",
-        secret.hash()
+        hash
     )
     .execute(conn)
     .await?;
-    Ok(secret)
+    Ok(())
 }
 
 /// Removes answers, sessions, sign-ins and buckets that have had their time.

@@ -1,0 +1,143 @@
+//! What must hold between settings: everything that is wrong is told together, a sentence each.
+
+use std::net::IpAddr;
+
+use super::Config;
+
+impl Config {
+    /// What must hold between settings.
+    pub(super) fn check(&self, faults: &mut Vec<String>) {
+        let server = &self.server;
+        if server.tls_certificate.is_some() != server.tls_key.is_some() {
+            faults
+                .push("server.tls_certificate and server.tls_key belong together: give both or none".into());
+        }
+        if !server.listen.ip().is_loopback() && server.tls_certificate.is_none() && !server.behind_proxy {
+            faults.push(format!(
+                "server.listen {} is beyond loopback and would be plain text: give server.tls_certificate and \
+                 server.tls_key, or say server.behind_proxy = true when a proxy in front ends TLS",
+                server.listen
+            ));
+        }
+        if !server.pull_listen.ip().is_loopback() {
+            faults.push(
+                "server.pull_listen is for the engine on this machine: give it a loopback address".into(),
+            );
+        }
+        if server.pull_listen == server.listen || server.metrics_listen == Some(server.listen) {
+            faults.push(
+                "server.listen, server.pull_listen and server.metrics_listen need an address each".into(),
+            );
+        }
+        if let Some(url) = &server.external_url {
+            check_external_url(url, faults);
+        } else if !server.listen.ip().is_loopback() {
+            faults.push(
+                "server.external_url is needed beyond loopback: it stands in the links and in the registry's realm"
+                    .into(),
+            );
+        }
+        if server.workers == 0 || server.workers > 64 {
+            faults.push("server.workers is 1 to 64".into());
+        }
+        if self.database.connections < 4 {
+            faults.push("database.connections is at least 4".into());
+        }
+        let logins = [&self.database.user, &self.database.reconciler_user, &self.database.admin_user];
+        if logins[0] == logins[1]
+            || logins[..2].contains(&logins[2])
+            || logins.contains(&&"bulkhead_owner".to_owned())
+        {
+            faults.push(
+                "database.user, database.reconciler_user and database.admin_user are three roles, and none is \
+                 bulkhead_owner"
+                    .into(),
+            );
+        }
+        self.check_providers(faults);
+        self.check_pools(faults);
+    }
+
+    fn check_providers(&self, faults: &mut Vec<String>) {
+        if self.access.audit_months < 3 {
+            faults.push("access.audit_months is at least 3".into());
+        }
+        let mut seen = Vec::new();
+        for provider in &self.access.providers {
+            let at = |field: &str| format!("access.providers: {}: {field}", provider.name);
+            let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+            if !(1..=32).contains(&provider.name.len())
+                || !provider.name.bytes().all(plain)
+                || matches!(provider.name.as_str(), "local" | "second-factor")
+            {
+                faults
+                    .push(at("name has 1 to 32 of a to z, 0 to 9 and -, and is not local or second-factor"));
+            }
+            let own = (provider.name.as_str(), provider.issuer.as_str());
+            if seen.iter().any(|(name, issuer)| *name == own.0 || *issuer == own.1) {
+                faults.push(at("each provider has a name and an issuer of its own"));
+            }
+            seen.push(own);
+            let plain_loopback = provider
+                .issuer
+                .strip_prefix("http://")
+                .is_some_and(|rest| is_loopback(rest.split('/').next().unwrap_or_default()));
+            if !provider.issuer.starts_with("https://") && !plain_loopback {
+                faults.push(at("issuer starts with https:// unless it is this machine's loopback"));
+            }
+            for mapping in &provider.roles {
+                let known: &[&str] = match mapping.tenant {
+                    Some(_) => &["viewer", "deployer", "owner"],
+                    None => &["auditor", "admin"],
+                };
+                if !known.contains(&mapping.role.as_str()) {
+                    faults.push(at(&format!("roles: {} is one of {}", mapping.value, known.join(", "))));
+                }
+            }
+        }
+    }
+
+    fn check_pools(&self, faults: &mut Vec<String>) {
+        let pools = &self.pools;
+        if pools.uid_start < 65_536 || pools.uid_end > 2_147_483_647 || pools.uid_end <= pools.uid_start {
+            faults.push(
+                "pools.uid_start to pools.uid_end lie between 65536 and 2147483647, which is the highest id that \
+                 container runtimes accept"
+                    .into(),
+            );
+        } else if pools.range_size == 0 || pools.uid_end - pools.uid_start < pools.range_size {
+            faults.push("the pool of user ids does not hold a single pools.range_size".into());
+        }
+        if pools.block_size < 16 || !pools.range_size.is_multiple_of(pools.block_size.max(1)) {
+            faults.push("pools.block_size is at least 16 and divides pools.range_size".into());
+        }
+        if pools.subnet_prefix < pools.network.prefix() || pools.subnet_prefix > 28 {
+            faults.push("pools.subnet_prefix lies between the prefix of pools.network and 28".into());
+        }
+    }
+}
+
+fn check_external_url(text: &str, faults: &mut Vec<String>) {
+    let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    match rest {
+        None => faults.push("server.external_url starts with https:// or http://".into()),
+        Some(host) if host.is_empty() || host.contains(['/', '@', '?', '#', ' ']) => {
+            faults.push("server.external_url is a scheme, a host and perhaps a port, without a path".into());
+        }
+        Some(host) if text.starts_with("http://") && !is_loopback(host) => {
+            faults.push("server.external_url is https:// unless it is this machine's loopback".into());
+        }
+        Some(_) => {}
+    }
+}
+
+/// Whether the host part of an address (`host` or `host:port`) is this machine's loopback.
+#[must_use]
+pub fn is_loopback(authority: &str) -> bool {
+    let host = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()) => host,
+        _ => authority,
+    };
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
