@@ -132,6 +132,14 @@ pub fn pool(options: PgConnectOptions, connections: u32) -> PgPool {
         .min_connections(1)
         .acquire_timeout(Duration::from_secs(2))
         .idle_timeout(Duration::from_secs(300))
+        // Asking each connection whether it lives would double the way of every short request: only one that
+        // has rested is asked.
+        .test_before_acquire(false)
+        .before_acquire(|conn, meta| {
+            Box::pin(async move {
+                Ok(meta.idle_for < Duration::from_secs(1) || sqlx::Connection::ping(conn).await.is_ok())
+            })
+        })
         .connect_lazy_with(options)
 }
 
