@@ -92,7 +92,8 @@ CREATE UNIQUE INDEX service_account_name_is_taken ON service_account (tenant_id,
 -- Whose a token is: a person's, a service account's, or (neither) made by root on the machine.
 ALTER TABLE api_token
     ADD COLUMN account_id bigint REFERENCES account (id),
-    ADD COLUMN service_account_id bigint,
+    ADD COLUMN service_account_id bigint;
+ALTER TABLE api_token
     ADD FOREIGN KEY (tenant_id, service_account_id) REFERENCES service_account (tenant_id, id),
     ADD CHECK (num_nonnulls(account_id, service_account_id) <= 1),
     ADD CHECK (service_account_id IS NULL OR tenant_id IS NOT NULL);
