@@ -287,6 +287,9 @@ text_id!(
                 "a person's name has 1 to 64 characters, the first and the last of a to z and 0 to 9",
             ));
         }
+        if ["root", "platform", "anonymous", "many", "bulkhead"].contains(&text) {
+            return Err(NameError::new("this name stands for the platform itself on the record"));
+        }
         if !bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._@+-".contains(b)) {
             return Err(NameError::new("a person's name consists of a to z, 0 to 9 and . _ @ + -"));
         }

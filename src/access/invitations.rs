@@ -288,7 +288,7 @@ impl Desk {
             return Err(Error::NotFound);
         }
         let (account, session) = match (&as_whom, new) {
-            (Ok(actor), _) => (accounts::own(actor)?, None),
+            (Ok(actor), _) => (actor.require_person()?, None),
             (Err(_), Some((display_name, hash))) => {
                 let name: AccountName = link.recipient.parse().map_err(Error::internal)?;
                 let account = store::insert_account(&mut tx, &name, display_name, Some(&hash), None).await?;
@@ -385,7 +385,12 @@ fn elsewhere() -> Error {
 async fn belongs_here_alone(tx: &mut Tx, account: AccountId, tenant: TenantId) -> Result<bool, Error> {
     let places = store::tenants_of(tx, account).await?;
     let (platform, _) = store::platform_standing(tx, account).await?;
-    Ok(platform.is_none() && places.iter().all(|place| place.id == tenant.0))
+    // Who also signs in through a provider may be given more there: an owner here would come to have it.
+    let through = store::list_issuers(tx, account).await?;
+    Ok(platform.is_none()
+        && through.is_empty()
+        && places.iter().any(|place| place.id == tenant.0)
+        && places.iter().all(|place| place.id == tenant.0))
 }
 
 async fn insert_reset(
@@ -433,7 +438,10 @@ async fn give(tx: &mut Tx, link: &Link, account: AccountId, request_id: &str) ->
         };
         return audit::record(tx, event).await;
     }
-    if let Some(role) = &link.platform_role {
+    let (has, _) = store::platform_standing(tx, account).await?;
+    let has = has.as_deref().and_then(PlatformRole::parse);
+    // Nor does one to the platform: it never lowers either.
+    if let Some(role) = link.platform_role.as_ref().filter(|role| PlatformRole::parse(role) > has) {
         store::set_platform_role(tx, account, Some(role), "local").await?;
     }
     let detail = json!({"platform_role": link.platform_role, "invited_by": link.created_by});

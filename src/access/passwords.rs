@@ -78,7 +78,8 @@ impl Passwords {
             let next = move || jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let run = move || {
                 while let Ok(job) = next() {
-                    job();
+                    // A mistake in one computation takes no thread away from all others.
+                    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
                 }
             };
             std::thread::Builder::new().name("passwords".into()).spawn(run).map_err(Error::internal)?;
@@ -103,9 +104,11 @@ impl Passwords {
         let (answer, answered) = oneshot::channel();
         let computed = Arc::clone(&self.computed);
         let job = Box::new(move || {
-            computed.fetch_add(1, Ordering::Relaxed);
-            // Whoever asked may have gone meanwhile.
-            let _ = answer.send(work());
+            // Whoever asked may have gone meanwhile: nothing is computed for nobody.
+            if !answer.is_closed() {
+                computed.fetch_add(1, Ordering::Relaxed);
+                let _ = answer.send(work());
+            }
         });
         self.work.try_send(job).map_err(|_| {
             Error::Unavailable("too many people are signing in right now".into(), Duration::from_secs(3))

@@ -156,7 +156,7 @@ impl OwnAddress {
     #[must_use]
     pub fn client(&self, req: &HttpRequest) -> IpAddr {
         let said = || {
-            let value = req.headers().get("x-forwarded-for")?.to_str().ok()?;
+            let value = req.headers().get_all("x-forwarded-for").last()?.to_str().ok()?;
             value.rsplit(',').next()?.trim().parse().ok()
         };
         let peer = || req.peer_addr().map(|peer| peer.ip());

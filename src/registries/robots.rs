@@ -63,6 +63,7 @@ pub async fn create_robot(
 ) -> Result<HttpResponse, Error> {
     let robot = check(parse_json(&req, &body)?)?;
     scope.tenant.require_active()?;
+    scope.actor.require_recent()?;
     let secret = Secret::generate("bhr_");
     let mut tx = db::begin(&pool, scope.tenant.id).await?;
     store::insert_robot(&mut tx, scope.tenant.id, &robot, &secret.hash(), scope.actor.id.as_str())

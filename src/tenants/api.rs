@@ -238,6 +238,7 @@ pub async fn begin_offboarding(
     body: web::Bytes,
 ) -> Result<HttpResponse, Error> {
     let input: OffboardBody = parse_json(&req, &body)?;
+    scope.actor.require_recent()?;
     if input.confirm != scope.tenant.name.as_str() {
         return Err(Error::fault(
             Fault::new(Code(426), Kind::Invalid, "confirm", "confirm is the name of the tenant")

@@ -55,6 +55,7 @@ impl Goal {
 struct Way {
     text: String,
     goal: Goal,
+    begun: i64,
 }
 
 impl Way {
@@ -64,7 +65,7 @@ impl Way {
         let random = Secret::generate("");
         let now = OffsetDateTime::now_utc().unix_timestamp();
         let body = format!("{word}.{session}.{now}.{}", random.expose());
-        Self { text: format!("{body}.{}", Self::seal(keys, provider, &body)), goal }
+        Self { text: format!("{body}.{}", Self::seal(keys, provider, &body)), goal, begun: now }
     }
 
     fn seal(keys: &Keys, provider: &str, body: &str) -> String {
@@ -93,7 +94,7 @@ impl Way {
             "l" => Goal::Link(session),
             _ => return None,
         };
-        (0..=LIFE).contains(&age).then(|| Self { text: text.to_owned(), goal })
+        (0..=LIFE).contains(&age).then(|| Self { text: text.to_owned(), goal, begun: at })
     }
 
     fn state(&self) -> String {
@@ -356,7 +357,8 @@ impl Desk {
             Goal::SignIn => self.admit(client, provider, &vouched).await,
             Goal::Confirm(session) | Goal::Link(session) => {
                 let now = OffsetDateTime::now_utc().unix_timestamp();
-                if vouched.authenticated.is_none_or(|at| (now - at).abs() > 300) {
+                // Since this way began, not with a session that the provider had before.
+                if vouched.authenticated.is_none_or(|at| at > now + 60 || at < way.begun - 5) {
                     return refuse(&Refused("the provider did not ask you anew".into()));
                 }
                 match actor {
@@ -385,7 +387,9 @@ impl Desk {
             (Goal::Confirm(_), Some((owner, ..))) if owner == account => {}
             (Goal::Link(_), None) => {
                 actor.require_recent()?;
-                store::insert_identity(&mut tx, &vouched.issuer, &vouched.subject, account).await?;
+                if !store::insert_identity(&mut tx, &vouched.issuer, &vouched.subject, account).await? {
+                    return Ok(Came::Refused("the provider vouches for somebody else".into()));
+                }
                 let detail = json!({"provider": provider});
                 note(&mut tx, &actor.id, "account.link", &actor.name, &client.request_id, detail).await?;
             }
@@ -441,14 +445,20 @@ impl Desk {
             &settings.name,
         );
         // A name that somebody has is never taken for that somebody.
-        let mut name: AccountName = base.parse().map_err(Error::internal)?;
+        let mut name: AccountName = match base.parse() {
+            Ok(name) => name,
+            Err(_) => format!("{base}-user").parse().map_err(Error::internal)?,
+        };
         while store::find_account_id(tx, &name).await?.is_some() {
             let more = &Secret::generate("").expose()[..6].to_owned();
             name = format!("{base}-{more}").parse().map_err(Error::internal)?;
         }
         let display = claims::display_name(vouched.display.as_deref(), name.as_str());
         let account = store::insert_account(tx, &name, &display, None, None).await?;
-        store::insert_identity(tx, &vouched.issuer, &vouched.subject, account).await?;
+        // Somebody else's tab was first: that one has made the account.
+        if !store::insert_identity(tx, &vouched.issuer, &vouched.subject, account).await? {
+            return Err(Error::Conflict("you were let in elsewhere at this moment; begin anew".into()));
+        }
         let actor = ActorId::new(&format!("account:{account} {name}"));
         let detail = json!({"provider": settings.name});
         note(tx, &actor, "account.create", name.as_str(), &client.request_id, detail).await?;

@@ -129,7 +129,8 @@ impl TokenRow {
             platform: self.platform(),
             account: self.account_id.map(AccountId),
             means: Means::Token { id: self.token_id, hash: hash.to_vec(), expires_at: self.expires_at },
-            name: self.token,
+            // A person's token speaks for the person; what it is called is the holder's choice.
+            name: self.account.unwrap_or(self.token),
         };
         Facts { actor, tenant: tenant(self.tenant_id, self.tenant_state, wanted, role) }
     }
