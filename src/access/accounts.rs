@@ -194,9 +194,7 @@ impl Desk {
     }
 }
 
-/// A person's account as a number, for an actor who is one.
+/// A person's own account, for the person alone: a token that leaked does not list what else is theirs.
 pub(super) fn own(actor: &Actor) -> Result<AccountId, Error> {
-    actor
-        .account
-        .ok_or_else(|| Error::Forbidden("this is for people; a token of root or a service has none".into()))
+    actor.require_person()
 }
