@@ -133,6 +133,7 @@ CREATE TABLE sign_in (
     created_at timestamptz NOT NULL DEFAULT now(),
     expires_at timestamptz NOT NULL
 );
+CREATE INDEX sign_in_by_account ON sign_in (account_id);
 CREATE INDEX sign_in_by_age ON sign_in (expires_at);
 
 -- Links that are used once: an invitation, or a new password. For one recipient, for a short time.
@@ -155,6 +156,8 @@ CREATE TABLE invitation (
     CHECK (platform_role IS NULL OR tenant_id IS NULL)
 );
 -- Zero stands for the platform.
+CREATE INDEX invitation_by_maker ON invitation (created_by) WHERE used_at IS NULL AND revoked_at IS NULL;
+CREATE INDEX invitation_by_recipient ON invitation (recipient) WHERE used_at IS NULL AND revoked_at IS NULL;
 CREATE INDEX invitation_by_tenant ON invitation (coalesce(tenant_id, 0), id) WHERE used_at IS NULL AND revoked_at IS NULL;
 
 -- How fast somebody may guess: when the bucket will be empty again (generic cell rate algorithm).

@@ -87,6 +87,39 @@ BEGIN
     END LOOP;
 END $$;
 
+-- What a provider gave holds only while it goes on vouching: two weeks after somebody last came through one,
+-- it is as if it were not there, whatever password or token they have meanwhile.
+CREATE FUNCTION access_is_vouched_for(wanted bigint) RETURNS boolean
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, public AS $$
+    SELECT EXISTS (SELECT FROM public.account_identity i
+                   WHERE i.account_id = wanted AND i.last_used_at > now() - interval '14 days')
+$$;
+
+-- Open links of somebody end wherever they lead: what they made, and what was made for them.
+CREATE FUNCTION access_end_links(maker text, whom text) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public AS $$
+DECLARE
+    ended bigint;
+BEGIN
+    UPDATE public.invitation SET revoked_at = now()
+    WHERE used_at IS NULL AND revoked_at IS NULL AND (created_by = maker OR recipient = whom);
+    GET DIAGNOSTICS ended = ROW_COUNT;
+    RETURN ended;
+END $$;
+CREATE POLICY of_functions_update ON invitation FOR UPDATE TO bulkhead_owner USING (true) WITH CHECK (true);
+
+-- A new password ends every link for another one.
+CREATE FUNCTION access_end_resets(wanted bigint) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public AS $$
+DECLARE
+    ended bigint;
+BEGIN
+    UPDATE public.invitation SET revoked_at = now()
+    WHERE kind = 'reset' AND account_id = wanted AND used_at IS NULL AND revoked_at IS NULL;
+    GET DIAGNOSTICS ended = ROW_COUNT;
+    RETURN ended;
+END $$;
+
 CREATE FUNCTION access_by_session(given bytea, wanted text)
 RETURNS TABLE (account_id bigint, account text, platform_role text, session_id bigint, recent boolean,
                stale boolean, tenant_id bigint, tenant_state text, member_role text)
@@ -94,11 +127,13 @@ LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, public AS
 #variable_conflict use_column
 BEGIN
     RETURN QUERY
-    SELECT a.id, a.name, a.platform_role, s.id, s.confirmed_at > now() - interval '10 minutes', s.last_seen_at < now() - interval '1 minute',
+    SELECT a.id, a.name,
+           CASE WHEN a.platform_source IN ('local', 'hand') OR public.access_is_vouched_for(a.id) THEN a.platform_role END, s.id, s.confirmed_at > now() - interval '10 minutes', s.last_seen_at < now() - interval '1 minute',
            t.id, t.state, m.role
     FROM public.session s JOIN public.account a ON a.id = s.account_id
     LEFT JOIN public.tenant t ON t.name = wanted
     LEFT JOIN public.membership m ON m.tenant_id = t.id AND m.account_id = a.id
+         AND (m.source = 'local' OR public.access_is_vouched_for(a.id))
     WHERE s.hash = given AND a.disabled_at IS NULL AND s.created_at > now() - interval '12 hours'
       AND s.last_seen_at > now() - interval '30 minutes';
 END $$;
@@ -113,12 +148,15 @@ BEGIN
     RETURN QUERY
     SELECT k.id, k.name, k.role, k.tenant_id, k.expires_at,
            k.last_used_at IS NULL OR k.last_used_at < now() - interval '1 minute',
-           a.id, a.name, a.platform_role, s.name, s.role, t.id, t.state, m.role
+           a.id, a.name,
+           CASE WHEN a.platform_source IN ('local', 'hand') OR public.access_is_vouched_for(a.id) THEN a.platform_role END,
+           s.name, s.role, t.id, t.state, m.role
     FROM public.api_token k
     LEFT JOIN public.account a ON a.id = k.account_id
     LEFT JOIN public.service_account s ON s.tenant_id = k.tenant_id AND s.id = k.service_account_id
     LEFT JOIN public.tenant t ON t.name = wanted
     LEFT JOIN public.membership m ON m.tenant_id = k.tenant_id AND m.account_id = k.account_id
+         AND (m.source = 'local' OR public.access_is_vouched_for(k.account_id))
     WHERE k.hash = given AND k.revoked_at IS NULL AND k.expires_at > now()
       AND (k.account_id IS NULL OR a.disabled_at IS NULL)
       AND (k.service_account_id IS NULL OR s.deleted_at IS NULL);
@@ -154,7 +192,8 @@ BEGIN
     RETURN QUERY
     SELECT t.id, t.name, t.display_name, t.state, m.role, m.source
     FROM public.membership m JOIN public.tenant t ON t.id = m.tenant_id
-    WHERE m.account_id = wanted AND t.state IN ('active', 'suspended') ORDER BY t.name;
+    WHERE m.account_id = wanted AND t.state IN ('active', 'suspended')
+      AND (m.source = 'local' OR public.access_is_vouched_for(wanted)) ORDER BY t.name;
 END $$;
 
 -- One's own tokens, wherever they open.
@@ -182,5 +221,6 @@ END $$;
 REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION access_by_session(bytea, text), access_by_token(bytea, text), access_note_use(bytea),
     access_invitation(bytea), access_tenants_of(bigint), access_tokens_of(bigint),
-    access_revoke_own(bigint, bigint) TO bulkhead_runtime;
+    access_revoke_own(bigint, bigint), access_end_links(text, text), access_end_resets(bigint),
+    access_is_vouched_for(bigint) TO bulkhead_runtime;
 GRANT EXECUTE ON FUNCTION audit_prepare_months(), audit_retire_month(date) TO bulkhead_reconciler;

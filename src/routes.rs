@@ -158,6 +158,7 @@ fn people(take: &mut Taker<'_>) {
         POST "/api/v1/me/second-factor" => me::begin_second_factor;
         PUT "/api/v1/me/second-factor" => me::confirm_second_factor;
         DELETE "/api/v1/me/second-factor" => me::remove_second_factor;
+        DELETE "/api/v1/me/providers/{provider}" => me::unlink;
         GET "/api/v1/me/tokens" => me::list_tokens;
         POST "/api/v1/me/tokens" => me::create_token;
         DELETE "/api/v1/me/tokens/{id}" => me::revoke_token;
@@ -167,6 +168,7 @@ fn people(take: &mut Taker<'_>) {
         PATCH "/api/v1/accounts/{account}" => p::change_account;
         POST "/api/v1/accounts/{account}/reset" => p::reset_account;
         DELETE "/api/v1/accounts/{account}/second-factor" => p::remove_second_factor;
+        DELETE "/api/v1/accounts/{account}/providers" => p::unlink_account;
         GET "/api/v1/invitations" => p::list_invitations;
         POST "/api/v1/invitations" => p::invite;
         DELETE "/api/v1/invitations/{id}" => p::revoke_invitation;
@@ -236,6 +238,7 @@ fn signing_in(take: &mut Taker<'_>) {
         POST "/account/second-factor" => a::begin_second_factor;
         POST "/account/second-factor/confirmation" => a::confirm_second_factor;
         POST "/account/second-factor/removal" => a::remove_second_factor;
+        POST "/account/providers/removal" => a::unlink;
         POST "/account/sessions/end" => a::end_session;
         POST "/account/tokens" => a::create_token;
         POST "/account/tokens/revocation" => a::revoke_token;

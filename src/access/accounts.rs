@@ -44,6 +44,11 @@ impl Desk {
         self.throttle.guess(&actor.name, client.address, Some(account)).await?;
         let mut conn = self.pool.acquire().await?;
         let found = store::find_for_sign_in(&mut conn, &actor.name).await?.ok_or(Error::NotFound)?;
+        if found.password.is_none() && !store::list_issuers(&mut conn, account).await?.is_empty() {
+            return Err(Error::Conflict(
+                "you sign in through a provider; an admin makes a link for a password of your own".into(),
+            ));
+        }
         drop(conn);
         if found.password.is_some()
             && self.passwords.verify(current, found.password.as_deref()).await? == Verdict::Wrong
@@ -69,11 +74,12 @@ impl Desk {
     }
 
     /// Begins to set up a second factor: what to scan. Nothing is in force yet.
-    pub async fn begin_second_factor(&self, actor: &Actor) -> Result<Setup, Error> {
+    pub async fn begin_second_factor(&self, actor: &Actor, request_id: &str) -> Result<Setup, Error> {
         let account = actor.require_person()?;
         actor.require_recent()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         let setup = second_factor::begin(&mut tx, &self.keys, account, &actor.name).await?;
+        note(&mut tx, &actor.id, "account.second_factor_begin", &actor.name, request_id, json!({})).await?;
         tx.commit().await?;
         Ok(setup)
     }
@@ -87,7 +93,7 @@ impl Desk {
     ) -> Result<Vec<String>, Error> {
         let account = actor.require_person()?;
         actor.require_recent()?;
-        self.throttle.guess(&format!("second factor of {account}"), client.address, Some(account)).await?;
+        self.throttle.guess_factor(account, client.address).await?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         match store::find_factor(&mut tx, account).await? {
             Some(factor) if !factor.confirmed => {}
@@ -100,6 +106,7 @@ impl Desk {
             ));
         }
         let codes = second_factor::make_recovery_codes(&mut tx, account).await?;
+        store::forgive(&mut tx, &self.throttle.factor(account)).await?;
         let keep = match actor.means {
             super::Means::Session { id, .. } => Some(id),
             super::Means::Token { .. } => None,
@@ -152,6 +159,41 @@ impl Desk {
         Ok(())
     }
 
+    /// Takes away one's own link to a provider; some way to sign in stays. What the provider gave goes with it.
+    pub async fn unlink(&self, actor: &Actor, request_id: &str, provider: &str) -> Result<(), Error> {
+        let account = actor.require_person()?;
+        actor.require_recent()?;
+        let issuer = self.providers.get(provider)?.settings.issuer.clone();
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        let found = store::find_for_sign_in(&mut tx, &actor.name).await?.ok_or(Error::NotFound)?;
+        let issuers = store::list_issuers(&mut tx, account).await?;
+        if found.password.is_none() && issuers.iter().all(|known| *known == issuer) {
+            return Err(Error::Conflict("it is the only way in that you have: set a password first".into()));
+        }
+        if store::delete_identities(&mut tx, account, Some(&issuer)).await? == 0 {
+            return Err(Error::NotFound);
+        }
+        let detail = json!({"provider": provider});
+        note(&mut tx, &actor.id, "account.unlink", &actor.name, request_id, detail).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Takes away all of somebody's links to providers, as an admin: whoever came that way is out.
+    pub async fn unlink_all(&self, actor: &Actor, request_id: &str, name: &AccountName) -> Result<(), Error> {
+        actor.require_recent()?;
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        let account = store::find_account_id(&mut tx, name).await?.ok_or(Error::NotFound)?;
+        if store::delete_identities(&mut tx, account, None).await? == 0 {
+            return Err(Error::NotFound);
+        }
+        store::delete_sessions_but(&mut tx, account, None).await?;
+        let detail = json!({"provider": "all", "by_admin": true});
+        note(&mut tx, &actor.id, "account.unlink", name.as_str(), request_id, detail).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
     /// Changes somebody's standing on the platform. It holds with their next request, on open streams too.
     pub async fn change_account(
         &self,
@@ -167,7 +209,8 @@ impl Desk {
         let before = store::count_admins(&mut tx).await?;
         let mut detail = serde_json::Map::new();
         if let Some(role) = change.platform_role {
-            store::set_platform_role(&mut tx, account, role.map(PlatformRole::as_str), "local").await?;
+            store::set_platform_role(&mut tx, account, role.map(PlatformRole::as_str), "hand").await?;
+            store::end_links_of(&mut tx, &format!("account:{account} {name}"), name.as_str()).await?;
             detail.insert("platform_role".into(), json!(role.map_or("none", PlatformRole::as_str)));
         }
         if let Some(disabled) = change.disabled {
@@ -175,6 +218,8 @@ impl Desk {
             if disabled {
                 store::delete_sessions_but(&mut tx, account, None).await?;
             }
+            let maker = format!("account:{account} {name}");
+            store::end_links_of(&mut tx, &maker, name.as_str()).await?;
             detail.insert("disabled".into(), json!(disabled));
         }
         if before > 0 && store::count_admins(&mut tx).await? == 0 {

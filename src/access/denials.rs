@@ -12,6 +12,8 @@ use crate::error::Error;
 
 /// Most different refusals that are kept in one batch; what is beyond is counted together.
 const KINDS: usize = 100;
+/// Most of them from one place; what is beyond is counted together for that place.
+const KINDS_OF_PLACE: usize = 5;
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// Refusals that are not written down yet.
@@ -22,8 +24,16 @@ impl Denials {
     /// Notes one.
     pub fn note(&self, refusal: Refusal) {
         let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let refusal =
-            if open.len() < KINDS || open.contains_key(&refusal) { refusal } else { Refusal::rest() };
+        let of_place = open.keys().filter(|known| known.place == refusal.place).count();
+        let refusal = if open.contains_key(&refusal) {
+            refusal
+        } else if of_place >= KINDS_OF_PLACE {
+            refusal.folded()
+        } else if open.len() < KINDS {
+            refusal
+        } else {
+            Refusal::rest()
+        };
         *open.entry(refusal).or_default() += 1;
     }
 

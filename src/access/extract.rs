@@ -14,7 +14,8 @@ use sqlx::PgPool;
 use subtle::ConstantTimeEq;
 
 use super::denials::Denials;
-use super::store::Facts;
+use super::store::{Asks, Facts};
+use super::throttle::network;
 use super::{Actor, Effect, Means, Permission, PlatformRole, Role, TenantRef, credentials, includes, store};
 use crate::audit::Refusal;
 use crate::error::Error;
@@ -106,6 +107,12 @@ pub fn cookie_name(req: &HttpRequest) -> &'static str {
     if secure { COOKIE_SECURE } else { COOKIE_PLAIN }
 }
 
+/// The name of the cookie by which a browser is known, after a right password.
+#[must_use]
+pub fn known_name(req: &HttpRequest) -> &'static str {
+    if cookie_name(req) == COOKIE_SECURE { "__Host-bulkhead-known" } else { "bulkhead-known-loopback" }
+}
+
 enum Credential {
     Token(String),
     Session(String),
@@ -145,7 +152,7 @@ async fn authenticate(req: &HttpRequest, wanted: Option<&TenantName>) -> Result<
                 require_own_page(req)?;
             }
             let mut conn = part::<PgPool>(req)?.acquire().await?;
-            store::find_session(&mut conn, &credentials::hash(&session), wanted).await?
+            store::find_session(&mut conn, &credentials::hash(&session), wanted, Asks::Person).await?
         }
         None => return Err(Error::Unauthenticated),
     };
@@ -168,7 +175,7 @@ fn refuse(req: &HttpRequest, tenant: Option<&TenantRef>, actor: Option<&ActorId>
         via: actor.and_then(ActorId::via).map(str::to_owned),
         object: format!("{} {}", req.method(), req.match_pattern().unwrap_or_default()),
         reason,
-        place: own.client(req).to_string(),
+        place: network(own.client(req)).to_string(),
     });
 }
 
@@ -195,7 +202,9 @@ pub async fn still_may<P: Permission>(
 ) -> Result<bool, Error> {
     let mut conn = pool.acquire().await?;
     let facts = match means {
-        Means::Session { hash, .. } => store::find_session(&mut conn, hash, Some(tenant)).await?,
+        Means::Session { hash, .. } => {
+            store::find_session(&mut conn, hash, Some(tenant), Asks::Stream).await?
+        }
         Means::Token { hash, .. } => store::find_token(&mut conn, hash, Some(tenant)).await?,
     };
     Ok(facts.is_some_and(|facts| {
@@ -209,7 +218,7 @@ pub async fn still_may<P: Permission>(
 pub async fn still_reads_platform(pool: &PgPool, means: &Means) -> Result<bool, Error> {
     let mut conn = pool.acquire().await?;
     let facts = match means {
-        Means::Session { hash, .. } => store::find_session(&mut conn, hash, None).await?,
+        Means::Session { hash, .. } => store::find_session(&mut conn, hash, None, Asks::Stream).await?,
         Means::Token { hash, .. } => store::find_token(&mut conn, hash, None).await?,
     };
     Ok(facts.is_some_and(|facts| includes::<super::ReadPlatform>(facts.actor.platform, None)))

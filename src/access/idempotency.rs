@@ -24,6 +24,11 @@ pub struct Kept {
     pub body: Value,
 }
 
+/// Whose key it is: accounts of two tenants may be called alike, a token is one.
+fn holder(actor: &Actor) -> String {
+    format!("{} {}", actor.id.as_str(), actor.id.via().unwrap_or_default())
+}
+
 impl Once {
     /// From the header and the request itself.
     pub fn of(req: &HttpRequest, body: &[u8]) -> Result<Self, Error> {
@@ -52,7 +57,7 @@ impl Once {
     /// The answer that this very request got before; another request under the same key is refused.
     pub async fn kept(&self, conn: &mut PgConnection, actor: &Actor) -> Result<Option<Kept>, Error> {
         let Some(key) = &self.key else { return Ok(None) };
-        let Some((hash, status, body)) = store::find_answer(conn, &actor.id, key).await? else {
+        let Some((hash, status, body)) = store::find_answer(conn, &holder(actor), key).await? else {
             return Ok(None);
         };
         if hash != self.hash {
@@ -73,7 +78,7 @@ impl Once {
     ) -> Result<(), Error> {
         let Some(key) = &self.key else { return Ok(()) };
         let answer = (i32::from(status.as_u16()), body);
-        if store::insert_answer(conn, &actor.id, key, &self.hash, answer).await? {
+        if store::insert_answer(conn, &holder(actor), key, &self.hash, answer).await? {
             Ok(())
         } else {
             Err(Error::Conflict("the same request is being answered right now; ask again".into()))

@@ -100,9 +100,7 @@ impl Desk {
     ) -> Result<Made, Error> {
         scope.actor.require_recent()?;
         members::require_within(scope, role)?;
-        if !(1..=HOURS.1).contains(&hours) {
-            return Err(accounts::wrong("hours", format!("hours is 1 to {}", HOURS.1)));
-        }
+        check_hours(&scope.actor, hours)?;
         let secret = Secret::generate("");
         let tenant = Some(scope.tenant.id);
         let mut tx = db::begin(&self.pool, scope.tenant.id).await?;
@@ -141,9 +139,7 @@ impl Desk {
         hours: i32,
     ) -> Result<Made, Error> {
         actor.require_recent()?;
-        if !(1..=HOURS.1).contains(&hours) {
-            return Err(accounts::wrong("hours", format!("hours is 1 to {}", HOURS.1)));
-        }
+        check_hours(actor, hours)?;
         let secret = Secret::generate("");
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         store::end_links(&mut tx, "invitation", None, recipient.as_str()).await?;
@@ -375,6 +371,18 @@ impl Desk {
     }
 }
 
+/// Checks how long an invitation is good: what a token makes does not outlive it.
+fn check_hours(actor: &Actor, hours: i32) -> Result<(), Error> {
+    if !(1..=HOURS.1).contains(&hours) {
+        return Err(accounts::wrong("hours", format!("hours is 1 to {}", HOURS.1)));
+    }
+    let end = time::OffsetDateTime::now_utc() + time::Duration::hours(hours.into());
+    if actor.ends().is_some_and(|own| end > own) {
+        return Err(accounts::wrong("hours", "a token cannot make an invitation that outlives it"));
+    }
+    Ok(())
+}
+
 fn elsewhere() -> Error {
     Error::Conflict(
         "this person belongs to more than this tenant: only an admin of the platform makes such a link"
@@ -442,7 +450,7 @@ async fn give(tx: &mut Tx, link: &Link, account: AccountId, request_id: &str) ->
     let has = has.as_deref().and_then(PlatformRole::parse);
     // Nor does one to the platform: it never lowers either.
     if let Some(role) = link.platform_role.as_ref().filter(|role| PlatformRole::parse(role) > has) {
-        store::set_platform_role(tx, account, Some(role), "local").await?;
+        store::set_platform_role(tx, account, Some(role), "hand").await?;
     }
     let detail = json!({"platform_role": link.platform_role, "invited_by": link.created_by});
     note(tx, &actor, "account.join", &link.recipient, request_id, detail).await

@@ -60,6 +60,7 @@ pub async fn change_role<P>(
         require_within(scope, before)?;
     }
     store::set_member(&mut tx, tenant, account, role, "local", &scope.actor.id).await?;
+    store::end_links_within(&mut tx, tenant, &format!("account:{account} {name}"), name).await?;
     let left = store::count_owners(&mut tx, tenant).await?;
     require_an_owner_left(&scope.actor, owners, left)?;
     record(&mut tx, scope, "member.role", name, json!({"from": before, "to": role.as_str()})).await?;
@@ -80,6 +81,8 @@ pub async fn remove<P>(pool: &PgPool, scope: &TenantScope<P>, name: &str) -> Res
         }
     }
     store::delete_member(&mut tx, tenant, account).await?;
+    // Neither what they made nor what was made for them brings anybody back.
+    store::end_links_within(&mut tx, tenant, &format!("account:{account} {name}"), name).await?;
     let left = store::count_owners(&mut tx, tenant).await?;
     require_an_owner_left(&scope.actor, owners, left)?;
     record(&mut tx, scope, "member.remove", name, json!({"role": role})).await?;

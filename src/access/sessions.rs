@@ -10,11 +10,11 @@ use sqlx::PgPool;
 
 use super::credentials::{self, Secret};
 use super::denials::Denials;
-use super::extract::cookie_name;
+use super::extract::{cookie_name, known_name};
 use super::oidc::Providers;
 use super::passwords::{Passwords, Verdict};
 use super::store::{self, Begun, ForSignIn, NewSession};
-use super::throttle::Throttle;
+use super::throttle::{Throttle, network};
 use super::{Actor, Means, second_factor};
 use crate::audit::{self, Refusal};
 use crate::db::{self, Tx, Within};
@@ -49,6 +49,8 @@ pub struct Client {
     pub agent: String,
     /// Hash of the session that the browser has so far.
     pub session: Option<Vec<u8>>,
+    /// What the browser bears since a right password.
+    pub known: Option<String>,
     /// Id of the request.
     pub request_id: String,
 }
@@ -62,6 +64,7 @@ impl Client {
             address: own.client(req),
             agent: agent.chars().filter(|c| !c.is_control()).take(200).collect(),
             session: req.cookie(cookie_name(req)).map(|cookie| credentials::hash(cookie.value())),
+            known: req.cookie(known_name(req)).map(|cookie| cookie.value().to_owned()),
             request_id: crate::http::request_id(req).0.to_string(),
         }
     }
@@ -75,6 +78,12 @@ pub enum SignIn {
     SecondFactor(Secret),
 }
 
+/// A name as people type it: what is longer than any name is still one.
+#[must_use]
+pub fn typed_name(name: &str) -> String {
+    name.trim().to_lowercase().chars().take(64).collect()
+}
+
 const STEP: &str = "second-factor";
 
 impl Desk {
@@ -85,7 +94,7 @@ impl Desk {
             via: None,
             object: object.to_owned(),
             reason,
-            place: client.address.to_string(),
+            place: network(client.address).to_string(),
         });
     }
 
@@ -97,13 +106,13 @@ impl Desk {
         password: &str,
     ) -> Result<Option<SignIn>, Error> {
         // What is longer than any name or password is still one guess.
-        let name: String = name.trim().to_lowercase().chars().take(64).collect();
+        let name = typed_name(name);
         let password: String = password.chars().take(1_024).collect();
         let mut conn = self.pool.acquire().await?;
         let found = store::find_for_sign_in(&mut conn, &name).await?;
         drop(conn);
         let account = found.as_ref().map(|found| AccountId(found.id));
-        self.throttle.guess(&name, client.address, account).await?;
+        self.throttle.guess_from(&name, client.address, account, client.known.as_deref()).await?;
         let phc = found.as_ref().and_then(|found| found.password.as_deref());
         let verdict = self.passwords.verify(&password, phc).await?;
         let (Some(found), true) = (found, verdict != Verdict::Wrong) else {
@@ -127,6 +136,10 @@ impl Desk {
     async fn proceed(&self, client: &Client, found: &ForSignIn, verdict: &Verdict) -> Result<SignIn, Error> {
         let account = AccountId(found.id);
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        // Computing took its time: a password that was changed meanwhile, or a factor that was set up, holds.
+        if !store::is_unchanged(&mut tx, found).await? {
+            return Err(Error::Conflict("the account has just been changed; sign in again".into()));
+        }
         if let (Verdict::Stronger(new), Some(old)) = (verdict, &found.password) {
             store::strengthen_password(&mut tx, account, old, new).await?;
         }
@@ -161,7 +174,7 @@ impl Desk {
         let begun = store::try_sign_in(&mut conn, &hash, STEP).await?;
         drop(conn);
         let Some(account) = begun.and_then(|begun| begun.account_id).map(AccountId) else { return Ok(None) };
-        self.throttle.guess(&format!("second factor of {account}"), client.address, Some(account)).await?;
+        self.throttle.guess_factor(account, client.address).await?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         if !second_factor::check(&mut tx, &self.keys, account, code, second_factor::now()).await? {
             self.refuse(client, &format!("account:{account}"), "sign-in", "wrong second factor");
@@ -172,6 +185,7 @@ impl Desk {
             return Ok(None);
         }
         let Some((name, false)) = store::find_name(&mut tx, account).await? else { return Ok(None) };
+        store::forgive(&mut tx, &self.throttle.factor(account)).await?;
         let session = self.begin(&mut tx, client, account, &name, "password and code").await?;
         tx.commit().await?;
         Ok(Some(session))

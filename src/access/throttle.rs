@@ -1,11 +1,12 @@
 //! How fast anybody may guess: buckets in Postgres, shared by all replicas, which outlive every restart. They
 //! delay and never lock out: whoever waits as long as the answer says may try again, and an account's own
-//! people, where they have signed in before, do not wait for what others guess.
+//! people, where or with the browser that they have signed in before, do not wait for what others guess.
 
 use std::net::IpAddr;
 use std::time::Duration;
 
 use sqlx::PgPool;
+use subtle::ConstantTimeEq;
 
 use super::store;
 use crate::error::Error;
@@ -27,6 +28,9 @@ pub const PAIR: Limit = Limit { burst: 10, every: 30 };
 pub const PLACE: Limit = Limit { burst: 60, every: 2 };
 /// Guesses against one name, from wherever it was never used.
 pub const NAME: Limit = Limit { burst: 100, every: 30 };
+
+/// Guesses at one second factor, from wherever: whoever makes them has the password already.
+pub const FACTOR: Limit = Limit { burst: 20, every: 900 };
 
 /// The network that an address stands for: one IPv4 address, or the /64 that one IPv6 customer has.
 #[must_use]
@@ -74,9 +78,26 @@ impl Throttle {
         }
     }
 
+    /// What a browser bears after the right password for this name: it is known from then on, wherever it is.
+    #[must_use]
+    pub fn browser(&self, name: &str) -> String {
+        data_encoding::BASE64URL_NOPAD.encode(&self.name(&["browser", name]))
+    }
+
     /// One guess at a name from an address; `account` is whose it is, if there is one. The same questions
     /// are asked of the database for a name that nobody has.
     pub async fn guess(&self, name: &str, address: IpAddr, account: Option<AccountId>) -> Result<(), Error> {
+        self.guess_from(name, address, account, None).await
+    }
+
+    /// The same, from a browser that bears this.
+    pub async fn guess_from(
+        &self,
+        name: &str,
+        address: IpAddr,
+        account: Option<AccountId>,
+        browser: Option<&str>,
+    ) -> Result<(), Error> {
         let place = network(address).to_string();
         self.take(self.name(&["guesses from", &place]), PLACE).await?;
         self.take(self.name(&["guesses", name, &place]), PAIR).await?;
@@ -84,7 +105,24 @@ impl Throttle {
         let known =
             store::is_place_known(&mut conn, account.unwrap_or(AccountId(0)), &self.place(address)).await?;
         drop(conn);
-        if known { Ok(()) } else { self.take(self.name(&["guesses at", name]), NAME).await }
+        let same = |browser: &str| bool::from(browser.as_bytes().ct_eq(self.browser(name).as_bytes()));
+        if known || browser.is_some_and(same) {
+            Ok(())
+        } else {
+            self.take(self.name(&["guesses at", name]), NAME).await
+        }
+    }
+
+    /// One guess at an account's second factor; the bucket is emptied by a right one.
+    pub async fn guess_factor(&self, account: AccountId, address: IpAddr) -> Result<(), Error> {
+        self.take(self.name(&["guesses from", &network(address).to_string()]), PLACE).await?;
+        self.take(self.factor(account), FACTOR).await
+    }
+
+    /// The bucket of a second factor.
+    #[must_use]
+    pub fn factor(&self, account: AccountId) -> [u8; 32] {
+        self.name(&["second factor", &account.to_string()])
     }
 
     /// Something else that must not be tried without end, such as links, from one address.

@@ -270,6 +270,7 @@ impl Desk {
         if !store::delete_service(&mut tx, scope.tenant.id, name).await? {
             return Err(Error::NotFound);
         }
+        store::end_links_within(&mut tx, scope.tenant.id, &format!("service:{name}"), "").await?;
         self.note_service(&mut tx, scope, "service_account.delete", name, json!({})).await?;
         tx.commit().await?;
         Ok(())

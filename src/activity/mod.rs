@@ -56,7 +56,7 @@ impl ActivityQuery {
         let filter = Filter {
             tenant,
             actor: match some(&self.actor) {
-                Some(text) => Some(crate::access::actor_of(pool, &text).await?),
+                Some(text) => Some(crate::access::actor_of(pool, &text, tenant).await?),
                 None => None,
             },
             action: some(&self.action),

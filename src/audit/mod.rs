@@ -53,6 +53,12 @@ pub struct Refusal {
 }
 
 impl Refusal {
+    /// One more of a place from which there were many different ones.
+    #[must_use]
+    pub fn folded(self) -> Self {
+        Self { object: "many addresses".into(), reason: "various", place: self.place, ..Self::rest() }
+    }
+
     /// All that are too many to tell apart.
     #[must_use]
     pub fn rest() -> Self {

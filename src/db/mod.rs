@@ -166,6 +166,11 @@ impl From<sqlx::Error> for Error {
             tracing::warn!(%error, "the database is not there");
             return Self::Unavailable("the database does not answer in time".into(), Duration::from_secs(2));
         }
+        // A text with a NUL in it, or bytes that are none of UTF-8: Postgres takes neither, and nobody means them.
+        let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+        if code.is_some_and(|code| code == "22021") {
+            return Self::Malformed("a text has a character that cannot be stored".into());
+        }
         Self::internal(error)
     }
 }

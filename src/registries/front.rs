@@ -13,6 +13,7 @@ use sqlx::PgPool;
 use super::token::{Access, Claims, Holder, Push, Right, SERVICE, SigningKey, grant};
 use super::{Distribution, store};
 use crate::access::denials::Denials;
+use crate::access::throttle::network;
 use crate::access::{self, Public, PullImages, PushImages, credentials, includes};
 use crate::audit::Refusal;
 use crate::db;
@@ -239,7 +240,7 @@ pub async fn get_token(
             via: None,
             object: "registry".into(),
             reason: "the user name or secret is wrong",
-            place: door.own.client(&req).to_string(),
+            place: network(door.own.client(&req)).to_string(),
         });
         return Err(wrong());
     };

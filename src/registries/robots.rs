@@ -64,6 +64,11 @@ pub async fn create_robot(
     let robot = check(parse_json(&req, &body)?)?;
     scope.tenant.require_active()?;
     scope.actor.require_recent()?;
+    let end = time::OffsetDateTime::now_utc() + time::Duration::days(robot.days.into());
+    if scope.actor.ends().is_some_and(|own| end > own) {
+        let message = "a token cannot make a credential that outlives it";
+        return Err(Error::fault(Fault::new(Code(426), Kind::Invalid, "days", message)));
+    }
     let secret = Secret::generate("bhr_");
     let mut tx = db::begin(&pool, scope.tenant.id).await?;
     store::insert_robot(&mut tx, scope.tenant.id, &robot, &secret.hash(), scope.actor.id.as_str())

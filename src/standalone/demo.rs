@@ -99,7 +99,7 @@ async fn token(pool: &PgPool) -> Result<String, Failed> {
     let mut tx = db::begin(pool, Within::Platform).await.map_err(lost)?;
     let authority = Authority::Platform(PlatformRole::Admin);
     let actor = ActorId::new("root: up --demo");
-    let (_, token) = tokens::create_as_root(&mut tx, "demo", authority, &actor, time::Duration::hours(1))
+    let (_, token) = tokens::create_as_root(&mut tx, "demo", authority, &actor, time::Duration::hours(25))
         .await
         .map_err(failed)?;
     tx.commit().await.map_err(lost)?;

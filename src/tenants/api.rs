@@ -215,6 +215,7 @@ async fn suspend(
     waker: &Waker,
     what: Suspension,
 ) -> Result<HttpResponse, Error> {
+    scope.actor.require_recent()?;
     let by = By { actor: &scope.actor, request_id: &scope.request_id.0 };
     let generation = actions::suspend(pool, waker, by, &scope.tenant, what).await?;
     let state = if what == Suspension::Begin { "suspended" } else { "active" };

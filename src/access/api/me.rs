@@ -107,7 +107,7 @@ pub async fn confirm(
 
 /// POST /api/v1/me/second-factor: begins to set one up.
 pub async fn begin_second_factor(scope: SignedIn, desk: DeskData) -> Result<HttpResponse, Error> {
-    let setup = desk.begin_second_factor(&scope.actor).await?;
+    let setup = desk.begin_second_factor(&scope.actor, &scope.request_id.0).await?;
     Ok(HttpResponse::Created().json(json!({"secret": setup.secret, "address": setup.address})))
 }
 
@@ -133,6 +133,22 @@ pub async fn confirm_second_factor(
 /// DELETE /api/v1/me/second-factor
 pub async fn remove_second_factor(scope: SignedIn, desk: DeskData) -> Result<HttpResponse, Error> {
     desk.remove_second_factor(&scope.actor, &scope.request_id.0).await?;
+    Ok(HttpResponse::NoContent().finish())
+}
+
+/// The provider that the address names.
+#[derive(Deserialize)]
+pub struct ProviderPath {
+    provider: String,
+}
+
+/// DELETE /api/v1/me/providers/{provider}
+pub async fn unlink(
+    scope: SignedIn,
+    desk: DeskData,
+    path: web::Path<ProviderPath>,
+) -> Result<HttpResponse, Error> {
+    desk.unlink(&scope.actor, &scope.request_id.0, &path.provider).await?;
     Ok(HttpResponse::NoContent().finish())
 }
 

@@ -118,6 +118,16 @@ pub async fn remove_second_factor(
     Ok(HttpResponse::NoContent().finish())
 }
 
+/// DELETE /api/v1/accounts/{account}/providers: all links to providers.
+pub async fn unlink_account(
+    scope: PlatformScope<ManagePeople>,
+    desk: DeskData,
+    path: web::Path<AccountPath>,
+) -> Result<HttpResponse, Error> {
+    desk.unlink_all(&scope.actor, &scope.request_id.0, &path.name()?).await?;
+    Ok(HttpResponse::NoContent().finish())
+}
+
 /// GET /api/v1/invitations: open ones to the platform itself, oldest first.
 pub async fn list_invitations(
     _: PlatformScope<ReadPlatform>,

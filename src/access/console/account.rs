@@ -49,7 +49,8 @@ struct AccountPage {
     places: Vec<store::BelongsTo>,
     /// What a token of one's own could open: value and words.
     openings: Vec<(String, String)>,
-    linked: Vec<String>,
+    /// Name (empty when the settings do not have it any more) and label.
+    linked: Vec<(String, String)>,
     others: Vec<(String, String)>,
 }
 
@@ -86,11 +87,11 @@ async fn view(scope: &SignedIn, desk: &DeskData, error: String) -> Result<Accoun
     let sessions = store::list_sessions(&mut conn, account).await?;
     let tokens = store::list_own_tokens(&mut conn, account).await?;
     let issuers = store::list_issuers(&mut conn, account).await?;
-    let label = |issuer: &String| match desk.providers.of_issuer(issuer) {
-        Some(provider) => provider.settings.label.clone(),
-        None => issuer.clone(),
+    let known = |issuer: &String| match desk.providers.of_issuer(issuer) {
+        Some(provider) => (provider.settings.name.clone(), provider.settings.label.clone()),
+        None => (String::new(), issuer.clone()),
     };
-    let linked: Vec<String> = issuers.iter().map(label).collect();
+    let linked: Vec<(String, String)> = issuers.iter().map(known).collect();
     let mut others = desk.providers.buttons();
     others.retain(|(name, _)| {
         desk.providers.get(name).is_ok_and(|provider| !issuers.contains(&provider.settings.issuer))
@@ -202,7 +203,7 @@ pub async fn begin_second_factor(
     desk: DeskData,
     _: Posted<Nothing>,
 ) -> Result<HttpResponse, Error> {
-    match desk.begin_second_factor(&scope.actor).await {
+    match desk.begin_second_factor(&scope.actor, &scope.request_id.0).await {
         Ok(setup) => {
             let (picture, side) = picture(&setup.address)?;
             let groups: Vec<&str> =
@@ -246,6 +247,24 @@ pub async fn remove_second_factor(
     _: Posted<Nothing>,
 ) -> Result<HttpResponse, Error> {
     match desk.remove_second_factor(&scope.actor, &scope.request_id.0).await {
+        Ok(()) => Ok(see_other("/account")),
+        Err(error) => again(&scope, &desk, error).await,
+    }
+}
+
+/// Which provider.
+#[derive(Deserialize)]
+pub struct ProviderForm {
+    name: String,
+}
+
+/// POST /account/providers/removal
+pub async fn unlink(
+    scope: SignedIn,
+    desk: DeskData,
+    form: Posted<ProviderForm>,
+) -> Result<HttpResponse, Error> {
+    match desk.unlink(&scope.actor, &scope.request_id.0, &form.0.name).await {
         Ok(()) => Ok(see_other("/account")),
         Err(error) => again(&scope, &desk, error).await,
     }

@@ -6,9 +6,11 @@ use askama::Template;
 use serde::Deserialize;
 use sqlx::PgPool;
 
-use super::{frame, gone, inline, own_path, page_with, see_other, session_cookie, step_cookie, step_name};
+use super::{
+    frame, gone, inline, known_cookie, own_path, page_with, see_other, session_cookie, step_cookie, step_name,
+};
 use crate::access::extract::{Perhaps, Posted, Public, SignedIn, require_own_page};
-use crate::access::sessions::{Client, DeskData, SignIn};
+use crate::access::sessions::{Client, DeskData, SignIn, typed_name};
 use crate::access::{accounts, store};
 use crate::error::Error;
 use crate::http::html::Frame;
@@ -64,16 +66,19 @@ pub async fn login(
 ) -> Result<HttpResponse, Error> {
     require_own_page(&req)?;
     let client = Client::of(&req, &own);
+    let known = desk.throttle.browser(&typed_name(&form.name));
     let outcome = desk.sign_in(&client, &form.name, &form.password).await;
     let (status, error) = match outcome {
         Ok(Some(SignIn::Done(session))) => {
             let mut answer = see_other("/");
             let _ = answer.add_cookie(&session_cookie(&req, session.expose()));
+            let _ = answer.add_cookie(&known_cookie(&req, &known));
             return Ok(answer);
         }
         Ok(Some(SignIn::SecondFactor(step))) => {
             let mut answer = see_other("/login/second-factor");
             let _ = answer.add_cookie(&step_cookie(&req, step.expose()));
+            let _ = answer.add_cookie(&known_cookie(&req, &known));
             return Ok(answer);
         }
         Ok(None) => (StatusCode::UNAUTHORIZED, "The name or the password is wrong.".to_owned()),
@@ -169,7 +174,7 @@ pub async fn logout(
     let provider = desk.sign_out(&Client::of(&req, &own), &scope.actor).await?;
     // Who came through a provider is signed out there too, where it can do that.
     let there = match provider.as_deref().and_then(|name| desk.providers.get(name).ok()) {
-        Some(provider) => provider.way_out(&format!("{}/login", own.of(&req).unwrap_or_default())).await,
+        Some(provider) => provider.way_out(&format!("{}/login", own.of(&req).unwrap_or_default())),
         None => None,
     };
     let mut answer = match there {

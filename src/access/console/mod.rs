@@ -7,7 +7,7 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use askama::Template;
 use time::OffsetDateTime;
 
-use super::extract::{TenantScope, cookie_name, form_token};
+use super::extract::{TenantScope, cookie_name, form_token, known_name};
 use super::{Actor, Means, ReadActivity, includes};
 use crate::error::Error;
 use crate::http::html::{Frame, Link};
@@ -39,6 +39,14 @@ fn cookie(req: &HttpRequest, name: &'static str, value: &str) -> Cookie<'static>
 #[must_use]
 pub fn session_cookie(req: &HttpRequest, value: &str) -> Cookie<'static> {
     cookie(req, cookie_name(req), value)
+}
+
+/// The cookie by which a browser is known from now on, for 400 days: it opens nothing, and spares its person
+/// from waiting for what others guess.
+fn known_cookie(req: &HttpRequest, value: &str) -> Cookie<'static> {
+    let mut known = cookie(req, known_name(req), value);
+    known.set_max_age(actix_web::cookie::time::Duration::days(400));
+    known
 }
 
 /// The cookie of a sign-in that is under way.

@@ -105,6 +105,11 @@ pub async fn begin_link(
     path: web::Path<ProviderPath>,
 ) -> Result<HttpResponse, Error> {
     scope.actor.require_person()?;
+    // Another site's page could send the browser here while it is signed in there as somebody else.
+    let site = req.headers().get("sec-fetch-site").and_then(|value| value.to_str().ok());
+    if site != Some("same-origin") {
+        return Err(Error::Forbidden("begin to link a provider on your own account's page".into()));
+    }
     if scope.actor.require_recent().is_err() {
         return Ok(see_other("/confirm?next=/account"));
     }

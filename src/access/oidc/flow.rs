@@ -265,8 +265,8 @@ impl Provider {
     }
 
     /// Where signing out there begins, if it can be done.
-    pub async fn way_out(&self, home: &str) -> Option<String> {
-        let metadata = self.metadata(false).await.ok()?;
+    pub fn way_out(&self, home: &str) -> Option<String> {
+        let metadata = self.known()?;
         let mut address = metadata.additional_metadata().end_session_endpoint.as_ref()?.url().clone();
         self.check_address("end-session endpoint", &address).ok()?;
         address
@@ -478,7 +478,7 @@ async fn give(
     let actor = ActorId::new(&format!("account:{account} {name}"));
     let (has, source) = store::platform_standing(tx, account).await?;
     let wanted = vouched.given.platform.map(PlatformRole::as_str);
-    if has.as_deref() != wanted && (source == provider || has.is_none()) {
+    if has.as_deref() != wanted && (source == provider || (has.is_none() && source == "local")) {
         store::set_platform_role(tx, account, wanted, provider).await?;
         let detail = json!({"platform_role": wanted.unwrap_or("none"), "provider": provider});
         note(tx, &actor, "account.change", name, request_id, detail).await?;

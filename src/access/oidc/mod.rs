@@ -45,6 +45,8 @@ pub struct Provider {
     secret: Option<ClientSecret>,
     http: reqwest::Client,
     known: Mutex<Option<Known>>,
+    /// When and why it was not reached: whoever comes next does not wait for the same again.
+    away: Mutex<Option<(Instant, Refused)>>,
 }
 
 impl std::fmt::Debug for Provider {
@@ -77,6 +79,7 @@ impl Providers {
                 secret: secret.map(|text| ClientSecret::new(text.trim().to_owned())),
                 http: http.build().map_err(Error::internal)?,
                 known: Mutex::default(),
+                away: Mutex::default(),
                 settings: settings.clone(),
             })
         };
@@ -165,6 +168,24 @@ impl Provider {
                 return Ok(Arc::clone(&known.metadata));
             }
         }
+        if let Some((at, reason)) = &*self.away.lock().await
+            && at.elapsed() < SOONEST
+        {
+            return Err(reason.clone());
+        }
+        let outcome = self.discover().await.map(Arc::new);
+        *self.away.lock().await = outcome.as_ref().err().map(|reason| (Instant::now(), reason.clone()));
+        let metadata = outcome?;
+        *known = Some(Known { at: Instant::now(), metadata: Arc::clone(&metadata) });
+        Ok(metadata)
+    }
+
+    /// What is known of the provider already, for what must not wait for it.
+    fn known(&self) -> Option<Arc<ProviderMetadataWithLogout>> {
+        self.known.try_lock().ok()?.as_ref().map(|known| Arc::clone(&known.metadata))
+    }
+
+    async fn discover(&self) -> Result<ProviderMetadataWithLogout, Refused> {
         let issuer = IssuerUrl::new(self.settings.issuer.clone())
             .map_err(|error| Refused::because("the issuer", error))?;
         let ask = |request| self.send(request);
@@ -175,8 +196,6 @@ impl Provider {
         if let Some(token) = metadata.token_endpoint() {
             self.check_address("token endpoint", token.url())?;
         }
-        let metadata = Arc::new(metadata);
-        *known = Some(Known { at: Instant::now(), metadata: Arc::clone(&metadata) });
         Ok(metadata)
     }
 }

@@ -3,18 +3,17 @@
 use sqlx::PgConnection;
 
 use crate::error::Error;
-use crate::ids::ActorId;
 
 /// The kept answer to a request with this key: hash of the request, status, body.
 pub(in crate::access) async fn find_answer(
     conn: &mut PgConnection,
-    actor: &ActorId,
+    actor: &str,
     key: &str,
 ) -> Result<Option<(Vec<u8>, i32, serde_json::Value)>, Error> {
     let row = sqlx::query!(
         "SELECT request_hash, status, response FROM idempotency \
          WHERE actor = $1 AND key = $2 AND created_at > now() - interval '24 hours'",
-        actor.as_str(),
+        actor,
         key
     )
     .fetch_optional(conn)
@@ -25,14 +24,14 @@ pub(in crate::access) async fn find_answer(
 /// Keeps an answer, in the transaction that did the work.
 pub(in crate::access) async fn insert_answer(
     conn: &mut PgConnection,
-    actor: &ActorId,
+    actor: &str,
     key: &str,
     request_hash: &[u8],
     answer: (i32, &serde_json::Value),
 ) -> Result<bool, Error> {
     sqlx::query!(
         "DELETE FROM idempotency WHERE actor = $1 AND key = $2 AND created_at < now() - interval '24 hours'",
-        actor.as_str(),
+        actor,
         key
     )
     .execute(&mut *conn)
@@ -40,7 +39,7 @@ pub(in crate::access) async fn insert_answer(
     let done = sqlx::query!(
         "INSERT INTO idempotency (actor, key, request_hash, status, response) VALUES ($1, $2, $3, $4, $5) \
          ON CONFLICT DO NOTHING",
-        actor.as_str(),
+        actor,
         key,
         request_hash,
         answer.0,

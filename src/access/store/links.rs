@@ -60,6 +60,35 @@ pub(in crate::access) async fn end_links(
     Ok(())
 }
 
+/// Ends the open links that somebody made, and those that were made for them, wherever they lead.
+pub(in crate::access) async fn end_links_of(
+    conn: &mut PgConnection,
+    maker: &str,
+    recipient: &str,
+) -> Result<(), Error> {
+    sqlx::query_scalar!("SELECT access_end_links($1, $2)", maker, recipient).fetch_one(conn).await?;
+    Ok(())
+}
+
+/// The same within the tenant that the transaction is about.
+pub(in crate::access) async fn end_links_within(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    maker: &str,
+    recipient: &str,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE invitation SET revoked_at = now() WHERE coalesce(tenant_id, 0) = $1 \
+         AND (created_by = $2 OR recipient = $3) AND used_at IS NULL AND revoked_at IS NULL",
+        tenant.0,
+        maker,
+        recipient
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
 /// A link that is good.
 pub(in crate::access) struct Link {
     pub(in crate::access) id: i64,

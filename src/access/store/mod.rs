@@ -5,6 +5,7 @@ use sqlx::PgConnection;
 use time::OffsetDateTime;
 
 use super::{Actor, Means, PlatformRole, Role, TenantRef};
+use crate::db::Within;
 use crate::error::Error;
 use crate::ids::{AccountId, ActorId, TenantId, TenantName};
 
@@ -37,11 +38,19 @@ fn tenant(
     Some((TenantRef { id: TenantId(id), name, state }, role))
 }
 
+/// Who asks: a person, or a stream that was left open. Only the first keeps a session awake.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asks {
+    Person,
+    Stream,
+}
+
 /// Who holds the session: idle for at most 30 minutes, 12 hours in all, of an account that is not disabled.
 pub(super) async fn find_session(
     conn: &mut PgConnection,
     hash: &[u8],
     wanted: Option<&TenantName>,
+    asks: Asks,
 ) -> Result<Option<Facts>, Error> {
     let row = sqlx::query!(
         r#"SELECT account_id AS "account_id!", account AS "account!", platform_role, session_id AS "session_id!",
@@ -53,7 +62,7 @@ pub(super) async fn find_session(
     .fetch_optional(&mut *conn)
     .await?;
     let Some(row) = row else { return Ok(None) };
-    if row.stale {
+    if row.stale && asks == Asks::Person {
         sqlx::query!("UPDATE session SET last_seen_at = now() WHERE id = $1", row.session_id)
             .execute(conn)
             .await?;
@@ -209,18 +218,19 @@ pub async fn prune(pool: &sqlx::PgPool) -> Result<(), Error> {
 }
 
 /// How the record names whom people call so: a person, else a service account; what is written as on record
-/// stays.
-pub async fn actor_of(pool: &sqlx::PgPool, text: &str) -> Result<String, Error> {
+/// stays. Within a tenant only its own people are looked among: nobody learns from it who else is here.
+pub async fn actor_of(pool: &sqlx::PgPool, text: &str, tenant: Option<TenantId>) -> Result<String, Error> {
     if text.contains(':') || matches!(text, "root" | "platform" | "anonymous" | "many") {
         return Ok(text.to_owned());
     }
     if let Some(name) = text.strip_prefix("service account ") {
         return Ok(format!("service:{name}"));
     }
-    let mut conn = pool.acquire().await?;
-    let found = match text.parse() {
-        Ok(name) => find_account_id(&mut conn, &name).await?,
-        Err(_) => None,
+    let mut conn = crate::db::begin(pool, tenant.map_or(Within::Platform, Within::Tenant)).await?;
+    let found = match (tenant, text.parse()) {
+        (Some(tenant), _) => find_member(&mut conn, tenant, text).await?.map(|(id, ..)| id),
+        (None, Ok(name)) => find_account_id(&mut conn, &name).await?,
+        (None, Err(_)) => None,
     };
     Ok(found.map_or_else(|| format!("service:{text}"), |id| format!("account:{id} {text}")))
 }

@@ -32,6 +32,24 @@ pub(in crate::access) async fn find_for_sign_in(
     .await?)
 }
 
+/// Whether what a password was held against is still so, under a lock that keeps it so until the session is
+/// begun: the password itself, that nobody has shut the account, and whether there is a second factor.
+pub(in crate::access) async fn is_unchanged(
+    conn: &mut PgConnection,
+    before: &ForSignIn,
+) -> Result<bool, Error> {
+    let row = sqlx::query!(
+        r#"SELECT a.password, a.disabled_at IS NOT NULL AS "disabled!",
+           EXISTS (SELECT 1 FROM second_factor f WHERE f.account_id = a.id AND f.confirmed_at IS NOT NULL)
+             AS "second_factor!"
+           FROM account a WHERE a.id = $1 FOR SHARE OF a"#,
+        before.id
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(row.password == before.password && !row.disabled && row.second_factor == before.second_factor)
+}
+
 pub(in crate::access) async fn find_account_id(
     conn: &mut PgConnection,
     name: &AccountName,
@@ -160,8 +178,9 @@ pub(in crate::access) async fn set_password(
         account.0,
         password
     )
-    .execute(conn)
+    .execute(&mut *conn)
     .await?;
+    sqlx::query_scalar!("SELECT access_end_resets($1)", account.0).fetch_one(conn).await?;
     Ok(())
 }
 
@@ -213,7 +232,8 @@ pub(in crate::access) async fn set_disabled(
 /// How many can still do everything, counted under a lock: of two admins who remove each other one stays.
 pub(in crate::access) async fn count_admins(conn: &mut PgConnection) -> Result<i64, Error> {
     let ids = sqlx::query_scalar!(
-        "SELECT id FROM account WHERE platform_role = 'admin' AND disabled_at IS NULL ORDER BY id FOR UPDATE"
+        "SELECT id FROM account WHERE platform_role = 'admin' AND disabled_at IS NULL \
+         AND (platform_source IN ('local', 'hand') OR access_is_vouched_for(id)) ORDER BY id FOR UPDATE"
     )
     .fetch_all(conn)
     .await?;
@@ -360,4 +380,20 @@ pub(in crate::access) async fn insert_identity(
     .execute(conn)
     .await?;
     Ok(done.rows_affected() == 1)
+}
+
+/// Takes away what ties an account to an issuer, or (none) to all; how many there were.
+pub(in crate::access) async fn delete_identities(
+    conn: &mut PgConnection,
+    account: AccountId,
+    issuer: Option<&str>,
+) -> Result<u64, Error> {
+    let done = sqlx::query!(
+        "DELETE FROM account_identity WHERE account_id = $1 AND ($2::text IS NULL OR issuer = $2)",
+        account.0,
+        issuer
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected())
 }

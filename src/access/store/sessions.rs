@@ -54,12 +54,13 @@ pub(in crate::access) async fn delete_session_of(
     Ok(done.rows_affected() == 1)
 }
 
-/// Ends all of an account's sessions but this one.
+/// Ends all of an account's sessions but this one, and every sign-in that is under way.
 pub(in crate::access) async fn delete_sessions_but(
     conn: &mut PgConnection,
     account: AccountId,
     keep: Option<i64>,
 ) -> Result<u64, Error> {
+    sqlx::query!("DELETE FROM sign_in WHERE account_id = $1", account.0).execute(&mut *conn).await?;
     let done =
         sqlx::query!("DELETE FROM session WHERE account_id = $1 AND id IS DISTINCT FROM $2", account.0, keep)
             .execute(conn)

@@ -92,8 +92,8 @@ async fn pages_hold_in_a_browser(options: PgPoolOptions, connect: PgConnectOptio
     assert_eq!(seen["forged"], 403, "another origin's form");
     assert_eq!(seen["fetched"], "failed", "another origin reads nothing");
     assert_eq!(seen["framed"], false, "nobody frames us");
-    let cookie = json!([{"name": "bulkhead-loopback", "httpOnly": true, "sameSite": "Lax", "path": "/"}]);
-    assert_eq!(seen["cookies"], cookie);
+    let cookie = |name: &str| json!({"name": name, "httpOnly": true, "sameSite": "Lax", "path": "/"});
+    assert_eq!(seen["cookies"], json!([cookie("bulkhead-loopback"), cookie("bulkhead-known-loopback")]));
     let after = app.number("SELECT count(*) FROM invitation WHERE recipient <> $1", "").await;
     assert_eq!(after, before);
 }

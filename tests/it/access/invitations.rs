@@ -171,3 +171,114 @@ async fn there_is_no_account_before_the_first_admins(options: PgPoolOptions, con
     let mut second = app.person("sue", Some(PlatformRole::Admin)).await;
     assert!(second.page("/people").await.contains("sue"));
 }
+
+/// Whoever goes takes what they began along: no link that they made, or that was made for them, brings them back.
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn a_link_does_not_outlive_its_maker(options: PgPoolOptions, connect: PgConnectOptions) {
+    let app = TestApp::new(options, connect).await;
+    app.tenant("acme").await;
+    let admin = app.admin().await;
+    app.member("olga", "acme", Role::Owner).await;
+    let mut dave = app.member("dave", "acme", Role::Owner).await;
+    let invite = "/api/v1/tenants/acme/invitations";
+    let path_of =
+        |made: &Value| made["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
+    let (_, made) = dave.api("POST", invite, json!({"name": "mallory", "role": "owner", "hours": 168})).await;
+    let theirs = path_of(&made);
+    let (_, made) =
+        app.ask(&admin, "POST", invite, json!({"name": "dave", "role": "owner", "hours": 3})).await;
+    let for_them = path_of(&made);
+    let member = "/api/v1/tenants/acme/members/dave";
+    assert_eq!(app.ask(&admin, "PUT", member, json!({"role": "viewer"})).await.0, 200);
+    for path in [&theirs, &for_them] {
+        assert_eq!(app.nobody("x").get(path).await.status(), 404, "lowered");
+    }
+    assert_eq!(app.ask(&admin, "PUT", member, json!({"role": "owner"})).await.0, 200);
+    let (_, made) = dave.api("POST", invite, json!({"name": "mallory", "role": "owner"})).await;
+    assert_eq!(app.ask(&admin, "DELETE", member, Value::Null).await.0, 204);
+    assert_eq!(app.nobody("x").get(&path_of(&made)).await.status(), 404, "removed");
+    // On the platform alike, and when an account is shut.
+    let mut eve = app.person("eve", Some(PlatformRole::Admin)).await;
+    app.person("ada", Some(PlatformRole::Admin)).await;
+    let (_, made) =
+        eve.api("POST", "/api/v1/invitations", json!({"name": "mallory", "platform_role": "admin"})).await;
+    assert_eq!(app.ask(&admin, "PATCH", "/api/v1/accounts/eve", json!({"disabled": true})).await.0, 200);
+    assert_eq!(app.nobody("x").get(&path_of(&made)).await.status(), 404, "disabled");
+    // What a token makes does not outlive it.
+    app.sql("UPDATE api_token SET expires_at = now() + interval '2 hours'").await;
+    assert_eq!(
+        app.ask(&admin, "POST", invite, json!({"name": "zed", "role": "viewer", "hours": 3})).await.0,
+        422
+    );
+    assert_eq!(
+        app.ask(&admin, "POST", invite, json!({"name": "zed", "role": "viewer", "hours": 1})).await.0,
+        201
+    );
+    // A token that is called like somebody is not that somebody.
+    let mut alice = app.member("alice", "acme", Role::Viewer).await;
+    let body = json!({"name": "bob", "tenant": "acme", "role": "viewer", "days": 1});
+    let (_, token) = alice.api("POST", "/api/v1/me/tokens", body).await;
+    let token = token["token"].as_str().unwrap();
+    app.person("bob", None).await;
+    let (_, made) =
+        app.ask(&admin, "POST", invite, json!({"name": "bob", "role": "owner", "hours": 1})).await;
+    let bearer = format!("Bearer {token}");
+    let origin = app.one.address.clone();
+    let headers = [
+        ("authorization", bearer.as_str()),
+        ("origin", origin.as_str()),
+        ("content-type", "application/x-www-form-urlencoded"),
+    ];
+    let answer = app.nobody("x").send("POST", &path_of(&made), &headers, String::new()).await;
+    assert_eq!(answer.status(), 403);
+    let role: String = sqlx::query_scalar(
+        "SELECT m.role FROM membership m JOIN account a ON a.id = m.account_id WHERE a.name = 'alice'",
+    )
+    .fetch_one(&app.root)
+    .await
+    .unwrap();
+    assert_eq!(role, "viewer");
+    // An invitation never lowers, on the platform neither.
+    let mut ada = app.nobody("ada");
+    assert_eq!(ada.sign_in(PASSWORD).await, 303);
+    let (_, made) = app
+        .ask(
+            &admin,
+            "POST",
+            "/api/v1/invitations",
+            json!({"name": "ada", "platform_role": "auditor", "hours": 1}),
+        )
+        .await;
+    assert_eq!(ada.post(&path_of(&made), &[]).await.status(), 303);
+    assert_eq!(ada.api("GET", "/api/v1/me", Value::Null).await.1["platform_role"], "admin");
+}
+
+/// A new password, however it came about, ends every other way to one, and every sign-in under way.
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn a_new_password_ends_what_was_under_way(options: PgPoolOptions, connect: PgConnectOptions) {
+    let app = TestApp::new(options, connect).await;
+    app.tenant("acme").await;
+    let admin = app.admin().await;
+    let mut olga = app.member("olga", "acme", Role::Owner).await;
+    let mut bob = app.member("bob", "acme", Role::Viewer).await;
+    let path_of =
+        |made: &Value| made["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
+    let by_owner = path_of(&olga.api("POST", "/api/v1/tenants/acme/members/bob/reset", Value::Null).await.1);
+    let by_admin = path_of(&app.ask(&admin, "POST", "/api/v1/accounts/bob/reset", Value::Null).await.1);
+    let fields = [("current", PASSWORD), ("new", "a wholly new odd sentence")];
+    assert_eq!(bob.submit("/account", "/account/password", &fields).await.status(), 303);
+    for path in [&by_owner, &by_admin] {
+        assert_eq!(app.nobody("x").get(path).await.status(), 404);
+    }
+    // Somebody has the password and waits at the second factor while it is changed.
+    app.sql("INSERT INTO second_factor (account_id, sealed, confirmed_at) SELECT id, '\\x00', now() FROM account WHERE name = 'bob'").await;
+    let mut thief = app.nobody("bob");
+    assert_eq!(thief.sign_in("a wholly new odd sentence").await, 303);
+    assert_eq!(thief.get("/login/second-factor").await.status(), 200);
+    let reset = path_of(&app.ask(&admin, "POST", "/api/v1/accounts/bob/reset", Value::Null).await.1);
+    let answer = app.nobody("x").post(&reset, &[("password", "one more odd sentence here")]).await;
+    assert_eq!(answer.status(), 303);
+    assert_eq!(thief.get("/login/second-factor").await.status(), 303, "back to the beginning");
+    // Text that cannot be stored is the sender's mistake, not ours.
+    assert_eq!(app.nobody("x").post("/login", &[("name", "a\0b"), ("password", "x")]).await.status(), 400);
+}

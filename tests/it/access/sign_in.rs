@@ -368,5 +368,23 @@ async fn ten_thousand_guesses_are_counted_over_replicas_and_restarts(
     let far: std::net::IpAddr = "10.9.1.1".parse().unwrap();
     assert!(app.one.platform.desk.throttle.guess("ada", far, None).await.is_err(), "a strange place waits");
     assert_eq!(app.nobody("ada").sign_in(PASSWORD).await, 303, "her own does not");
+    // Nor does her own browser wait, wherever she takes it; another one's cookie helps nobody.
+    app.sql("TRUNCATE throttle, known_place").await;
+    let mut own = app.nobody("ada");
+    assert_eq!(own.sign_in(PASSWORD).await, 303);
+    own.cookie = None;
+    app.sql("TRUNCATE throttle, known_place").await;
+    for address in 0..120 {
+        let address: std::net::IpAddr = format!("10.9.0.{address}").parse().unwrap();
+        let _ = app.one.platform.desk.throttle.guess("ada", address, None).await;
+    }
+    assert_eq!(app.nobody("ada").sign_in(PASSWORD).await, 429, "a strange browser in a strange place");
+    let mut other = app.nobody("ada");
+    app.person("bob", None).await;
+    let mut bob = app.nobody("bob");
+    assert_eq!(bob.sign_in(PASSWORD).await, 303);
+    other.known = bob.known;
+    assert_eq!(other.sign_in(PASSWORD).await, 429);
+    assert_eq!(own.sign_in(PASSWORD).await, 303, "her own");
     second.stop().await;
 }

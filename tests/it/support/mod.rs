@@ -160,7 +160,7 @@ impl TestApp {
         };
         let mut tx = db::begin(&self.one.platform.pool, within).await.unwrap();
         let by = ActorId::new("root");
-        let life = time::Duration::days(1);
+        let life = time::Duration::days(90);
         let (_, secret) = tokens::create_as_root(&mut tx, "test", authority, &by, life).await.unwrap();
         tx.commit().await.unwrap();
         secret.expose().to_owned()
@@ -248,6 +248,7 @@ impl TestApp {
             cookie: None,
             step: None,
             way: None,
+            known: None,
         }
     }
 
@@ -273,11 +274,17 @@ pub(crate) struct Person {
     pub(crate) cookie: Option<String>,
     pub(crate) step: Option<String>,
     pub(crate) way: Option<String>,
+    pub(crate) known: Option<String>,
 }
 
 impl Person {
     fn cookies(&self) -> String {
-        [&self.cookie, &self.step, &self.way].into_iter().flatten().cloned().collect::<Vec<_>>().join("; ")
+        [&self.cookie, &self.step, &self.way, &self.known]
+            .into_iter()
+            .flatten()
+            .cloned()
+            .collect::<Vec<_>>()
+            .join("; ")
     }
 
     fn keep(&mut self, answer: &Response) {
@@ -288,6 +295,7 @@ impl Person {
             let place = match pair.split('=').next().unwrap() {
                 name if name.contains("-step") => &mut self.step,
                 name if name.contains("-way") => &mut self.way,
+                name if name.contains("-known") => &mut self.known,
                 _ => &mut self.cookie,
             };
             *place = (!gone).then_some(pair);
@@ -313,7 +321,8 @@ impl Person {
     }
 
     pub(crate) async fn get(&mut self, path: &str) -> Response {
-        self.send("GET", path, &[("accept", "text/html")], String::new()).await
+        let headers = [("accept", "text/html"), ("sec-fetch-site", "same-origin")];
+        self.send("GET", path, &headers, String::new()).await
     }
 
     /// Reads a page; it must be there.

@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Stdio};
 
+use bulkhead::access::PlatformRole;
 use serde_json::{Value, json};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
@@ -115,6 +116,9 @@ async fn people_come_through_a_provider_with_what_it_says_of_them(
     assert_eq!(away.status(), 401);
     assert!(away.text().await.unwrap().contains("cannot be reached"));
     let running = Certified::start(port, &app.one.address, &groups);
+    // That it was away is remembered for ten seconds: nobody queues behind the same failure.
+    assert_eq!(alice.get("/login/providers/good").await.status(), 401);
+    tokio::time::sleep(std::time::Duration::from_secs(11)).await;
     let answer = through(&mut alice, "/login/providers/good", "alice").await;
     assert_eq!(answer.status(), 303, "{}", answer.text().await.unwrap());
     assert!(alice.cookie.is_some());
@@ -152,6 +156,23 @@ async fn people_come_through_a_provider_with_what_it_says_of_them(
     assert_eq!(through(&mut alice, "/login/providers/good", "alice").await.status(), 303);
     let me = alice.api("GET", "/api/v1/me", Value::Null).await.1;
     assert_eq!(me["tenants"][0]["role"], "owner", "{me}");
+    // Two weeks after the provider last vouched for somebody, what it gave is as if it were not there; what was
+    // given by hand holds.
+    say(json!({"alice": ["beta-see", "ops"]}));
+    assert_eq!(through(&mut alice, "/login/providers/good", "alice").await.status(), 303);
+    assert_eq!(alice.api("GET", "/api/v1/me", Value::Null).await.1["platform_role"], "admin");
+    let body = json!({"name": "x", "role": "admin", "days": 90});
+    let token = alice.api("POST", "/api/v1/me/tokens", body).await.1["token"].as_str().unwrap().to_owned();
+    app.get(&token, "/api/v1/tenants").await;
+    let local = alice.api("PUT", "/api/v1/me/password", json!({"new": "a password past the provider"})).await;
+    assert_eq!(local.0, 409, "no way past the provider: {local:?}");
+    app.sql("UPDATE account_identity SET last_used_at = now() - interval '15 days'").await;
+    assert_eq!(app.ask(&token, "GET", "/api/v1/tenants", Value::Null).await.0, 404);
+    let me = alice.api("GET", "/api/v1/me", Value::Null).await.1;
+    assert!(me.get("platform_role").is_none(), "{me}");
+    assert_eq!(me["tenants"].as_array().unwrap().len(), 1, "acme, by hand: {me}");
+    assert_eq!(alice.api("GET", "/api/v1/tenants/beta", Value::Null).await.0, 404);
+    assert_eq!(alice.api("GET", "/api/v1/tenants/acme", Value::Null).await.0, 200);
     // Whom it knows and to whom nothing here belongs is not let in.
     let mut nobody = app.nobody("nobody");
     let refused = through(&mut nobody, "/login/providers/good", "nobody").await;
@@ -167,6 +188,7 @@ async fn people_come_through_a_provider_with_what_it_says_of_them(
     assert!(name.starts_with("bob-") && name.len() == 10, "{name}");
     assert_eq!(local.api("GET", "/api/v1/me", Value::Null).await.1["tenants"], json!([]));
     // Who is disabled here is out, though the provider vouches on.
+    app.person("ada", Some(PlatformRole::Admin)).await;
     assert_eq!(app.ask(&admin, "PATCH", "/api/v1/accounts/alice", json!({"disabled": true})).await.0, 200);
     assert_eq!(alice.get("/account").await.status(), 401);
     assert_eq!(through(&mut alice, "/login/providers/good", "alice").await.status(), 401);
@@ -228,6 +250,22 @@ async fn a_provider_confirms_links_and_signs_out(options: PgPoolOptions, connect
     let mut again = app.nobody("zoe");
     assert_eq!(through(&mut again, "/login/providers/good", "zoe-there").await.status(), 303);
     assert_eq!(again.api("GET", "/api/v1/me", Value::Null).await.1["name"], "zoe");
+    // And takes it away again; whoever has no other way in keeps it, but for an admin.
+    assert_eq!(zoe.submit("/account", "/account/providers/removal", &[("name", "good")]).await.status(), 303);
+    assert_eq!(
+        through(&mut again, "/login/providers/good", "zoe-there").await.status(),
+        401,
+        "nobody any more"
+    );
+    let mut alice = app.nobody("alice");
+    assert_eq!(through(&mut alice, "/login/providers/good", "alice").await.status(), 303);
+    assert_eq!(alice.api("DELETE", "/api/v1/me/providers/good", Value::Null).await.0, 409);
+    let admin = app.admin().await;
+    assert_eq!(app.ask(&admin, "DELETE", "/api/v1/accounts/alice/providers", Value::Null).await.0, 204);
+    assert_eq!(alice.get("/account").await.status(), 401);
+    // Another site's page cannot begin it.
+    let foreign = [("sec-fetch-site", "cross-site"), ("accept", "text/html")];
+    assert_eq!(zoe.send("GET", "/account/providers/good", &foreign, String::new()).await.status(), 403);
     // Linking asks for a fresh proof of the session first.
     app.sql("UPDATE session SET confirmed_at = now() - interval '1 hour'").await;
     let stale = zoe.get("/account/providers/good").await;
