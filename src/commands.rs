@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use bulkhead::access::invitations::make_first_admin_link;
+use bulkhead::access::first_admin;
 use bulkhead::access::{Authority, PlatformRole, Role, tokens};
 use bulkhead::audit::{heads::Heads, verify};
 use bulkhead::config::Config;
@@ -18,7 +18,7 @@ pub(crate) fn first_admin(data: &Path, config: Option<PathBuf>) -> Result<(), St
     let config = settings(data, config)?;
     let path = block_on(async {
         let pool = connect(&config, Login::Runtime)?;
-        make_first_admin_link(&pool).await.map_err(|error| explain(&error))
+        first_admin::make_link(&pool).await.map_err(|error| explain(&error))
     })?;
     let own = config.server.external_url.unwrap_or_else(|| format!("http://{}", config.server.listen));
     print(&format!("{own}{path}"));

@@ -246,7 +246,7 @@ fn signing_in(take: &mut Taker<'_>) {
 }
 
 fn console(take: &mut Taker<'_>) {
-    use access::console::{members as m, people as p, permissions};
+    use access::console::{credentials as c, members as m, people as p, permissions};
     routes! { take,
         GET "/people" => p::people_page;
         POST "/people/change" => p::change_person;
@@ -264,11 +264,11 @@ fn console(take: &mut Taker<'_>) {
         POST "/tenants/{tenant}/members/invitation" => m::invite;
         POST "/tenants/{tenant}/members/invitation/revocation" => m::revoke_invitation;
         POST "/tenants/{tenant}/leave" => m::leave;
-        GET "/tenants/{tenant}/tokens" => m::tokens_page;
-        POST "/tenants/{tenant}/tokens" => m::create_token;
-        POST "/tenants/{tenant}/tokens/revocation" => m::revoke_token;
-        POST "/tenants/{tenant}/tokens/service-account" => m::create_service;
-        POST "/tenants/{tenant}/tokens/service-account/removal" => m::delete_service;
+        GET "/tenants/{tenant}/tokens" => c::tokens_page;
+        POST "/tenants/{tenant}/tokens" => c::create_token;
+        POST "/tenants/{tenant}/tokens/revocation" => c::revoke_token;
+        POST "/tenants/{tenant}/tokens/service-account" => c::create_service;
+        POST "/tenants/{tenant}/tokens/service-account/removal" => c::delete_service;
         GET "/tenants/{tenant}/activity" => activity::console::tenant_page;
         GET "/tenants/{tenant}/apps/{app}" => apps::console::app_page;
         GET "/docs/permissions" => permissions::permissions_page;

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::passwords::{self, Verdict};
 use super::second_factor::{self, Setup};
 use super::sessions::{Client, Desk, note};
-use super::{Actor, PlatformRole, store};
+use super::{Actor, By, PlatformRole, store};
 use crate::db::{self, Within};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
@@ -39,7 +39,7 @@ impl Desk {
         current: &str,
         new: &str,
     ) -> Result<(), Error> {
-        let account = actor.require_person()?;
+        let (account, session) = actor.require_session()?;
         actor.require_recent()?;
         self.throttle.guess(&actor.name, client.address, Some(account)).await?;
         let mut conn = self.pool.acquire().await?;
@@ -59,27 +59,23 @@ impl Desk {
             return Err(wrong("new", why));
         }
         let hash = self.passwords.hash(new).await?;
-        let keep = match actor.means {
-            super::Means::Session { id, .. } => Some(id),
-            super::Means::Token { .. } => None,
-        };
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         store::set_password(&mut tx, account, &hash).await?;
-        let ended = store::delete_sessions_but(&mut tx, account, keep).await?;
+        let ended = store::delete_sessions_but(&mut tx, account, Some(session)).await?;
         store::forgive(&mut tx, &self.throttle.pair(&actor.name, client.address)).await?;
         let detail = json!({"sessions_ended": ended});
-        note(&mut tx, &actor.id, "account.password", &actor.name, &client.request_id, detail).await?;
+        note(&mut tx, None, &actor.id, "account.password", &actor.name, &client.request_id, detail).await?;
         tx.commit().await?;
         Ok(())
     }
 
     /// Begins to set up a second factor: what to scan. Nothing is in force yet.
-    pub async fn begin_second_factor(&self, actor: &Actor, request_id: &str) -> Result<Setup, Error> {
-        let account = actor.require_person()?;
-        actor.require_recent()?;
+    pub async fn begin_second_factor(&self, by: By<'_>) -> Result<Setup, Error> {
+        let account = by.actor.require_person()?;
+        by.actor.require_recent()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
-        let setup = second_factor::begin(&mut tx, &self.keys, account, &actor.name).await?;
-        note(&mut tx, &actor.id, "account.second_factor_begin", &actor.name, request_id, json!({})).await?;
+        let setup = second_factor::begin(&mut tx, &self.keys, account, &by.actor.name).await?;
+        by.record(&mut tx, None, "account.second_factor_begin", &by.actor.name, json!({})).await?;
         tx.commit().await?;
         Ok(setup)
     }
@@ -91,7 +87,7 @@ impl Desk {
         actor: &Actor,
         code: &str,
     ) -> Result<Vec<String>, Error> {
-        let account = actor.require_person()?;
+        let (account, session) = actor.require_session()?;
         actor.require_recent()?;
         self.throttle.guess_factor(account, client.address).await?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
@@ -107,13 +103,10 @@ impl Desk {
         }
         let codes = second_factor::make_recovery_codes(&mut tx, account).await?;
         store::forgive(&mut tx, &self.throttle.factor(account)).await?;
-        let keep = match actor.means {
-            super::Means::Session { id, .. } => Some(id),
-            super::Means::Token { .. } => None,
-        };
-        store::delete_sessions_but(&mut tx, account, keep).await?;
+        store::delete_sessions_but(&mut tx, account, Some(session)).await?;
         note(
             &mut tx,
+            None,
             &actor.id,
             "account.second_factor",
             &actor.name,
@@ -126,27 +119,21 @@ impl Desk {
     }
 
     /// Takes one's own second factor away.
-    pub async fn remove_second_factor(&self, actor: &Actor, request_id: &str) -> Result<(), Error> {
-        let account = actor.require_person()?;
-        actor.require_recent()?;
+    pub async fn remove_second_factor(&self, by: By<'_>) -> Result<(), Error> {
+        let account = by.actor.require_person()?;
+        by.actor.require_recent()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         if !store::delete_factor(&mut tx, account).await? {
             return Err(Error::NotFound);
         }
-        note(&mut tx, &actor.id, "account.second_factor", &actor.name, request_id, json!({"on": false}))
-            .await?;
+        by.record(&mut tx, None, "account.second_factor", &by.actor.name, json!({"on": false})).await?;
         tx.commit().await?;
         Ok(())
     }
 
     /// Takes somebody's second factor away, for whoever has lost the device and the codes.
-    pub async fn remove_second_factor_of(
-        &self,
-        actor: &Actor,
-        request_id: &str,
-        name: &AccountName,
-    ) -> Result<(), Error> {
-        actor.require_recent()?;
+    pub async fn remove_second_factor_of(&self, by: By<'_>, name: &AccountName) -> Result<(), Error> {
+        by.actor.require_recent()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         let account = store::find_account_id(&mut tx, name).await?.ok_or(Error::NotFound)?;
         if !store::delete_factor(&mut tx, account).await? {
@@ -154,18 +141,18 @@ impl Desk {
         }
         store::delete_sessions_but(&mut tx, account, None).await?;
         let detail = json!({"on": false, "by_admin": true});
-        note(&mut tx, &actor.id, "account.second_factor", name.as_str(), request_id, detail).await?;
+        by.record(&mut tx, None, "account.second_factor", name.as_str(), detail).await?;
         tx.commit().await?;
         Ok(())
     }
 
     /// Takes away one's own link to a provider; some way to sign in stays. What the provider gave goes with it.
-    pub async fn unlink(&self, actor: &Actor, request_id: &str, provider: &str) -> Result<(), Error> {
-        let account = actor.require_person()?;
-        actor.require_recent()?;
+    pub async fn unlink(&self, by: By<'_>, provider: &str) -> Result<(), Error> {
+        let account = by.actor.require_person()?;
+        by.actor.require_recent()?;
         let issuer = self.providers.get(provider)?.settings.issuer.clone();
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
-        let found = store::find_for_sign_in(&mut tx, &actor.name).await?.ok_or(Error::NotFound)?;
+        let found = store::find_for_sign_in(&mut tx, &by.actor.name).await?.ok_or(Error::NotFound)?;
         let issuers = store::list_issuers(&mut tx, account).await?;
         if found.password.is_none() && issuers.iter().all(|known| *known == issuer) {
             return Err(Error::Conflict("it is the only way in that you have: set a password first".into()));
@@ -174,14 +161,14 @@ impl Desk {
             return Err(Error::NotFound);
         }
         let detail = json!({"provider": provider});
-        note(&mut tx, &actor.id, "account.unlink", &actor.name, request_id, detail).await?;
+        by.record(&mut tx, None, "account.unlink", &by.actor.name, detail).await?;
         tx.commit().await?;
         Ok(())
     }
 
     /// Takes away all of somebody's links to providers, as an admin: whoever came that way is out.
-    pub async fn unlink_all(&self, actor: &Actor, request_id: &str, name: &AccountName) -> Result<(), Error> {
-        actor.require_recent()?;
+    pub async fn unlink_all(&self, by: By<'_>, name: &AccountName) -> Result<(), Error> {
+        by.actor.require_recent()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         let account = store::find_account_id(&mut tx, name).await?.ok_or(Error::NotFound)?;
         if store::delete_identities(&mut tx, account, None).await? == 0 {
@@ -189,20 +176,14 @@ impl Desk {
         }
         store::delete_sessions_but(&mut tx, account, None).await?;
         let detail = json!({"provider": "all", "by_admin": true});
-        note(&mut tx, &actor.id, "account.unlink", name.as_str(), request_id, detail).await?;
+        by.record(&mut tx, None, "account.unlink", name.as_str(), detail).await?;
         tx.commit().await?;
         Ok(())
     }
 
     /// Changes somebody's standing on the platform. It holds with their next request, on open streams too.
-    pub async fn change_account(
-        &self,
-        actor: &Actor,
-        request_id: &str,
-        name: &AccountName,
-        change: &Change,
-    ) -> Result<(), Error> {
-        actor.require_recent()?;
+    pub async fn change_account(&self, by: By<'_>, name: &AccountName, change: &Change) -> Result<(), Error> {
+        by.actor.require_recent()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         let account = store::find_account_id(&mut tx, name).await?.ok_or(Error::NotFound)?;
         // The lock first: of two admins who shut each other out one waits here, and is refused.
@@ -225,7 +206,7 @@ impl Desk {
         if before > 0 && store::count_admins(&mut tx).await? == 0 {
             return Err(Error::Conflict("this is the last admin: make another one first".into()));
         }
-        note(&mut tx, &actor.id, "account.change", name.as_str(), request_id, Value::Object(detail)).await?;
+        by.record(&mut tx, None, "account.change", name.as_str(), Value::Object(detail)).await?;
         tx.commit().await?;
         Ok(())
     }

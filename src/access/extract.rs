@@ -16,7 +16,9 @@ use subtle::ConstantTimeEq;
 use super::denials::Denials;
 use super::store::{Asks, Facts};
 use super::throttle::network;
-use super::{Actor, Effect, Means, Permission, PlatformRole, Role, TenantRef, credentials, includes, store};
+use super::{
+    Actor, By, Effect, Means, Permission, PlatformRole, Role, TenantRef, credentials, includes, store,
+};
 use crate::audit::Refusal;
 use crate::error::Error;
 use crate::http::{OwnAddress, RequestId, request_id};
@@ -48,6 +50,14 @@ pub struct PlatformScope<P> {
     permission: PhantomData<P>,
 }
 
+impl<P> PlatformScope<P> {
+    /// Who acts, within which request.
+    #[must_use]
+    pub fn by(&self) -> By<'_> {
+        By { actor: &self.actor, request_id: &self.request_id.0 }
+    }
+}
+
 /// Somebody who may do `P` in the tenant that the address names.
 #[derive(Debug)]
 pub struct TenantScope<P> {
@@ -63,6 +73,12 @@ pub struct TenantScope<P> {
 }
 
 impl<P> TenantScope<P> {
+    /// Who acts, within which request.
+    #[must_use]
+    pub fn by(&self) -> By<'_> {
+        By { actor: &self.actor, request_id: &self.request_id.0 }
+    }
+
     /// Whether the same person may do this here too: for what a page offers.
     #[must_use]
     pub fn may<Q: Permission>(&self) -> bool {
@@ -83,6 +99,14 @@ pub struct SignedIn {
     pub actor: Actor,
     /// Id of the request.
     pub request_id: RequestId,
+}
+
+impl SignedIn {
+    /// Who acts, within which request.
+    #[must_use]
+    pub fn by(&self) -> By<'_> {
+        By { actor: &self.actor, request_id: &self.request_id.0 }
+    }
 }
 
 /// Somebody who is signed in, or nobody: for pages that look different for each.

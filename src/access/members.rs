@@ -5,27 +5,8 @@ use sqlx::PgPool;
 
 use super::extract::TenantScope;
 use super::{Actor, Role, store};
-use crate::audit;
-use crate::db::{self, Tx};
+use crate::db;
 use crate::error::Error;
-
-async fn record<P>(
-    tx: &mut Tx,
-    scope: &TenantScope<P>,
-    action: &'static str,
-    object: &str,
-    detail: serde_json::Value,
-) -> Result<(), Error> {
-    let event = audit::Event {
-        tenant: Some(scope.tenant.id),
-        actor: &scope.actor.id,
-        action,
-        object,
-        request_id: &scope.request_id.0,
-        detail,
-    };
-    audit::record(tx, event).await
-}
 
 /// Refuses to give a role that is higher than one's own.
 pub(super) fn require_within<P>(scope: &TenantScope<P>, role: Role) -> Result<(), Error> {
@@ -63,7 +44,8 @@ pub async fn change_role<P>(
     store::end_links_within(&mut tx, tenant, &format!("account:{account} {name}"), name).await?;
     let left = store::count_owners(&mut tx, tenant).await?;
     require_an_owner_left(&scope.actor, owners, left)?;
-    record(&mut tx, scope, "member.role", name, json!({"from": before, "to": role.as_str()})).await?;
+    let detail = json!({"from": before, "to": role.as_str()});
+    scope.by().record(&mut tx, tenant, "member.role", name, detail).await?;
     tx.commit().await?;
     Ok(())
 }
@@ -85,7 +67,7 @@ pub async fn remove<P>(pool: &PgPool, scope: &TenantScope<P>, name: &str) -> Res
     store::end_links_within(&mut tx, tenant, &format!("account:{account} {name}"), name).await?;
     let left = store::count_owners(&mut tx, tenant).await?;
     require_an_owner_left(&scope.actor, owners, left)?;
-    record(&mut tx, scope, "member.remove", name, json!({"role": role})).await?;
+    scope.by().record(&mut tx, tenant, "member.remove", name, json!({"role": role})).await?;
     tx.commit().await?;
     Ok(())
 }

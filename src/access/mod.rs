@@ -1,8 +1,10 @@
 //! Who may do what. One table of permissions, from which the extractors in `extract.rs`, the console and the
 //! documentation derive; those extractors are the only way to an [`Actor`], and every route takes one.
 
+use sqlx::PgConnection;
 use time::OffsetDateTime;
 
+use crate::audit;
 use crate::error::Error;
 use crate::ids::{AccountId, ActorId, TenantId, TenantName};
 
@@ -12,11 +14,14 @@ pub mod console;
 pub mod credentials;
 pub mod denials;
 pub mod extract;
+pub mod first_admin;
 pub mod idempotency;
 pub mod invitations;
+pub mod links;
 pub mod members;
 pub mod oidc;
 pub mod passwords;
+mod resets;
 pub mod second_factor;
 pub mod sessions;
 mod store;
@@ -133,8 +138,13 @@ impl Actor {
 
     /// The person, where only a person in a session will do.
     pub fn require_person(&self) -> Result<AccountId, Error> {
+        self.require_session().map(|(account, _)| account)
+    }
+
+    /// The same, with the number of the session.
+    pub fn require_session(&self) -> Result<(AccountId, i64), Error> {
         match (&self.means, self.account) {
-            (Means::Session { .. }, Some(account)) => Ok(account),
+            (Means::Session { id, .. }, Some(account)) => Ok((account, *id)),
             _ => Err(Error::Forbidden("this is for a person who has signed in, not for a token".into())),
         }
     }
@@ -146,6 +156,30 @@ impl Actor {
             Means::Token { expires_at, .. } => Some(expires_at),
             Means::Session { .. } => None,
         }
+    }
+}
+
+/// Who acts, within which request.
+#[derive(Debug, Clone, Copy)]
+pub struct By<'a> {
+    /// Who.
+    pub actor: &'a Actor,
+    /// Request.
+    pub request_id: &'a str,
+}
+
+impl By<'_> {
+    /// Puts a change on a tenant's record, or (none) the platform's: within the transaction that makes it.
+    pub async fn record(
+        self,
+        conn: &mut PgConnection,
+        tenant: impl Into<Option<TenantId>>,
+        action: &'static str,
+        object: &str,
+        detail: serde_json::Value,
+    ) -> Result<(), Error> {
+        let (tenant, actor, request_id) = (tenant.into(), &self.actor.id, self.request_id);
+        audit::record(conn, audit::Event { tenant, actor, action, object, request_id, detail }).await
     }
 }
 

@@ -15,12 +15,12 @@ use super::oidc::Providers;
 use super::passwords::{Passwords, Verdict};
 use super::store::{self, Begun, ForSignIn, NewSession};
 use super::throttle::{Throttle, network};
-use super::{Actor, Means, second_factor};
+use super::{Actor, By, second_factor};
 use crate::audit::{self, Refusal};
 use crate::db::{self, Tx, Within};
 use crate::error::Error;
 use crate::http::OwnAddress;
-use crate::ids::{AccountId, ActorId};
+use crate::ids::{AccountId, ActorId, TenantId};
 use crate::keys::Keys;
 
 /// What is at hand where people sign in.
@@ -217,7 +217,7 @@ impl Desk {
         store::forgive(tx, &self.throttle.pair(name, client.address)).await?;
         let actor = ActorId::new(&format!("account:{account} {name}"));
         let detail = json!({"session": id, "method": method, "place": client.address});
-        note(tx, &actor, "session.begin", name, &client.request_id, detail).await?;
+        note(tx, None, &actor, "session.begin", name, &client.request_id, detail).await?;
         Ok(session)
     }
 
@@ -227,7 +227,7 @@ impl Desk {
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         let method = store::delete_session(&mut tx, hash).await?;
         if method.is_some() {
-            note(&mut tx, &actor.id, "session.end", &actor.name, &client.request_id, json!({})).await?;
+            note(&mut tx, None, &actor.id, "session.end", &actor.name, &client.request_id, json!({})).await?;
         }
         tx.commit().await?;
         Ok(method)
@@ -242,10 +242,7 @@ impl Desk {
         password: &str,
         code: &str,
     ) -> Result<Option<Secret>, Error> {
-        let (account, session) = match actor.means {
-            Means::Session { id, .. } => (actor.require_person()?, id),
-            Means::Token { .. } => return Err(Error::Forbidden("tokens are not asked to confirm".into())),
-        };
+        let (account, session) = actor.require_session()?;
         self.throttle.guess(&actor.name, client.address, Some(account)).await?;
         let mut conn = self.pool.acquire().await?;
         let found = store::find_for_sign_in(&mut conn, &actor.name).await?;
@@ -280,47 +277,45 @@ impl Desk {
             return Ok(None);
         }
         store::forgive(tx, &self.throttle.pair(&actor.name, client.address)).await?;
-        note(tx, &actor.id, "session.confirm", &actor.name, &client.request_id, json!({})).await?;
+        note(tx, None, &actor.id, "session.confirm", &actor.name, &client.request_id, json!({})).await?;
         Ok(Some(fresh))
     }
 
     /// Ends one of one's own sessions.
-    pub async fn end_session(&self, actor: &Actor, request_id: &str, id: i64) -> Result<(), Error> {
-        let account = actor.require_person()?;
+    pub async fn end_session(&self, by: By<'_>, id: i64) -> Result<(), Error> {
+        let account = by.actor.require_person()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         if !store::delete_session_of(&mut tx, account, id).await? {
             return Err(Error::NotFound);
         }
-        note(&mut tx, &actor.id, "session.end", &actor.name, request_id, json!({"session": id})).await?;
+        by.record(&mut tx, None, "session.end", &by.actor.name, json!({"session": id})).await?;
         tx.commit().await?;
         Ok(())
     }
 
     /// Ends all of one's own sessions but the present one; how many.
-    pub async fn end_other_sessions(&self, actor: &Actor, request_id: &str) -> Result<u64, Error> {
-        let account = actor.require_person()?;
-        let keep = match actor.means {
-            Means::Session { id, .. } => Some(id),
-            Means::Token { .. } => None,
-        };
+    pub async fn end_other_sessions(&self, by: By<'_>) -> Result<u64, Error> {
+        let (account, session) = by.actor.require_session()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
-        let ended = store::delete_sessions_but(&mut tx, account, keep).await?;
-        note(&mut tx, &actor.id, "session.end", &actor.name, request_id, json!({"others": ended})).await?;
+        let ended = store::delete_sessions_but(&mut tx, account, Some(session)).await?;
+        by.record(&mut tx, None, "session.end", &by.actor.name, json!({"others": ended})).await?;
         tx.commit().await?;
         Ok(ended)
     }
 }
 
-/// Records something that concerns no tenant.
+/// Puts on record what somebody does who is not signed in yet; [`super::By::record`] is for all others.
 pub(super) async fn note(
     tx: &mut Tx,
+    tenant: impl Into<Option<TenantId>>,
     actor: &ActorId,
     action: &'static str,
     object: &str,
     request_id: &str,
     detail: serde_json::Value,
 ) -> Result<(), Error> {
-    audit::record(tx, audit::Event { tenant: None, actor, action, object, request_id, detail }).await
+    let tenant = tenant.into();
+    audit::record(tx, audit::Event { tenant, actor, action, object, request_id, detail }).await
 }
 
 /// The desk of a request.

@@ -9,7 +9,7 @@ use super::credentials::{Secret, TOKEN_PREFIX};
 use super::extract::TenantScope;
 use super::sessions::Desk;
 use super::store::{self, Holder};
-use super::{Actor, Authority, PlatformRole, Role, accounts, members};
+use super::{Actor, Authority, By, PlatformRole, Role, accounts, members};
 use crate::audit;
 use crate::db::{self, Within};
 use crate::error::Error;
@@ -100,13 +100,7 @@ impl Desk {
         let role = Role::parse(&role).ok_or_else(|| Error::internal("an unknown role"))?;
         members::require_within(scope, role)?;
         let made = self
-            .insert(
-                &mut tx,
-                &scope.actor,
-                &scope.request_id.0,
-                new,
-                (Authority::Tenant(tenant, role), Holder::Service(id)),
-            )
+            .insert(&mut tx, scope.by(), new, (Authority::Tenant(tenant, role), Holder::Service(id)))
             .await?;
         tx.commit().await?;
         Ok(made)
@@ -115,19 +109,18 @@ impl Desk {
     /// Makes a token of one's own for a tenant, with one's own role or a smaller one.
     pub async fn create_own_token(
         &self,
-        actor: &Actor,
-        request_id: &str,
+        by: By<'_>,
         authority: Authority,
         new: NewToken,
     ) -> Result<Made, Error> {
-        let account = actor.require_person()?;
-        actor.require_recent()?;
+        let account = by.actor.require_person()?;
+        by.actor.require_recent()?;
         let within = match authority {
             Authority::Tenant(tenant, _) => Within::Tenant(tenant),
             Authority::Platform(_) => Within::Platform,
         };
         let mut tx = db::begin(&self.pool, within).await?;
-        let made = self.insert(&mut tx, actor, request_id, new, (authority, Holder::Person(account))).await?;
+        let made = self.insert(&mut tx, by, new, (authority, Holder::Person(account))).await?;
         tx.commit().await?;
         Ok(made)
     }
@@ -135,8 +128,7 @@ impl Desk {
     async fn insert(
         &self,
         tx: &mut db::Tx,
-        actor: &Actor,
-        request_id: &str,
+        by: By<'_>,
         new: NewToken,
         (authority, holder): (Authority, Holder),
     ) -> Result<Made, Error> {
@@ -147,22 +139,14 @@ impl Desk {
             &new.name,
             authority,
             holder,
-            (&actor.id, new.expires_at),
+            (&by.actor.id, new.expires_at),
         )
         .await?;
         let (tenant, role) = match authority {
             Authority::Tenant(tenant, role) => (Some(tenant), role.as_str()),
             Authority::Platform(role) => (None, role.as_str()),
         };
-        let event = audit::Event {
-            tenant,
-            actor: &actor.id,
-            action: "token.create",
-            object: &new.name,
-            request_id,
-            detail: json!({"role": role, "token": id}),
-        };
-        audit::record(tx, event).await?;
+        by.record(tx, tenant, "token.create", &new.name, json!({"role": role, "token": id})).await?;
         Ok(Made { id, secret, expires_at: new.expires_at })
     }
 
@@ -197,45 +181,23 @@ impl Desk {
     }
 
     /// Revokes a token that opens a tenant, or (none) the platform, whoever holds it.
-    pub async fn revoke_token(
-        &self,
-        actor: &Actor,
-        request_id: &str,
-        tenant: Option<TenantId>,
-        id: i64,
-    ) -> Result<(), Error> {
+    pub async fn revoke_token(&self, by: By<'_>, tenant: Option<TenantId>, id: i64) -> Result<(), Error> {
         let mut tx = db::begin(&self.pool, tenant.map_or(Within::Platform, Within::Tenant)).await?;
         let name = store::revoke_token(&mut tx, tenant, id).await?.ok_or(Error::NotFound)?;
-        let event = audit::Event {
-            tenant,
-            actor: &actor.id,
-            action: "token.revoke",
-            object: &name,
-            request_id,
-            detail: json!({"token": id}),
-        };
-        audit::record(&mut tx, event).await?;
+        by.record(&mut tx, tenant, "token.revoke", &name, json!({"token": id})).await?;
         tx.commit().await?;
         Ok(())
     }
 
     /// Revokes one of one's own tokens.
-    pub async fn revoke_own_token(&self, actor: &Actor, request_id: &str, id: i64) -> Result<(), Error> {
-        let account = actor.require_person()?;
+    pub async fn revoke_own_token(&self, by: By<'_>, id: i64) -> Result<(), Error> {
+        let account = by.actor.require_person()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         let (tenant, name) = store::revoke_own_token(&mut tx, account, id).await?.ok_or(Error::NotFound)?;
         if let Some(tenant) = tenant {
             db::enter(&mut tx, tenant).await?;
         }
-        let event = audit::Event {
-            tenant,
-            actor: &actor.id,
-            action: "token.revoke",
-            object: &name,
-            request_id,
-            detail: json!({"token": id}),
-        };
-        audit::record(&mut tx, event).await?;
+        by.record(&mut tx, tenant, "token.revoke", &name, json!({"token": id})).await?;
         tx.commit().await?;
         Ok(())
     }
@@ -258,8 +220,8 @@ impl Desk {
         }
         let mut tx = db::begin(&self.pool, scope.tenant.id).await?;
         store::insert_service(&mut tx, scope.tenant.id, name, role.as_str(), &scope.actor.id).await?;
-        self.note_service(&mut tx, scope, "service_account.create", name, json!({"role": role.as_str()}))
-            .await?;
+        let detail = json!({"role": role.as_str()});
+        scope.by().record(&mut tx, scope.tenant.id, "service_account.create", name, detail).await?;
         tx.commit().await?;
         Ok(())
     }
@@ -271,27 +233,8 @@ impl Desk {
             return Err(Error::NotFound);
         }
         store::end_links_within(&mut tx, scope.tenant.id, &format!("service:{name}"), "").await?;
-        self.note_service(&mut tx, scope, "service_account.delete", name, json!({})).await?;
+        scope.by().record(&mut tx, scope.tenant.id, "service_account.delete", name, json!({})).await?;
         tx.commit().await?;
         Ok(())
-    }
-
-    async fn note_service<P>(
-        &self,
-        tx: &mut db::Tx,
-        scope: &TenantScope<P>,
-        action: &'static str,
-        object: &str,
-        detail: serde_json::Value,
-    ) -> Result<(), Error> {
-        let event = audit::Event {
-            tenant: Some(scope.tenant.id),
-            actor: &scope.actor.id,
-            action,
-            object,
-            request_id: &scope.request_id.0,
-            detail,
-        };
-        audit::record(tx, event).await
     }
 }

@@ -4,14 +4,13 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use sqlx::{PgPool, Postgres, Transaction};
 
 use super::reservation::{self, Asked, Peak, Reserved};
 use super::spec::{AppSpec, ImageReference};
 use super::{App, Release, store};
-use crate::access::TenantRef;
-use crate::audit;
+use crate::access::{By, TenantRef};
 use crate::config::Pools;
 use crate::db;
 use crate::driver::workload::{InsideUser, Subnet};
@@ -21,7 +20,7 @@ use crate::ids::{AppId, AppName, Digest, RepositoryPath};
 use crate::images;
 use crate::reconcile::{Waker, enqueue};
 use crate::registries::{self, Distribution};
-use crate::tenants::actions::{By, check_generation};
+use crate::tenants::actions::check_generation;
 use crate::uid_ranges;
 
 /// The kind of an app's work.
@@ -281,7 +280,7 @@ impl Apps {
         store::add_used(tx, tenant.id, Reserved::default(), peak.reserved(), 1).await?;
         let detail =
             json!({"revision": 1, "digest": release.digest, "uids": [block.ids.start, block.ids.size]});
-        record(tx, by, tenant, "app.create", name, detail).await?;
+        by.record(tx, tenant.id, "app.create", name.as_str(), detail).await?;
         enqueue(tx, WORK, id.0, tenant.id).await?;
         Ok(())
     }
@@ -305,7 +304,7 @@ impl Apps {
         let detail = json!({
             "revision": revision, "digest": release.digest, "rolled_back_to": release.rolled_back_to,
         });
-        record(tx, by, tenant, action, &app.name, detail).await?;
+        by.record(tx, tenant.id, action, app.name.as_str(), detail).await?;
         enqueue(tx, WORK, app.id.0, tenant.id).await?;
         Ok((generation, revision))
     }
@@ -390,7 +389,7 @@ impl Apps {
             return Ok(app.generation);
         }
         let generation = store::set_deleted(&mut tx, tenant.id, app.id).await?;
-        record(&mut tx, by, tenant, "app.delete", name, json!({})).await?;
+        by.record(&mut tx, tenant.id, "app.delete", name.as_str(), json!({})).await?;
         enqueue(&mut tx, WORK, app.id.0, tenant.id).await?;
         fail::fail_point!("apps::delete_commit", |_| Err(Error::internal("failpoint")));
         tx.commit().await?;
@@ -448,23 +447,4 @@ fn reference(of: &ImageReference) -> registries::Reference {
         ImageReference::Tag(tag) => registries::Reference::Tag(tag.clone()),
         ImageReference::Digest(digest) => registries::Reference::Digest(digest.clone()),
     }
-}
-
-async fn record(
-    tx: &mut Transaction<'_, Postgres>,
-    by: By<'_>,
-    tenant: &TenantRef,
-    action: &'static str,
-    name: &AppName,
-    detail: Value,
-) -> Result<(), Error> {
-    let event = audit::Event {
-        tenant: Some(tenant.id),
-        actor: &by.actor.id,
-        action,
-        object: name.as_str(),
-        request_id: by.request_id,
-        detail,
-    };
-    audit::record(tx, event).await
 }

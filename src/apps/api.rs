@@ -17,7 +17,6 @@ use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::http::parse_json;
 use crate::ids::AppName;
-use crate::tenants::actions::By;
 use crate::tenants::api::{etag, if_match};
 
 /// The app that the address names.
@@ -80,7 +79,7 @@ pub async fn put_app(
             .because("an app keeps its name for life; another name is another app"),
         ));
     }
-    let by = By { actor: &scope.actor, request_id: &scope.request_id.0 };
+    let by = scope.by();
     let mode = if query.dry_run { Mode::DryRun } else { Mode::Apply };
     let done = apps.deploy(by, &scope.tenant, &spec, if_match(&req)?, mode).await?;
     let status = if done.changed && mode == Mode::Apply { StatusCode::ACCEPTED } else { StatusCode::OK };
@@ -151,7 +150,7 @@ pub async fn delete_app(
     path: web::Path<AppPath>,
     apps: web::Data<Apps>,
 ) -> Result<HttpResponse, Error> {
-    let by = By { actor: &scope.actor, request_id: &scope.request_id.0 };
+    let by = scope.by();
     let name = path.name()?;
     let generation = apps.delete(by, &scope.tenant, &name, if_match(&req)?).await?;
     Ok(HttpResponse::Accepted().json(json!({"name": name, "generation": generation})))
@@ -194,7 +193,7 @@ pub async fn roll_back(
     if let Some(kept) = once.kept(&mut tx, &scope.actor).await? {
         return Ok(HttpResponse::build(kept.status).json(kept.body));
     }
-    let by = By { actor: &scope.actor, request_id: &scope.request_id.0 };
+    let by = scope.by();
     let (generation, revision) = apps.roll_back(&mut tx, by, &scope.tenant, &name, input.revision).await?;
     let answer = json!({
         "name": name, "generation": generation, "revision": revision, "rolled_back_to": input.revision,

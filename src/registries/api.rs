@@ -7,7 +7,6 @@ use sqlx::PgPool;
 
 use super::{Distribution, Holders, store};
 use crate::access::{Deploy, ReadTenant, TenantScope};
-use crate::audit;
 use crate::db::{self, Page, PageQuery};
 use crate::error::Error;
 use crate::ids::{RepositoryPath, Tag, TenantId, TenantName};
@@ -96,15 +95,8 @@ pub async fn delete_tag(
         apps.dedup();
         return Err(Error::Conflict(format!("this image is deployed by: {}", apps.join(", "))));
     }
-    let event = audit::Event {
-        tenant: Some(scope.tenant.id),
-        actor: &scope.actor.id,
-        action: "tag.delete",
-        object: &format!("{repository}:{tag}"),
-        request_id: &scope.request_id.0,
-        detail: json!({"digest": digest}),
-    };
-    audit::record(&mut tx, event).await?;
+    let image = format!("{repository}:{tag}");
+    scope.by().record(&mut tx, scope.tenant.id, "tag.delete", &image, json!({"digest": digest})).await?;
     tx.commit().await?;
     // The tag is gone; what nothing holds any more is cleared away now, or by the sweep later.
     let name = &scope.tenant.name;

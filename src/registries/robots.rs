@@ -8,7 +8,6 @@ use sqlx::PgPool;
 use super::store;
 use crate::access::credentials::Secret;
 use crate::access::{ManageCredentials, ReadTenant, TenantScope};
-use crate::audit;
 use crate::db::{self, Page, PageQuery, constraint};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
@@ -79,8 +78,8 @@ pub async fn create_robot(
             }
             _ => error.into(),
         })?;
-    record(&mut tx, &scope, "robot.create", &robot.name, json!({"push": robot.push, "days": robot.days}))
-        .await?;
+    let detail = json!({"push": robot.push, "days": robot.days});
+    scope.by().record(&mut tx, scope.tenant.id, "robot.create", &robot.name, detail).await?;
     tx.commit().await?;
     let login = format!("{}+{}", scope.tenant.name, robot.name);
     let address = own.of(&req).unwrap_or_default();
@@ -90,24 +89,6 @@ pub async fn create_robot(
         "name": robot.name, "login": login, "secret": secret.expose(), "push": robot.push,
         "registry": host, "command": format!("podman login{plain} --username {login} {host}"),
     })))
-}
-
-async fn record<P>(
-    tx: &mut sqlx::PgConnection,
-    scope: &TenantScope<P>,
-    action: &'static str,
-    object: &str,
-    detail: serde_json::Value,
-) -> Result<(), Error> {
-    let event = audit::Event {
-        tenant: Some(scope.tenant.id),
-        actor: &scope.actor.id,
-        action,
-        object,
-        request_id: &scope.request_id.0,
-        detail,
-    };
-    audit::record(tx, event).await
 }
 
 /// GET /api/v1/tenants/{tenant}/robots: by name.
@@ -138,7 +119,7 @@ pub async fn delete_robot(
     if !store::revoke_robot(&mut tx, scope.tenant.id, &path.robot).await? {
         return Err(Error::NotFound);
     }
-    record(&mut tx, &scope, "robot.delete", &path.robot, json!({})).await?;
+    scope.by().record(&mut tx, scope.tenant.id, "robot.delete", &path.robot, json!({})).await?;
     tx.commit().await?;
     Ok(HttpResponse::NoContent().finish())
 }

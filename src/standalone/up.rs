@@ -142,7 +142,7 @@ async fn start(
     say(format!("\nBulkhead is at http://{}", options.listen));
     let failed = |error: crate::error::Error| Failed(error.to_string());
     if !access::has_admin(&mut conn).await.map_err(failed)? {
-        let path = access::invitations::make_first_admin_link(&pool).await.map_err(failed)?;
+        let path = access::first_admin::make_link(&pool).await.map_err(failed)?;
         let address = format!("http://{}{path}", options.listen);
         folder.write("secrets/first-admin-link", &format!("{address}\n"), (0, 0), 0o400)?;
         say(format!("First admin (works once, for a day): {address}"));

@@ -7,7 +7,7 @@ use sqlx::{PgPool, Postgres, Transaction};
 
 use super::{Limits, store};
 use crate::access::idempotency::{Kept, Once};
-use crate::access::{Actor, TenantRef};
+use crate::access::{By, TenantRef};
 use crate::audit;
 use crate::config::Pools;
 use crate::db::{self, Within};
@@ -18,15 +18,6 @@ use crate::uid_ranges;
 
 /// The kind of a tenant's work.
 pub const WORK: &str = "tenant";
-
-/// Who acts, within which request.
-#[derive(Debug, Clone, Copy)]
-pub struct By<'a> {
-    /// Who.
-    pub actor: &'a Actor,
-    /// Request.
-    pub request_id: &'a str,
-}
 
 /// A tenant to be onboarded, checked.
 #[derive(Debug)]
@@ -85,7 +76,8 @@ pub async fn onboard(
     for part in ["Registry", "Network"] {
         store::set_condition(&mut tx, id, part, "unknown", "Pending", "being set up").await?;
     }
-    record(&mut tx, id, by, "tenant.onboard", &new.name, json!({"uids": [range.start, range.end]})).await?;
+    by.record(&mut tx, id, "tenant.onboard", new.name.as_str(), json!({"uids": [range.start, range.end]}))
+        .await?;
     enqueue(&mut tx, WORK, id.0, id).await?;
     let body = json!({
         "name": new.name, "generation": 1, "state": "active",
@@ -96,25 +88,6 @@ pub async fn onboard(
     tx.commit().await?;
     waker.wake();
     Ok(Kept { status: StatusCode::ACCEPTED, body })
-}
-
-async fn record(
-    tx: &mut Transaction<'_, Postgres>,
-    id: TenantId,
-    by: By<'_>,
-    action: &'static str,
-    name: &TenantName,
-    detail: Value,
-) -> Result<(), Error> {
-    let event = audit::Event {
-        tenant: Some(id),
-        actor: &by.actor.id,
-        action,
-        object: name.as_str(),
-        request_id: by.request_id,
-        detail,
-    };
-    audit::record(tx, event).await
 }
 
 /// Changes the display name and limits.
@@ -137,8 +110,14 @@ pub async fn change(
     }
     store::set_limits(&mut tx, tenant.id, limits).await?;
     let generation = store::raise_generation(&mut tx, tenant.id, &state).await?;
-    record(&mut tx, tenant.id, by, "tenant.change", &tenant.name, json!({"quota": limits_view(limits)}))
-        .await?;
+    by.record(
+        &mut tx,
+        tenant.id,
+        "tenant.change",
+        tenant.name.as_str(),
+        json!({"quota": limits_view(limits)}),
+    )
+    .await?;
     enqueue(&mut tx, WORK, tenant.id.0, tenant.id).await?;
     tx.commit().await?;
     Ok(generation)
@@ -189,7 +168,7 @@ pub async fn suspend(
         return Err(Error::Conflict(format!("the tenant is {state}")));
     }
     let generation = store::raise_generation(&mut tx, tenant.id, wanted).await?;
-    record(&mut tx, tenant.id, by, action, &tenant.name, json!({})).await?;
+    by.record(&mut tx, tenant.id, action, tenant.name.as_str(), json!({})).await?;
     enqueue(&mut tx, WORK, tenant.id.0, tenant.id).await?;
     store::wake_apps(&mut tx, tenant.id).await?;
     tx.commit().await?;
@@ -211,7 +190,7 @@ pub async fn offboard(pool: &PgPool, waker: &Waker, by: By<'_>, tenant: &TenantR
     store::insert_steps(&mut tx, tenant.id, &STEPS).await?;
     store::revoke_tokens(&mut tx, tenant.id).await?;
     store::end_access(&mut tx, tenant.id).await?;
-    record(&mut tx, tenant.id, by, "tenant.offboard", &tenant.name, json!({})).await?;
+    by.record(&mut tx, tenant.id, "tenant.offboard", tenant.name.as_str(), json!({})).await?;
     enqueue(&mut tx, WORK, tenant.id.0, tenant.id).await?;
     tx.commit().await?;
     waker.wake();

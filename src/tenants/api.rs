@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sqlx::PgPool;
 
-use super::actions::{self, By, DEFAULT_LIMITS, NewTenant, Suspension};
+use super::actions::{self, DEFAULT_LIMITS, NewTenant, Suspension};
 use super::store::Condition;
 use super::{QuotaInput, Tenant, store};
 use crate::access::idempotency::Once;
@@ -67,7 +67,7 @@ pub async fn onboard(
         registry_bytes: given.registry_bytes.or(DEFAULT_LIMITS.registry_bytes),
     };
     let once = Once::of(&req, &body)?;
-    let by = By { actor: &scope.actor, request_id: &scope.request_id.0 };
+    let by = scope.by();
     let new = NewTenant { name, display_name, limits };
     let kept = actions::onboard(&pool, &config.pools, &waker, by, &once, new).await?;
     Ok(HttpResponse::build(kept.status).json(kept.body))
@@ -183,7 +183,7 @@ pub async fn change_tenant(
     if !faults.is_empty() {
         return Err(Error::Invalid(faults));
     }
-    let by = By { actor: &scope.actor, request_id: &scope.request_id.0 };
+    let by = scope.by();
     let name = input.display_name.as_deref();
     let generation = actions::change(&pool, by, &scope.tenant, name, limits, if_match(&req)?).await?;
     Ok(HttpResponse::Accepted()
@@ -216,7 +216,7 @@ async fn suspend(
     what: Suspension,
 ) -> Result<HttpResponse, Error> {
     scope.actor.require_recent()?;
-    let by = By { actor: &scope.actor, request_id: &scope.request_id.0 };
+    let by = scope.by();
     let generation = actions::suspend(pool, waker, by, &scope.tenant, what).await?;
     let state = if what == Suspension::Begin { "suspended" } else { "active" };
     Ok(HttpResponse::Accepted()
@@ -246,7 +246,7 @@ pub async fn begin_offboarding(
                 .because("an offboarding removes the tenant's apps and images and cannot be undone"),
         ));
     }
-    let by = By { actor: &scope.actor, request_id: &scope.request_id.0 };
+    let by = scope.by();
     let generation = actions::offboard(&pool, &waker, by, &scope.tenant).await?;
     Ok(HttpResponse::Accepted().json(json!({"name": scope.tenant.name, "generation": generation})))
 }

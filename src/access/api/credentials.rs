@@ -118,6 +118,6 @@ pub async fn revoke_token(
     desk: DeskData,
     path: web::Path<NumberPath>,
 ) -> Result<HttpResponse, Error> {
-    desk.revoke_token(&scope.actor, &scope.request_id.0, Some(scope.tenant.id), path.id).await?;
+    desk.revoke_token(scope.by(), Some(scope.tenant.id), path.id).await?;
     Ok(HttpResponse::NoContent().finish())
 }

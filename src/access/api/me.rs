@@ -49,13 +49,13 @@ pub async fn end_session(
     desk: DeskData,
     path: web::Path<NumberPath>,
 ) -> Result<HttpResponse, Error> {
-    desk.end_session(&scope.actor, &scope.request_id.0, path.id).await?;
+    desk.end_session(scope.by(), path.id).await?;
     Ok(HttpResponse::NoContent().finish())
 }
 
 /// DELETE /api/v1/me/sessions: all but the present one.
 pub async fn end_other_sessions(scope: SignedIn, desk: DeskData) -> Result<HttpResponse, Error> {
-    let ended = desk.end_other_sessions(&scope.actor, &scope.request_id.0).await?;
+    let ended = desk.end_other_sessions(scope.by()).await?;
     Ok(HttpResponse::Ok().json(json!({"ended": ended})))
 }
 
@@ -107,7 +107,7 @@ pub async fn confirm(
 
 /// POST /api/v1/me/second-factor: begins to set one up.
 pub async fn begin_second_factor(scope: SignedIn, desk: DeskData) -> Result<HttpResponse, Error> {
-    let setup = desk.begin_second_factor(&scope.actor, &scope.request_id.0).await?;
+    let setup = desk.begin_second_factor(scope.by()).await?;
     Ok(HttpResponse::Created().json(json!({"secret": setup.secret, "address": setup.address})))
 }
 
@@ -132,7 +132,7 @@ pub async fn confirm_second_factor(
 
 /// DELETE /api/v1/me/second-factor
 pub async fn remove_second_factor(scope: SignedIn, desk: DeskData) -> Result<HttpResponse, Error> {
-    desk.remove_second_factor(&scope.actor, &scope.request_id.0).await?;
+    desk.remove_second_factor(scope.by()).await?;
     Ok(HttpResponse::NoContent().finish())
 }
 
@@ -148,7 +148,7 @@ pub async fn unlink(
     desk: DeskData,
     path: web::Path<ProviderPath>,
 ) -> Result<HttpResponse, Error> {
-    desk.unlink(&scope.actor, &scope.request_id.0, &path.provider).await?;
+    desk.unlink(scope.by(), &path.provider).await?;
     Ok(HttpResponse::NoContent().finish())
 }
 
@@ -180,7 +180,7 @@ pub async fn create_token(
     let input: TokenBody = parse_json(&req, &body)?;
     let new = NewToken::check(&scope.actor, &input.name, input.days)?;
     let authority = desk.own_authority(&scope.actor, input.tenant.as_deref(), &input.role).await?;
-    let made = desk.create_own_token(&scope.actor, &scope.request_id.0, authority, new).await?;
+    let made = desk.create_own_token(scope.by(), authority, new).await?;
     Ok(super::credentials::token_made(&input.name, &made))
 }
 
@@ -190,7 +190,7 @@ pub async fn revoke_token(
     desk: DeskData,
     path: web::Path<NumberPath>,
 ) -> Result<HttpResponse, Error> {
-    desk.revoke_own_token(&scope.actor, &scope.request_id.0, path.id).await?;
+    desk.revoke_own_token(scope.by(), path.id).await?;
     Ok(HttpResponse::NoContent().finish())
 }
 

@@ -7,7 +7,8 @@ use sqlx::PgPool;
 
 use super::NumberPath;
 use crate::access::extract::TenantScope;
-use crate::access::invitations::{HOURS, Made};
+use crate::access::invitations::HOURS;
+use crate::access::links::Made;
 use crate::access::sessions::DeskData;
 use crate::access::{ManageMembers, ReadActivity, ReadTenant, Role, accounts, members, store};
 use crate::db::{self, Page, PageQuery};
@@ -133,6 +134,6 @@ pub async fn revoke_invitation(
     desk: DeskData,
     path: web::Path<NumberPath>,
 ) -> Result<HttpResponse, Error> {
-    desk.revoke_invitation(&scope.actor, &scope.request_id.0, Some(scope.tenant.id), path.id).await?;
+    desk.revoke_invitation(scope.by(), Some(scope.tenant.id), path.id).await?;
     Ok(HttpResponse::NoContent().finish())
 }

@@ -92,7 +92,7 @@ pub async fn change_account(
     };
     let change = Change { platform_role: role, disabled: input.disabled };
     let name = path.name()?;
-    desk.change_account(&scope.actor, &scope.request_id.0, &name, &change).await?;
+    desk.change_account(scope.by(), &name, &change).await?;
     Ok(HttpResponse::Ok().json(json!({"name": name})))
 }
 
@@ -104,7 +104,7 @@ pub async fn reset_account(
     desk: DeskData,
     path: web::Path<AccountPath>,
 ) -> Result<HttpResponse, Error> {
-    let made = desk.reset(&scope.actor, &scope.request_id.0, &path.name()?).await?;
+    let made = desk.reset(scope.by(), &path.name()?).await?;
     Ok(members::link_made(&req, &own, &made))
 }
 
@@ -114,7 +114,7 @@ pub async fn remove_second_factor(
     desk: DeskData,
     path: web::Path<AccountPath>,
 ) -> Result<HttpResponse, Error> {
-    desk.remove_second_factor_of(&scope.actor, &scope.request_id.0, &path.name()?).await?;
+    desk.remove_second_factor_of(scope.by(), &path.name()?).await?;
     Ok(HttpResponse::NoContent().finish())
 }
 
@@ -124,7 +124,7 @@ pub async fn unlink_account(
     desk: DeskData,
     path: web::Path<AccountPath>,
 ) -> Result<HttpResponse, Error> {
-    desk.unlink_all(&scope.actor, &scope.request_id.0, &path.name()?).await?;
+    desk.unlink_all(scope.by(), &path.name()?).await?;
     Ok(HttpResponse::NoContent().finish())
 }
 
@@ -160,7 +160,7 @@ pub async fn invite(
     let input: InvitationBody = parse_json(&req, &body)?;
     let name = accounts::account_name("name", &input.name)?;
     let role = platform_role(input.platform_role.as_deref())?;
-    let made = desk.invite_to_platform(&scope.actor, &scope.request_id.0, &name, role, input.hours).await?;
+    let made = desk.invite_to_platform(scope.by(), &name, role, input.hours).await?;
     Ok(members::link_made(&req, &own, &made))
 }
 
@@ -170,7 +170,7 @@ pub async fn revoke_invitation(
     desk: DeskData,
     path: web::Path<NumberPath>,
 ) -> Result<HttpResponse, Error> {
-    desk.revoke_invitation(&scope.actor, &scope.request_id.0, None, path.id).await?;
+    desk.revoke_invitation(scope.by(), None, path.id).await?;
     Ok(HttpResponse::NoContent().finish())
 }
 
@@ -192,6 +192,6 @@ pub async fn revoke_token(
     desk: DeskData,
     path: web::Path<NumberPath>,
 ) -> Result<HttpResponse, Error> {
-    desk.revoke_token(&scope.actor, &scope.request_id.0, None, path.id).await?;
+    desk.revoke_token(scope.by(), None, path.id).await?;
     Ok(HttpResponse::NoContent().finish())
 }

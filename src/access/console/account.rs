@@ -1,13 +1,12 @@
 //! One's own account: password, second factor, sessions, tokens.
 
-use actix_web::http::StatusCode;
 use actix_web::{HttpRequest, HttpResponse, web};
 use askama::Template;
 use qrcodegen::{QrCode, QrCodeEcc};
 use serde::Deserialize;
 
 use super::login::{CodeForm, Nothing};
-use super::{SecretPage, browser, frame, inline, page_with, see_other, when};
+use super::{SecretPage, browser, frame, see_other, when};
 use crate::access::extract::{Posted, SignedIn};
 use crate::access::sessions::{Client, DeskData};
 use crate::access::tokens::NewToken;
@@ -141,12 +140,8 @@ pub async fn account_page(scope: SignedIn, desk: DeskData) -> Result<HttpRespons
     html::page(&view(&scope, &desk, String::new()).await?)
 }
 
-async fn again(scope: &SignedIn, desk: &DeskData, error: Error) -> Result<HttpResponse, Error> {
-    if matches!(error, Error::Unconfirmed) {
-        return Ok(see_other("/confirm?next=/account"));
-    }
-    let error = inline(error)?;
-    page_with(StatusCode::UNPROCESSABLE_ENTITY, &view(scope, desk, error).await?)
+async fn after(scope: &SignedIn, desk: &DeskData, outcome: Result<(), Error>) -> Result<HttpResponse, Error> {
+    super::after("/account", outcome, async |error| view(scope, desk, error).await).await
 }
 
 /// The present password and the new one.
@@ -166,10 +161,8 @@ pub async fn set_password(
     form: Posted<PasswordForm>,
 ) -> Result<HttpResponse, Error> {
     let client = Client::of(&req, &own);
-    match desk.change_password(&client, &scope.actor, &form.0.current, &form.0.new).await {
-        Ok(()) => Ok(see_other("/account")),
-        Err(error) => again(&scope, &desk, error).await,
-    }
+    let outcome = desk.change_password(&client, &scope.actor, &form.0.current, &form.0.new).await;
+    after(&scope, &desk, outcome).await
 }
 
 #[derive(Template)]
@@ -203,7 +196,7 @@ pub async fn begin_second_factor(
     desk: DeskData,
     _: Posted<Nothing>,
 ) -> Result<HttpResponse, Error> {
-    match desk.begin_second_factor(&scope.actor, &scope.request_id.0).await {
+    match desk.begin_second_factor(scope.by()).await {
         Ok(setup) => {
             let (picture, side) = picture(&setup.address)?;
             let groups: Vec<&str> =
@@ -216,7 +209,7 @@ pub async fn begin_second_factor(
                 side,
             })
         }
-        Err(error) => again(&scope, &desk, error).await,
+        Err(error) => after(&scope, &desk, Err(error)).await,
     }
 }
 
@@ -236,7 +229,7 @@ pub async fn confirm_second_factor(
             lines: codes,
             back: "/account".into(),
         }),
-        Err(error) => again(&scope, &desk, error).await,
+        Err(error) => after(&scope, &desk, Err(error)).await,
     }
 }
 
@@ -246,10 +239,8 @@ pub async fn remove_second_factor(
     desk: DeskData,
     _: Posted<Nothing>,
 ) -> Result<HttpResponse, Error> {
-    match desk.remove_second_factor(&scope.actor, &scope.request_id.0).await {
-        Ok(()) => Ok(see_other("/account")),
-        Err(error) => again(&scope, &desk, error).await,
-    }
+    let outcome = desk.remove_second_factor(scope.by()).await;
+    after(&scope, &desk, outcome).await
 }
 
 /// Which provider.
@@ -264,10 +255,8 @@ pub async fn unlink(
     desk: DeskData,
     form: Posted<ProviderForm>,
 ) -> Result<HttpResponse, Error> {
-    match desk.unlink(&scope.actor, &scope.request_id.0, &form.0.name).await {
-        Ok(()) => Ok(see_other("/account")),
-        Err(error) => again(&scope, &desk, error).await,
-    }
+    let outcome = desk.unlink(scope.by(), &form.0.name).await;
+    after(&scope, &desk, outcome).await
 }
 
 /// Which one; empty for all others.
@@ -290,9 +279,9 @@ pub async fn end_session(
     form: Posted<WhichForm>,
 ) -> Result<HttpResponse, Error> {
     if form.0.id.is_empty() {
-        desk.end_other_sessions(&scope.actor, &scope.request_id.0).await?;
+        desk.end_other_sessions(scope.by()).await?;
     } else {
-        desk.end_session(&scope.actor, &scope.request_id.0, form.0.number()?).await?;
+        desk.end_session(scope.by(), form.0.number()?).await?;
     }
     Ok(see_other("/account"))
 }
@@ -318,7 +307,7 @@ pub async fn create_token(
         let (tenant, role) = form.opens.split_once('/').unwrap_or(("", ""));
         let tenant = Some(tenant).filter(|tenant| !tenant.is_empty());
         let authority = desk.own_authority(&scope.actor, tenant, role).await?;
-        desk.create_own_token(&scope.actor, &scope.request_id.0, authority, new).await
+        desk.create_own_token(scope.by(), authority, new).await
     };
     match make.await {
         Ok(made) => html::page(&SecretPage {
@@ -328,7 +317,7 @@ pub async fn create_token(
             lines: vec![made.secret.expose().to_owned()],
             back: "/account".into(),
         }),
-        Err(error) => again(&scope, &desk, error).await,
+        Err(error) => after(&scope, &desk, Err(error)).await,
     }
 }
 
@@ -338,6 +327,6 @@ pub async fn revoke_token(
     desk: DeskData,
     form: Posted<WhichForm>,
 ) -> Result<HttpResponse, Error> {
-    desk.revoke_own_token(&scope.actor, &scope.request_id.0, form.0.number()?).await?;
+    desk.revoke_own_token(scope.by(), form.0.number()?).await?;
     Ok(see_other("/account"))
 }

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::{frame, inline, page_with, see_other, session_cookie, who};
 use crate::access::extract::{Perhaps, Public, require_own_page};
-use crate::access::invitations::{Kind, NewPerson, Seen};
+use crate::access::links::{Kind, NewPerson, Seen};
 use crate::access::sessions::{Client, DeskData};
 use crate::error::Error;
 use crate::http::html::Frame;

@@ -2,12 +2,13 @@
 //! action is a plain form and works without script.
 
 use actix_web::cookie::{Cookie, SameSite};
-use actix_web::http::header;
+use actix_web::http::{StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
 use askama::Template;
 use time::OffsetDateTime;
 
 use super::extract::{TenantScope, cookie_name, form_token, known_name};
+use super::links::Made;
 use super::{Actor, Means, ReadActivity, includes};
 use crate::error::Error;
 use crate::http::html::{Frame, Link};
@@ -15,6 +16,7 @@ use crate::http::{OwnAddress, html};
 use crate::keys::Keys;
 
 pub mod account;
+pub mod credentials;
 pub mod links;
 pub mod login;
 pub mod members;
@@ -81,10 +83,23 @@ pub fn own_path(text: &str) -> &str {
 }
 
 /// A page with another status than 200.
-fn page_with(status: actix_web::http::StatusCode, template: &impl Template) -> Result<HttpResponse, Error> {
+fn page_with(status: StatusCode, template: &impl Template) -> Result<HttpResponse, Error> {
     let mut response = html::page(template)?;
     *response.status_mut() = status;
     Ok(response)
+}
+
+/// After a form: on to the page; or to the proof that one is there; or the page again, which says what was wrong.
+async fn after<T: Template>(
+    place: &str,
+    outcome: Result<(), Error>,
+    again: impl AsyncFnOnce(String) -> Result<T, Error>,
+) -> Result<HttpResponse, Error> {
+    match outcome {
+        Ok(()) => Ok(see_other(place)),
+        Err(Error::Unconfirmed) => Ok(see_other(&format!("/confirm?next={place}"))),
+        Err(error) => page_with(StatusCode::UNPROCESSABLE_ENTITY, &again(inline(error)?).await?),
+    }
 }
 
 /// Either the error's sentence for the form that it belongs to, or the error itself.
@@ -196,6 +211,23 @@ struct SecretPage {
     lines: Vec<String>,
     back: String,
 }
+
+/// A link to pass on, for the one time that it is shown.
+fn link_page(
+    (req, own): (&HttpRequest, &OwnAddress),
+    (frame, back): (Frame, String),
+    title: String,
+    text: &'static str,
+    made: &Made,
+) -> Result<HttpResponse, Error> {
+    let link = format!("{}{}", own.of(req).unwrap_or_default(), made.path);
+    html::page(&SecretPage { frame, title, text, lines: vec![link], back })
+}
+
+const INVITED: &str =
+    "Pass this link on. It works once, for three days, for that name alone, and is not shown again.";
+const RESET: &str =
+    "Pass this link on. It works once, for four hours; it ends that person's sessions and tokens.";
 
 #[cfg(test)]
 mod tests {

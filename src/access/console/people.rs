@@ -1,22 +1,23 @@
 //! The platform's people.
 
-use actix_web::http::StatusCode;
 use actix_web::{HttpRequest, HttpResponse, web};
 use askama::Template;
 use serde::Deserialize;
 
 use super::account::WhichForm;
-use super::{SecretPage, inline, page_with, platform_frame, see_other, when};
+use super::{INVITED, RESET, link_page, platform_frame, when};
 use crate::access::accounts::{self, Change};
 use crate::access::api::people::platform_role;
 use crate::access::extract::{PlatformScope, Posted};
-use crate::access::invitations::{HOURS, Made};
+use crate::access::invitations::HOURS;
 use crate::access::sessions::DeskData;
 use crate::access::{Actor, ManagePeople, ReadPlatform, includes, store};
 use crate::db::{self, Page, PageQuery, Within};
 use crate::error::Error;
 use crate::http::html::Frame;
 use crate::http::{OwnAddress, html};
+
+const PLACE: &str = "/people";
 
 struct PersonView {
     name: String,
@@ -99,17 +100,8 @@ pub async fn people_page(
 }
 
 async fn after(actor: &Actor, desk: &DeskData, outcome: Result<(), Error>) -> Result<HttpResponse, Error> {
-    match outcome {
-        Ok(()) => Ok(see_other("/people")),
-        Err(Error::Unconfirmed) => Ok(see_other("/confirm?next=/people")),
-        Err(error) => {
-            let error = inline(error)?;
-            page_with(
-                StatusCode::UNPROCESSABLE_ENTITY,
-                &view(actor, desk, &PageQuery::default(), error).await?,
-            )
-        }
-    }
+    let again = async |error| view(actor, desk, &PageQuery::default(), error).await;
+    super::after(PLACE, outcome, again).await
 }
 
 /// Whom, and what of them.
@@ -140,7 +132,7 @@ pub async fn change_person(
         "enable" => Change { disabled: Some(false), ..Change::default() },
         _ => Change { platform_role: Some(platform_role(Some(&form.0.role))?), ..Change::default() },
     };
-    let outcome = desk.change_account(&scope.actor, &scope.request_id.0, &name, &change).await;
+    let outcome = desk.change_account(scope.by(), &name, &change).await;
     after(&scope.actor, &desk, outcome).await
 }
 
@@ -151,27 +143,8 @@ pub async fn remove_second_factor(
     form: Posted<PersonForm>,
 ) -> Result<HttpResponse, Error> {
     let name = form.0.name()?;
-    let outcome = desk.remove_second_factor_of(&scope.actor, &scope.request_id.0, &name).await;
+    let outcome = desk.remove_second_factor_of(scope.by(), &name).await;
     after(&scope.actor, &desk, outcome).await
-}
-
-fn link_page(
-    actor: &Actor,
-    desk: &DeskData,
-    (title, text): (String, &'static str),
-    link: String,
-) -> Result<HttpResponse, Error> {
-    html::page(&SecretPage {
-        frame: platform_frame(&desk.keys, actor, "People"),
-        title,
-        text,
-        lines: vec![link],
-        back: "/people".into(),
-    })
-}
-
-fn address(req: &HttpRequest, own: &OwnAddress, made: &Made) -> String {
-    format!("{}{}", own.of(req).unwrap_or_default(), made.path)
 }
 
 /// POST /people/reset
@@ -183,16 +156,11 @@ pub async fn reset_person(
     form: Posted<PersonForm>,
 ) -> Result<HttpResponse, Error> {
     let name = form.0.name()?;
-    match desk.reset(&scope.actor, &scope.request_id.0, &name).await {
-        Ok(made) => link_page(
-            &scope.actor,
-            &desk,
-            (
-                format!("New password for {name}"),
-                "Pass this link on. It works once, for four hours; it ends that person's sessions and tokens.",
-            ),
-            address(&req, &own, &made),
-        ),
+    match desk.reset(scope.by(), &name).await {
+        Ok(made) => {
+            let around = (platform_frame(&desk.keys, &scope.actor, "People"), PLACE.to_owned());
+            link_page((&req, &own), around, format!("New password for {name}"), RESET, &made)
+        }
         Err(error) => after(&scope.actor, &desk, Err(error)).await,
     }
 }
@@ -208,18 +176,13 @@ pub async fn invite(
     let make = async {
         let name = accounts::account_name("name", &form.0.name)?;
         let role = platform_role(Some(&form.0.role))?;
-        desk.invite_to_platform(&scope.actor, &scope.request_id.0, &name, role, HOURS.0).await
+        desk.invite_to_platform(scope.by(), &name, role, HOURS.0).await
     };
     match make.await {
-        Ok(made) => link_page(
-            &scope.actor,
-            &desk,
-            (
-                format!("Invitation for {}", form.0.name),
-                "Pass this link on. It works once, for three days, for that name alone, and is not shown again.",
-            ),
-            address(&req, &own, &made),
-        ),
+        Ok(made) => {
+            let around = (platform_frame(&desk.keys, &scope.actor, "People"), PLACE.to_owned());
+            link_page((&req, &own), around, format!("Invitation for {}", form.0.name), INVITED, &made)
+        }
         Err(error) => after(&scope.actor, &desk, Err(error)).await,
     }
 }
@@ -231,6 +194,6 @@ pub async fn revoke_invitation(
     form: Posted<WhichForm>,
 ) -> Result<HttpResponse, Error> {
     let id = form.0.number()?;
-    let outcome = desk.revoke_invitation(&scope.actor, &scope.request_id.0, None, id).await;
+    let outcome = desk.revoke_invitation(scope.by(), None, id).await;
     after(&scope.actor, &desk, outcome).await
 }

@@ -9,7 +9,7 @@ use super::{cookie, gone, is_secure, page_with, see_other, session_cookie};
 use crate::access::Means;
 use crate::access::extract::{Perhaps, Public, SignedIn};
 use crate::access::oidc::Refused;
-use crate::access::oidc::flow::{Back, Came, Goal};
+use crate::access::oidc::{Back, Came, Goal};
 use crate::access::sessions::{Client, DeskData};
 use crate::error::Error;
 use crate::http::OwnAddress;

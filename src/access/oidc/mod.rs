@@ -13,8 +13,14 @@ use tokio::time::Instant;
 use crate::config::Provider as Settings;
 use crate::error::Error;
 
+mod admit;
 pub mod claims;
-pub mod flow;
+mod vouch;
+mod way;
+
+pub use admit::Came;
+pub use vouch::Back;
+pub use way::Goal;
 
 /// How long what a provider says of itself is believed, and how soon it may be asked again.
 const FRESH: Duration = Duration::from_secs(3_600);

@@ -155,8 +155,8 @@ async fn there_is_no_account_before_the_first_admins(options: PgPoolOptions, con
     let mut conn = app.one.platform.pool.acquire().await.unwrap();
     assert!(!bulkhead::access::has_admin(&mut conn).await.unwrap());
     let pool = &app.one.platform.pool;
-    let link = bulkhead::access::invitations::make_first_admin_link(pool).await.unwrap();
-    let path = bulkhead::access::invitations::make_first_admin_link(pool).await.unwrap();
+    let link = bulkhead::access::first_admin::make_link(pool).await.unwrap();
+    let path = bulkhead::access::first_admin::make_link(pool).await.unwrap();
     assert_eq!(app.nobody("x").get(&link).await.status(), 404, "a newer one takes its place");
     let mut ada = app.nobody("ada");
     ada.page(&path).await;

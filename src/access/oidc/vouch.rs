@@ -1,0 +1,211 @@
+//! Asking a provider who somebody is: the authorization code with PKCE, and every check of the ID token that
+//! comes of it.
+
+use openidconnect::core::{
+    CoreAuthPrompt, CoreAuthenticationFlow, CoreClient, CoreGenderClaim, CoreJsonWebKey,
+    CoreJweContentEncryptionAlgorithm, CoreJwsSigningAlgorithm,
+};
+use openidconnect::{
+    AccessTokenHash, AdditionalClaims, AuthorizationCode, CsrfToken, IdToken, IdTokenVerifier,
+    OAuth2TokenResponse, PkceCodeChallenge, RedirectUrl, Scope, TokenResponse,
+};
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+
+use super::claims::{self, Given};
+use super::way::{Goal, LIFE, Way};
+use super::{Extra, Provider, Refused, flat};
+use crate::keys::Keys;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct AllClaims {
+    #[serde(flatten)]
+    all: Extra,
+}
+impl AdditionalClaims for AllClaims {}
+
+type Token = IdToken<AllClaims, CoreGenderClaim, CoreJweContentEncryptionAlgorithm, CoreJwsSigningAlgorithm>;
+
+/// Algorithms that are taken: signatures with a public key alone. Not `none`, and nothing with a shared secret.
+const ALGORITHMS: [CoreJwsSigningAlgorithm; 3] = [
+    CoreJwsSigningAlgorithm::RsaSsaPkcs1V15Sha256,
+    CoreJwsSigningAlgorithm::RsaSsaPssSha256,
+    CoreJwsSigningAlgorithm::EcdsaP256Sha256,
+];
+
+/// Somebody whom a provider vouches for.
+#[derive(Debug)]
+pub(super) struct Vouched {
+    pub(super) issuer: String,
+    pub(super) subject: String,
+    pub(super) preferred: Option<String>,
+    pub(super) email: Option<String>,
+    pub(super) display: Option<String>,
+    pub(super) given: Given,
+    pub(super) authenticated: Option<i64>,
+}
+
+/// What a provider sends back with the browser.
+#[derive(Debug, Default, Deserialize)]
+pub struct Back {
+    /// The code.
+    #[serde(default)]
+    pub code: String,
+    /// The state.
+    #[serde(default)]
+    pub state: String,
+    /// Its issuer (RFC 9207).
+    pub iss: Option<String>,
+    /// What went wrong there.
+    pub error: Option<String>,
+}
+
+impl Provider {
+    /// Where to send the browser, and what its cookie holds meanwhile.
+    pub async fn way_there(
+        &self,
+        keys: &Keys,
+        callback: &str,
+        goal: Goal,
+    ) -> Result<(String, String), Refused> {
+        let metadata = self.metadata(false).await?;
+        let name = &self.settings.name;
+        let way = Way::new(keys, name, goal);
+        let client = CoreClient::new(self.client_id(), metadata.issuer().clone(), metadata.jwks().clone())
+            .set_auth_uri(metadata.authorization_endpoint().clone())
+            .set_redirect_uri(redirect(callback)?);
+        let (state, nonce) = (way.state(), way.nonce(keys, name));
+        let challenge = PkceCodeChallenge::from_code_verifier_sha256(&way.verifier(keys, name));
+        let mut request = client
+            .authorize_url(CoreAuthenticationFlow::AuthorizationCode, || CsrfToken::new(state), || nonce)
+            .set_pkce_challenge(challenge);
+        for scope in self.settings.scopes.iter().filter(|scope| *scope != "openid") {
+            request = request.add_scope(Scope::new(scope.clone()));
+        }
+        if goal != Goal::SignIn {
+            // The person is asked there anew, whatever session they have.
+            request = request.add_prompt(CoreAuthPrompt::Login).set_max_age(std::time::Duration::ZERO);
+        }
+        let (address, _, _) = request.url();
+        Ok((address.to_string(), way.text))
+    }
+
+    /// Changes the code for the ID token and believes what stands in it, if every single thing fits.
+    pub(super) async fn vouch(
+        &self,
+        keys: &Keys,
+        callback: &str,
+        way: &Way,
+        back: &Back,
+    ) -> Result<Vouched, Refused> {
+        let name = &self.settings.name;
+        let metadata = self.metadata(false).await?;
+        let token_endpoint =
+            metadata.token_endpoint().cloned().ok_or_else(|| Refused("it has no token endpoint".into()))?;
+        let mut client =
+            CoreClient::new(self.client_id(), metadata.issuer().clone(), metadata.jwks().clone())
+                .set_token_uri(token_endpoint)
+                .set_redirect_uri(redirect(callback)?);
+        if let Some(secret) = &self.secret {
+            client = client.set_client_secret(secret.clone());
+        }
+        let ask = |request| self.send(request);
+        let answer = client
+            .exchange_code(AuthorizationCode::new(back.code.clone()))
+            .set_pkce_verifier(way.verifier(keys, name))
+            .request_async(&ask)
+            .await
+            .map_err(|error| Refused::because("the code", told(&error)))?;
+        let text = answer.id_token().ok_or_else(|| Refused("it sends no ID token".into()))?.to_string();
+        let token: Token = text.parse().map_err(|_| Refused("the ID token cannot be read".into()))?;
+        let nonce = way.nonce(keys, name);
+        let mut verifier = self.verifier(&metadata);
+        if token.claims(&verifier, &nonce).is_err() {
+            // Perhaps its keys have changed since they were read.
+            verifier = self.verifier(&*self.metadata(true).await?);
+        }
+        let found = token
+            .claims(&verifier, &nonce)
+            .map_err(|error| Refused::because("the ID token", flat(&error)))?;
+        if let Some(wanted) = found.access_token_hash() {
+            let refused =
+                |error: &dyn std::error::Error| Refused::because("the access token's hash", flat(error));
+            let algorithm = token.signing_alg().map_err(|error| refused(&error))?;
+            let key = token.signing_key(&verifier).map_err(|error| refused(&error))?;
+            let real = AccessTokenHash::from_token(answer.access_token(), algorithm, key)
+                .map_err(|error| refused(&error))?;
+            if real != *wanted {
+                return Err(Refused("the access token is not the one that belongs to the ID token".into()));
+            }
+        }
+        if found.authorized_party().is_some_and(|party| **party != self.settings.client_id) {
+            return Err(Refused("the ID token was made for another party".into()));
+        }
+        let extra = &found.additional_claims().all;
+        let now = OffsetDateTime::now_utc().unix_timestamp();
+        if extra.get("nbf").and_then(serde_json::Value::as_i64).is_some_and(|nbf| nbf > now + 60) {
+            return Err(Refused("the ID token is not valid yet".into()));
+        }
+        if (found.issue_time().timestamp() - now).abs() > LIFE {
+            return Err(Refused("the ID token was not issued just now".into()));
+        }
+        let subject = found.subject().as_str();
+        if subject.is_empty() || subject.len() > 255 || !subject.is_ascii() {
+            return Err(Refused("its subject is not 1 to 255 ASCII characters".into()));
+        }
+        let local = |text: Option<&openidconnect::LocalizedClaim<openidconnect::EndUserName>>| {
+            text.and_then(|text| text.get(None)).map(|name| name.as_str().to_owned())
+        };
+        Ok(Vouched {
+            issuer: self.settings.issuer.clone(),
+            subject: subject.to_owned(),
+            preferred: found.preferred_username().map(|name| name.as_str().to_owned()),
+            email: found.email().map(|email| email.as_str().to_owned()),
+            display: local(found.name()),
+            given: claims::roles(&self.settings, extra),
+            authenticated: found.auth_time().map(|at| at.timestamp()),
+        })
+    }
+
+    fn verifier(
+        &self,
+        metadata: &openidconnect::ProviderMetadataWithLogout,
+    ) -> IdTokenVerifier<'static, CoreJsonWebKey> {
+        let (id, issuer, keys) = (self.client_id(), metadata.issuer().clone(), metadata.jwks().clone());
+        let verifier = match &self.secret {
+            Some(secret) => IdTokenVerifier::new_confidential_client(id, secret.clone(), issuer, keys),
+            None => IdTokenVerifier::new_public_client(id, issuer, keys),
+        };
+        verifier.set_allowed_algs(ALGORITHMS).set_other_audience_verifier_fn(|_| false)
+    }
+
+    /// Where signing out there begins, if it can be done.
+    pub fn way_out(&self, home: &str) -> Option<String> {
+        let metadata = self.known()?;
+        let mut address = metadata.additional_metadata().end_session_endpoint.as_ref()?.url().clone();
+        self.check_address("end-session endpoint", &address).ok()?;
+        address
+            .query_pairs_mut()
+            .append_pair("client_id", &self.settings.client_id)
+            .append_pair("post_logout_redirect_uri", home);
+        Some(address.to_string())
+    }
+}
+
+fn redirect(callback: &str) -> Result<RedirectUrl, Refused> {
+    RedirectUrl::new(callback.to_owned()).map_err(|error| Refused::because("our own address", error))
+}
+
+/// Why a code was not taken, without the provider's free text, which may hold anything.
+fn told<RE, T>(error: &openidconnect::RequestTokenError<RE, T>) -> String
+where
+    RE: std::error::Error + 'static,
+    T: openidconnect::ErrorResponse + 'static,
+{
+    match error {
+        openidconnect::RequestTokenError::ServerResponse(_) => "the provider does not take it".into(),
+        openidconnect::RequestTokenError::Request(inner) => flat(inner),
+        openidconnect::RequestTokenError::Parse(..) => "the provider's answer cannot be read".into(),
+        openidconnect::RequestTokenError::Other(text) => text.clone(),
+    }
+}

@@ -1,0 +1,114 @@
+//! One way to a provider and back: state, nonce and PKCE, all three derived from one random value in the
+//! browser's cookie, so that nothing is written before somebody comes back, and what comes back fits exactly
+//! one way there.
+
+use openidconnect::{Nonce, PkceCodeVerifier};
+use subtle::ConstantTimeEq as _;
+use time::OffsetDateTime;
+
+use crate::access::credentials::{self, Secret};
+use crate::keys::{Keys, Purpose, mac};
+
+/// Seconds that a way there and back may take.
+pub(super) const LIFE: i64 = 600;
+
+/// What somebody comes back for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goal {
+    /// To sign in.
+    SignIn,
+    /// To prove once more to be there, in this session.
+    Confirm(i64),
+    /// To sign in this way too from now on: the account of this session.
+    Link(i64),
+}
+
+impl Goal {
+    fn word(self) -> (char, i64) {
+        match self {
+            Self::SignIn => ('s', 0),
+            Self::Confirm(session) => ('c', session),
+            Self::Link(session) => ('l', session),
+        }
+    }
+}
+
+/// A way to a provider: what the cookie holds, and what follows from it.
+pub(super) struct Way {
+    pub(super) text: String,
+    pub(super) goal: Goal,
+    pub(super) begun: i64,
+}
+
+impl Way {
+    /// `GOAL.SESSION.TIME.RANDOM.MAC`, bound to one provider.
+    pub(super) fn new(keys: &Keys, provider: &str, goal: Goal) -> Self {
+        let (word, session) = goal.word();
+        let random = Secret::generate("");
+        let now = OffsetDateTime::now_utc().unix_timestamp();
+        let body = format!("{word}.{session}.{now}.{}", random.expose());
+        Self { text: format!("{body}.{}", Self::seal(keys, provider, &body)), goal, begun: now }
+    }
+
+    fn seal(keys: &Keys, provider: &str, body: &str) -> String {
+        Self::derive(keys, provider, "state", body)
+    }
+
+    fn derive(keys: &Keys, provider: &str, what: &str, body: &str) -> String {
+        let mac = mac(&keys.of(Purpose::Provider), &[provider.as_bytes(), what.as_bytes(), body.as_bytes()]);
+        data_encoding::BASE64URL_NOPAD.encode(&mac)
+    }
+
+    /// What the cookie says, if we said it, to this provider, within the last ten minutes.
+    pub(super) fn parse(keys: &Keys, provider: &str, text: &str) -> Option<Self> {
+        let (body, seal) = text.rsplit_once('.')?;
+        if !bool::from(Self::seal(keys, provider, body).as_bytes().ct_eq(seal.as_bytes())) {
+            return None;
+        }
+        let mut parts = body.split('.');
+        let (word, session, at) =
+            (parts.next()?, parts.next()?.parse().ok()?, parts.next()?.parse::<i64>().ok()?);
+        let age = OffsetDateTime::now_utc().unix_timestamp() - at;
+        let goal = match word {
+            "s" => Goal::SignIn,
+            "c" => Goal::Confirm(session),
+            "l" => Goal::Link(session),
+            _ => return None,
+        };
+        (0..=LIFE).contains(&age).then(|| Self { text: text.to_owned(), goal, begun: at })
+    }
+
+    pub(super) fn state(&self) -> String {
+        data_encoding::BASE64URL_NOPAD.encode(&credentials::hash(&self.text))
+    }
+    pub(super) fn nonce(&self, keys: &Keys, provider: &str) -> Nonce {
+        Nonce::new(Self::derive(keys, provider, "nonce", &self.text))
+    }
+    pub(super) fn verifier(&self, keys: &Keys, provider: &str) -> PkceCodeVerifier {
+        PkceCodeVerifier::new(Self::derive(keys, provider, "pkce", &self.text))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_way_is_one_providers_one_browsers_and_has_its_time() {
+        let keys = Keys::parse(&Keys::generate()).unwrap();
+        let way = Way::new(&keys, "one", Goal::Confirm(7));
+        assert_eq!(Way::parse(&keys, "one", &way.text).unwrap().goal, Goal::Confirm(7));
+        assert!(Way::parse(&keys, "two", &way.text).is_none());
+        let other = Keys::parse(&Keys::generate()).unwrap();
+        assert!(Way::parse(&other, "one", &way.text).is_none());
+        let forged = way.text.replacen("c.7.", "s.0.", 1);
+        assert!(Way::parse(&keys, "one", &forged).is_none());
+        let old = format!("s.0.{}.x", OffsetDateTime::now_utc().unix_timestamp() - LIFE - 1);
+        let old = format!("{old}.{}", Way::seal(&keys, "one", &old));
+        assert!(Way::parse(&keys, "one", &old).is_none());
+        assert!(way.verifier(&keys, "one").secret().len() >= 43, "RFC 7636");
+        for odd in ["", ".", "s.0.x.y.z", &"a".repeat(9_000)] {
+            assert!(Way::parse(&keys, "one", odd).is_none());
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! Links for a new password: made by an admin, or by an owner for whoever belongs to that tenant alone.
+
+use serde_json::json;
+
+use super::credentials::{self, Secret};
+use super::extract::TenantScope;
+use super::links::{Made, made};
+use super::sessions::{Client, Desk, note};
+use super::store::{self, NewLink};
+use super::{By, Role, members};
+use crate::db::{self, Tx, Within};
+use crate::error::Error;
+use crate::ids::{AccountId, AccountName, ActorId, TenantId};
+
+/// Hours that a link for a new password is good.
+const HOURS: i32 = 4;
+
+impl Desk {
+    /// A link for a new password, made by an admin for anybody.
+    pub async fn reset(&self, by: By<'_>, name: &AccountName) -> Result<Made, Error> {
+        by.actor.require_recent()?;
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        let account = store::find_account_id(&mut tx, name).await?.ok_or(Error::NotFound)?;
+        let made = insert_reset(&mut tx, None, name.as_str(), account, &by.actor.id).await?;
+        by.record(&mut tx, None, "account.reset", name.as_str(), json!({})).await?;
+        tx.commit().await?;
+        Ok(made)
+    }
+
+    /// The same, made by an owner for a member: only for somebody who belongs to this tenant alone. Else an
+    /// owner could become who that person is elsewhere.
+    pub async fn reset_member<P>(&self, scope: &TenantScope<P>, name: &str) -> Result<Made, Error> {
+        scope.actor.require_recent()?;
+        let tenant = scope.tenant.id;
+        let mut tx = db::begin(&self.pool, tenant).await?;
+        let (account, role, source) =
+            store::find_member(&mut tx, tenant, name).await?.ok_or(Error::NotFound)?;
+        if let Some(role) = Role::parse(&role) {
+            members::require_within(scope, role)?;
+        }
+        if source != "local" {
+            return Err(Error::Conflict("this person signs in through a provider".into()));
+        }
+        if !belongs_here_alone(&mut tx, account, tenant).await? {
+            return Err(elsewhere());
+        }
+        let made = insert_reset(&mut tx, Some(tenant), name, account, &scope.actor.id).await?;
+        scope.by().record(&mut tx, scope.tenant.id, "member.reset", name, json!({})).await?;
+        tx.commit().await?;
+        Ok(made)
+    }
+
+    /// Sets a new password by a link. Every session and every token of the person ends; a second factor stays.
+    pub async fn use_reset(&self, client: &Client, code: &str, password: &str) -> Result<(), Error> {
+        self.throttle.knock("link", client.address).await?;
+        let mut conn = self.pool.acquire().await?;
+        let link = store::find_link(&mut conn, &credentials::hash(code)).await?.ok_or(Error::NotFound)?;
+        drop(conn);
+        let (true, Some(account)) = (link.kind == "reset", link.account_id) else {
+            return Err(Error::NotFound);
+        };
+        let account = AccountId(account);
+        let hash = self.prepare_password(&link.recipient, password).await?;
+        let mut tx = db::begin(&self.pool, Within::Platform).await?;
+        if let Some(tenant) = link.tenant_id.map(TenantId) {
+            db::enter(&mut tx, tenant).await?;
+            // The person may have come to belong elsewhere since.
+            if !belongs_here_alone(&mut tx, account, tenant).await? {
+                return Err(elsewhere());
+            }
+        }
+        if !store::use_link(&mut tx, link.id).await? {
+            return Err(Error::NotFound);
+        }
+        store::set_password(&mut tx, account, &hash).await?;
+        store::delete_sessions_but(&mut tx, account, None).await?;
+        for token in store::list_own_tokens(&mut tx, account).await? {
+            store::revoke_own_token(&mut tx, account, token.id).await?;
+        }
+        let actor = ActorId::new(&format!("account:{account} {}", link.recipient));
+        let detail = json!({"by_link": true});
+        note(&mut tx, None, &actor, "account.password", &link.recipient, &client.request_id, detail).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+}
+
+fn elsewhere() -> Error {
+    Error::Conflict(
+        "this person belongs to more than this tenant: only an admin of the platform makes such a link"
+            .into(),
+    )
+}
+
+async fn belongs_here_alone(tx: &mut Tx, account: AccountId, tenant: TenantId) -> Result<bool, Error> {
+    let places = store::tenants_of(tx, account).await?;
+    let (platform, _) = store::platform_standing(tx, account).await?;
+    // Who also signs in through a provider may be given more there: an owner here would come to have it.
+    let through = store::list_issuers(tx, account).await?;
+    Ok(platform.is_none()
+        && through.is_empty()
+        && places.iter().any(|place| place.id == tenant.0)
+        && places.iter().all(|place| place.id == tenant.0))
+}
+
+async fn insert_reset(
+    tx: &mut Tx,
+    tenant: Option<TenantId>,
+    recipient: &str,
+    account: AccountId,
+    by: &ActorId,
+) -> Result<Made, Error> {
+    let secret = Secret::generate("");
+    store::end_links(tx, "reset", tenant, recipient).await?;
+    let new = NewLink {
+        kind: "reset",
+        tenant,
+        role: None,
+        platform_role: None,
+        recipient,
+        account: Some(account.0),
+        by,
+        hours: HOURS,
+    };
+    let id = store::insert_link(tx, &secret.hash(), &new).await?;
+    Ok(made(id, "reset", &secret))
+}
