@@ -133,6 +133,9 @@ pub fn table(layout: &Layout) -> Vec<Process> {
             purpose: "API, console and registry front door",
             user: Some(layout.serve.clone()),
             command: texts(&[&binary("bulkhead"), "serve", "--config", &show(&layout.serve_settings)]),
+            // The block of a password's hash goes back to the system with the hash: an allocator that learns
+            // to keep such blocks, as this one does unless told, ends with several for each thread.
+            environment: vec![("MALLOC_MMAP_THRESHOLD_".into(), "4194304".into())],
             after: &["agent"],
             files: Some(65_536),
             memory: Some(1_024),
