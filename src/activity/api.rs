@@ -4,19 +4,18 @@ use actix_web::{HttpResponse, web};
 use bytes::Bytes;
 use sqlx::PgPool;
 
-use super::ActivityQuery;
+use super::{ActivityQuery, read};
 use crate::access::{Means, PlatformScope, ReadActivity, ReadPlatform, TenantScope};
-use crate::audit::{self, Filter};
-use crate::db::{self, Page, Within};
+use crate::audit::Filter;
+use crate::db::Page;
 use crate::error::Error;
 
 /// Rows that an export reads at once.
 const PART: i64 = 1_000;
 
-async fn page(pool: &PgPool, filter: &Filter, limit: i64) -> Result<HttpResponse, Error> {
-    let mut conn = db::begin(pool, filter.tenant.map_or(Within::Platform, Within::Tenant)).await?;
-    let rows = audit::list(&mut conn, filter).await?;
-    Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.id)))
+async fn page(pool: &PgPool, filter: &Filter) -> Result<HttpResponse, Error> {
+    let (rows, next) = read(pool, filter).await?;
+    Ok(HttpResponse::Ok().json(Page::up_to(rows, next)))
 }
 
 /// GET /api/v1/tenants/{tenant}/audit: newest first.
@@ -25,8 +24,8 @@ pub async fn list_tenant(
     pool: web::Data<PgPool>,
     query: web::Query<ActivityQuery>,
 ) -> Result<HttpResponse, Error> {
-    let (filter, limit) = query.filter(&pool, Some(scope.tenant.id)).await?;
-    page(&pool, &filter, limit).await
+    let filter = query.filter(&pool, Some(scope.tenant.id)).await?;
+    page(&pool, &filter).await
 }
 
 /// GET /api/v1/audit: of all tenants and the platform, newest first.
@@ -35,8 +34,8 @@ pub async fn list_platform(
     pool: web::Data<PgPool>,
     query: web::Query<ActivityQuery>,
 ) -> Result<HttpResponse, Error> {
-    let (filter, limit) = query.filter(&pool, None).await?;
-    page(&pool, &filter, limit).await
+    let filter = query.filter(&pool, None).await?;
+    page(&pool, &filter).await
 }
 
 /// Everything that fits the filter, a part at a time: each is read when the one before was taken. Whoever
@@ -46,14 +45,16 @@ fn export(pool: PgPool, filter: Filter, watch: Watch) -> HttpResponse {
         futures_util::stream::unfold((pool, Some(filter), watch), |(pool, filter, watch)| async move {
             let mut filter = filter?;
             let part = async {
-                if !watch.still_may(&pool).await? {
-                    return Ok((Vec::new(), None));
-                }
-                let mut conn =
-                    db::begin(&pool, filter.tenant.map_or(Within::Platform, Within::Tenant)).await?;
-                let rows = audit::list(&mut conn, &filter).await?;
-                let next =
-                    (i64::try_from(rows.len()) == Ok(PART)).then(|| rows.last().map(|row| row.id)).flatten();
+                let (rows, next) = loop {
+                    if !watch.still_may(&pool).await? {
+                        return Ok((Vec::new(), None));
+                    }
+                    match read(&pool, &filter).await? {
+                        // Nothing fits in what was looked at: on to the next stretch.
+                        (rows, Some(next)) if rows.is_empty() => filter.before = next,
+                        part => break part,
+                    }
+                };
                 let mut text = Vec::new();
                 for row in &rows {
                     serde_json::to_writer(&mut text, row).map_err(Error::internal)?;
@@ -101,7 +102,7 @@ pub async fn export_tenant(
     pool: web::Data<PgPool>,
     query: web::Query<ActivityQuery>,
 ) -> Result<HttpResponse, Error> {
-    let (mut filter, _) = query.filter(&pool, Some(scope.tenant.id)).await?;
+    let mut filter = query.filter(&pool, Some(scope.tenant.id)).await?;
     filter.limit = PART;
     let watch = Watch { means: scope.actor.means, tenant: Some(scope.tenant.name) };
     Ok(export(pool.get_ref().clone(), filter, watch))
@@ -113,7 +114,7 @@ pub async fn export_platform(
     pool: web::Data<PgPool>,
     query: web::Query<ActivityQuery>,
 ) -> Result<HttpResponse, Error> {
-    let (mut filter, _) = query.filter(&pool, None).await?;
+    let mut filter = query.filter(&pool, None).await?;
     filter.limit = PART;
     Ok(export(pool.get_ref().clone(), filter, Watch { means: scope.actor.means, tenant: None }))
 }

@@ -3,13 +3,14 @@
 use actix_web::{HttpResponse, web};
 use askama::Template;
 use sqlx::PgPool;
+use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::ActivityQuery;
+use super::{ActivityQuery, read};
 use crate::access::console::{platform_frame, tenant_frame, when, who};
 use crate::access::{PlatformScope, ReadActivity, ReadPlatform, TenantScope};
-use crate::audit::{self, Entry, Filter};
-use crate::db::{self, Page, Within};
+use crate::audit::{Entry, Filter};
+use crate::db::Page;
 use crate::error::Error;
 use crate::http::html::{self, Frame};
 use crate::keys::Keys;
@@ -84,16 +85,18 @@ fn encoded(text: &str) -> String {
 async fn page(
     pool: &PgPool,
     (frame, title, tenant): (Frame, &'static str, String),
-    (filter, limit): (Filter, i64),
+    filter: Filter,
 ) -> Result<HttpResponse, Error> {
-    let mut conn = db::begin(pool, filter.tenant.map_or(Within::Platform, Within::Tenant)).await?;
-    let rows = audit::list(&mut conn, &filter).await?;
-    let page = Page::new(rows, limit, |row| row.id);
+    let (rows, next) = read(pool, &filter).await?;
+    let page = Page::up_to(rows, next);
+    let time = |at: Option<OffsetDateTime>| at.and_then(|at| at.format(&Rfc3339).ok());
     let kept = [
-        ("actor", &filter.actor),
-        ("action", &filter.action),
-        ("object", &filter.object),
-        ("result", &filter.result),
+        ("actor", filter.actor.clone()),
+        ("action", filter.action.clone()),
+        ("object", filter.object.clone()),
+        ("result", filter.result.clone()),
+        ("since", time(filter.since)),
+        ("until", time(filter.until)),
     ];
     let query: String = kept
         .iter()

@@ -5,8 +5,8 @@ use sqlx::PgPool;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::audit::Filter;
-use crate::db::PageQuery;
+use crate::audit::{self, Entry, Filter};
+use crate::db::{self, PageQuery, Within};
 use crate::error::Error;
 use crate::ids::TenantId;
 
@@ -45,11 +45,9 @@ fn time(name: &str, text: &str) -> Result<Option<OffsetDateTime>, Error> {
 }
 
 impl ActivityQuery {
-    /// The filter that it asks for, one row longer than the page, and the length of the page. People write
-    /// names where the record has `account:12 olga`.
-    async fn filter(&self, pool: &PgPool, tenant: Option<TenantId>) -> Result<(Filter, i64), Error> {
+    /// The filter that it asks for. People write names where the record has `account:12 olga`.
+    async fn filter(&self, pool: &PgPool, tenant: Option<TenantId>) -> Result<Filter, Error> {
         let page = PageQuery::new(self.limit, self.cursor.clone());
-        let limit = page.limit()?;
         if !matches!(self.result.as_str(), "" | "done" | "denied") {
             return Err(Error::Malformed("result is done or denied".into()));
         }
@@ -65,8 +63,14 @@ impl ActivityQuery {
             since: time("since", &self.since)?,
             until: time("until", &self.until)?,
             before: page.after_number(i64::MAX)?,
-            limit: limit + 1,
+            limit: page.limit()?,
         };
-        Ok((filter, limit))
+        Ok(filter)
     }
+}
+
+/// A page of what fits, and where the next one starts.
+async fn read(pool: &PgPool, filter: &Filter) -> Result<(Vec<Entry>, Option<i64>), Error> {
+    let mut conn = db::begin(pool, filter.tenant.map_or(Within::Platform, Within::Tenant)).await?;
+    audit::list(&mut conn, filter).await
 }

@@ -237,11 +237,17 @@ impl<T> Page<T> {
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let next = if rows.len() > limit {
             rows.truncate(limit);
-            rows.last().map(|row| data_encoding::BASE64URL_NOPAD.encode(key(row).to_string().as_bytes()))
+            rows.last().map(key)
         } else {
             None
         };
-        Self { items: rows, next }
+        Self::up_to(rows, next)
+    }
+
+    /// From the rows of this page and the place of the next one.
+    pub fn up_to<K: std::fmt::Display>(items: Vec<T>, next: Option<K>) -> Self {
+        let cursor = |key: K| data_encoding::BASE64URL_NOPAD.encode(key.to_string().as_bytes());
+        Self { items, next: next.map(cursor) }
     }
 }
 

@@ -2,14 +2,14 @@
 
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
-use time::OffsetDateTime;
 
-use super::{Entry, Event, Refusals};
+use super::{Event, Refusals};
 use crate::error::Error;
-use crate::ids::TenantId;
 
+mod list;
 mod seals;
 
+pub use list::{Filter, list};
 pub(super) use seals::*;
 
 pub(super) async fn insert_event(conn: &mut PgConnection, event: &Event<'_>) -> Result<(), Error> {
@@ -51,81 +51,6 @@ pub(super) async fn insert_refusals(conn: &mut PgConnection, batch: &Refusals) -
     .execute(conn)
     .await?;
     Ok(())
-}
-
-/// Which rows to list. All that is given must hold.
-#[derive(Debug, Clone, Default)]
-pub struct Filter {
-    /// Rows of this tenant; none: of all, with their tenant.
-    pub tenant: Option<TenantId>,
-    /// Exactly this actor.
-    pub actor: Option<String>,
-    /// Exactly this action.
-    pub action: Option<String>,
-    /// Exactly this object.
-    pub object: Option<String>,
-    /// `done` or `denied`.
-    pub result: Option<String>,
-    /// At or after.
-    pub since: Option<OffsetDateTime>,
-    /// Before.
-    pub until: Option<OffsetDateTime>,
-    /// Only rows with a smaller number.
-    pub before: i64,
-    /// At most so many.
-    pub limit: i64,
-}
-
-/// Rows of the audit, newest first.
-pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Vec<Entry>, Error> {
-    // Planned anew each time: which index is best depends on what is asked for.
-    sqlx::query("SET LOCAL plan_cache_mode = force_custom_plan").execute(&mut *conn).await?;
-    let rows = match filter.tenant {
-        Some(tenant) => {
-            sqlx::query_as!(
-                Entry,
-                r#"SELECT id, at, NULL::text AS tenant, actor, via, action, object, result, request_id, detail
-                   FROM audit WHERE tenant_id = $1 AND id < $2
-                   AND ($3::text IS NULL OR actor = $3) AND ($4::text IS NULL OR action = $4)
-                   AND ($5::text IS NULL OR object = $5) AND ($6::text IS NULL OR result = $6)
-                   AND at >= coalesce($7::timestamptz, '-infinity') AND at < coalesce($8::timestamptz, 'infinity')
-                   ORDER BY id DESC LIMIT $9"#,
-                tenant.0,
-                filter.before,
-                filter.actor,
-                filter.action,
-                filter.object,
-                filter.result,
-                filter.since,
-                filter.until,
-                filter.limit
-            )
-            .fetch_all(conn)
-            .await?
-        }
-        None => {
-            sqlx::query_as!(
-                Entry,
-                r#"SELECT a.id, a.at, t.name AS "tenant?", a.actor, a.via, a.action, a.object, a.result, a.request_id, a.detail
-                   FROM audit a LEFT JOIN tenant t ON t.id = a.tenant_id WHERE a.id < $1
-                   AND ($2::text IS NULL OR a.actor = $2) AND ($3::text IS NULL OR a.action = $3)
-                   AND ($4::text IS NULL OR a.object = $4) AND ($5::text IS NULL OR a.result = $5)
-                   AND a.at >= coalesce($6::timestamptz, '-infinity') AND a.at < coalesce($7::timestamptz, 'infinity')
-                   ORDER BY a.id DESC LIMIT $8"#,
-                filter.before,
-                filter.actor,
-                filter.action,
-                filter.object,
-                filter.result,
-                filter.since,
-                filter.until,
-                filter.limit
-            )
-            .fetch_all(conn)
-            .await?
-        }
-    };
-    Ok(rows)
 }
 
 /// Makes the months that are to come.

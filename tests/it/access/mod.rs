@@ -1,5 +1,6 @@
 //! Who gets in, sees and changes what: by the door, over a real database.
 
+mod activity;
 mod audit;
 mod browser;
 mod every_route;
