@@ -1,16 +1,39 @@
 //! Logs, and the few numbers that an operator watches.
 
+use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Log, LogFormat};
+use crate::fault::plain;
+
+/// Writes an event as one line, whatever is in it: what somebody sends is no line of its own, and turns nothing
+/// on a terminal. An event comes in one piece, with its end of line.
+struct OneLine<W>(W);
+
+impl<W: Write> Write for OneLine<W> {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(event);
+        let (body, end) = text.strip_suffix('\n').map_or((&*text, ""), |body| (body, "\n"));
+        let plain: String = body.chars().map(plain).collect();
+        self.0.write_all(plain.as_bytes())?;
+        self.0.write_all(end.as_bytes())?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
 
 /// Starts logging to standard error. A second call does nothing.
 pub fn start(log: &Log) {
     let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(|| OneLine(io::stderr()))
+        .with_target(false);
     let _ = match log.format {
         LogFormat::Text => builder.with_ansi(false).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
@@ -89,5 +112,22 @@ pub async fn asked_to_stop() {
             }
         }
         _ => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_line_whatever_is_in_it() {
+        let mut out = OneLine(Vec::new());
+        out.write_all("WARN name=a\r\nERROR forged\u{1b}[2J \u{202e}x\n".as_bytes()).unwrap();
+        out.write_all(b"INFO next\n").unwrap();
+        let text = String::from_utf8(out.0).unwrap();
+        let lines: Vec<&str> = text.split('\n').collect();
+        assert_eq!(lines.len(), 3, "{text}");
+        assert!(lines[0].starts_with("WARN name=a") && lines[0].contains("ERROR forged"));
+        assert!(lines[0].chars().all(|c| plain(c) == c) && lines[1] == "INFO next" && lines[2].is_empty());
     }
 }

@@ -163,6 +163,13 @@ fn each_role_keeps_to_its_work() {
                 forbid(word, "pure: no clock, no input, no output");
             }
         }
+        // Checklist of attacks: no command line is put together from text, and no statement but in one place.
+        for word in ["new(\"sh\")", "new(\"bash\")", "new(\"/bin/"] {
+            forbid(word, "no shell: arguments are a list");
+        }
+        if module != "db" {
+            forbid("AssertSqlSafe", "a statement is a literal, values are bound");
+        }
         for word in ["todo!(", "unimplemented!(", "dbg!("] {
             forbid(word, "left open");
         }

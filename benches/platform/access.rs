@@ -270,14 +270,17 @@ pub(crate) async fn audit() -> Vec<Row> {
                     machine.get(&path).await;
                     several.push(begun.elapsed().as_secs_f64() * 1_000.0);
                 }
-                times.push(median(&several));
+                times.push((median(&several), path.clone()));
                 let page = machine.get(&path).await;
                 let Some(next) = page["next"].as_str() else { break };
                 path = format!("{base}?limit=50{filter}&cursor={next}");
             }
         }
     }
-    let worst = times.iter().copied().fold(0.0, f64::max);
+    times.sort_by(|(one, _), (other, _)| one.total_cmp(other));
+    let (worst, at) = times.last().cloned().unwrap();
+    eprintln!("worst: {at}");
+    let times: Vec<f64> = times.into_iter().map(|(time, _)| time).collect();
     let data = machine.data.display().to_string();
     let begun = Instant::now();
     let done = Command::new(env!("CARGO_BIN_EXE_bulkhead"))

@@ -11,7 +11,7 @@ use crate::db::Page;
 use crate::error::Error;
 
 /// Rows that an export reads at once.
-const PART: i64 = 1_000;
+const PART: i64 = 500;
 
 async fn page(pool: &PgPool, filter: &Filter) -> Result<HttpResponse, Error> {
     let (rows, next) = read(pool, filter).await?;

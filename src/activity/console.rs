@@ -15,6 +15,9 @@ use crate::error::Error;
 use crate::http::html::{self, Frame};
 use crate::keys::Keys;
 
+/// Stretches of the record that are looked at for one page.
+const STRETCHES: usize = 20;
+
 struct Row {
     at: String,
     machine: String,
@@ -82,13 +85,27 @@ fn encoded(text: &str) -> String {
     })
 }
 
+/// A full page, if it is found within a bounded number of stretches: people do not turn empty pages.
+async fn gather(pool: &PgPool, mut filter: Filter) -> Result<Page<Entry>, Error> {
+    let mut all = Vec::new();
+    for _ in 0..STRETCHES {
+        let (rows, next) = read(pool, &filter).await?;
+        filter.limit -= i64::try_from(rows.len()).unwrap_or(filter.limit);
+        all.extend(rows);
+        match next {
+            Some(next) if filter.limit > 0 => filter.before = next,
+            next => return Ok(Page::up_to(all, next)),
+        }
+    }
+    Ok(Page::up_to(all, Some(filter.before)))
+}
+
 async fn page(
     pool: &PgPool,
     (frame, title, tenant): (Frame, &'static str, String),
     filter: Filter,
 ) -> Result<HttpResponse, Error> {
-    let (rows, next) = read(pool, &filter).await?;
-    let page = Page::up_to(rows, next);
+    let page = gather(pool, filter.clone()).await?;
     let time = |at: Option<OffsetDateTime>| at.and_then(|at| at.format(&Rfc3339).ok());
     let kept = [
         ("actor", filter.actor.clone()),

@@ -15,6 +15,8 @@ use crate::error::Error;
 
 /// Rounds that are looked at together.
 const AT_ONCE: i64 = 200;
+/// Rows that are read together.
+const ROWS_AT_ONCE: usize = 10_000;
 /// Most findings that are told one by one.
 const TOLD: usize = 1_000;
 
@@ -187,7 +189,9 @@ pub async fn verify(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Repo
             (last, before, to) = (round.number, round.mac, round.tx_to);
             walk.report.rounds += 1;
         }
-        rows(&mut tx, &mut walk, &seals).await?;
+        for some in parts(&seals) {
+            rows(&mut tx, &mut walk, some).await?;
+        }
     }
     if let Some(missing) = expected.keys().copied().filter(|number| *number > last).min() {
         walk.find(Finding::TailCut { round: missing });
@@ -207,6 +211,23 @@ pub async fn verify(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Repo
         }
     }
     Ok(walk.report)
+}
+
+/// Seals one after another, as many together as have a bounded number of rows, so that memory stays flat.
+fn parts(mut seals: &[Seal]) -> Vec<&[Seal]> {
+    let mut all = Vec::new();
+    while !seals.is_empty() {
+        let mut rows = 0;
+        let more = seals.iter().take_while(|seal| {
+            rows += seal.ids.len();
+            rows <= ROWS_AT_ONCE
+        });
+        // One that alone has more is looked at alone.
+        let (part, rest) = seals.split_at(more.count().max(1));
+        all.push(part);
+        seals = rest;
+    }
+    all
 }
 
 /// The rows of some seals, all in one question.

@@ -6,10 +6,8 @@ use askama::Template;
 use serde::Deserialize;
 
 use super::{cookie, gone, is_secure, page_with, see_other, session_cookie};
-use crate::access::Means;
 use crate::access::extract::{Perhaps, Public, SignedIn};
-use crate::access::oidc::Refused;
-use crate::access::oidc::{Back, Came, Goal};
+use crate::access::oidc::{Back, Came, Goal, Refused};
 use crate::access::sessions::{Client, DeskData};
 use crate::error::Error;
 use crate::http::OwnAddress;
@@ -83,6 +81,18 @@ pub async fn begin(
     go(&req, &own, &desk, &path.provider, Goal::SignIn).await
 }
 
+/// The session of somebody who begins this on one of our own pages. Another site's page could send the browser
+/// here while it is signed in at the provider as somebody else.
+fn session_of(scope: &SignedIn, req: &HttpRequest) -> Result<i64, Error> {
+    let (_, session) = scope.actor.require_session()?;
+    let site = req.headers().get("sec-fetch-site").and_then(|value| value.to_str().ok());
+    if site == Some("same-origin") {
+        Ok(session)
+    } else {
+        Err(Error::Forbidden("begin this on your own account's page".into()))
+    }
+}
+
 /// GET /confirm/{provider}: the provider asks the person anew.
 pub async fn begin_confirmation(
     scope: SignedIn,
@@ -91,9 +101,8 @@ pub async fn begin_confirmation(
     desk: DeskData,
     path: web::Path<ProviderPath>,
 ) -> Result<HttpResponse, Error> {
-    scope.actor.require_person()?;
-    let Means::Session { id, .. } = scope.actor.means else { return Err(Error::NotFound) };
-    go(&req, &own, &desk, &path.provider, Goal::Confirm(id)).await
+    let session = session_of(&scope, &req)?;
+    go(&req, &own, &desk, &path.provider, Goal::Confirm(session)).await
 }
 
 /// GET /account/providers/{provider}: to sign in through it too from now on.
@@ -104,17 +113,11 @@ pub async fn begin_link(
     desk: DeskData,
     path: web::Path<ProviderPath>,
 ) -> Result<HttpResponse, Error> {
-    scope.actor.require_person()?;
-    // Another site's page could send the browser here while it is signed in there as somebody else.
-    let site = req.headers().get("sec-fetch-site").and_then(|value| value.to_str().ok());
-    if site != Some("same-origin") {
-        return Err(Error::Forbidden("begin to link a provider on your own account's page".into()));
-    }
+    let session = session_of(&scope, &req)?;
     if scope.actor.require_recent().is_err() {
         return Ok(see_other("/confirm?next=/account"));
     }
-    let Means::Session { id, .. } = scope.actor.means else { return Err(Error::NotFound) };
-    go(&req, &own, &desk, &path.provider, Goal::Link(id)).await
+    go(&req, &own, &desk, &path.provider, Goal::Link(session)).await
 }
 
 /// GET /login/providers/{provider}/callback

@@ -11,7 +11,7 @@ use crate::ids::TenantId;
 
 /// How many rows a page looks at, at most: where several filters must hold only one of them can lead. More than
 /// any page is long.
-const LOOK: i64 = 1_200;
+const LOOK: i64 = 600;
 
 /// Which rows to list. All that is given must hold.
 #[derive(Debug, Clone, Default)]
@@ -91,7 +91,7 @@ impl From<Looked> for Entry {
     }
 }
 
-/// The rows that fit among the first 1,200 to which the leading condition leads, and the last of these, fit or
+/// The rows that fit among the first 600 to which the leading condition leads, and the last of these, fit or
 /// not. A statement for each condition: its plan is made once for a connection, not once for a page. That a column
 /// is the given one is said as a pair with the number, so that no other index has the order that is asked for.
 macro_rules! look {
@@ -107,8 +107,8 @@ macro_rules! look {
                 + "(id > $1 AND id < $2) AND at >= coalesce($3::timestamptz, '-infinity') \
                    AND at < coalesce($4::timestamptz, 'infinity') ORDER BY "
                 + $order
-                + " LIMIT 1200) a LEFT JOIN tenant t ON t.id = a.tenant_id \
-                   WHERE a.fits OR a.count = 1200 ORDER BY "
+                + " LIMIT 600) a LEFT JOIN tenant t ON t.id = a.tenant_id \
+                   WHERE a.fits OR a.count = 600 ORDER BY "
                 + $order
                 + " LIMIT $8",
             $span.0,

@@ -265,7 +265,9 @@ async fn a_provider_confirms_links_and_signs_out(options: PgPoolOptions, connect
     assert_eq!(alice.get("/account").await.status(), 401);
     // Another site's page cannot begin it.
     let foreign = [("sec-fetch-site", "cross-site"), ("accept", "text/html")];
-    assert_eq!(zoe.send("GET", "/account/providers/good", &foreign, String::new()).await.status(), 403);
+    for path in ["/account/providers/good", "/confirm/good"] {
+        assert_eq!(zoe.send("GET", path, &foreign, String::new()).await.status(), 403, "{path}");
+    }
     // Linking asks for a fresh proof of the session first.
     app.sql("UPDATE session SET confirmed_at = now() - interval '1 hour'").await;
     let stale = zoe.get("/account/providers/good").await;

@@ -2,6 +2,7 @@
 
 mod certified;
 mod hostile;
+mod liar;
 
 use bulkhead::config::{Provider, RoleMapping};
 
