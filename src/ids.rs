@@ -146,6 +146,60 @@ text_id!(
 );
 
 text_id!(
+    /// The name of a platform service in the catalogue: a DNS label of 1 to 45 characters.
+    ServiceName,
+    |text| check_label("the name of a service", text, 1, 45)
+);
+
+text_id!(
+    /// What a tenant calls a place outside: a DNS label of 1 to 45 characters.
+    EgressName,
+    |text| check_label("the name of an egress target", text, 1, 45)
+);
+
+/// An app as another one names it: `api` of the own tenant, `acme/api` of another one.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct AppRef {
+    /// The other tenant; none for the own one.
+    pub tenant: Option<TenantName>,
+    /// App.
+    pub app: AppName,
+}
+
+impl FromStr for AppRef {
+    type Err = NameError;
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        match text.split_once('/') {
+            Some((tenant, app)) => Ok(Self { tenant: Some(tenant.parse()?), app: app.parse()? }),
+            None => Ok(Self { tenant: None, app: text.parse()? }),
+        }
+    }
+}
+
+impl TryFrom<String> for AppRef {
+    type Error = NameError;
+    fn try_from(text: String) -> Result<Self, NameError> {
+        text.parse()
+    }
+}
+
+impl From<AppRef> for String {
+    fn from(app: AppRef) -> String {
+        app.to_string()
+    }
+}
+
+impl fmt::Display for AppRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.tenant {
+            Some(tenant) => write!(f, "{tenant}/{}", self.app),
+            None => self.app.fmt(f),
+        }
+    }
+}
+
+text_id!(
     /// The four letters of an installation: they stand in the name of everything it makes on a
     /// machine, so that two installations never touch each other's.
     Installation,

@@ -13,7 +13,7 @@ use crate::access::{self, Public};
 use crate::error::Error;
 use crate::fault::catalogue;
 use crate::http::html::{self, Frame};
-use crate::{activity, apps, db, registries, tenants, uid_ranges};
+use crate::{activity, apps, db, networks, registries, tenants, uid_ranges};
 
 /// Arguments of a handler of which the first decides about authority.
 pub trait Authorized: Sized + 'static {
@@ -115,6 +115,7 @@ fn each(take: &mut Taker<'_>) {
     platform(take);
     people(take);
     within_tenant(take);
+    connections(take);
     signing_in(take);
     console(take);
 }
@@ -126,6 +127,7 @@ macro_rules! routes {
 }
 
 fn platform(take: &mut Taker<'_>) {
+    use networks::api as n;
     use tenants::api as t;
     routes! { take,
         GET "/healthz" => healthz;
@@ -142,6 +144,13 @@ fn platform(take: &mut Taker<'_>) {
         GET "/api/v1/uid-ranges" => uid_ranges::api::list_uid_ranges;
         GET "/api/v1/audit" => activity::api::list_platform;
         GET "/api/v1/audit/export" => activity::api::export_platform;
+        GET "/api/v1/services" => n::services::list_services;
+        GET "/api/v1/services/{name}" => n::services::get_service;
+        PUT "/api/v1/services/{name}" => n::services::put_service;
+        DELETE "/api/v1/services/{name}" => n::services::delete_service;
+        GET "/api/v1/egress" => n::egress::list_waiting;
+        GET "/api/v1/network/plans" => n::plans::list_all;
+        GET "/api/v1/network/plans/{id}" => n::plans::get_any;
         GET "/api/v1/schemas/app-spec" => apps::api::app_spec_schema;
     }
 }
@@ -209,6 +218,28 @@ fn within_tenant(take: &mut Taker<'_>) {
         GET "/api/v1/tenants/{tenant}/apps/{app}/releases" => apps::api::list_releases;
         POST "/api/v1/tenants/{tenant}/apps/{app}/releases" => apps::api::roll_back;
         GET "/api/v1/tenants/{tenant}/apps/{app}/logs" => apps::logs::get_logs;
+    }
+}
+
+fn connections(take: &mut Taker<'_>) {
+    use networks::api as n;
+    routes! { take,
+        GET "/api/v1/tenants/{tenant}/services" => n::services::list_given;
+        PUT "/api/v1/tenants/{tenant}/services/{name}" => n::services::give;
+        DELETE "/api/v1/tenants/{tenant}/services/{name}" => n::services::take;
+        GET "/api/v1/tenants/{tenant}/grants" => n::grants::list_given;
+        POST "/api/v1/tenants/{tenant}/grants" => n::grants::offer;
+        GET "/api/v1/tenants/{tenant}/grants/received" => n::grants::list_received;
+        PUT "/api/v1/tenants/{tenant}/grants/{id}/acceptance" => n::grants::accept;
+        DELETE "/api/v1/tenants/{tenant}/grants/{id}" => n::grants::end;
+        GET "/api/v1/tenants/{tenant}/egress" => n::egress::list_targets;
+        PUT "/api/v1/tenants/{tenant}/egress/{name}" => n::egress::ask;
+        DELETE "/api/v1/tenants/{tenant}/egress/{name}" => n::egress::withdraw;
+        PUT "/api/v1/tenants/{tenant}/egress/{name}/decision" => n::egress::decide;
+        GET "/api/v1/tenants/{tenant}/network/plans" => n::plans::list_plans;
+        GET "/api/v1/tenants/{tenant}/network/plans/{id}" => n::plans::get_plan;
+        GET "/api/v1/tenants/{tenant}/apps/{app}/reach" => n::reach::get_reach;
+        GET "/api/v1/tenants/{tenant}/apps/{app}/denied" => n::reach::get_denied;
     }
 }
 

@@ -26,6 +26,8 @@ use crate::driver::agent::client::AgentClient;
 use crate::error::Error;
 use crate::http::{self, OwnAddress};
 use crate::keys::{Keys, Purpose};
+use crate::networks::connections::Network;
+use crate::networks::reconcile::{ConnectionsOfTenant, NetworkReconciler};
 use crate::reconcile::{self, Reconciler, Waker};
 use crate::registries::front::{Door, FrontDoor};
 use crate::registries::reconcile::{ImagesOfTenant, RobotsOfTenant, sweep};
@@ -92,9 +94,11 @@ impl Platform {
     #[must_use]
     pub fn reconcilers(&self) -> Vec<Arc<dyn Reconciler>> {
         let (pool, pools) = (self.work.clone(), self.config.pools.clone());
+        let network = self.network(pool.clone());
         let belongings: Vec<Arc<dyn Belongings>> = vec![
             Arc::new(RobotsOfTenant { pool: pool.clone() }),
             Arc::new(AppsOfTenant { pool: pool.clone() }),
+            Arc::new(ConnectionsOfTenant { pool: pool.clone() }),
             Arc::new(ImagesOfTenant { pool: pool.clone(), registry: self.registry.clone() }),
         ];
         vec![
@@ -110,8 +114,14 @@ impl Platform {
                 driver: Arc::clone(&self.driver),
                 registry: self.registry.clone(),
                 secrets: PullSecrets(self.key.clone()),
+                connections: Arc::new(network.clone()),
             }),
+            Arc::new(NetworkReconciler(network)),
         ]
+    }
+
+    fn network(&self, pool: PgPool) -> Network {
+        Network { pool, pools: self.config.pools.clone(), driver: Arc::clone(&self.driver) }
     }
 
     /// Hands the parts to a listener.
@@ -144,6 +154,7 @@ impl Platform {
             pools: self.config.pools.clone(),
             registry: self.registry.clone(),
             waker: self.waker.clone(),
+            connections: Arc::new(self.network(self.pool.clone())),
         };
         cfg.app_data(
             web::QueryConfig::default().error_handler(|error, _| {

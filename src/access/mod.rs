@@ -266,8 +266,10 @@ permissions! {
     ReadActivity: "See who did what in a tenant", Some(Role::Owner), Auditor, Reads;
     ManageCredentials: "Make and revoke robots, service accounts and their tokens", Some(Role::Owner), Admin, Changes;
     ManageMembers: "Invite people, change their role, remove them", Some(Role::Owner), Admin, Changes;
+    ManageConnections: "Offer, accept and end grants; ask for places outside", Some(Role::Owner), Admin, Changes;
     ReadPlatform: "See the platform: all tenants, pools, people, its own activity", None, Auditor, Reads;
     ManageTenants: "Onboard, change, suspend and offboard tenants", None, Admin, Changes;
+    ManageNetwork: "Keep the catalogue of services, decide who may use them and which places outside are open", None, Admin, Changes;
     ManagePeople: "Invite people to the platform, change their role, disable them, make links for new passwords", None, Admin, Changes;
 }
 

@@ -3,10 +3,12 @@
 //! audit, work.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use serde_json::json;
 use sqlx::{PgPool, Postgres, Transaction};
 
+use super::connections::Connections;
 use super::reservation::{self, Asked, Peak, Reserved};
 use super::spec::{AppSpec, ImageReference};
 use super::{App, Release, store};
@@ -37,6 +39,8 @@ pub struct Apps {
     pub registry: Distribution,
     /// Wakes the runner.
     pub waker: Waker,
+    /// What decides about connections.
+    pub connections: Arc<dyn Connections>,
 }
 
 /// New apps of a tenant within 24 hours.
@@ -94,12 +98,7 @@ impl Apps {
         // Everything that can be wrong is told together: the image, the names, the quota.
         let mut faults = Vec::new();
         let mut conn = db::begin(&self.pool, tenant.id).await?;
-        for missing in store::list_missing(&mut conn, tenant.id, spec.connects_apps()).await? {
-            faults.push(
-                Fault::new(Code(427), Kind::Conflict, "connects.apps", format!("there is no app {missing}"))
-                    .instead("deploy that app first, or leave it out"),
-            );
-        }
+        faults.extend(self.connections.missing(&mut conn, tenant, spec.connects()).await?);
         drop(conn);
         let resolved = match self.resolve(tenant, spec).await {
             Ok(resolved) => Some(resolved),
@@ -281,6 +280,7 @@ impl Apps {
         let detail =
             json!({"revision": 1, "digest": release.digest, "uids": [block.ids.start, block.ids.size]});
         by.record(tx, tenant.id, "app.create", name.as_str(), detail).await?;
+        self.connections.changed(tx, by, tenant.id, id, format!("{name} is deployed")).await?;
         enqueue(tx, WORK, id.0, tenant.id).await?;
         Ok(())
     }
@@ -305,6 +305,8 @@ impl Apps {
             "revision": revision, "digest": release.digest, "rolled_back_to": release.rolled_back_to,
         });
         by.record(tx, tenant.id, action, app.name.as_str(), detail).await?;
+        let words = format!("release {revision} of {}", app.name);
+        self.connections.changed(tx, by, tenant.id, app.id, words).await?;
         enqueue(tx, WORK, app.id.0, tenant.id).await?;
         Ok((generation, revision))
     }
@@ -354,14 +356,7 @@ impl Apps {
         if !faults.is_empty() {
             return Err(Error::QuotaExceeded(faults));
         }
-        for missing in store::list_missing(tx, tenant.id, spec.connects_apps()).await? {
-            faults.push(Fault::new(
-                Code(427),
-                Kind::Conflict,
-                "connects.apps",
-                format!("there is no app {missing}"),
-            ));
-        }
+        faults.extend(self.connections.missing(tx, tenant, spec.connects()).await?);
         if !is_image_there(tx, tenant, &release.repository, &release.index_digest, &release.digest).await? {
             faults.push(image_is_gone());
         }
@@ -390,6 +385,7 @@ impl Apps {
         }
         let generation = store::set_deleted(&mut tx, tenant.id, app.id).await?;
         by.record(&mut tx, tenant.id, "app.delete", name.as_str(), json!({})).await?;
+        self.connections.changed(&mut tx, by, tenant.id, app.id, format!("{name} is deleted")).await?;
         enqueue(&mut tx, WORK, app.id.0, tenant.id).await?;
         fail::fail_point!("apps::delete_commit", |_| Err(Error::internal("failpoint")));
         tx.commit().await?;

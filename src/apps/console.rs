@@ -241,7 +241,11 @@ pub async fn app_page(
     let (log, log_note) = last_lines(&**driver, &scope, &app).await;
     let spec = release.parse_spec()?;
     let (state, summary) = view::state(&app, spec.instances(), &scope.tenant.state);
-    let names: Vec<&str> = spec.connects_apps().iter().map(crate::ids::AppName::as_str).collect();
+    let connects = spec.connects();
+    let names: Vec<String> = (connects.services.iter().map(ToString::to_string))
+        .chain(connects.apps.iter().map(ToString::to_string))
+        .chain(connects.egress.iter().map(ToString::to_string))
+        .collect();
     let warnings = release.warnings.as_array().cloned().unwrap_or_default();
     html::page(&AppPage {
         frame: tenant_frame(&keys, &scope, "Apps"),

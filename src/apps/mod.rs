@@ -8,6 +8,7 @@ use crate::ids::{AppId, AppName, TenantId};
 
 pub mod actions;
 pub mod api;
+pub mod connections;
 pub mod console;
 pub mod follow;
 pub mod logs;

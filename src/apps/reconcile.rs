@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use sqlx::PgPool;
 
+use super::connections::Connections;
 use super::release::{Place, Running};
 use super::reservation::Reserved;
 use super::{App, actions, store};
@@ -30,6 +31,8 @@ pub struct AppReconciler {
     pub registry: Distribution,
     /// Credentials for pulls.
     pub secrets: PullSecrets,
+    /// What decides about connections.
+    pub connections: Arc<dyn Connections>,
 }
 
 #[async_trait::async_trait]
@@ -86,6 +89,8 @@ impl AppReconciler {
         // A range that was given for this app has to be known before a block of it is used.
         let grant = tenants::reconcile::grant(&self.pool, &self.pools, app.tenant_id, tenant).await?;
         self.driver.ensure_tenant(&grant).await?;
+        // What it may talk to is open before its first instance starts.
+        self.connections.settle(app.tenant_id).await?;
         self.driver.ensure_app(&workload, Some(&pull)).await?;
         fail::fail_point!("apps::ensured", |_| Err(Failure::Transient("failpoint".into())));
         Ok(Outcome::Settled)

@@ -105,7 +105,6 @@ impl Release {
             health: spec.health().cloned(),
             scratch: spec.scratch().clone(),
             stop_grace: spec.stop_grace(),
-            connects: spec.connects_apps().to_vec(),
             addresses: place.addresses,
         })
     }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
 use crate::ids::{AppId, AppName, TenantId, TenantName};
+use crate::policy::{Protocol, TenantFlows};
 
 pub mod agent;
 pub mod podman;
@@ -170,6 +171,25 @@ pub struct AppEvent {
     pub text: String,
 }
 
+/// Packets of one kind that were not let through.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Denied {
+    /// The instance's address.
+    pub source: Ipv4Addr,
+    /// Where they were to go.
+    pub target: Ipv4Addr,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port there.
+    pub port: u16,
+    /// When the first was seen.
+    #[serde(with = "time::serde::rfc3339")]
+    pub first: OffsetDateTime,
+    /// When the last was seen.
+    #[serde(with = "time::serde::rfc3339")]
+    pub last: OffsetDateTime,
+}
+
 /// One app as seen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AppObserved {
@@ -267,6 +287,11 @@ pub trait Driver: Send + Sync + 'static {
     /// Takes over the desired state and starts to converge; returns once it is stored and the
     /// image is there. `pull` is needed when the image is not in the engine's store yet.
     async fn ensure_app(&self, workload: &Workload, pull: Option<&PullSecret>) -> Result<(), Error>;
+    /// Takes over all that a tenant's apps may begin to talk to, proves it, and puts it in force. Apps that are
+    /// not here yet find their flows when they come.
+    async fn ensure_flows(&self, flows: &TenantFlows) -> Result<(), Error>;
+    /// What was refused of an app's packets lately, the newest first.
+    async fn denied(&self, tenant: &TenantName, app: AppId) -> Result<Vec<Denied>, Error>;
     /// Starts or continues to remove an app.
     async fn remove_app(&self, tenant: &TenantName, app: &AppName, id: AppId) -> Result<Removal, Error>;
     /// What changed since `cursor` (everything for `None`), waiting up to `wait` for something.

@@ -248,8 +248,6 @@ pub struct Workload {
     pub scratch: BTreeMap<String, u64>,
     /// Seconds between SIGTERM and SIGKILL.
     pub stop_grace: u16,
-    /// Apps of the same tenant that it may reach, on their port, by name.
-    pub connects: Vec<AppName>,
     /// Addresses of the tenant's subnet that belong to this app: one per instance and, for
     /// `Update::Rolling`, one more.
     pub addresses: Vec<Ipv4Addr>,

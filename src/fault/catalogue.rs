@@ -54,7 +54,7 @@ codes! {
     SCRATCH_PATH = 127, "A scratch path is not possible", "An absolute path without . and .., not /, /dev, /proc, /sys, /run, /etc or below, and not within another scratch path.";
     SCRATCH_SIZE = 128, "Scratch leaves no room", "Scratch lives in memory: its sizes (16Mi for /tmp unless given) and at least 8Mi for the process fit into memory.";
     SINGLETON = 129, "A singleton has at most one instance", "With singleton: true the old instance stops before the new one starts, so instances is 0 or 1.";
-    CONNECTS = 130, "connects.apps is not possible", "Names of other apps of the own tenant, each once, at most 64.";
+    CONNECTS = 130, "connects is not possible", "services, apps and egress are lists of names, each once, at most 64 in each. An app does not name itself; another tenant's app is TENANT/APP.";
     MANY = 131, "More faults than are listed", "The first 200 are listed. Mend them and look again.";
 }
 
@@ -179,8 +179,8 @@ const OF_REQUEST: &[Explanation] = &[
     },
     Explanation {
         code: Code(427),
-        title: "The app that is named does not exist",
-        text: "`connects.apps` names an app that the tenant does not have. Deploy that one first, or correct the name.",
+        title: "What connects names is not to be had",
+        text: "An app of the own tenant that does not exist, another tenant's app that is not granted (its owner offers it, an owner here accepts it), a service that the tenant may not use (the admin decides), or an egress target that is not approved.",
     },
     Explanation {
         code: Code(428),

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use super::{Failed, Folder, claims, postgres, processes};
 use crate::driver::podman::client::Podman;
-use crate::driver::podman::firewall::Rules;
+use crate::driver::podman::firewall::kernel;
 use crate::driver::podman::{engine, ports};
 
 /// Removes an installation. `confirm` is its four letters.
@@ -26,7 +26,7 @@ pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
         process.end_leftover(&folder.path);
     }
     remove_containers(&folder).await?;
-    Rules::remove(&folder.agent_config().table()).await;
+    kernel::remove(&folder.agent_config().table()).await;
     let quiet = |program: &str, args: &[&str]| {
         let _ = Command::new(program)
             .args(args)

@@ -177,7 +177,7 @@ pub async fn suspend(
 }
 
 /// The steps of an offboarding, in their order. Each is done only when a second look says so.
-pub const STEPS: [&str; 5] = ["credentials", "apps", "registry", "network", "user-ids"];
+pub const STEPS: [&str; 6] = ["credentials", "apps", "connections", "registry", "network", "user-ids"];
 
 /// Starts the offboarding. Doing it again changes nothing.
 pub async fn offboard(pool: &PgPool, waker: &Waker, by: By<'_>, tenant: &TenantRef) -> Result<i64, Error> {

@@ -74,8 +74,13 @@ async fn what_is_removed_from_outside_comes_back() {
     machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await;
     let first = machine.running("acme", "web").await["observed"]["instances"][0].clone();
     let number = |app: &serde_json::Value| app["observed"]["instances"][0]["number"].as_i64();
-    // A container is removed by hand.
-    assert!(machine.podman(&["rm", "-f", first["container"].as_str().unwrap()]).0);
+    // A container is removed by hand. Killing and removing are two steps of the engine: the agent does not look
+    // in between, else it would rightly start the killed one again.
+    let pid = std::fs::read_to_string(machine.data.join("run/agent.pid")).unwrap();
+    let agent = pid.split(' ').next().unwrap();
+    assert!(run("kill", &["-STOP", agent]).0);
+    let removed = machine.podman(&["rm", "-f", first["container"].as_str().unwrap()]).0;
+    assert!(run("kill", &["-CONT", agent]).0 && removed);
     let second = machine
         .wait("acme", "web", 20, |app| number(app) > first["number"].as_i64() && app["state"] == "running")
         .await;

@@ -30,7 +30,9 @@ pub(super) const HTTP: &[&str] = &["path", "port"];
 /// Fields of `health.tcp`.
 pub(super) const TCP: &[&str] = &["port"];
 /// Fields of `connects`.
-pub(super) const CONNECTS: &[&str] = &["apps"];
+pub(super) const CONNECTS: &[&str] = &["services", "apps", "egress"];
+/// Most names in each of them.
+pub(super) const MOST_CONNECTS: usize = 64;
 
 /// Most instances of an app.
 pub const INSTANCES: u32 = 100;

@@ -261,6 +261,12 @@ const CLASSES: &[Class] = &[
         ],
     },
     Class {
+        code: code::NETWORK,
+        reason: "what an app reaches stands under connects",
+        instead: "connects: {services: [...], apps: [...], egress: [...]}",
+        names: &["services", "egress", "networkpolicy", "allowedhosts"],
+    },
+    Class {
         code: code::NOT_YET,
         reason: "it does not exist until it works, and it does not yet in this version",
         instead: "leave it out for now",
@@ -271,8 +277,6 @@ const CLASSES: &[Class] = &[
             "volumes",
             "spread",
             "spreadgroup",
-            "services",
-            "egress",
             "topics",
             "autoscaling",
             "jobs",

@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 
 use crate::driver::workload::Health;
 use crate::fault::{Fault, Kind, catalogue};
-use crate::ids::AppName;
+use crate::ids::{AppName, AppRef, EgressName, ServiceName};
 
+mod connects;
 mod fields;
 mod forbidden;
 mod json;
@@ -36,6 +37,17 @@ pub enum Format {
     Yaml,
 }
 
+/// What an app asks to reach: nothing else is open to it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Connects {
+    /// Platform services.
+    pub services: Vec<ServiceName>,
+    /// Apps of the own tenant, and of others that have granted them.
+    pub apps: Vec<AppRef>,
+    /// Places outside, as the tenant calls them.
+    pub egress: Vec<EgressName>,
+}
+
 /// A spec without a fault. There is no other way to one than [`AppSpec::parse`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AppSpec {
@@ -52,7 +64,7 @@ pub struct AppSpec {
     health: Option<Health>,
     scratch: BTreeMap<String, u64>,
     stop_grace: u16,
-    connects_apps: Vec<AppName>,
+    connects: Connects,
 }
 
 impl AppSpec {
@@ -151,10 +163,10 @@ impl AppSpec {
     pub fn stop_grace(&self) -> u16 {
         self.stop_grace
     }
-    /// Own apps that it reaches.
+    /// What it reaches.
     #[must_use]
-    pub fn connects_apps(&self) -> &[AppName] {
-        &self.connects_apps
+    pub fn connects(&self) -> &Connects {
+        &self.connects
     }
 }
 

@@ -57,8 +57,18 @@ impl AppSpec {
         if self.stop_grace != fields::STOP_GRACE.1 {
             out.insert("stop_grace".into(), json!(self.stop_grace));
         }
-        if !self.connects_apps.is_empty() {
-            out.insert("connects".into(), json!({"apps": self.connects_apps}));
+        let mut connects = Map::new();
+        for (name, list) in [
+            ("services", json!(self.connects.services)),
+            ("apps", json!(self.connects.apps)),
+            ("egress", json!(self.connects.egress)),
+        ] {
+            if list.as_array().is_some_and(|list| !list.is_empty()) {
+                connects.insert(name.into(), list);
+            }
+        }
+        if !connects.is_empty() {
+            out.insert("connects".into(), Value::Object(connects));
         }
         Value::Object(out)
     }

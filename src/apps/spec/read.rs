@@ -19,14 +19,14 @@ pub(super) fn walk(source: &str, node: &Node<'_>, faults: &mut Vec<Fault>) -> Op
 /// Most faults that are listed.
 const MANY: usize = 200;
 
-struct Walk<'s, 'f> {
+pub(super) struct Walk<'s, 'f> {
     source: &'s str,
     faults: &'f mut Vec<Fault>,
 }
 
-type Entries<'n, 'a> = &'n [(Key<'a>, Node<'a>)];
+pub(super) type Entries<'n, 'a> = &'n [(Key<'a>, Node<'a>)];
 
-fn get<'n, 'a>(entries: Entries<'n, 'a>, name: &str) -> Option<&'n Node<'a>> {
+pub(super) fn get<'n, 'a>(entries: Entries<'n, 'a>, name: &str) -> Option<&'n Node<'a>> {
     entries.iter().find(|(key, _)| key.name == name).map(|(_, node)| node)
 }
 
@@ -48,7 +48,7 @@ impl Walk<'_, '_> {
         self.faults.push(fault.at(line, column));
     }
 
-    fn wrong(&mut self, node: &Node<'_>, path: &str, wanted: &str) {
+    pub(super) fn wrong(&mut self, node: &Node<'_>, path: &str, wanted: &str) {
         let mut fault = Fault::new(
             code::WRONG_TYPE,
             Kind::Invalid,
@@ -61,13 +61,18 @@ impl Walk<'_, '_> {
         self.add(node.at, fault);
     }
 
-    fn bad(&mut self, at: At, code: Code, path: &str, message: &str, instead: &str) {
+    pub(super) fn bad(&mut self, at: At, code: Code, path: &str, message: &str, instead: &str) {
         let fault = Fault::new(code, Kind::Invalid, path, message);
         self.add(at, if instead.is_empty() { fault } else { fault.instead(instead) });
     }
 
     /// The entries of a group whose fields are `known`; anything else in it is a fault.
-    fn group<'n, 'a>(&mut self, node: &'n Node<'a>, path: &str, known: &[&str]) -> Option<Entries<'n, 'a>> {
+    pub(super) fn group<'n, 'a>(
+        &mut self,
+        node: &'n Node<'a>,
+        path: &str,
+        known: &[&str],
+    ) -> Option<Entries<'n, 'a>> {
         let Value::Map(entries) = &node.value else {
             self.wrong(node, path, "a group of fields");
             return None;
@@ -107,7 +112,7 @@ impl Walk<'_, '_> {
         self.add(key.at, fault);
     }
 
-    fn text<'n>(&mut self, node: &'n Node<'_>, path: impl FnOnce() -> String) -> Option<&'n str> {
+    pub(super) fn text<'n>(&mut self, node: &'n Node<'_>, path: impl FnOnce() -> String) -> Option<&'n str> {
         if let Value::Text(text) = &node.value {
             return Some(text);
         }
@@ -169,7 +174,7 @@ impl Walk<'_, '_> {
         let stop_grace = get(entries, "stop_grace").map_or(Some(u32::from(fields::STOP_GRACE.1)), |node| {
             self.whole(node, "stop_grace", code::RANGE, (0, fields::STOP_GRACE.0.into()))
         });
-        let connects_apps = self.connects(get(entries, "connects"), name.as_ref());
+        let connects = self.connects(get(entries, "connects"), name.as_ref());
         if let (Some(true), Some(2..)) = (singleton, instances) {
             let at = get(entries, "instances").unwrap_or(node).at;
             let fault = Fault::new(
@@ -194,7 +199,7 @@ impl Walk<'_, '_> {
             health,
             scratch: scratch?,
             stop_grace: u16::try_from(stop_grace?).ok()?,
-            connects_apps: connects_apps?,
+            connects: connects?,
         })
     }
 
@@ -451,33 +456,6 @@ impl Walk<'_, '_> {
             );
         }
         Some(scratch)
-    }
-
-    fn connects(&mut self, node: Option<&Node<'_>>, own: Option<&AppName>) -> Option<Vec<AppName>> {
-        let Some(node) = node else { return Some(Vec::new()) };
-        let entries = self.group(node, "connects", fields::CONNECTS)?;
-        let Some(list) = get(entries, "apps") else { return Some(Vec::new()) };
-        let Value::List(items) = &list.value else {
-            self.wrong(list, "connects.apps", "a list of names");
-            return None;
-        };
-        let mut names: Vec<AppName> = Vec::new();
-        for (n, item) in items.iter().enumerate() {
-            let path = || format!("connects.apps[{n}]");
-            let Some(name) = self.name(item, path) else { continue };
-            if own == Some(&name) {
-                self.bad(item.at, code::CONNECTS, &path(), "an app does not name itself", "");
-            }
-            if names.contains(&name) {
-                self.bad(item.at, code::CONNECTS, &path(), "this name stands twice", "");
-            } else {
-                names.push(name);
-            }
-        }
-        if items.len() > 64 {
-            self.bad(list.at, code::CONNECTS, "connects.apps", "has at most 64 names", "");
-        }
-        Some(names)
     }
 }
 

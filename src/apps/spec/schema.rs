@@ -74,7 +74,15 @@ pub fn schema() -> Value {
                 "type": "object",
                 "additionalProperties": false,
                 "properties": {
-                    "apps": {"type": "array", "items": name, "maxItems": 64, "uniqueItems": true},
+                    "services": {"type": "array", "items": name, "maxItems": fields::MOST_CONNECTS, "uniqueItems": true},
+                    "apps": {
+                        "type": "array", "maxItems": fields::MOST_CONNECTS, "uniqueItems": true,
+                        "items": {
+                            "type": "string", "maxLength": 78,
+                            "pattern": "^([a-z][a-z0-9-]{1,30}[a-z0-9]/)?[a-z]([a-z0-9-]{0,43}[a-z0-9])?$",
+                        },
+                    },
+                    "egress": {"type": "array", "items": name, "maxItems": fields::MOST_CONNECTS, "uniqueItems": true},
                 },
             },
         },

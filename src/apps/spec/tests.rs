@@ -43,7 +43,7 @@ fn a_good_spec_is_read_as_written() {
     assert_eq!(spec.health().unwrap().check, check);
     assert_eq!(spec.scratch()["/tmp"], TMP);
     assert_eq!(spec.scratch()["/var/cache"], 64 << 20);
-    assert_eq!(spec.connects_apps()[0].as_str(), "api");
+    assert_eq!(spec.connects().apps[0].to_string(), "api");
 }
 
 #[test]
@@ -177,8 +177,15 @@ fn each_rule_has_its_code() {
         ("stop_grace", "stop_grace: 121", 121),
         ("connects", "connects: {apps: [web]}", 130),
         ("connects", "connects: {apps: [a, a]}", 130),
-        ("connects", "connects: {apps: [other/app]}", 117),
-        ("connects", "connects: {services: [kafka]}", 113),
+        ("connects", "connects: {apps: [other/app/x]}", 117),
+        ("connects", "connects: {apps: [o/app]}", 117),
+        ("connects", "connects: {apps: [admin/app]}", 117),
+        ("connects", "connects: {services: [kafka/x]}", 117),
+        ("connects", "connects: {egress: [1.1.1.1]}", 117),
+        ("connects", "connects: {egress: {a: b}}", 114),
+        ("connects", "connects: {services: [kafka, kafka]}", 130),
+        ("connects", "connects: {services: [kafka], apps: [kafka]}", 130),
+        ("connects", "connects: {hosts: [a]}", 106),
         ("connects", "secrets: {A: b}", 113),
         ("connects", "volumes: [/var/run/docker.sock:/x]", 113),
         ("connects", "user: 0:0", 109),
@@ -254,7 +261,8 @@ fn the_schema_and_the_parser_agree() {
         ("/scratch", serde_json::json!({"x": "1Mi"})),
         ("/stop_grace", serde_json::json!(121)),
         ("/connects", serde_json::json!({"apps": ["a", "a"]})),
-        ("/connects", serde_json::json!({"services": []})),
+        ("/connects", serde_json::json!({"apps": ["a/b"]})),
+        ("/connects", serde_json::json!({"hosts": []})),
     ];
     for (place, value) in cases {
         let mut spec = good.clone();
@@ -348,7 +356,11 @@ fn spec_strategy() -> impl Strategy<Value = AppSpec> {
                 "memory": format!("{memory}Mi"), "instances": if singleton { instances.min(1) } else { instances },
                 "singleton": singleton, "env": env, "stop_grace": grace,
                 "scratch": scratch.into_iter().map(|(k, v)| (k, format!("{}Ki", v >> 10))).collect::<BTreeMap<_, _>>(),
-                "connects": {"apps": connects.into_iter().filter(|c| *c != name).collect::<Vec<_>>()},
+                "connects": {
+                    "apps": connects.iter().filter(|c| **c != name).map(|c| if c.len() > 6 { format!("other/{c}") } else { c.clone() }).collect::<Vec<_>>(),
+                    "services": connects.iter().map(|c| format!("s{c}")).collect::<Vec<_>>(),
+                    "egress": connects.iter().take(1).collect::<Vec<_>>(),
+                },
             });
             if let Some(command) = command { value["command"] = serde_json::json!(command); }
             if let Some(args) = args { value["args"] = serde_json::json!(args); }

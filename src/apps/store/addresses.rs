@@ -6,7 +6,7 @@ use sqlx::PgConnection;
 
 use crate::driver::workload::Subnet;
 use crate::error::Error;
-use crate::ids::{AppId, TenantId};
+use crate::ids::{AppId, AppName, TenantId};
 
 /// Sees to it that the app has `count` addresses: keeps its own, takes the lowest that are free and
 /// rested. False when the subnet has no more.
@@ -84,6 +84,23 @@ pub(in crate::apps) async fn list_addresses(
                 .ok_or_else(|| Error::internal("an address beyond its subnet"))
         })
         .collect()
+}
+
+/// The app that has the n-th address.
+pub(in crate::apps) async fn find_at(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    host: i64,
+) -> Result<Option<(AppId, AppName)>, Error> {
+    let row = sqlx::query!(
+        r#"SELECT a.id, a.name AS "name: AppName" FROM app_address p
+           JOIN app a ON a.tenant_id = p.tenant_id AND a.id = p.app_id WHERE p.tenant_id = $1 AND p.host = $2"#,
+        tenant.0,
+        host
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(|row| (AppId(row.id), row.name)))
 }
 
 pub(in crate::apps) async fn free_addresses(

@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 use crate::apps::{App, Release};
 use crate::driver::workload::InsideUser;
 use crate::error::Error;
-use crate::ids::{AppId, Digest, RepositoryPath, Tag, TenantId};
+use crate::ids::{AppId, AppName, Digest, RepositoryPath, Tag, TenantId};
 
 pub(in crate::apps) async fn insert_release(
     conn: &mut PgConnection,
@@ -72,6 +72,25 @@ impl From<ReleaseRow> for Release {
             created_at: row.created_at,
         }
     }
+}
+
+/// Identity, name and present spec of the apps that are not being deleted, by name; of one if it is named.
+pub(in crate::apps) async fn list_current(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    app: Option<AppId>,
+) -> Result<Vec<(AppId, AppName, Value)>, Error> {
+    let rows = sqlx::query!(
+        r#"SELECT a.id, a.name AS "name: AppName", r.spec FROM app a
+           JOIN release r ON r.tenant_id = a.tenant_id AND r.app_id = a.id AND r.revision = a.revision
+           WHERE a.tenant_id = $1 AND a.removed_at IS NULL AND a.deleted_at IS NULL
+             AND ($2::bigint IS NULL OR a.id = $2) ORDER BY a.name"#,
+        tenant.0,
+        app.map(|app| app.0)
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (AppId(row.id), row.name, row.spec)).collect())
 }
 
 pub(in crate::apps) async fn find_release(

@@ -91,7 +91,7 @@ pub(super) fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String
             return no("the health check is out of bounds");
         }
     }
-    if w.stop_grace > 600 || w.connects.len() > 64 || w.revision < 1 || w.generation < 1 {
+    if w.stop_grace > 600 || w.revision < 1 || w.generation < 1 {
         return no("a number is out of bounds");
     }
     Ok(())

@@ -10,9 +10,10 @@ use tokio_util::codec::Framed;
 use super::protocol::{Reply, Request};
 use super::server::codec;
 use crate::driver::{
-    Driver, Error, LogQuery, LogStream, Observed, PullSecret, Removal, TenantGrant, Workload,
+    Denied, Driver, Error, LogQuery, LogStream, Observed, PullSecret, Removal, TenantGrant, Workload,
 };
 use crate::ids::{AppId, AppName, TenantId, TenantName};
+use crate::policy::TenantFlows;
 
 /// The root half, as seen from `serve`.
 #[derive(Debug, Clone)]
@@ -95,6 +96,17 @@ impl Driver for AgentClient {
 
     async fn remove_app(&self, tenant: &TenantName, app: &AppName, id: AppId) -> Result<Removal, Error> {
         self.removal(&Request::RemoveApp { tenant: tenant.clone(), app: app.clone(), app_id: id }).await
+    }
+
+    async fn ensure_flows(&self, flows: &TenantFlows) -> Result<(), Error> {
+        self.call(&Request::EnsureFlows { flows: flows.clone() }, 60).await.map(drop)
+    }
+
+    async fn denied(&self, tenant: &TenantName, app_id: AppId) -> Result<Vec<Denied>, Error> {
+        match self.call(&Request::Denied { tenant: tenant.clone(), app_id }, 10).await? {
+            Reply::Denied { denied } => Ok(denied),
+            _ => Err(away("another answer than asked for")),
+        }
     }
 
     async fn observe(&self, cursor: Option<&str>, wait: Duration) -> Result<Observed, Error> {

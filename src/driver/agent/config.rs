@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::driver::workload::{IdRange, Subnet};
 use crate::ids::Installation;
+use crate::policy::Cidr;
 
 /// All settings of `bulkhead-agent`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -59,7 +60,20 @@ impl AgentConfig {
     /// Name of a tenant's bridge and network: at most 15 bytes.
     #[must_use]
     pub fn bridge(&self, number: u32) -> String {
-        format!("bk{}{number}", self.installation)
+        format!("{}{number}", self.bridge_prefix())
+    }
+
+    /// What the names of all its bridges begin with.
+    #[must_use]
+    pub fn bridge_prefix(&self) -> String {
+        format!("bk{}", self.installation)
+    }
+
+    /// The pool of tenants' subnets, as the firewall sees it.
+    #[must_use]
+    pub fn pool(&self) -> Cidr {
+        let pool = self.network_pool;
+        Cidr::new(pool.address(), pool.prefix()).unwrap_or(Cidr::of(pool.address()))
     }
 
     /// Name of the nftables table.

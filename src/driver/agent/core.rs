@@ -13,15 +13,16 @@ use tokio_util::sync::CancellationToken;
 
 use super::app::App;
 use super::config::AgentConfig;
+use super::flows::Flows;
 use super::journal::Journal;
 use super::kept::Kept;
+use super::network::{Denials, Depth, InForce};
 use super::server;
 use crate::driver::podman::client::{Listed, Podman};
-use crate::driver::podman::firewall::{self, Depth, Pair, Rules};
 use crate::driver::podman::oom::OutOfMemory;
 use crate::driver::podman::render;
-use crate::driver::{AppEvent, Error, Observed};
-use crate::ids::{AppId, AppName, TenantName};
+use crate::driver::{AppEvent, Error, InstanceState, Observed};
+use crate::ids::{AppId, TenantName};
 
 /// How often the engine is asked what there is.
 const LOOK: Duration = Duration::from_millis(400);
@@ -49,7 +50,13 @@ pub(super) struct Agent {
     pub(super) listing: watch::Sender<Listing>,
     /// Rises when a listing is asked for out of turn.
     pub(super) look: Notify,
-    firewall: tokio::sync::Mutex<Option<(Rules, String)>>,
+    pub(super) firewall: tokio::sync::Mutex<Option<InForce>>,
+    /// What each tenant's apps may begin to talk to.
+    pub(super) flows: Mutex<Flows>,
+    /// The machine's own addresses.
+    pub(super) own: Mutex<Vec<crate::policy::never::Range>>,
+    /// What was refused lately.
+    pub(super) denials: Mutex<Denials>,
     version: Mutex<u64>,
     changed: Notify,
     /// Held for reading while an image is fetched and not yet on record; for writing while images
@@ -80,6 +87,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// Runs the root half until it is told to stop. Containers go on running.
 pub async fn run(config: AgentConfig, stop: impl Future<Output = ()>) -> Result<(), String> {
     let agent = Agent::open(config).await?;
+    agent.note_own_addresses().await;
     agent.refresh_firewall().await.map_err(|error| error.to_string())?;
     agent.adopt().await?;
     let looking = tokio::spawn(looking(Arc::clone(&agent)));
@@ -105,6 +113,7 @@ impl Agent {
             std::fs::create_dir_all(&path).map_err(|error| format!("{}: {error}", path.display()))?;
         }
         let journal = Journal::open(&config.state_dir.join("journal"))?;
+        let flows = Flows::open(&config.state_dir.join("flows")).map_err(|error| error.to_string())?;
         let podman = Podman::new(&config.engine_socket).map_err(|error| error.to_string())?;
         let mut tries = 0;
         while let Err(error) = podman.ping().await {
@@ -122,6 +131,9 @@ impl Agent {
             listing: watch::Sender::new(Listing::default()),
             look: Notify::new(),
             firewall: tokio::sync::Mutex::new(None),
+            flows: Mutex::new(flows),
+            own: Mutex::default(),
+            denials: Mutex::default(),
             version: Mutex::new(1),
             changed: Notify::new(),
             images: tokio::sync::RwLock::new(()),
@@ -160,105 +172,16 @@ impl Agent {
         Arc::clone(lock(&self.gates).entry(id).or_default())
     }
 
-    /// The app of this name in this tenant.
-    pub(super) fn named(&self, tenant: &TenantName, name: &AppName) -> Option<Arc<App>> {
-        let apps = lock(&self.apps);
-        apps.values().find(|app| app.tenant == *tenant && app.name == *name).cloned()
+    /// Addresses of an app's running instances.
+    pub(super) fn running(&self, tenant: &TenantName, app: AppId) -> Vec<std::net::Ipv4Addr> {
+        let Some(app) = self.app(app).filter(|app| app.tenant == *tenant) else { return Vec::new() };
+        let kept = lock(&app.kept);
+        let running = kept.instances.iter().filter(|i| i.state == InstanceState::Running);
+        running.filter_map(|i| kept.workload_of(i.revision)?.addresses.get(i.slot).copied()).collect()
     }
 
     pub(super) fn bridge_of(&self, tenant: &TenantName) -> Option<String> {
         lock(&self.journal).ever(tenant).map(|recorded| self.config.bridge(recorded.network))
-    }
-
-    /// The rules that follow from everything on record.
-    fn rules(&self) -> Rules {
-        let mut rules = Rules {
-            table: self.config.table(),
-            prefix: format!("bk{}", self.config.installation),
-            prober: self.config.prober_uid,
-            ..Rules::default()
-        };
-        let apps: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
-        let mut places = HashMap::new();
-        for app in &apps {
-            let kept = lock(&app.kept);
-            let place = (kept.in_use(), kept.workload.port);
-            places.insert((app.tenant.clone(), app.name.clone()), place);
-        }
-        for app in &apps {
-            let Some(bridge) = self.bridge_of(&app.tenant) else { continue };
-            let (addresses, connects) = {
-                let kept = lock(&app.kept);
-                (kept.in_use(), kept.workload.connects.clone())
-            };
-            rules.sources.extend(addresses.iter().map(|address| (bridge.clone(), *address)));
-            for name in connects {
-                let Some((targets, Some(port))) = places.get(&(app.tenant.clone(), name)) else { continue };
-                for source in &addresses {
-                    for target in targets {
-                        let (source, target) = (*source, *target);
-                        rules.pairs.insert(Pair { bridge: bridge.clone(), source, target, port: *port });
-                    }
-                }
-            }
-        }
-        rules
-    }
-
-    /// Puts the rules in force if they are not; connections that are no longer allowed are cut.
-    pub(super) async fn refresh_firewall(&self) -> Result<(), Error> {
-        let mut firewall = self.firewall.lock().await;
-        let rules = self.rules();
-        if firewall.as_ref().is_some_and(|(applied, _)| *applied == rules) {
-            return Ok(());
-        }
-        rules.apply().await?;
-        let seen = rules.in_force(Depth::Whole).await.unwrap_or_default();
-        let before = firewall.replace((rules.clone(), seen));
-        drop(firewall);
-        // Their packets are dropped already; what is tracked of them is tidied up beside.
-        if let Some((before, _)) = before {
-            let gone: Vec<Pair> = before.pairs.difference(&rules.pairs).cloned().collect();
-            tokio::spawn(async move {
-                for pair in gone {
-                    firewall::cut(&pair).await;
-                }
-            });
-        }
-        Ok(())
-    }
-
-    /// Whether the table is there: without it nothing starts.
-    pub(super) async fn table_is_there(&self) -> bool {
-        let firewall = self.firewall.lock().await;
-        match firewall.as_ref() {
-            Some((rules, _)) => rules.in_force(Depth::Rules).await.is_some(),
-            None => false,
-        }
-    }
-
-    /// `depth`: the rules alone are a few lines and looked at all the time; the sets, which are long,
-    /// now and then.
-    async fn repair_firewall(&self, depth: Depth) {
-        let mut firewall = self.firewall.lock().await;
-        let Some((rules, expected)) = firewall.as_ref() else { return };
-        let seen = rules.in_force(depth).await;
-        if seen.as_deref() == Some(firewall::at_depth(expected, depth).as_str()) {
-            return;
-        }
-        let what = if seen.is_none() { "was gone" } else { "had been changed" };
-        let rules = rules.clone();
-        match rules.apply().await {
-            Ok(()) => {
-                let seen = rules.in_force(Depth::Whole).await.unwrap_or_default();
-                *firewall = Some((rules, seen));
-                self.machine_event(
-                    "firewall_repaired",
-                    format!("the nftables table {what} and was loaded again"),
-                );
-            }
-            Err(error) => tracing::error!(%error, "the nftables table cannot be loaded"),
-        }
     }
 
     pub(super) fn machine_event(&self, kind: &str, text: String) {
@@ -350,12 +273,18 @@ async fn watching(agent: Arc<Agent>) {
     loop {
         tokio::time::sleep(WATCH).await;
         round += 1;
-        let depth = if round.is_multiple_of(SETS) { Depth::Whole } else { Depth::Rules };
+        let depth = if round.is_multiple_of(SETS) { Depth::Whole } else { Depth::Shape };
         agent.repair_firewall(depth).await;
         if networks_at.elapsed() < NETWORKS {
             continue;
         }
         networks_at = tokio::time::Instant::now();
+        agent.note_denials().await;
+        if agent.note_own_addresses().await
+            && let Err(error) = agent.refresh_firewall().await
+        {
+            tracing::warn!(%error, "the machine's new addresses are closed later");
+        }
         let tenants: Vec<TenantName> = {
             let apps = lock(&agent.apps);
             let mut names: Vec<_> = apps.values().map(|app| app.tenant.clone()).collect();

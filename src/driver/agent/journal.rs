@@ -232,6 +232,21 @@ impl Journal {
         self.tenants.get(name)
     }
 
+    /// The subnet of each network, also of those whose tenant has left.
+    #[must_use]
+    pub(super) fn subnets(&self) -> Vec<(u32, Subnet)> {
+        self.tenants.values().map(|recorded| (recorded.network, recorded.subnet)).collect()
+    }
+
+    /// Tenant and number of each network, by the name of its bridge.
+    #[must_use]
+    pub(super) fn bridges(&self, config: &AgentConfig) -> HashMap<String, (TenantName, u32)> {
+        let bridge = |(name, recorded): (&TenantName, &Recorded)| {
+            (config.bridge(recorded.network), (name.clone(), recorded.network))
+        };
+        self.tenants.iter().map(bridge).collect()
+    }
+
     /// The tenant and name that an app was recorded with.
     #[must_use]
     pub(super) fn app(&self, id: AppId) -> Option<(&TenantName, &AppName)> {

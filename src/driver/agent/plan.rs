@@ -114,7 +114,6 @@ mod tests {
             health: None,
             scratch: std::collections::BTreeMap::new(),
             stop_grace: 1,
-            connects: vec![],
             addresses: (0..(instances + surge).max(4))
                 .map(|n| std::net::Ipv4Addr::from(0x0a40_0002 + n))
                 .collect(),

@@ -5,15 +5,16 @@
 use serde::{Deserialize, Serialize};
 
 use super::super::{
-    AppObserved, Error, LogLine, LogQuery, Observed, PullSecret, Removal, TenantGrant, Workload,
+    AppObserved, Denied, Error, LogLine, LogQuery, Observed, PullSecret, Removal, TenantGrant, Workload,
 };
 use crate::ids::{AppId, AppName, Installation, TenantId, TenantName};
+use crate::policy::TenantFlows;
 
 /// Largest frame, in bytes.
-pub const MAX_FRAME: usize = 1024 * 1024;
+pub const MAX_FRAME: usize = 4 * 1024 * 1024;
 
 /// Version of the messages. Another one is refused at `Hello`.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// What `serve` may ask.
 #[derive(Debug, Serialize, Deserialize)]
@@ -39,6 +40,18 @@ pub enum Request {
         workload: Box<Workload>,
         /// Credential for the pull, if the image may have to be fetched.
         pull: Option<PullSecret>,
+    },
+    /// [`super::super::Driver::ensure_flows`]
+    EnsureFlows {
+        /// All that the tenant's apps may begin to talk to.
+        flows: TenantFlows,
+    },
+    /// [`super::super::Driver::denied`]
+    Denied {
+        /// Tenant.
+        tenant: TenantName,
+        /// App.
+        app_id: AppId,
     },
     /// [`super::super::Driver::remove_app`]
     RemoveApp {
@@ -87,6 +100,11 @@ pub enum Reply {
         observed: Observed,
         /// Whether this is the last frame.
         last: bool,
+    },
+    /// To `Denied`.
+    Denied {
+        /// The newest first.
+        denied: Vec<Denied>,
     },
     /// A log line.
     Log {

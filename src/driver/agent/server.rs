@@ -149,6 +149,8 @@ async fn handle(agent: &Arc<Agent>, request: Request) -> Result<Reply, Error> {
         Request::EnsureApp { workload, pull } => {
             ensure_app(agent, *workload, pull.as_ref()).await.map(|()| Reply::Done {})
         }
+        Request::EnsureFlows { flows } => agent.ensure_flows(flows).await.map(|()| Reply::Done {}),
+        Request::Denied { tenant, app_id } => Ok(Reply::Denied { denied: agent.denied(&tenant, app_id) }),
         Request::RemoveApp { tenant, app, app_id } => {
             remove_app(agent, &tenant, &app, app_id).await.map(|removal| Reply::Removal { removal })
         }
@@ -179,6 +181,8 @@ async fn remove_tenant(agent: &Agent, tenant: &TenantName, id: TenantId) -> Resu
         return Ok(Removal::Underway);
     }
     lock(&agent.journal).retire(tenant).map_err(Error::Transient)?;
+    lock(&agent.flows).forget(tenant);
+    lock(&agent.denials).remove(tenant);
     Ok(Removal::Gone)
 }
 

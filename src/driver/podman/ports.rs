@@ -2,6 +2,7 @@
 //! between two instances of one tenant goes up to the host and through the forward hook like all
 //! other traffic, with or without br_netfilter. The bridge answers ARP for the neighbours.
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Stdio;
@@ -12,6 +13,8 @@ use tokio::process::Command;
 
 use crate::driver::Error;
 use crate::driver::workload::Subnet;
+use crate::policy::Cidr;
+use crate::policy::never::{self, Range};
 
 fn failed(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
     move |error| Error::Transient(format!("{what}: {error}"))
@@ -41,6 +44,20 @@ async fn set(args: &[&str]) -> Result<(), Error> {
     } else {
         Err(Error::Transient(format!("the network of an instance: {text}")))
     }
+}
+
+/// The addresses that this machine has, but for those of `pool` and loopback: nobody reaches them.
+pub async fn own_addresses(pool: impl Fn(&Ipv4Addr) -> bool) -> Vec<Range> {
+    let value = json(&["-j", "-4", "addr", "show"]).await.unwrap_or_default();
+    let addresses: BTreeSet<Ipv4Addr> = value
+        .as_array()
+        .into_iter()
+        .flatten()
+        .flat_map(|link| link["addr_info"].as_array().into_iter().flatten())
+        .filter_map(|info| info["local"].as_str()?.parse().ok())
+        .filter(|address| !pool(address) && !address.is_loopback())
+        .collect();
+    addresses.into_iter().map(|address| never::own(Cidr::of(address))).collect()
 }
 
 /// The hardware address that belongs to an address. It is always the same one, so that whoever knew

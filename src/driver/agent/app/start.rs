@@ -13,6 +13,7 @@ use crate::driver::podman::ports::Port;
 use crate::driver::podman::{ports, render};
 use crate::driver::workload::Workload;
 use crate::driver::{Cause, Error, InstanceState};
+use crate::policy::Target;
 
 impl App {
     pub(super) async fn create(&self, agent: &Arc<Agent>, slot: usize) {
@@ -153,7 +154,7 @@ impl App {
         self.with(instance.number, |i| i.sandbox.clone_from(&ready.sandbox));
         let port = ports::isolate(&bridge, &ready.sandbox, address).await?;
         ports::address(&bridge, &ready.sandbox, address, recorded.subnet).await?;
-        write_in_place(Path::new(&ready.hosts), &self.hosts_text(agent, workload, address));
+        write_in_place(Path::new(&ready.hosts), &self.hosts_text(agent, address));
         fail::fail_point!("agent::start", |_| Err(Error::Transient("failpoint".into())));
         podman.start(&instance.container).await?;
         let up = podman.inspect(&instance.container).await?;
@@ -162,15 +163,25 @@ impl App {
         Ok(Up { pid: up.pid, born, conmon: up.conmon, uid, hosts: ready.hosts, port })
     }
 
-    /// The names that an instance knows: itself and the apps that it asked for.
-    fn hosts_text(&self, agent: &Agent, workload: &Workload, own: std::net::Ipv4Addr) -> String {
+    /// The names that an instance knows: itself, and what it may talk to. Another tenant's app `api` of `acme`
+    /// is `api.acme`.
+    fn hosts_text(&self, agent: &Agent, own: std::net::Ipv4Addr) -> String {
         use std::fmt::Write as _;
         let mut out = format!("127.0.0.1 localhost\n{own} {}\n", self.name);
-        for name in &workload.connects {
-            let Some(peer) = agent.named(&self.tenant, name) else { continue };
-            let kept = lock(&peer.kept);
-            for instance in kept.instances.iter().filter(|i| i.state == InstanceState::Running) {
-                if let Some(address) = kept.workload.addresses.get(instance.slot) {
+        let flows = lock(&agent.flows).of(&self.tenant, self.id).to_vec();
+        let mut told = std::collections::BTreeSet::new();
+        for flow in flows {
+            let name = match flow.name.split_once('/') {
+                Some((tenant, app)) => format!("{app}.{tenant}"),
+                None => flow.name,
+            };
+            let addresses = match flow.target {
+                Target::App { app, tenant } => agent.running(&tenant, app),
+                Target::Service { network } => network.single().into_iter().collect(),
+                Target::Outside { .. } => Vec::new(),
+            };
+            for address in addresses {
+                if told.insert((address, name.clone())) {
                     let _ = writeln!(out, "{address} {name}");
                 }
             }
@@ -184,12 +195,10 @@ impl App {
             lock(&self.kept).instances.iter().filter(|i| i.pid > 0 && !i.hosts.is_empty()).cloned().collect();
         for instance in running {
             let workload = lock(&self.kept).workload_of(instance.revision).cloned();
-            let Some((workload, address)) =
-                workload.and_then(|w| w.addresses.get(instance.slot).copied().map(|address| (w, address)))
-            else {
+            let Some(address) = workload.and_then(|w| w.addresses.get(instance.slot).copied()) else {
                 continue;
             };
-            let text = self.hosts_text(agent, &workload, address);
+            let text = self.hosts_text(agent, address);
             let mut live = lock(&self.live);
             let entry = live.entry(instance.number).or_default();
             if entry.hosts != text {

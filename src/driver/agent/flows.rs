@@ -1,0 +1,121 @@
+//! What each tenant's apps may begin to talk to, as `serve` last said: root's own copy, one file a
+//! tenant, replaced in one step, so that everything is open and closed as before after a reboot with
+//! `serve` down.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use crate::driver::Error;
+use crate::ids::{AppId, TenantName};
+use crate::policy::never::{self, Range};
+use crate::policy::{Cidr, Flow, Target, TenantFlows};
+
+/// Most flows of a tenant.
+pub(super) const MOST: usize = 20_000;
+/// The most that a plan's number may rise at once: else one message could shut out every honest one.
+const LEAP: i64 = 1 << 32;
+
+/// All tenants' flows.
+#[derive(Debug)]
+pub(super) struct Flows {
+    folder: PathBuf,
+    by_tenant: HashMap<TenantName, TenantFlows>,
+}
+
+impl Flows {
+    /// Reads what is on record. A file that cannot be read is said, and its tenant has no flow.
+    pub(super) fn open(folder: &Path) -> std::io::Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let mut by_tenant = HashMap::new();
+        for entry in std::fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.extension().is_none_or(|e| e != "json") {
+                continue;
+            }
+            let read = std::fs::read(&path).map_err(|error| error.to_string());
+            match read
+                .and_then(|text| serde_json::from_slice::<TenantFlows>(&text).map_err(|e| e.to_string()))
+            {
+                Ok(flows) => drop(by_tenant.insert(flows.tenant.clone(), flows)),
+                Err(error) => tracing::error!(path = %path.display(), error, "these flows cannot be read"),
+            }
+        }
+        Ok(Self { folder: folder.to_owned(), by_tenant })
+    }
+
+    /// Takes over a tenant's flows, on the disk before they are believed. Whether anything changed.
+    pub(super) fn take(&mut self, flows: TenantFlows) -> Result<bool, Error> {
+        if let Some(known) = self.by_tenant.get(&flows.tenant) {
+            if flows.plan < known.plan {
+                return Err(Error::Conflict("a newer plan was here".into()));
+            }
+            if flows.plan - known.plan > LEAP {
+                return Err(Error::Rejected("a plan's number rises by too much".into()));
+            }
+            if *known == flows {
+                return Ok(false);
+            }
+        }
+        fail::fail_point!("agent::flows", |_| Err(Error::Transient("failpoint".into())));
+        self.save(&flows).map_err(|error| Error::Transient(error.to_string()))?;
+        let before = self.by_tenant.insert(flows.tenant.clone(), flows.clone());
+        Ok(before.is_none_or(|before| before.apps != flows.apps))
+    }
+
+    fn save(&self, flows: &TenantFlows) -> std::io::Result<()> {
+        let fresh = self.folder.join(format!("{}.new", flows.tenant));
+        let mut file = std::fs::File::create(&fresh)?;
+        file.write_all(&serde_json::to_vec(flows)?)?;
+        file.sync_data()?;
+        std::fs::rename(fresh, self.folder.join(format!("{}.json", flows.tenant)))
+    }
+
+    /// Forgets a tenant that has left.
+    pub(super) fn forget(&mut self, tenant: &TenantName) {
+        self.by_tenant.remove(tenant);
+        let _ = std::fs::remove_file(self.folder.join(format!("{tenant}.json")));
+    }
+
+    /// The flows of one app.
+    pub(super) fn of(&self, tenant: &TenantName, app: AppId) -> &[Flow] {
+        let apps = self.by_tenant.get(tenant).map_or(&[][..], |flows| &flows.apps);
+        apps.iter().find(|own| own.app == app).map_or(&[], |own| &own.flows)
+    }
+
+    /// All, by tenant.
+    pub(super) fn all(&self) -> impl Iterator<Item = &TenantFlows> {
+        self.by_tenant.values()
+    }
+}
+
+/// Why a flow can never be in force on this machine, if it cannot: what `serve` says is not believed.
+pub(super) fn obstacle(flow: &Flow, pool: Cidr, own: &[Range]) -> Option<String> {
+    if flow.port == 0 {
+        return Some("a flow has no port".into());
+    }
+    let named = !flow.name.is_empty()
+        && flow.name.len() <= 100
+        && flow.name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-/".contains(&b));
+    if !named {
+        return Some("the name of a flow is not possible".into());
+    }
+    let (network, wall) = match &flow.target {
+        Target::App { .. } => return None,
+        Target::Service { network } => (network, never::against_service(*network, own)),
+        Target::Outside { network } => (network, never::against_outside(*network, own)),
+    };
+    if network.overlaps(pool) {
+        return Some(format!("{network} touches the addresses of tenants"));
+    }
+    wall.map(|range| format!("{network} touches {} ({})", range.network, range.words))
+}
+
+/// Holds a tenant's flows against the walls.
+pub(super) fn check(flows: &TenantFlows, pool: Cidr, own: &[Range]) -> Result<(), String> {
+    if flows.plan < 1 || flows.apps.iter().map(|app| app.flows.len()).sum::<usize>() > MOST {
+        return Err(format!("a plan has a number and at most {MOST} flows"));
+    }
+    let mut flows = flows.apps.iter().flat_map(|app| &app.flows);
+    flows.find_map(|flow| obstacle(flow, pool, own)).map_or(Ok(()), Err)
+}

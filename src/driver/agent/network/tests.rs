@@ -1,0 +1,423 @@
+//! The compiler and the proof against each other, and the proof against what it must find: holes that were
+//! planted, packets at random, every line of the text changed.
+
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+
+use proptest::prelude::*;
+
+use super::compile;
+use crate::driver::podman::firewall::Rules;
+use crate::ids::{AppId, TenantName};
+use crate::policy::never::{BUILT_IN, Range, Wall};
+use crate::policy::proof::{Place, Refused, Standing, Walls, prove, prove_change};
+use crate::policy::read::{Rule, Set, Shell, Table, table};
+use crate::policy::{Cidr, Flow, Protocol, Target};
+
+const POOL: &str = "10.64.0.0/12";
+
+fn shell() -> Shell {
+    Shell { table: "bulkhead_demo".into(), prefix: "bkdemo".into(), prober: 999, pool: POOL.parse().unwrap() }
+}
+
+fn never() -> Vec<Range> {
+    let own = "45.99.99.99".parse().unwrap();
+    BUILT_IN.iter().copied().chain([crate::policy::never::own(own)]).collect()
+}
+
+fn subnet(network: u32) -> Cidr {
+    Cidr::new(Ipv4Addr::from_bits(0x0a40_0000 + (network << 10)), 22).unwrap()
+}
+
+fn walls(tenants: u32) -> Walls {
+    Walls::new(shell(), never(), (0..tenants).map(|network| (network, subnet(network))).collect())
+}
+
+fn tenant(network: u32) -> TenantName {
+    format!("tenant{network}").parse().unwrap()
+}
+
+fn place(network: u32, hosts: &[u32]) -> Place {
+    let addresses = hosts.iter().map(|host| Ipv4Addr::from_bits(subnet(network).first() + host)).collect();
+    Place { tenant: tenant(network), network, addresses }
+}
+
+fn flow(name: &str, target: Target, port: u16) -> Flow {
+    Flow { name: name.into(), target, protocol: Protocol::Tcp, port }
+}
+
+fn app(network: u32, id: i64) -> Target {
+    Target::App { tenant: tenant(network), app: AppId(id) }
+}
+
+fn service(network: &str) -> Target {
+    Target::Service { network: network.parse().unwrap() }
+}
+
+fn outside(network: &str) -> Target {
+    Target::Outside { network: network.parse().unwrap() }
+}
+
+/// Two tenants, three apps, every sort of flow.
+fn example() -> Standing {
+    let apps = [(1, place(0, &[2, 3])), (2, place(0, &[4])), (3, place(1, &[2]))];
+    let flows = [
+        (
+            1,
+            vec![
+                flow("api", app(0, 2), 8080),
+                flow("tenant1/db", app(1, 3), 5432),
+                flow("kafka", service("10.5.0.2"), 9092),
+                flow("cdn", service("192.88.99.0/24"), 443),
+                Flow { protocol: Protocol::Udp, ..flow("time", service("10.5.0.3"), 123) },
+                flow("payments", outside("45.67.0.0/16"), 443),
+                flow("payments", outside("45.67.89.0/24"), 443),
+            ],
+        ),
+        (3, vec![flow("mail", outside("1.2.3.4"), 587)]),
+    ];
+    Standing {
+        apps: apps.into_iter().map(|(id, place)| (AppId(id), place)).collect(),
+        flows: flows.into_iter().map(|(id, flows)| (AppId(id), flows)).collect(),
+    }
+}
+
+fn rules(standing: &Standing) -> Rules {
+    compile(shell(), &never(), standing)
+}
+
+#[test]
+fn what_is_compiled_is_proven() {
+    let standing = example();
+    let text = rules(&standing).text();
+    let proven = prove(text.clone(), &walls(2), &standing).unwrap();
+    assert_eq!(proven.text(), text);
+    let table = proven.into_table();
+    assert_eq!((table.sources.len(), table.pairs.len(), table.services.len()), (4, 4, 4));
+    // The range within the other one is left out: the kernel takes no two that overlap.
+    assert_eq!(table.outside.len(), 2 + 2 + 1);
+    let empty = Standing::default();
+    prove(rules(&empty).text(), &walls(0), &empty).unwrap();
+}
+
+/// Elements as they stand in the text, with the set that they are in.
+fn elements(text: &str) -> Vec<(String, String)> {
+    let mut set = String::new();
+    let mut found = Vec::new();
+    for line in text.lines() {
+        if let Some(name) = line.strip_prefix("  set ") {
+            set = name.trim_end_matches(" {").to_owned();
+        }
+        if let Some(list) = line.strip_prefix("    elements = { ") {
+            found.extend(
+                list.trim_end_matches(" }").split(", ").map(|element| (set.clone(), element.to_owned())),
+            );
+        }
+    }
+    found
+}
+
+fn put(text: &str, set: &str, element: &str) -> String {
+    let head = format!("  set {set} {{\n");
+    let (before, after) = text.split_once(&head).unwrap();
+    let (body, rest) = after.split_once("  }\n").unwrap();
+    let body = if body.contains("    elements = { ") {
+        body.replacen(" }\n", &format!(", {element} }}\n"), 1)
+    } else {
+        format!("{body}    elements = {{ {element} }}\n")
+    };
+    format!("{before}{head}{body}  }}\n{rest}")
+}
+
+fn refused(text: String, standing: &Standing) -> bool {
+    prove(text, &walls(2), standing).is_err()
+}
+
+#[test]
+fn every_element_matters() {
+    let standing = example();
+    let text = rules(&standing).text();
+    let all = elements(&text);
+    assert!(all.len() > 25);
+    for (set, element) in &all {
+        // Taken away: something that is required is closed, or a wall is gone.
+        let without = text
+            .replace(&format!(", {element},"), ",")
+            .replace(&format!(", {element} }}"), " }")
+            .replace(&format!("{{ {element}, "), "{ ")
+            .replace(&format!("    elements = {{ {element} }}\n"), "");
+        assert_ne!(without, text);
+        assert!(refused(without, &standing), "{set}: {element} was taken away");
+        assert!(refused(put(&text, set, element), &standing), "{set}: {element} stands twice");
+        let parts: Vec<&str> = element.split(" . ").collect();
+        for n in 0..parts.len() {
+            for other in [
+                "\"bkdemo1\"",
+                "\"bkdemo0\"",
+                "\"bkdemo7\"",
+                "10.64.0.2",
+                "10.64.4.2",
+                "10.64.0.1",
+                "169.254.169.254",
+                "0.0.0.0/0",
+                "udp",
+                "tcp",
+                "22",
+            ] {
+                let mut changed = parts.clone();
+                if changed[n] == other {
+                    continue;
+                }
+                changed[n] = other;
+                let changed = changed.join(" . ");
+                if all.contains(&(set.clone(), changed.clone())) {
+                    continue;
+                }
+                assert!(refused(put(&text, set, &changed), &standing), "{set}: {changed} was added");
+            }
+        }
+    }
+}
+
+#[test]
+fn planted_holes_are_found_with_a_packet_that_shows_them() {
+    let standing = example();
+    let text = rules(&standing).text();
+    for (set, element, target) in [
+        ("outside", "\"bkdemo0\" . 10.64.0.2 . 0.0.0.0/0 . tcp . 443", "0.0.0.0"),
+        ("outside", "\"bkdemo0\" . 10.64.0.2 . 169.254.0.0/16 . tcp . 80", "169.254.0.0"),
+        ("services", "\"bkdemo0\" . 10.64.0.2 . 169.254.169.254 . tcp . 80", "169.254.169.254"),
+        ("services", "\"bkdemo0\" . 10.64.0.2 . 168.63.129.16 . tcp . 80", "168.63.129.16"),
+        ("services", "\"bkdemo0\" . 10.64.0.2 . 100.100.100.200 . tcp . 80", "100.100.100.200"),
+        ("services", "\"bkdemo0\" . 10.64.0.2 . 45.99.99.99 . tcp . 22", "45.99.99.99"),
+        ("outside", "\"bkdemo0\" . 10.64.0.2 . 45.0.0.0/8 . tcp . 22", "45.99.99.99"),
+        ("services", "\"bkdemo0\" . 10.64.0.2 . 10.64.4.2 . tcp . 5432", "10.64.4.2"),
+        // A granted pair the other way round, on another port, over UDP, from an app that did not ask.
+        ("pairs", "\"bkdemo1\" . 10.64.4.2 . 10.64.0.2 . tcp . 5432", "10.64.0.2"),
+        ("pairs", "\"bkdemo0\" . 10.64.0.2 . 10.64.4.2 . tcp . 5433", "10.64.4.2"),
+        ("pairs", "\"bkdemo0\" . 10.64.0.2 . 10.64.4.2 . udp . 5432", "10.64.4.2"),
+        ("pairs", "\"bkdemo0\" . 10.64.0.4 . 10.64.4.2 . tcp . 5432", "10.64.4.2"),
+        // A service on another port, for another tenant, and next door.
+        ("services", "\"bkdemo0\" . 10.64.0.2 . 10.5.0.2 . tcp . 9093", "10.5.0.2"),
+        ("services", "\"bkdemo1\" . 10.64.4.2 . 10.5.0.2 . tcp . 9092", "10.5.0.2"),
+        ("services", "\"bkdemo0\" . 10.64.0.2 . 10.5.0.4 . tcp . 9092", "10.5.0.4"),
+        // A wider range than was approved, and the pool.
+        ("outside", "\"bkdemo1\" . 10.64.4.2 . 1.2.3.0/28 . tcp . 587", "1.2.3.0"),
+        ("outside", "\"bkdemo0\" . 10.64.0.2 . 10.64.4.0/22 . tcp . 443", "10.64.4.0"),
+        ("pairs", "\"bkdemo0\" . 10.64.0.2 . 10.65.0.2 . tcp . 443", "10.65.0.2"),
+    ] {
+        let Err(Refused::Breached(count, told)) = prove(put(&text, set, element), &walls(2), &standing)
+        else {
+            panic!("{set}: {element} was not found")
+        };
+        assert!(
+            count >= 1 && told.iter().any(|b| b.witness.target.to_string() == target),
+            "{element}: {told:?}"
+        );
+    }
+    // Another tenant's address, the gateway, and somebody who is nobody, as sources.
+    for element in [
+        "\"bkdemo0\" . 10.64.4.2",
+        "\"bkdemo0\" . 10.64.0.1",
+        "\"bkdemo0\" . 10.64.0.9",
+        "\"bkdemo9\" . 10.64.0.2",
+    ] {
+        assert!(refused(put(&text, "sources", element), &standing), "{element}");
+    }
+}
+
+#[test]
+fn every_line_of_the_shape_matters() {
+    let standing = example();
+    let text = rules(&standing).text();
+    let lines: Vec<&str> = text.lines().collect();
+    for n in 0..lines.len() {
+        let mut without = lines.clone();
+        let gone = without.remove(n);
+        assert!(refused(without.join("\n") + "\n", &standing), "without {gone}");
+        let mut twice = lines.clone();
+        twice.insert(n, gone);
+        assert!(refused(twice.join("\n") + "\n", &standing), "twice {gone}");
+        for (from, to) in [
+            ("drop", "accept"),
+            ("accept", "drop"),
+            ("goto", "jump"),
+            ("!= ", ""),
+            ("\"bkdemo*\"", "\"bk*\""),
+            ("reply", "original"),
+            ("established", "new"),
+            ("999", "0"),
+            ("10.64.0.0/12", "0.0.0.0/0"),
+            ("- 10", "+ 10"),
+        ] {
+            if gone.contains(from) && !gone.contains("elements") {
+                let mut changed = lines.clone();
+                let other = gone.replacen(from, to, 1);
+                changed[n] = &other;
+                assert!(refused(changed.join("\n") + "\n", &standing), "{other}");
+            }
+        }
+    }
+    for more in ["add rule inet bulkhead_demo through accept\n", "flush ruleset\n", "\n"] {
+        assert!(refused(format!("{text}{more}"), &standing) && refused(format!("{more}{text}"), &standing));
+    }
+}
+
+#[test]
+fn a_change_is_proven_like_the_whole_and_says_the_same() {
+    let before = example();
+    let mut after = example();
+    after.apps.insert(AppId(4), place(1, &[3]));
+    after
+        .flows
+        .get_mut(&AppId(1))
+        .unwrap()
+        .retain(|flow| flow.name != "tenant1/db" && flow.name != "payments");
+    after.flows.get_mut(&AppId(1)).unwrap().push(flow("payments", outside("45.67.89.0/24"), 443));
+    let (old, new) = (rules(&before), rules(&after));
+    let known = prove(old.text(), &walls(2), &before).unwrap().into_table();
+    let text = new.change(&old).unwrap();
+    assert!(text.len() < 1000 && text.contains("delete element") && text.contains("add element"), "{text}");
+    let proven = prove_change(text.clone(), &known, &walls(2), &after).unwrap().into_table();
+    assert_eq!(proven, table(&new.text(), &shell()).unwrap());
+    assert_eq!(new.withdrawn(&old).len(), 2 + 2);
+    // What is withdrawn has to go: a change that leaves it, or brings more, is refused.
+    for line in text.lines() {
+        let rest: String =
+            text.lines().filter(|other| *other != line).map(|line| format!("{line}\n")).collect();
+        assert!(prove_change(rest, &known, &walls(2), &after).is_err(), "without {line}");
+    }
+    for more in [
+        "add element inet bulkhead_demo services { \"bkdemo0\" . 10.64.0.2 . 169.254.169.254 . tcp . 80 }",
+        "delete element inet bulkhead_demo never { 169.254.0.0/16 }",
+        "delete element inet bulkhead_demo sources { \"bkdemo5\" . 10.64.0.2 }",
+        "add element inet other pairs { \"bkdemo0\" . 10.64.0.2 . 10.64.0.3 . tcp . 80 }",
+        "add rule inet bulkhead_demo through accept",
+        "flush ruleset",
+        "",
+    ] {
+        assert!(prove_change(format!("{text}{more}\n"), &known, &walls(2), &after).is_err(), "{more}");
+    }
+}
+
+/// What the kernel does with a packet that begins a connection, rule by rule as in the text.
+fn kernel(table: &Table, packet: &Rule) -> bool {
+    let holds = |set: Set| {
+        table.set(set).iter().any(|rule| {
+            let key = |r: &Rule| (r.network, r.source, r.protocol, r.port);
+            key(rule) == key(packet) && (rule.first..=rule.last).contains(&packet.first)
+        })
+    };
+    let closed = table.never.iter().any(|(first, last)| (*first..=*last).contains(&packet.first));
+    let inside = shell().pool.contains(Ipv4Addr::from_bits(packet.first));
+    table.sources.contains(&(packet.network, packet.source))
+        && (holds(Set::Pairs) && inside
+            || holds(Set::Services) && !inside
+            || !closed && holds(Set::Outside) && !inside)
+}
+
+/// What was meant, without any table.
+fn meant(standing: &Standing, packet: &Rule) -> bool {
+    let target = Ipv4Addr::from_bits(packet.first);
+    let from = standing.apps.iter().find(|(_, place)| {
+        place.network == packet.network && place.addresses.iter().any(|a| a.to_bits() == packet.source)
+    });
+    let Some((app, _)) = from else { return false };
+    let closed = never().iter().any(|range| range.wall == Wall::Closed && range.network.contains(target));
+    standing.flows.get(app).into_iter().flatten().any(|flow| {
+        let there = match &flow.target {
+            Target::App { tenant, app } => standing
+                .apps
+                .get(app)
+                .is_some_and(|place| place.tenant == *tenant && place.addresses.contains(&target)),
+            Target::Service { network } | Target::Outside { network } => network.contains(target) && !closed,
+        };
+        there && flow.protocol == packet.protocol && flow.port == packet.port
+    })
+}
+
+fn standings() -> impl Strategy<Value = Standing> {
+    let target = prop_oneof![
+        (0_u32..4, 1_i64..9).prop_map(|(network, id)| app(network, id)),
+        prop::sample::select(vec!["10.5.0.2", "10.5.0.3", "192.168.7.7", "45.67.89.10", "192.88.99.0/24"])
+            .prop_map(service),
+        prop::sample::select(vec!["45.67.0.0/16", "45.67.89.0/24", "45.67.89.10", "8.0.0.0/8", "1.1.1.1"])
+            .prop_map(outside),
+    ];
+    let flows = prop::collection::vec(
+        (target, any::<bool>(), prop::sample::select(vec![53_u16, 443, 8080])).prop_map(
+            |(target, udp, port)| Flow {
+                protocol: if udp { Protocol::Udp } else { Protocol::Tcp },
+                ..flow("x", target, port)
+            },
+        ),
+        0..6,
+    );
+    prop::collection::vec((0_u32..4, 0_usize..3, flows), 0..8).prop_map(|apps| {
+        let mut standing = Standing::default();
+        let mut next = HashMap::new();
+        for (n, (network, count, flows)) in apps.into_iter().enumerate() {
+            let id = AppId(i64::try_from(n).unwrap() + 1);
+            let first = next.entry(network).or_insert(2_u32);
+            let hosts: Vec<u32> = (*first..*first + u32::try_from(count).unwrap()).collect();
+            *first += u32::try_from(count).unwrap();
+            standing.apps.insert(id, place(network, &hosts));
+            standing.flows.insert(id, flows);
+        }
+        // As the agent does it: a flow to an app that is not there, or is another tenant's, is of no avail.
+        let tenants: HashMap<AppId, TenantName> =
+            standing.apps.iter().map(|(id, place)| (*id, place.tenant.clone())).collect();
+        for flows in standing.flows.values_mut() {
+            flows.retain(|flow| match &flow.target {
+                Target::App { tenant, app } => tenants.get(app) == Some(tenant),
+                _ => true,
+            });
+        }
+        standing
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn random_packets_are_judged_as_they_were_meant(
+        standing in standings(), later in standings(),
+        packets in prop::collection::vec((0_u32..5, 0_u32..8, any::<u32>(), 0_usize..9, any::<bool>(), 0_usize..4), 64),
+    ) {
+        let (old, new) = (rules(&standing), rules(&later));
+        let table = prove(old.text(), &walls(4), &standing).unwrap().into_table();
+        let text = new.change(&old).unwrap();
+        let changed = prove_change(text, &table, &walls(4), &later).unwrap().into_table();
+        for (network, host, any, near, udp, port) in packets {
+            let target = [
+                any, 0x0a05_0002, 0x0a05_0003, 0x2d43_590a, 0x2d43_0001, 0xc058_6307, 0x0801_0203, 0xa9fe_a9fe,
+                subnet(any % 4).first() + any % 8,
+            ][near];
+            let packet = Rule {
+                network,
+                source: subnet(network).first() + host,
+                first: target,
+                last: target,
+                protocol: if udp { Protocol::Udp } else { Protocol::Tcp },
+                port: [53, 443, 8080, 22][port],
+            };
+            prop_assert_eq!(kernel(&table, &packet), meant(&standing, &packet), "{:?}", packet);
+            prop_assert_eq!(kernel(&changed, &packet), meant(&later, &packet), "{:?}", packet);
+        }
+    }
+
+    #[test]
+    fn no_text_makes_the_reader_panic(at in any::<prop::sample::Index>(), to in any::<char>(), cut in any::<bool>()) {
+        let standing = example();
+        let text = rules(&standing).text();
+        let at = at.index(text.len());
+        let mut changed: String = text[..at].to_owned();
+        if !cut { changed.push(to); }
+        changed.push_str(&text[at + 1..]);
+        // One letter less or another: either it cannot be read, or it says the same.
+        if let Ok(proven) = prove(changed, &walls(2), &standing) {
+            prop_assert_eq!(proven.into_table(), table(&text, &shell()).unwrap());
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! The table in the kernel: putting in force what was proven, looking at what is there, what was denied,
+//! ending connections whose rule is gone.
+
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+use std::process::Stdio;
+
+use serde_json::Value;
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
+
+use super::{Allowed, Rules};
+use crate::driver::Error;
+use crate::policy::Protocol;
+use crate::policy::proof::Proven;
+
+/// Puts in force what was proven: wholly, or not at all.
+pub async fn apply(proven: &Proven) -> Result<(), Error> {
+    let failed = |why: String| Error::Transient(why);
+    let mut child = Command::new("nft")
+        .args(["-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| failed(error.to_string()))?;
+    if let Some(mut input) = child.stdin.take() {
+        input.write_all(proven.text().as_bytes()).await.map_err(|error| failed(error.to_string()))?;
+    }
+    let done = child.wait_with_output().await.map_err(|error| failed(error.to_string()))?;
+    if done.status.success() {
+        return Ok(());
+    }
+    let words: String = String::from_utf8_lossy(&done.stderr).chars().take(2000).collect();
+    tracing::error!(words, "the table cannot be loaded");
+    Err(failed("the firewall table cannot be loaded".into()))
+}
+
+async fn nft(args: &[&str]) -> Option<String> {
+    let done =
+        Command::new("nft").args(args).stdin(Stdio::null()).stderr(Stdio::null()).output().await.ok()?;
+    done.status.success().then(|| String::from_utf8_lossy(&done.stdout).into_owned())
+}
+
+/// The table's chains and the heads of its sets, as the kernel has them; none when there is no table.
+pub async fn shape(table: &str) -> Option<String> {
+    nft(&["-st", "list", "table", "inet", table]).await
+}
+
+/// Whether the table's sets hold what these rules say, and nothing else.
+pub async fn holds(rules: &Rules) -> bool {
+    let Some(text) = nft(&["-s", "list", "table", "inet", &rules.shell.table]).await else { return false };
+    let never: BTreeSet<String> = rules.never.iter().map(ToString::to_string).collect();
+    let elements = rules.elements();
+    elements
+        .iter()
+        .map(|(set, wanted)| (*set, wanted))
+        .chain([("never", &never)])
+        .all(|(set, wanted)| listed(&text, set) == *wanted)
+}
+
+/// The elements of a set in a listing.
+fn listed(text: &str, set: &str) -> BTreeSet<String> {
+    let body = text
+        .split_once(&format!("\tset {set} {{\n"))
+        .and_then(|(_, rest)| rest.split_once("\n\t}"))
+        .map_or("", |(body, _)| body);
+    let elements = body.split_once("elements = {").map_or("", |(_, elements)| elements);
+    elements
+        .trim_end()
+        .trim_end_matches('}')
+        .split(',')
+        .map(|element| element.trim().to_owned())
+        .filter(|element| !element.is_empty())
+        .collect()
+}
+
+/// Takes the table away, when the installation goes.
+pub async fn remove(table: &str) {
+    let _ = nft(&["delete", "table", "inet", table]).await;
+}
+
+/// Something that the table did not let through, within the last minute.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// Name of the bridge that it came from.
+    pub bridge: String,
+    /// Source as it stood in the packet.
+    pub source: Ipv4Addr,
+    /// Target.
+    pub target: Ipv4Addr,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port at the target.
+    pub port: u16,
+    /// Seconds since its last packet.
+    pub ago: u64,
+}
+
+/// How long the kernel keeps a refusal, in seconds.
+const KEPT: u64 = 60;
+
+/// What was refused lately.
+pub async fn denied(table: &str) -> Vec<Refusal> {
+    let Some(text) = nft(&["-j", "list", "set", "inet", table, "denied"]).await else { return Vec::new() };
+    let value: Value = serde_json::from_str(&text).unwrap_or_default();
+    let sets = value["nftables"].as_array();
+    let elements = sets.and_then(|sets| sets.iter().find_map(|part| part["set"]["elem"].as_array()));
+    elements.into_iter().flatten().filter_map(refusal).collect()
+}
+
+fn refusal(element: &Value) -> Option<Refusal> {
+    let inner = element.get("elem").unwrap_or(element);
+    let key = inner["val"]["concat"].as_array()?;
+    let text = |n: usize| key.get(n)?.as_str();
+    let port = key.get(4)?;
+    let port = port.as_u64().or_else(|| port.as_str()?.parse().ok())?;
+    Some(Refusal {
+        bridge: text(0)?.to_owned(),
+        source: text(1)?.parse().ok()?,
+        target: text(2)?.parse().ok()?,
+        protocol: Protocol::parse(text(3)?)?,
+        port: u16::try_from(port).ok()?,
+        ago: KEPT.saturating_sub(inner["expires"].as_u64().unwrap_or(KEPT)),
+    })
+}
+
+/// Ends the tracked connections of what is no longer allowed.
+pub async fn cut(gone: &Allowed) {
+    let _ = Command::new("conntrack")
+        .args([
+            "-D",
+            "-p",
+            gone.protocol.as_str(),
+            "-s",
+            &gone.source.to_string(),
+            "-d",
+            &gone.target.to_string(),
+        ])
+        .args(["--dport", &gone.port.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listing_is_read_set_by_set() {
+        let text = "table inet x {\n\tset pairs {\n\t\ttype a\n\t\telements = { \"bk0\" . 10.0.0.2,\n\t\t\t     \"bk1\" . 10.0.0.3 }\n\t}\n\n\tset never {\n\t\telements = { 10.0.0.0/8 }\n\t}\n\n\tset outside {\n\t\ttype a\n\t}\n}\n";
+        assert_eq!(
+            listed(text, "pairs"),
+            ["\"bk0\" . 10.0.0.2", "\"bk1\" . 10.0.0.3"].map(str::to_owned).into()
+        );
+        assert_eq!(listed(text, "never"), ["10.0.0.0/8".to_owned()].into());
+        assert_eq!(listed(text, "outside"), BTreeSet::new());
+    }
+
+    #[test]
+    fn a_refusal_is_read_from_the_kernels_own_form() {
+        let element = serde_json::json!({"elem": {"val": {"concat": ["bkabcd0", "10.64.0.2", "169.254.169.254", "tcp", 80]},
+            "timeout": 60, "expires": 57}});
+        let read = refusal(&element).unwrap();
+        assert_eq!((read.port, read.ago, read.bridge.as_str()), (80, 3, "bkabcd0"));
+    }
+}

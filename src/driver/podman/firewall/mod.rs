@@ -1,0 +1,252 @@
+//! The one nftables table of an installation, as pure text; `kernel.rs` puts it in force. Everything from, to and
+//! between tenants' bridges is closed but for the elements of three sets: instance to instance, instance
+//! to a service, instance to the outside. Every key begins with bridge and source address, so that each
+//! rule is one app's. Replies pass only through the mirrored key of the rule that allowed the question:
+//! taking a rule away cuts what runs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::net::Ipv4Addr;
+
+use crate::policy::read::{Set, Shell};
+use crate::policy::{Cidr, Protocol};
+
+pub mod kernel;
+
+/// One allowed connection: an element of a set.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Allowed {
+    /// Number of the network that it comes from.
+    pub network: u32,
+    /// From.
+    pub source: Ipv4Addr,
+    /// To.
+    pub target: Cidr,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port at the target.
+    pub port: u16,
+}
+
+/// What the table is made from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rules {
+    /// What differs between installations.
+    pub shell: Shell,
+    /// What nobody reaches.
+    pub never: BTreeSet<Cidr>,
+    /// Addresses that a network's instances have.
+    pub sources: BTreeSet<(u32, Ipv4Addr)>,
+    /// Between instances.
+    pub pairs: BTreeSet<Allowed>,
+    /// To single addresses of services.
+    pub services: BTreeSet<Allowed>,
+    /// To ranges.
+    outside: BTreeMap<(u32, Ipv4Addr, Protocol, u16), BTreeSet<Cidr>>,
+}
+
+/// Elements beyond which a change is a replacement: one long line more costs as much as all of it.
+const SMALL: usize = 5_000;
+
+impl Rules {
+    /// A table that allows nothing.
+    #[must_use]
+    pub fn new(shell: Shell, never: BTreeSet<Cidr>) -> Self {
+        let (sources, pairs, services, outside) = Default::default();
+        Self { shell, never, sources, pairs, services, outside }
+    }
+
+    /// Opens a range of the outside. What lies within a range that is open in the same way is left out: the
+    /// kernel takes no two that overlap.
+    pub fn open(&mut self, to: Allowed) {
+        let ranges = self.outside.entry((to.network, to.source, to.protocol, to.port)).or_default();
+        let within =
+            |inner: Cidr, outer: Cidr| outer.first() <= inner.first() && inner.last() <= outer.last();
+        if !ranges.iter().any(|open| within(to.target, *open)) {
+            ranges.retain(|open| !within(*open, to.target));
+            ranges.insert(to.target);
+        }
+    }
+
+    fn source(&self, (network, address): (u32, Ipv4Addr)) -> String {
+        format!("\"{}{network}\" . {address}", self.shell.prefix)
+    }
+
+    fn allowed(&self, to: &Allowed) -> String {
+        let Allowed { network, source, target, protocol, port } = to;
+        format!("\"{}{network}\" . {source} . {target} . {protocol} . {port}", self.shell.prefix)
+    }
+
+    /// The sets by name, each element as it is written.
+    pub(super) fn elements(&self) -> [(&'static str, BTreeSet<String>); 4] {
+        [
+            ("sources", self.sources.iter().map(|source| self.source(*source)).collect()),
+            (Set::Pairs.name(), self.pairs.iter().map(|to| self.allowed(to)).collect()),
+            (Set::Services.name(), self.services.iter().map(|to| self.allowed(to)).collect()),
+            (Set::Outside.name(), self.outside().map(|to| self.allowed(&to)).collect()),
+        ]
+    }
+
+    /// The text of the table: it replaces the one in force in one step.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let Shell { table, prefix, prober, pool } = &self.shell;
+        let bridges = format!("\"{prefix}*\"");
+        let list = |elements: &BTreeSet<String>| {
+            if elements.is_empty() {
+                return String::new();
+            }
+            let list: Vec<&str> = elements.iter().map(String::as_str).collect();
+            format!("    elements = {{ {} }}\n", list.join(", "))
+        };
+        let [sources, pairs, services, outside] = self.elements().map(|(_, elements)| list(&elements));
+        let never = list(&self.never.iter().map(ToString::to_string).collect());
+        let key = "type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service";
+        let to = "iifname . ip saddr . ip daddr . meta l4proto . th dport";
+        let from =
+            "ct direction reply ct state established oifname . ip daddr . ip saddr . meta l4proto . th sport";
+        let errors = "icmp type { destination-unreachable, time-exceeded } ct state related accept";
+        // At most so many a second of each network are written down: nobody fills everybody's record.
+        let record = format!(
+            "meta l4proto {{ tcp, udp }} update @pace {{ iifname limit rate 5/second burst 50 packets }} update @denied {{ {to} }}"
+        );
+        let unhidden_from = from.replacen("oifname", "ip saddr != @never oifname", 1);
+        format!(
+            r"add table inet {table}
+delete table inet {table}
+table inet {table} {{
+  set sources {{
+    type ifname . ipv4_addr
+{sources}  }}
+  set pairs {{
+    {key}
+{pairs}  }}
+  set services {{
+    {key}
+{services}  }}
+  set outside {{
+    {key}
+    flags interval
+{outside}  }}
+  set never {{
+    type ipv4_addr
+    flags interval
+{never}  }}
+  set denied {{
+    {key}
+    size 65536
+    flags dynamic,timeout
+    timeout 1m
+  }}
+  set pace {{
+    type ifname
+    size 65536
+    flags dynamic,timeout
+    timeout 1m
+  }}
+  chain arrive {{
+    type filter hook prerouting priority raw; policy accept;
+    iifname {bridges} meta nfproto ipv6 drop
+    iifname {bridges} iifname . ip saddr != @sources goto discard
+  }}
+  chain through {{
+    type filter hook forward priority filter - 10; policy accept;
+    iifname {bridges} goto from_tenant
+    oifname {bridges} goto to_tenant
+  }}
+  chain from_tenant {{
+    ct state invalid drop
+    {to} @pairs oifname {bridges} accept
+    {from} @pairs oifname {bridges} accept
+    {errors}
+    {to} @services oifname != {bridges} accept
+    ip daddr @never goto refuse
+    {to} @outside oifname != {bridges} accept
+    goto refuse
+  }}
+  chain to_tenant {{
+    {from} @services accept
+    {unhidden_from} @outside accept
+    {errors}
+    drop
+  }}
+  chain into_host {{
+    type filter hook input priority filter - 10; policy accept;
+    iifname {bridges} goto from_tenant_to_host
+  }}
+  chain from_tenant_to_host {{
+    meta l4proto tcp ct direction reply ct state established accept
+    goto discard
+  }}
+  chain out_of_host {{
+    type filter hook output priority filter - 10; policy accept;
+    oifname {bridges} goto host_to_tenant
+  }}
+  chain host_to_tenant {{
+    meta l4proto tcp meta skuid {prober} accept
+    icmp type destination-unreachable accept
+    reject with icmpx admin-prohibited
+  }}
+  chain leave {{
+    type nat hook postrouting priority srcnat; policy accept;
+    ip saddr {pool} oifname != {bridges} masquerade
+  }}
+  chain refuse {{
+    {record}
+    reject with icmpx admin-prohibited
+  }}
+  chain discard {{
+    {record}
+    drop
+  }}
+}}
+"
+        )
+    }
+
+    /// What makes this table of the one before, if that is short: elements alone, first those that go.
+    #[must_use]
+    pub fn change(&self, before: &Self) -> Option<String> {
+        if self.shell != before.shell || self.never != before.never {
+            return None;
+        }
+        let mut out = String::new();
+        let mut count = 0;
+        let (old, new) = (before.elements(), self.elements());
+        for (verb, from, minus) in [("delete", &old, &new), ("add", &new, &old)] {
+            for ((set, left), (_, right)) in from.iter().zip(minus) {
+                let list: Vec<&str> = left.difference(right).map(String::as_str).collect();
+                count += list.len();
+                if !list.is_empty() {
+                    let _ = writeln!(
+                        out,
+                        "{verb} element inet {} {set} {{ {} }}",
+                        self.shell.table,
+                        list.join(", ")
+                    );
+                }
+            }
+        }
+        (count <= SMALL).then_some(out)
+    }
+
+    /// Connections that were allowed before and are not any more.
+    #[must_use]
+    pub fn withdrawn(&self, before: &Self) -> Vec<Allowed> {
+        let exact = before.pairs.difference(&self.pairs).chain(before.services.difference(&self.services));
+        let now: BTreeSet<Allowed> = self.outside().collect();
+        exact.cloned().chain(before.outside().filter(|to| !now.contains(to))).collect()
+    }
+
+    fn outside(&self) -> impl Iterator<Item = Allowed> + '_ {
+        self.outside.iter().flat_map(|((network, source, protocol, port), ranges)| {
+            ranges.iter().map(|target| Allowed {
+                network: *network,
+                source: *source,
+                target: *target,
+                protocol: *protocol,
+                port: *port,
+            })
+        })
+    }
+}

@@ -1,0 +1,102 @@
+//! The outside: asked for by a tenant, decided by the platform, withdrawn by the tenant.
+
+use serde_json::json;
+use sqlx::PgPool;
+
+use crate::access::{By, TenantRef};
+use crate::db::{self, constraint};
+use crate::error::Error;
+use crate::ids::EgressName;
+use crate::networks::connections::note;
+use crate::networks::store::{self, Wish};
+use crate::reconcile::Waker;
+
+/// What is decided about what was asked for.
+#[derive(Debug)]
+pub struct Decision {
+    /// Whether it is approved.
+    pub approved: bool,
+    /// What whoever asked is told.
+    pub note: Option<String>,
+    /// Days after which it ends, at most as many as were asked for.
+    pub days: Option<i32>,
+}
+
+/// Asks for a place outside. Whether that is new: the same wish again changes nothing.
+pub async fn ask(pool: &PgPool, by: By<'_>, tenant: &TenantRef, wish: &Wish) -> Result<bool, Error> {
+    tenant.require_active()?;
+    let mut tx = db::begin(pool, tenant.id).await?;
+    if let Some(known) = store::find_target(&mut tx, tenant.id, &wish.name).await?
+        && ["asked", "approved"].contains(&known.state.as_str())
+    {
+        let ports: Vec<i32> = wish.ports.iter().map(|port| i32::from(*port)).collect();
+        let network = known.network.parse().ok();
+        if network == Some(wish.network) && known.protocol == wish.protocol.as_str() && known.ports == ports {
+            return Ok(false);
+        }
+        return Err(Error::AlreadyExists(format!(
+            "{} is {} for other addresses or ports: withdraw it first, or take another name",
+            wish.name, known.state
+        )));
+    }
+    // One that has ended by itself gives its name free.
+    store::withdraw_target(&mut tx, tenant.id, &wish.name, by.actor.id.as_str()).await?;
+    store::insert_target(&mut tx, tenant.id, wish, by.actor.id.as_str()).await.map_err(|error| {
+        match constraint(&error) {
+            Some("egress_name_is_taken") => {
+                Error::AlreadyExists("somebody has just asked for a target of this name".into())
+            }
+            _ => error.into(),
+        }
+    })?;
+    let detail =
+        json!({"network": wish.network, "protocol": wish.protocol, "ports": wish.ports, "days": wish.days});
+    by.record(&mut tx, tenant.id, "egress.ask", wish.name.as_str(), detail).await?;
+    tx.commit().await?;
+    Ok(true)
+}
+
+/// Approves or refuses what a tenant asked for.
+pub async fn decide(
+    pool: &PgPool,
+    waker: &Waker,
+    by: By<'_>,
+    tenant: &TenantRef,
+    name: &EgressName,
+    decision: &Decision,
+) -> Result<(), Error> {
+    let mut tx = db::begin(pool, tenant.id).await?;
+    let known = store::find_target(&mut tx, tenant.id, name).await?.ok_or(Error::NotFound)?;
+    let (state, action) =
+        if decision.approved { ("approved", "egress.approve") } else { ("refused", "egress.refuse") };
+    let decided = (state, decision.note.as_deref(), decision.days);
+    if !store::decide_target(&mut tx, tenant.id, known.id, decided, by.actor.id.as_str()).await? {
+        return Err(Error::Conflict(format!("this target is {} and waits for no decision", known.state)));
+    }
+    let detail = json!({"network": known.network, "protocol": known.protocol, "ports": known.ports, "note": decision.note});
+    by.record(&mut tx, tenant.id, action, name.as_str(), detail).await?;
+    let words = format!("the egress target {name}, asked for by {}, is {state}", known.asked_by);
+    note(&mut tx, tenant.id, by.actor.id.as_str(), &words).await?;
+    tx.commit().await?;
+    waker.wake();
+    Ok(())
+}
+
+/// Withdraws what was asked for, or closes what was approved.
+pub async fn withdraw_target(
+    pool: &PgPool,
+    waker: &Waker,
+    by: By<'_>,
+    tenant: &TenantRef,
+    name: &EgressName,
+) -> Result<(), Error> {
+    let mut tx = db::begin(pool, tenant.id).await?;
+    if !store::withdraw_target(&mut tx, tenant.id, name, by.actor.id.as_str()).await? {
+        return Err(Error::NotFound);
+    }
+    by.record(&mut tx, tenant.id, "egress.withdraw", name.as_str(), json!({})).await?;
+    note(&mut tx, tenant.id, by.actor.id.as_str(), &format!("the egress target {name} is withdrawn")).await?;
+    tx.commit().await?;
+    waker.wake();
+    Ok(())
+}

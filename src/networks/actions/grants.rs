@@ -1,0 +1,124 @@
+//! Grants between tenants: offered by the one, accepted by the other, ended by either alone.
+
+use actix_web::http::StatusCode;
+use serde_json::json;
+use sqlx::PgPool;
+
+use crate::access::idempotency::{Kept, Once};
+use crate::access::{By, TenantRef};
+use crate::apps::connections::find_id;
+use crate::db::{self, constraint};
+use crate::error::Error;
+use crate::fault::{Code, Fault, Kind};
+use crate::ids::{AppName, TenantName};
+use crate::networks::connections::note;
+use crate::networks::store::{self, NewOffer};
+use crate::reconcile::Waker;
+
+/// An offer, checked.
+#[derive(Debug)]
+pub struct Offer {
+    /// The own app.
+    pub app: AppName,
+    /// To whom.
+    pub tenant: TenantName,
+    /// To which app of theirs; to all without it.
+    pub to_app: Option<AppName>,
+    /// Days that it lasts; without end when absent.
+    pub days: Option<i32>,
+}
+
+/// Offers an app to another tenant. Whether there is such a tenant, the answer does not tell.
+pub async fn offer(
+    pool: &PgPool,
+    by: By<'_>,
+    once: &Once,
+    tenant: &TenantRef,
+    offer: &Offer,
+) -> Result<Kept, Error> {
+    tenant.require_active()?;
+    if offer.tenant == tenant.name {
+        let message = "an own app needs no grant: name it in connects.apps";
+        return Err(Error::fault(Fault::new(Code(426), Kind::Invalid, "tenant", message)));
+    }
+    let mut tx = db::begin(pool, tenant.id).await?;
+    if let Some(kept) = once.kept(&mut tx, by.actor).await? {
+        return Ok(kept);
+    }
+    let app = find_id(&mut tx, tenant.id, &offer.app).await?.ok_or_else(|| {
+        Error::fault(Fault::new(Code(427), Kind::Conflict, "app", format!("there is no app {}", offer.app)))
+    })?;
+    let new = NewOffer {
+        app,
+        app_name: &offer.app,
+        to_tenant: &offer.tenant,
+        to_app: offer.to_app.as_ref(),
+        days: offer.days,
+    };
+    let id = store::insert_offer(&mut tx, tenant.id, &new, by.actor.id.as_str()).await.map_err(|error| {
+        match constraint(&error) {
+            Some("grant_is_offered_already") => Error::AlreadyExists(
+                "this is offered already; withdraw that offer to make another one".into(),
+            ),
+            _ => error.into(),
+        }
+    })?;
+    let detail = json!({"id": id, "tenant": offer.tenant, "to_app": offer.to_app, "days": offer.days});
+    by.record(&mut tx, tenant.id, "grant.offer", offer.app.as_str(), detail).await?;
+    let body = json!({"id": id, "app": offer.app, "tenant": offer.tenant, "state": "offered"});
+    once.keep(&mut tx, by.actor, StatusCode::CREATED, &body).await?;
+    tx.commit().await?;
+    Ok(Kept { status: StatusCode::CREATED, body })
+}
+
+/// Accepts what another tenant has offered: from then on apps may name it.
+pub async fn accept(
+    pool: &PgPool,
+    waker: &Waker,
+    by: By<'_>,
+    tenant: &TenantRef,
+    id: i64,
+) -> Result<(), Error> {
+    tenant.require_active()?;
+    let mut tx = db::begin(pool, tenant.id).await?;
+    let (from, name, accepted) = store::find_received(&mut tx, id).await?.ok_or(Error::NotFound)?;
+    if accepted {
+        return Ok(());
+    }
+    store::insert_answer(&mut tx, tenant.id, from, id, by.actor.id.as_str()).await?;
+    by.record(&mut tx, tenant.id, "grant.accept", &name, json!({"id": id})).await?;
+    note(&mut tx, tenant.id, by.actor.id.as_str(), &format!("the grant of {name} is accepted")).await?;
+    tx.commit().await?;
+    waker.wake();
+    Ok(())
+}
+
+/// Ends a grant, by whichever side: what runs over it is cut.
+pub async fn end(pool: &PgPool, waker: &Waker, by: By<'_>, tenant: &TenantRef, id: i64) -> Result<(), Error> {
+    let mut tx = db::begin(pool, tenant.id).await?;
+    let who = by.actor.id.as_str();
+    if let Some((app, to)) = store::withdraw_offer(&mut tx, tenant.id, id, who).await? {
+        by.record(&mut tx, tenant.id, "grant.withdraw", &app, json!({"id": id, "tenant": to})).await?;
+        let words = format!("the grant of {}/{app} is withdrawn", tenant.name);
+        store::wake_receivers(&mut tx, None, Some(id), &words).await?;
+    } else {
+        let received = store::find_received(&mut tx, id).await?;
+        let ended = store::end_answer(&mut tx, tenant.id, id, who).await?;
+        match received {
+            Some((_, name, _)) if ended => {
+                by.record(&mut tx, tenant.id, "grant.end", &name, json!({"id": id})).await?;
+                note(&mut tx, tenant.id, who, &format!("the grant of {name} is given back")).await?;
+            }
+            // An offer that was not accepted is declined: it is not shown again.
+            Some((from, name, false)) => {
+                store::insert_answer(&mut tx, tenant.id, from, id, who).await?;
+                store::end_answer(&mut tx, tenant.id, id, who).await?;
+                by.record(&mut tx, tenant.id, "grant.decline", &name, json!({"id": id})).await?;
+            }
+            _ => return Err(Error::NotFound),
+        }
+    }
+    tx.commit().await?;
+    waker.wake();
+    Ok(())
+}

@@ -1,0 +1,12 @@
+//! What can be decided about connections. Each is one transaction: rows, record and work together.
+
+mod egress;
+mod grants;
+mod services;
+
+pub use egress::{Decision, ask, decide, withdraw_target};
+pub use grants::{Offer, accept, end, offer};
+pub use services::{delete_service, give, put_service, take};
+
+/// The kind of a network's work; the object is the tenant.
+pub const WORK: &str = "network";

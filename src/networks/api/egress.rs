@@ -1,0 +1,164 @@
+//! Places outside.
+
+use actix_web::{HttpRequest, HttpResponse, web};
+use serde::Deserialize;
+use serde_json::json;
+use sqlx::PgPool;
+
+use super::NamePath;
+use crate::access::{ManageConnections, ManageNetwork, PlatformScope, ReadPlatform, ReadTenant, TenantScope};
+use crate::config::Config;
+use crate::db::{self, Page, PageQuery, Within};
+use crate::error::Error;
+use crate::fault::{Code, Fault, Kind};
+use crate::http::parse_json;
+use crate::ids::EgressName;
+use crate::networks::actions::{self, Decision};
+use crate::networks::store::Wish;
+use crate::networks::{check_network, store};
+use crate::policy::never::against_outside;
+use crate::policy::{Cidr, Protocol};
+use crate::reconcile::Waker;
+
+fn tcp() -> String {
+    "tcp".into()
+}
+
+/// A place outside, as it was written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::networks) struct WishBody {
+    pub(in crate::networks) network: String,
+    #[serde(default = "tcp")]
+    pub(in crate::networks) protocol: String,
+    pub(in crate::networks) ports: Vec<u16>,
+    pub(in crate::networks) reason: String,
+    pub(in crate::networks) days: Option<i32>,
+}
+
+/// The same, checked.
+pub(in crate::networks) async fn check_wish(
+    name: EgressName,
+    input: WishBody,
+    config: &Config,
+) -> Result<Wish, Error> {
+    let mut faults = Vec::new();
+    let fault = |path: &str, message: &str| Fault::new(Code(426), Kind::Invalid, path, message);
+    let network: Option<Cidr> = super::parse(&input.network, "network", &mut faults);
+    let protocol = Protocol::parse(&input.protocol);
+    if protocol.is_none() {
+        faults.push(fault("protocol", "protocol is tcp or udp"));
+    }
+    let mut ports = input.ports;
+    ports.sort_unstable();
+    ports.dedup();
+    if ports.is_empty() || ports.len() > 16 || ports[0] == 0 {
+        faults.push(fault("ports", "1 to 16 ports, each 1 to 65535"));
+    }
+    let reason = input.reason.trim().to_owned();
+    if !(1..=500).contains(&reason.chars().count()) {
+        faults.push(fault(
+            "reason",
+            "say in 1 to 500 characters what it is needed for: whoever decides reads it",
+        ));
+    }
+    super::days(input.days, &mut faults);
+    if let Some(network) = network {
+        let (tenants, own) = super::walls(config).await;
+        faults.extend(check_network(network, "network", against_outside(network, &own), tenants).err());
+        if network.prefix() < 8 {
+            faults.push(fault("network", "a network of at most 16 million addresses: a prefix of 8 or more"));
+        }
+    }
+    match (network, protocol) {
+        (Some(network), Some(protocol)) if faults.is_empty() => {
+            Ok(Wish { name, network, protocol, ports, reason, days: input.days })
+        }
+        _ => Err(Error::Invalid(faults)),
+    }
+}
+
+/// PUT /api/v1/tenants/{tenant}/egress/{name}: asks for a place.
+pub async fn ask(
+    scope: TenantScope<ManageConnections>,
+    req: HttpRequest,
+    pool: web::Data<PgPool>,
+    config: web::Data<Config>,
+    path: web::Path<NamePath>,
+    body: web::Bytes,
+) -> Result<HttpResponse, Error> {
+    let input: WishBody = parse_json(&req, &body)?;
+    let wish = check_wish(path.parse()?, input, &config).await?;
+    let new = actions::ask(&pool, scope.by(), &scope.tenant, &wish).await?;
+    let mut answer = if new { HttpResponse::Created() } else { HttpResponse::Ok() };
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
+    let target = store::find_target(&mut conn, scope.tenant.id, &wish.name).await?.ok_or(Error::NotFound)?;
+    Ok(answer.json(target))
+}
+
+/// GET /api/v1/tenants/{tenant}/egress: the newest first, also those that have ended.
+pub async fn list_targets(
+    scope: TenantScope<ReadTenant>,
+    pool: web::Data<PgPool>,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    let (limit, before) = (query.limit()?, query.after_number(i64::MAX)?);
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
+    let rows = store::list_targets(&mut conn, scope.tenant.id, before, limit + 1).await?;
+    Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.id)))
+}
+
+/// DELETE /api/v1/tenants/{tenant}/egress/{name}
+pub async fn withdraw(
+    scope: TenantScope<ManageConnections>,
+    pool: web::Data<PgPool>,
+    waker: web::Data<Waker>,
+    path: web::Path<NamePath>,
+) -> Result<HttpResponse, Error> {
+    actions::withdraw_target(&pool, &waker, scope.by(), &scope.tenant, &path.parse()?).await?;
+    Ok(HttpResponse::Accepted().finish())
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DecisionBody {
+    approved: bool,
+    note: Option<String>,
+    days: Option<i32>,
+}
+
+/// PUT /api/v1/tenants/{tenant}/egress/{name}/decision
+pub async fn decide(
+    scope: TenantScope<ManageNetwork>,
+    req: HttpRequest,
+    pool: web::Data<PgPool>,
+    waker: web::Data<Waker>,
+    path: web::Path<NamePath>,
+    body: web::Bytes,
+) -> Result<HttpResponse, Error> {
+    let DecisionBody { approved, note, days } = parse_json(&req, &body)?;
+    let mut faults = Vec::new();
+    if note.as_ref().is_some_and(|note| note.chars().count() > 500) {
+        faults.push(Fault::new(Code(426), Kind::Invalid, "note", "a note has at most 500 characters"));
+    }
+    super::days(days, &mut faults);
+    if !faults.is_empty() {
+        return Err(Error::Invalid(faults));
+    }
+    let name = path.parse()?;
+    let decision = Decision { approved, note, days };
+    actions::decide(&pool, &waker, scope.by(), &scope.tenant, &name, &decision).await?;
+    Ok(HttpResponse::Accepted().json(json!({"name": name, "approved": approved})))
+}
+
+/// GET /api/v1/egress: what waits for a decision, the oldest first.
+pub async fn list_waiting(
+    _: PlatformScope<ReadPlatform>,
+    pool: web::Data<PgPool>,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    let (limit, after) = (query.limit()?, query.after_number(0)?);
+    let mut conn = db::begin(&pool, Within::Platform).await?;
+    let rows = store::list_waiting(&mut conn, after, limit + 1).await?;
+    Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.id)))
+}

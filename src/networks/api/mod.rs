@@ -1,0 +1,58 @@
+//! The noun over the API.
+
+use std::net::Ipv4Addr;
+
+use serde::Deserialize;
+
+use crate::config::Config;
+use crate::driver::podman::ports::own_addresses;
+use crate::error::Error;
+use crate::fault::{Code, Fault, Kind};
+use crate::policy::never::Range;
+
+pub mod egress;
+pub mod grants;
+pub mod plans;
+pub mod reach;
+pub mod services;
+
+/// The number that the address names.
+#[derive(Deserialize)]
+pub struct NumberPath {
+    /// Number.
+    pub id: i64,
+}
+
+/// The name that the address names; a text that cannot be one names nothing.
+#[derive(Deserialize)]
+pub struct NamePath {
+    name: String,
+}
+
+impl NamePath {
+    fn parse<T: std::str::FromStr>(&self) -> Result<T, Error> {
+        self.name.parse().map_err(|_| Error::NotFound)
+    }
+}
+
+fn parse<T: std::str::FromStr>(text: &str, path: &str, faults: &mut Vec<Fault>) -> Option<T>
+where
+    T::Err: std::fmt::Display,
+{
+    text.parse()
+        .map_err(|error: T::Err| faults.push(Fault::new(Code(426), Kind::Invalid, path, error.to_string())))
+        .ok()
+}
+
+fn days(days: Option<i32>, faults: &mut Vec<Fault>) {
+    if days.is_some_and(|days| !(1..=3650).contains(&days)) {
+        faults.push(Fault::new(Code(426), Kind::Invalid, "days", "days is 1 to 3650, or absent for no end"));
+    }
+}
+
+/// The pool of tenants' addresses, and those of the machine itself.
+async fn walls(config: &Config) -> (crate::policy::Cidr, Vec<Range>) {
+    let pool = super::connections::pool(&config.pools);
+    let inside = |address: &Ipv4Addr| pool.contains(*address);
+    (pool, own_addresses(inside).await)
+}

@@ -1,0 +1,56 @@
+//! Plans: what opened and closed when, and why.
+
+use actix_web::{HttpResponse, web};
+use sqlx::PgPool;
+
+use super::NumberPath;
+use crate::access::{PlatformScope, ReadPlatform, ReadTenant, TenantScope};
+use crate::db::{self, Page, PageQuery, Within};
+use crate::error::Error;
+use crate::networks::store;
+
+/// GET /api/v1/network/plans: of all tenants, the newest first.
+pub async fn list_all(
+    _: PlatformScope<ReadPlatform>,
+    pool: web::Data<PgPool>,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    let (limit, before) = (query.limit()?, query.after_number(i64::MAX)?);
+    let mut conn = db::begin(&pool, Within::Platform).await?;
+    let rows = store::list_plans(&mut conn, None, before, limit + 1).await?;
+    Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.number)))
+}
+
+/// GET /api/v1/network/plans/{id}
+pub async fn get_any(
+    _: PlatformScope<ReadPlatform>,
+    pool: web::Data<PgPool>,
+    path: web::Path<NumberPath>,
+) -> Result<HttpResponse, Error> {
+    let mut conn = db::begin(&pool, Within::Platform).await?;
+    let plan = store::find_plan(&mut conn, None, path.id).await?.ok_or(Error::NotFound)?;
+    Ok(HttpResponse::Ok().json(plan))
+}
+
+/// GET /api/v1/tenants/{tenant}/network/plans: the newest first.
+pub async fn list_plans(
+    scope: TenantScope<ReadTenant>,
+    pool: web::Data<PgPool>,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    let (limit, before) = (query.limit()?, query.after_number(i64::MAX)?);
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
+    let rows = store::list_plans(&mut conn, Some(scope.tenant.id), before, limit + 1).await?;
+    Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.number)))
+}
+
+/// GET /api/v1/tenants/{tenant}/network/plans/{id}
+pub async fn get_plan(
+    scope: TenantScope<ReadTenant>,
+    pool: web::Data<PgPool>,
+    path: web::Path<NumberPath>,
+) -> Result<HttpResponse, Error> {
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
+    let plan = store::find_plan(&mut conn, Some(scope.tenant.id), path.id).await?.ok_or(Error::NotFound)?;
+    Ok(HttpResponse::Ok().json(plan))
+}

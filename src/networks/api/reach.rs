@@ -1,0 +1,170 @@
+//! Can an app reach something? And what did it try in vain?
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::net::Ipv4Addr;
+
+use actix_web::{HttpResponse, web};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use sqlx::{PgConnection, PgPool};
+
+use crate::access::{ReadTenant, TenantRef, TenantScope};
+use crate::apps::api::AppPath;
+use crate::apps::connections::{find_at, find_id};
+use crate::config::{Config, Pools};
+use crate::db;
+use crate::driver::{Denied, Driver};
+use crate::error::Error;
+use crate::ids::AppId;
+use crate::networks::explain::{self, Closed, Known, To};
+use crate::networks::{AppPlan, connections, store};
+use crate::policy::Protocol;
+use crate::tenants;
+
+/// `?to=NAME or ADDRESS&port=&protocol=`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReachQuery {
+    to: String,
+    port: u16,
+    #[serde(default)]
+    protocol: Option<String>,
+}
+
+/// What is known about an address, from the tenant's point of view.
+async fn known(
+    conn: &mut PgConnection,
+    tenant: &TenantRef,
+    pools: &Pools,
+    target: Ipv4Addr,
+) -> Result<(Known, Option<AppId>), Error> {
+    let number = tenants::tenant_network(conn, tenant.id).await?;
+    let subnet = pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))?;
+    let host = i64::from(target.to_bits()) - i64::from(subnet.address().to_bits());
+    let app = if subnet.contains(target) { find_at(conn, tenant.id, host).await? } else { None };
+    let services = store::list_services(conn, "", 200).await?;
+    let id = app.as_ref().map(|(id, _)| *id);
+    let known = Known { pool: connections::pool(pools), subnet, app: app.map(|(_, name)| name), services };
+    Ok((known, id))
+}
+
+#[derive(Serialize)]
+struct Reach {
+    open: bool,
+    plan: i64,
+    in_force: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    through: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none", flatten)]
+    closed: Option<Closed>,
+}
+
+/// GET /api/v1/tenants/{tenant}/apps/{app}/reach: from the plan that stands.
+pub async fn get_reach(
+    scope: TenantScope<ReadTenant>,
+    pool: web::Data<PgPool>,
+    config: web::Data<Config>,
+    path: web::Path<AppPath>,
+    query: web::Query<ReachQuery>,
+) -> Result<HttpResponse, Error> {
+    let protocol = match query.protocol.as_deref() {
+        None => Protocol::Tcp,
+        Some(text) => {
+            Protocol::parse(text).ok_or_else(|| Error::Malformed("protocol is tcp or udp".into()))?
+        }
+    };
+    let to = match query.to.parse::<Ipv4Addr>() {
+        Ok(address) => To::Address(address),
+        Err(_) if query.to.len() <= 100 => To::Name(query.to.clone()),
+        Err(_) => return Err(Error::Malformed("to is a name of connects, or an IPv4 address".into())),
+    };
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
+    let app = find_id(&mut conn, scope.tenant.id, &path.name()?).await?.ok_or(Error::NotFound)?;
+    let standing = store::find_standing(&mut conn, scope.tenant.id).await?;
+    let (plan, in_force) =
+        standing.as_ref().map_or((0, false), |standing| (standing.number, standing.in_force));
+    let empty = AppPlan { app, name: path.name()?, flows: Vec::new() };
+    let own =
+        standing.iter().flat_map(|standing| &standing.apps).find(|own| own.app == app).unwrap_or(&empty);
+    let (at, closed) = match &to {
+        To::Address(target) => {
+            let (known, at) = known(&mut conn, &scope.tenant, &config.pools, *target).await?;
+            (at, explain::address(*target, protocol, query.port, &known))
+        }
+        To::Name(name) => (None, name_closed(own, name, protocol, query.port)),
+    };
+    let flow = explain::flow(own, &to, (protocol, query.port), at.map(|at| (&scope.tenant.name, at)));
+    let through = flow.map(|flow| flow.name.clone());
+    let closed = if through.is_some() { None } else { Some(closed) };
+    Ok(HttpResponse::Ok().json(Reach { open: through.is_some(), plan, in_force, through, closed }))
+}
+
+fn name_closed(plan: &AppPlan, name: &str, protocol: Protocol, port: u16) -> Closed {
+    let ports: Vec<String> = plan
+        .flows
+        .iter()
+        .filter(|flow| flow.name == name)
+        .map(|flow| format!("{} {}", flow.protocol, flow.port))
+        .collect();
+    if ports.is_empty() {
+        let why = format!("the app does not name {name} under connects, or it is not to be had");
+        return Closed {
+            why,
+            ask: Some("name it under connects; the answer to the deploy says what is missing".into()),
+        };
+    }
+    Closed { why: format!("{name} is open on {}, not on {protocol} {port}", ports.join(", ")), ask: None }
+}
+
+#[derive(Serialize)]
+struct DeniedView {
+    #[serde(flatten)]
+    denied: Denied,
+    #[serde(flatten)]
+    closed: Closed,
+}
+
+/// GET /api/v1/tenants/{tenant}/apps/{app}/denied: packets that were not let through lately, the newest
+/// first, at most 500.
+pub async fn get_denied(
+    scope: TenantScope<ReadTenant>,
+    pool: web::Data<PgPool>,
+    config: web::Data<Config>,
+    driver: web::Data<dyn Driver>,
+    path: web::Path<AppPath>,
+) -> Result<HttpResponse, Error> {
+    let items = denials(&scope.tenant, &pool, &config, &**driver, &path).await?;
+    Ok(HttpResponse::Ok().json(json!({"items": items, "next": null})))
+}
+
+async fn denials(
+    tenant: &TenantRef,
+    pool: &PgPool,
+    config: &Config,
+    driver: &dyn Driver,
+    path: &AppPath,
+) -> Result<Vec<DeniedView>, Error> {
+    let mut conn = db::begin(pool, tenant.id).await?;
+    let app = find_id(&mut conn, tenant.id, &path.name()?).await?.ok_or(Error::NotFound)?;
+    drop(conn);
+    let away = |error: crate::driver::Error| {
+        tracing::warn!(%error, "denials cannot be asked for");
+        Error::Unavailable("the agent does not answer".into(), std::time::Duration::from_secs(5))
+    };
+    let denied = driver.denied(&tenant.name, app).await.map_err(away)?;
+    let mut conn = db::begin(pool, tenant.id).await?;
+    let mut items = Vec::with_capacity(denied.len());
+    let mut told = HashMap::new();
+    for denied in denied {
+        let known = match told.entry(denied.target) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                entry.insert(known(&mut conn, tenant, &config.pools, denied.target).await?.0)
+            }
+        };
+        let closed = explain::address(denied.target, denied.protocol, denied.port, known);
+        items.push(DeniedView { denied, closed });
+    }
+    Ok(items)
+}

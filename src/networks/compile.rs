@@ -1,0 +1,89 @@
+//! From what was decided to what is open, pure. What an app names and may not have stays closed and is
+//! told as a gap.
+
+use super::{AppPlan, Facts};
+use crate::apps::connections::Connecting;
+use crate::ids::AppRef;
+use crate::policy::{Flow, Protocol, Target};
+
+/// A name under `connects` that leads nowhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gap {
+    /// The app that names it.
+    pub app: String,
+    /// What it names.
+    pub name: String,
+    /// Why it is closed.
+    pub why: &'static str,
+}
+
+/// Compiles a tenant's plan.
+#[must_use]
+pub fn compile(facts: &Facts) -> (Vec<AppPlan>, Vec<Gap>) {
+    let mut gaps = Vec::new();
+    let plans = facts
+        .apps
+        .iter()
+        .map(|app| {
+            let mut flows = Vec::new();
+            let mut gap = |name: String, why| gaps.push(Gap { app: app.name.to_string(), name, why });
+            for name in &app.connects.apps {
+                match peer(facts, app, name) {
+                    Ok(flow) => flows.push(flow),
+                    Err(why) => gap(name.to_string(), why),
+                }
+            }
+            for name in &app.connects.services {
+                match facts.services.iter().find(|(service, _)| service == name) {
+                    Some((_, endpoints)) => flows.extend(endpoints.iter().map(|endpoint| Flow {
+                        name: name.to_string(),
+                        target: Target::Service { network: endpoint.network },
+                        protocol: endpoint.protocol,
+                        port: endpoint.port,
+                    })),
+                    None => gap(name.to_string(), "the tenant may not use this service"),
+                }
+            }
+            for name in &app.connects.egress {
+                match facts.egress.iter().find(|target| target.name == *name) {
+                    Some(target) => flows.extend(target.ports.iter().map(|port| Flow {
+                        name: name.to_string(),
+                        target: Target::Outside { network: target.network },
+                        protocol: target.protocol,
+                        port: *port,
+                    })),
+                    None => gap(name.to_string(), "the egress target is not approved, or has ended"),
+                }
+            }
+            flows.sort();
+            flows.dedup();
+            AppPlan { app: app.id, name: app.name.clone(), flows }
+        })
+        .collect();
+    (plans, gaps)
+}
+
+fn peer(facts: &Facts, app: &Connecting, name: &AppRef) -> Result<Flow, &'static str> {
+    let (tenant, id, port) = match &name.tenant {
+        None => {
+            let peer = facts.apps.iter().find(|peer| peer.name == name.app).ok_or("there is no such app")?;
+            (facts.tenant.clone(), peer.id, peer.port)
+        }
+        Some(tenant) => {
+            let fits = |grant: &&super::Granted| {
+                grant.tenant == *tenant
+                    && grant.app == name.app
+                    && grant.only.as_ref().is_none_or(|only| *only == app.name)
+            };
+            let grant = facts.grants.iter().find(fits).ok_or("it is not granted, or the grant has ended")?;
+            (grant.tenant.clone(), grant.id, grant.port)
+        }
+    };
+    let port = port.ok_or("the app serves on no port")?;
+    Ok(Flow {
+        name: name.to_string(),
+        target: Target::App { tenant, app: id },
+        protocol: Protocol::Tcp,
+        port,
+    })
+}

@@ -1,0 +1,213 @@
+//! What the network says to apps: whether what they ask for is to be had, that they have changed, and that
+//! their plan is in force. A plan is made, proven and applied here, by whoever needs it first.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
+
+use super::compile::compile;
+use super::justify::justify;
+use super::store::{self, NewPlan};
+use super::{AppPlan, Facts, actions};
+use crate::access::{By, TenantRef};
+use crate::apps::connections::{Connections, list_connecting, list_missing};
+use crate::apps::spec::Connects;
+use crate::config::Pools;
+use crate::driver::Driver;
+use crate::error::Error;
+use crate::fault::{Code, Fault, Kind};
+use crate::ids::{AppId, AppName, Digest, TenantId};
+use crate::policy::{AppFlows, Cidr, Flow, Target, TenantFlows};
+use crate::reconcile::{Failure, enqueue};
+use crate::tenants;
+
+/// The noun's answers.
+#[derive(Clone)]
+pub struct Network {
+    /// Database.
+    pub pool: PgPool,
+    /// Pools of the installation.
+    pub pools: Pools,
+    /// What applies plans.
+    pub driver: Arc<dyn Driver>,
+}
+
+/// The pool of tenants' addresses.
+pub(super) fn pool(pools: &Pools) -> Cidr {
+    Cidr::new(pools.network.address(), pools.network.prefix()).unwrap_or(Cidr::of(pools.network.address()))
+}
+
+fn closed(path: &str, message: String, instead: &str) -> Fault {
+    Fault::new(Code(427), Kind::Conflict, path, message).instead(instead)
+}
+
+#[async_trait::async_trait]
+impl Connections for Network {
+    async fn missing(
+        &self,
+        conn: &mut PgConnection,
+        tenant: &TenantRef,
+        connects: &Connects,
+    ) -> Result<Vec<Fault>, Error> {
+        let mut faults = Vec::new();
+        let own: Vec<AppName> =
+            connects.apps.iter().filter(|app| app.tenant.is_none()).map(|app| app.app.clone()).collect();
+        for name in list_missing(conn, tenant.id, &own).await? {
+            let message = format!("there is no app {name}");
+            faults.push(closed("connects.apps", message, "deploy that app first, or leave it out"));
+        }
+        let others: Vec<String> =
+            connects.apps.iter().filter(|app| app.tenant.is_some()).map(ToString::to_string).collect();
+        if !others.is_empty() {
+            let accepted = store::list_accepted(conn, &others).await?;
+            for name in others.iter().filter(|name| !accepted.contains(name)) {
+                let message = format!("{name} is not granted to this tenant, or the grant was not accepted");
+                let instead = "its owner offers it, an owner here accepts it under Network; or leave it out";
+                faults.push(closed("connects.apps", message, instead));
+            }
+        }
+        for name in &connects.services {
+            if store::find_service(conn, name).await?.is_none() {
+                let message = format!("this tenant may not use a service {name}");
+                faults.push(closed(
+                    "connects.services",
+                    message,
+                    "ask the platform's admin for it, or leave it out",
+                ));
+            }
+        }
+        let egress: Vec<String> = connects.egress.iter().map(ToString::to_string).collect();
+        for name in store::list_closed_targets(conn, tenant.id, &egress).await? {
+            let message = format!("there is no approved egress target {name}");
+            let instead = "an owner asks for it under Network, an admin approves it; or leave it out";
+            faults.push(closed("connects.egress", message, instead));
+        }
+        Ok(faults)
+    }
+
+    async fn changed(
+        &self,
+        conn: &mut PgConnection,
+        by: By<'_>,
+        tenant: TenantId,
+        app: AppId,
+        words: String,
+    ) -> Result<(), Error> {
+        note(conn, tenant, by.actor.id.as_str(), &words).await?;
+        // Its port may be another one now, or none.
+        store::wake_receivers(conn, Some(app), None, "a granted app has changed").await
+    }
+
+    async fn settle(&self, tenant: TenantId) -> Result<(), Failure> {
+        self.ensure(tenant).await.map(drop)
+    }
+}
+
+/// Something was decided about a tenant's network: within the transaction in which it is.
+pub(super) async fn note(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    who: &str,
+    words: &str,
+) -> Result<(), Error> {
+    store::insert_cause(conn, tenant, who, words).await?;
+    Ok(enqueue(conn, actions::WORK, tenant.0, tenant).await?)
+}
+
+impl Network {
+    /// Makes the plan that follows from what was decided, if it is another one, proves it, and sees to it that
+    /// it is in force. Returns when the first of what was decided ends by itself.
+    pub(super) async fn ensure(&self, tenant: TenantId) -> Result<Option<OffsetDateTime>, Failure> {
+        let mut tx = self.pool.begin().await?;
+        // Locked before anything is read: what is read is the newest, and plans come one after another.
+        let standing = store::lock_plan(&mut tx, tenant).await?;
+        let facts = facts(&mut tx, tenant).await?;
+        let (apps, gaps) = compile(&facts);
+        let proof = justify(&facts, &apps, &gaps, pool(&self.pools));
+        let text = serde_json::to_vec(&apps).map_err(Error::internal)?;
+        let hash = Digest::of(&text).to_string();
+        let (mut number, mut apply) = (standing.number, !standing.in_force);
+        if hash == standing.hash {
+            // What was decided changes nothing of what is open: no plan comes of it.
+            store::take_causes(&mut tx, tenant).await?;
+        } else {
+            let causes = store::take_causes(&mut tx, tenant).await?;
+            let (opens, closes) = difference(&standing.apps, &apps);
+            let refused = proof.as_ref().err().map(String::as_str);
+            let plan = NewPlan { hash: &hash, opens: &opens, closes: &closes, causes: &causes, refused };
+            number = store::insert_plan(&mut tx, tenant, &plan).await?;
+            if refused.is_none() {
+                store::set_standing(&mut tx, tenant, (number, &hash), &apps).await?;
+                apply = true;
+            }
+        }
+        fail::fail_point!("networks::planned", |_| Err(Failure::Transient("failpoint".into())));
+        tx.commit().await?;
+        fail::fail_point!("networks::plan_committed");
+        proof.map_err(|why| {
+            tracing::error!(tenant = %facts.tenant, plan = number, why, "a plan is not proven; the one before stays");
+            Failure::Permanent(format!("plan {number} is not proven, the one before stays in force: {why}"))
+        })?;
+        if apply {
+            self.apply(tenant, &facts, number, apps).await?;
+        }
+        Ok(facts.ends)
+    }
+
+    async fn apply(
+        &self,
+        tenant: TenantId,
+        facts: &Facts,
+        plan: i64,
+        apps: Vec<AppPlan>,
+    ) -> Result<(), Failure> {
+        let apps = apps.into_iter().map(|app| AppFlows { app: app.app, flows: app.flows }).collect();
+        let flows = TenantFlows { tenant: facts.tenant.clone(), plan, apps };
+        // What belongs to the tenant is known there before its flows are.
+        let grant = tenants::reconcile::grant(&self.pool, &self.pools, tenant, &facts.tenant).await?;
+        self.driver.ensure_tenant(&grant).await?;
+        self.driver.ensure_flows(&flows).await?;
+        fail::fail_point!("networks::applied", |_| Err(Failure::Transient("failpoint".into())));
+        let mut tx = self.pool.begin().await?;
+        store::set_in_force(&mut tx, tenant, plan).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+}
+
+async fn facts(conn: &mut PgConnection, tenant: TenantId) -> Result<Facts, Error> {
+    let name = tenants::name_of(conn, tenant).await?;
+    let apps = list_connecting(conn, tenant).await?;
+    let services = store::decided_services(conn, tenant).await?;
+    let (grants, grants_end) = store::decided_grants(conn, tenant).await?;
+    let (egress, egress_ends) = store::decided_egress(conn, tenant).await?;
+    let ends = grants_end.into_iter().chain(egress_ends).min();
+    Ok(Facts { tenant: name, apps, services, grants, egress, ends })
+}
+
+/// A flow of an app, in words.
+fn words(app: &AppName, flow: &Flow) -> String {
+    let Flow { name, target, protocol, port } = flow;
+    match target {
+        Target::App { .. } => format!("{app} to {name}, {protocol} {port}"),
+        Target::Service { network } => format!("{app} to the service {name}, {network} {protocol} {port}"),
+        Target::Outside { network } => format!("{app} to {name} outside, {network} {protocol} {port}"),
+    }
+}
+
+/// What the second opens and closes against the first.
+fn difference(before: &[AppPlan], after: &[AppPlan]) -> (Vec<String>, Vec<String>) {
+    let set = |apps: &[AppPlan]| -> BTreeSet<(AppId, Flow, AppName)> {
+        let of = |app: &AppPlan| {
+            app.flows.iter().map(|flow| (app.app, flow.clone(), app.name.clone())).collect::<Vec<_>>()
+        };
+        apps.iter().flat_map(of).collect()
+    };
+    let (old, new) = (set(before), set(after));
+    let tell = |left: &BTreeSet<_>, right: &BTreeSet<_>| {
+        left.difference(right).map(|(_, flow, name): &(AppId, Flow, AppName)| words(name, flow)).collect()
+    };
+    (tell(&new, &old), tell(&old, &new))
+}

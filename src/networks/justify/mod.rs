@@ -1,0 +1,131 @@
+//! The first half of the proof: every flow of a plan is justified by what was decided, and everything that
+//! was asked for and decided is in it. Written apart from what compiles the plan. The second half, whether
+//! the firewall's text says the same, is made where the text is applied.
+
+use super::compile::Gap;
+use super::{AppPlan, Facts};
+use crate::apps::connections::Connecting;
+use crate::ids::TenantName;
+use crate::policy::never::{against_outside, against_service};
+use crate::policy::{Cidr, Flow, Protocol, Target};
+
+/// Whether a plan is what was decided; else the first flow that is not, and why.
+pub fn justify(facts: &Facts, plans: &[AppPlan], gaps: &[Gap], pool: Cidr) -> Result<(), String> {
+    if plans.len() != facts.apps.len() {
+        return Err("the plan has other apps than the tenant".to_owned());
+    }
+    for plan in plans {
+        let app = facts
+            .apps
+            .iter()
+            .find(|app| app.id == plan.app && app.name == plan.name)
+            .ok_or_else(|| format!("{} is no app of the tenant", plan.name))?;
+        for flow in &plan.flows {
+            reason(facts, app, flow, pool).map_err(|why| {
+                format!(
+                    "{} to {} ({:?} {} {}): {why}",
+                    plan.name, flow.name, flow.target, flow.protocol, flow.port
+                )
+            })?;
+        }
+        wanted(facts, app, plan, gaps)?;
+    }
+    Ok(())
+}
+
+fn reason(facts: &Facts, app: &Connecting, flow: &Flow, pool: Cidr) -> Result<(), &'static str> {
+    let connects = &app.connects;
+    match &flow.target {
+        Target::App { tenant, app: id } => {
+            if !connects.apps.iter().any(|name| name.to_string() == flow.name) {
+                return Err("the app does not name it");
+            }
+            if flow.protocol != Protocol::Tcp {
+                return Err("apps are reached over TCP");
+            }
+            let agreed = if *tenant == facts.tenant {
+                facts.apps.iter().any(|peer| {
+                    peer.id == *id && peer.port == Some(flow.port) && peer.name.as_str() == flow.name
+                })
+            } else {
+                facts.grants.iter().any(|grant| granted(grant, tenant, app, flow) && grant.id == *id)
+            };
+            if agreed { Ok(()) } else { Err("the other side has not agreed to this app and port") }
+        }
+        Target::Service { network } => {
+            let named = connects.services.iter().any(|name| name.as_str() == flow.name);
+            let given = facts.services.iter().any(|(name, endpoints)| {
+                name.as_str() == flow.name
+                    && endpoints
+                        .iter()
+                        .any(|e| e.network == *network && e.protocol == flow.protocol && e.port == flow.port)
+            });
+            if !named || !given {
+                return Err("the app does not name this service, or the tenant may not use it");
+            }
+            clear(network.overlaps(pool) || against_service(*network, &[]).is_some())
+        }
+        Target::Outside { network } => {
+            let named = connects.egress.iter().any(|name| name.as_str() == flow.name);
+            let approved = facts.egress.iter().any(|target| {
+                target.name.as_str() == flow.name
+                    && target.network == *network
+                    && target.protocol == flow.protocol
+                    && target.ports.contains(&flow.port)
+            });
+            if !named || !approved {
+                return Err("the app does not name this target, or it is not approved");
+            }
+            clear(network.overlaps(pool) || against_outside(*network, &[]).is_some())
+        }
+    }
+}
+
+fn clear(walled: bool) -> Result<(), &'static str> {
+    if walled { Err("it touches what nobody reaches") } else { Ok(()) }
+}
+
+fn granted(grant: &super::Granted, tenant: &TenantName, app: &Connecting, flow: &Flow) -> bool {
+    grant.tenant == *tenant
+        && format!("{}/{}", grant.tenant, grant.app) == flow.name
+        && grant.port == Some(flow.port)
+        && grant.only.as_ref().is_none_or(|only| *only == app.name)
+}
+
+/// Each name under `connects` has a flow, or is told as a gap.
+fn wanted(facts: &Facts, app: &Connecting, plan: &AppPlan, gaps: &[Gap]) -> Result<(), String> {
+    let names = (app.connects.apps.iter().map(ToString::to_string))
+        .chain(app.connects.services.iter().map(ToString::to_string))
+        .chain(app.connects.egress.iter().map(ToString::to_string));
+    for name in names {
+        let told = gaps.iter().any(|gap| gap.app == app.name.as_str() && gap.name == name);
+        if !told && !plan.flows.iter().any(|flow| flow.name == name) {
+            return Err(format!("{} of {} asks for {name}, and it stays closed", app.name, facts.tenant));
+        }
+    }
+    // A service has all of its endpoints, a target all of its ports.
+    for (service, endpoints) in facts.services.iter().filter(|(name, _)| app.connects.services.contains(name))
+    {
+        for end in endpoints {
+            let open = plan.flows.iter().any(|flow| {
+                flow.target == Target::Service { network: end.network }
+                    && (flow.protocol, flow.port) == (end.protocol, end.port)
+            });
+            if !open {
+                return Err(format!("{} lacks an endpoint of {service}", app.name));
+            }
+        }
+    }
+    for target in facts.egress.iter().filter(|target| app.connects.egress.contains(&target.name)) {
+        let count =
+            plan.flows.iter().filter(|flow| flow.target == Target::Outside { network: target.network });
+        let missing = target.ports.iter().any(|port| !count.clone().any(|flow| flow.port == *port));
+        if missing {
+            return Err(format!("{} lacks a port of {}", app.name, target.name));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,128 @@
+//! Who may talk to whom beyond a tenant's own apps: the catalogue of platform services, grants between
+//! tenants, the outside; and the plans that follow from all of it.
+
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+
+use crate::apps::connections::Connecting;
+use crate::fault::{Code, Fault, Kind};
+use crate::ids::{AppId, AppName, EgressName, ServiceName, TenantName};
+use crate::policy::never::{self, Range};
+use crate::policy::{Cidr, Flow, Protocol};
+
+pub mod actions;
+pub mod api;
+pub mod compile;
+pub mod connections;
+pub mod explain;
+pub mod justify;
+pub mod reconcile;
+mod store;
+
+fn tcp() -> Protocol {
+    Protocol::Tcp
+}
+
+/// Where a service answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Endpoint {
+    /// Its addresses; a single one may lie in a private range.
+    pub network: Cidr,
+    /// Protocol.
+    #[serde(default = "tcp")]
+    pub protocol: Protocol,
+    /// Port.
+    pub port: u16,
+}
+
+/// A platform service, as the catalogue has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Service {
+    /// Name.
+    pub name: ServiceName,
+    /// What it is, for people.
+    pub description: String,
+    /// Where it answers.
+    pub endpoints: Vec<Endpoint>,
+    /// Raised by each change.
+    pub generation: i64,
+    /// When it came into the catalogue.
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+    /// When it was last changed.
+    #[serde(with = "time::serde::rfc3339")]
+    pub changed_at: OffsetDateTime,
+}
+
+/// A place outside that was approved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Approved {
+    /// What the tenant calls it.
+    pub name: EgressName,
+    /// Addresses.
+    pub network: Cidr,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Ports.
+    pub ports: Vec<u16>,
+}
+
+/// Another tenant's app that both sides agreed about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Granted {
+    /// Its tenant.
+    pub tenant: TenantName,
+    /// Its name.
+    pub app: AppName,
+    /// Its identity.
+    pub id: AppId,
+    /// Its port; none while it serves on none.
+    pub port: Option<u16>,
+    /// The one app that it is granted to; none for all apps of the tenant.
+    pub only: Option<AppName>,
+}
+
+/// Everything that decides about the connections of one tenant's apps.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// Tenant.
+    pub tenant: TenantName,
+    /// Its apps.
+    pub apps: Vec<Connecting>,
+    /// Services that it may use.
+    pub services: Vec<(ServiceName, Vec<Endpoint>)>,
+    /// Apps that others have granted to it, and that it has accepted.
+    pub grants: Vec<Granted>,
+    /// Approved places outside.
+    pub egress: Vec<Approved>,
+    /// When the first of these ends by itself.
+    pub ends: Option<OffsetDateTime>,
+}
+
+/// What one app may begin to talk to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppPlan {
+    /// App.
+    pub app: AppId,
+    /// Its name.
+    pub name: AppName,
+    /// Its flows.
+    pub flows: Vec<Flow>,
+}
+
+/// Holds an address or network against what nobody reaches. `own`: the machine's own addresses.
+pub(crate) fn check_network(network: Cidr, path: &str, wall: Option<Range>, pool: Cidr) -> Result<(), Fault> {
+    let fault = |message: String| Err(Fault::new(Code(426), Kind::Invalid, path, message));
+    if network.overlaps(pool) {
+        return fault("these are addresses of tenants: apps are named in connects.apps".to_owned());
+    }
+    match wall {
+        None => Ok(()),
+        Some(range) if range.wall == never::Wall::Private => fault(format!(
+            "{} is {}: only a single address of a service may lie there",
+            range.network, range.words
+        )),
+        Some(range) => fault(format!("{} is {}: nothing opens it", range.network, range.words)),
+    }
+}

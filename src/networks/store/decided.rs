@@ -1,0 +1,88 @@
+//! Everything that was decided about one tenant's connections, as reconcilers read it.
+
+use sqlx::PgConnection;
+use sqlx::types::Json;
+use time::OffsetDateTime;
+
+use crate::apps::connections::find_connecting;
+use crate::error::Error;
+use crate::ids::{AppId, AppName, EgressName, ServiceName, TenantId, TenantName};
+use crate::networks::{Approved, Endpoint, Granted};
+use crate::policy::Protocol;
+
+/// Services that a tenant may use.
+pub(in crate::networks) async fn decided_services(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<Vec<(ServiceName, Vec<Endpoint>)>, Error> {
+    let rows = sqlx::query!(
+        r#"SELECT s.name AS "name: ServiceName", s.endpoints AS "endpoints: Json<Vec<Endpoint>>"
+           FROM tenant_service t JOIN service s ON s.id = t.service_id WHERE t.tenant_id = $1 ORDER BY s.name"#,
+        tenant.0
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.name, row.endpoints.0)).collect())
+}
+
+/// Apps of others on which both sides agree, and when the first of these agreements ends.
+pub(in crate::networks) async fn decided_grants(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<(Vec<Granted>, Option<OffsetDateTime>), Error> {
+    let rows = sqlx::query!(
+        r#"SELECT g.id AS giver, g.name AS "giver_name: TenantName", o.app_id, o.to_app AS "to_app: AppName", o.expires_at
+           FROM grant_answer a JOIN grant_offer o ON o.tenant_id = a.from_tenant_id AND o.id = a.offer_id
+           JOIN tenant g ON g.id = o.tenant_id JOIN tenant t ON t.id = a.tenant_id AND t.name = o.to_tenant
+           WHERE a.tenant_id = $1 AND a.ended_at IS NULL AND o.withdrawn_at IS NULL
+             AND (o.expires_at IS NULL OR o.expires_at > now()) AND g.state IN ('active', 'suspended')
+           ORDER BY o.id"#,
+        tenant.0
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let mut granted = Vec::with_capacity(rows.len());
+    let mut ends = None;
+    for row in rows {
+        let app = find_connecting(conn, TenantId(row.giver), AppId(row.app_id)).await?;
+        // An app that is gone, or being deleted, is granted to nobody.
+        let Some(app) = app else { continue };
+        ends = ends.into_iter().chain(row.expires_at).min();
+        granted.push(Granted {
+            tenant: row.giver_name,
+            app: app.name,
+            id: app.id,
+            port: app.port,
+            only: row.to_app,
+        });
+    }
+    Ok((granted, ends))
+}
+
+/// Approved places outside, and when the first of them ends.
+pub(in crate::networks) async fn decided_egress(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<(Vec<Approved>, Option<OffsetDateTime>), Error> {
+    let rows = sqlx::query!(
+        r#"SELECT name AS "name: EgressName", network::text AS "network!", protocol, ports, expires_at
+           FROM egress_target WHERE tenant_id = $1 AND state = 'approved'
+             AND (expires_at IS NULL OR expires_at > now()) ORDER BY name"#,
+        tenant.0
+    )
+    .fetch_all(conn)
+    .await?;
+    let ends = rows.iter().filter_map(|row| row.expires_at).min();
+    let approved = rows
+        .into_iter()
+        .map(|row| {
+            Ok(Approved {
+                name: row.name,
+                network: row.network.parse().map_err(Error::internal)?,
+                protocol: Protocol::parse(&row.protocol).ok_or_else(|| Error::internal("a protocol"))?,
+                ports: row.ports.into_iter().filter_map(|port| u16::try_from(port).ok()).collect(),
+            })
+        })
+        .collect::<Result<_, Error>>()?;
+    Ok((approved, ends))
+}

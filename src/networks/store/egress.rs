@@ -1,0 +1,210 @@
+//! Places outside: asked for by the tenant, decided by the platform.
+
+use serde::Serialize;
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+
+use crate::error::Error;
+use crate::ids::{EgressName, TenantId};
+use crate::policy::{Cidr, Protocol};
+
+/// A place outside, as asked for.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Target {
+    /// Number.
+    #[serde(skip)]
+    pub id: i64,
+    /// Tenant.
+    pub tenant: String,
+    /// What the tenant calls it.
+    pub name: String,
+    /// Addresses.
+    pub network: String,
+    /// Protocol.
+    pub protocol: String,
+    /// Ports.
+    pub ports: Vec<i32>,
+    /// Why the tenant needs it.
+    pub reason: String,
+    /// `asked`, `approved`, `refused`, `withdrawn`, `expired`.
+    pub state: String,
+    /// By whom.
+    pub asked_by: String,
+    /// When.
+    #[serde(with = "time::serde::rfc3339")]
+    pub asked_at: OffsetDateTime,
+    /// Who decided.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decided_by: Option<String>,
+    /// When.
+    #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
+    pub decided_at: Option<OffsetDateTime>,
+    /// What whoever decided had to say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+    /// Its end.
+    #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<OffsetDateTime>,
+}
+
+/// A place to be asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wish {
+    /// What the tenant calls it.
+    pub name: EgressName,
+    /// Addresses.
+    pub network: Cidr,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Ports, in order.
+    pub ports: Vec<u16>,
+    /// Why.
+    pub reason: String,
+    /// Days that it is wanted for; without end when absent.
+    pub days: Option<i32>,
+}
+
+pub(in crate::networks) async fn insert_target(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    wish: &Wish,
+    who: &str,
+) -> Result<(), sqlx::Error> {
+    let ports: Vec<i32> = wish.ports.iter().map(|port| i32::from(*port)).collect();
+    sqlx::query!(
+        "INSERT INTO egress_target (tenant_id, name, network, protocol, ports, reason, asked_by, expires_at) \
+         VALUES ($1, $2, $3::text::cidr, $4, $5, $6, $7, now() + make_interval(days => $8))",
+        tenant.0,
+        wish.name.as_str(),
+        wish.network.to_string(),
+        wish.protocol.as_str(),
+        &ports,
+        wish.reason,
+        who,
+        wish.days
+    )
+    .execute(conn)
+    .await
+    .map(drop)
+}
+
+/// A tenant's places by number, the newest first; those of one name if it is given.
+pub(in crate::networks) async fn list_targets(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    before: i64,
+    limit: i64,
+) -> Result<Vec<Target>, Error> {
+    Ok(sqlx::query_as!(
+        Target,
+        r#"SELECT e.id, t.name AS tenant, e.name, e.network::text AS "network!", e.protocol, e.ports, e.reason,
+           CASE WHEN e.state = 'approved' AND e.expires_at <= now() THEN 'expired' ELSE e.state END AS "state!",
+           e.asked_by, e.asked_at, e.decided_by, e.decided_at, e.note, e.expires_at
+           FROM egress_target e JOIN tenant t ON t.id = e.tenant_id
+           WHERE e.tenant_id = $1 AND e.id < $2 ORDER BY e.id DESC LIMIT $3"#,
+        tenant.0,
+        before,
+        limit
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// The newest of a name.
+pub(in crate::networks) async fn find_target(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    name: &EgressName,
+) -> Result<Option<Target>, Error> {
+    Ok(sqlx::query_as!(
+        Target,
+        r#"SELECT e.id, t.name AS tenant, e.name, e.network::text AS "network!", e.protocol, e.ports, e.reason,
+           CASE WHEN e.state = 'approved' AND e.expires_at <= now() THEN 'expired' ELSE e.state END AS "state!",
+           e.asked_by, e.asked_at, e.decided_by, e.decided_at, e.note, e.expires_at
+           FROM egress_target e JOIN tenant t ON t.id = e.tenant_id
+           WHERE e.tenant_id = $1 AND e.name = $2 ORDER BY e.id DESC LIMIT 1"#,
+        tenant.0,
+        name.as_str()
+    )
+    .fetch_optional(conn)
+    .await?)
+}
+
+/// What waits for a decision, whosever it is, the oldest first.
+pub(in crate::networks) async fn list_waiting(
+    conn: &mut PgConnection,
+    after: i64,
+    limit: i64,
+) -> Result<Vec<Target>, Error> {
+    Ok(sqlx::query_as!(
+        Target,
+        r#"SELECT e.id, t.name AS tenant, e.name, e.network::text AS "network!", e.protocol, e.ports, e.reason,
+           e.state, e.asked_by, e.asked_at, e.decided_by, e.decided_at, e.note, e.expires_at
+           FROM egress_target e JOIN tenant t ON t.id = e.tenant_id
+           WHERE e.state = 'asked' AND e.id > $1 ORDER BY e.id LIMIT $2"#,
+        after,
+        limit
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// Decides about what was asked for. Whether it was still waiting.
+pub(in crate::networks) async fn decide_target(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    id: i64,
+    (state, note, days): (&str, Option<&str>, Option<i32>),
+    who: &str,
+) -> Result<bool, Error> {
+    let done = sqlx::query!(
+        "UPDATE egress_target SET state = $3, note = $4, decided_by = $5, decided_at = now(), \
+         expires_at = least(expires_at, now() + make_interval(days => $6)) \
+         WHERE tenant_id = $1 AND id = $2 AND state = 'asked'",
+        tenant.0,
+        id,
+        state,
+        note,
+        who,
+        days
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() > 0)
+}
+
+/// Withdraws what is asked for or open under a name. Whether there was something.
+pub(in crate::networks) async fn withdraw_target(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    name: &EgressName,
+    who: &str,
+) -> Result<bool, Error> {
+    let done = sqlx::query!(
+        "UPDATE egress_target SET state = 'withdrawn', ended_by = $3, ended_at = now() \
+         WHERE tenant_id = $1 AND name = $2 AND state IN ('asked', 'approved')",
+        tenant.0,
+        name.as_str(),
+        who
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() > 0)
+}
+
+/// Which of these names are not open to the tenant now.
+pub(in crate::networks) async fn list_closed_targets(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    names: &[String],
+) -> Result<Vec<String>, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT n AS "name!" FROM unnest($2::text[]) n WHERE NOT EXISTS
+           (SELECT 1 FROM egress_target e WHERE e.tenant_id = $1 AND e.name = n AND e.state = 'approved'
+            AND (e.expires_at IS NULL OR e.expires_at > now()))"#,
+        tenant.0,
+        names
+    )
+    .fetch_all(conn)
+    .await?)
+}

@@ -1,0 +1,296 @@
+//! Plans: the one that stands, those that there were, and what led to them.
+
+use serde::Serialize;
+use serde_json::Value;
+use sqlx::PgConnection;
+use sqlx::types::Json;
+use time::OffsetDateTime;
+
+use crate::error::Error;
+use crate::ids::TenantId;
+use crate::networks::AppPlan;
+
+/// The plan that stands.
+#[derive(Debug, Clone)]
+pub(in crate::networks) struct Standing {
+    pub(in crate::networks) number: i64,
+    pub(in crate::networks) hash: String,
+    pub(in crate::networks) apps: Vec<AppPlan>,
+    pub(in crate::networks) in_force: bool,
+}
+
+/// One of all plans.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Plan {
+    /// Number.
+    pub number: i64,
+    /// Whose apps it is about.
+    pub tenant: String,
+    /// SHA-256 of all that is open under it.
+    pub hash: String,
+    /// What it opens, in words.
+    pub opens: Value,
+    /// What it closes, in words.
+    pub closes: Value,
+    /// Who decided what led to it.
+    pub causes: Value,
+    /// `proven`, `refused`, `in_force`, `superseded`.
+    pub state: String,
+    /// Why it is not in force, if it is not.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// When it was made.
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+    /// When it came into force.
+    #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
+    pub in_force_at: Option<OffsetDateTime>,
+}
+
+/// What led to a plan.
+#[derive(Debug, Clone, Serialize)]
+pub(in crate::networks) struct Cause {
+    pub(in crate::networks) actor: String,
+    pub(in crate::networks) words: String,
+    #[serde(with = "time::serde::rfc3339")]
+    pub(in crate::networks) at: OffsetDateTime,
+}
+
+/// Puts down what was decided: it becomes part of the next plan.
+pub(in crate::networks) async fn insert_cause(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    actor: &str,
+    words: &str,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "INSERT INTO network_cause (tenant_id, actor, words) VALUES ($1, $2, $3)",
+        tenant.0,
+        actor,
+        words
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Takes what was decided since the last plan.
+pub(in crate::networks) async fn take_causes(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<Vec<Cause>, Error> {
+    let mut causes = sqlx::query_as!(
+        Cause,
+        "DELETE FROM network_cause WHERE tenant_id = $1 RETURNING actor, words, at",
+        tenant.0
+    )
+    .fetch_all(conn)
+    .await?;
+    causes.sort_by_key(|cause| cause.at);
+    Ok(causes)
+}
+
+/// The plan that stands, locked: plans of a tenant are made one after another.
+pub(in crate::networks) async fn lock_plan(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<Standing, Error> {
+    sqlx::query!("INSERT INTO tenant_plan (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING", tenant.0)
+        .execute(&mut *conn)
+        .await?;
+    let row = sqlx::query!(
+        r#"SELECT number, hash, flows AS "flows: Json<Vec<AppPlan>>", in_force FROM tenant_plan
+           WHERE tenant_id = $1 FOR UPDATE"#,
+        tenant.0
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(Standing { number: row.number, hash: row.hash, apps: row.flows.0, in_force: row.in_force })
+}
+
+/// The plan that stands; none before the first.
+pub(in crate::networks) async fn find_standing(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<Option<Standing>, Error> {
+    let row = sqlx::query!(
+        r#"SELECT number, hash, flows AS "flows: Json<Vec<AppPlan>>", in_force FROM tenant_plan WHERE tenant_id = $1"#,
+        tenant.0
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(|row| Standing {
+        number: row.number,
+        hash: row.hash,
+        apps: row.flows.0,
+        in_force: row.in_force,
+    }))
+}
+
+/// What a plan is, before it has a number.
+pub(in crate::networks) struct NewPlan<'a> {
+    pub(in crate::networks) hash: &'a str,
+    pub(in crate::networks) opens: &'a [String],
+    pub(in crate::networks) closes: &'a [String],
+    pub(in crate::networks) causes: &'a [Cause],
+    pub(in crate::networks) refused: Option<&'a str>,
+}
+
+pub(in crate::networks) async fn insert_plan(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    plan: &NewPlan<'_>,
+) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
+        "INSERT INTO network_plan (tenant_id, hash, opens, closes, causes, state, message) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING number",
+        tenant.0,
+        plan.hash,
+        serde_json::json!(plan.opens),
+        serde_json::json!(plan.closes),
+        serde_json::json!(plan.causes),
+        if plan.refused.is_some() { "refused" } else { "proven" },
+        plan.refused.unwrap_or_default()
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Makes a plan the one that stands.
+pub(in crate::networks) async fn set_standing(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    (number, hash): (i64, &str),
+    apps: &[AppPlan],
+) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE tenant_plan SET number = $2, hash = $3, flows = $4, in_force = false, changed_at = now() \
+         WHERE tenant_id = $1",
+        tenant.0,
+        number,
+        hash,
+        serde_json::json!(apps)
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// A plan is in force; those before it have been superseded.
+pub(in crate::networks) async fn set_in_force(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    number: i64,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE tenant_plan SET in_force = true WHERE tenant_id = $1 AND number = $2",
+        tenant.0,
+        number
+    )
+    .execute(&mut *conn)
+    .await?;
+    sqlx::query!(
+        "UPDATE network_plan SET state = CASE WHEN number = $2 THEN 'in_force' ELSE 'superseded' END, \
+         message = CASE WHEN number = $2 THEN '' ELSE message END, \
+         in_force_at = CASE WHEN number = $2 THEN now() ELSE in_force_at END \
+         WHERE tenant_id = $1 AND number <= $2 AND state IN ('proven', 'in_force') \
+           AND NOT (number = $2 AND state = 'in_force')",
+        tenant.0,
+        number
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Why a plan is not in force yet.
+pub(in crate::networks) async fn set_plan_message(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    message: &str,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE network_plan p SET message = $2 FROM tenant_plan t WHERE t.tenant_id = $1 AND NOT t.in_force \
+         AND p.tenant_id = t.tenant_id AND p.number = t.number",
+        tenant.0,
+        message
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Plans by number, the newest first: a tenant's, or (none) all.
+pub(in crate::networks) async fn list_plans(
+    conn: &mut PgConnection,
+    tenant: Option<TenantId>,
+    before: i64,
+    limit: i64,
+) -> Result<Vec<Plan>, Error> {
+    match tenant {
+        Some(tenant) => Ok(sqlx::query_as!(
+            Plan,
+            r#"SELECT p.number, t.name AS tenant, p.hash, p.opens, p.closes, p.causes, p.state, p.message,
+               p.created_at, p.in_force_at FROM network_plan p JOIN tenant t ON t.id = p.tenant_id
+               WHERE p.tenant_id = $1 AND p.number < $2 ORDER BY p.number DESC LIMIT $3"#,
+            tenant.0,
+            before,
+            limit
+        )
+        .fetch_all(conn)
+        .await?),
+        None => Ok(sqlx::query_as!(
+            Plan,
+            r#"SELECT p.number, t.name AS tenant, p.hash, p.opens, p.closes, p.causes, p.state, p.message,
+               p.created_at, p.in_force_at FROM network_plan p JOIN tenant t ON t.id = p.tenant_id
+               WHERE p.number < $1 ORDER BY p.number DESC LIMIT $2"#,
+            before,
+            limit
+        )
+        .fetch_all(conn)
+        .await?),
+    }
+}
+
+/// One plan: a tenant's, or (none) whosever it is.
+pub(in crate::networks) async fn find_plan(
+    conn: &mut PgConnection,
+    tenant: Option<TenantId>,
+    number: i64,
+) -> Result<Option<Plan>, Error> {
+    let found = list_plans(conn, tenant, number.saturating_add(1), 1).await?;
+    Ok(found.into_iter().find(|plan| plan.number == number))
+}
+
+/// What a tenant that leaves has given and asked for ends, and whoever it gave to is woken.
+pub(in crate::networks) async fn end_all(conn: &mut PgConnection, tenant: TenantId) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE grant_offer SET withdrawn_by = 'platform', withdrawn_at = now() \
+         WHERE tenant_id = $1 AND withdrawn_at IS NULL",
+        tenant.0
+    )
+    .execute(&mut *conn)
+    .await?;
+    sqlx::query!(
+        "UPDATE grant_answer SET ended_by = 'platform', ended_at = now() WHERE tenant_id = $1 AND ended_at IS NULL",
+        tenant.0
+    )
+    .execute(&mut *conn)
+    .await?;
+    sqlx::query!(
+        "UPDATE egress_target SET state = 'withdrawn', ended_by = 'platform', ended_at = now() \
+         WHERE tenant_id = $1 AND state IN ('asked', 'approved')",
+        tenant.0
+    )
+    .execute(&mut *conn)
+    .await?;
+    sqlx::query!("DELETE FROM tenant_service WHERE tenant_id = $1", tenant.0).execute(&mut *conn).await?;
+    sqlx::query!(
+        "UPDATE work SET wake = wake + 1, due_at = least(due_at, now()), parked_at = NULL WHERE kind = 'network' \
+         AND object_id IN (SELECT tenant_id FROM grant_answer WHERE from_tenant_id = $1)",
+        tenant.0
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}

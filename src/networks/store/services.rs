@@ -1,0 +1,138 @@
+//! The catalogue, and which tenant may use what.
+
+use sqlx::PgConnection;
+use sqlx::types::Json;
+use time::OffsetDateTime;
+
+use crate::error::Error;
+use crate::ids::{ServiceName, TenantId};
+use crate::networks::{Endpoint, Service};
+
+struct ServiceRow {
+    name: ServiceName,
+    description: String,
+    endpoints: Json<Vec<Endpoint>>,
+    generation: i64,
+    created_at: OffsetDateTime,
+    changed_at: OffsetDateTime,
+}
+
+impl From<ServiceRow> for Service {
+    fn from(row: ServiceRow) -> Self {
+        let ServiceRow { name, description, endpoints: Json(endpoints), generation, created_at, changed_at } =
+            row;
+        Self { name, description, endpoints, generation, created_at, changed_at }
+    }
+}
+
+/// Services that the transaction may see, by name: the platform's all, a tenant's those that it may use.
+pub(in crate::networks) async fn list_services(
+    conn: &mut PgConnection,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<Service>, Error> {
+    let rows = sqlx::query_as!(
+        ServiceRow,
+        r#"SELECT name AS "name: ServiceName", description, endpoints AS "endpoints: Json<Vec<Endpoint>>",
+           generation, created_at, changed_at FROM service WHERE name > $1 ORDER BY name LIMIT $2"#,
+        after,
+        limit
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(Into::into).collect())
+}
+
+/// One of them, with its identity.
+pub(in crate::networks) async fn find_service(
+    conn: &mut PgConnection,
+    name: &ServiceName,
+) -> Result<Option<(i64, Service)>, Error> {
+    let row = sqlx::query!(
+        r#"SELECT id, name AS "name: ServiceName", description, endpoints AS "endpoints: Json<Vec<Endpoint>>",
+           generation, created_at, changed_at FROM service WHERE name = $1"#,
+        name.as_str()
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(|row| {
+        let service = Service {
+            name: row.name,
+            description: row.description,
+            endpoints: row.endpoints.0,
+            generation: row.generation,
+            created_at: row.created_at,
+            changed_at: row.changed_at,
+        };
+        (row.id, service)
+    }))
+}
+
+/// Puts a service into the catalogue, or changes it. Its identity and generation.
+pub(in crate::networks) async fn put_service(
+    conn: &mut PgConnection,
+    name: &ServiceName,
+    description: &str,
+    endpoints: &[Endpoint],
+) -> Result<(i64, i64), Error> {
+    let row = sqlx::query!(
+        "INSERT INTO service (name, description, endpoints) VALUES ($1, $2, $3) \
+         ON CONFLICT (name) DO UPDATE SET description = EXCLUDED.description, endpoints = EXCLUDED.endpoints, \
+         generation = service.generation + 1, changed_at = now() RETURNING id, generation",
+        name.as_str(),
+        description,
+        serde_json::json!(endpoints)
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok((row.id, row.generation))
+}
+
+pub(in crate::networks) async fn delete_service(conn: &mut PgConnection, id: i64) -> Result<(), sqlx::Error> {
+    sqlx::query!("DELETE FROM service WHERE id = $1", id).execute(conn).await.map(drop)
+}
+
+/// Wakes whoever may use a service.
+pub(in crate::networks) async fn wake_users(
+    conn: &mut PgConnection,
+    service: i64,
+    who: &str,
+    why: &str,
+) -> Result<(), Error> {
+    sqlx::query!("SELECT network_wake_users($1, $2, $3)", service, who, why).fetch_one(conn).await?;
+    Ok(())
+}
+
+/// Lets a tenant use a service. Whether it could not before.
+pub(in crate::networks) async fn give_service(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    service: i64,
+    who: &str,
+) -> Result<bool, Error> {
+    let done = sqlx::query!(
+        "INSERT INTO tenant_service (tenant_id, service_id, given_by) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+        tenant.0,
+        service,
+        who
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() > 0)
+}
+
+/// Takes a service from a tenant. Whether it had it.
+pub(in crate::networks) async fn take_service(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    service: &ServiceName,
+) -> Result<bool, Error> {
+    let done = sqlx::query!(
+        "DELETE FROM tenant_service t USING service s WHERE t.tenant_id = $1 AND t.service_id = s.id AND s.name = $2",
+        tenant.0,
+        service.as_str()
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() > 0)
+}

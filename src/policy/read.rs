@@ -1,0 +1,367 @@
+//! Reads the nftables text that will be applied: the whole table, or a change of its sets. It knows one
+//! shape, written down here a second time and on purpose apart from what prints it; what does not have
+//! that shape to the letter cannot be proven and is refused.
+
+use std::collections::{BTreeSet, HashSet};
+use std::net::Ipv4Addr;
+
+use super::{Cidr, Protocol};
+
+/// What of the table's shape differs between installations.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shell {
+    /// Name of the table.
+    pub table: String,
+    /// What the names of the bridges begin with; a number follows.
+    pub prefix: String,
+    /// User id of the one process of the host that may begin to talk to instances.
+    pub prober: u32,
+    /// The pool of tenants' subnets.
+    pub pool: Cidr,
+}
+
+/// Who may begin to talk to whom: one element of a set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Rule {
+    /// Number of the network that it comes from.
+    pub network: u32,
+    /// Source address.
+    pub source: u32,
+    /// First address of the target.
+    pub first: u32,
+    /// Last address of the target.
+    pub last: u32,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port at the target.
+    pub port: u16,
+}
+
+/// A set of rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Set {
+    /// Between instances.
+    Pairs,
+    /// To single addresses of services; looked at before what nobody reaches.
+    Services,
+    /// To ranges; looked at after it.
+    Outside,
+}
+
+impl Set {
+    /// Its name in the table.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pairs => "pairs",
+            Self::Services => "services",
+            Self::Outside => "outside",
+        }
+    }
+}
+
+/// The sets of a table.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Table {
+    /// Network and address of each instance.
+    pub sources: HashSet<(u32, u32)>,
+    /// Between instances.
+    pub pairs: HashSet<Rule>,
+    /// To single addresses of services.
+    pub services: HashSet<Rule>,
+    /// To ranges.
+    pub outside: HashSet<Rule>,
+    /// What nobody reaches: first and last addresses.
+    pub never: BTreeSet<(u32, u32)>,
+}
+
+impl Table {
+    /// A set of rules.
+    #[must_use]
+    pub fn set(&self, set: Set) -> &HashSet<Rule> {
+        match set {
+            Set::Pairs => &self.pairs,
+            Set::Services => &self.services,
+            Set::Outside => &self.outside,
+        }
+    }
+
+    fn set_mut(&mut self, set: Set) -> &mut HashSet<Rule> {
+        match set {
+            Set::Pairs => &mut self.pairs,
+            Set::Services => &mut self.services,
+            Set::Outside => &mut self.outside,
+        }
+    }
+}
+
+/// Why a text cannot be read: the line, counted from one, and what is wrong there.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line}: {why}")]
+pub struct Unreadable {
+    /// Line.
+    pub line: usize,
+    /// What is wrong.
+    pub why: &'static str,
+}
+
+/// The shape: `T` is the table, `B` the bridges, `U` the prober, `P` the pool; a line that is only `=NAME`
+/// stands for the elements of that set, if it has any.
+const SHAPE: &str = r"add table inet T
+delete table inet T
+table inet T {
+  set sources {
+    type ifname . ipv4_addr
+=sources
+  }
+  set pairs {
+    type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service
+=pairs
+  }
+  set services {
+    type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service
+=services
+  }
+  set outside {
+    type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service
+    flags interval
+=outside
+  }
+  set never {
+    type ipv4_addr
+    flags interval
+=never
+  }
+  set denied {
+    type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service
+    size 65536
+    flags dynamic,timeout
+    timeout 1m
+  }
+  set pace {
+    type ifname
+    size 65536
+    flags dynamic,timeout
+    timeout 1m
+  }
+  chain arrive {
+    type filter hook prerouting priority raw; policy accept;
+    iifname B meta nfproto ipv6 drop
+    iifname B iifname . ip saddr != @sources goto discard
+  }
+  chain through {
+    type filter hook forward priority filter - 10; policy accept;
+    iifname B goto from_tenant
+    oifname B goto to_tenant
+  }
+  chain from_tenant {
+    ct state invalid drop
+    iifname . ip saddr . ip daddr . meta l4proto . th dport @pairs oifname B accept
+    ct direction reply ct state established oifname . ip daddr . ip saddr . meta l4proto . th sport @pairs oifname B accept
+    icmp type { destination-unreachable, time-exceeded } ct state related accept
+    iifname . ip saddr . ip daddr . meta l4proto . th dport @services oifname != B accept
+    ip daddr @never goto refuse
+    iifname . ip saddr . ip daddr . meta l4proto . th dport @outside oifname != B accept
+    goto refuse
+  }
+  chain to_tenant {
+    ct direction reply ct state established oifname . ip daddr . ip saddr . meta l4proto . th sport @services accept
+    ct direction reply ct state established ip saddr != @never oifname . ip daddr . ip saddr . meta l4proto . th sport @outside accept
+    icmp type { destination-unreachable, time-exceeded } ct state related accept
+    drop
+  }
+  chain into_host {
+    type filter hook input priority filter - 10; policy accept;
+    iifname B goto from_tenant_to_host
+  }
+  chain from_tenant_to_host {
+    meta l4proto tcp ct direction reply ct state established accept
+    goto discard
+  }
+  chain out_of_host {
+    type filter hook output priority filter - 10; policy accept;
+    oifname B goto host_to_tenant
+  }
+  chain host_to_tenant {
+    meta l4proto tcp meta skuid U accept
+    icmp type destination-unreachable accept
+    reject with icmpx admin-prohibited
+  }
+  chain leave {
+    type nat hook postrouting priority srcnat; policy accept;
+    ip saddr P oifname != B masquerade
+  }
+  chain refuse {
+    meta l4proto { tcp, udp } update @pace { iifname limit rate 5/second burst 50 packets } update @denied { iifname . ip saddr . ip daddr . meta l4proto . th dport }
+    reject with icmpx admin-prohibited
+  }
+  chain discard {
+    meta l4proto { tcp, udp } update @pace { iifname limit rate 5/second burst 50 packets } update @denied { iifname . ip saddr . ip daddr . meta l4proto . th dport }
+    drop
+  }
+}
+";
+
+fn filled(line: &str, shell: &Shell) -> String {
+    let words: Vec<String> = line
+        .split(' ')
+        .map(|word| match word {
+            "T" => shell.table.clone(),
+            "B" => format!("\"{}*\"", shell.prefix),
+            "U" => shell.prober.to_string(),
+            "P" => shell.pool.to_string(),
+            word => word.to_owned(),
+        })
+        .collect();
+    words.join(" ")
+}
+
+/// Reads a whole table.
+pub fn table(text: &str, shell: &Shell) -> Result<Table, Unreadable> {
+    let mut out = Table::default();
+    let mut lines = text.split('\n').enumerate().peekable();
+    for expected in SHAPE.split('\n') {
+        let at = lines.peek().map_or(0, |(n, _)| n + 1);
+        let fail = |why| Err(Unreadable { line: at, why });
+        if let Some(set) = expected.strip_prefix('=') {
+            let elements = lines.peek().and_then(|(_, line)| line.strip_prefix("    elements = { "));
+            if let Some(elements) = elements {
+                let Some(elements) = elements.strip_suffix(" }") else {
+                    return fail("elements without an end");
+                };
+                fill(&mut out, set, elements, shell).map_err(|why| Unreadable { line: at, why })?;
+                lines.next();
+            }
+            continue;
+        }
+        match lines.next() {
+            Some((_, line)) if line == filled(expected, shell) => {}
+            Some(_) => return fail("this is not a line that can be proven"),
+            None => return fail("the table ends too early"),
+        }
+    }
+    match lines.next() {
+        None => Ok(out),
+        Some((n, _)) => Err(Unreadable { line: n + 1, why: "something follows the table" }),
+    }
+}
+
+fn fill(out: &mut Table, set: &str, elements: &str, shell: &Shell) -> Result<(), &'static str> {
+    const TWICE: &str = "an element stands twice";
+    for element in elements.split(", ") {
+        let fresh = match set {
+            "sources" => out.sources.insert(source(element, shell)?),
+            "never" => {
+                let network: Cidr = element.parse().map_err(|_| "no network")?;
+                out.never.insert((network.first(), network.last()))
+            }
+            _ => {
+                let set = named(set)?;
+                out.set_mut(set).insert(rule(element, set, shell)?)
+            }
+        };
+        if !fresh {
+            return Err(TWICE);
+        }
+    }
+    Ok(())
+}
+
+fn named(set: &str) -> Result<Set, &'static str> {
+    [Set::Pairs, Set::Services, Set::Outside]
+        .into_iter()
+        .find(|known| known.name() == set)
+        .ok_or("no set of rules")
+}
+
+fn number(text: &str) -> Option<u32> {
+    let plain = !text.is_empty() && text.len() <= 10 && text.bytes().all(|b| b.is_ascii_digit());
+    let value = text.parse().ok().filter(|_| plain)?;
+    // One way to write a number: else two names would be one bridge.
+    (text.len() == 1 || !text.starts_with('0')).then_some(value)
+}
+
+fn network(text: &str, shell: &Shell) -> Result<u32, &'static str> {
+    text.strip_prefix('"')
+        .and_then(|text| text.strip_suffix('"'))
+        .and_then(|text| text.strip_prefix(shell.prefix.as_str()))
+        .and_then(number)
+        .ok_or("no bridge of this installation")
+}
+
+fn address(text: &str) -> Result<u32, &'static str> {
+    text.parse::<Ipv4Addr>().map(Ipv4Addr::to_bits).map_err(|_| "no address")
+}
+
+fn source(element: &str, shell: &Shell) -> Result<(u32, u32), &'static str> {
+    let (bridge, own) = element.split_once(" . ").ok_or("an element has too few parts")?;
+    Ok((network(bridge, shell)?, address(own)?))
+}
+
+fn rule(element: &str, set: Set, shell: &Shell) -> Result<Rule, &'static str> {
+    let mut parts = element.split(" . ");
+    let mut part = || parts.next().ok_or("an element has too few parts");
+    let (bridge, own, target, protocol, port) = (part()?, part()?, part()?, part()?, part()?);
+    if parts.next().is_some() {
+        return Err("an element has too many parts");
+    }
+    let (first, last) = if set == Set::Outside {
+        let target: Cidr = target.parse().map_err(|_| "no network")?;
+        (target.first(), target.last())
+    } else {
+        let target = address(target)?;
+        (target, target)
+    };
+    Ok(Rule {
+        network: network(bridge, shell)?,
+        source: address(own)?,
+        first,
+        last,
+        protocol: Protocol::parse(protocol).ok_or("no protocol that is known")?,
+        port: number(port)
+            .and_then(|port| u16::try_from(port).ok())
+            .filter(|port| *port > 0)
+            .ok_or("no port")?,
+    })
+}
+
+/// Reads a change, a line each `add element` or `delete element`, and says what the table is after it.
+pub fn change(text: &str, before: &Table, shell: &Shell) -> Result<Table, Unreadable> {
+    let mut out = before.clone();
+    for (n, line) in text.lines().enumerate() {
+        edit(&mut out, line, shell).map_err(|why| Unreadable { line: n + 1, why })?;
+    }
+    Ok(out)
+}
+
+fn edit(out: &mut Table, line: &str, shell: &Shell) -> Result<(), &'static str> {
+    let (verb, rest) = line.split_once(" element inet ").ok_or("no change of elements")?;
+    let rest = rest
+        .strip_prefix(shell.table.as_str())
+        .and_then(|rest| rest.strip_prefix(' '))
+        .ok_or("another table")?;
+    let (set, elements) = rest.split_once(" { ").ok_or("no elements")?;
+    let elements = elements.strip_suffix(" }").ok_or("elements without an end")?;
+    // What nobody reaches is part of the wall and changes with the whole table alone.
+    if set == "never" {
+        return Err("what nobody reaches is not changed like this");
+    }
+    if verb == "add" {
+        return fill(out, set, elements, shell);
+    }
+    if verb != "delete" {
+        return Err("no change of elements");
+    }
+    for element in elements.split(", ") {
+        let was = if set == "sources" {
+            out.sources.remove(&source(element, shell)?)
+        } else {
+            let set = named(set)?;
+            out.set_mut(set).remove(&rule(element, set, shell)?)
+        };
+        if !was {
+            return Err("an element is taken away that is not there");
+        }
+    }
+    Ok(())
+}
