@@ -139,7 +139,7 @@ async fn tenants_and_apps_are_apart_and_reach_only_what_they_name() {
     // An element that somebody adds to a set is taken out again, and what is as it should be is left alone.
     let table = machine.table();
     let own = |of: &serde_json::Value| of["address"].as_str().unwrap().to_owned();
-    let element = format!("{{ \"bk{}1\" . {} . {} . 8080 }}", machine.id, own(&evil), own(&web));
+    let element = format!("{{ \"bk{}1\" . {} . {} . tcp . 8080 }}", machine.id, own(&evil), own(&web));
     assert!(run("nft", &["add", "element", "inet", &table, "pairs", &element]).0);
     let begun = std::time::Instant::now();
     while run("nft", &["get", "element", "inet", &table, "pairs", &element]).0 {

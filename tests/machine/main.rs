@@ -9,6 +9,8 @@ mod contained;
 mod faults;
 mod kills;
 mod main_job;
+mod network;
+mod outside;
 mod production;
 mod registry;
 mod secrets;

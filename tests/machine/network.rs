@@ -1,0 +1,322 @@
+//! Who reaches whom, in packets: services, grants, the outside, and what stays closed whatever is asked for.
+
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::outside::{Live, Outside, greets, of, within};
+use crate::support::{HTTPD, Machine, run};
+
+fn address(instance: &Value) -> Ipv4Addr {
+    instance["address"].as_str().unwrap().parse().unwrap()
+}
+
+async fn instance(machine: &Machine, tenant: &str, app: &str) -> (Ipv4Addr, String) {
+    let seen = machine.running(tenant, app).await["observed"]["instances"][0].clone();
+    (address(&seen), of(&machine.pid(&seen)))
+}
+
+/// Waits until something holds, for at most some seconds; how long it took.
+async fn until(seconds: u64, what: &str, mut holds: impl FnMut() -> bool) -> Duration {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < Duration::from_secs(seconds), "not in time: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    begun.elapsed()
+}
+
+async fn two_tenants(machine: &Machine) {
+    for name in ["acme", "beta"] {
+        let robot = machine.tenant(name).await;
+        machine.push(&robot, &format!("{name}/web:1"), &HTTPD);
+    }
+}
+
+async fn put(machine: &Machine, path: &str, body: Value) {
+    let (status, answer) = machine.send("PUT", path, body).await;
+    assert!((200..300).contains(&status), "PUT {path}: {status} {answer}");
+}
+
+async fn delete(machine: &Machine, path: &str) {
+    let (status, answer) = machine.ask(&machine.admin, "DELETE", path, None).await;
+    assert!((200..300).contains(&status), "DELETE {path}: {status} {answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
+    let machine = Machine::start().await;
+    let world = Outside::new();
+    for port in [9092, 9093] {
+        world.serve(port);
+    }
+    world.push(123);
+    two_tenants(&machine).await;
+    let endpoints = json!([{"network": world.service(), "port": 9092}, {"network": world.service(), "port": 123, "protocol": "udp"}]);
+    put(&machine, "/api/v1/services/kafka", json!({"description": "messages", "endpoints": endpoints})).await;
+    // Not given: the deploy says so, and what to do.
+    let asking = "image: web:1\nport: 8080\nconnects: { services: [kafka] }\n";
+    let (status, body) = machine.deploy("acme", "web", asking).await;
+    assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-427")), "{body}");
+    put(&machine, "/api/v1/tenants/acme/services/kafka", json!({})).await;
+    assert_eq!(machine.deploy("acme", "web", asking).await.0, 202);
+    assert_eq!(machine.deploy("acme", "other", "image: web:1\nport: 8080\n").await.0, 202);
+    assert_eq!(machine.deploy("beta", "web", "image: web:1\nport: 8080\n").await.0, 202);
+    let (_, web) = instance(&machine, "acme", "web").await;
+    let (_, other) = instance(&machine, "acme", "other").await;
+    let (_, beta) = instance(&machine, "beta", "web").await;
+    assert!(greets(&web, world.service(), 9092), "what is asked for is open: {}", machine.tail("agent"));
+    assert!(!greets(&web, world.service(), 9093), "on its port alone");
+    assert!(!greets(&other, world.service(), 9092), "an app that does not ask gets nothing");
+    assert!(!greets(&beta, world.service(), 9092), "nor a tenant that may not");
+    for closed in [world.metadata(), world.private(), world.allowed()] {
+        assert!(!greets(&web, closed, 9092), "{closed}");
+    }
+    // Its name is known to who asked, and to nobody else.
+    let hosts = async |tenant: &str, app: &str| {
+        let name = machine.running(tenant, app).await["observed"]["instances"][0]["container"].clone();
+        machine.podman(&["exec", name.as_str().unwrap(), "/bin/busybox", "cat", "/etc/hosts"]).1
+    };
+    assert!(hosts("acme", "web").await.contains(&format!("{} kafka", world.service())));
+    assert!(!hosts("acme", "other").await.contains("kafka"));
+    // The answer from the plan, and the record of what was tried in vain, with the reason.
+    let reach = machine.get("/api/v1/tenants/acme/apps/web/reach?to=kafka&port=9092").await;
+    assert_eq!((&reach["open"], &reach["in_force"]), (&json!(true), &json!(true)), "{reach}");
+    let path = format!("/api/v1/tenants/acme/apps/other/reach?to={}&port=9092", world.service());
+    let reach = machine.get(&path).await;
+    assert!(
+        reach["open"] == false && reach["ask"].as_str().unwrap().contains("connects.services"),
+        "{reach}"
+    );
+    let begun = Instant::now();
+    loop {
+        let denied = machine.get("/api/v1/tenants/acme/apps/other/denied").await;
+        let told = denied["items"].as_array().unwrap().iter().any(|item| {
+            item["target"] == json!(world.service())
+                && item["port"] == 9092
+                && item["why"].to_string().contains("kafka")
+        });
+        if told {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(15), "{denied}");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    // Taken away: what runs is cut, over TCP and over UDP, where only the service still sends.
+    let tcp = Live::tcp(&web, world.service(), 9092);
+    let udp = Live::udp(&web, world.service(), 123);
+    until(5, "both live", || tcp.rounds() > 3 && udp.rounds() > 3).await;
+    delete(&machine, "/api/v1/tenants/acme/services/kafka").await;
+    until(5, "closed", || !greets(&web, world.service(), 9092)).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let before = (tcp.rounds(), udp.rounds());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!((tcp.rounds(), udp.rounds()), before, "nothing passes any more, in either direction");
+    // The plan says what it closed, and who decided it.
+    let plans = machine.get("/api/v1/tenants/acme/network/plans").await;
+    let newest = &plans["items"][0];
+    assert_eq!(newest["state"], "in_force", "{newest}");
+    assert!(newest["closes"].to_string().contains("web to the service kafka"), "{newest}");
+    assert!(newest["causes"].to_string().contains("no longer use the service kafka"), "{newest}");
+    assert_eq!(newest["opens"], json!([]));
+    // And what was opened before, by which deploy.
+    let all = plans["items"].to_string();
+    assert!(all.contains("web is deployed"), "{all}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_tenants_app_is_reached_only_while_both_agree() {
+    let machine = Machine::start().await;
+    two_tenants(&machine).await;
+    assert_eq!(machine.deploy("beta", "api", "image: web:1\nport: 8080\n").await.0, 202);
+    let (api, _) = instance(&machine, "beta", "api").await;
+    let asking = "image: web:1\nport: 8080\nconnects: { apps: [beta/api] }\n";
+    assert_eq!(machine.deploy("acme", "web", asking).await.0, 422, "nothing is offered");
+    // An offer to nobody and an offer to somebody are answered alike.
+    let offer = |to: &str| json!({"app": "api", "tenant": to, "to_app": "web"});
+    let (status, nobody) = machine.send("POST", "/api/v1/tenants/beta/grants", offer("nobody-here")).await;
+    let (also, grant) = machine.send("POST", "/api/v1/tenants/beta/grants", offer("acme")).await;
+    assert_eq!((status, also), (201, 201), "{nobody} {grant}");
+    assert_eq!(
+        nobody.as_object().unwrap().keys().collect::<Vec<_>>(),
+        grant.as_object().unwrap().keys().collect::<Vec<_>>()
+    );
+    assert_eq!(machine.deploy("acme", "web", asking).await.0, 422, "an offer alone opens nothing");
+    let received = machine.get("/api/v1/tenants/acme/grants/received").await;
+    assert_eq!(received["items"][0]["tenant"], "beta", "{received}");
+    let id = received["items"][0]["id"].as_i64().unwrap();
+    // Deployed first without it, so that accepting is what opens it: the second app names nothing.
+    put(&machine, &format!("/api/v1/tenants/acme/grants/{id}/acceptance"), json!({})).await;
+    assert_eq!(machine.deploy("acme", "web", asking).await.0, 202);
+    let (_, web) = instance(&machine, "acme", "web").await;
+    assert!(greets(&web, api, 8080), "both agree: {}", machine.tail("agent"));
+    assert!(!greets(&web, api, 8081));
+    let (own, _) = instance(&machine, "acme", "web").await;
+    let (_, beta) = instance(&machine, "beta", "api").await;
+    assert!(!greets(&beta, own, 8080), "in one direction alone");
+    // Another app of the same tenant may not even name it into being: it was granted to `web`.
+    assert_eq!(machine.deploy("acme", "spy", asking).await.0, 202);
+    let (_, spy) = instance(&machine, "acme", "spy").await;
+    assert!(!greets(&spy, api, 8080), "it was granted to one app");
+    // The giver changes the port: the grant is of the app, so the new port is what is open.
+    assert_eq!(
+        machine
+            .deploy(
+                "beta",
+                "api",
+                "image: web:1\nport: 8082\ncommand: [/bin/busybox, httpd, -f, -p, '8082', -h/www]\n"
+            )
+            .await
+            .0,
+        202
+    );
+    let (api, _) = instance(&machine, "beta", "api").await;
+    until(10, "the new port", || greets(&web, api, 8082)).await;
+    // From accepted to through: ended by the receiver, offered and accepted anew.
+    delete(&machine, &format!("/api/v1/tenants/acme/grants/{id}")).await;
+    until(5, "given back", || !greets(&web, api, 8082)).await;
+    delete(&machine, &format!("/api/v1/tenants/beta/grants/{id}")).await;
+    let (_, grant) = machine.send("POST", "/api/v1/tenants/beta/grants", offer("acme")).await;
+    let id = grant["id"].as_i64().unwrap();
+    put(&machine, &format!("/api/v1/tenants/acme/grants/{id}/acceptance"), json!({})).await;
+    let took = until(5, "open again", || greets(&web, api, 8082)).await;
+    println!("from accepted to through: {} ms", took.as_millis());
+    // The giver withdraws alone.
+    delete(&machine, &format!("/api/v1/tenants/beta/grants/{id}")).await;
+    until(5, "withdrawn", || !greets(&web, api, 8082)).await;
+    let plans = machine.get("/api/v1/tenants/acme/network/plans").await;
+    assert!(
+        plans["items"][0]["causes"].to_string().contains("the grant of beta/api is withdrawn"),
+        "{plans}"
+    );
+    // Nobody else sees any of it.
+    let eve = machine.tenant("gamma").await;
+    drop(eve);
+    let none = machine.get("/api/v1/tenants/gamma/grants/received").await;
+    assert_eq!(none["items"], json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_outside_is_open_where_it_was_approved_and_until_then() {
+    let machine = Machine::start().await;
+    let world = Outside::new();
+    world.serve(443);
+    two_tenants(&machine).await;
+    let asked = json!({"network": world.allowed(), "ports": [443], "reason": "to be paid"});
+    put(&machine, "/api/v1/tenants/acme/egress/payments", asked).await;
+    let asking = "image: web:1\nport: 8080\nconnects: { egress: [payments] }\n";
+    assert_eq!(machine.deploy("acme", "web", asking).await.0, 422, "asked for is not approved");
+    let waiting = machine.get("/api/v1/egress").await;
+    assert_eq!(
+        (&waiting["items"][0]["tenant"], &waiting["items"][0]["reason"]),
+        (&json!("acme"), &json!("to be paid"))
+    );
+    put(&machine, "/api/v1/tenants/acme/egress/payments/decision", json!({"approved": true, "days": 1}))
+        .await;
+    assert_eq!(machine.deploy("acme", "web", asking).await.0, 202);
+    let (_, web) = instance(&machine, "acme", "web").await;
+    assert!(greets(&web, world.allowed(), 443), "{}", machine.tail("agent"));
+    for closed in [world.other(), world.service(), world.private(), world.metadata()] {
+        assert!(!greets(&web, closed, 443), "{closed}");
+    }
+    // Nothing comes in from there by itself.
+    let (own, _) = instance(&machine, "acme", "web").await;
+    assert!(
+        run(
+            "ip",
+            &[
+                "-n",
+                world.place().rsplit('/').next().unwrap(),
+                "route",
+                "add",
+                &format!("{own}/32"),
+                "dev",
+                "world"
+            ]
+        )
+        .0 || true
+    );
+    assert!(!greets(&world.place(), own, 8080), "from outside by plain routing");
+    // Its time is up.
+    let live = Live::tcp(&web, world.allowed(), 443);
+    until(5, "live", || live.rounds() > 3).await;
+    machine.sql("UPDATE egress_target SET expires_at = now() + interval '2 seconds'; UPDATE work SET due_at = now() WHERE kind = 'network'");
+    until(10, "expired", || !greets(&web, world.allowed(), 443)).await;
+    let before = live.rounds();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(live.rounds(), before, "what ran over it is cut");
+    // What nobody reaches cannot even be asked for.
+    for network in [
+        "169.254.169.254",
+        "10.1.2.3",
+        "0.0.0.0/0",
+        "168.63.129.16",
+        "100.100.100.200",
+        "127.0.0.1",
+        "10.64.0.2",
+        "224.0.0.1",
+        "::1",
+    ] {
+        let body = json!({"network": network, "ports": [443], "reason": "x"});
+        let (status, answer) = machine.send("PUT", "/api/v1/tenants/acme/egress/bad", body).await;
+        assert_eq!(status, 422, "{network}: {answer}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_forbidden_stays_so_under_replacement_flood_and_forgery() {
+    let machine = Machine::start().await;
+    let world = Outside::new();
+    world.serve(9092);
+    two_tenants(&machine).await;
+    for tenant in ["acme", "beta"] {
+        assert_eq!(machine.deploy(tenant, "web", "image: web:1\nport: 8080\n").await.0, 202);
+    }
+    let (own, web) = instance(&machine, "acme", "web").await;
+    let (foreign, beta) = instance(&machine, "beta", "web").await;
+    // A flood of datagrams toward everything that is closed, while the table is replaced again and again.
+    let target = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let (counted, place) = (std::sync::Arc::clone(&target), beta.clone());
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (until_then, ready) = (std::sync::Arc::clone(&stop), std::sync::mpsc::channel());
+    std::thread::spawn(move || {
+        within(&place, move || {
+            let socket = std::net::UdpSocket::bind((foreign, 5000)).unwrap();
+            socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+            ready.0.send(()).unwrap();
+            let mut buffer = [0; 64];
+            while !until_then.load(std::sync::atomic::Ordering::Relaxed) {
+                if socket.recv_from(&mut buffer).is_ok() {
+                    counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                }
+            }
+        });
+    });
+    ready.1.recv().unwrap();
+    let flooding = std::sync::Arc::clone(&stop);
+    let sent = std::thread::spawn(move || {
+        within(&web, move || {
+            let socket = std::net::UdpSocket::bind((own, 0)).unwrap();
+            let mut sent = 0_usize;
+            while !flooding.load(std::sync::atomic::Ordering::Relaxed) {
+                sent += usize::from(socket.send_to(b"flood", (foreign, 5000)).is_ok());
+            }
+            sent
+        })
+    });
+    let table = machine.table();
+    let dump = run("nft", &["-s", "list", "table", "inet", &table]).1;
+    let text = format!("add table inet {table}\ndelete table inet {table}\n{dump}");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), text).unwrap();
+    for n in 0..200 {
+        let (good, words) = run("nft", &["-f", file.path().to_str().unwrap()]);
+        assert!(good, "{n}: {words}");
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let sent = sent.join().unwrap();
+    assert!(sent > 1000, "{sent} were sent");
+    assert_eq!(target.load(std::sync::atomic::Ordering::Relaxed), 0, "of {sent}");
+    println!("0 of {sent} forbidden packets came through 200 replacements");
+}
