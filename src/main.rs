@@ -12,6 +12,7 @@ use bulkhead::standalone::{self, doctor, uninstall, units};
 use bulkhead::{prober, startup, telemetry};
 use clap::{Parser, Subcommand, ValueEnum};
 
+mod ask;
 mod commands;
 
 /// Bulkhead: many tenants' containers on one platform, apart by construction.
@@ -116,6 +117,11 @@ enum Command {
         #[command(subcommand)]
         command: AuditCommand,
     },
+    /// Connections
+    Net {
+        #[command(subcommand)]
+        command: NetCommand,
+    },
     /// Answer health checks (started by `up` or its unit)
     #[command(hide = true)]
     Prober {
@@ -131,6 +137,32 @@ enum Command {
         /// The installation's four letters
         #[arg(long, default_value = "")]
         confirm: String,
+    },
+}
+
+#[derive(Subcommand)]
+enum NetCommand {
+    /// Whether an app can reach something: by the plan, and with --probe by trying it. Asks the API, with the token
+    /// in BULKHEAD_TOKEN
+    CanReach {
+        /// TENANT/APP
+        app: bulkhead::ids::AppRef,
+        /// A name of `connects`, or an IPv4 address
+        to: String,
+        /// Port there
+        port: u16,
+        /// UDP instead of TCP
+        #[arg(long)]
+        udp: bool,
+        /// Also try it from within an instance of the app
+        #[arg(long)]
+        probe: bool,
+        /// Address of the platform
+        #[arg(long, env = "BULKHEAD_URL", default_value = "http://127.0.0.1:8080")]
+        url: String,
+        /// Form of the answer
+        #[arg(short, long, default_value = "text")]
+        output: Output,
     },
 }
 
@@ -274,6 +306,7 @@ fn run(command: Command) -> Result<ExitCode, String> {
         Command::Audit { command: AuditCommand::Verify { data, config, output } } => {
             return commands::verify_audit(&data, config, output);
         }
+        Command::Net { command } => return ask::can_reach(command),
         Command::Prober { socket } => {
             block_on(async { prober::serve(&socket).await.map_err(|error| error.to_string()) })?;
         }

@@ -239,6 +239,7 @@ fn connections(take: &mut Taker<'_>) {
         GET "/api/v1/tenants/{tenant}/network/plans" => n::plans::list_plans;
         GET "/api/v1/tenants/{tenant}/network/plans/{id}" => n::plans::get_plan;
         GET "/api/v1/tenants/{tenant}/apps/{app}/reach" => n::reach::get_reach;
+        POST "/api/v1/tenants/{tenant}/apps/{app}/reach" => n::reach::post_reach;
         GET "/api/v1/tenants/{tenant}/apps/{app}/denied" => n::reach::get_denied;
     }
 }

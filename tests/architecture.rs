@@ -35,6 +35,7 @@ const ORDER: &[&str] = &[
     "startup",
     "standalone",
     "commands",
+    "ask",
     "main",
 ];
 

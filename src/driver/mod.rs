@@ -171,6 +171,73 @@ pub struct AppEvent {
     pub text: String,
 }
 
+/// Where a probe goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProbeTarget {
+    /// An instance of an app.
+    App {
+        /// Its tenant.
+        tenant: TenantName,
+        /// Its identity.
+        app: AppId,
+    },
+    /// An address.
+    Address(Ipv4Addr),
+}
+
+/// A probe.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Probe {
+    /// Tenant.
+    pub tenant: TenantName,
+    /// The app from whose instance it is made.
+    pub app: AppId,
+    /// Where to.
+    pub target: ProbeTarget,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port.
+    pub port: u16,
+}
+
+/// What became of a probe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProbeOutcome {
+    /// The other side was seen to have the connection.
+    Reached,
+    /// A connection opened; who accepted it is not known.
+    Opened,
+    /// Somebody answered that nothing listens there.
+    Refused,
+    /// The firewall refused it.
+    Prohibited,
+    /// No answer.
+    Silent,
+}
+
+impl ProbeOutcome {
+    /// Whether packets got through.
+    #[must_use]
+    pub fn is_through(self) -> bool {
+        matches!(self, Self::Reached | Self::Opened | Self::Refused)
+    }
+}
+
+impl std::fmt::Display for ProbeOutcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Reached => "reached: the other side has the connection",
+            Self::Opened => "a connection opened; who accepted it is not known",
+            Self::Refused => "somebody answered that nothing listens there",
+            Self::Prohibited => "the firewall refused it",
+            Self::Silent => "no answer",
+        })
+    }
+}
+
 /// Packets of one kind that were not let through.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Denied {
@@ -292,6 +359,8 @@ pub trait Driver: Send + Sync + 'static {
     async fn ensure_flows(&self, flows: &TenantFlows) -> Result<(), Error>;
     /// What was refused of an app's packets lately, the newest first.
     async fn denied(&self, tenant: &TenantName, app: AppId) -> Result<Vec<Denied>, Error>;
+    /// Tries from within one of the app's instances whether it gets somewhere.
+    async fn probe(&self, probe: &Probe) -> Result<ProbeOutcome, Error>;
     /// Starts or continues to remove an app.
     async fn remove_app(&self, tenant: &TenantName, app: &AppName, id: AppId) -> Result<Removal, Error>;
     /// What changed since `cursor` (everything for `None`), waiting up to `wait` for something.

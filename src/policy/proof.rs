@@ -5,7 +5,7 @@
 //! Each element of each set is held against the regions that its target touches; every required flow is
 //! then looked for among them. A fault comes with a packet that shows it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::Ipv4Addr;
 
 use super::never::Range;

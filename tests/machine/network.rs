@@ -89,6 +89,20 @@ async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
         reach["open"] == false && reach["ask"].as_str().unwrap().contains("connects.services"),
         "{reach}"
     );
+    // Tried: the service answers (who it is, no probe can know), the other app is refused at once.
+    let tried = |app: &str, to: String, port: u16| {
+        format!("/api/v1/tenants/acme/apps/{app}/reach?to={to}&port={port}")
+    };
+    let (_, probe) = machine.send("POST", &tried("web", "kafka".into(), 9092), json!({})).await;
+    assert_eq!((&probe["probe"], &probe["agrees"]), (&json!("opened"), &json!(true)), "{probe}");
+    for closed in [world.service(), world.metadata(), world.private(), world.allowed()] {
+        let (_, probe) = machine.send("POST", &tried("other", closed.to_string(), 9092), json!({})).await;
+        assert_eq!(
+            (&probe["probe"], &probe["agrees"]),
+            (&json!("prohibited"), &json!(true)),
+            "{closed}: {probe}"
+        );
+    }
     let begun = Instant::now();
     loop {
         let denied = machine.get("/api/v1/tenants/acme/apps/other/denied").await;
@@ -152,6 +166,25 @@ async fn another_tenants_app_is_reached_only_while_both_agree() {
     let (_, web) = instance(&machine, "acme", "web").await;
     assert!(greets(&web, api, 8080), "both agree: {}", machine.tail("agent"));
     assert!(!greets(&web, api, 8081));
+    // Tried by the platform itself: seen at the other side, in its own list of sockets.
+    let reach = |to: &str, port: u16| format!("/api/v1/tenants/acme/apps/web/reach?to={to}&port={port}");
+    let (_, probe) = machine.send("POST", &reach("beta/api", 8080), json!({})).await;
+    assert_eq!((&probe["probe"], &probe["agrees"]), (&json!("reached"), &json!(true)), "{probe}");
+    let (_, probe) = machine.send("POST", &reach(&api.to_string(), 8081), json!({})).await;
+    assert_eq!((&probe["probe"], &probe["agrees"]), (&json!("prohibited"), &json!(true)), "{probe}");
+    // The same for people at a terminal.
+    let ask = |to: &str, port: &str| {
+        let done = std::process::Command::new(env!("CARGO_BIN_EXE_bulkhead"))
+            .args(["net", "can-reach", "acme/web", to, port, "--probe", "--url", &machine.address()])
+            .env("BULKHEAD_TOKEN", &machine.admin)
+            .output()
+            .unwrap();
+        (done.status.code(), String::from_utf8(done.stdout).unwrap())
+    };
+    let (code, words) = ask("beta/api", "8080");
+    assert!(code == Some(0) && words.contains("tried: reached"), "{words}");
+    let (code, words) = ask("169.254.169.254", "80");
+    assert!(code == Some(1) && words.contains("link-local"), "{words}");
     let (own, _) = instance(&machine, "acme", "web").await;
     let (_, beta) = instance(&machine, "beta", "api").await;
     assert!(!greets(&beta, own, 8080), "in one direction alone");
@@ -220,23 +253,8 @@ async fn the_outside_is_open_where_it_was_approved_and_until_then() {
     for closed in [world.other(), world.service(), world.private(), world.metadata()] {
         assert!(!greets(&web, closed, 443), "{closed}");
     }
-    // Nothing comes in from there by itself.
+    // Nothing comes in from there by itself: its way back leads through this machine.
     let (own, _) = instance(&machine, "acme", "web").await;
-    assert!(
-        run(
-            "ip",
-            &[
-                "-n",
-                world.place().rsplit('/').next().unwrap(),
-                "route",
-                "add",
-                &format!("{own}/32"),
-                "dev",
-                "world"
-            ]
-        )
-        .0 || true
-    );
     assert!(!greets(&world.place(), own, 8080), "from outside by plain routing");
     // Its time is up.
     let live = Live::tcp(&web, world.allowed(), 443);

@@ -10,7 +10,8 @@ use tokio_util::codec::Framed;
 use super::protocol::{Reply, Request};
 use super::server::codec;
 use crate::driver::{
-    Denied, Driver, Error, LogQuery, LogStream, Observed, PullSecret, Removal, TenantGrant, Workload,
+    Denied, Driver, Error, LogQuery, LogStream, Observed, Probe, ProbeOutcome, PullSecret, Removal,
+    TenantGrant, Workload,
 };
 use crate::ids::{AppId, AppName, TenantId, TenantName};
 use crate::policy::TenantFlows;
@@ -105,6 +106,13 @@ impl Driver for AgentClient {
     async fn denied(&self, tenant: &TenantName, app_id: AppId) -> Result<Vec<Denied>, Error> {
         match self.call(&Request::Denied { tenant: tenant.clone(), app_id }, 10).await? {
             Reply::Denied { denied } => Ok(denied),
+            _ => Err(away("another answer than asked for")),
+        }
+    }
+
+    async fn probe(&self, probe: &Probe) -> Result<ProbeOutcome, Error> {
+        match self.call(&Request::Probe { probe: probe.clone() }, 10).await? {
+            Reply::Probed { outcome } => Ok(outcome),
             _ => Err(away("another answer than asked for")),
         }
     }

@@ -19,6 +19,7 @@ use super::kept::Kept;
 use super::network::{Denials, Depth, InForce};
 use super::server;
 use crate::driver::podman::client::{Listed, Podman};
+use crate::driver::podman::firewall::watch::Watch;
 use crate::driver::podman::oom::OutOfMemory;
 use crate::driver::podman::render;
 use crate::driver::{AppEvent, Error, InstanceState, Observed};
@@ -30,6 +31,8 @@ const LOOK: Duration = Duration::from_millis(400);
 const WATCH: Duration = Duration::from_secs(1);
 /// In which of these looks the table's sets are looked at too.
 const SETS: u64 = 30;
+/// How often what must be open and closed is tried.
+const PROBE: Duration = Duration::from_secs(60);
 /// How often networks are looked at.
 const NETWORKS: Duration = Duration::from_secs(5);
 
@@ -55,6 +58,8 @@ pub(super) struct Agent {
     pub(super) flows: Mutex<Flows>,
     /// The machine's own addresses.
     pub(super) own: Mutex<Vec<crate::policy::never::Range>>,
+    /// Room for probes that were asked for.
+    pub(super) probes: tokio::sync::Semaphore,
     /// What was refused lately.
     pub(super) denials: Mutex<Denials>,
     version: Mutex<u64>,
@@ -93,10 +98,12 @@ pub async fn run(config: AgentConfig, stop: impl Future<Output = ()>) -> Result<
     let looking = tokio::spawn(looking(Arc::clone(&agent)));
     let watching = tokio::spawn(watching(Arc::clone(&agent)));
     let tidying = tokio::spawn(tidying(Arc::clone(&agent)));
+    let hearing = tokio::spawn(hearing(Arc::clone(&agent)));
+    let probing = tokio::spawn(probing(Arc::clone(&agent)));
     let serving = server::serve(Arc::clone(&agent))?;
     tracing::info!(installation = %agent.config.installation, "the agent is ready");
     stop.await;
-    for task in [looking, watching, tidying, serving] {
+    for task in [looking, watching, tidying, hearing, probing, serving] {
         task.abort();
     }
     let apps: Vec<_> = lock(&agent.apps).values().cloned().collect();
@@ -133,6 +140,7 @@ impl Agent {
             firewall: tokio::sync::Mutex::new(None),
             flows: Mutex::new(flows),
             own: Mutex::default(),
+            probes: tokio::sync::Semaphore::new(8),
             denials: Mutex::default(),
             version: Mutex::new(1),
             changed: Notify::new(),
@@ -263,6 +271,32 @@ async fn tidying(agent: Arc<Agent>) {
         }
         // A burst of changes is one occasion.
         tokio::time::sleep(Duration::from_secs(5)).await;
+    }
+}
+
+/// Repairs the table as soon as the kernel tells that somebody else has been at it.
+async fn hearing(agent: Arc<Agent>) {
+    let watch = match Watch::open() {
+        Ok(watch) => watch,
+        Err(error) => {
+            tracing::warn!(%error, "the kernel's messages are not heard; the table is looked at every second");
+            return;
+        }
+    };
+    loop {
+        watch.changed().await;
+        agent.repair_firewall(Depth::Shape).await;
+        agent.repair_firewall(Depth::Whole).await;
+        // Whoever changes tables all the time does not keep us at it.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Tries what must be open and what must be closed, again and again.
+async fn probing(agent: Arc<Agent>) {
+    loop {
+        tokio::time::sleep(PROBE).await;
+        agent.probe_all().await;
     }
 }
 

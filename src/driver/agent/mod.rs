@@ -12,6 +12,7 @@ mod kept;
 mod logs;
 mod network;
 mod plan;
+mod probe;
 pub mod protocol;
 mod server;
 

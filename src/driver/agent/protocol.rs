@@ -5,7 +5,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::super::{
-    AppObserved, Denied, Error, LogLine, LogQuery, Observed, PullSecret, Removal, TenantGrant, Workload,
+    AppObserved, Denied, Error, LogLine, LogQuery, Observed, Probe, ProbeOutcome, PullSecret, Removal,
+    TenantGrant, Workload,
 };
 use crate::ids::{AppId, AppName, Installation, TenantId, TenantName};
 use crate::policy::TenantFlows;
@@ -52,6 +53,11 @@ pub enum Request {
         tenant: TenantName,
         /// App.
         app_id: AppId,
+    },
+    /// [`super::super::Driver::probe`]
+    Probe {
+        /// Which.
+        probe: Probe,
     },
     /// [`super::super::Driver::remove_app`]
     RemoveApp {
@@ -100,6 +106,11 @@ pub enum Reply {
         observed: Observed,
         /// Whether this is the last frame.
         last: bool,
+    },
+    /// To `Probe`.
+    Probed {
+        /// What became of it.
+        outcome: ProbeOutcome,
     },
     /// To `Denied`.
     Denied {

@@ -18,7 +18,7 @@ use super::logs;
 use super::protocol::{MAX_FRAME, PROTOCOL, Reply, Request, split};
 use crate::driver::podman::{ports, render};
 use crate::driver::workload::{TenantGrant, Workload};
-use crate::driver::{Error, LogQuery, PullSecret, Removal};
+use crate::driver::{Error, LogQuery, Probe, PullSecret, Removal};
 use crate::ids::{AppId, AppName, TenantId, TenantName};
 
 /// Most connections at once; more have to wait. Logs have room of their own, so that whoever reads
@@ -151,6 +151,10 @@ async fn handle(agent: &Arc<Agent>, request: Request) -> Result<Reply, Error> {
         }
         Request::EnsureFlows { flows } => agent.ensure_flows(flows).await.map(|()| Reply::Done {}),
         Request::Denied { tenant, app_id } => Ok(Reply::Denied { denied: agent.denied(&tenant, app_id) }),
+        Request::Probe { probe: Probe { tenant, app, target, protocol, port } } => agent
+            .probe(&tenant, app, &target, (protocol, port))
+            .await
+            .map(|outcome| Reply::Probed { outcome }),
         Request::RemoveApp { tenant, app, app_id } => {
             remove_app(agent, &tenant, &app, app_id).await.map(|removal| Reply::Removal { removal })
         }

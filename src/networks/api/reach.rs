@@ -9,17 +9,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sqlx::{PgConnection, PgPool};
 
-use crate::access::{ReadTenant, TenantRef, TenantScope};
+use crate::access::{Deploy, ReadTenant, TenantRef, TenantScope};
 use crate::apps::api::AppPath;
 use crate::apps::connections::{find_at, find_id};
 use crate::config::{Config, Pools};
 use crate::db;
-use crate::driver::{Denied, Driver};
+use crate::driver::{Denied, Driver, Probe, ProbeOutcome, ProbeTarget};
 use crate::error::Error;
-use crate::ids::AppId;
+use crate::ids::{AppId, AppName};
 use crate::networks::explain::{self, Closed, Known, To};
 use crate::networks::{AppPlan, connections, store};
-use crate::policy::Protocol;
+use crate::policy::{Protocol, Target};
 use crate::tenants;
 
 /// `?to=NAME or ADDRESS&port=&protocol=`
@@ -60,6 +60,73 @@ struct Reach {
     closed: Option<Closed>,
 }
 
+/// What was asked for, resolved.
+struct Asked {
+    app: AppId,
+    protocol: Protocol,
+    port: u16,
+    reach: Reach,
+    /// Where a probe would go; none for a name that leads nowhere.
+    target: Option<ProbeTarget>,
+}
+
+async fn resolve(
+    tenant: &TenantRef,
+    pool: &PgPool,
+    pools: &Pools,
+    name: &AppName,
+    query: &ReachQuery,
+) -> Result<Asked, Error> {
+    let protocol = match query.protocol.as_deref() {
+        None => Protocol::Tcp,
+        Some(text) => {
+            Protocol::parse(text).ok_or_else(|| Error::Malformed("protocol is tcp or udp".into()))?
+        }
+    };
+    let port = query.port;
+    let to = match query.to.parse::<Ipv4Addr>() {
+        Ok(address) => To::Address(address),
+        Err(_) if query.to.len() <= 100 => To::Name(query.to.clone()),
+        Err(_) => return Err(Error::Malformed("to is a name of connects, or an IPv4 address".into())),
+    };
+    let mut conn = db::begin(pool, tenant.id).await?;
+    let app = find_id(&mut conn, tenant.id, name).await?.ok_or(Error::NotFound)?;
+    let standing = store::find_standing(&mut conn, tenant.id).await?;
+    let (plan, in_force) =
+        standing.as_ref().map_or((0, false), |standing| (standing.number, standing.in_force));
+    let empty = AppPlan { app, name: name.clone(), flows: Vec::new() };
+    let own =
+        standing.iter().flat_map(|standing| &standing.apps).find(|own| own.app == app).unwrap_or(&empty);
+    let (at, closed) = match &to {
+        To::Address(target) => {
+            let (known, at) = known(&mut conn, tenant, pools, *target).await?;
+            (at, explain::address(*target, protocol, port, &known))
+        }
+        To::Name(name) => (None, name_closed(own, name, protocol, port)),
+    };
+    let flow = explain::flow(own, &to, (protocol, port), at.map(|at| (&tenant.name, at)));
+    let through = flow.map(|flow| flow.name.clone());
+    let target = match (&to, own.flows.iter().find(|flow| To::Name(flow.name.clone()) == to)) {
+        (To::Address(address), _) => Some(ProbeTarget::Address(*address)),
+        (To::Name(_), Some(flow)) => match &flow.target {
+            Target::App { tenant, app } => Some(ProbeTarget::App { tenant: tenant.clone(), app: *app }),
+            Target::Service { network } | Target::Outside { network } => {
+                Some(ProbeTarget::Address(Ipv4Addr::from_bits(network.first())))
+            }
+        },
+        // An own app that is not named: a probe shows that it is closed.
+        (To::Name(name), None) => match name.parse() {
+            Ok(name) => find_id(&mut conn, tenant.id, &name)
+                .await?
+                .map(|app| ProbeTarget::App { tenant: tenant.name.clone(), app }),
+            Err(_) => None,
+        },
+    };
+    let closed = if through.is_some() { None } else { Some(closed) };
+    let reach = Reach { open: through.is_some(), plan, in_force, through, closed };
+    Ok(Asked { app, protocol, port, reach, target })
+}
+
 /// GET /api/v1/tenants/{tenant}/apps/{app}/reach: from the plan that stands.
 pub async fn get_reach(
     scope: TenantScope<ReadTenant>,
@@ -68,36 +135,52 @@ pub async fn get_reach(
     path: web::Path<AppPath>,
     query: web::Query<ReachQuery>,
 ) -> Result<HttpResponse, Error> {
-    let protocol = match query.protocol.as_deref() {
-        None => Protocol::Tcp,
-        Some(text) => {
-            Protocol::parse(text).ok_or_else(|| Error::Malformed("protocol is tcp or udp".into()))?
-        }
+    let asked = resolve(&scope.tenant, &pool, &config.pools, &path.name()?, &query).await?;
+    Ok(HttpResponse::Ok().json(asked.reach))
+}
+
+#[derive(Serialize)]
+struct Probed {
+    #[serde(flatten)]
+    reach: Reach,
+    probe: &'static str,
+    words: String,
+    agrees: bool,
+}
+
+/// POST /api/v1/tenants/{tenant}/apps/{app}/reach: the same, and tried from within an instance of the app.
+pub async fn post_reach(
+    scope: TenantScope<Deploy>,
+    pool: web::Data<PgPool>,
+    config: web::Data<Config>,
+    driver: web::Data<dyn Driver>,
+    path: web::Path<AppPath>,
+    query: web::Query<ReachQuery>,
+) -> Result<HttpResponse, Error> {
+    let Asked { app, protocol, port, reach, target } =
+        resolve(&scope.tenant, &pool, &config.pools, &path.name()?, &query).await?;
+    let target = target.ok_or_else(|| {
+        Error::Conflict("this name leads nowhere, so there is nothing to try; an address can be tried".into())
+    })?;
+    let probe = Probe { tenant: scope.tenant.name.clone(), app, target, protocol, port };
+    let outcome = driver.probe(&probe).await.map_err(|error| match error {
+        crate::driver::Error::Rejected(why) => Error::Conflict(why),
+        error => away(error),
+    })?;
+    let word = match outcome {
+        ProbeOutcome::Reached => "reached",
+        ProbeOutcome::Opened => "opened",
+        ProbeOutcome::Refused => "refused",
+        ProbeOutcome::Prohibited => "prohibited",
+        ProbeOutcome::Silent => "silent",
     };
-    let to = match query.to.parse::<Ipv4Addr>() {
-        Ok(address) => To::Address(address),
-        Err(_) if query.to.len() <= 100 => To::Name(query.to.clone()),
-        Err(_) => return Err(Error::Malformed("to is a name of connects, or an IPv4 address".into())),
-    };
-    let mut conn = db::begin(&pool, scope.tenant.id).await?;
-    let app = find_id(&mut conn, scope.tenant.id, &path.name()?).await?.ok_or(Error::NotFound)?;
-    let standing = store::find_standing(&mut conn, scope.tenant.id).await?;
-    let (plan, in_force) =
-        standing.as_ref().map_or((0, false), |standing| (standing.number, standing.in_force));
-    let empty = AppPlan { app, name: path.name()?, flows: Vec::new() };
-    let own =
-        standing.iter().flat_map(|standing| &standing.apps).find(|own| own.app == app).unwrap_or(&empty);
-    let (at, closed) = match &to {
-        To::Address(target) => {
-            let (known, at) = known(&mut conn, &scope.tenant, &config.pools, *target).await?;
-            (at, explain::address(*target, protocol, query.port, &known))
-        }
-        To::Name(name) => (None, name_closed(own, name, protocol, query.port)),
-    };
-    let flow = explain::flow(own, &to, (protocol, query.port), at.map(|at| (&scope.tenant.name, at)));
-    let through = flow.map(|flow| flow.name.clone());
-    let closed = if through.is_some() { None } else { Some(closed) };
-    Ok(HttpResponse::Ok().json(Reach { open: through.is_some(), plan, in_force, through, closed }))
+    let agrees = reach.open == outcome.is_through();
+    Ok(HttpResponse::Ok().json(Probed { reach, probe: word, words: outcome.to_string(), agrees }))
+}
+
+fn away(error: crate::driver::Error) -> Error {
+    tracing::warn!(%error, "the agent cannot be asked");
+    Error::Unavailable("the agent does not answer".into(), std::time::Duration::from_secs(5))
 }
 
 fn name_closed(plan: &AppPlan, name: &str, protocol: Protocol, port: u16) -> Closed {
@@ -148,10 +231,6 @@ async fn denials(
     let mut conn = db::begin(pool, tenant.id).await?;
     let app = find_id(&mut conn, tenant.id, &path.name()?).await?.ok_or(Error::NotFound)?;
     drop(conn);
-    let away = |error: crate::driver::Error| {
-        tracing::warn!(%error, "denials cannot be asked for");
-        Error::Unavailable("the agent does not answer".into(), std::time::Duration::from_secs(5))
-    };
     let denied = driver.denied(&tenant.name, app).await.map_err(away)?;
     let mut conn = db::begin(pool, tenant.id).await?;
     let mut items = Vec::with_capacity(denied.len());

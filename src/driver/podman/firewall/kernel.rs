@@ -25,6 +25,9 @@ pub async fn apply(proven: &Proven) -> Result<(), Error> {
         .kill_on_drop(true)
         .spawn()
         .map_err(|error| failed(error.to_string()))?;
+    if let Some(pid) = child.id() {
+        super::watch::note_own(pid);
+    }
     if let Some(mut input) = child.stdin.take() {
         input.write_all(proven.text().as_bytes()).await.map_err(|error| failed(error.to_string()))?;
     }

@@ -12,6 +12,7 @@ use crate::policy::read::{Set, Shell};
 use crate::policy::{Cidr, Protocol};
 
 pub mod kernel;
+pub mod watch;
 
 /// One allowed connection: an element of a set.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -89,6 +90,7 @@ impl Rules {
 
     /// The text of the table: it replaces the one in force in one step.
     #[must_use]
+    #[expect(clippy::too_many_lines, reason = "a table is read in one piece")]
     pub fn text(&self) -> String {
         let Shell { table, prefix, prober, pool } = &self.shell;
         let bridges = format!("\"{prefix}*\"");
