@@ -279,6 +279,7 @@ fn signing_in(take: &mut Taker<'_>) {
 
 fn console(take: &mut Taker<'_>) {
     use access::console::{credentials as c, members as m, people as p, permissions};
+    use networks::console as n;
     routes! { take,
         GET "/people" => p::people_page;
         POST "/people/change" => p::change_person;
@@ -303,6 +304,14 @@ fn console(take: &mut Taker<'_>) {
         POST "/tenants/{tenant}/tokens/service-account/removal" => c::delete_service;
         GET "/tenants/{tenant}/activity" => activity::console::tenant_page;
         GET "/tenants/{tenant}/apps/{app}" => apps::console::app_page;
+        GET "/network" => n::platform::network_page;
+        POST "/network/egress/decision" => n::platform::decide;
+        GET "/tenants/{tenant}/network" => n::tenant::network_page;
+        POST "/tenants/{tenant}/network/grants" => n::tenant::offer;
+        POST "/tenants/{tenant}/network/grants/acceptance" => n::tenant::accept;
+        POST "/tenants/{tenant}/network/grants/end" => n::tenant::end;
+        POST "/tenants/{tenant}/network/egress" => n::tenant::ask;
+        POST "/tenants/{tenant}/network/egress/withdrawal" => n::tenant::withdraw;
         GET "/docs/permissions" => permissions::permissions_page;
         GET "/docs/errors" => errors_page;
         GET "/docs/errors/{code}" => error_page;

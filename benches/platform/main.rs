@@ -12,6 +12,10 @@
 mod access;
 mod deploys;
 mod memory;
+mod network;
+#[path = "../../tests/machine/outside.rs"]
+#[expect(dead_code, reason = "the tests need more of it")]
+mod outside;
 mod specs;
 mod starts;
 #[path = "../../tests/machine/support.rs"]
@@ -75,6 +79,9 @@ fn main() {
         }
         if wanted("audit") {
             access::audit().await.into_iter().for_each(say);
+        }
+        if wanted("network") {
+            network::measure().await.into_iter().for_each(say);
         }
         if wanted("idle") {
             say(memory::idle().await);

@@ -14,6 +14,7 @@ pub mod actions;
 pub mod api;
 pub mod compile;
 pub mod connections;
+pub mod console;
 pub mod explain;
 pub mod justify;
 pub mod reconcile;

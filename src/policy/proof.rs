@@ -5,7 +5,7 @@
 //! Each element of each set is held against the regions that its target touches; every required flow is
 //! then looked for among them. A fault comes with a packet that shows it.
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 use std::net::Ipv4Addr;
 
 use super::never::Range;
@@ -23,7 +23,7 @@ pub struct Walls {
     /// The table's shape.
     pub shell: Shell,
     never: Vec<Range>,
-    homes: HashMap<u32, Cidr>,
+    homes: FxHashMap<u32, Cidr>,
     space: Space,
 }
 
@@ -51,9 +51,9 @@ pub struct Place {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Standing {
     /// Apps.
-    pub apps: HashMap<AppId, Place>,
+    pub apps: FxHashMap<AppId, Place>,
     /// What each may begin to talk to.
-    pub flows: HashMap<AppId, Vec<Flow>>,
+    pub flows: FxHashMap<AppId, Vec<Flow>>,
 }
 
 /// A fault of a table.
@@ -158,7 +158,7 @@ struct Court<'a> {
     walls: &'a Walls,
     standing: &'a Standing,
     /// Whose an address is.
-    owners: HashMap<u32, AppId>,
+    owners: FxHashMap<u32, AppId>,
     count: usize,
     told: Vec<Breach>,
 }
@@ -185,11 +185,12 @@ fn about(network: u32, source: u32) -> Packet {
 }
 
 /// Ranges that are open from a source over a protocol to a port.
-type Wide = HashMap<(u32, Protocol, u16), Vec<(u32, u32)>>;
+type Wide = FxHashMap<(u32, Protocol, u16), Vec<(u32, u32)>>;
 
 impl<'a> Court<'a> {
     fn new(table: &'a Table, walls: &'a Walls, standing: &'a Standing) -> Self {
-        let mut court = Self { table, walls, standing, owners: HashMap::new(), count: 0, told: Vec::new() };
+        let mut court =
+            Self { table, walls, standing, owners: FxHashMap::default(), count: 0, told: Vec::new() };
         for (app, place) in &standing.apps {
             for address in &place.addresses {
                 if court.owners.insert(address.to_bits(), *app).is_some() {
@@ -300,7 +301,7 @@ impl<'a> Court<'a> {
 
     /// What must be open is open: a table that closes everything proves nothing.
     fn required(&mut self) {
-        let mut wide = Wide::new();
+        let mut wide = Wide::default();
         for rule in &self.table.outside {
             wide.entry((rule.source, rule.protocol, rule.port)).or_default().push((rule.first, rule.last));
         }

@@ -2,8 +2,10 @@
 //! shape, written down here a second time and on purpose apart from what prints it; what does not have
 //! that shape to the letter cannot be proven and is refused.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
+
+use rustc_hash::FxHashSet;
 
 use super::{Cidr, Protocol};
 
@@ -64,13 +66,13 @@ impl Set {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Table {
     /// Network and address of each instance.
-    pub sources: HashSet<(u32, u32)>,
+    pub sources: FxHashSet<(u32, u32)>,
     /// Between instances.
-    pub pairs: HashSet<Rule>,
+    pub pairs: FxHashSet<Rule>,
     /// To single addresses of services.
-    pub services: HashSet<Rule>,
+    pub services: FxHashSet<Rule>,
     /// To ranges.
-    pub outside: HashSet<Rule>,
+    pub outside: FxHashSet<Rule>,
     /// What nobody reaches: first and last addresses.
     pub never: BTreeSet<(u32, u32)>,
 }
@@ -78,7 +80,7 @@ pub struct Table {
 impl Table {
     /// A set of rules.
     #[must_use]
-    pub fn set(&self, set: Set) -> &HashSet<Rule> {
+    pub fn set(&self, set: Set) -> &FxHashSet<Rule> {
         match set {
             Set::Pairs => &self.pairs,
             Set::Services => &self.services,
@@ -86,7 +88,7 @@ impl Table {
         }
     }
 
-    fn set_mut(&mut self, set: Set) -> &mut HashSet<Rule> {
+    fn set_mut(&mut self, set: Set) -> &mut FxHashSet<Rule> {
         match set {
             Set::Pairs => &mut self.pairs,
             Set::Services => &mut self.services,

@@ -270,3 +270,62 @@ async fn a_reboot_brings_everything_back() {
     }
     assert!(after["events"].to_string().contains("made anew"), "{}", after["events"]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_step_of_a_plan_may_be_the_last() {
+    let machine = Machine::start().await;
+    let world = crate::outside::Outside::new();
+    world.serve(9092);
+    let robot = machine.tenant("acme").await;
+    push(&machine, &robot, "acme/web:1", 1);
+    let headers = [("content-type", "application/json")];
+    let service = json!({"endpoints": [{"network": world.service(), "port": 9092}]}).to_string();
+    assert_eq!(machine.insist("PUT", "/api/v1/services/kafka", &headers, &service).await.0, 201);
+    let given = "/api/v1/tenants/acme/services/kafka";
+    assert_eq!(machine.insist("PUT", given, &headers, "{}").await.0, 202);
+    machine.deploy("acme", "web", "image: web:1\nport: 8080\nconnects: { services: [kafka] }\n").await;
+    let seen = machine.running("acme", "web").await["observed"]["instances"][0].clone();
+    let place = crate::outside::of(&machine.pid(&seen));
+    assert!(crate::outside::greets(&place, world.service(), 9092));
+    let mut open = true;
+    for (process, point) in [
+        ("serve", "networks::planned"),
+        ("serve", "networks::plan_committed"),
+        ("serve", "networks::applied"),
+        ("agent", "agent::flows"),
+    ] {
+        let deaths = machine.deaths(process);
+        machine.arm(process, point).await;
+        open = !open;
+        let status = if open {
+            machine.insist("PUT", given, &headers, "{}").await.0
+        } else {
+            machine.insist("DELETE", given, &[], "").await.0
+        };
+        // A repeated withdrawal finds nothing: the first one was carried out before the process died.
+        assert!(matches!(status, 202 | 404), "{point}: {status}");
+        let begun = Instant::now();
+        loop {
+            let there = crate::outside::greets(&place, world.service(), 9092);
+            let plan = machine.get("/api/v1/tenants/acme/network/plans").await["items"][0].clone();
+            if there == open && plan["state"] == "in_force" && machine.deaths(process) == deaths + 1 {
+                let key = if open { "opens" } else { "closes" };
+                assert_eq!(plan[key].as_array().map(Vec::len), Some(1), "{point}: {plan}");
+                break;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(40), "{point}: {there} {plan}");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+    // With serve down and the agent anew, everything is open and closed as before.
+    machine.kill("agent");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(crate::outside::greets(&place, world.service(), 9092));
+    // One plan for each change, none twice, in order.
+    let plans = machine.get("/api/v1/tenants/acme/network/plans?limit=200").await;
+    let numbers: Vec<i64> =
+        plans["items"].as_array().unwrap().iter().map(|plan| plan["number"].as_i64().unwrap()).collect();
+    assert!(numbers.is_sorted_by(|a, b| a > b), "{numbers:?}");
+    let in_force = plans["items"].as_array().unwrap().iter().filter(|plan| plan["state"] == "in_force");
+    assert_eq!(in_force.count(), 1, "{plans}");
+}

@@ -90,7 +90,7 @@ fn page_with(status: StatusCode, template: &impl Template) -> Result<HttpRespons
 }
 
 /// After a form: on to the page; or to the proof that one is there; or the page again, which says what was wrong.
-async fn after<T: Template>(
+pub async fn after<T: Template>(
     place: &str,
     outcome: Result<(), Error>,
     again: impl AsyncFnOnce(String) -> Result<T, Error>,
@@ -177,7 +177,11 @@ fn link(label: &'static str, href: String, here: &str) -> Link {
 pub fn tenant_frame<P>(keys: &Keys, scope: &TenantScope<P>, here: &str) -> Frame {
     let mut frame = frame(keys, &scope.actor);
     let at = |rest: &str| format!("/tenants/{}{rest}", scope.tenant.name);
-    frame.rail = vec![link("Apps", at(""), here), link("Members", at("/members"), here)];
+    frame.rail = vec![
+        link("Apps", at(""), here),
+        link("Network", at("/network"), here),
+        link("Members", at("/members"), here),
+    ];
     if scope.may::<ReadActivity>() {
         frame.rail.push(link("Tokens", at("/tokens"), here));
         frame.rail.push(link("Activity", at("/activity"), here));
@@ -193,6 +197,7 @@ pub fn platform_frame(keys: &Keys, actor: &Actor, here: &str) -> Frame {
     if includes::<super::ReadPlatform>(actor.platform, None) {
         frame.rail = vec![
             link("Tenants", "/tenants".into(), here),
+            link("Network", "/network".into(), here),
             link("People", "/people".into(), here),
             link("Audit", "/audit".into(), here),
         ];

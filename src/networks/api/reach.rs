@@ -61,7 +61,7 @@ struct Reach {
 }
 
 /// What was asked for, resolved.
-struct Asked {
+pub(in crate::networks) struct Asked {
     app: AppId,
     protocol: Protocol,
     port: u16,
@@ -70,7 +70,7 @@ struct Asked {
     target: Option<ProbeTarget>,
 }
 
-async fn resolve(
+pub(in crate::networks) async fn resolve(
     tenant: &TenantRef,
     pool: &PgPool,
     pools: &Pools,
@@ -125,6 +125,26 @@ async fn resolve(
     let closed = if through.is_some() { None } else { Some(closed) };
     let reach = Reach { open: through.is_some(), plan, in_force, through, closed };
     Ok(Asked { app, protocol, port, reach, target })
+}
+
+impl ReachQuery {
+    /// Over TCP.
+    pub(in crate::networks) fn new(to: String, port: u16) -> Self {
+        Self { to, port, protocol: None }
+    }
+}
+
+impl Asked {
+    /// The answer in a sentence.
+    pub(in crate::networks) fn words(&self, app: &AppName, to: &str) -> String {
+        let port = self.port;
+        match (&self.reach.through, &self.reach.closed) {
+            (Some(name), _) => format!("Open: {app} may talk to {to} on port {port}, through {name}."),
+            (None, Some(Closed { why, ask: Some(ask) })) => format!("Closed: {why}. To open it: {ask}."),
+            (None, Some(Closed { why, .. })) => format!("Closed: {why}."),
+            (None, None) => "Closed.".to_owned(),
+        }
+    }
 }
 
 /// GET /api/v1/tenants/{tenant}/apps/{app}/reach: from the plan that stands.
@@ -201,11 +221,11 @@ fn name_closed(plan: &AppPlan, name: &str, protocol: Protocol, port: u16) -> Clo
 }
 
 #[derive(Serialize)]
-struct DeniedView {
+pub(in crate::networks) struct DeniedView {
     #[serde(flatten)]
-    denied: Denied,
+    pub(in crate::networks) denied: Denied,
     #[serde(flatten)]
-    closed: Closed,
+    pub(in crate::networks) closed: Closed,
 }
 
 /// GET /api/v1/tenants/{tenant}/apps/{app}/denied: packets that were not let through lately, the newest
@@ -217,19 +237,20 @@ pub async fn get_denied(
     driver: web::Data<dyn Driver>,
     path: web::Path<AppPath>,
 ) -> Result<HttpResponse, Error> {
-    let items = denials(&scope.tenant, &pool, &config, &**driver, &path).await?;
+    let items = denials(&scope.tenant, &pool, &config.pools, &**driver, &path.name()?).await?;
     Ok(HttpResponse::Ok().json(json!({"items": items, "next": null})))
 }
 
-async fn denials(
+/// What of an app's packets was refused lately, and why.
+pub(in crate::networks) async fn denials(
     tenant: &TenantRef,
     pool: &PgPool,
-    config: &Config,
+    pools: &Pools,
     driver: &dyn Driver,
-    path: &AppPath,
+    app: &AppName,
 ) -> Result<Vec<DeniedView>, Error> {
     let mut conn = db::begin(pool, tenant.id).await?;
-    let app = find_id(&mut conn, tenant.id, &path.name()?).await?.ok_or(Error::NotFound)?;
+    let app = find_id(&mut conn, tenant.id, app).await?.ok_or(Error::NotFound)?;
     drop(conn);
     let denied = driver.denied(&tenant.name, app).await.map_err(away)?;
     let mut conn = db::begin(pool, tenant.id).await?;
@@ -238,9 +259,7 @@ async fn denials(
     for denied in denied {
         let known = match told.entry(denied.target) {
             Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => {
-                entry.insert(known(&mut conn, tenant, &config.pools, denied.target).await?.0)
-            }
+            Entry::Vacant(entry) => entry.insert(known(&mut conn, tenant, pools, denied.target).await?.0),
         };
         let closed = explain::address(denied.target, denied.protocol, denied.port, known);
         items.push(DeniedView { denied, closed });

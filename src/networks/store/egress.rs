@@ -97,7 +97,7 @@ pub(in crate::networks) async fn list_targets(
 ) -> Result<Vec<Target>, Error> {
     Ok(sqlx::query_as!(
         Target,
-        r#"SELECT e.id, t.name AS tenant, e.name, e.network::text AS "network!", e.protocol, e.ports, e.reason,
+        r#"SELECT e.id, t.name AS tenant, e.name, regexp_replace(e.network::text, '/32$', '') AS "network!", e.protocol, e.ports, e.reason,
            CASE WHEN e.state = 'approved' AND e.expires_at <= now() THEN 'expired' ELSE e.state END AS "state!",
            e.asked_by, e.asked_at, e.decided_by, e.decided_at, e.note, e.expires_at
            FROM egress_target e JOIN tenant t ON t.id = e.tenant_id
@@ -118,7 +118,7 @@ pub(in crate::networks) async fn find_target(
 ) -> Result<Option<Target>, Error> {
     Ok(sqlx::query_as!(
         Target,
-        r#"SELECT e.id, t.name AS tenant, e.name, e.network::text AS "network!", e.protocol, e.ports, e.reason,
+        r#"SELECT e.id, t.name AS tenant, e.name, regexp_replace(e.network::text, '/32$', '') AS "network!", e.protocol, e.ports, e.reason,
            CASE WHEN e.state = 'approved' AND e.expires_at <= now() THEN 'expired' ELSE e.state END AS "state!",
            e.asked_by, e.asked_at, e.decided_by, e.decided_at, e.note, e.expires_at
            FROM egress_target e JOIN tenant t ON t.id = e.tenant_id
@@ -138,7 +138,7 @@ pub(in crate::networks) async fn list_waiting(
 ) -> Result<Vec<Target>, Error> {
     Ok(sqlx::query_as!(
         Target,
-        r#"SELECT e.id, t.name AS tenant, e.name, e.network::text AS "network!", e.protocol, e.ports, e.reason,
+        r#"SELECT e.id, t.name AS tenant, e.name, regexp_replace(e.network::text, '/32$', '') AS "network!", e.protocol, e.ports, e.reason,
            e.state, e.asked_by, e.asked_at, e.decided_by, e.decided_at, e.note, e.expires_at
            FROM egress_target e JOIN tenant t ON t.id = e.tenant_id
            WHERE e.state = 'asked' AND e.id > $1 ORDER BY e.id LIMIT $2"#,

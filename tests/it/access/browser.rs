@@ -36,6 +36,44 @@ async fn pages_hold_in_a_browser(options: PgPoolOptions, connect: PgConnectOptio
     let invitation = made["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
     let reset = app.ask(&admin, "POST", "/api/v1/accounts/bob/reset", Value::Null).await.1;
     let reset = reset["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
+    // A network with something of everything in it.
+    for (path, body) in [
+        (
+            "/api/v1/services/kafka",
+            json!({"description": "messages", "endpoints": [{"network": "10.5.0.2", "port": 9092}]}),
+        ),
+        (&format!("{base}/services/kafka"), json!({})),
+        (
+            &format!("{base}/egress/payments"),
+            json!({"network": "192.88.99.0/24", "ports": [443, 8443], "reason": "to be <b>paid</b>"}),
+        ),
+        (
+            &format!("{base}/egress/mail"),
+            json!({"network": "192.88.99.7", "ports": [587], "reason": "receipts", "days": 30}),
+        ),
+        (&format!("{base}/egress/payments/decision"), json!({"approved": true, "note": "until the audit"})),
+    ] {
+        let (status, answer) = app.ask(&admin, "PUT", path, body).await;
+        assert!((200..300).contains(&status), "{path}: {answer}");
+    }
+    let flow = json!([{"app": 1, "name": "web", "flows": [
+        {"name": "kafka", "target": {"service": {"network": "10.5.0.2"}}, "protocol": "tcp", "port": 9092},
+        {"name": "payments", "target": {"outside": {"network": "192.88.99.0/24"}}, "protocol": "tcp", "port": 443},
+        {"name": "beta/api", "target": {"app": {"tenant": "beta", "app": 7}}, "protocol": "tcp", "port": 8080},
+    ]}]);
+    sqlx::query("INSERT INTO tenant_plan (tenant_id, number, hash, flows) SELECT id, 1, 'x', $1 FROM tenant")
+        .bind(flow)
+        .execute(&app.root)
+        .await
+        .unwrap();
+    sqlx::query(
+        "INSERT INTO network_plan (tenant_id, hash, opens, closes, causes, state) SELECT id, 'x', \
+         '[\"web to the service kafka, 10.5.0.2 tcp 9092\"]', '[\"web to old, tcp 8080\"]', \
+         '[{\"actor\": \"account:1 olga\", \"words\": \"release 2 of web\", \"at\": \"2026-01-01T00:00:00Z\"}]', 'in_force' FROM tenant",
+    )
+    .execute(&app.root)
+    .await
+    .unwrap();
     app.ask("bhk_wrong", "GET", "/api/v1/me", Value::Null).await;
     app.write_denials().await;
     let before = app.number("SELECT count(*) FROM invitation WHERE recipient <> $1", "").await;
@@ -47,6 +85,9 @@ async fn pages_hold_in_a_browser(options: PgPoolOptions, connect: PgConnectOptio
         "/confirm",
         "/tenants/acme",
         "/tenants/acme/members",
+        "/tenants/acme/network",
+        "/tenants/acme/network?app=web&to=kafka&port=9092",
+        "/network",
         "/tenants/acme/tokens",
         "/tenants/acme/activity",
         "/docs/permissions",

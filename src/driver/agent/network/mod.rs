@@ -11,11 +11,11 @@ use super::app::App;
 use super::core::{Agent, lock};
 use super::flows;
 use crate::driver::podman::firewall::kernel::{self, Refusal};
-use crate::driver::podman::firewall::{Allowed, Rules};
+use crate::driver::podman::firewall::{Rules, compile};
 use crate::driver::podman::ports;
 use crate::driver::{Denied, Error};
 use crate::ids::{AppId, TenantName};
-use crate::policy::never::{self, BUILT_IN, Range};
+use crate::policy::never::{BUILT_IN, Range};
 use crate::policy::proof::{self, Place, Proven, Standing, Walls};
 use crate::policy::read::{Shell, Table};
 use crate::policy::{Cidr, Flow, Target, TenantFlows};
@@ -41,32 +41,6 @@ pub(super) enum Depth {
     Shape,
     /// The sets' elements too.
     Whole,
-}
-
-/// What follows from what stands behind it.
-fn compile(shell: Shell, never: &[Range], standing: &Standing) -> Rules {
-    let mut rules = Rules::new(shell, never::outermost(never).collect());
-    for (app, place) in &standing.apps {
-        let network = place.network;
-        rules.sources.extend(place.addresses.iter().map(|address| (network, *address)));
-        for flow in standing.flows.get(app).into_iter().flatten() {
-            let (protocol, port) = (flow.protocol, flow.port);
-            for source in place.addresses.iter().copied() {
-                let to = |target: Cidr| Allowed { network, source, target, protocol, port };
-                match &flow.target {
-                    Target::App { app, .. } => {
-                        let targets = standing.apps.get(app).into_iter().flat_map(|place| &place.addresses);
-                        rules.pairs.extend(targets.map(|target| to(Cidr::of(*target))));
-                    }
-                    Target::Service { network } if network.prefix() == 32 => {
-                        rules.services.insert(to(*network));
-                    }
-                    Target::Service { network } | Target::Outside { network } => rules.open(to(*network)),
-                }
-            }
-        }
-    }
-    rules
 }
 
 impl Agent {

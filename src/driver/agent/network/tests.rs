@@ -6,8 +6,7 @@ use std::net::Ipv4Addr;
 
 use proptest::prelude::*;
 
-use super::compile;
-use crate::driver::podman::firewall::Rules;
+use crate::driver::podman::firewall::{Rules, compile};
 use crate::ids::{AppId, TenantName};
 use crate::policy::never::{BUILT_IN, Range, Wall};
 use crate::policy::proof::{Place, Refused, Standing, Walls, prove, prove_change};

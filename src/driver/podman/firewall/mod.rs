@@ -8,8 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
+use crate::policy::never::{self, Range};
+use crate::policy::proof::Standing;
 use crate::policy::read::{Set, Shell};
-use crate::policy::{Cidr, Protocol};
+use crate::policy::{Cidr, Protocol, Target};
 
 pub mod kernel;
 pub mod watch;
@@ -214,30 +216,43 @@ table inet {table} {{
         }
         let mut out = String::new();
         let mut count = 0;
-        let (old, new) = (before.elements(), self.elements());
-        for (verb, from, minus) in [("delete", &old, &new), ("add", &new, &old)] {
-            for ((set, left), (_, right)) in from.iter().zip(minus) {
-                let list: Vec<&str> = left.difference(right).map(String::as_str).collect();
-                count += list.len();
-                if !list.is_empty() {
-                    let _ = writeln!(
-                        out,
-                        "{verb} element inet {} {set} {{ {} }}",
-                        self.shell.table,
-                        list.join(", ")
-                    );
-                }
+        for (verb, from, minus) in [("delete", before, self), ("add", self, before)] {
+            let sources =
+                from.sources.difference(&minus.sources).map(|source| self.source(*source)).collect();
+            let list = |set: Vec<Allowed>| set.iter().map(|to| self.allowed(to)).collect();
+            let gone = |left: &BTreeSet<Allowed>, right| left.difference(right).cloned().collect();
+            let sets: [(&str, Vec<String>); 4] = [
+                ("sources", sources),
+                (Set::Pairs.name(), list(gone(&from.pairs, &minus.pairs))),
+                (Set::Services.name(), list(gone(&from.services, &minus.services))),
+                (Set::Outside.name(), list(from.outside_without(minus))),
+            ];
+            for (set, elements) in sets.into_iter().filter(|(_, elements)| !elements.is_empty()) {
+                count += elements.len();
+                let table = &self.shell.table;
+                let _ = writeln!(out, "{verb} element inet {table} {set} {{ {} }}", elements.join(", "));
             }
         }
         (count <= SMALL).then_some(out)
+    }
+
+    /// Ranges that are open here and not there.
+    fn outside_without(&self, other: &Self) -> Vec<Allowed> {
+        let mut out = Vec::new();
+        for (key, ranges) in &self.outside {
+            let there = other.outside.get(key);
+            let left = ranges.iter().filter(|range| there.is_none_or(|there| !there.contains(range)));
+            let (network, source, protocol, port) = *key;
+            out.extend(left.map(|target| Allowed { network, source, target: *target, protocol, port }));
+        }
+        out
     }
 
     /// Connections that were allowed before and are not any more.
     #[must_use]
     pub fn withdrawn(&self, before: &Self) -> Vec<Allowed> {
         let exact = before.pairs.difference(&self.pairs).chain(before.services.difference(&self.services));
-        let now: BTreeSet<Allowed> = self.outside().collect();
-        exact.cloned().chain(before.outside().filter(|to| !now.contains(to))).collect()
+        exact.cloned().chain(before.outside_without(self)).collect()
     }
 
     fn outside(&self) -> impl Iterator<Item = Allowed> + '_ {
@@ -251,4 +266,31 @@ table inet {table} {{
             })
         })
     }
+}
+
+/// What follows from what stands behind it.
+#[must_use]
+pub fn compile(shell: Shell, never: &[Range], standing: &Standing) -> Rules {
+    let mut rules = Rules::new(shell, never::outermost(never).collect());
+    for (app, place) in &standing.apps {
+        let network = place.network;
+        rules.sources.extend(place.addresses.iter().map(|address| (network, *address)));
+        for flow in standing.flows.get(app).into_iter().flatten() {
+            let (protocol, port) = (flow.protocol, flow.port);
+            for source in place.addresses.iter().copied() {
+                let to = |target: Cidr| Allowed { network, source, target, protocol, port };
+                match &flow.target {
+                    Target::App { app, .. } => {
+                        let targets = standing.apps.get(app).into_iter().flat_map(|place| &place.addresses);
+                        rules.pairs.extend(targets.map(|target| to(Cidr::of(*target))));
+                    }
+                    Target::Service { network } if network.prefix() == 32 => {
+                        rules.services.insert(to(*network));
+                    }
+                    Target::Service { network } | Target::Outside { network } => rules.open(to(*network)),
+                }
+            }
+        }
+    }
+    rules
 }

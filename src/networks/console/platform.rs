@@ -1,0 +1,135 @@
+//! The platform's network: what waits for a decision, the catalogue, the plans of all tenants, the walls.
+
+use actix_web::{HttpRequest, HttpResponse, web};
+use askama::Template;
+use serde::Deserialize;
+use sqlx::PgPool;
+
+use super::PlanRow;
+use super::tenant::days;
+use crate::access::console::{after, platform_frame, when, who};
+use crate::access::extract::{PlatformScope, Posted};
+use crate::access::{Actor, ManageNetwork, ReadPlatform, TenantRef, includes};
+use crate::db::{self, Page, PageQuery, Within};
+use crate::error::Error;
+use crate::http::html::{self, Frame};
+use crate::ids::{EgressName, TenantName};
+use crate::keys::Keys;
+use crate::networks::actions::{self, Decision};
+use crate::networks::{Service, store};
+use crate::policy::never::{BUILT_IN, Range, Wall};
+use crate::reconcile::Waker;
+use crate::tenants;
+
+const PLACE: &str = "/network";
+
+struct WaitingRow {
+    tenant: String,
+    name: String,
+    place: String,
+    reason: String,
+    by: String,
+}
+
+#[derive(Template)]
+#[template(path = "networks/platform.html")]
+struct PlatformPage {
+    frame: Frame,
+    error: String,
+    manages: bool,
+    waiting: Vec<WaitingRow>,
+    services: Vec<Service>,
+    plans: Vec<PlanRow>,
+    next: String,
+    walls: &'static [Range],
+}
+
+async fn view(
+    actor: &Actor,
+    pool: &PgPool,
+    keys: &Keys,
+    query: &PageQuery,
+    error: String,
+) -> Result<PlatformPage, Error> {
+    let (limit, before) = (query.limit()?.min(50), query.after_number(i64::MAX)?);
+    let mut conn = db::begin(pool, Within::Platform).await?;
+    let waiting = store::list_waiting(&mut conn, 0, 100).await?;
+    let services = store::list_services(&mut conn, "", 200).await?;
+    let plans = store::list_plans(&mut conn, None, before, limit + 1).await?;
+    let page = Page::new(plans, limit, |plan| plan.number);
+    Ok(PlatformPage {
+        frame: platform_frame(keys, actor, "Network"),
+        error,
+        manages: includes::<ManageNetwork>(actor.platform, None),
+        waiting: waiting
+            .into_iter()
+            .map(|row| {
+                let ports: Vec<String> = row.ports.iter().map(ToString::to_string).collect();
+                let end = row.expires_at.map(|at| format!(", until {}", when(at))).unwrap_or_default();
+                WaitingRow {
+                    place: format!("{} {} {}{end}", row.network, row.protocol, ports.join(", ")),
+                    by: format!("{}, {}", who(&row.asked_by), when(row.asked_at)),
+                    tenant: row.tenant,
+                    name: row.name,
+                    reason: row.reason,
+                }
+            })
+            .collect(),
+        services,
+        plans: page.items.into_iter().map(PlanRow::from).collect(),
+        next: page.next.unwrap_or_default(),
+        walls: BUILT_IN,
+    })
+}
+
+/// GET /network
+pub async fn network_page(
+    scope: PlatformScope<ReadPlatform>,
+    pool: web::Data<PgPool>,
+    keys: web::Data<Keys>,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    html::page(&view(&scope.actor, &pool, &keys, &query, String::new()).await?)
+}
+
+/// What is decided.
+#[derive(Deserialize)]
+pub struct DecisionForm {
+    tenant: String,
+    name: String,
+    what: String,
+    #[serde(default)]
+    note: String,
+    #[serde(default)]
+    days: String,
+}
+
+/// POST /network/egress/decision
+pub async fn decide(
+    scope: PlatformScope<ManageNetwork>,
+    _: HttpRequest,
+    pool: web::Data<PgPool>,
+    keys: web::Data<Keys>,
+    waker: web::Data<Waker>,
+    form: Posted<DecisionForm>,
+) -> Result<HttpResponse, Error> {
+    let DecisionForm { tenant, name, what, note, days: wanted } = &form.0;
+    let make = async {
+        let tenant: TenantName = tenant.parse().map_err(|_| Error::NotFound)?;
+        let name: EgressName = name.parse().map_err(|_| Error::NotFound)?;
+        if note.chars().count() > 500 {
+            return Err(Error::Conflict("a note has at most 500 characters".into()));
+        }
+        let mut conn = pool.acquire().await?;
+        let id = tenants::id_of(&mut conn, &tenant).await?.ok_or(Error::NotFound)?;
+        let state = tenants::tenant_state(&mut conn, id).await?;
+        drop(conn);
+        let tenant = TenantRef { id, name: tenant, state };
+        let note = Some(note.trim().to_owned()).filter(|note| !note.is_empty());
+        let decision = Decision { approved: what == "approve", note, days: days(wanted)? };
+        actions::decide(&pool, &waker, scope.by(), &tenant, &name, &decision).await
+    };
+    let outcome = make.await;
+    let again = async |error| view(&scope.actor, &pool, &keys, &PageQuery::default(), error).await;
+    after(PLACE, outcome, again).await
+}
