@@ -15,6 +15,7 @@ pub mod agent;
 pub mod podman;
 pub mod workload;
 
+pub use podman::host::Listener;
 pub use workload::{TenantGrant, Workload};
 
 /// Why a driver did not do what it was asked. The loop chooses by the variant.
@@ -359,6 +360,8 @@ pub trait Driver: Send + Sync + 'static {
     async fn ensure_flows(&self, flows: &TenantFlows) -> Result<(), Error>;
     /// What was refused of an app's packets lately, the newest first.
     async fn denied(&self, tenant: &TenantName, app: AppId) -> Result<Vec<Denied>, Error>;
+    /// What listens on the machine beyond loopback, and whether it answers from within an instance.
+    async fn listeners(&self) -> Result<Vec<Listener>, Error>;
     /// Tries from within one of the app's instances whether it gets somewhere.
     async fn probe(&self, probe: &Probe) -> Result<ProbeOutcome, Error>;
     /// Starts or continues to remove an app.

@@ -10,7 +10,7 @@ use tokio_util::codec::Framed;
 use super::protocol::{Reply, Request};
 use super::server::codec;
 use crate::driver::{
-    Denied, Driver, Error, LogQuery, LogStream, Observed, Probe, ProbeOutcome, PullSecret, Removal,
+    Denied, Driver, Error, Listener, LogQuery, LogStream, Observed, Probe, ProbeOutcome, PullSecret, Removal,
     TenantGrant, Workload,
 };
 use crate::ids::{AppId, AppName, TenantId, TenantName};
@@ -106,6 +106,13 @@ impl Driver for AgentClient {
     async fn denied(&self, tenant: &TenantName, app_id: AppId) -> Result<Vec<Denied>, Error> {
         match self.call(&Request::Denied { tenant: tenant.clone(), app_id }, 10).await? {
             Reply::Denied { denied } => Ok(denied),
+            _ => Err(away("another answer than asked for")),
+        }
+    }
+
+    async fn listeners(&self) -> Result<Vec<Listener>, Error> {
+        match self.call(&Request::Listeners {}, 10).await? {
+            Reply::Listeners { listeners } => Ok(listeners),
             _ => Err(away("another answer than asked for")),
         }
     }

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::core::{Agent, lock};
-use crate::driver::{Error, InstanceState, ProbeOutcome, ProbeTarget};
+use crate::driver::podman::host;
+use crate::driver::{Error, InstanceState, Listener, ProbeOutcome, ProbeTarget};
 use crate::ids::{AppId, TenantName};
 use crate::policy::{Protocol, Target};
 
@@ -67,6 +68,20 @@ impl Agent {
         };
         let _turn = self.probes.acquire().await.map_err(|_| Error::Transient("the agent ends".into()))?;
         within(from, move || attempt(address, protocol, port, peer.as_ref())).await
+    }
+
+    /// What listens on the machine, tried from within some instance, if one runs.
+    pub(super) async fn listeners(&self) -> Vec<Listener> {
+        let apps: Vec<_> = lock(&self.apps).values().cloned().collect();
+        let from = apps.into_iter().find_map(|app| self.places(&app.tenant, app.id).into_iter().next());
+        let looked = tokio::task::spawn_blocking(move || {
+            let mut listeners = host::listeners();
+            if let Some(from) = from {
+                host::try_from_within(from.pid, &mut listeners);
+            }
+            listeners
+        });
+        looked.await.unwrap_or_default()
     }
 
     /// The instance that has an address.

@@ -5,8 +5,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::super::{
-    AppObserved, Denied, Error, LogLine, LogQuery, Observed, Probe, ProbeOutcome, PullSecret, Removal,
-    TenantGrant, Workload,
+    AppObserved, Denied, Error, Listener, LogLine, LogQuery, Observed, Probe, ProbeOutcome, PullSecret,
+    Removal, TenantGrant, Workload,
 };
 use crate::ids::{AppId, AppName, Installation, TenantId, TenantName};
 use crate::policy::TenantFlows;
@@ -54,6 +54,8 @@ pub enum Request {
         /// App.
         app_id: AppId,
     },
+    /// [`super::super::Driver::listeners`]
+    Listeners {},
     /// [`super::super::Driver::probe`]
     Probe {
         /// Which.
@@ -106,6 +108,11 @@ pub enum Reply {
         observed: Observed,
         /// Whether this is the last frame.
         last: bool,
+    },
+    /// To `Listeners`.
+    Listeners {
+        /// By protocol and port.
+        listeners: Vec<Listener>,
     },
     /// To `Probe`.
     Probed {

@@ -151,6 +151,7 @@ async fn handle(agent: &Arc<Agent>, request: Request) -> Result<Reply, Error> {
         }
         Request::EnsureFlows { flows } => agent.ensure_flows(flows).await.map(|()| Reply::Done {}),
         Request::Denied { tenant, app_id } => Ok(Reply::Denied { denied: agent.denied(&tenant, app_id) }),
+        Request::Listeners {} => Ok(Reply::Listeners { listeners: agent.listeners().await }),
         Request::Probe { probe: Probe { tenant, app, target, protocol, port } } => agent
             .probe(&tenant, app, &target, (protocol, port))
             .await

@@ -3,6 +3,7 @@
 pub mod client;
 pub mod engine;
 pub mod firewall;
+pub mod host;
 pub mod oom;
 pub mod ports;
 pub mod render;

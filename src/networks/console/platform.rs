@@ -1,6 +1,6 @@
 //! The platform's network: what waits for a decision, the catalogue, the plans of all tenants, the walls.
 
-use actix_web::{HttpRequest, HttpResponse, web};
+use actix_web::{HttpResponse, web};
 use askama::Template;
 use serde::Deserialize;
 use sqlx::PgPool;
@@ -11,6 +11,7 @@ use crate::access::console::{after, platform_frame, when, who};
 use crate::access::extract::{PlatformScope, Posted};
 use crate::access::{Actor, ManageNetwork, ReadPlatform, TenantRef, includes};
 use crate::db::{self, Page, PageQuery, Within};
+use crate::driver::Driver;
 use crate::error::Error;
 use crate::http::html::{self, Frame};
 use crate::ids::{EgressName, TenantName};
@@ -31,10 +32,43 @@ struct WaitingRow {
     by: String,
 }
 
+struct ListenerRow {
+    at: String,
+    program: String,
+    state: &'static str,
+    mark: &'static str,
+    remedy: String,
+}
+
+/// What listens on the machine, as tenants could see it.
+async fn host(driver: &dyn Driver) -> (Vec<ListenerRow>, &'static str) {
+    let Ok(listeners) = driver.listeners().await else {
+        return (Vec::new(), "The agent does not answer; try again in a moment.");
+    };
+    let rows = listeners.into_iter().map(|listener| {
+        let (state, mark) = match listener.answers {
+            Some(true) => ("answers to tenants", "failed"),
+            Some(false) => ("closed, tried from within an app", "running"),
+            None => ("closed by plan", "running"),
+        };
+        let remedy = match (listener.answers, listener.unit.as_str()) {
+            (Some(true), "") => "end this program, or let it listen on loopback alone".to_owned(),
+            (Some(true), unit) => format!("systemctl disable --now {unit}"),
+            _ => String::new(),
+        };
+        let at = format!("{} {} {}", listener.address, listener.protocol, listener.port);
+        let program = [listener.program, listener.unit].join(" ").trim().to_owned();
+        ListenerRow { at, program, state, mark, remedy }
+    });
+    (rows.collect(), "Nothing listens beyond loopback.")
+}
+
 #[derive(Template)]
 #[template(path = "networks/platform.html")]
 struct PlatformPage {
     frame: Frame,
+    listeners: Vec<ListenerRow>,
+    host_note: &'static str,
     error: String,
     manages: bool,
     waiting: Vec<WaitingRow>,
@@ -47,7 +81,7 @@ struct PlatformPage {
 async fn view(
     actor: &Actor,
     pool: &PgPool,
-    keys: &Keys,
+    (keys, driver): (&Keys, &dyn Driver),
     query: &PageQuery,
     error: String,
 ) -> Result<PlatformPage, Error> {
@@ -57,7 +91,11 @@ async fn view(
     let services = store::list_services(&mut conn, "", 200).await?;
     let plans = store::list_plans(&mut conn, None, before, limit + 1).await?;
     let page = Page::new(plans, limit, |plan| plan.number);
+    drop(conn);
+    let (listeners, host_note) = host(driver).await;
     Ok(PlatformPage {
+        listeners,
+        host_note,
         frame: platform_frame(keys, actor, "Network"),
         error,
         manages: includes::<ManageNetwork>(actor.platform, None),
@@ -87,9 +125,10 @@ pub async fn network_page(
     scope: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
     keys: web::Data<Keys>,
+    driver: web::Data<dyn Driver>,
     query: web::Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
-    html::page(&view(&scope.actor, &pool, &keys, &query, String::new()).await?)
+    html::page(&view(&scope.actor, &pool, (&keys, &**driver), &query, String::new()).await?)
 }
 
 /// What is decided.
@@ -107,7 +146,7 @@ pub struct DecisionForm {
 /// POST /network/egress/decision
 pub async fn decide(
     scope: PlatformScope<ManageNetwork>,
-    _: HttpRequest,
+    driver: web::Data<dyn Driver>,
     pool: web::Data<PgPool>,
     keys: web::Data<Keys>,
     waker: web::Data<Waker>,
@@ -130,6 +169,7 @@ pub async fn decide(
         actions::decide(&pool, &waker, scope.by(), &tenant, &name, &decision).await
     };
     let outcome = make.await;
-    let again = async |error| view(&scope.actor, &pool, &keys, &PageQuery::default(), error).await;
+    let again =
+        async |error| view(&scope.actor, &pool, (&keys, &**driver), &PageQuery::default(), error).await;
     after(PLACE, outcome, again).await
 }

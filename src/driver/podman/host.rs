@@ -1,0 +1,216 @@
+//! The host as a tenant could see it: what listens on it beyond loopback, whether it answers from within an
+//! instance's network, and whose firewall stands beside ours.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::policy::Protocol;
+
+/// Something that listens on the host.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Listener {
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port.
+    pub port: u16,
+    /// Where: an address, or all of them.
+    pub address: IpAddr,
+    /// The program, if it could be found out.
+    pub program: String,
+    /// Its systemd unit, if it has one.
+    pub unit: String,
+    /// Whether it answered from within an instance's network; none while none runs, and for UDP, where
+    /// silence says nothing.
+    pub answers: Option<bool>,
+}
+
+/// The state of a socket that waits for connections, in the kernel's list.
+const LISTENS: &str = "0A";
+/// The state of a UDP socket that is not connected.
+const UNCONNECTED: &str = "07";
+/// Most listeners that are tried.
+const TRIED: usize = 64;
+
+fn address(hex: &str) -> Option<IpAddr> {
+    if hex.len() == 8 {
+        return Some(Ipv4Addr::from(u32::from_str_radix(hex, 16).ok()?.to_ne_bytes()).into());
+    }
+    let mut octets = [0; 16];
+    for (n, word) in octets.chunks_mut(4).enumerate() {
+        word.copy_from_slice(&u32::from_str_radix(hex.get(n * 8..n * 8 + 8)?, 16).ok()?.to_ne_bytes());
+    }
+    Some(Ipv6Addr::from(octets).to_canonical())
+}
+
+/// A line of the kernel's list: address, port, inode.
+fn listening(line: &str, state: &str) -> Option<(IpAddr, u16, String)> {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let (local, port) = fields.get(1)?.split_once(':')?;
+    let (address, port) = (address(local)?, u16::from_str_radix(port, 16).ok()?);
+    (*fields.get(3)? == state && !address.is_loopback())
+        .then(|| (address, port, (*fields.get(9).unwrap_or(&"")).to_owned()))
+}
+
+/// Program and unit of each socket, by its inode.
+fn owners() -> HashMap<String, (String, String)> {
+    let mut found = HashMap::new();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let process = entry.path();
+        let Ok(files) = std::fs::read_dir(process.join("fd")) else { continue };
+        let read = |file: &str| std::fs::read_to_string(process.join(file)).unwrap_or_default();
+        let mut own = None;
+        for file in files.flatten() {
+            let Ok(target) = std::fs::read_link(file.path()) else { continue };
+            let target = target.to_string_lossy();
+            let Some(inode) = target.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']')) else {
+                continue;
+            };
+            let (program, unit) = own.get_or_insert_with(|| {
+                let groups = read("cgroup");
+                let unit =
+                    groups.split(['/', '\n']).rfind(|part| part.ends_with(".service")).unwrap_or_default();
+                (read("comm").trim().to_owned(), unit.to_owned())
+            });
+            found.insert(inode.to_owned(), (program.clone(), unit.clone()));
+        }
+    }
+    found
+}
+
+/// What listens on the host beyond loopback.
+#[must_use]
+pub fn listeners() -> Vec<Listener> {
+    let owners = owners();
+    let mut found = Vec::new();
+    for (list, protocol, state) in [
+        ("tcp", Protocol::Tcp, LISTENS),
+        ("tcp6", Protocol::Tcp, LISTENS),
+        ("udp", Protocol::Udp, UNCONNECTED),
+        ("udp6", Protocol::Udp, UNCONNECTED),
+    ] {
+        let text = std::fs::read_to_string(format!("/proc/net/{list}")).unwrap_or_default();
+        for (address, port, inode) in text.lines().skip(1).filter_map(|line| listening(line, state)) {
+            let (program, unit) = owners.get(&inode).cloned().unwrap_or_default();
+            found.push(Listener { protocol, port, address, program, unit, answers: None });
+        }
+    }
+    found.sort();
+    found.dedup();
+    found
+}
+
+/// Tries each TCP listener from within the network of a process, at that network's gateway and at the
+/// listener's own address.
+pub fn try_from_within(pid: i32, listeners: &mut [Listener]) {
+    let Some(gateway) = gateway(pid) else { return };
+    let tries: Vec<_> = listeners
+        .iter()
+        .enumerate()
+        .filter(|(_, listener)| listener.protocol == Protocol::Tcp)
+        .take(TRIED)
+        .map(|(n, listener)| {
+            let own = match listener.address {
+                IpAddr::V4(own) if !own.is_unspecified() => Some(own),
+                _ => None,
+            };
+            let port = listener.port;
+            std::thread::spawn(move || {
+                let file = std::fs::File::open(format!("/proc/{pid}/ns/net")).ok()?;
+                let network = Some(rustix::thread::LinkNameSpaceType::Network);
+                rustix::thread::move_into_link_name_space(file.as_fd(), network).ok()?;
+                let answers = |to: Ipv4Addr| match TcpStream::connect_timeout(
+                    &(to, port).into(),
+                    Duration::from_millis(400),
+                ) {
+                    Ok(_) => true,
+                    Err(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
+                };
+                Some((n, answers(gateway) || own.is_some_and(answers)))
+            })
+        })
+        .collect();
+    for one in tries {
+        if let Ok(Some((n, answers))) = one.join()
+            && let Some(listener) = listeners.get_mut(n)
+        {
+            listener.answers = Some(answers);
+        }
+    }
+}
+
+/// The default gateway of a process's network.
+fn gateway(pid: i32) -> Option<Ipv4Addr> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/net/route")).ok()?;
+    text.lines().skip(1).find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        if *fields.get(1)? != "00000000" {
+            return None;
+        }
+        Some(Ipv4Addr::from(u32::from_str_radix(fields.get(2)?, 16).ok()?.to_ne_bytes()))
+    })
+}
+
+/// Chains of others that drop whatever they do not allow, where packets are forwarded: what we open stays closed
+/// behind them. Each as `family table chain`, from what `nft -j list chains` says.
+#[must_use]
+pub fn dropping(json: &[u8]) -> Vec<String> {
+    let value: Value = serde_json::from_slice(json).unwrap_or_default();
+    let chains = value["nftables"].as_array().into_iter().flatten().map(|part| &part["chain"]);
+    chains
+        .filter(|chain| chain["hook"] == "forward" && chain["policy"] == "drop")
+        .filter(|chain| !chain["table"].as_str().is_some_and(|table| table.starts_with("bulkhead_")))
+        .map(|chain| {
+            let text = |key: &str| chain[key].as_str().unwrap_or_default();
+            format!("{} {} {}", text("family"), text("table"), text("name"))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_list_is_read() {
+        let line = "   0: 00000000:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1";
+        let (address, port, inode) = listening(line, LISTENS).unwrap();
+        assert_eq!((address.to_string().as_str(), port, inode.as_str()), ("0.0.0.0", 8080, "4711"));
+        assert_eq!(listening(line, UNCONNECTED), None);
+        let loopback = line.replace("00000000:1F90", "0100007F:1F90");
+        assert_eq!(listening(&loopback, LISTENS), None, "loopback is nobody's");
+        let six = line.replace("00000000:1F90", "00000000000000000000000000000000:0016");
+        assert_eq!(listening(&six, LISTENS).unwrap().1, 22);
+        let six = line.replace("00000000:1F90", "00000000000000000000000001000000:0016");
+        assert_eq!(listening(&six, LISTENS), None);
+        assert_eq!(listening("", LISTENS), None);
+    }
+
+    #[test]
+    fn what_listens_here_is_found_with_its_program() {
+        let socket = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+        let port = socket.local_addr().unwrap().port();
+        let all = listeners();
+        let own =
+            all.iter().find(|listener| listener.port == port && listener.protocol == Protocol::Tcp).unwrap();
+        assert!(!own.program.is_empty(), "{own:?}");
+        let hidden = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = hidden.local_addr().unwrap().port();
+        assert!(!listeners().iter().any(|listener| listener.port == port && listener.address.is_loopback()));
+    }
+
+    #[test]
+    fn only_others_chains_that_drop_what_is_forwarded_count() {
+        let chain = |table: &str, hook: &str, policy: &str| serde_json::json!({"chain": {"family": "ip", "table": table, "name": "FORWARD", "hook": hook, "policy": policy}});
+        let json = serde_json::json!({"nftables": [
+            {"metainfo": {}}, chain("filter", "forward", "drop"), chain("filter", "input", "drop"),
+            chain("nat", "forward", "accept"), chain("bulkhead_abcd", "forward", "drop"), {"chain": {"name": "x"}},
+        ]});
+        assert_eq!(dropping(json.to_string().as_bytes()), ["ip filter FORWARD"]);
+        assert_eq!(dropping(b"no json"), Vec::<String>::new());
+    }
+}
