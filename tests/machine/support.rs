@@ -440,20 +440,27 @@ impl<'a> Image<'a> {
 
 /// The layer of all test images: busybox from this machine and a page.
 fn layer(dir: &Path) -> (Digest, u64) {
+    layer_with(dir, &[])
+}
+
+/// The same with more files: path, bytes, mode.
+pub(crate) fn layer_with(dir: &Path, more: &[(String, Vec<u8>, u32)]) -> (Digest, u64) {
     let busybox = fs::read("/bin/busybox").expect("busybox-static is installed by deploy/packages");
     let mut layer = tar::Builder::new(Vec::new());
-    for (path, bytes, mode) in [
-        ("bin/busybox", busybox.as_slice(), 0o755),
-        ("bin/sh", busybox.as_slice(), 0o755),
-        ("www/index.html", b"hello\n".as_slice(), 0o644),
-        ("etc/passwd", b"app:x:1000:1000::/:/bin/sh\n".as_slice(), 0o644),
-    ] {
+    let mut append = |path: &str, bytes: &[u8], mode: u32| {
         let mut header = tar::Header::new_ustar();
         header.set_size(bytes.len() as u64);
         header.set_mode(mode);
         header.set_mtime(0);
         header.set_cksum();
         layer.append_data(&mut header, path, bytes).unwrap();
+    };
+    append("bin/busybox", &busybox, 0o755);
+    append("bin/sh", &busybox, 0o755);
+    append("www/index.html", b"hello\n", 0o644);
+    append("etc/passwd", b"app:x:1000:1000::/:/bin/sh\n", 0o644);
+    for (path, bytes, mode) in more {
+        append(path, bytes, *mode);
     }
     let layer = layer.into_inner().unwrap();
     let digest = Digest::of(&layer);
