@@ -63,7 +63,8 @@ CREATE TABLE egress_target (
     tenant_id   bigint NOT NULL REFERENCES tenant (id),
     id          bigint GENERATED ALWAYS AS IDENTITY UNIQUE,
     name        text NOT NULL CHECK (name ~ '^[a-z]([a-z0-9-]{0,43}[a-z0-9])?$'),
-    network     cidr NOT NULL CHECK (family(network) = 4),
+    network     cidr CHECK (family(network) = 4),
+    domain      text CHECK (char_length(domain) <= 253 AND domain ~ '^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}[a-z0-9])?$'),
     protocol    text NOT NULL CHECK (protocol IN ('tcp', 'udp')),
     ports       int[] NOT NULL CHECK (cardinality(ports) BETWEEN 1 AND 16 AND 1 <= ALL (ports) AND 65535 >= ALL (ports)),
     reason      text NOT NULL CHECK (char_length(reason) BETWEEN 1 AND 500),
@@ -76,7 +77,8 @@ CREATE TABLE egress_target (
     expires_at  timestamptz,
     ended_by    text,
     ended_at    timestamptz,
-    PRIMARY KEY (tenant_id, id)
+    PRIMARY KEY (tenant_id, id),
+    CHECK (num_nonnulls(network, domain) = 1)
 );
 CREATE UNIQUE INDEX egress_name_is_taken ON egress_target (tenant_id, name) WHERE state IN ('asked', 'approved');
 CREATE INDEX egress_target_waiting ON egress_target (id) WHERE state = 'asked';

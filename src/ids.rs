@@ -157,6 +157,29 @@ text_id!(
     |text| check_label("the name of an egress target", text, 1, 45)
 );
 
+text_id!(
+    /// A domain name (RFC 1123) in lower case, of two or more labels, without a dot at its end and without a
+    /// wildcard: exactly one name.
+    DomainName,
+    |text| {
+        let label = |label: &str| {
+            let bytes = label.as_bytes();
+            let edge = |b: Option<&u8>| b.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+            bytes.len() <= 63
+                && edge(bytes.first())
+                && edge(bytes.last())
+                && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
+        };
+        let last = text.rsplit('.').next().unwrap_or_default();
+        if text.len() > 253 || !text.contains('.') || !text.split('.').all(label) || !last.starts_with(|c: char| c.is_ascii_lowercase()) {
+            return Err(NameError::new(
+                "a domain is one full name in lower case, such as api.example.org, without a wildcard",
+            ));
+        }
+        Ok(())
+    }
+);
+
 /// An app as another one names it: `api` of the own tenant, `acme/api` of another one.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -404,6 +427,31 @@ mod tests {
         }
         for bad in ["", "ab", "1ab", "Acme", "a_b", "ab-", "-ab", "admin", "a.b", "käse", &"a".repeat(33)] {
             assert!(bad.parse::<TenantName>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_domain_is_one_full_name() {
+        for good in ["example.org", "a.b-c.example", "xn--bcher-kva.example", "1.example.org"] {
+            assert!(good.parse::<DomainName>().is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "org",
+            "*.example.org",
+            "example.org.",
+            ".org",
+            "a..b",
+            "-a.org",
+            "a-.org",
+            "A.org",
+            "1.2.3.4",
+            "a_b.org",
+            "käse.example",
+            &format!("{}.org", "a".repeat(64)),
+            &"a.".repeat(130),
+        ] {
+            assert!(bad.parse::<DomainName>().is_err(), "{bad}");
         }
     }
 

@@ -23,6 +23,7 @@ pub mod policy;
 pub mod prober;
 pub mod reconcile;
 pub mod registries;
+pub mod resolver;
 pub mod routes;
 pub mod standalone;
 pub mod startup;

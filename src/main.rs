@@ -9,7 +9,7 @@ use bulkhead::apps::spec::{AppSpec, Colour, Format, show};
 use bulkhead::config::Config;
 use bulkhead::ids::TenantName;
 use bulkhead::standalone::{self, doctor, uninstall, units};
-use bulkhead::{prober, startup, telemetry};
+use bulkhead::{prober, resolver, startup, telemetry};
 use clap::{Parser, Subcommand, ValueEnum};
 
 mod ask;
@@ -128,6 +128,16 @@ enum Command {
         /// Socket
         #[arg(long)]
         socket: PathBuf,
+    },
+    /// Answer names for apps (started by `up` or its unit)
+    #[command(hide = true)]
+    Resolver {
+        /// Socket of the root half
+        #[arg(long)]
+        agent: PathBuf,
+        /// Settings (TOML); need not be there
+        #[arg(long)]
+        settings: PathBuf,
     },
     /// Remove an installation with everything in it
     Uninstall {
@@ -309,6 +319,11 @@ fn run(command: Command) -> Result<ExitCode, String> {
         Command::Net { command } => return ask::can_reach(command),
         Command::Prober { socket } => {
             block_on(async { prober::serve(&socket).await.map_err(|error| error.to_string()) })?;
+        }
+        Command::Resolver { agent, settings } => {
+            telemetry::start(&bulkhead::config::Log::default());
+            let settings = resolver::Settings::load(&settings)?;
+            block_on(async { resolver::serve(&agent, &settings).await })?;
         }
         Command::Uninstall { data, confirm } => {
             block_on(async {

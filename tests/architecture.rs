@@ -16,6 +16,7 @@ const ORDER: &[&str] = &[
     "keys",
     "prober",
     "policy",
+    "resolver",
     "driver",
     "config",
     "telemetry",

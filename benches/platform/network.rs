@@ -47,7 +47,15 @@ fn standing(tenants: u32) -> Standing {
     for network in 0..tenants {
         let id = AppId(i64::from(network) + 1);
         let address = Ipv4Addr::from_bits(subnet(network).first() + 2);
-        standing.apps.insert(id, Place { tenant: tenant(network), network, addresses: vec![address] });
+        standing.apps.insert(
+            id,
+            Place {
+                tenant: tenant(network),
+                network,
+                gateway: Ipv4Addr::from_bits(subnet(network).first() + 1),
+                addresses: vec![address],
+            },
+        );
         let mut flows: Vec<Flow> = (0..5)
             .map(|n| {
                 let network = Cidr::of(Ipv4Addr::new(172, 31, 250, 2 + n));

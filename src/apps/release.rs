@@ -154,6 +154,9 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
         engine_storage: "/".into(),
         prober_socket: "/".into(),
         prober_uid: 0,
+        resolver_socket: "/".into(),
+        resolver_uid: 0,
+        resolver_gid: 0,
         registry_name: "demo.bulkhead.internal".into(),
         pull_host: "127.0.0.1:1".into(),
     };

@@ -48,7 +48,7 @@ pub fn compile(facts: &Facts) -> (Vec<AppPlan>, Vec<Gap>) {
                 match facts.egress.iter().find(|target| target.name == *name) {
                     Some(target) => flows.extend(target.ports.iter().map(|port| Flow {
                         name: name.to_string(),
-                        target: Target::Outside { network: target.network },
+                        target: target.place.target(),
                         protocol: target.protocol,
                         port: *port,
                     })),

@@ -194,6 +194,7 @@ fn words(app: &AppName, flow: &Flow) -> String {
         Target::App { .. } => format!("{app} to {name}, {protocol} {port}"),
         Target::Service { network } => format!("{app} to the service {name}, {network} {protocol} {port}"),
         Target::Outside { network } => format!("{app} to {name} outside, {network} {protocol} {port}"),
+        Target::Domain { domain } => format!("{app} to {name} outside, {domain} {protocol} {port}"),
     }
 }
 

@@ -102,11 +102,14 @@ pub fn flow<'a>(
 ) -> Option<&'a Flow> {
     plan.flows.iter().find(|flow| {
         let there = match (to, &flow.target) {
+            (To::Name(name), Target::Domain { domain }) => flow.name == *name || domain.as_str() == name,
             (To::Name(name), _) => flow.name == *name,
             (To::Address(address), Target::Service { network } | Target::Outside { network }) => {
                 network.contains(*address)
             }
             (To::Address(_), Target::App { tenant, app }) => at == Some((tenant, *app)),
+            // Which addresses a name has now, the plan does not know.
+            (To::Address(_), Target::Domain { .. }) => false,
         };
         there && flow.protocol == protocol && flow.port == port
     })

@@ -6,9 +6,9 @@ use time::OffsetDateTime;
 
 use crate::apps::connections::Connecting;
 use crate::fault::{Code, Fault, Kind};
-use crate::ids::{AppId, AppName, EgressName, ServiceName, TenantName};
+use crate::ids::{AppId, AppName, DomainName, EgressName, ServiceName, TenantName};
 use crate::policy::never::{self, Range};
-use crate::policy::{Cidr, Flow, Protocol};
+use crate::policy::{Cidr, Flow, Protocol, Target};
 
 pub mod actions;
 pub mod api;
@@ -56,13 +56,51 @@ pub struct Service {
     pub changed_at: OffsetDateTime,
 }
 
+/// Where a place outside is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// At these addresses.
+    Network(Cidr),
+    /// Wherever this name leads, while it does.
+    Domain(DomainName),
+}
+
+impl Place {
+    /// Where a flow to it leads.
+    #[must_use]
+    pub fn target(&self) -> Target {
+        match self {
+            Self::Network(network) => Target::Outside { network: *network },
+            Self::Domain(domain) => Target::Domain { domain: domain.clone() },
+        }
+    }
+
+    /// From the one column or the other.
+    fn of(network: Option<&str>, domain: Option<&str>) -> Option<Self> {
+        match (network, domain) {
+            (Some(network), None) => Some(Self::Network(network.parse().ok()?)),
+            (None, Some(domain)) => Some(Self::Domain(domain.parse().ok()?)),
+            _ => None,
+        }
+    }
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Network(network) => network.fmt(f),
+            Self::Domain(domain) => domain.fmt(f),
+        }
+    }
+}
+
 /// A place outside that was approved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Approved {
     /// What the tenant calls it.
     pub name: EgressName,
-    /// Addresses.
-    pub network: Cidr,
+    /// Where it is.
+    pub place: Place,
     /// Protocol.
     pub protocol: Protocol,
     /// Ports.

@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{AppId, NameError, TenantName};
+use crate::ids::{AppId, DomainName, NameError, TenantName};
 
 pub mod never;
 pub mod proof;
@@ -161,6 +161,11 @@ pub enum Target {
     Outside {
         /// Its addresses.
         network: Cidr,
+    },
+    /// The outside under a name: the addresses that are found for it, while they are good.
+    Domain {
+        /// The name.
+        domain: DomainName,
     },
 }
 

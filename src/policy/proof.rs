@@ -6,13 +6,14 @@
 //! then looked for among them. A fault comes with a packet that shows it.
 
 use rustc_hash::FxHashMap;
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use super::never::Range;
 use super::read::{self, Rule, Set, Shell, Table, Unreadable};
 use super::space::{Region, Space};
 use super::{Cidr, Flow, Packet, Protocol, Target};
-use crate::ids::{AppId, TenantName};
+use crate::ids::{AppId, DomainName, TenantName};
 
 /// Most breaches that are told; their number is told in any case.
 const TOLD: usize = 20;
@@ -43,6 +44,8 @@ pub struct Place {
     pub tenant: TenantName,
     /// Number of the tenant's network.
     pub network: u32,
+    /// Address of its bridge.
+    pub gateway: Ipv4Addr,
     /// Addresses of its instances.
     pub addresses: Vec<Ipv4Addr>,
 }
@@ -54,6 +57,9 @@ pub struct Standing {
     pub apps: FxHashMap<AppId, Place>,
     /// What each may begin to talk to.
     pub flows: FxHashMap<AppId, Vec<Flow>>,
+    /// What was found for the domains that an app may talk to: each address until a second of the clock that
+    /// never goes back.
+    pub resolved: FxHashMap<(AppId, DomainName), BTreeMap<Ipv4Addr, u64>>,
 }
 
 /// A fault of a table.
@@ -140,7 +146,8 @@ fn judge(text: String, table: Table, walls: &Walls, standing: &Standing) -> Resu
     }
     let mut court = Court::new(&table, walls, standing);
     court.sources();
-    for set in [Set::Pairs, Set::Services, Set::Outside] {
+    court.gateways();
+    for set in [Set::Pairs, Set::Services, Set::Outside, Set::Resolved] {
         for rule in table.set(set) {
             court.rule(set, rule);
         }
@@ -255,10 +262,10 @@ impl<'a> Court<'a> {
             (_, Region::Unused) => {
                 Err("the target is an address of the pool that belongs to no tenant".to_owned())
             }
-            (Set::Outside, Region::Private(what)) => {
+            (Set::Outside | Set::Resolved, Region::Private(what)) => {
                 Err(format!("the target is {what}: only a single address of a service opens it"))
             }
-            (Set::Services | Set::Outside, Region::Tenant(_)) => {
+            (Set::Services | Set::Outside | Set::Resolved, Region::Tenant(_)) => {
                 Err("the target is an instance, and the set is not the one for instances".to_owned())
             }
             (Set::Pairs, Region::Private(_) | Region::Outside) => Err("the target is no instance".to_owned()),
@@ -283,18 +290,43 @@ impl<'a> Court<'a> {
                     Err("the app does not name a service with this endpoint".to_owned())
                 }
             }
+            (Set::Resolved, Region::Outside) => {
+                let at = Ipv4Addr::from_bits(at);
+                let meant = |flow: &&Flow| match &flow.target {
+                    Target::Domain { domain } => {
+                        let found = self.standing.resolved.get(&(sender, domain.clone()));
+                        found.is_some_and(|addresses| addresses.contains_key(&at))
+                    }
+                    _ => false,
+                };
+                if self.flows(sender).iter().filter(same).any(|flow| meant(&flow)) {
+                    Ok(())
+                } else {
+                    Err("the address was not found for a domain that the app names on this port".to_owned())
+                }
+            }
             (Set::Outside, Region::Outside) => {
                 let meant = |flow: &&Flow| match &flow.target {
                     Target::Service { network } | Target::Outside { network } => {
                         network.first() <= rule.first && rule.last <= network.last()
                     }
-                    Target::App { .. } => false,
+                    Target::App { .. } | Target::Domain { .. } => false,
                 };
                 if self.flows(sender).iter().filter(same).any(|flow| meant(&flow)) {
                     Ok(())
                 } else {
                     Err("the app does not name a target that holds all of this range".to_owned())
                 }
+            }
+        }
+    }
+
+    /// Names are asked for at the own bridge alone.
+    fn gateways(&mut self) {
+        for (network, address) in &self.table.gateways {
+            if self.walls.homes.get(network).is_none_or(|home| *address != home.first() + 1) {
+                let witness = about(*network, *address);
+                self.breach(witness, "this is not the address of the network's bridge".to_owned());
             }
         }
     }
@@ -311,6 +343,12 @@ impl<'a> Court<'a> {
                 if !self.table.sources.contains(&(place.network, source)) {
                     let witness = about(place.network, source);
                     self.breach(witness, "an instance may not send at all".to_owned());
+                }
+                let gateway =
+                    self.walls.homes.get(&place.network).map(|home| (place.network, home.first() + 1));
+                if !gateway.is_some_and(|gateway| self.table.gateways.contains(&gateway)) {
+                    let witness = about(place.network, source);
+                    self.breach(witness, "an instance cannot ask for names".to_owned());
                 }
                 for flow in self.flows(*app) {
                     self.covered(place.network, source, flow, &wide);
@@ -332,6 +370,8 @@ impl<'a> Court<'a> {
             Target::Service { network: to } if to.prefix() == 32 => {
                 Some(to.first()).filter(|to| !table.services.contains(&exact(*to))).into_iter().collect()
             }
+            // Open only while somebody has asked for it: nothing is required.
+            Target::Domain { .. } => Vec::new(),
             Target::Service { network: to } | Target::Outside { network: to } => {
                 let open = wide.get(&(source, protocol, port)).is_some_and(|ranges| {
                     ranges.iter().any(|(first, last)| *first <= to.first() && to.last() <= *last)

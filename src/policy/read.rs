@@ -48,6 +48,8 @@ pub enum Set {
     Services,
     /// To ranges; looked at after it.
     Outside,
+    /// To addresses of domains, each for a while; looked at after it too.
+    Resolved,
 }
 
 impl Set {
@@ -58,6 +60,7 @@ impl Set {
             Self::Pairs => "pairs",
             Self::Services => "services",
             Self::Outside => "outside",
+            Self::Resolved => "resolved",
         }
     }
 }
@@ -73,6 +76,10 @@ pub struct Table {
     pub services: FxHashSet<Rule>,
     /// To ranges.
     pub outside: FxHashSet<Rule>,
+    /// To addresses of domains. An element may have ended in the meantime: what is here is at most open.
+    pub resolved: FxHashSet<Rule>,
+    /// Network and address of each bridge, where names are asked for.
+    pub gateways: FxHashSet<(u32, u32)>,
     /// What nobody reaches: first and last addresses.
     pub never: BTreeSet<(u32, u32)>,
 }
@@ -85,6 +92,7 @@ impl Table {
             Set::Pairs => &self.pairs,
             Set::Services => &self.services,
             Set::Outside => &self.outside,
+            Set::Resolved => &self.resolved,
         }
     }
 
@@ -93,6 +101,7 @@ impl Table {
             Set::Pairs => &mut self.pairs,
             Set::Services => &mut self.services,
             Set::Outside => &mut self.outside,
+            Set::Resolved => &mut self.resolved,
         }
     }
 }
@@ -129,6 +138,15 @@ table inet T {
     flags interval
 =outside
   }
+  set resolved {
+    type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service
+    flags timeout
+=resolved
+  }
+  set gateways {
+    type ifname . ipv4_addr
+=gateways
+  }
   set never {
     type ipv4_addr
     flags interval
@@ -164,11 +182,13 @@ table inet T {
     iifname . ip saddr . ip daddr . meta l4proto . th dport @services oifname != B accept
     ip daddr @never goto refuse
     iifname . ip saddr . ip daddr . meta l4proto . th dport @outside oifname != B accept
+    iifname . ip saddr . ip daddr . meta l4proto . th dport @resolved oifname != B accept
     goto refuse
   }
   chain to_tenant {
     ct direction reply ct state established oifname . ip daddr . ip saddr . meta l4proto . th sport @services accept
     ct direction reply ct state established ip saddr != @never oifname . ip daddr . ip saddr . meta l4proto . th sport @outside accept
+    ct direction reply ct state established ip saddr != @never oifname . ip daddr . ip saddr . meta l4proto . th sport @resolved accept
     icmp type { destination-unreachable, time-exceeded } ct state related accept
     drop
   }
@@ -177,6 +197,7 @@ table inet T {
     iifname B goto from_tenant_to_host
   }
   chain from_tenant_to_host {
+    iifname . ip daddr @gateways meta l4proto { tcp, udp } th dport 53 accept
     meta l4proto tcp ct direction reply ct state established accept
     goto discard
   }
@@ -186,6 +207,7 @@ table inet T {
   }
   chain host_to_tenant {
     meta l4proto tcp meta skuid U accept
+    meta l4proto { tcp, udp } th sport 53 ct direction reply ct state established accept
     icmp type destination-unreachable accept
     reject with icmpx admin-prohibited
   }
@@ -253,6 +275,12 @@ fn fill(out: &mut Table, set: &str, elements: &str, shell: &Shell) -> Result<(),
     for element in elements.split(", ") {
         let fresh = match set {
             "sources" => out.sources.insert(source(element, shell)?),
+            "gateways" => out.gateways.insert(source(element, shell)?),
+            // Put in again, an element gets a new time.
+            "resolved" => {
+                out.resolved.insert(rule(timed(element)?, Set::Resolved, shell)?);
+                true
+            }
             "never" => {
                 let network: Cidr = element.parse().map_err(|_| "no network")?;
                 out.never.insert((network.first(), network.last()))
@@ -269,8 +297,18 @@ fn fill(out: &mut Table, set: &str, elements: &str, shell: &Shell) -> Result<(),
     Ok(())
 }
 
+/// The longest that an element of a domain stays, in seconds.
+const LONGEST: u32 = 8 * 3600;
+
+/// An element without the time that it stays, which must be there.
+fn timed(element: &str) -> Result<&str, &'static str> {
+    let (element, time) = element.split_once(" timeout ").ok_or("an element of a domain has no end")?;
+    let seconds = time.strip_suffix('s').and_then(number).ok_or("no time")?;
+    if (1..=LONGEST).contains(&seconds) { Ok(element) } else { Err("a time that is too long") }
+}
+
 fn named(set: &str) -> Result<Set, &'static str> {
-    [Set::Pairs, Set::Services, Set::Outside]
+    [Set::Pairs, Set::Services, Set::Outside, Set::Resolved]
         .into_iter()
         .find(|known| known.name() == set)
         .ok_or("no set of rules")
@@ -357,6 +395,8 @@ fn edit(out: &mut Table, line: &str, shell: &Shell) -> Result<(), &'static str> 
     for element in elements.split(", ") {
         let was = if set == "sources" {
             out.sources.remove(&source(element, shell)?)
+        } else if set == "gateways" {
+            out.gateways.remove(&source(element, shell)?)
         } else {
             let set = named(set)?;
             out.set_mut(set).remove(&rule(element, set, shell)?)

@@ -67,6 +67,8 @@ pub struct Folder {
     pub registry: User,
     /// The prober.
     pub prober: User,
+    /// The resolver.
+    pub resolver: User,
     ports: Ports,
     _lock: File,
 }
@@ -172,9 +174,9 @@ impl Folder {
         let claim = claims::claim(&path)?;
         let user = |part: &str| ensure_user(&format!("bk{}-{part}", claim.installation));
         let (serve, db) = (user("serve")?, user("db")?);
-        let (registry, prober) = (user("registry")?, user("prober")?);
+        let (registry, prober, resolver) = (user("registry")?, user("prober")?, user("resolver")?);
         let ports = ports(&path, listen.map(|listen| listen.port()))?;
-        let folder = Self { path, claim, serve, db, registry, prober, ports, _lock: lock };
+        let folder = Self { path, claim, serve, db, registry, prober, resolver, ports, _lock: lock };
         folder.lay_out()?;
         Ok(folder)
     }
@@ -282,6 +284,9 @@ impl Folder {
             engine_storage: self.path.join("engine"),
             prober_socket: self.path.join("run/prober/prober.sock"),
             prober_uid: self.prober.uid,
+            resolver_socket: self.path.join("run/names/names.sock"),
+            resolver_uid: self.resolver.uid,
+            resolver_gid: self.resolver.gid,
             registry_name: self.registry_name(),
             pull_host: self.pull_host(),
         }
@@ -293,10 +298,13 @@ impl Folder {
         Layout {
             serve: self.serve.name.clone(),
             prober: self.prober.name.clone(),
+            resolver: self.resolver.name.clone(),
             binaries: binaries.to_owned(),
             serve_settings: self.path.join("serve.toml"),
             agent_settings: self.path.join("agent.toml"),
             prober_socket: self.path.join("run/prober/prober.sock"),
+            resolver_socket: self.path.join("run/names/names.sock"),
+            resolver_settings: self.path.join("resolver.toml"),
             engine: self.engine(),
             own: Some(OwnParts {
                 postgres: postgres.to_owned(),

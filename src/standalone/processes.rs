@@ -38,6 +38,8 @@ pub struct Process {
     pub files: Option<u64>,
     /// Memory that it may have, in MiB; held by systemd where that is in charge.
     pub memory: Option<u32>,
+    /// The one capability that it has, by the name that `setpriv` knows, if it has one.
+    pub capability: Option<&'static str>,
 }
 
 /// Where the parts lie and as whom they run.
@@ -47,6 +49,8 @@ pub struct Layout {
     pub serve: String,
     /// User of the prober.
     pub prober: String,
+    /// User of the resolver.
+    pub resolver: String,
     /// Folder of the platform's programs.
     pub binaries: PathBuf,
     /// Settings of `serve`.
@@ -55,6 +59,10 @@ pub struct Layout {
     pub agent_settings: PathBuf,
     /// The prober's socket.
     pub prober_socket: PathBuf,
+    /// The socket on which the root half answers the resolver.
+    pub resolver_socket: PathBuf,
+    /// Settings of the resolver; need not be there.
+    pub resolver_settings: PathBuf,
     /// The engine.
     pub engine: EngineSettings,
     /// The database and the registry, where they are the installation's own.
@@ -100,6 +108,7 @@ pub fn table(layout: &Layout) -> Vec<Process> {
         after: &[],
         files: Some(4_096),
         memory: None,
+        capability: None,
     };
     let (podman, args, environment) = engine::command(&layout.engine);
     let mut table = layout.own.as_ref().map_or_else(Vec::new, |own| own_parts(own, &base));
@@ -126,6 +135,23 @@ pub fn table(layout: &Layout) -> Vec<Process> {
             command: texts(&[&binary("bulkhead-agent"), "--config", &show(&layout.agent_settings)]),
             after: &["engine", "prober"],
             memory: Some(1_024),
+            ..base.clone()
+        },
+        Process {
+            name: "resolver",
+            purpose: "names for apps",
+            user: Some(layout.resolver.clone()),
+            command: texts(&[
+                &binary("bulkhead"),
+                "resolver",
+                "--agent",
+                &show(&layout.resolver_socket),
+                "--settings",
+                &show(&layout.resolver_settings),
+            ]),
+            after: &["agent"],
+            memory: Some(256),
+            capability: Some("net_bind_service"),
             ..base.clone()
         },
         Process {
@@ -199,10 +225,12 @@ impl Process {
                 user,
                 "--clear-groups",
                 "--no-new-privs",
-                "--inh-caps=-all",
-                "--bounding-set=-all",
-                "--",
             ]));
+            for set in ["inh-caps", "ambient-caps", "bounding-set"] {
+                let one = self.capability.map(|one| format!(",+{one}")).unwrap_or_default();
+                line.push(format!("--{set}=-all{one}"));
+            }
+            line.push("--".into());
         }
         line.extend(self.command.iter().cloned());
         Command::new(&line[0])

@@ -40,6 +40,7 @@ pub fn write(settings: &Path, state: &Path) -> Result<Written, Failed> {
     let settings = settings.canonicalize().map_err(io(settings))?;
     let claim = claims::claim(&settings)?;
     let (serve, prober) = (ensure_user(units::SERVE)?, ensure_user(units::PROBER)?);
+    let resolver = ensure_user(units::RESOLVER)?;
     // Written once with this port, all of them keep to it.
     let known = Config::load(&settings.join("serve.toml"), &[]).ok().map(|config| config.server.pull_listen);
     let pull = match known {
@@ -84,6 +85,9 @@ pub fn write(settings: &Path, state: &Path) -> Result<Written, Failed> {
         engine_storage: layout.engine.root.clone(),
         prober_socket: layout.prober_socket.clone(),
         prober_uid: prober.uid,
+        resolver_socket: layout.resolver_socket.clone(),
+        resolver_uid: resolver.uid,
+        resolver_gid: resolver.gid,
         registry_name: name,
         pull_host: pull.to_string(),
     };

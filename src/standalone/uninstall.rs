@@ -37,7 +37,7 @@ pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
     };
     unmount_below(&folder.engine().run);
     let _ = std::fs::remove_dir_all(&folder.engine().run);
-    for user in [&folder.serve, &folder.db, &folder.registry, &folder.prober] {
+    for user in [&folder.serve, &folder.db, &folder.registry, &folder.prober, &folder.resolver] {
         quiet("userdel", &[&user.name]);
     }
     claims::release(&folder.path)?;

@@ -25,6 +25,9 @@ pub const SERVE: &str = "bulkhead";
 /// The prober's.
 pub const PROBER: &str = "bulkhead-prober";
 
+/// The resolver's.
+pub const RESOLVER: &str = "bulkhead-resolver";
+
 /// The layout when systemd is in charge: database and registry are given, not the installation's own.
 #[must_use]
 pub fn layout(registry_name: &str, pull_host: &str, may_raise_limits: bool) -> Layout {
@@ -32,10 +35,13 @@ pub fn layout(registry_name: &str, pull_host: &str, may_raise_limits: bool) -> L
     Layout {
         serve: SERVE.into(),
         prober: PROBER.into(),
+        resolver: RESOLVER.into(),
         binaries: "/usr/local/bin".into(),
         serve_settings: settings.join("serve.toml"),
         agent_settings: settings.join("agent.toml"),
         prober_socket: sockets.join("prober/prober.sock"),
+        resolver_socket: sockets.join("names/names.sock"),
+        resolver_settings: settings.join("resolver.toml"),
         engine: EngineSettings {
             root: state.join("engine"),
             run: "/run/bulkhead-engine".into(),
@@ -162,6 +168,17 @@ fn own_rules(process: &Process, out: &mut String) {
             let _ = writeln!(out, "User={PROBER}\nGroup={PROBER}\nProtectProc=invisible");
             *out += "RestrictAddressFamilies=AF_UNIX AF_INET\n";
             *out += UNPRIVILEGED;
+        }
+        "resolver" => {
+            let _ = writeln!(out, "User={RESOLVER}\nGroup={RESOLVER}\nProtectProc=invisible");
+            *out += "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n";
+            // The one capability of all that is not root: to listen where names are asked for.
+            *out += &UNPRIVILEGED
+                .replace(
+                    "CapabilityBoundingSet=\nAmbientCapabilities=\n",
+                    "CapabilityBoundingSet=CAP_NET_BIND_SERVICE\nAmbientCapabilities=CAP_NET_BIND_SERVICE\n",
+                )
+                .replace("PrivateUsers=yes\n", "");
         }
         _ => {
             let user = process.user.as_deref().unwrap_or("root");

@@ -175,6 +175,8 @@ async fn ready(folder: &Folder, options: &Options, name: &str) -> Result<(), Fai
         "engine" => wait_for(folder, name, || folder.path.join("run/engine/podman.sock").exists()).await,
         "prober" => wait_for(folder, name, || folder.path.join("run/prober/prober.sock").exists()).await,
         "agent" => wait_for(folder, name, || folder.path.join("run/agent/agent.sock").exists()).await,
+        // What asks for names asks again; nothing waits for it.
+        "resolver" => Ok(()),
         _ => wait_http(folder, name, &format!("http://{}/readyz", options.listen), 200).await,
     }
 }

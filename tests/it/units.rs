@@ -25,7 +25,7 @@ fn the_units_in_the_tree_are_the_table() {
 /// reads what tenants send stays under 3.
 #[test]
 fn what_is_not_root_is_closed() {
-    for name in ["bulkhead-serve.service", "bulkhead-prober.service"] {
+    for name in ["bulkhead-serve.service", "bulkhead-prober.service", "bulkhead-resolver.service"] {
         let done = Command::new("systemd-analyze")
             .args(["security", "--offline=true", "--threshold=29", &format!("deploy/systemd/{name}")])
             .output()

@@ -179,7 +179,8 @@ async fn every_process_may_die_at_any_time() {
     let robot = machine.tenant("acme").await;
     push(&machine, &robot, "acme/web:0", 0);
     let path = "/api/v1/tenants/acme/apps/web";
-    for (n, process) in ["postgres", "registry", "engine", "prober", "agent", "serve"].into_iter().enumerate()
+    for (n, process) in
+        ["postgres", "registry", "engine", "prober", "agent", "resolver", "serve"].into_iter().enumerate()
     {
         push(&machine, &robot, &format!("acme/web:{n}"), n);
         let spec = format!(

@@ -4,8 +4,8 @@
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::support::run;
@@ -117,6 +117,53 @@ impl Outside {
             }
         });
         wait.recv().unwrap();
+    }
+
+    /// The name server of this world: it answers with what is in `names`, for one second, and keeps what it was
+    /// asked.
+    pub(crate) fn names(&self, names: Vec<(&'static str, Vec<Ipv4Addr>)>) -> Arc<Mutex<Vec<String>>> {
+        use hickory_proto::op::{Message, ResponseCode};
+        use hickory_proto::rr::{RData, Record, RecordType, rdata};
+        let (place, own, stop) = (self.place(), self.far(), Arc::clone(&self.stop));
+        let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+        let kept = Arc::clone(&asked);
+        let (ready, wait) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            enter(&place);
+            let socket = UdpSocket::bind((own, 53)).unwrap();
+            socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+            ready.send(()).unwrap();
+            let mut buffer = [0; 1500];
+            while !stop.load(Ordering::Relaxed) {
+                let Ok((length, from)) = socket.recv_from(&mut buffer) else { continue };
+                let Ok(question) = Message::from_vec(&buffer[..length]) else { continue };
+                let query = question.queries[0].clone();
+                let name = query.name().to_lowercase().to_ascii();
+                let name = name.trim_end_matches('.').to_owned();
+                let mut answer = Message::response(question.metadata.id, question.metadata.op_code);
+                answer.metadata.recursion_available = true;
+                answer.add_query(query.clone());
+                match names.iter().find(|(known, _)| *known == name) {
+                    None => answer.metadata.response_code = ResponseCode::NXDomain,
+                    Some((_, addresses)) if query.query_type() == RecordType::A => {
+                        let record = |a: &Ipv4Addr| {
+                            Record::from_rdata(query.name().clone(), 1, RData::A(rdata::A(*a)))
+                        };
+                        answer.add_answers(addresses.iter().map(record));
+                    }
+                    Some(_) => {}
+                }
+                kept.lock().unwrap().push(name);
+                let _ = socket.send_to(&answer.to_vec().unwrap(), from);
+            }
+        });
+        wait.recv().unwrap();
+        asked
+    }
+
+    /// The far end of the wire to this world.
+    pub(crate) fn far(&self) -> Ipv4Addr {
+        Ipv4Addr::new(198, 18, self.slice, 2)
     }
 
     /// Sends ten datagrams a second from the service's address to whoever has sent one, for as long as the test lasts.

@@ -68,7 +68,7 @@ async fn written(machine: &Machine, log: &Path, metrics: u16) -> [(&'static str,
     assert!(good && dump.contains("COPY public.account") && dump.contains("ada"), "the dump is one");
     let mut logs = fs::read_to_string(log).unwrap();
     assert!(logs.contains("TRACE") && logs.lines().count() > 100, "the log is at its loudest");
-    for name in ["serve", "agent", "registry", "postgres", "prober", "engine"] {
+    for name in ["serve", "agent", "registry", "postgres", "prober", "resolver", "engine"] {
         logs += &fs::read_to_string(machine.data.join(format!("log/{name}.log"))).unwrap_or_default();
     }
     [("a log", logs), ("the dump", dump), ("the metrics", numbers)]

@@ -38,6 +38,12 @@ pub struct AgentConfig {
     pub prober_socket: PathBuf,
     /// User id of the prober: the only one that may connect from the host into the bridges.
     pub prober_uid: u32,
+    /// Socket on which the resolver asks.
+    pub resolver_socket: PathBuf,
+    /// User id of the resolver: the only one that is answered there.
+    pub resolver_uid: u32,
+    /// Its group, which reaches the socket.
+    pub resolver_gid: u32,
     /// Name under which the engine knows the registry; its own configuration leads it to Bulkhead.
     pub registry_name: String,
     /// Where that name leads: Bulkhead's listener for pulls.

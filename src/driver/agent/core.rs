@@ -17,7 +17,7 @@ use super::flows::Flows;
 use super::journal::Journal;
 use super::kept::Kept;
 use super::network::{Denials, Depth, InForce};
-use super::server;
+use super::{names, server};
 use crate::driver::podman::client::{Listed, Podman};
 use crate::driver::podman::firewall::watch::Watch;
 use crate::driver::podman::oom::OutOfMemory;
@@ -56,6 +56,8 @@ pub(super) struct Agent {
     pub(super) firewall: tokio::sync::Mutex<Option<InForce>>,
     /// What each tenant's apps may begin to talk to.
     pub(super) flows: Mutex<Flows>,
+    /// What was found for domains.
+    pub(super) found: Mutex<names::Found>,
     /// The machine's own addresses.
     pub(super) own: Mutex<Vec<crate::policy::never::Range>>,
     /// Room for probes that were asked for.
@@ -101,9 +103,10 @@ pub async fn run(config: AgentConfig, stop: impl Future<Output = ()>) -> Result<
     let hearing = tokio::spawn(hearing(Arc::clone(&agent)));
     let probing = tokio::spawn(probing(Arc::clone(&agent)));
     let serving = server::serve(Arc::clone(&agent))?;
+    let naming = names::serve(Arc::clone(&agent))?;
     tracing::info!(installation = %agent.config.installation, "the agent is ready");
     stop.await;
-    for task in [looking, watching, tidying, hearing, probing, serving] {
+    for task in [looking, watching, tidying, hearing, probing, naming, serving] {
         task.abort();
     }
     let apps: Vec<_> = lock(&agent.apps).values().cloned().collect();
@@ -139,6 +142,7 @@ impl Agent {
             look: Notify::new(),
             firewall: tokio::sync::Mutex::new(None),
             flows: Mutex::new(flows),
+            found: Mutex::default(),
             own: Mutex::default(),
             probes: tokio::sync::Semaphore::new(8),
             denials: Mutex::default(),
@@ -314,9 +318,9 @@ async fn watching(agent: Arc<Agent>) {
         }
         networks_at = tokio::time::Instant::now();
         agent.note_denials().await;
-        if agent.note_own_addresses().await
-            && let Err(error) = agent.refresh_firewall().await
-        {
+        agent.keep_found_open().await;
+        agent.note_own_addresses().await;
+        if let Err(error) = agent.refresh_firewall().await {
             tracing::warn!(%error, "the machine's new addresses are closed later");
         }
         let tenants: Vec<TenantName> = {

@@ -101,7 +101,7 @@ pub(super) fn obstacle(flow: &Flow, pool: Cidr, own: &[Range]) -> Option<String>
         return Some("the name of a flow is not possible".into());
     }
     let (network, wall) = match &flow.target {
-        Target::App { .. } => return None,
+        Target::App { .. } | Target::Domain { .. } => return None,
         Target::Service { network } => (network, never::against_service(*network, own)),
         Target::Outside { network } => (network, never::against_outside(*network, own)),
     };

@@ -285,6 +285,9 @@ mod tests {
             engine_socket = "/x"
             prober_socket = "/x"
             prober_uid = 2
+            resolver_socket = "/x"
+            resolver_uid = 3
+            resolver_gid = 3
             registry_name = "x"
             pull_host = "x"
             network_pool = "10.64.0.0/12"

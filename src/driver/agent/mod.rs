@@ -10,6 +10,7 @@ mod flows;
 mod journal;
 mod kept;
 mod logs;
+mod names;
 mod network;
 mod plan;
 mod probe;

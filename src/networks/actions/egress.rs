@@ -30,8 +30,10 @@ pub async fn ask(pool: &PgPool, by: By<'_>, tenant: &TenantRef, wish: &Wish) -> 
         && ["asked", "approved"].contains(&known.state.as_str())
     {
         let ports: Vec<i32> = wish.ports.iter().map(|port| i32::from(*port)).collect();
-        let network = known.network.parse().ok();
-        if network == Some(wish.network) && known.protocol == wish.protocol.as_str() && known.ports == ports {
+        if known.place == wish.place.to_string()
+            && known.protocol == wish.protocol.as_str()
+            && known.ports == ports
+        {
             return Ok(false);
         }
         return Err(Error::AlreadyExists(format!(
@@ -49,8 +51,7 @@ pub async fn ask(pool: &PgPool, by: By<'_>, tenant: &TenantRef, wish: &Wish) -> 
             _ => error.into(),
         }
     })?;
-    let detail =
-        json!({"network": wish.network, "protocol": wish.protocol, "ports": wish.ports, "days": wish.days});
+    let detail = json!({"place": wish.place.to_string(), "protocol": wish.protocol, "ports": wish.ports, "days": wish.days});
     by.record(&mut tx, tenant.id, "egress.ask", wish.name.as_str(), detail).await?;
     tx.commit().await?;
     Ok(true)
@@ -73,7 +74,7 @@ pub async fn decide(
     if !store::decide_target(&mut tx, tenant.id, known.id, decided, by.actor.id.as_str()).await? {
         return Err(Error::Conflict(format!("this target is {} and waits for no decision", known.state)));
     }
-    let detail = json!({"network": known.network, "protocol": known.protocol, "ports": known.ports, "note": decision.note});
+    let detail = json!({"place": known.place, "protocol": known.protocol, "ports": known.ports, "note": decision.note});
     by.record(&mut tx, tenant.id, action, name.as_str(), detail).await?;
     let words = format!("the egress target {name}, asked for by {}, is {state}", known.asked_by);
     note(&mut tx, tenant.id, by.actor.id.as_str(), &words).await?;

@@ -15,9 +15,9 @@ use crate::http::parse_json;
 use crate::ids::EgressName;
 use crate::networks::actions::{self, Decision};
 use crate::networks::store::Wish;
-use crate::networks::{check_network, store};
+use crate::networks::{Place, check_network, store};
+use crate::policy::Protocol;
 use crate::policy::never::against_outside;
-use crate::policy::{Cidr, Protocol};
 use crate::reconcile::Waker;
 
 fn tcp() -> String {
@@ -28,7 +28,10 @@ fn tcp() -> String {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(in crate::networks) struct WishBody {
+    #[serde(default)]
     pub(in crate::networks) network: String,
+    #[serde(default)]
+    pub(in crate::networks) domain: String,
     #[serde(default = "tcp")]
     pub(in crate::networks) protocol: String,
     pub(in crate::networks) ports: Vec<u16>,
@@ -44,7 +47,16 @@ pub(in crate::networks) async fn check_wish(
 ) -> Result<Wish, Error> {
     let mut faults = Vec::new();
     let fault = |path: &str, message: &str| Fault::new(Code(426), Kind::Invalid, path, message);
-    let network: Option<Cidr> = super::parse(&input.network, "network", &mut faults);
+    let place = match (input.network.as_str(), input.domain.as_str()) {
+        (network, "") if !network.is_empty() => {
+            super::parse(network, "network", &mut faults).map(Place::Network)
+        }
+        ("", domain) if !domain.is_empty() => super::parse(domain, "domain", &mut faults).map(Place::Domain),
+        _ => {
+            faults.push(fault("network", "a target has either a network or a domain"));
+            None
+        }
+    };
     let protocol = Protocol::parse(&input.protocol);
     if protocol.is_none() {
         faults.push(fault("protocol", "protocol is tcp or udp"));
@@ -63,16 +75,16 @@ pub(in crate::networks) async fn check_wish(
         ));
     }
     super::days(input.days, &mut faults);
-    if let Some(network) = network {
+    if let Some(Place::Network(network)) = place {
         let (tenants, own) = super::walls(config).await;
         faults.extend(check_network(network, "network", against_outside(network, &own), tenants).err());
         if network.prefix() < 8 {
             faults.push(fault("network", "a network of at most 16 million addresses: a prefix of 8 or more"));
         }
     }
-    match (network, protocol) {
-        (Some(network), Some(protocol)) if faults.is_empty() => {
-            Ok(Wish { name, network, protocol, ports, reason, days: input.days })
+    match (place, protocol) {
+        (Some(place), Some(protocol)) if faults.is_empty() => {
+            Ok(Wish { name, place, protocol, ports, reason, days: input.days })
         }
         _ => Err(Error::Invalid(faults)),
     }

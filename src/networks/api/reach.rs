@@ -113,6 +113,7 @@ pub(in crate::networks) async fn resolve(
             Target::Service { network } | Target::Outside { network } => {
                 Some(ProbeTarget::Address(Ipv4Addr::from_bits(network.first())))
             }
+            Target::Domain { .. } => None,
         },
         // An own app that is not named: a probe shows that it is closed.
         (To::Name(name), None) => match name.parse() {
@@ -180,7 +181,7 @@ pub async fn post_reach(
     let Asked { app, protocol, port, reach, target } =
         resolve(&scope.tenant, &pool, &config.pools, &path.name()?, &query).await?;
     let target = target.ok_or_else(|| {
-        Error::Conflict("this name leads nowhere, so there is nothing to try; an address can be tried".into())
+        Error::Conflict("this name has no address to try (a domain has one only once an app asks for it); an address can be tried".into())
     })?;
     let probe = Probe { tenant: scope.tenant.name.clone(), app, target, protocol, port };
     let outcome = driver.probe(&probe).await.map_err(|error| match error {

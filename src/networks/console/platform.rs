@@ -105,7 +105,7 @@ async fn view(
                 let ports: Vec<String> = row.ports.iter().map(ToString::to_string).collect();
                 let end = row.expires_at.map(|at| format!(", until {}", when(at))).unwrap_or_default();
                 WaitingRow {
-                    place: format!("{} {} {}{end}", row.network, row.protocol, ports.join(", ")),
+                    place: format!("{} {} {}{end}", row.place, row.protocol, ports.join(", ")),
                     by: format!("{}, {}", who(&row.asked_by), when(row.asked_at)),
                     tenant: row.tenant,
                     name: row.name,

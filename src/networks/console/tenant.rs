@@ -125,6 +125,7 @@ async fn view<P>(
                     format!("a service, {network} {} {}", flow.protocol, flow.port)
                 }
                 Target::Outside { network } => format!("outside, {network} {} {}", flow.protocol, flow.port),
+                Target::Domain { domain } => format!("outside, {domain} {} {}", flow.protocol, flow.port),
             },
         })
     });
@@ -178,7 +179,7 @@ fn egress_row(row: store::Target) -> EgressRow {
     let end = row.expires_at.map(|at| format!(", until {}", when(at))).unwrap_or_default();
     let decided = row.decided_by.map(|by| format!("by {}", who(&by))).unwrap_or_default();
     EgressRow {
-        place: format!("{} {} {}{end}", row.network, row.protocol, ports.join(", ")),
+        place: format!("{} {} {}{end}", row.place, row.protocol, ports.join(", ")),
         mark: match row.state.as_str() {
             "approved" => "running",
             "asked" => "changing",
@@ -365,8 +366,13 @@ pub async fn ask(
         let ports = ports
             .collect::<Result<_, _>>()
             .map_err(|_| Error::Conflict("ports are numbers, such as 443".into()))?;
+        // Digits, dots and a slash are addresses; a name has a letter.
+        let place = form.0.network.trim().to_owned();
+        let is_name = place.contains(|c: char| c.is_ascii_alphabetic());
+        let (network, domain) = if is_name { (String::new(), place) } else { (place, String::new()) };
         let input = WishBody {
-            network: form.0.network.trim().to_owned(),
+            network,
+            domain,
             protocol: form.0.protocol.clone(),
             ports,
             reason: form.0.reason.clone(),

@@ -3,7 +3,7 @@
 //! the firewall's text says the same, is made where the text is applied.
 
 use super::compile::Gap;
-use super::{AppPlan, Facts};
+use super::{AppPlan, Facts, Place};
 use crate::apps::connections::Connecting;
 use crate::ids::TenantName;
 use crate::policy::never::{against_outside, against_service};
@@ -65,19 +65,33 @@ fn reason(facts: &Facts, app: &Connecting, flow: &Flow, pool: Cidr) -> Result<()
             }
             clear(network.overlaps(pool) || against_service(*network, &[]).is_some())
         }
-        Target::Outside { network } => {
+        Target::Outside { .. } | Target::Domain { .. } => {
             let named = connects.egress.iter().any(|name| name.as_str() == flow.name);
             let approved = facts.egress.iter().any(|target| {
                 target.name.as_str() == flow.name
-                    && target.network == *network
+                    && is_there(&target.place, &flow.target)
                     && target.protocol == flow.protocol
                     && target.ports.contains(&flow.port)
             });
             if !named || !approved {
                 return Err("the app does not name this target, or it is not approved");
             }
-            clear(network.overlaps(pool) || against_outside(*network, &[]).is_some())
+            match &flow.target {
+                Target::Outside { network } => {
+                    clear(network.overlaps(pool) || against_outside(*network, &[]).is_some())
+                }
+                // What a name leads to is held against the walls each time that it is looked up.
+                _ => Ok(()),
+            }
         }
+    }
+}
+
+fn is_there(place: &Place, target: &Target) -> bool {
+    match (place, target) {
+        (Place::Network(own), Target::Outside { network }) => own == network,
+        (Place::Domain(own), Target::Domain { domain }) => own == domain,
+        _ => false,
     }
 }
 
@@ -117,8 +131,7 @@ fn wanted(facts: &Facts, app: &Connecting, plan: &AppPlan, gaps: &[Gap]) -> Resu
         }
     }
     for target in facts.egress.iter().filter(|target| app.connects.egress.contains(&target.name)) {
-        let count =
-            plan.flows.iter().filter(|flow| flow.target == Target::Outside { network: target.network });
+        let count = plan.flows.iter().filter(|flow| is_there(&target.place, &flow.target));
         let missing = target.ports.iter().any(|port| !count.clone().any(|flow| flow.port == *port));
         if missing {
             return Err(format!("{} lacks a port of {}", app.name, target.name));

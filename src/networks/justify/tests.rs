@@ -29,7 +29,11 @@ fn facts() -> Facts {
                 3,
                 "web",
                 Some(8080),
-                connects(&["kafka", "search"], &["api", "job", "beta/db", "beta/log"], &["payments", "mail"]),
+                connects(
+                    &["kafka", "search"],
+                    &["api", "job", "beta/db", "beta/log"],
+                    &["payments", "mail", "pay"],
+                ),
             ),
         ],
         services: vec![
@@ -52,12 +56,20 @@ fn facts() -> Facts {
                 only: Some("api".parse().unwrap()),
             },
         ],
-        egress: vec![Approved {
-            name: "payments".parse().unwrap(),
-            network: "45.67.89.0/24".parse().unwrap(),
-            protocol: Protocol::Tcp,
-            ports: vec![443, 8443],
-        }],
+        egress: vec![
+            Approved {
+                name: "payments".parse().unwrap(),
+                place: Place::Network("45.67.89.0/24".parse().unwrap()),
+                protocol: Protocol::Tcp,
+                ports: vec![443, 8443],
+            },
+            Approved {
+                name: "pay".parse().unwrap(),
+                place: Place::Domain("pay.example.org".parse().unwrap()),
+                protocol: Protocol::Tcp,
+                ports: vec![443],
+            },
+        ],
         ends: None,
     }
 }
@@ -74,7 +86,7 @@ fn what_is_compiled_is_justified_and_what_is_not_to_be_had_is_told() {
     let web = plans.iter().find(|plan| plan.name.as_str() == "web").unwrap();
     let mut names: Vec<&str> = web.flows.iter().map(|flow| flow.name.as_str()).collect();
     names.sort_unstable();
-    assert_eq!(names, ["api", "beta/db", "kafka", "kafka", "payments", "payments"]);
+    assert_eq!(names, ["api", "beta/db", "kafka", "kafka", "pay", "payments", "payments"]);
     let told: Vec<(&str, &str)> = gaps.iter().map(|gap| (gap.name.as_str(), gap.why)).collect();
     assert_eq!(
         told,
@@ -94,6 +106,7 @@ fn planted_flows_are_found() {
     let (plans, gaps) = compile(&facts);
     let target = |network: &str| Target::Service { network: network.parse().unwrap() };
     let outside = |network: &str| Target::Outside { network: network.parse().unwrap() };
+    let domain = |name: &str| Target::Domain { domain: name.parse().unwrap() };
     let app = |tenant: &str, id| Target::App { tenant: tenant.parse().unwrap(), app: AppId(id) };
     for (n, name, to, protocol, port) in [
         (0, "kafka", target("10.5.0.2"), Protocol::Tcp, 9092),
@@ -106,6 +119,10 @@ fn planted_flows_are_found() {
         (2, "payments", outside("45.67.89.0/24"), Protocol::Tcp, 22),
         (2, "payments", outside("0.0.0.0/0"), Protocol::Tcp, 443),
         (2, "payments", target("45.67.89.0/24"), Protocol::Tcp, 443),
+        (2, "pay", domain("other.example.org"), Protocol::Tcp, 443),
+        (2, "pay", domain("pay.example.org"), Protocol::Tcp, 80),
+        (2, "payments", domain("pay.example.org"), Protocol::Tcp, 443),
+        (1, "pay", domain("pay.example.org"), Protocol::Tcp, 443),
         (2, "mail", outside("45.67.89.0/24"), Protocol::Tcp, 443),
         (2, "beta/db", app("beta", 10), Protocol::Tcp, 5432),
         (2, "beta/db", app("beta", 9), Protocol::Tcp, 5433),

@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 use crate::apps::connections::find_connecting;
 use crate::error::Error;
 use crate::ids::{AppId, AppName, EgressName, ServiceName, TenantId, TenantName};
-use crate::networks::{Approved, Endpoint, Granted};
+use crate::networks::{Approved, Endpoint, Granted, Place};
 use crate::policy::Protocol;
 
 /// Services that a tenant may use.
@@ -65,7 +65,7 @@ pub(in crate::networks) async fn decided_egress(
     tenant: TenantId,
 ) -> Result<(Vec<Approved>, Option<OffsetDateTime>), Error> {
     let rows = sqlx::query!(
-        r#"SELECT name AS "name: EgressName", network::text AS "network!", protocol, ports, expires_at
+        r#"SELECT name AS "name: EgressName", network::text AS network, domain, protocol, ports, expires_at
            FROM egress_target WHERE tenant_id = $1 AND state = 'approved'
              AND (expires_at IS NULL OR expires_at > now()) ORDER BY name"#,
         tenant.0
@@ -78,7 +78,8 @@ pub(in crate::networks) async fn decided_egress(
         .map(|row| {
             Ok(Approved {
                 name: row.name,
-                network: row.network.parse().map_err(Error::internal)?,
+                place: Place::of(row.network.as_deref(), row.domain.as_deref())
+                    .ok_or_else(|| Error::internal("a place that is none"))?,
                 protocol: Protocol::parse(&row.protocol).ok_or_else(|| Error::internal("a protocol"))?,
                 ports: row.ports.into_iter().filter_map(|port| u16::try_from(port).ok()).collect(),
             })

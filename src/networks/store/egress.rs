@@ -6,7 +6,8 @@ use time::OffsetDateTime;
 
 use crate::error::Error;
 use crate::ids::{EgressName, TenantId};
-use crate::policy::{Cidr, Protocol};
+use crate::networks::Place;
+use crate::policy::Protocol;
 
 /// A place outside, as asked for.
 #[derive(Debug, Clone, Serialize)]
@@ -18,8 +19,8 @@ pub(crate) struct Target {
     pub tenant: String,
     /// What the tenant calls it.
     pub name: String,
-    /// Addresses.
-    pub network: String,
+    /// Addresses, or a domain.
+    pub place: String,
     /// Protocol.
     pub protocol: String,
     /// Ports.
@@ -52,8 +53,8 @@ pub(crate) struct Target {
 pub struct Wish {
     /// What the tenant calls it.
     pub name: EgressName,
-    /// Addresses.
-    pub network: Cidr,
+    /// Where it is.
+    pub place: Place,
     /// Protocol.
     pub protocol: Protocol,
     /// Ports, in order.
@@ -72,16 +73,23 @@ pub(in crate::networks) async fn insert_target(
 ) -> Result<(), sqlx::Error> {
     let ports: Vec<i32> = wish.ports.iter().map(|port| i32::from(*port)).collect();
     sqlx::query!(
-        "INSERT INTO egress_target (tenant_id, name, network, protocol, ports, reason, asked_by, expires_at) \
-         VALUES ($1, $2, $3::text::cidr, $4, $5, $6, $7, now() + make_interval(days => $8))",
+        "INSERT INTO egress_target (tenant_id, name, network, protocol, ports, reason, asked_by, expires_at, domain) \
+         VALUES ($1, $2, $3::text::cidr, $4, $5, $6, $7, now() + make_interval(days => $8), $9)",
         tenant.0,
         wish.name.as_str(),
-        wish.network.to_string(),
+        match &wish.place {
+            Place::Network(network) => Some(network.to_string()),
+            Place::Domain(_) => None,
+        },
         wish.protocol.as_str(),
         &ports,
         wish.reason,
         who,
-        wish.days
+        wish.days,
+        match &wish.place {
+            Place::Network(_) => None,
+            Place::Domain(domain) => Some(domain.as_str()),
+        }
     )
     .execute(conn)
     .await
@@ -97,7 +105,7 @@ pub(in crate::networks) async fn list_targets(
 ) -> Result<Vec<Target>, Error> {
     Ok(sqlx::query_as!(
         Target,
-        r#"SELECT e.id, t.name AS tenant, e.name, regexp_replace(e.network::text, '/32$', '') AS "network!", e.protocol, e.ports, e.reason,
+        r#"SELECT e.id, t.name AS tenant, e.name, coalesce(regexp_replace(e.network::text, '/32$', ''), e.domain) AS "place!", e.protocol, e.ports, e.reason,
            CASE WHEN e.state = 'approved' AND e.expires_at <= now() THEN 'expired' ELSE e.state END AS "state!",
            e.asked_by, e.asked_at, e.decided_by, e.decided_at, e.note, e.expires_at
            FROM egress_target e JOIN tenant t ON t.id = e.tenant_id
@@ -118,7 +126,7 @@ pub(in crate::networks) async fn find_target(
 ) -> Result<Option<Target>, Error> {
     Ok(sqlx::query_as!(
         Target,
-        r#"SELECT e.id, t.name AS tenant, e.name, regexp_replace(e.network::text, '/32$', '') AS "network!", e.protocol, e.ports, e.reason,
+        r#"SELECT e.id, t.name AS tenant, e.name, coalesce(regexp_replace(e.network::text, '/32$', ''), e.domain) AS "place!", e.protocol, e.ports, e.reason,
            CASE WHEN e.state = 'approved' AND e.expires_at <= now() THEN 'expired' ELSE e.state END AS "state!",
            e.asked_by, e.asked_at, e.decided_by, e.decided_at, e.note, e.expires_at
            FROM egress_target e JOIN tenant t ON t.id = e.tenant_id
@@ -138,7 +146,7 @@ pub(in crate::networks) async fn list_waiting(
 ) -> Result<Vec<Target>, Error> {
     Ok(sqlx::query_as!(
         Target,
-        r#"SELECT e.id, t.name AS tenant, e.name, regexp_replace(e.network::text, '/32$', '') AS "network!", e.protocol, e.ports, e.reason,
+        r#"SELECT e.id, t.name AS tenant, e.name, coalesce(regexp_replace(e.network::text, '/32$', ''), e.domain) AS "place!", e.protocol, e.ports, e.reason,
            e.state, e.asked_by, e.asked_at, e.decided_by, e.decided_at, e.note, e.expires_at
            FROM egress_target e JOIN tenant t ON t.id = e.tenant_id
            WHERE e.state = 'asked' AND e.id > $1 ORDER BY e.id LIMIT $2"#,

@@ -6,6 +6,8 @@ INSERT INTO grant_answer (tenant_id, from_tenant_id, offer_id, accepted_by)
 SELECT t.id, o.tenant_id, o.id, 'root' FROM grant_offer o JOIN tenant t ON t.name = o.to_tenant;
 INSERT INTO egress_target (tenant_id, name, network, protocol, ports, reason, asked_by)
 SELECT id, 'payments', '192.88.99.0/24', 'tcp', '{443}', 'to be paid', 'root' FROM tenant;
+INSERT INTO egress_target (tenant_id, name, domain, protocol, ports, reason, asked_by)
+SELECT id, 'mail', 'mail.example.org', 'tcp', '{587}', 'receipts', 'root' FROM tenant;
 INSERT INTO tenant_plan (tenant_id) SELECT id FROM tenant;
 INSERT INTO network_plan (tenant_id, hash, opens, closes, causes, state)
 SELECT id, 'x', '[]', '[]', '[]', 'in_force' FROM tenant ORDER BY id;

@@ -178,7 +178,7 @@ impl App {
             let addresses = match flow.target {
                 Target::App { app, tenant } => agent.running(&tenant, app),
                 Target::Service { network } => network.single().into_iter().collect(),
-                Target::Outside { .. } => Vec::new(),
+                Target::Outside { .. } | Target::Domain { .. } => Vec::new(),
             };
             for address in addresses {
                 if told.insert((address, name.clone())) {

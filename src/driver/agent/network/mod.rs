@@ -15,7 +15,7 @@ use crate::driver::podman::firewall::{Rules, compile};
 use crate::driver::podman::ports;
 use crate::driver::{Denied, Error};
 use crate::ids::{AppId, TenantName};
-use crate::policy::never::{BUILT_IN, Range};
+use crate::policy::never::{self, BUILT_IN, Range};
 use crate::policy::proof::{self, Place, Proven, Standing, Walls};
 use crate::policy::read::{Shell, Table};
 use crate::policy::{Cidr, Flow, Target, TenantFlows};
@@ -64,12 +64,13 @@ impl Agent {
         let apps: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
         let mut tenants = HashMap::new();
         for app in apps {
-            let Some(network) = lock(&self.journal).ever(&app.tenant).map(|recorded| recorded.network) else {
-                continue;
-            };
+            let recorded =
+                lock(&self.journal).ever(&app.tenant).map(|own| (own.network, own.subnet.gateway()));
+            let Some((network, gateway)) = recorded else { continue };
             let addresses = lock(&app.kept).in_use();
             tenants.insert(app.id, app.tenant.clone());
-            standing.apps.insert(app.id, Place { tenant: app.tenant.clone(), network, addresses });
+            let tenant = app.tenant.clone();
+            standing.apps.insert(app.id, Place { tenant, network, gateway, addresses });
         }
         let (pool, own) = (self.config.pool(), lock(&self.own).clone());
         let flows = lock(&self.flows);
@@ -83,6 +84,16 @@ impl Agent {
                 standing.flows.insert(app.app, app.flows.iter().filter(meant).cloned().collect());
             }
         }
+        drop(flows);
+        // A machine's own address may have been found for a name before it was the machine's own.
+        let outside = |address: &Ipv4Addr| never::against_outside(Cidr::of(*address), &own).is_none();
+        standing.resolved = self
+            .resolved()
+            .into_iter()
+            .map(|(name, addresses)| {
+                (name, addresses.into_iter().filter(|(address, _)| outside(address)).collect())
+            })
+            .collect();
         standing
     }
 

@@ -1,13 +1,13 @@
 //! The compiler and the proof against each other, and the proof against what it must find: holes that were
 //! planted, packets at random, every line of the text changed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::Ipv4Addr;
 
 use proptest::prelude::*;
 
 use crate::driver::podman::firewall::{Rules, compile};
-use crate::ids::{AppId, TenantName};
+use crate::ids::{AppId, DomainName, TenantName};
 use crate::policy::never::{BUILT_IN, Range, Wall};
 use crate::policy::proof::{Place, Refused, Standing, Walls, prove, prove_change};
 use crate::policy::read::{Rule, Set, Shell, Table, table};
@@ -38,7 +38,8 @@ fn tenant(network: u32) -> TenantName {
 
 fn place(network: u32, hosts: &[u32]) -> Place {
     let addresses = hosts.iter().map(|host| Ipv4Addr::from_bits(subnet(network).first() + host)).collect();
-    Place { tenant: tenant(network), network, addresses }
+    let gateway = Ipv4Addr::from_bits(subnet(network).first() + 1);
+    Place { tenant: tenant(network), network, gateway, addresses }
 }
 
 fn flow(name: &str, target: Target, port: u16) -> Flow {
@@ -73,12 +74,32 @@ fn example() -> Standing {
                 flow("payments", outside("45.67.89.0/24"), 443),
             ],
         ),
-        (3, vec![flow("mail", outside("1.2.3.4"), 587)]),
+        (
+            3,
+            vec![
+                flow("mail", outside("1.2.3.4"), 587),
+                flow("pay", domain("pay.example"), 443),
+                flow("gone", domain("gone.example"), 443),
+            ],
+        ),
     ];
     Standing {
         apps: apps.into_iter().map(|(id, place)| (AppId(id), place)).collect(),
         flows: flows.into_iter().map(|(id, flows)| (AppId(id), flows)).collect(),
+        resolved: std::iter::once(found(3, "pay.example", &["45.200.0.1", "45.200.0.2"])).collect(),
     }
+}
+
+fn domain(name: &str) -> Target {
+    Target::Domain { domain: name.parse().unwrap() }
+}
+
+type Found = ((AppId, DomainName), BTreeMap<Ipv4Addr, u64>);
+
+fn found(app: i64, name: &str, addresses: &[&str]) -> Found {
+    let end = crate::driver::podman::firewall::seconds() + 1000;
+    let addresses = addresses.iter().map(|address| (address.parse().unwrap(), end)).collect();
+    ((AppId(app), name.parse().unwrap()), addresses)
 }
 
 fn rules(standing: &Standing) -> Rules {
@@ -95,6 +116,7 @@ fn what_is_compiled_is_proven() {
     assert_eq!((table.sources.len(), table.pairs.len(), table.services.len()), (4, 4, 4));
     // The range within the other one is left out: the kernel takes no two that overlap.
     assert_eq!(table.outside.len(), 2 + 2 + 1);
+    assert_eq!((table.resolved.len(), table.gateways.len()), (2, 2));
     let empty = Standing::default();
     prove(rules(&empty).text(), &walls(0), &empty).unwrap();
 }
@@ -146,8 +168,13 @@ fn every_element_matters() {
             .replace(&format!("{{ {element}, "), "{ ")
             .replace(&format!("    elements = {{ {element} }}\n"), "");
         assert_ne!(without, text);
-        assert!(refused(without, &standing), "{set}: {element} was taken away");
-        assert!(refused(put(&text, set, element), &standing), "{set}: {element} stands twice");
+        // What was found for a name is open for a while: that it is there is not required, nor that it is there once.
+        if set == "resolved" {
+            assert!(!refused(without, &standing));
+        } else {
+            assert!(refused(without, &standing), "{set}: {element} was taken away");
+            assert!(refused(put(&text, set, element), &standing), "{set}: {element} stands twice");
+        }
         let parts: Vec<&str> = element.split(" . ").collect();
         for n in 0..parts.len() {
             for other in [
@@ -171,6 +198,10 @@ fn every_element_matters() {
                 let changed = changed.join(" . ");
                 if all.contains(&(set.clone(), changed.clone())) {
                     continue;
+                }
+                // Without an end, or in a place of its own making, it is refused; a second address is not.
+                if set == "resolved" && n == 2 && other == "0.0.0.0/0" {
+                    assert!(refused(put(&text, set, &changed), &standing), "{set}: {changed}");
                 }
                 assert!(refused(put(&text, set, &changed), &standing), "{set}: {changed} was added");
             }
@@ -200,6 +231,13 @@ fn planted_holes_are_found_with_a_packet_that_shows_them() {
         ("services", "\"bkdemo0\" . 10.64.0.2 . 10.5.0.2 . tcp . 9093", "10.5.0.2"),
         ("services", "\"bkdemo1\" . 10.64.4.2 . 10.5.0.2 . tcp . 9092", "10.5.0.2"),
         ("services", "\"bkdemo0\" . 10.64.0.2 . 10.5.0.4 . tcp . 9092", "10.5.0.4"),
+        // A domain's element inside, on another port, of an app that names none, without an end is tried below.
+        ("resolved", "\"bkdemo1\" . 10.64.4.2 . 169.254.169.254 . tcp . 443 timeout 60s", "169.254.169.254"),
+        ("resolved", "\"bkdemo1\" . 10.64.4.2 . 10.64.0.2 . tcp . 443 timeout 60s", "10.64.0.2"),
+        ("resolved", "\"bkdemo1\" . 10.64.4.2 . 10.5.0.2 . tcp . 443 timeout 60s", "10.5.0.2"),
+        ("resolved", "\"bkdemo1\" . 10.64.4.2 . 45.200.0.1 . tcp . 80 timeout 60s", "45.200.0.1"),
+        ("resolved", "\"bkdemo1\" . 10.64.4.2 . 45.200.0.1 . udp . 443 timeout 60s", "45.200.0.1"),
+        ("resolved", "\"bkdemo0\" . 10.64.0.2 . 45.200.0.1 . tcp . 443 timeout 60s", "45.200.0.1"),
         // A wider range than was approved, and the pool.
         ("outside", "\"bkdemo1\" . 10.64.4.2 . 1.2.3.0/28 . tcp . 587", "1.2.3.0"),
         ("outside", "\"bkdemo0\" . 10.64.0.2 . 10.64.4.0/22 . tcp . 443", "10.64.4.0"),
@@ -213,6 +251,18 @@ fn planted_holes_are_found_with_a_packet_that_shows_them() {
             count >= 1 && told.iter().any(|b| b.witness.target.to_string() == target),
             "{element}: {told:?}"
         );
+    }
+    for element in ["", " timeout 0s", " timeout 60", " timeout 99999s", " timeout -1s", " timeout 1h"] {
+        let element = format!("\"bkdemo1\" . 10.64.4.2 . 45.200.0.3 . tcp . 443{element}");
+        assert!(refused(put(&text, "resolved", &element), &standing), "{element}");
+    }
+    for element in [
+        "\"bkdemo0\" . 10.64.4.1",
+        "\"bkdemo0\" . 10.64.0.2",
+        "\"bkdemo0\" . 169.254.169.254",
+        "\"bkdemo9\" . 10.64.0.1",
+    ] {
+        assert!(refused(put(&text, "gateways", element), &standing), "{element}");
     }
     // Another tenant's address, the gateway, and somebody who is nobody, as sources.
     for element in [
@@ -233,7 +283,10 @@ fn every_line_of_the_shape_matters() {
     for n in 0..lines.len() {
         let mut without = lines.clone();
         let gone = without.remove(n);
-        assert!(refused(without.join("\n") + "\n", &standing), "without {gone}");
+        // That an address of a name is open is not required: everything else is.
+        if !gone.contains(" timeout ") {
+            assert!(refused(without.join("\n") + "\n", &standing), "without {gone}");
+        }
         let mut twice = lines.clone();
         twice.insert(n, gone);
         assert!(refused(twice.join("\n") + "\n", &standing), "twice {gone}");
@@ -272,16 +325,18 @@ fn a_change_is_proven_like_the_whole_and_says_the_same() {
         .get_mut(&AppId(1))
         .unwrap()
         .retain(|flow| flow.name != "tenant1/db" && flow.name != "payments");
+    // A name that is looked up again, another address of it, and one that the app may not have any more.
+    after.resolved = [found(3, "pay.example", &["45.200.0.2", "45.200.0.3"])].into_iter().collect();
     after.flows.get_mut(&AppId(1)).unwrap().push(flow("payments", outside("45.67.89.0/24"), 443));
     let (old, new) = (rules(&before), rules(&after));
     let known = prove(old.text(), &walls(2), &before).unwrap().into_table();
     let text = new.change(&old).unwrap();
-    assert!(text.len() < 1000 && text.contains("delete element") && text.contains("add element"), "{text}");
+    assert!(text.len() < 2000 && text.contains("delete element") && text.contains("add element"), "{text}");
     let proven = prove_change(text.clone(), &known, &walls(2), &after).unwrap().into_table();
     assert_eq!(proven, table(&new.text(), &shell()).unwrap());
-    assert_eq!(new.withdrawn(&old).len(), 2 + 2);
+    assert_eq!(new.withdrawn(&old).len(), 2 + 2 + 1);
     // What is withdrawn has to go: a change that leaves it, or brings more, is refused.
-    for line in text.lines() {
+    for line in text.lines().filter(|line| !(line.starts_with("add") && line.contains(" resolved "))) {
         let rest: String =
             text.lines().filter(|other| *other != line).map(|line| format!("{line}\n")).collect();
         assert!(prove_change(rest, &known, &walls(2), &after).is_err(), "without {line}");
@@ -312,7 +367,7 @@ fn kernel(table: &Table, packet: &Rule) -> bool {
     table.sources.contains(&(packet.network, packet.source))
         && (holds(Set::Pairs) && inside
             || holds(Set::Services) && !inside
-            || !closed && holds(Set::Outside) && !inside)
+            || !closed && (holds(Set::Outside) || holds(Set::Resolved)) && !inside)
 }
 
 /// What was meant, without any table.
@@ -330,6 +385,10 @@ fn meant(standing: &Standing, packet: &Rule) -> bool {
                 .get(app)
                 .is_some_and(|place| place.tenant == *tenant && place.addresses.contains(&target)),
             Target::Service { network } | Target::Outside { network } => network.contains(target) && !closed,
+            Target::Domain { domain } => standing
+                .resolved
+                .get(&(*app, domain.clone()))
+                .is_some_and(|addresses| addresses.contains_key(&target)),
         };
         there && flow.protocol == packet.protocol && flow.port == packet.port
     })
@@ -342,6 +401,7 @@ fn standings() -> impl Strategy<Value = Standing> {
             .prop_map(service),
         prop::sample::select(vec!["45.67.0.0/16", "45.67.89.0/24", "45.67.89.10", "8.0.0.0/8", "1.1.1.1"])
             .prop_map(outside),
+        prop::sample::select(vec!["a.example", "b.example"]).prop_map(domain),
     ];
     let flows = prop::collection::vec(
         (target, any::<bool>(), prop::sample::select(vec![53_u16, 443, 8080])).prop_map(
@@ -371,6 +431,11 @@ fn standings() -> impl Strategy<Value = Standing> {
                 Target::App { tenant, app } => tenants.get(app) == Some(tenant),
                 _ => true,
             });
+        }
+        // What a name leads to is held against the walls before it is believed.
+        for (n, app) in standing.apps.keys().enumerate() {
+            let address = ["45.67.89.10", "45.67.0.1"][n % 2];
+            standing.resolved.extend([found(app.0, "a.example", &[address])]);
         }
         standing
     })

@@ -129,6 +129,21 @@ fn refusal(element: &Value) -> Option<Refusal> {
     })
 }
 
+/// Source and target of every TCP connection that is established, as it began.
+pub async fn connected() -> Vec<(Ipv4Addr, Ipv4Addr)> {
+    let done = Command::new("conntrack")
+        .args(["-L", "-p", "tcp", "--state", "ESTABLISHED"])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .await;
+    let text = done.map(|done| String::from_utf8_lossy(&done.stdout).into_owned()).unwrap_or_default();
+    let field = |line: &str, key: &str| {
+        line.split_whitespace().find_map(|word| word.strip_prefix(key))?.parse::<Ipv4Addr>().ok()
+    };
+    text.lines().filter_map(|line| Some((field(line, "src=")?, field(line, "dst=")?))).collect()
+}
+
 /// Ends the tracked connections of what is no longer allowed.
 pub async fn cut(gone: &Allowed) {
     let _ = Command::new("conntrack")

@@ -44,8 +44,19 @@ pub struct Rules {
     pub pairs: BTreeSet<Allowed>,
     /// To single addresses of services.
     pub services: BTreeSet<Allowed>,
+    /// Addresses of bridges, where names are asked for.
+    pub gateways: BTreeSet<(u32, Ipv4Addr)>,
+    /// To addresses of domains, each until a second of the clock that never goes back.
+    pub resolved: BTreeMap<Allowed, u64>,
     /// To ranges.
     outside: BTreeMap<(u32, Ipv4Addr, Protocol, u16), BTreeSet<Cidr>>,
+}
+
+/// Seconds of a clock that never goes back: since the machine started, sleep included.
+#[must_use]
+pub fn seconds() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    u64::try_from(now.tv_sec).unwrap_or(0)
 }
 
 /// Elements beyond which a change is a replacement: one long line more costs as much as all of it.
@@ -55,8 +66,8 @@ impl Rules {
     /// A table that allows nothing.
     #[must_use]
     pub fn new(shell: Shell, never: BTreeSet<Cidr>) -> Self {
-        let (sources, pairs, services, outside) = Default::default();
-        Self { shell, never, sources, pairs, services, outside }
+        let (sources, pairs, services, gateways, resolved, outside) = Default::default();
+        Self { shell, never, sources, pairs, services, gateways, resolved, outside }
     }
 
     /// Opens a range of the outside. What lies within a range that is open in the same way is left out: the
@@ -80,10 +91,15 @@ impl Rules {
         format!("\"{}{network}\" . {source} . {target} . {protocol} . {port}", self.shell.prefix)
     }
 
+    fn timed(&self, to: &Allowed, seconds: u64) -> String {
+        format!("{} timeout {seconds}s", self.allowed(to))
+    }
+
     /// The sets by name, each element as it is written.
-    pub(super) fn elements(&self) -> [(&'static str, BTreeSet<String>); 4] {
+    pub(super) fn elements(&self) -> [(&'static str, BTreeSet<String>); 5] {
         [
             ("sources", self.sources.iter().map(|source| self.source(*source)).collect()),
+            ("gateways", self.gateways.iter().map(|gateway| self.source(*gateway)).collect()),
             (Set::Pairs.name(), self.pairs.iter().map(|to| self.allowed(to)).collect()),
             (Set::Services.name(), self.services.iter().map(|to| self.allowed(to)).collect()),
             (Set::Outside.name(), self.outside().map(|to| self.allowed(&to)).collect()),
@@ -103,7 +119,11 @@ impl Rules {
             let list: Vec<&str> = elements.iter().map(String::as_str).collect();
             format!("    elements = {{ {} }}\n", list.join(", "))
         };
-        let [sources, pairs, services, outside] = self.elements().map(|(_, elements)| list(&elements));
+        let [sources, gateways, pairs, services, outside] =
+            self.elements().map(|(_, elements)| list(&elements));
+        let now = seconds();
+        let resolved = self.resolved.iter().filter(|(_, end)| **end > now);
+        let resolved = list(&resolved.map(|(to, end)| self.timed(to, end - now)).collect());
         let never = list(&self.never.iter().map(ToString::to_string).collect());
         let key = "type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service";
         let to = "iifname . ip saddr . ip daddr . meta l4proto . th dport";
@@ -132,6 +152,13 @@ table inet {table} {{
     {key}
     flags interval
 {outside}  }}
+  set resolved {{
+    {key}
+    flags timeout
+{resolved}  }}
+  set gateways {{
+    type ifname . ipv4_addr
+{gateways}  }}
   set never {{
     type ipv4_addr
     flags interval
@@ -166,11 +193,13 @@ table inet {table} {{
     {to} @services oifname != {bridges} accept
     ip daddr @never goto refuse
     {to} @outside oifname != {bridges} accept
+    {to} @resolved oifname != {bridges} accept
     goto refuse
   }}
   chain to_tenant {{
     {from} @services accept
     {unhidden_from} @outside accept
+    {unhidden_from} @resolved accept
     {errors}
     drop
   }}
@@ -179,6 +208,7 @@ table inet {table} {{
     iifname {bridges} goto from_tenant_to_host
   }}
   chain from_tenant_to_host {{
+    iifname . ip daddr @gateways meta l4proto {{ tcp, udp }} th dport 53 accept
     meta l4proto tcp ct direction reply ct state established accept
     goto discard
   }}
@@ -188,6 +218,7 @@ table inet {table} {{
   }}
   chain host_to_tenant {{
     meta l4proto tcp meta skuid {prober} accept
+    meta l4proto {{ tcp, udp }} th sport 53 ct direction reply ct state established accept
     icmp type destination-unreachable accept
     reject with icmpx admin-prohibited
   }}
@@ -221,8 +252,11 @@ table inet {table} {{
                 from.sources.difference(&minus.sources).map(|source| self.source(*source)).collect();
             let list = |set: Vec<Allowed>| set.iter().map(|to| self.allowed(to)).collect();
             let gone = |left: &BTreeSet<Allowed>, right| left.difference(right).cloned().collect();
-            let sets: [(&str, Vec<String>); 4] = [
+            let gateways =
+                from.gateways.difference(&minus.gateways).map(|gateway| self.source(*gateway)).collect();
+            let sets: [(&str, Vec<String>); 5] = [
                 ("sources", sources),
+                ("gateways", gateways),
                 (Set::Pairs.name(), list(gone(&from.pairs, &minus.pairs))),
                 (Set::Services.name(), list(gone(&from.services, &minus.services))),
                 (Set::Outside.name(), list(from.outside_without(minus))),
@@ -233,7 +267,36 @@ table inet {table} {{
                 let _ = writeln!(out, "{verb} element inet {table} {set} {{ {} }}", elements.join(", "));
             }
         }
+        count += self.change_resolved(before, &mut out);
         (count <= SMALL).then_some(out)
+    }
+
+    /// The same for addresses of domains. An element may have ended by itself by now, and then cannot be taken
+    /// away: so it is put in first. One whose time has changed is put in anew.
+    fn change_resolved(&self, before: &Self, out: &mut String) -> usize {
+        let now = seconds();
+        let mut gone = Vec::new();
+        let mut come = Vec::new();
+        for to in before.resolved.keys().chain(self.resolved.keys()).collect::<BTreeSet<_>>() {
+            let (old, new) = (before.resolved.get(to), self.resolved.get(to).filter(|end| **end > now));
+            if old == new {
+                continue;
+            }
+            gone.push(to);
+            come.extend(new.map(|end| self.timed(to, end - now)));
+        }
+        if gone.is_empty() {
+            return 0;
+        }
+        let table = &self.shell.table;
+        let again: Vec<String> = gone.iter().map(|to| self.timed(to, 1)).collect();
+        let bare: Vec<String> = gone.iter().map(|to| self.allowed(to)).collect();
+        let _ = writeln!(out, "add element inet {table} resolved {{ {} }}", again.join(", "));
+        let _ = writeln!(out, "delete element inet {table} resolved {{ {} }}", bare.join(", "));
+        if !come.is_empty() {
+            let _ = writeln!(out, "add element inet {table} resolved {{ {} }}", come.join(", "));
+        }
+        gone.len() * 2 + come.len()
     }
 
     /// Ranges that are open here and not there.
@@ -252,7 +315,8 @@ table inet {table} {{
     #[must_use]
     pub fn withdrawn(&self, before: &Self) -> Vec<Allowed> {
         let exact = before.pairs.difference(&self.pairs).chain(before.services.difference(&self.services));
-        exact.cloned().chain(before.outside_without(self)).collect()
+        let resolved = before.resolved.keys().filter(|to| !self.resolved.contains_key(to));
+        exact.chain(resolved).cloned().chain(before.outside_without(self)).collect()
     }
 
     fn outside(&self) -> impl Iterator<Item = Allowed> + '_ {
@@ -274,20 +338,30 @@ pub fn compile(shell: Shell, never: &[Range], standing: &Standing) -> Rules {
     let mut rules = Rules::new(shell, never::outermost(never).collect());
     for (app, place) in &standing.apps {
         let network = place.network;
+        if !place.addresses.is_empty() {
+            rules.gateways.insert((network, place.gateway));
+        }
         rules.sources.extend(place.addresses.iter().map(|address| (network, *address)));
         for flow in standing.flows.get(app).into_iter().flatten() {
             let (protocol, port) = (flow.protocol, flow.port);
             for source in place.addresses.iter().copied() {
                 let to = |target: Cidr| Allowed { network, source, target, protocol, port };
                 match &flow.target {
-                    Target::App { app, .. } => {
-                        let targets = standing.apps.get(app).into_iter().flat_map(|place| &place.addresses);
+                    Target::App { app: peer, .. } => {
+                        let targets = standing.apps.get(peer).into_iter().flat_map(|place| &place.addresses);
                         rules.pairs.extend(targets.map(|target| to(Cidr::of(*target))));
                     }
                     Target::Service { network } if network.prefix() == 32 => {
                         rules.services.insert(to(*network));
                     }
                     Target::Service { network } | Target::Outside { network } => rules.open(to(*network)),
+                    Target::Domain { domain } => {
+                        let found = standing.resolved.get(&(*app, domain.clone())).into_iter().flatten();
+                        for (address, end) in found {
+                            let until = rules.resolved.entry(to(Cidr::of(*address))).or_default();
+                            *until = (*until).max(*end);
+                        }
+                    }
                 }
             }
         }

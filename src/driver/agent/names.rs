@@ -1,0 +1,271 @@
+//! Names, as the root half answers for them: which app asks is known by its address, what it may know by its
+//! flows. An address that was found for a domain is in the kernel's set before the answer leaves.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tokio_util::codec::Framed;
+
+use super::core::{Agent, lock};
+use super::server::codec;
+use crate::driver::podman::firewall::{kernel, seconds};
+use crate::ids::{AppId, DomainName, TenantName};
+use crate::policy::never::{self, Range};
+use crate::policy::{Cidr, Target};
+use crate::resolver::{Answer, Question};
+
+/// Seconds that the address of an app or a service is good for: it may be another one after the next release.
+const OWN: u32 = 5;
+/// The least that a domain's address stays open, and how long it does beyond its time: clients use what they
+/// were told longer than they were told to.
+const FLOOR: u32 = 60;
+const GRACE: u64 = 15 * 60;
+/// The longest that an address is good for.
+const CEILING: u32 = 3600;
+/// Most addresses of one domain that are open for an app at a time.
+const OPEN: usize = 64;
+
+/// What was found for the domains that apps may talk to.
+pub(super) type Found = std::collections::HashMap<(AppId, DomainName), BTreeMap<Ipv4Addr, u64>>;
+
+/// Starts to answer the resolver.
+pub(super) fn serve(agent: Arc<Agent>) -> Result<JoinHandle<()>, String> {
+    let path = agent.config.resolver_socket.clone();
+    // A folder that the resolver's group alone enters: who else tries is not even heard.
+    let folder = path.parent().ok_or("the resolver's socket is in no folder")?;
+    let failed = |error: std::io::Error| format!("{}: {error}", folder.display());
+    std::fs::create_dir_all(folder).map_err(failed)?;
+    std::os::unix::fs::chown(folder, Some(0), Some(agent.config.resolver_gid)).map_err(failed)?;
+    std::fs::set_permissions(folder, std::os::unix::fs::PermissionsExt::from_mode(0o750)).map_err(failed)?;
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666))
+        .map_err(|error| error.to_string())?;
+    let room = Arc::new(Semaphore::new(256));
+    Ok(tokio::spawn(async move {
+        loop {
+            let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
+            let Ok((stream, _)) = listener.accept().await else {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            };
+            if stream.peer_cred().map(|peer| peer.uid()).ok() != Some(agent.config.resolver_uid) {
+                tracing::warn!("somebody who is not the resolver knocked and was not answered");
+                continue;
+            }
+            let agent = Arc::clone(&agent);
+            tokio::spawn(async move {
+                let _ = tokio::time::timeout(Duration::from_secs(5), answer(&agent, stream)).await;
+                drop(permit);
+            });
+        }
+    }))
+}
+
+async fn answer(agent: &Agent, stream: UnixStream) {
+    let mut frames = Framed::new(stream, codec());
+    let Some(Ok(frame)) = frames.next().await else { return };
+    let answer = match serde_json::from_slice(&frame) {
+        Ok(Question::Gateways {}) => Answer::Gateways { gateways: agent.gateways() },
+        Ok(Question::Name { source, gateway, name }) => agent.name(source, gateway, &name),
+        Ok(Question::Found { source, gateway, domain, addresses, ttl }) => {
+            agent.found(source, gateway, &domain, addresses, ttl).await
+        }
+        Err(_) => Answer::Failed {},
+    };
+    if let Ok(text) = serde_json::to_vec(&answer) {
+        let _ = frames.send(bytes::Bytes::from(text)).await;
+    }
+}
+
+impl Agent {
+    /// The bridges' own addresses.
+    fn gateways(&self) -> Vec<Ipv4Addr> {
+        let apps: Vec<_> = lock(&self.apps).values().map(|app| app.tenant.clone()).collect();
+        let journal = lock(&self.journal);
+        let mut all: Vec<Ipv4Addr> =
+            apps.iter().filter_map(|tenant| Some(journal.ever(tenant)?.subnet.gateway())).collect();
+        all.sort();
+        all.dedup();
+        all
+    }
+
+    /// Who asks: the app that has an instance at this address, behind this bridge.
+    fn asker(&self, source: Ipv4Addr, gateway: Ipv4Addr) -> Option<(TenantName, AppId)> {
+        let apps: Vec<_> = lock(&self.apps).values().cloned().collect();
+        apps.into_iter().find_map(|app| {
+            let subnet = lock(&self.journal).ever(&app.tenant)?.subnet;
+            let there = subnet.gateway() == gateway && subnet.contains(source);
+            (there && lock(&app.kept).in_use().contains(&source)).then(|| (app.tenant.clone(), app.id))
+        })
+    }
+
+    /// What an app may know of a name.
+    fn name(&self, source: Ipv4Addr, gateway: Ipv4Addr, name: &str) -> Answer {
+        let Some((tenant, app)) = self.asker(source, gateway) else { return Answer::Refused {} };
+        if self.app(app).is_some_and(|own| own.name.as_str() == name) {
+            return Answer::Known { addresses: vec![source], ttl: OWN };
+        }
+        let flows = lock(&self.flows).of(&tenant, app).to_vec();
+        let mut addresses = Vec::new();
+        let mut known = false;
+        for flow in flows {
+            // Another tenant's app `api` of `acme` is `api.acme`.
+            let called = match flow.name.split_once('/') {
+                Some((tenant, app)) => format!("{app}.{tenant}"),
+                None => flow.name,
+            };
+            match flow.target {
+                Target::Domain { domain } if domain.as_str() == name => return Answer::Outside {},
+                Target::App { tenant, app } if called == name => {
+                    known = true;
+                    addresses.extend(self.running(&tenant, app));
+                }
+                Target::Service { network } if called == name => {
+                    known = true;
+                    addresses.extend(network.single());
+                }
+                _ => {}
+            }
+        }
+        addresses.sort();
+        addresses.dedup();
+        if known { Answer::Known { addresses, ttl: OWN } } else { Answer::Unknown {} }
+    }
+
+    /// Opens what was found for a domain, as far as it may be, and says what is open then.
+    async fn found(
+        &self,
+        source: Ipv4Addr,
+        gateway: Ipv4Addr,
+        domain: &str,
+        mut addresses: Vec<Ipv4Addr>,
+        ttl: u32,
+    ) -> Answer {
+        let (Some((tenant, app)), Ok(domain)) = (self.asker(source, gateway), domain.parse::<DomainName>())
+        else {
+            return Answer::Refused {};
+        };
+        let named = lock(&self.flows)
+            .of(&tenant, app)
+            .iter()
+            .any(|flow| matches!(&flow.target, Target::Domain { domain: own } if *own == domain));
+        if !named {
+            return Answer::Unknown {};
+        }
+        let (pool, own) = (self.config.pool(), lock(&self.own).clone());
+        let before = addresses.len();
+        addresses.retain(|address| is_outside(*address, pool, &own));
+        if addresses.len() < before {
+            // A name that leads inside is somebody's attempt, or somebody's mistake; neither gets anywhere.
+            self.machine_event(
+                "name_refused",
+                format!("{domain} was found at an address that nobody reaches; {tenant} was not given it"),
+            );
+        }
+        if addresses.is_empty() {
+            return if before == 0 { Answer::Known { addresses, ttl: OWN } } else { Answer::Failed {} };
+        }
+        let ttl = ttl.min(CEILING);
+        let end = seconds() + u64::from(ttl.max(FLOOR)) + GRACE;
+        {
+            let mut found = lock(&self.found);
+            let open = found.entry((app, domain)).or_default();
+            for address in &addresses {
+                let until = open.entry(*address).or_default();
+                *until = end.max(*until);
+            }
+            while open.len() > OPEN {
+                let Some(oldest) = open.iter().min_by_key(|(_, end)| **end).map(|(address, _)| *address)
+                else {
+                    break;
+                };
+                open.remove(&oldest);
+            }
+        }
+        match self.refresh_firewall().await {
+            Ok(()) => Answer::Known { addresses, ttl },
+            Err(error) => {
+                tracing::warn!(%error, "an address is not open, so it is not told");
+                Answer::Failed {}
+            }
+        }
+    }
+
+    /// Keeps open what somebody still uses: a connection outlives what its name was good for.
+    pub(super) async fn keep_found_open(&self) {
+        let soon = seconds() + 120;
+        let closing: Vec<Ipv4Addr> = lock(&self.found)
+            .values()
+            .flat_map(|addresses| {
+                addresses.iter().filter(|(_, end)| **end < soon).map(|(address, _)| *address)
+            })
+            .collect();
+        if closing.is_empty() {
+            return;
+        }
+        let used = kernel::connected().await;
+        let apps: std::collections::HashMap<Ipv4Addr, AppId> = {
+            let apps: Vec<_> = lock(&self.apps).values().cloned().collect();
+            apps.iter()
+                .flat_map(|app| {
+                    lock(&app.kept).in_use().into_iter().map(|address| (address, app.id)).collect::<Vec<_>>()
+                })
+                .collect()
+        };
+        for ((app, _), addresses) in lock(&self.found).iter_mut() {
+            for (address, end) in
+                addresses.iter_mut().filter(|(address, end)| **end < soon && closing.contains(address))
+            {
+                if used.iter().any(|(from, to)| to == address && apps.get(from) == Some(app)) {
+                    *end = seconds() + GRACE;
+                }
+            }
+        }
+    }
+
+    /// What is open of what was found: for names that their apps still may have, until their time is over.
+    pub(super) fn resolved(&self) -> Found {
+        let now = seconds();
+        let mut found = lock(&self.found);
+        found.retain(|_, addresses| {
+            addresses.retain(|_, end| *end > now);
+            !addresses.is_empty()
+        });
+        found.clone()
+    }
+}
+
+fn is_outside(address: Ipv4Addr, pool: Cidr, own: &[Range]) -> bool {
+    !pool.contains(address) && never::against_outside(Cidr::of(address), own).is_none()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_never_leads_inside() {
+        let own = [never::own("45.99.99.99".parse().unwrap())];
+        let pool = "10.64.0.0/12".parse().unwrap();
+        for inside in [
+            "169.254.169.254",
+            "10.64.0.2",
+            "10.0.0.1",
+            "127.0.0.1",
+            "168.63.129.16",
+            "45.99.99.99",
+            "0.0.0.0",
+            "224.0.0.1",
+        ] {
+            assert!(!is_outside(inside.parse().unwrap(), pool, &own), "{inside}");
+        }
+        assert!(is_outside("45.99.99.98".parse().unwrap(), pool, &own));
+    }
+}

@@ -1,0 +1,351 @@
+//! Names for tenants' apps: a process of its own user, whose one capability is to listen on port 53 of the
+//! bridges. It knows nothing by itself: for every question it asks the root half, who answers for exactly the
+//! app that sends from that address. A domain is looked up outside only if the app may talk to it, and the
+//! question is answered only once the addresses that were found are open for it, and no longer than they are.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use hickory_resolver::TokioResolver;
+use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig};
+use hickory_resolver::net::runtime::TokioRuntimeProvider;
+use hickory_resolver::proto::rr::{RData, RecordType};
+use serde::{Deserialize, Serialize};
+use tokio::net::{TcpListener, TcpStream, UdpSocket, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tokio_util::codec::{Framed, LengthDelimitedCodec};
+
+mod wire;
+
+/// What the resolver asks the root half.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Question {
+    /// On which addresses to listen.
+    Gateways {},
+    /// What an instance wants to know.
+    Name {
+        /// The instance's address.
+        source: Ipv4Addr,
+        /// Where it asked.
+        gateway: Ipv4Addr,
+        /// The name, in lower case, without the dot at its end.
+        name: String,
+    },
+    /// What was found outside for a domain that `Outside` was answered to.
+    Found {
+        /// The instance's address.
+        source: Ipv4Addr,
+        /// Where it asked.
+        gateway: Ipv4Addr,
+        /// The domain.
+        domain: String,
+        /// Its addresses.
+        addresses: Vec<Ipv4Addr>,
+        /// Seconds that they are good for.
+        ttl: u32,
+    },
+}
+
+/// What it is answered.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Answer {
+    /// Addresses of all bridges.
+    Gateways {
+        /// Addresses.
+        gateways: Vec<Ipv4Addr>,
+    },
+    /// Nobody who may ask.
+    Refused {},
+    /// There is no such name for this app.
+    Unknown {},
+    /// These addresses, which are open by now.
+    Known {
+        /// Addresses.
+        addresses: Vec<Ipv4Addr>,
+        /// Seconds.
+        ttl: u32,
+    },
+    /// A domain that the app may talk to: look it up, and say what was found.
+    Outside {},
+    /// It cannot be answered now, or not without harm.
+    Failed {},
+}
+
+/// Settings; all have a default.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Where domains are looked up, with ports; those of /etc/resolv.conf if none are given.
+    #[serde(default)]
+    upstream: Vec<SocketAddr>,
+}
+
+impl Settings {
+    /// Reads the file, if there is one.
+    pub fn load(path: &Path) -> Result<Self, String> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => toml::from_str(&text).map_err(|error| format!("{}: {error}", path.display())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(error) => Err(format!("{}: {error}", path.display())),
+        }
+    }
+
+    fn servers(&self) -> Vec<SocketAddr> {
+        if !self.upstream.is_empty() {
+            return self.upstream.clone();
+        }
+        let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+        let address = |line: &str| line.strip_prefix("nameserver")?.trim().parse::<IpAddr>().ok();
+        text.lines().filter_map(address).map(|address| (address, 53).into()).collect()
+    }
+}
+
+/// Most questions at once, in all and from one address.
+const AT_ONCE: usize = 512;
+const FROM_ONE: usize = 32;
+/// How often it is asked where to listen.
+const LOOK: Duration = Duration::from_millis(500);
+/// How long the root half may take.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Largest message over TCP, in bytes.
+const LARGEST: usize = 4096;
+/// Most addresses of a domain that are used.
+const ADDRESSES: usize = 16;
+
+struct Resolver {
+    agent: PathBuf,
+    outside: TokioResolver,
+    room: Arc<Semaphore>,
+    busy: Mutex<HashMap<Ipv4Addr, usize>>,
+}
+
+/// Somebody whose question is being answered; counted while it lives.
+struct Turn<'a> {
+    resolver: &'a Resolver,
+    source: Ipv4Addr,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut busy = self.resolver.busy.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match busy.get_mut(&self.source) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(busy.remove(&self.source)),
+        }
+    }
+}
+
+/// Answers until the process ends.
+pub async fn serve(agent: &Path, settings: &Settings) -> Result<(), String> {
+    let servers = settings.servers();
+    tracing::info!(?servers, "domains are looked up there");
+    let mut config = ResolverConfig::default();
+    for server in servers {
+        let mut own = NameServerConfig::udp_and_tcp(server.ip());
+        own.connections
+            .iter_mut()
+            .for_each(|connection: &mut ConnectionConfig| connection.port = server.port());
+        config.add_name_server(own);
+    }
+    let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
+    let options = builder.options_mut();
+    options.use_hosts_file = ResolveHosts::Never;
+    options.ndots = 0;
+    options.timeout = Duration::from_secs(2);
+    options.attempts = 2;
+    // An address is used no longer than it is good for, and asked for again after that.
+    options.positive_max_ttl = Some(Duration::from_secs(3600));
+    options.negative_max_ttl = Some(Duration::from_secs(30));
+    let outside = builder.build().map_err(|error| error.to_string())?;
+    let resolver = Arc::new(Resolver {
+        agent: agent.to_owned(),
+        outside,
+        room: Arc::new(Semaphore::new(AT_ONCE)),
+        busy: Mutex::default(),
+    });
+    let mut listening: BTreeMap<Ipv4Addr, [JoinHandle<()>; 2]> = BTreeMap::new();
+    loop {
+        if let Some(Answer::Gateways { gateways }) = resolver.ask(&Question::Gateways {}).await {
+            keep_listening(&resolver, &mut listening, &gateways).await;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+async fn keep_listening(
+    resolver: &Arc<Resolver>,
+    listening: &mut BTreeMap<Ipv4Addr, [JoinHandle<()>; 2]>,
+    gateways: &[Ipv4Addr],
+) {
+    listening.retain(|gateway, tasks| {
+        let stays = gateways.contains(gateway) && tasks.iter().all(|task| !task.is_finished());
+        if !stays {
+            tasks.iter().for_each(JoinHandle::abort);
+        }
+        stays
+    });
+    for gateway in gateways {
+        if listening.contains_key(gateway) {
+            continue;
+        }
+        let bound = async {
+            let udp = UdpSocket::bind((*gateway, 53)).await?;
+            let tcp = TcpListener::bind((*gateway, 53)).await?;
+            Ok::<_, std::io::Error>((udp, tcp))
+        };
+        match bound.await {
+            Ok((udp, tcp)) => {
+                let (one, other) = (Arc::clone(resolver), Arc::clone(resolver));
+                let own = *gateway;
+                let tasks =
+                    [tokio::spawn(async move { one.udp(udp, own).await }), tokio::spawn(other.tcp(tcp, own))];
+                listening.insert(own, tasks);
+            }
+            // A bridge has its address only once its first instance comes.
+            Err(error) if error.kind() == std::io::ErrorKind::AddrNotAvailable => {}
+            Err(error) => tracing::warn!(%gateway, %error, "names are not answered there"),
+        }
+    }
+}
+
+impl Resolver {
+    /// Asks the root half; none if it does not answer.
+    async fn ask(&self, question: &Question) -> Option<Answer> {
+        let asked = async {
+            let stream = UnixStream::connect(&self.agent).await.ok()?;
+            let mut frames = Framed::new(stream, LengthDelimitedCodec::new());
+            frames.send(bytes::Bytes::from(serde_json::to_vec(question).ok()?)).await.ok()?;
+            serde_json::from_slice(&frames.next().await?.ok()?).ok()
+        };
+        tokio::time::timeout(PATIENCE, asked).await.ok().flatten()
+    }
+
+    fn turn(&self, source: Ipv4Addr) -> Option<Turn<'_>> {
+        let mut busy = self.busy.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let count = busy.entry(source).or_default();
+        if *count >= FROM_ONE {
+            return None;
+        }
+        *count += 1;
+        Some(Turn { resolver: self, source })
+    }
+
+    async fn udp(self: Arc<Self>, socket: UdpSocket, gateway: Ipv4Addr) {
+        let socket = Arc::new(socket);
+        let mut buffer = [0; 1500];
+        loop {
+            let (length, from) = match socket.recv_from(&mut buffer).await {
+                Ok(received) => received,
+                Err(error) => {
+                    // An answer that nobody took comes back as an error; it says nothing about the socket.
+                    tracing::debug!(%error, "a datagram was not received");
+                    continue;
+                }
+            };
+            let IpAddr::V4(source) = from.ip() else { continue };
+            // Whoever asks faster than can be answered is not queued: it asks again by itself.
+            let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() else { continue };
+            let (own, socket, message) = (Arc::clone(&self), Arc::clone(&socket), buffer[..length].to_vec());
+            tokio::spawn(async move {
+                if let Some(_turn) = own.turn(source)
+                    && let Some(answer) = own.answer(&message, source, gateway, wire::Over::Udp).await
+                {
+                    let _ = socket.send_to(&answer, from).await;
+                }
+                drop(permit);
+            });
+        }
+    }
+
+    async fn tcp(self: Arc<Self>, listener: TcpListener, gateway: Ipv4Addr) {
+        loop {
+            let Ok((stream, from)) = listener.accept().await else {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            };
+            let IpAddr::V4(source) = from.ip() else { continue };
+            let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() else { continue };
+            let own = Arc::clone(&self);
+            tokio::spawn(async move {
+                if let Some(_turn) = own.turn(source) {
+                    let patience = Duration::from_secs(10);
+                    let _ = tokio::time::timeout(patience, own.stream(stream, source, gateway)).await;
+                }
+                drop(permit);
+            });
+        }
+    }
+
+    async fn stream(&self, stream: TcpStream, source: Ipv4Addr, gateway: Ipv4Addr) {
+        let codec =
+            LengthDelimitedCodec::builder().length_field_length(2).max_frame_length(LARGEST).new_codec();
+        let mut frames = Framed::new(stream, codec);
+        while let Some(Ok(message)) = frames.next().await {
+            let Some(answer) = self.answer(&message, source, gateway, wire::Over::Tcp).await else { return };
+            if frames.send(bytes::Bytes::from(answer)).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// The answer to a message; none to what is no question at all.
+    async fn answer(
+        &self,
+        message: &[u8],
+        source: Ipv4Addr,
+        gateway: Ipv4Addr,
+        over: wire::Over,
+    ) -> Option<Vec<u8>> {
+        let question = match wire::read(message) {
+            Ok(question) => question,
+            Err(refusal) => return refusal,
+        };
+        let name = question.name.clone();
+        let first = self.ask(&Question::Name { source, gateway, name: name.clone() }).await;
+        let outcome = match first {
+            Some(Answer::Outside {}) if question.wants_addresses() => {
+                self.look_outside(&name, source, gateway).await
+            }
+            // There is such a name; of this sort it has nothing.
+            Some(Answer::Outside {}) => Answer::Known { addresses: Vec::new(), ttl: 30 },
+            Some(answer) => answer,
+            None => Answer::Failed {},
+        };
+        wire::write(&question, &outcome, over)
+    }
+
+    async fn look_outside(&self, domain: &str, source: Ipv4Addr, gateway: Ipv4Addr) -> Answer {
+        let found = match self.outside.lookup(format!("{domain}."), RecordType::A).await {
+            Ok(found) => found,
+            Err(error) if error.is_no_records_found() => {
+                return if error.is_nx_domain() {
+                    Answer::Unknown {}
+                } else {
+                    Answer::Known { addresses: Vec::new(), ttl: 30 }
+                };
+            }
+            Err(error) => {
+                tracing::info!(domain, %error, "a domain was not looked up");
+                return Answer::Failed {};
+            }
+        };
+        let mut ttl = 3600;
+        let mut addresses = Vec::new();
+        for record in found.answers() {
+            ttl = ttl.min(record.ttl);
+            if let RData::A(address) = record.data {
+                addresses.push(address.0);
+            }
+        }
+        addresses.truncate(ADDRESSES);
+        let found = Question::Found { source, gateway, domain: domain.to_owned(), addresses, ttl };
+        self.ask(&found).await.unwrap_or(Answer::Failed {})
+    }
+}
