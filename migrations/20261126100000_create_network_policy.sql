@@ -110,6 +110,8 @@ CREATE TABLE network_plan (
     PRIMARY KEY (tenant_id, number)
 );
 
+CREATE INDEX network_plan_by_age ON network_plan (created_at) WHERE state IN ('superseded', 'refused');
+
 -- What was decided and has not become part of a plan yet.
 CREATE TABLE network_cause (
     tenant_id bigint NOT NULL REFERENCES tenant (id),
@@ -130,6 +132,7 @@ GRANT UPDATE (withdrawn_by, withdrawn_at) ON grant_offer TO bulkhead_runtime;
 GRANT UPDATE (accepted_by, accepted_at, ended_by, ended_at) ON grant_answer TO bulkhead_runtime;
 GRANT UPDATE (state, decided_by, decided_at, note, expires_at, ended_by, ended_at) ON egress_target TO bulkhead_runtime;
 GRANT INSERT, UPDATE ON tenant_plan, network_plan TO bulkhead_reconciler;
+GRANT UPDATE ON SEQUENCE network_plan_number TO bulkhead_reconciler;
 GRANT DELETE ON network_cause, network_plan, tenant_service TO bulkhead_reconciler;
 GRANT UPDATE ON grant_offer, grant_answer, egress_target TO bulkhead_reconciler;
 GRANT INSERT ON network_cause TO bulkhead_reconciler;
@@ -160,6 +163,7 @@ BEGIN
     FOREACH part IN ARRAY ARRAY['work', 'network_cause'] LOOP
         EXECUTE format('CREATE POLICY of_functions_insert ON %I FOR INSERT TO bulkhead_owner WITH CHECK (true)', part);
     END LOOP;
+    CREATE POLICY of_functions_update ON grant_offer FOR UPDATE TO bulkhead_owner USING (true) WITH CHECK (true);
     CREATE POLICY of_functions ON work FOR SELECT TO bulkhead_owner USING (true);
     CREATE POLICY of_functions_update ON work FOR UPDATE TO bulkhead_owner USING (true) WITH CHECK (true);
 END $$;
@@ -199,6 +203,16 @@ BEGIN
       AND (o.expires_at IS NULL OR o.expires_at > now()) AND a.ended_at IS NULL;
 END $$;
 
+-- Whether an offer to whom the transaction is about is open; it stays as it is until the transaction ends.
+CREATE FUNCTION network_lock_offer(wanted bigint) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public AS $$
+BEGIN
+    PERFORM 1 FROM public.grant_offer o JOIN public.tenant t ON t.name = o.to_tenant
+    WHERE o.id = wanted AND o.withdrawn_at IS NULL
+      AND t.id = nullif(current_setting('app.tenant', true), '')::bigint FOR SHARE OF o;
+    RETURN FOUND;
+END $$;
+
 CREATE FUNCTION network_answers()
 RETURNS TABLE (offer_id bigint, accepted_at timestamptz, ended_at timestamptz)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, public AS $$
@@ -221,7 +235,9 @@ BEGIN
         JOIN public.grant_answer a ON a.from_tenant_id = o.tenant_id AND a.offer_id = o.id AND a.ended_at IS NULL
         JOIN public.tenant t ON t.id = o.tenant_id
         WHERE o.tenant_id = nullif(current_setting('app.tenant', true), '')::bigint
-          AND (o.app_id = wanted_app OR o.id = wanted_offer)
+          AND ((o.app_id = wanted_app AND o.withdrawn_at IS NULL AND (o.expires_at IS NULL OR o.expires_at > now()))
+               OR o.id = wanted_offer)
+        ORDER BY a.tenant_id
     LOOP
         PERFORM public.network_note(row.tenant_id, 'tenant ' || row.name, why);
         woken := woken + 1;
@@ -239,7 +255,7 @@ BEGIN
     IF coalesce(current_setting('app.platform', true), '') <> 'on' THEN
         RAISE EXCEPTION 'this is for the platform alone';
     END IF;
-    FOR row IN SELECT tenant_id FROM public.tenant_service WHERE service_id = wanted_service LOOP
+    FOR row IN SELECT tenant_id FROM public.tenant_service WHERE service_id = wanted_service ORDER BY tenant_id LOOP
         PERFORM public.network_note(row.tenant_id, who, why);
         woken := woken + 1;
     END LOOP;
@@ -247,6 +263,6 @@ BEGIN
 END $$;
 
 REVOKE EXECUTE ON FUNCTION network_note(bigint, text, text), network_offers_to(), network_answers(),
-    network_wake_receivers(bigint, bigint, text), network_wake_users(bigint, text, text) FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION network_offers_to(), network_answers(), network_wake_receivers(bigint, bigint, text),
+    network_lock_offer(bigint), network_wake_receivers(bigint, bigint, text), network_wake_users(bigint, text, text) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION network_offers_to(), network_answers(), network_lock_offer(bigint), network_wake_receivers(bigint, bigint, text),
     network_wake_users(bigint, text, text) TO bulkhead_runtime;

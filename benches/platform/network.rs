@@ -38,7 +38,7 @@ fn tenant(network: u32) -> TenantName {
 }
 
 fn flow(name: &str, target: Target, port: u16) -> Flow {
-    Flow { name: name.into(), target, protocol: Protocol::Udp, port }
+    Flow { name: name.into(), target, protocol: Protocol::Udp, port, until: None }
 }
 
 /// Tenants with an app each: five services, two places outside, every tenth with a grant.

@@ -89,9 +89,16 @@ impl AppReconciler {
         // A range that was given for this app has to be known before a block of it is used.
         let grant = tenants::reconcile::grant(&self.pool, &self.pools, app.tenant_id, tenant).await?;
         self.driver.ensure_tenant(&grant).await?;
-        // What it may talk to is open before its first instance starts.
-        self.connections.settle(app.tenant_id).await?;
+        // What it may talk to is open before its first instance starts. Where nothing is to run, nothing of the
+        // network keeps what runs from being stopped.
+        let runs = workload.instances > 0;
+        if runs {
+            self.connections.settle(app.tenant_id).await?;
+        }
         self.driver.ensure_app(&workload, Some(&pull)).await?;
+        if !runs {
+            self.connections.settle(app.tenant_id).await?;
+        }
         fail::fail_point!("apps::ensured", |_| Err(Failure::Transient("failpoint".into())));
         Ok(Outcome::Settled)
     }

@@ -357,7 +357,11 @@ pub trait Driver: Send + Sync + 'static {
     async fn ensure_app(&self, workload: &Workload, pull: Option<&PullSecret>) -> Result<(), Error>;
     /// Takes over all that a tenant's apps may begin to talk to, proves it, and puts it in force. Apps that are
     /// not here yet find their flows when they come.
-    async fn ensure_flows(&self, flows: &TenantFlows) -> Result<(), Error>;
+    /// Returns the number of the plan that is held then: a higher one means that a newer plan was here and nothing
+    /// was taken.
+    async fn ensure_flows(&self, flows: &TenantFlows) -> Result<i64, Error>;
+    /// The addresses that the machine has, beside those of tenants' bridges.
+    async fn own_addresses(&self) -> Result<Vec<Ipv4Addr>, Error>;
     /// What was refused of an app's packets lately, the newest first.
     async fn denied(&self, tenant: &TenantName, app: AppId) -> Result<Vec<Denied>, Error>;
     /// What listens on the machine beyond loopback, and whether it answers from within an instance.

@@ -40,6 +40,7 @@ pub fn compile(facts: &Facts) -> (Vec<AppPlan>, Vec<Gap>) {
                         target: Target::Service { network: endpoint.network },
                         protocol: endpoint.protocol,
                         port: endpoint.port,
+                        until: None,
                     })),
                     None => gap(name.to_string(), "the tenant may not use this service"),
                 }
@@ -51,6 +52,7 @@ pub fn compile(facts: &Facts) -> (Vec<AppPlan>, Vec<Gap>) {
                         target: target.place.target(),
                         protocol: target.protocol,
                         port: *port,
+                        until: target.until,
                     })),
                     None => gap(name.to_string(), "the egress target is not approved, or has ended"),
                 }
@@ -64,10 +66,10 @@ pub fn compile(facts: &Facts) -> (Vec<AppPlan>, Vec<Gap>) {
 }
 
 fn peer(facts: &Facts, app: &Connecting, name: &AppRef) -> Result<Flow, &'static str> {
-    let (tenant, id, port) = match &name.tenant {
+    let (tenant, id, port, until) = match &name.tenant {
         None => {
             let peer = facts.apps.iter().find(|peer| peer.name == name.app).ok_or("there is no such app")?;
-            (facts.tenant.clone(), peer.id, peer.port)
+            (facts.tenant.clone(), peer.id, peer.port, None)
         }
         Some(tenant) => {
             let fits = |grant: &&super::Granted| {
@@ -76,7 +78,7 @@ fn peer(facts: &Facts, app: &Connecting, name: &AppRef) -> Result<Flow, &'static
                     && grant.only.as_ref().is_none_or(|only| *only == app.name)
             };
             let grant = facts.grants.iter().find(fits).ok_or("it is not granted, or the grant has ended")?;
-            (grant.tenant.clone(), grant.id, grant.port)
+            (grant.tenant.clone(), grant.id, grant.port, grant.until)
         }
     };
     let port = port.ok_or("the app serves on no port")?;
@@ -85,5 +87,6 @@ fn peer(facts: &Facts, app: &Connecting, name: &AppRef) -> Result<Flow, &'static
         target: Target::App { tenant, app: id },
         protocol: Protocol::Tcp,
         port,
+        until,
     })
 }

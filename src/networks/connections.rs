@@ -16,6 +16,7 @@ use crate::apps::connections::{Connections, list_connecting, list_missing};
 use crate::apps::spec::Connects;
 use crate::config::Pools;
 use crate::driver::Driver;
+use crate::driver::agent::UNKNOWN_TENANT;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::{AppId, AppName, Digest, TenantId};
@@ -101,7 +102,7 @@ impl Connections for Network {
     }
 
     async fn settle(&self, tenant: TenantId) -> Result<(), Failure> {
-        self.ensure(tenant).await.map(drop)
+        self.ensure(tenant, Again::No).await.map(drop)
     }
 }
 
@@ -119,40 +120,54 @@ pub(super) async fn note(
 impl Network {
     /// Makes the plan that follows from what was decided, if it is another one, proves it, and sees to it that
     /// it is in force. Returns when the first of what was decided ends by itself.
-    pub(super) async fn ensure(&self, tenant: TenantId) -> Result<Option<OffsetDateTime>, Failure> {
+    ///
+    /// A plan that is not proven opens nothing, but what it closes is closed: of the one before, that stays which
+    /// is in both.
+    pub(super) async fn ensure(
+        &self,
+        tenant: TenantId,
+        again: Again,
+    ) -> Result<Option<OffsetDateTime>, Failure> {
         let mut tx = self.pool.begin().await?;
         // Locked before anything is read: what is read is the newest, and plans come one after another.
         let standing = store::lock_plan(&mut tx, tenant).await?;
         let facts = facts(&mut tx, tenant).await?;
-        let (apps, gaps) = compile(&facts);
-        let proof = justify(&facts, &apps, &gaps, pool(&self.pools));
-        let text = serde_json::to_vec(&apps).map_err(Error::internal)?;
-        let hash = Digest::of(&text).to_string();
-        let (mut number, mut apply) = (standing.number, !standing.in_force);
-        if hash == standing.hash {
-            // What was decided changes nothing of what is open: no plan comes of it.
-            store::take_causes(&mut tx, tenant).await?;
-        } else {
-            let causes = store::take_causes(&mut tx, tenant).await?;
+        let (wanted, gaps) = compile(&facts);
+        let proof = justify(&facts, &wanted, &gaps, pool(&self.pools));
+        let refused = proof.as_ref().err().map(String::as_str);
+        let apps = if refused.is_some() { in_both(&standing.apps, &wanted) } else { wanted.clone() };
+        let (hash, asked) = (hash(&apps)?, hash(&wanted)?);
+        let (mut number, mut apply) = (standing.number, !standing.in_force || again == Again::Yes);
+        let causes = store::take_causes(&mut tx, tenant).await?;
+        if let Some(why) = refused
+            && store::find_refused(&mut tx, tenant, &asked).await?.is_none()
+        {
+            let (opens, closes) = difference(&standing.apps, &wanted);
+            let plan =
+                NewPlan { hash: &asked, opens: &opens, closes: &closes, causes: &causes, refused: Some(why) };
+            store::insert_plan(&mut tx, tenant, &plan).await?;
+        }
+        // Where what was decided changes nothing of what is open, no plan comes of it.
+        if hash != standing.hash {
             let (opens, closes) = difference(&standing.apps, &apps);
-            let refused = proof.as_ref().err().map(String::as_str);
-            let plan = NewPlan { hash: &hash, opens: &opens, closes: &closes, causes: &causes, refused };
+            let plan =
+                NewPlan { hash: &hash, opens: &opens, closes: &closes, causes: &causes, refused: None };
             number = store::insert_plan(&mut tx, tenant, &plan).await?;
-            if refused.is_none() {
-                store::set_standing(&mut tx, tenant, (number, &hash), &apps).await?;
-                apply = true;
-            }
+            store::set_standing(&mut tx, tenant, (number, &hash), &apps).await?;
+            apply = true;
         }
         fail::fail_point!("networks::planned", |_| Err(Failure::Transient("failpoint".into())));
         tx.commit().await?;
         fail::fail_point!("networks::plan_committed");
-        proof.map_err(|why| {
-            tracing::error!(tenant = %facts.tenant, plan = number, why, "a plan is not proven; the one before stays");
-            Failure::Permanent(format!("plan {number} is not proven, the one before stays in force: {why}"))
-        })?;
-        if apply {
+        if apply && number > 0 {
             self.apply(tenant, &facts, number, apps).await?;
         }
+        proof.map_err(|why| {
+            tracing::error!(tenant = %facts.tenant, why, "a plan is not proven; it opens nothing");
+            Failure::Permanent(format!(
+                "a plan is not proven and opens nothing; what it closes is closed: {why}"
+            ))
+        })?;
         Ok(facts.ends)
     }
 
@@ -165,16 +180,53 @@ impl Network {
     ) -> Result<(), Failure> {
         let apps = apps.into_iter().map(|app| AppFlows { app: app.app, flows: app.flows }).collect();
         let flows = TenantFlows { tenant: facts.tenant.clone(), plan, apps };
-        // What belongs to the tenant is known there before its flows are.
-        let grant = tenants::reconcile::grant(&self.pool, &self.pools, tenant, &facts.tenant).await?;
-        self.driver.ensure_tenant(&grant).await?;
-        self.driver.ensure_flows(&flows).await?;
+        let held = match self.driver.ensure_flows(&flows).await {
+            // Only a tenant that is not known there yet has to be told first: nothing else of it keeps a
+            // withdrawal waiting.
+            Err(crate::driver::Error::Rejected(why)) if why == UNKNOWN_TENANT => {
+                let grant = tenants::reconcile::grant(&self.pool, &self.pools, tenant, &facts.tenant).await?;
+                self.driver.ensure_tenant(&grant).await?;
+                self.driver.ensure_flows(&flows).await?
+            }
+            outcome => outcome?,
+        };
         fail::fail_point!("networks::applied", |_| Err(Failure::Transient("failpoint".into())));
         let mut tx = self.pool.begin().await?;
+        if held > plan {
+            // A newer plan was there than this database knows of: it was restored, or somebody else wrote. What is
+            // decided now gets a number beyond it.
+            store::number_beyond(&mut tx, held).await?;
+            store::unset_standing(&mut tx, tenant).await?;
+            tx.commit().await?;
+            return Err(Failure::Transient("the agent has seen a newer plan; it is made anew".into()));
+        }
         store::set_in_force(&mut tx, tenant, plan).await?;
         tx.commit().await?;
         Ok(())
     }
+}
+
+/// Whether a plan is handed over again that is in force already: the other side may have lost it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Again {
+    /// Only if it is not in force.
+    No,
+    /// In any case.
+    Yes,
+}
+
+fn hash(apps: &[AppPlan]) -> Result<String, Error> {
+    Ok(Digest::of(&serde_json::to_vec(apps).map_err(Error::internal)?).to_string())
+}
+
+/// What is open under both: what the second does not have is closed, what the first does not have stays so.
+fn in_both(before: &[AppPlan], after: &[AppPlan]) -> Vec<AppPlan> {
+    let kept = |app: &AppPlan| {
+        let own = before.iter().find(|own| own.app == app.app);
+        let flows = app.flows.iter().filter(|flow| own.is_some_and(|own| own.flows.contains(flow)));
+        AppPlan { flows: flows.cloned().collect(), ..app.clone() }
+    };
+    after.iter().map(kept).collect()
 }
 
 async fn facts(conn: &mut PgConnection, tenant: TenantId) -> Result<Facts, Error> {
@@ -189,7 +241,7 @@ async fn facts(conn: &mut PgConnection, tenant: TenantId) -> Result<Facts, Error
 
 /// A flow of an app, in words.
 fn words(app: &AppName, flow: &Flow) -> String {
-    let Flow { name, target, protocol, port } = flow;
+    let Flow { name, target, protocol, port, .. } = flow;
     match target {
         Target::App { .. } => format!("{app} to {name}, {protocol} {port}"),
         Target::Service { network } => format!("{app} to the service {name}, {network} {protocol} {port}"),
@@ -202,7 +254,9 @@ fn words(app: &AppName, flow: &Flow) -> String {
 fn difference(before: &[AppPlan], after: &[AppPlan]) -> (Vec<String>, Vec<String>) {
     let set = |apps: &[AppPlan]| -> BTreeSet<(AppId, Flow, AppName)> {
         let of = |app: &AppPlan| {
-            app.flows.iter().map(|flow| (app.app, flow.clone(), app.name.clone())).collect::<Vec<_>>()
+            // An end that moves opens and closes nothing.
+            let bare = |flow: &Flow| Flow { until: None, ..flow.clone() };
+            app.flows.iter().map(|flow| (app.app, bare(flow), app.name.clone())).collect::<Vec<_>>()
         };
         apps.iter().flat_map(of).collect()
     };

@@ -105,6 +105,8 @@ pub struct Approved {
     pub protocol: Protocol,
     /// Ports.
     pub ports: Vec<u16>,
+    /// When it ends by itself, in seconds since 1970.
+    pub until: Option<i64>,
 }
 
 /// Another tenant's app that both sides agreed about.
@@ -120,6 +122,8 @@ pub struct Granted {
     pub port: Option<u16>,
     /// The one app that it is granted to; none for all apps of the tenant.
     pub only: Option<AppName>,
+    /// When it ends by itself, in seconds since 1970.
+    pub until: Option<i64>,
 }
 
 /// Everything that decides about the connections of one tenant's apps.
@@ -158,10 +162,20 @@ pub(crate) fn check_network(network: Cidr, path: &str, wall: Option<Range>, pool
     }
     match wall {
         None => Ok(()),
+        // Which addresses the machine has is nobody's business.
+        Some(range) if range.is_own() => {
+            fault(format!("{network} touches {}: nothing opens it", range.words))
+        }
         Some(range) if range.wall == never::Wall::Private => fault(format!(
             "{} is {}: only a single address of a service may lie there",
             range.network, range.words
         )),
         Some(range) => fault(format!("{} is {}: nothing opens it", range.network, range.words)),
     }
+}
+
+/// Removes what has had its time.
+pub async fn prune(pool: &sqlx::PgPool) -> Result<(), crate::error::Error> {
+    let mut conn = pool.acquire().await?;
+    store::prune(&mut conn).await
 }

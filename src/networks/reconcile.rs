@@ -7,11 +7,14 @@ use sqlx::PgPool;
 use time::OffsetDateTime;
 
 use super::actions;
-use super::connections::Network;
+use super::connections::{Again, Network};
 use super::store;
 use crate::ids::{TenantId, TenantName};
 use crate::reconcile::{Failure, Lease, Outcome, Reconciler};
 use crate::tenants::{Belongings, Left};
+
+/// How long a plan goes without a look at the most.
+const LOOK: Duration = Duration::from_secs(540);
 
 /// The reconciler of tenants' plans.
 pub struct NetworkReconciler(pub Network);
@@ -30,9 +33,10 @@ impl Reconciler for NetworkReconciler {
         if state.starts_with("offboard") {
             return Ok(Outcome::Gone);
         }
-        let Some(ends) = self.0.ensure(tenant).await? else { return Ok(Outcome::Settled) };
+        // Handed over again at each look: the other side may have lost it.
+        let Some(ends) = self.0.ensure(tenant, Again::Yes).await? else { return Ok(Outcome::Settled) };
         let left = (ends - OffsetDateTime::now_utc()).max(time::Duration::ZERO).unsigned_abs();
-        Ok(Outcome::Again(left + Duration::from_millis(50)))
+        Ok(Outcome::Again(left.min(LOOK) + Duration::from_millis(50)))
     }
 
     async fn report(&self, object_id: i64, problem: Option<&str>) -> Result<(), sqlx::Error> {

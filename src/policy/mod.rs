@@ -181,6 +181,9 @@ pub struct Flow {
     pub protocol: Protocol,
     /// Port there.
     pub port: u16,
+    /// When it ends by itself, in seconds since 1970: held where it is applied, whoever else is there or not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<i64>,
 }
 
 /// Everything that the apps of one tenant may begin to talk to: what is not here is closed.

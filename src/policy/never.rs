@@ -24,6 +24,17 @@ pub struct Range {
     pub words: &'static str,
 }
 
+/// What an address of the machine is called.
+const OWN: &str = "an address of the platform's own machine";
+
+impl Range {
+    /// Whether it is an address of the machine.
+    #[must_use]
+    pub fn is_own(&self) -> bool {
+        self.words == OWN
+    }
+}
+
 const fn range(octets: [u8; 4], prefix: u8, wall: Wall, words: &'static str) -> Range {
     let [a, b, c, d] = octets;
     match Cidr::new(std::net::Ipv4Addr::new(a, b, c, d), prefix) {
@@ -55,7 +66,7 @@ pub const BUILT_IN: &[Range] = &[
 /// Single addresses and ranges that a machine adds: its own, and what its configuration names.
 #[must_use]
 pub fn own(network: Cidr) -> Range {
-    Range { network, wall: Wall::Closed, words: "an address of the platform's own machine" }
+    Range { network, wall: Wall::Closed, words: OWN }
 }
 
 /// The ranges that lie within no other: the kernel takes no two that overlap.

@@ -99,8 +99,18 @@ impl Driver for AgentClient {
         self.removal(&Request::RemoveApp { tenant: tenant.clone(), app: app.clone(), app_id: id }).await
     }
 
-    async fn ensure_flows(&self, flows: &TenantFlows) -> Result<(), Error> {
-        self.call(&Request::EnsureFlows { flows: flows.clone() }, 60).await.map(drop)
+    async fn ensure_flows(&self, flows: &TenantFlows) -> Result<i64, Error> {
+        match self.call(&Request::EnsureFlows { flows: flows.clone() }, 60).await? {
+            Reply::Plan { number } => Ok(number),
+            _ => Err(away("another answer than asked for")),
+        }
+    }
+
+    async fn own_addresses(&self) -> Result<Vec<std::net::Ipv4Addr>, Error> {
+        match self.call(&Request::OwnAddresses {}, 3).await? {
+            Reply::OwnAddresses { addresses } => Ok(addresses),
+            _ => Err(away("another answer than asked for")),
+        }
     }
 
     async fn denied(&self, tenant: &TenantName, app_id: AppId) -> Result<Vec<Denied>, Error> {

@@ -1,7 +1,7 @@
 //! The root half as a whole: what it holds, how it starts, how it keeps the firewall and the
 //! networks as they must be, and what it tells about it.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -19,10 +19,11 @@ use super::kept::Kept;
 use super::network::{Denials, Depth, InForce};
 use super::{names, server};
 use crate::driver::podman::client::{Listed, Podman};
+use crate::driver::podman::firewall::Allowed;
 use crate::driver::podman::firewall::watch::Watch;
 use crate::driver::podman::oom::OutOfMemory;
 use crate::driver::podman::render;
-use crate::driver::{AppEvent, Error, InstanceState, Observed};
+use crate::driver::{AppEvent, Error, InstanceState, Listener, Observed};
 use crate::ids::{AppId, TenantName};
 
 /// How often the engine is asked what there is.
@@ -62,6 +63,16 @@ pub(super) struct Agent {
     pub(super) own: Mutex<Vec<crate::policy::never::Range>>,
     /// Room for probes that were asked for.
     pub(super) probes: tokio::sync::Semaphore,
+    /// How many are being made for a tenant.
+    pub(super) probing: Mutex<HashMap<TenantName, usize>>,
+    /// What the platform itself has tried from an instance lately: source, target, port.
+    pub(super) tried: Mutex<HashMap<(std::net::Ipv4Addr, std::net::Ipv4Addr, u16), std::time::Instant>>,
+    /// What listens on the machine, and when that was looked at.
+    pub(super) listening: tokio::sync::Mutex<Option<(std::time::Instant, Vec<Listener>)>>,
+    /// Connections that are to be ended, because their rule is gone.
+    pub(super) gone: Mutex<BTreeSet<Allowed>>,
+    /// There are some.
+    pub(super) cut: Notify,
     /// What was refused lately.
     pub(super) denials: Mutex<Denials>,
     version: Mutex<u64>,
@@ -102,11 +113,12 @@ pub async fn run(config: AgentConfig, stop: impl Future<Output = ()>) -> Result<
     let tidying = tokio::spawn(tidying(Arc::clone(&agent)));
     let hearing = tokio::spawn(hearing(Arc::clone(&agent)));
     let probing = tokio::spawn(probing(Arc::clone(&agent)));
+    let cutting = tokio::spawn(cutting(Arc::clone(&agent)));
     let serving = server::serve(Arc::clone(&agent))?;
     let naming = names::serve(Arc::clone(&agent))?;
     tracing::info!(installation = %agent.config.installation, "the agent is ready");
     stop.await;
-    for task in [looking, watching, tidying, hearing, probing, naming, serving] {
+    for task in [looking, watching, tidying, hearing, probing, cutting, naming, serving] {
         task.abort();
     }
     let apps: Vec<_> = lock(&agent.apps).values().cloned().collect();
@@ -145,6 +157,11 @@ impl Agent {
             found: Mutex::default(),
             own: Mutex::default(),
             probes: tokio::sync::Semaphore::new(8),
+            probing: Mutex::default(),
+            tried: Mutex::default(),
+            listening: tokio::sync::Mutex::default(),
+            gone: Mutex::default(),
+            cut: Notify::new(),
             denials: Mutex::default(),
             version: Mutex::new(1),
             changed: Notify::new(),
@@ -296,11 +313,20 @@ async fn hearing(agent: Arc<Agent>) {
     }
 }
 
+/// Ends the tracked connections of rules that are gone, one after another: their packets are dropped already.
+async fn cutting(agent: Arc<Agent>) {
+    loop {
+        agent.cut.notified().await;
+        agent.cut_gone().await;
+    }
+}
+
 /// Tries what must be open and what must be closed, again and again.
 async fn probing(agent: Arc<Agent>) {
+    let (mut round, mut told) = (0, HashSet::new());
     loop {
         tokio::time::sleep(PROBE).await;
-        agent.probe_all().await;
+        agent.probe_all(&mut round, &mut told).await;
     }
 }
 

@@ -122,6 +122,12 @@ impl Kept {
         }
     }
 
+    /// Every address that belongs to it: of what it is and of what it was before.
+    pub(super) fn addresses(&self) -> Vec<std::net::Ipv4Addr> {
+        let both = std::iter::once(&self.workload).chain(&self.previous);
+        both.flat_map(|workload| workload.addresses.iter().copied()).collect()
+    }
+
     /// Addresses of the instances that there are: rules are made for these alone.
     pub(super) fn in_use(&self) -> Vec<std::net::Ipv4Addr> {
         let address = |i: &Instance| self.workload_of(i.revision)?.addresses.get(i.slot).copied();

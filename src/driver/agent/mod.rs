@@ -18,3 +18,4 @@ pub mod protocol;
 mod server;
 
 pub use self::core::run;
+pub(crate) use self::network::UNKNOWN_TENANT;

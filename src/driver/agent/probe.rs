@@ -2,12 +2,14 @@
 //! anything on the way may accept it; for an instance of ours it counts only when the other side's own list
 //! of sockets has it, under the port that this probe alone has.
 
+use std::collections::HashSet;
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::app::App;
 use super::core::{Agent, lock};
 use crate::driver::podman::host;
 use crate::driver::{Error, InstanceState, Listener, ProbeOutcome, ProbeTarget};
@@ -19,16 +21,19 @@ const PATIENCE: Duration = Duration::from_millis(1_500);
 /// Most probes of one round of those that are made by themselves.
 const ROUND: usize = 200;
 /// What nothing of a tenant ever reaches, whatever its plan says.
-const CLOSED: [(Ipv4Addr, u16); 3] = [
-    (Ipv4Addr::new(169, 254, 169, 254), 80),
-    (Ipv4Addr::new(168, 63, 129, 16), 80),
-    (Ipv4Addr::new(100, 100, 100, 200), 80),
-];
+const CLOSED: [Ipv4Addr; 3] =
+    [Ipv4Addr::new(169, 254, 169, 254), Ipv4Addr::new(168, 63, 129, 16), Ipv4Addr::new(100, 100, 100, 200)];
+/// The port that is tried there: no wall looks at ports.
+const TRIED_PORT: u16 = 1;
+/// Most flows of an app that are tried in a round, and how long those of all may take.
+const FLOWS: usize = 8;
+const OPEN_TIME: Duration = Duration::from_secs(20);
 
 /// An instance to try from, or to try.
 #[derive(Debug, Clone)]
 struct Place {
-    pid: i32,
+    /// Its network namespace, as it was recorded before its process started: that process cannot make it another.
+    sandbox: String,
     address: Ipv4Addr,
 }
 
@@ -39,11 +44,11 @@ impl Agent {
         let up = |state| {
             matches!(state, InstanceState::Starting | InstanceState::Running | InstanceState::Unhealthy)
         };
-        let running = kept.instances.iter().filter(|i| up(i.state) && i.pid > 0);
+        let running = kept.instances.iter().filter(|i| up(i.state) && !i.sandbox.is_empty());
         running
             .filter_map(|i| {
                 let address = *kept.workload_of(i.revision)?.addresses.get(i.slot)?;
-                Some(Place { pid: i.pid, address })
+                Some(Place { sandbox: i.sandbox.clone(), address })
             })
             .collect()
     }
@@ -66,22 +71,47 @@ impl Agent {
                 (place.address, Some(place))
             }
         };
-        let _turn = self.probes.acquire().await.map_err(|_| Error::Transient("the agent ends".into()))?;
+        let busy = || Error::Transient("others are being tried; try again in a moment".into());
+        let _room = self.probes.try_acquire().map_err(|_| busy())?;
+        let _turn = Probing::enter(self, tenant).ok_or_else(busy)?;
+        self.note_tried(from.address, address, port);
         within(from, move || attempt(address, protocol, port, peer.as_ref())).await
     }
 
-    /// What listens on the machine, tried from within some instance, if one runs.
+    /// What listens on the machine, tried from within some instance, if one runs. Looked at once in ten seconds,
+    /// however many ask.
     pub(super) async fn listeners(&self) -> Vec<Listener> {
+        let mut known = self.listening.lock().await;
+        if let Some((at, listeners)) = known.as_ref()
+            && at.elapsed() < Duration::from_secs(10)
+        {
+            return listeners.clone();
+        }
         let apps: Vec<_> = lock(&self.apps).values().cloned().collect();
         let from = apps.into_iter().find_map(|app| self.places(&app.tenant, app.id).into_iter().next());
+        let source = from.as_ref().map(|from| from.address);
         let looked = tokio::task::spawn_blocking(move || {
             let mut listeners = host::listeners();
-            if let Some(from) = from {
-                host::try_from_within(from.pid, &mut listeners);
-            }
-            listeners
+            let tried =
+                from.map_or_else(Vec::new, |from| host::try_from_within(&from.sandbox, &mut listeners));
+            (listeners, tried)
         });
-        looked.await.unwrap_or_default()
+        let (listeners, tried) = looked.await.unwrap_or_default();
+        if let Some(source) = source {
+            for (target, port) in tried {
+                self.note_tried(source, target, port);
+            }
+        }
+        *known = Some((std::time::Instant::now(), listeners.clone()));
+        listeners
+    }
+
+    /// Notes that the platform itself tries something from an instance: what is refused of it is not the app's.
+    fn note_tried(&self, source: Ipv4Addr, target: Ipv4Addr, port: u16) {
+        let mut tried = lock(&self.tried);
+        let now = std::time::Instant::now();
+        tried.retain(|_, at| now.duration_since(*at) < Duration::from_secs(120));
+        tried.insert((source, target, port), now);
     }
 
     /// The instance that has an address.
@@ -92,64 +122,81 @@ impl Agent {
         })
     }
 
-    /// Tries, for one instance of each app, what must be open between instances and what must be closed. What
-    /// must be closed and is open is an alarm.
-    pub(super) async fn probe_all(self: &Arc<Self>) {
-        let apps: Vec<_> = lock(&self.apps).values().cloned().collect();
-        let mut left = ROUND;
-        for app in apps {
-            let Some(from) = self.places(&app.tenant, app.id).into_iter().next() else { continue };
-            let flows = lock(&self.flows).of(&app.tenant, app.id).to_vec();
-            let Some(home) = lock(&self.journal).ever(&app.tenant).map(|recorded| recorded.subnet) else {
-                continue;
-            };
-            let mut closed: Vec<(Ipv4Addr, u16)> = CLOSED.to_vec();
-            closed.push((home.gateway(), 22));
-            closed.extend(self.stranger(&app.tenant, &flows));
-            for (address, port) in closed {
-                let seen = within(from.clone(), move || attempt(address, Protocol::Tcp, port, None)).await;
-                if let Ok(outcome @ (ProbeOutcome::Opened | ProbeOutcome::Refused)) = seen {
-                    self.machine_event(
-                        "probe_alarm",
-                        format!(
-                            "ALARM: {}/{} gets to {address} port {port}, which must be closed ({outcome})",
-                            app.tenant, app.name
-                        ),
-                    );
-                }
+    /// Tries, for one instance of each app, first what must be closed, for all; then what must be open between
+    /// instances. What must be closed and is open is an alarm. A round begins where the last one ended.
+    pub(super) async fn probe_all(self: &Arc<Self>, round: &mut usize, told: &mut HashSet<String>) {
+        let mut apps: Vec<_> = lock(&self.apps).values().cloned().collect();
+        apps.sort_by_key(|app| app.id);
+        if apps.is_empty() {
+            return;
+        }
+        let start = *round % apps.len();
+        apps.rotate_left(start);
+        apps.truncate(ROUND);
+        *round = start + apps.len();
+        let mut seen = HashSet::new();
+        for app in &apps {
+            self.try_closed(app, &mut seen, told).await;
+        }
+        let begun = std::time::Instant::now();
+        for app in &apps {
+            if begun.elapsed() > OPEN_TIME {
+                break;
             }
-            for flow in flows.iter().filter(|flow| flow.protocol == Protocol::Tcp) {
-                let Target::App { tenant, app: to } = &flow.target else { continue };
-                let Some(peer) = self.places(tenant, *to).into_iter().next() else { continue };
-                let (address, port) = (peer.address, flow.port);
-                let seen =
-                    within(from.clone(), move || attempt(address, Protocol::Tcp, port, Some(&peer))).await;
-                if let Ok(outcome @ (ProbeOutcome::Prohibited | ProbeOutcome::Silent)) = seen {
-                    self.machine_event(
-                        "probe_failed",
-                        format!(
-                            "{}/{} does not get to {} port {port}, which is open by plan ({outcome})",
-                            app.tenant, app.name, flow.name
-                        ),
-                    );
-                }
-            }
-            left = left.saturating_sub(1);
-            if left == 0 {
-                return;
+            self.try_open(app, &mut seen, told).await;
+        }
+        // Told once, and again only after it was good in between.
+        told.retain(|text| seen.contains(text));
+    }
+
+    fn tell(&self, kind: &str, text: String, seen: &mut HashSet<String>, told: &mut HashSet<String>) {
+        seen.insert(text.clone());
+        if told.insert(text.clone()) {
+            self.machine_event(kind, text);
+        }
+    }
+
+    async fn try_closed(self: &Arc<Self>, app: &App, seen: &mut HashSet<String>, told: &mut HashSet<String>) {
+        let Some(from) = self.places(&app.tenant, app.id).into_iter().next() else { return };
+        let Some(home) = lock(&self.journal).ever(&app.tenant).map(|recorded| recorded.subnet) else {
+            return;
+        };
+        // Of the others' addresses the same one for everybody: what is tried tells nobody who is where.
+        let pool = self.config.network_pool;
+        let other =
+            [pool.nth(2), pool.nth(pool.size() - 2)].into_iter().flatten().find(|to| !home.contains(*to));
+        for address in CLOSED.into_iter().chain([home.gateway()]).chain(other) {
+            self.note_tried(from.address, address, TRIED_PORT);
+            let outcome =
+                within(from.clone(), move || attempt(address, Protocol::Tcp, TRIED_PORT, None)).await;
+            if let Ok(outcome @ (ProbeOutcome::Opened | ProbeOutcome::Refused)) = outcome {
+                let text = format!(
+                    "ALARM: {}/{} gets to {address}, which must be closed ({outcome})",
+                    app.tenant, app.name
+                );
+                self.tell("probe_alarm", text, seen, told);
             }
         }
     }
 
-    /// An instance of another tenant that this app may not reach, and the port that it serves on.
-    fn stranger(&self, tenant: &TenantName, flows: &[crate::policy::Flow]) -> Option<(Ipv4Addr, u16)> {
-        let apps: Vec<_> = lock(&self.apps).values().cloned().collect();
-        apps.into_iter().filter(|app| app.tenant != *tenant).find_map(|app| {
-            let named =
-                flows.iter().any(|flow| matches!(&flow.target, Target::App { app: id, .. } if *id == app.id));
-            let port = lock(&app.kept).workload.port.filter(|_| !named)?;
-            Some((self.places(&app.tenant, app.id).first()?.address, port))
-        })
+    async fn try_open(self: &Arc<Self>, app: &App, seen: &mut HashSet<String>, told: &mut HashSet<String>) {
+        let Some(from) = self.places(&app.tenant, app.id).into_iter().next() else { return };
+        let flows = lock(&self.flows).of(&app.tenant, app.id).to_vec();
+        for flow in flows.iter().filter(|flow| flow.protocol == Protocol::Tcp).take(FLOWS) {
+            let Target::App { tenant, app: to } = &flow.target else { continue };
+            let Some(peer) = self.places(tenant, *to).into_iter().next() else { continue };
+            let (address, port) = (peer.address, flow.port);
+            let outcome =
+                within(from.clone(), move || attempt(address, Protocol::Tcp, port, Some(&peer))).await;
+            // Silence is an app's own that is busy; a refusal by the firewall is ours.
+            if let Ok(outcome @ ProbeOutcome::Prohibited) = outcome {
+                let text = format!(
+                    "{}/{} does not get to {} port {port}, which is open by plan ({outcome})",
+                    app.tenant, app.name, flow.name
+                );
+                self.tell("probe_failed", text, seen, told);
+            }
+        }
     }
 }
 
@@ -163,7 +210,7 @@ async fn within<T: Send + 'static>(
     std::thread::Builder::new()
         .name("probe".into())
         .spawn(move || {
-            let entered = std::fs::File::open(format!("/proc/{}/ns/net", place.pid)).and_then(|file| {
+            let entered = std::fs::File::open(&place.sandbox).and_then(|file| {
                 let network = Some(rustix::thread::LinkNameSpaceType::Network);
                 Ok(rustix::thread::move_into_link_name_space(file.as_fd(), network)?)
             });
@@ -185,7 +232,7 @@ fn attempt(address: Ipv4Addr, protocol: Protocol, port: u16, peer: Option<&Place
     match protocol {
         Protocol::Tcp => match TcpStream::connect_timeout(&(address, port).into(), PATIENCE) {
             Ok(stream) => match (peer, stream.local_addr()) {
-                (Some(peer), Ok(SocketAddr::V4(own))) if has_socket(peer.pid, *own.ip(), own.port()) => {
+                (Some(peer), Ok(SocketAddr::V4(own))) if has_socket(&peer.sandbox, *own.ip(), own.port()) => {
                     ProbeOutcome::Reached
                 }
                 _ => ProbeOutcome::Opened,
@@ -208,12 +255,50 @@ fn attempt(address: Ipv4Addr, protocol: Protocol, port: u16, peer: Option<&Place
     }
 }
 
-/// Whether a process's network has a connection from this address and port: in the kernel's own list.
-fn has_socket(pid: i32, from: Ipv4Addr, port: u16) -> bool {
+/// Whether a namespace has a connection from this address and port: in the kernel's own list.
+fn has_socket(sandbox: &str, from: Ipv4Addr, port: u16) -> bool {
     let wanted = format!("{:08X}:{port:04X}", u32::from_ne_bytes(from.octets()));
-    ["tcp", "tcp6"].iter().any(|list| {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/net/{list}")).unwrap_or_default();
-        text.lines()
-            .any(|line| line.split_whitespace().nth(2).is_some_and(|remote| remote.ends_with(&wanted)))
-    })
+    let sandbox = sandbox.to_owned();
+    let look = move || {
+        let file = std::fs::File::open(sandbox).ok()?;
+        let network = Some(rustix::thread::LinkNameSpaceType::Network);
+        rustix::thread::move_into_link_name_space(file.as_fd(), network).ok()?;
+        let found = ["tcp", "tcp6"].iter().any(|list| {
+            let text = std::fs::read_to_string(format!("/proc/thread-self/net/{list}")).unwrap_or_default();
+            text.lines()
+                .any(|line| line.split_whitespace().nth(2).is_some_and(|remote| remote.ends_with(&wanted)))
+        });
+        Some(found)
+    };
+    let looking = std::thread::Builder::new().name("probe".into()).spawn(look);
+    looking.ok().and_then(|thread| thread.join().ok()).flatten().unwrap_or(false)
+}
+
+/// A tenant's probe; counted while it lives.
+struct Probing<'a> {
+    agent: &'a Agent,
+    tenant: TenantName,
+}
+
+impl<'a> Probing<'a> {
+    /// At most two of a tenant at a time.
+    fn enter(agent: &'a Agent, tenant: &TenantName) -> Option<Self> {
+        let mut probing = lock(&agent.probing);
+        let count = probing.entry(tenant.clone()).or_default();
+        if *count >= 2 {
+            return None;
+        }
+        *count += 1;
+        Some(Self { agent, tenant: tenant.clone() })
+    }
+}
+
+impl Drop for Probing<'_> {
+    fn drop(&mut self) {
+        let mut probing = lock(&self.agent.probing);
+        match probing.get_mut(&self.tenant) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(probing.remove(&self.tenant)),
+        }
+    }
 }

@@ -54,6 +54,8 @@ pub enum Request {
         /// App.
         app_id: AppId,
     },
+    /// [`super::super::Driver::own_addresses`]
+    OwnAddresses {},
     /// [`super::super::Driver::listeners`]
     Listeners {},
     /// [`super::super::Driver::probe`]
@@ -108,6 +110,16 @@ pub enum Reply {
         observed: Observed,
         /// Whether this is the last frame.
         last: bool,
+    },
+    /// To `EnsureFlows`.
+    Plan {
+        /// The plan that is held.
+        number: i64,
+    },
+    /// To `OwnAddresses`.
+    OwnAddresses {
+        /// Addresses.
+        addresses: Vec<std::net::Ipv4Addr>,
     },
     /// To `Listeners`.
     Listeners {

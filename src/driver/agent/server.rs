@@ -89,6 +89,14 @@ async fn answer(agent: &Arc<Agent>, mut frames: Frames, permit: OwnedSemaphorePe
             }
             return;
         }
+        Ok(Request::Probe { probe: Probe { tenant, app, target, protocol, port } }) => {
+            // It has room of its own: whoever probes holds up nothing else.
+            drop(permit);
+            match agent.probe(&tenant, app, &target, (protocol, port)).await {
+                Ok(outcome) => Reply::Probed { outcome },
+                Err(error) => Reply::Failed { error },
+            }
+        }
         Ok(Request::Observe { cursor, wait_ms }) => {
             let wait = Duration::from_millis(u64::from(wait_ms));
             // Whoever hangs up while it waits is let go.
@@ -149,17 +157,16 @@ async fn handle(agent: &Arc<Agent>, request: Request) -> Result<Reply, Error> {
         Request::EnsureApp { workload, pull } => {
             ensure_app(agent, *workload, pull.as_ref()).await.map(|()| Reply::Done {})
         }
-        Request::EnsureFlows { flows } => agent.ensure_flows(flows).await.map(|()| Reply::Done {}),
+        Request::EnsureFlows { flows } => {
+            agent.ensure_flows(flows).await.map(|number| Reply::Plan { number })
+        }
+        Request::OwnAddresses {} => Ok(Reply::OwnAddresses { addresses: agent.own_list() }),
         Request::Denied { tenant, app_id } => Ok(Reply::Denied { denied: agent.denied(&tenant, app_id) }),
         Request::Listeners {} => Ok(Reply::Listeners { listeners: agent.listeners().await }),
-        Request::Probe { probe: Probe { tenant, app, target, protocol, port } } => agent
-            .probe(&tenant, app, &target, (protocol, port))
-            .await
-            .map(|outcome| Reply::Probed { outcome }),
         Request::RemoveApp { tenant, app, app_id } => {
             remove_app(agent, &tenant, &app, app_id).await.map(|removal| Reply::Removal { removal })
         }
-        Request::Observe { .. } | Request::Logs { .. } => {
+        Request::Observe { .. } | Request::Logs { .. } | Request::Probe { .. } => {
             Err(Error::Rejected("this is answered elsewhere".into()))
         }
     }
@@ -290,7 +297,7 @@ fn clash<'a>(workload: &Workload, mut apps: impl Iterator<Item = &'a Arc<App>>) 
         app.id != workload.app_id
             && app.tenant == workload.tenant
             && (app.name == workload.app
-                || lock(&app.kept).workload.addresses.iter().any(|own| workload.addresses.contains(own)))
+                || lock(&app.kept).addresses().iter().any(|own| workload.addresses.contains(own)))
     });
     if clash {
         let why = "another app of the tenant still has this name or one of these addresses";

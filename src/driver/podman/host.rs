@@ -27,14 +27,17 @@ pub struct Listener {
     /// Whether it answered from within an instance's network; none while none runs, and for UDP, where
     /// silence says nothing.
     pub answers: Option<bool>,
+    /// Whether it is where apps ask for names: the one thing that is to answer.
+    pub names: bool,
 }
 
 /// The state of a socket that waits for connections, in the kernel's list.
 const LISTENS: &str = "0A";
 /// The state of a UDP socket that is not connected.
 const UNCONNECTED: &str = "07";
-/// Most listeners that are tried.
+/// Most listeners that are tried, and how many at once.
 const TRIED: usize = 64;
+const AT_ONCE: usize = 8;
 
 fn address(hex: &str) -> Option<IpAddr> {
     if hex.len() == 8 {
@@ -96,7 +99,7 @@ pub fn listeners() -> Vec<Listener> {
         let text = std::fs::read_to_string(format!("/proc/net/{list}")).unwrap_or_default();
         for (address, port, inode) in text.lines().skip(1).filter_map(|line| listening(line, state)) {
             let (program, unit) = owners.get(&inode).cloned().unwrap_or_default();
-            found.push(Listener { protocol, port, address, program, unit, answers: None });
+            found.push(Listener { protocol, port, address, program, unit, answers: None, names: false });
         }
     }
     found.sort();
@@ -104,48 +107,73 @@ pub fn listeners() -> Vec<Listener> {
     found
 }
 
-/// Tries each TCP listener from within the network of a process, at that network's gateway and at the
-/// listener's own address.
-pub fn try_from_within(pid: i32, listeners: &mut [Listener]) {
-    let Some(gateway) = gateway(pid) else { return };
-    let tries: Vec<_> = listeners
+/// Tries each TCP listener from within a network namespace, at its gateway and at the listener's own address.
+/// Returns what was tried.
+pub fn try_from_within(sandbox: &str, listeners: &mut [Listener]) -> Vec<(Ipv4Addr, u16)> {
+    let Some(gateway) = within(sandbox, gateway).flatten() else { return Vec::new() };
+    let mut tried = Vec::new();
+    let all: Vec<(usize, u16, Ipv4Addr)> = listeners
         .iter()
         .enumerate()
         .filter(|(_, listener)| listener.protocol == Protocol::Tcp)
         .take(TRIED)
-        .map(|(n, listener)| {
-            let own = match listener.address {
-                IpAddr::V4(own) if !own.is_unspecified() => Some(own),
-                _ => None,
-            };
-            let port = listener.port;
-            std::thread::spawn(move || {
-                let file = std::fs::File::open(format!("/proc/{pid}/ns/net")).ok()?;
-                let network = Some(rustix::thread::LinkNameSpaceType::Network);
-                rustix::thread::move_into_link_name_space(file.as_fd(), network).ok()?;
-                let answers = |to: Ipv4Addr| match TcpStream::connect_timeout(
-                    &(to, port).into(),
-                    Duration::from_millis(400),
-                ) {
-                    Ok(_) => true,
-                    Err(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
-                };
-                Some((n, answers(gateway) || own.is_some_and(answers)))
-            })
+        // Who listens everywhere is tried at the gateway; who listens at one address, there.
+        .map(|(n, listener)| match listener.address {
+            IpAddr::V4(own) if !own.is_unspecified() => (n, listener.port, own),
+            _ => (n, listener.port, gateway),
         })
         .collect();
-    for one in tries {
-        if let Ok(Some((n, answers))) = one.join()
-            && let Some(listener) = listeners.get_mut(n)
-        {
-            listener.answers = Some(answers);
+    for listener in listeners.iter_mut() {
+        listener.names = listener.port == 53 && listener.address == IpAddr::V4(gateway);
+    }
+    // A few at a time: each is a thread of its own, which enters the namespace and ends.
+    for few in all.chunks(AT_ONCE) {
+        let tries: Vec<_> = few
+            .iter()
+            .map(|(n, port, own)| {
+                tried.push((*own, *port));
+                let (n, port, own, sandbox) = (*n, *port, *own, sandbox.to_owned());
+                std::thread::Builder::new().name("host".into()).spawn(move || {
+                    let answers = |to: Ipv4Addr| match TcpStream::connect_timeout(
+                        &(to, port).into(),
+                        Duration::from_millis(400),
+                    ) {
+                        Ok(_) => true,
+                        Err(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
+                    };
+                    enter(&sandbox).map(|()| (n, answers(own)))
+                })
+            })
+            .collect();
+        for one in tries.into_iter().flatten() {
+            if let Ok(Some((n, answers))) = one.join()
+                && let Some(listener) = listeners.get_mut(n)
+            {
+                listener.answers = Some(answers);
+            }
         }
     }
+    tried
 }
 
-/// The default gateway of a process's network.
-fn gateway(pid: i32) -> Option<Ipv4Addr> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/net/route")).ok()?;
+/// Moves this thread into a network namespace.
+fn enter(sandbox: &str) -> Option<()> {
+    let file = std::fs::File::open(sandbox).ok()?;
+    let network = Some(rustix::thread::LinkNameSpaceType::Network);
+    rustix::thread::move_into_link_name_space(file.as_fd(), network).ok()
+}
+
+/// Does something within a network namespace, on a thread of its own.
+fn within<T: Send + 'static>(sandbox: &str, what: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let sandbox = sandbox.to_owned();
+    let work =
+        std::thread::Builder::new().name("host".into()).spawn(move || enter(&sandbox).map(|()| what()));
+    work.ok()?.join().ok()?
+}
+
+/// The default gateway of the network that this thread is in.
+fn gateway() -> Option<Ipv4Addr> {
+    let text = std::fs::read_to_string("/proc/thread-self/net/route").ok()?;
     text.lines().skip(1).find_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         if *fields.get(1)? != "00000000" {

@@ -47,8 +47,8 @@ async fn set(args: &[&str]) -> Result<(), Error> {
 }
 
 /// The addresses that this machine has, but for those of `pool` and loopback: nobody reaches them.
-pub async fn own_addresses(pool: impl Fn(&Ipv4Addr) -> bool) -> Vec<Range> {
-    let value = json(&["-j", "-4", "addr", "show"]).await.unwrap_or_default();
+pub async fn own_addresses(pool: impl Fn(&Ipv4Addr) -> bool) -> Result<Vec<Range>, Error> {
+    let value = json(&["-j", "-4", "addr", "show"]).await?;
     let addresses: BTreeSet<Ipv4Addr> = value
         .as_array()
         .into_iter()
@@ -57,7 +57,7 @@ pub async fn own_addresses(pool: impl Fn(&Ipv4Addr) -> bool) -> Vec<Range> {
         .filter_map(|info| info["local"].as_str()?.parse().ok())
         .filter(|address| !pool(address) && !address.is_loopback())
         .collect();
-    addresses.into_iter().map(|address| never::own(Cidr::of(address))).collect()
+    Ok(addresses.into_iter().map(|address| never::own(Cidr::of(address))).collect())
 }
 
 /// The hardware address that belongs to an address. It is always the same one, so that whoever knew

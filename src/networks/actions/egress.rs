@@ -14,6 +14,8 @@ use crate::reconcile::Waker;
 /// What is decided about what was asked for.
 #[derive(Debug)]
 pub struct Decision {
+    /// Number of the request that was looked at.
+    pub id: i64,
     /// Whether it is approved.
     pub approved: bool,
     /// What whoever asked is told.
@@ -21,6 +23,9 @@ pub struct Decision {
     /// Days after which it ends, at most as many as were asked for.
     pub days: Option<i32>,
 }
+
+/// Most requests of a tenant that wait at a time.
+const WAITING: i64 = 20;
 
 /// Asks for a place outside. Whether that is new: the same wish again changes nothing.
 pub async fn ask(pool: &PgPool, by: By<'_>, tenant: &TenantRef, wish: &Wish) -> Result<bool, Error> {
@@ -39,6 +44,11 @@ pub async fn ask(pool: &PgPool, by: By<'_>, tenant: &TenantRef, wish: &Wish) -> 
         return Err(Error::AlreadyExists(format!(
             "{} is {} for other addresses or ports: withdraw it first, or take another name",
             wish.name, known.state
+        )));
+    }
+    if store::count_waiting(&mut tx, tenant.id).await? >= WAITING {
+        return Err(Error::Conflict(format!(
+            "{WAITING} requests wait for a decision already; withdraw one, or wait"
         )));
     }
     // One that has ended by itself gives its name free.
@@ -71,6 +81,11 @@ pub async fn decide(
     let (state, action) =
         if decision.approved { ("approved", "egress.approve") } else { ("refused", "egress.refuse") };
     let decided = (state, decision.note.as_deref(), decision.days);
+    if known.id != decision.id {
+        return Err(Error::Conflict(
+            "the tenant asks for something else under this name by now: look at it again".into(),
+        ));
+    }
     if !store::decide_target(&mut tx, tenant.id, known.id, decided, by.actor.id.as_str()).await? {
         return Err(Error::Conflict(format!("this target is {} and waits for no decision", known.state)));
     }

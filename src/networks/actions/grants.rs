@@ -28,6 +28,10 @@ pub struct Offer {
     pub days: Option<i32>,
 }
 
+/// Most open offers of a tenant, and of them to one other.
+const OFFERS: i64 = 200;
+const OFFERS_TO_ONE: i64 = 50;
+
 /// Offers an app to another tenant. Whether there is such a tenant, the answer does not tell.
 pub async fn offer(
     pool: &PgPool,
@@ -48,6 +52,13 @@ pub async fn offer(
     let app = find_id(&mut tx, tenant.id, &offer.app).await?.ok_or_else(|| {
         Error::fault(Fault::new(Code(427), Kind::Conflict, "app", format!("there is no app {}", offer.app)))
     })?;
+    let (all, to_one) = store::count_offers(&mut tx, tenant.id, &offer.tenant).await?;
+    if all >= OFFERS || to_one >= OFFERS_TO_ONE {
+        let why = format!(
+            "at most {OFFERS} offers are open at a time, {OFFERS_TO_ONE} of them to one tenant; withdraw one"
+        );
+        return Err(Error::Conflict(why));
+    }
     let new = NewOffer {
         app,
         app_name: &offer.app,
@@ -81,6 +92,9 @@ pub async fn accept(
 ) -> Result<(), Error> {
     tenant.require_active()?;
     let mut tx = db::begin(pool, tenant.id).await?;
+    if !store::lock_offer(&mut tx, id).await? {
+        return Err(Error::NotFound);
+    }
     let (from, name, accepted) = store::find_received(&mut tx, id).await?.ok_or(Error::NotFound)?;
     if accepted {
         return Ok(());

@@ -9,6 +9,7 @@ use super::NamePath;
 use crate::access::{ManageConnections, ManageNetwork, PlatformScope, ReadPlatform, ReadTenant, TenantScope};
 use crate::config::Config;
 use crate::db::{self, Page, PageQuery, Within};
+use crate::driver::Driver;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::http::parse_json;
@@ -43,7 +44,7 @@ pub(in crate::networks) struct WishBody {
 pub(in crate::networks) async fn check_wish(
     name: EgressName,
     input: WishBody,
-    config: &Config,
+    (config, driver): (&Config, &dyn Driver),
 ) -> Result<Wish, Error> {
     let mut faults = Vec::new();
     let fault = |path: &str, message: &str| Fault::new(Code(426), Kind::Invalid, path, message);
@@ -76,7 +77,7 @@ pub(in crate::networks) async fn check_wish(
     }
     super::days(input.days, &mut faults);
     if let Some(Place::Network(network)) = place {
-        let (tenants, own) = super::walls(config).await;
+        let (tenants, own) = super::walls(config, driver).await;
         faults.extend(check_network(network, "network", against_outside(network, &own), tenants).err());
         if network.prefix() < 8 {
             faults.push(fault("network", "a network of at most 16 million addresses: a prefix of 8 or more"));
@@ -95,12 +96,12 @@ pub async fn ask(
     scope: TenantScope<ManageConnections>,
     req: HttpRequest,
     pool: web::Data<PgPool>,
-    config: web::Data<Config>,
+    places: (web::Data<Config>, web::Data<dyn Driver>),
     path: web::Path<NamePath>,
     body: web::Bytes,
 ) -> Result<HttpResponse, Error> {
     let input: WishBody = parse_json(&req, &body)?;
-    let wish = check_wish(path.parse()?, input, &config).await?;
+    let wish = check_wish(path.parse()?, input, (&places.0, &**places.1)).await?;
     let new = actions::ask(&pool, scope.by(), &scope.tenant, &wish).await?;
     let mut answer = if new { HttpResponse::Created() } else { HttpResponse::Ok() };
     let mut conn = db::begin(&pool, scope.tenant.id).await?;
@@ -134,6 +135,7 @@ pub async fn withdraw(
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct DecisionBody {
+    id: i64,
     approved: bool,
     note: Option<String>,
     days: Option<i32>,
@@ -148,7 +150,7 @@ pub async fn decide(
     path: web::Path<NamePath>,
     body: web::Bytes,
 ) -> Result<HttpResponse, Error> {
-    let DecisionBody { approved, note, days } = parse_json(&req, &body)?;
+    let DecisionBody { id, approved, note, days } = parse_json(&req, &body)?;
     let mut faults = Vec::new();
     if note.as_ref().is_some_and(|note| note.chars().count() > 500) {
         faults.push(Fault::new(Code(426), Kind::Invalid, "note", "a note has at most 500 characters"));
@@ -158,7 +160,7 @@ pub async fn decide(
         return Err(Error::Invalid(faults));
     }
     let name = path.parse()?;
-    let decision = Decision { approved, note, days };
+    let decision = Decision { id, approved, note, days };
     actions::decide(&pool, &waker, scope.by(), &scope.tenant, &name, &decision).await?;
     Ok(HttpResponse::Accepted().json(json!({"name": name, "approved": approved})))
 }

@@ -1,14 +1,13 @@
 //! The noun over the API.
 
-use std::net::Ipv4Addr;
-
 use serde::Deserialize;
 
 use crate::config::Config;
-use crate::driver::podman::ports::own_addresses;
+use crate::driver::Driver;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
-use crate::policy::never::Range;
+use crate::policy::Cidr;
+use crate::policy::never::{self, Range};
 
 pub mod egress;
 pub mod grants;
@@ -50,9 +49,12 @@ fn days(days: Option<i32>, faults: &mut Vec<Fault>) {
     }
 }
 
-/// The pool of tenants' addresses, and those of the machine itself.
-async fn walls(config: &Config) -> (crate::policy::Cidr, Vec<Range>) {
-    let pool = super::connections::pool(&config.pools);
-    let inside = |address: &Ipv4Addr| pool.contains(*address);
-    (pool, own_addresses(inside).await)
+/// The pool of tenants' addresses, and those of the machine itself. While the agent does not answer, the latter
+/// are not known here; it holds them by itself in any case.
+async fn walls(config: &Config, driver: &dyn Driver) -> (Cidr, Vec<Range>) {
+    let own = driver.own_addresses().await.unwrap_or_default();
+    (
+        super::connections::pool(&config.pools),
+        own.into_iter().map(|address| never::own(Cidr::of(address))).collect(),
+    )
 }

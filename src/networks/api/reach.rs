@@ -14,6 +14,7 @@ use crate::apps::api::AppPath;
 use crate::apps::connections::{find_at, find_id};
 use crate::config::{Config, Pools};
 use crate::db;
+use crate::driver::workload::Subnet;
 use crate::driver::{Denied, Driver, Probe, ProbeOutcome, ProbeTarget};
 use crate::error::Error;
 use crate::ids::{AppId, AppName};
@@ -32,21 +33,25 @@ pub struct ReachQuery {
     protocol: Option<String>,
 }
 
-/// What is known about an address, from the tenant's point of view.
-async fn known(
-    conn: &mut PgConnection,
-    tenant: &TenantRef,
-    pools: &Pools,
-    target: Ipv4Addr,
-) -> Result<(Known, Option<AppId>), Error> {
+/// What is the same for every address: read once.
+async fn around(conn: &mut PgConnection, tenant: &TenantRef, pools: &Pools) -> Result<Known, Error> {
     let number = tenants::tenant_network(conn, tenant.id).await?;
     let subnet = pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))?;
-    let host = i64::from(target.to_bits()) - i64::from(subnet.address().to_bits());
-    let app = if subnet.contains(target) { find_at(conn, tenant.id, host).await? } else { None };
     let services = store::list_services(conn, "", 200).await?;
-    let id = app.as_ref().map(|(id, _)| *id);
-    let known = Known { pool: connections::pool(pools), subnet, app: app.map(|(_, name)| name), services };
-    Ok((known, id))
+    Ok(Known { pool: connections::pool(pools), subnet, app: None, services })
+}
+
+/// The own app that has an address.
+async fn owner(
+    conn: &mut PgConnection,
+    tenant: &TenantRef,
+    subnet: Subnet,
+    target: Ipv4Addr,
+) -> Result<Option<(AppId, AppName)>, Error> {
+    if !subnet.contains(target) {
+        return Ok(None);
+    }
+    find_at(conn, tenant.id, i64::from(target.to_bits()) - i64::from(subnet.address().to_bits())).await
 }
 
 #[derive(Serialize)]
@@ -99,7 +104,10 @@ pub(in crate::networks) async fn resolve(
         standing.iter().flat_map(|standing| &standing.apps).find(|own| own.app == app).unwrap_or(&empty);
     let (at, closed) = match &to {
         To::Address(target) => {
-            let (known, at) = known(&mut conn, tenant, pools, *target).await?;
+            let around = around(&mut conn, tenant, pools).await?;
+            let owner = owner(&mut conn, tenant, around.subnet, *target).await?;
+            let at = owner.as_ref().map(|(id, _)| *id);
+            let known = Known { app: owner.map(|(_, name)| name), ..around };
             (at, explain::address(*target, protocol, port, &known))
         }
         To::Name(name) => (None, name_closed(own, name, protocol, port)),
@@ -221,6 +229,9 @@ fn name_closed(plan: &AppPlan, name: &str, protocol: Protocol, port: u16) -> Clo
     Closed { why: format!("{name} is open on {}, not on {protocol} {port}", ports.join(", ")), ask: None }
 }
 
+/// Most refusals that are told at a time, the newest.
+const DENIED: usize = 100;
+
 #[derive(Serialize)]
 pub(in crate::networks) struct DeniedView {
     #[serde(flatten)]
@@ -230,7 +241,7 @@ pub(in crate::networks) struct DeniedView {
 }
 
 /// GET /api/v1/tenants/{tenant}/apps/{app}/denied: packets that were not let through lately, the newest
-/// first, at most 500.
+/// first, at most 100.
 pub async fn get_denied(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
@@ -255,14 +266,19 @@ pub(in crate::networks) async fn denials(
     drop(conn);
     let denied = driver.denied(&tenant.name, app).await.map_err(away)?;
     let mut conn = db::begin(pool, tenant.id).await?;
-    let mut items = Vec::with_capacity(denied.len());
-    let mut told = HashMap::new();
-    for denied in denied {
-        let known = match told.entry(denied.target) {
+    let mut known = around(&mut conn, tenant, pools).await?;
+    let mut owners = HashMap::new();
+    let mut items = Vec::new();
+    for denied in denied.into_iter().take(DENIED) {
+        let app = match owners.entry(denied.target) {
             Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(known(&mut conn, tenant, pools, denied.target).await?.0),
+            Entry::Vacant(entry) => {
+                let owner = owner(&mut conn, tenant, known.subnet, denied.target).await?;
+                entry.insert(owner.map(|(_, name)| name))
+            }
         };
-        let closed = explain::address(denied.target, denied.protocol, denied.port, known);
+        known.app.clone_from(app);
+        let closed = explain::address(denied.target, denied.protocol, denied.port, &known);
         items.push(DeniedView { denied, closed });
     }
     Ok(items)

@@ -9,6 +9,7 @@ use super::NamePath;
 use crate::access::{ManageNetwork, PlatformScope, ReadPlatform, ReadTenant, TenantScope};
 use crate::config::Config;
 use crate::db::{self, Page, PageQuery, Within};
+use crate::driver::Driver;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::http::parse_json;
@@ -31,10 +32,11 @@ pub async fn put_service(
     req: HttpRequest,
     pool: web::Data<PgPool>,
     waker: web::Data<Waker>,
-    config: web::Data<Config>,
+    places: (web::Data<Config>, web::Data<dyn Driver>),
     path: web::Path<NamePath>,
     body: web::Bytes,
 ) -> Result<HttpResponse, Error> {
+    let (config, driver) = places;
     let name = path.parse()?;
     let mut input: ServiceBody = parse_json(&req, &body)?;
     input.endpoints.sort();
@@ -46,7 +48,7 @@ pub async fn put_service(
     if input.endpoints.is_empty() || input.endpoints.len() > 32 {
         faults.push(fault("endpoints".into(), "a service has 1 to 32 endpoints"));
     }
-    let (tenants, own) = super::walls(&config).await;
+    let (tenants, own) = super::walls(&config, &**driver).await;
     for (n, endpoint) in input.endpoints.iter().enumerate() {
         let path = format!("endpoints[{n}]");
         if endpoint.port == 0 {

@@ -25,6 +25,7 @@ use crate::tenants;
 const PLACE: &str = "/network";
 
 struct WaitingRow {
+    id: i64,
     tenant: String,
     name: String,
     place: String,
@@ -47,15 +48,17 @@ async fn host(driver: &dyn Driver) -> (Vec<ListenerRow>, &'static str) {
     };
     let rows = listeners.into_iter().map(|listener| {
         let (state, mark) = match listener.answers {
+            Some(true) if listener.names => ("answers to tenants, for names, as it should", "running"),
             Some(true) => ("answers to tenants", "failed"),
             Some(false) => ("closed, tried from within an app", "running"),
             None => ("closed by plan", "running"),
         };
-        let remedy = match (listener.answers, listener.unit.as_str()) {
-            (Some(true), "") => "end this program, or let it listen on loopback alone".to_owned(),
-            (Some(true), unit) => format!("systemctl disable --now {unit}"),
-            _ => String::new(),
-        };
+        let remedy =
+            match (listener.answers.map(|answers| answers && !listener.names), listener.unit.as_str()) {
+                (Some(true), "") => "end this program, or let it listen on loopback alone".to_owned(),
+                (Some(true), unit) => format!("systemctl disable --now {unit}"),
+                _ => String::new(),
+            };
         let at = format!("{} {} {}", listener.address, listener.protocol, listener.port);
         let program = [listener.program, listener.unit].join(" ").trim().to_owned();
         ListenerRow { at, program, state, mark, remedy }
@@ -105,6 +108,7 @@ async fn view(
                 let ports: Vec<String> = row.ports.iter().map(ToString::to_string).collect();
                 let end = row.expires_at.map(|at| format!(", until {}", when(at))).unwrap_or_default();
                 WaitingRow {
+                    id: row.id,
                     place: format!("{} {} {}{end}", row.place, row.protocol, ports.join(", ")),
                     by: format!("{}, {}", who(&row.asked_by), when(row.asked_at)),
                     tenant: row.tenant,
@@ -134,6 +138,7 @@ pub async fn network_page(
 /// What is decided.
 #[derive(Deserialize)]
 pub struct DecisionForm {
+    id: i64,
     tenant: String,
     name: String,
     what: String,
@@ -152,7 +157,7 @@ pub async fn decide(
     waker: web::Data<Waker>,
     form: Posted<DecisionForm>,
 ) -> Result<HttpResponse, Error> {
-    let DecisionForm { tenant, name, what, note, days: wanted } = &form.0;
+    let DecisionForm { id: asked, tenant, name, what, note, days: wanted } = &form.0;
     let make = async {
         let tenant: TenantName = tenant.parse().map_err(|_| Error::NotFound)?;
         let name: EgressName = name.parse().map_err(|_| Error::NotFound)?;
@@ -165,7 +170,7 @@ pub async fn decide(
         drop(conn);
         let tenant = TenantRef { id, name: tenant, state };
         let note = Some(note.trim().to_owned()).filter(|note| !note.is_empty());
-        let decision = Decision { approved: what == "approve", note, days: days(wanted)? };
+        let decision = Decision { id: *asked, approved: what == "approve", note, days: days(wanted)? };
         actions::decide(&pool, &waker, scope.by(), &tenant, &name, &decision).await
     };
     let outcome = make.await;

@@ -359,6 +359,7 @@ pub async fn ask(
     req: HttpRequest,
     pool: web::Data<PgPool>,
     config: web::Data<Config>,
+    driver: web::Data<dyn Driver>,
     form: Posted<EgressForm>,
 ) -> Result<HttpResponse, Error> {
     let make = async {
@@ -378,7 +379,7 @@ pub async fn ask(
             reason: form.0.reason.clone(),
             days: days(&form.0.days)?,
         };
-        let wish = check_wish(form.0.name()?, input, &config).await?;
+        let wish = check_wish(form.0.name()?, input, (&config, &**driver)).await?;
         actions::ask(&pool, scope.by(), &scope.tenant, &wish).await.map(drop)
     };
     let outcome = make.await;

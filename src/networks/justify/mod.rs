@@ -44,9 +44,10 @@ fn reason(facts: &Facts, app: &Connecting, flow: &Flow, pool: Cidr) -> Result<()
                 return Err("apps are reached over TCP");
             }
             let agreed = if *tenant == facts.tenant {
-                facts.apps.iter().any(|peer| {
-                    peer.id == *id && peer.port == Some(flow.port) && peer.name.as_str() == flow.name
-                })
+                flow.until.is_none()
+                    && facts.apps.iter().any(|peer| {
+                        peer.id == *id && peer.port == Some(flow.port) && peer.name.as_str() == flow.name
+                    })
             } else {
                 facts.grants.iter().any(|grant| granted(grant, tenant, app, flow) && grant.id == *id)
             };
@@ -72,6 +73,7 @@ fn reason(facts: &Facts, app: &Connecting, flow: &Flow, pool: Cidr) -> Result<()
                     && is_there(&target.place, &flow.target)
                     && target.protocol == flow.protocol
                     && target.ports.contains(&flow.port)
+                    && target.until == flow.until
             });
             if !named || !approved {
                 return Err("the app does not name this target, or it is not approved");
@@ -103,6 +105,7 @@ fn granted(grant: &super::Granted, tenant: &TenantName, app: &Connecting, flow: 
     grant.tenant == *tenant
         && format!("{}/{}", grant.tenant, grant.app) == flow.name
         && grant.port == Some(flow.port)
+        && grant.until == flow.until
         && grant.only.as_ref().is_none_or(|only| *only == app.name)
 }
 

@@ -47,6 +47,7 @@ fn facts() -> Facts {
                 id: AppId(9),
                 port: Some(5432),
                 only: None,
+                until: Some(4_000_000_000),
             },
             Granted {
                 tenant: "beta".parse().unwrap(),
@@ -54,6 +55,7 @@ fn facts() -> Facts {
                 id: AppId(10),
                 port: Some(514),
                 only: Some("api".parse().unwrap()),
+                until: None,
             },
         ],
         egress: vec![
@@ -62,12 +64,14 @@ fn facts() -> Facts {
                 place: Place::Network("45.67.89.0/24".parse().unwrap()),
                 protocol: Protocol::Tcp,
                 ports: vec![443, 8443],
+                until: None,
             },
             Approved {
                 name: "pay".parse().unwrap(),
                 place: Place::Domain("pay.example.org".parse().unwrap()),
                 protocol: Protocol::Tcp,
                 ports: vec![443],
+                until: None,
             },
         ],
         ends: None,
@@ -124,6 +128,7 @@ fn planted_flows_are_found() {
         (2, "payments", domain("pay.example.org"), Protocol::Tcp, 443),
         (1, "pay", domain("pay.example.org"), Protocol::Tcp, 443),
         (2, "mail", outside("45.67.89.0/24"), Protocol::Tcp, 443),
+        (2, "beta/db", app("beta", 9), Protocol::Tcp, 5432),
         (2, "beta/db", app("beta", 10), Protocol::Tcp, 5432),
         (2, "beta/db", app("beta", 9), Protocol::Tcp, 5433),
         (2, "beta/db", app("gamma", 9), Protocol::Tcp, 5432),
@@ -134,7 +139,7 @@ fn planted_flows_are_found() {
         (1, "api", app("acme", 1), Protocol::Tcp, 8080),
     ] {
         let mut planted = plans.clone();
-        planted[n].flows.push(Flow { name: name.into(), target: to, protocol, port });
+        planted[n].flows.push(Flow { name: name.into(), target: to, protocol, port, until: None });
         assert!(justify(&facts, &planted, &gaps, pool()).is_err(), "{:?}", planted[n].flows.last());
     }
 }

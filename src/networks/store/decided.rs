@@ -54,6 +54,7 @@ pub(in crate::networks) async fn decided_grants(
             id: app.id,
             port: app.port,
             only: row.to_app,
+            until: row.expires_at.map(OffsetDateTime::unix_timestamp),
         });
     }
     Ok((granted, ends))
@@ -81,6 +82,7 @@ pub(in crate::networks) async fn decided_egress(
                 place: Place::of(row.network.as_deref(), row.domain.as_deref())
                     .ok_or_else(|| Error::internal("a place that is none"))?,
                 protocol: Protocol::parse(&row.protocol).ok_or_else(|| Error::internal("a protocol"))?,
+                until: row.expires_at.map(OffsetDateTime::unix_timestamp),
                 ports: row.ports.into_iter().filter_map(|port| u16::try_from(port).ok()).collect(),
             })
         })

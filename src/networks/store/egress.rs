@@ -12,8 +12,7 @@ use crate::policy::Protocol;
 /// A place outside, as asked for.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Target {
-    /// Number.
-    #[serde(skip)]
+    /// Number: what is decided is decided about exactly this one.
     pub id: i64,
     /// Tenant.
     pub tenant: String,
@@ -214,5 +213,18 @@ pub(in crate::networks) async fn list_closed_targets(
         names
     )
     .fetch_all(conn)
+    .await?)
+}
+
+/// How many of a tenant's requests wait.
+pub(in crate::networks) async fn count_waiting(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT count(*) AS "n!" FROM egress_target WHERE tenant_id = $1 AND state = 'asked'"#,
+        tenant.0
+    )
+    .fetch_one(conn)
     .await?)
 }

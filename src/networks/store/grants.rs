@@ -223,3 +223,28 @@ pub(in crate::networks) async fn wake_receivers(
         .await?;
     Ok(())
 }
+
+/// How many offers a tenant has open, and how many of them to one other.
+pub(in crate::networks) async fn count_offers(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    to: &TenantName,
+) -> Result<(i64, i64), Error> {
+    let row = sqlx::query!(
+        r#"SELECT count(*) AS "all!", count(*) FILTER (WHERE to_tenant = $2) AS "to_one!"
+           FROM grant_offer WHERE tenant_id = $1 AND withdrawn_at IS NULL"#,
+        tenant.0,
+        to.as_str()
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok((row.all, row.to_one))
+}
+
+/// Holds an offer to this tenant as it is until the transaction ends: whoever withdraws it meanwhile waits, and
+/// then sees that it was accepted. Whether it is still open.
+pub(in crate::networks) async fn lock_offer(conn: &mut PgConnection, offer: i64) -> Result<bool, Error> {
+    let open =
+        sqlx::query_scalar!(r#"SELECT network_lock_offer($1) AS "open!""#, offer).fetch_one(conn).await?;
+    Ok(open)
+}

@@ -294,3 +294,50 @@ pub(in crate::networks) async fn end_all(conn: &mut PgConnection, tenant: Tenant
     .await?;
     Ok(())
 }
+
+/// The newest plan of a tenant, if it is this one and was refused.
+pub(in crate::networks) async fn find_refused(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    hash: &str,
+) -> Result<Option<i64>, Error> {
+    let newest = sqlx::query!(
+        "SELECT number, hash, state FROM network_plan WHERE tenant_id = $1 ORDER BY number DESC LIMIT 1",
+        tenant.0
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(newest.filter(|plan| plan.hash == hash && plan.state == "refused").map(|plan| plan.number))
+}
+
+/// Sees to it that plans are numbered beyond what the other side has seen.
+pub(in crate::networks) async fn number_beyond(conn: &mut PgConnection, seen: i64) -> Result<(), Error> {
+    sqlx::query!(
+        "SELECT setval('network_plan_number', greatest($1, (SELECT last_value FROM network_plan_number)))",
+        seen
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(())
+}
+
+/// Forgets that a plan is in force: the next look makes a new one.
+pub(in crate::networks) async fn unset_standing(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<(), Error> {
+    sqlx::query!("UPDATE tenant_plan SET hash = '', in_force = false WHERE tenant_id = $1", tenant.0)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+/// Removes plans that were over a quarter ago.
+pub(in crate::networks) async fn prune(conn: &mut PgConnection) -> Result<(), Error> {
+    sqlx::query!(
+        "DELETE FROM network_plan WHERE state IN ('superseded', 'refused') AND created_at < now() - interval '90 days'"
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}

@@ -51,7 +51,10 @@ async fn pages_hold_in_a_browser(options: PgPoolOptions, connect: PgConnectOptio
             &format!("{base}/egress/mail"),
             json!({"network": "192.88.99.7", "ports": [587], "reason": "receipts", "days": 30}),
         ),
-        (&format!("{base}/egress/payments/decision"), json!({"approved": true, "note": "until the audit"})),
+        (
+            &format!("{base}/egress/payments/decision"),
+            json!({"id": 1, "approved": true, "note": "until the audit"}),
+        ),
     ] {
         let (status, answer) = app.ask(&admin, "PUT", path, body).await;
         assert!((200..300).contains(&status), "{path}: {answer}");

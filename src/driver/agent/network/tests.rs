@@ -43,7 +43,7 @@ fn place(network: u32, hosts: &[u32]) -> Place {
 }
 
 fn flow(name: &str, target: Target, port: u16) -> Flow {
-    Flow { name: name.into(), target, protocol: Protocol::Tcp, port }
+    Flow { name: name.into(), target, protocol: Protocol::Tcp, port, until: None }
 }
 
 fn app(network: u32, id: i64) -> Target {

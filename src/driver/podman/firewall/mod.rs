@@ -210,7 +210,7 @@ table inet {table} {{
   chain from_tenant_to_host {{
     iifname . ip daddr @gateways meta l4proto {{ tcp, udp }} th dport 53 accept
     meta l4proto tcp ct direction reply ct state established accept
-    goto discard
+    goto refuse
   }}
   chain out_of_host {{
     type filter hook output priority filter - 10; policy accept;
@@ -317,6 +317,16 @@ table inet {table} {{
         let exact = before.pairs.difference(&self.pairs).chain(before.services.difference(&self.services));
         let resolved = before.resolved.keys().filter(|to| !self.resolved.contains_key(to));
         exact.chain(resolved).cloned().chain(before.outside_without(self)).collect()
+    }
+
+    /// Whether a connection is allowed in exactly this form.
+    #[must_use]
+    pub fn allows(&self, to: &Allowed) -> bool {
+        let range = self.outside.get(&(to.network, to.source, to.protocol, to.port));
+        self.pairs.contains(to)
+            || self.services.contains(to)
+            || self.resolved.contains_key(to)
+            || range.is_some_and(|ranges| ranges.contains(&to.target))
     }
 
     fn outside(&self) -> impl Iterator<Item = Allowed> + '_ {
