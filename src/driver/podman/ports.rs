@@ -74,7 +74,10 @@ pub async fn address(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet)
     set(&["addr", "replace", &format!("{gateway}/{prefix}"), "dev", bridge]).await?;
     set(&["-n", namespace, "link", "set", "dev", "eth0", "address", &card(own)]).await?;
     set(&["-n", namespace, "addr", "replace", &format!("{own}/{prefix}"), "dev", "eth0"]).await?;
-    set(&["-n", namespace, "route", "replace", "default", "via", &gateway]).await
+    set(&["-n", namespace, "route", "replace", "default", "via", &gateway]).await?;
+    // The machine never asks the bridge who has the address: whoever else would answer is not heard.
+    set(&["neigh", "replace", &own.to_string(), "lladdr", &card(own), "dev", bridge, "nud", "permanent"])
+        .await
 }
 
 /// Takes down the namespace of an instance that has ended, and its port with it: the engine leaves
@@ -164,9 +167,28 @@ impl Port {
         }
     }
 
-    /// Closes the port to its neighbours.
+    /// Closes the port to its neighbours. The bridge learns nothing from what comes in there, and sends nothing
+    /// there that it does not know to belong there.
     pub async fn close(&self) -> Result<(), Error> {
-        set(&["link", "set", "dev", &self.name, "type", "bridge_slave", "isolated", "on"]).await
+        let closed = ["isolated", "on", "learning", "off", "flood", "off"];
+        set(&[&["link", "set", "dev", &self.name, "type", "bridge_slave"][..], &closed].concat()).await
+    }
+
+    /// Tells the bridge whose card is behind the port.
+    async fn bind(&self, own: Ipv4Addr) -> Result<(), Error> {
+        let card = card(own);
+        let args = ["fdb", "replace", &card, "dev", &self.name, "master", "static"];
+        let done = Command::new("bridge")
+            .args(args)
+            .stdin(Stdio::null())
+            .output()
+            .await
+            .map_err(failed("bridge"))?;
+        if done.status.success() {
+            return Ok(());
+        }
+        let text = String::from_utf8_lossy(&done.stderr).trim().to_owned();
+        Err(Error::Transient(format!("the port of an instance: {text}")))
     }
 }
 
@@ -184,6 +206,7 @@ pub async fn isolate(bridge: &str, sandbox: &str, own: Ipv4Addr) -> Result<Port,
         .ok_or_else(|| Error::Transient("the port of the instance is not on its bridge".into()))?;
     let port = Port { name: port.to_owned(), index };
     port.close().await?;
+    port.bind(own).await?;
     set(&["link", "set", "dev", &port.name, "alias", &mark(own)]).await?;
     for (family, key, value) in [
         ("ipv4", "proxy_arp_pvlan", "1"),
