@@ -346,12 +346,14 @@ table inet {table} {{
 #[must_use]
 pub fn compile(shell: Shell, never: &[Range], standing: &Standing) -> Rules {
     let mut rules = Rules::new(shell, never::outermost(never).collect());
+    // Gathered first and made a set once: with many, that is several times as fast.
+    let (mut sources, mut pairs, mut services) = (Vec::new(), Vec::new(), Vec::new());
     for (app, place) in &standing.apps {
         let network = place.network;
         if !place.addresses.is_empty() {
             rules.gateways.insert((network, place.gateway));
         }
-        rules.sources.extend(place.addresses.iter().map(|address| (network, *address)));
+        sources.extend(place.addresses.iter().map(|address| (network, *address)));
         for flow in standing.flows.get(app).into_iter().flatten() {
             let (protocol, port) = (flow.protocol, flow.port);
             for source in place.addresses.iter().copied() {
@@ -359,10 +361,10 @@ pub fn compile(shell: Shell, never: &[Range], standing: &Standing) -> Rules {
                 match &flow.target {
                     Target::App { app: peer, .. } => {
                         let targets = standing.apps.get(peer).into_iter().flat_map(|place| &place.addresses);
-                        rules.pairs.extend(targets.map(|target| to(Cidr::of(*target))));
+                        pairs.extend(targets.map(|target| to(Cidr::of(*target))));
                     }
                     Target::Service { network } if network.prefix() == 32 => {
-                        rules.services.insert(to(*network));
+                        services.push(to(*network));
                     }
                     Target::Service { network } | Target::Outside { network } => rules.open(to(*network)),
                     Target::Domain { domain } => {
@@ -376,5 +378,8 @@ pub fn compile(shell: Shell, never: &[Range], standing: &Standing) -> Rules {
             }
         }
     }
+    rules.sources = sources.into_iter().collect();
+    rules.pairs = pairs.into_iter().collect();
+    rules.services = services.into_iter().collect();
     rules
 }
