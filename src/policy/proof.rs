@@ -247,8 +247,8 @@ impl<'a> Court<'a> {
             self.breach(packet(rule, rule.first), "the source is no instance of this network".to_owned());
             return;
         };
-        let regions: Vec<(u32, Region)> = self.walls.space.walk(rule.first, rule.last).collect();
-        for (at, region) in regions {
+        let walls = self.walls;
+        for (at, region) in walls.space.walk(rule.first, rule.last) {
             if let Err(why) = self.justify(set, rule, sender, at, region) {
                 self.breach(packet(rule, at), why);
             }
