@@ -307,11 +307,11 @@ fn console(take: &mut Taker<'_>) {
         GET "/network" => n::platform::network_page;
         POST "/network/egress/decision" => n::platform::decide;
         GET "/tenants/{tenant}/network" => n::tenant::network_page;
-        POST "/tenants/{tenant}/network/grants" => n::tenant::offer;
-        POST "/tenants/{tenant}/network/grants/acceptance" => n::tenant::accept;
-        POST "/tenants/{tenant}/network/grants/end" => n::tenant::end;
-        POST "/tenants/{tenant}/network/egress" => n::tenant::ask;
-        POST "/tenants/{tenant}/network/egress/withdrawal" => n::tenant::withdraw;
+        POST "/tenants/{tenant}/network/grants" => n::decide::offer;
+        POST "/tenants/{tenant}/network/grants/acceptance" => n::decide::accept;
+        POST "/tenants/{tenant}/network/grants/end" => n::decide::end;
+        POST "/tenants/{tenant}/network/egress" => n::decide::ask;
+        POST "/tenants/{tenant}/network/egress/withdrawal" => n::decide::withdraw;
         GET "/docs/permissions" => permissions::permissions_page;
         GET "/docs/errors" => errors_page;
         GET "/docs/errors/{code}" => error_page;

@@ -8,9 +8,8 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 
-use super::{Folder, postgres};
+use super::{Folder, postgres, surroundings};
 use crate::driver::podman::engine::RUNTIME;
-use crate::driver::podman::host;
 use crate::uid_ranges::machine;
 
 /// How a check ended.
@@ -39,20 +38,20 @@ pub struct Finding {
     pub remedy: String,
 }
 
-fn good(check: &'static str, finding: impl Into<String>) -> Finding {
+pub(super) fn good(check: &'static str, finding: impl Into<String>) -> Finding {
     Finding { check, status: Status::Ok, finding: finding.into(), remedy: String::new() }
 }
 
-fn warning(check: &'static str, finding: impl Into<String>, remedy: impl Into<String>) -> Finding {
+pub(super) fn warning(check: &'static str, finding: impl Into<String>, remedy: impl Into<String>) -> Finding {
     Finding { check, status: Status::Warning, finding: finding.into(), remedy: remedy.into() }
 }
 
-fn failed(check: &'static str, finding: impl Into<String>, remedy: impl Into<String>) -> Finding {
+pub(super) fn failed(check: &'static str, finding: impl Into<String>, remedy: impl Into<String>) -> Finding {
     Finding { check, status: Status::Failed, finding: finding.into(), remedy: remedy.into() }
 }
 
 /// Where a program is, looked for where root's programs are.
-fn program(name: &str) -> Option<String> {
+pub(super) fn program(name: &str) -> Option<String> {
     ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
         .iter()
         .map(|folder| format!("{folder}/{name}"))
@@ -82,8 +81,8 @@ pub fn examine(data: &Path, listen: Option<SocketAddr>) -> Vec<Finding> {
         limits(),
         cgroups(),
         nftables(),
-        neighbours(),
-        host_from_within(data),
+        surroundings::firewalls(),
+        surroundings::host_from_within(data),
         space(data),
     ];
     findings.push(folder(data));
@@ -93,81 +92,6 @@ pub fn examine(data: &Path, listen: Option<SocketAddr>) -> Vec<Finding> {
     findings.push(id_maps());
     findings.push(user_ids(data));
     findings
-}
-
-/// Firewalls of others: their accepts open nothing of ours, their drops close what we open.
-fn neighbours() -> Finding {
-    let check = "other firewalls";
-    let Some(nft) = program("nft") else {
-        return warning(check, "nft is not there to ask", "apt-get install nftables");
-    };
-    let done = Command::new(nft).args(["-j", "list", "chains"]).stderr(Stdio::null()).output();
-    let walls = done.map(|done| host::dropping(&done.stdout)).unwrap_or_default();
-    if !walls.is_empty() {
-        return warning(
-            check,
-            format!("drop what they do not know, where packets are forwarded: {}", walls.join(", ")),
-            "what Bulkhead opens for apps stays closed there: allow forwarding from and to bk* interfaces in that firewall \
-             (Docker: chain DOCKER-USER; ufw: ufw route allow; firewalld: a zone for the bridges with forwarding)",
-        );
-    }
-    let flushes = fs::read_to_string("/etc/nftables.conf").is_ok_and(|text| text.contains("flush ruleset"));
-    let enabled = Path::new("/etc/systemd/system/sysinit.target.wants/nftables.service").exists();
-    if flushes && enabled {
-        return warning(
-            check,
-            "nftables.service empties all tables whenever it is started or reloaded",
-            "nothing breaks: the agent hears of it and loads its table again within milliseconds; to avoid even that, \
-             replace `flush ruleset` in /etc/nftables.conf by deleting that file's own tables",
-        );
-    }
-    good(check, "none stands in the way")
-}
-
-/// What of this machine answers to tenants: nothing should.
-fn host_from_within(data: &Path) -> Finding {
-    let check = "host from within";
-    let mut listeners = host::listeners();
-    let instance = fs::read_dir(data.join("agent/apps"))
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| serde_json::from_slice::<serde_json::Value>(&fs::read(entry.path()).ok()?).ok())
-        .flat_map(|kept| kept["instances"].as_array().cloned().unwrap_or_default())
-        .filter_map(|instance| instance["sandbox"].as_str().map(str::to_owned))
-        .find(|sandbox| !sandbox.is_empty() && Path::new(sandbox).exists());
-    let count = listeners.len();
-    let Some(sandbox) = instance else {
-        return good(
-            check,
-            format!(
-                "{count} socket(s) listen beyond loopback; all are closed to tenants by plan, and tried once an app runs"
-            ),
-        );
-    };
-    host::try_from_within(&sandbox, &mut listeners);
-    let open: Vec<_> =
-        listeners.iter().filter(|listener| listener.answers == Some(true) && !listener.names).collect();
-    if open.is_empty() {
-        return good(
-            check,
-            format!(
-                "{count} socket(s) listen beyond loopback; none but the one for names answers from within an app"
-            ),
-        );
-    }
-    let list: Vec<String> =
-        open.iter().map(|l| format!("{} port {} ({})", l.address, l.port, l.program)).collect();
-    let units: Vec<&str> = open.iter().map(|l| l.unit.as_str()).filter(|unit| !unit.is_empty()).collect();
-    let remedy = if units.is_empty() {
-        "is the platform up? Its table closes all of them; else end these programs".to_owned()
-    } else {
-        format!(
-            "is the platform up? Its table closes all of them; else: systemctl disable --now {}",
-            units.join(" ")
-        )
-    };
-    failed(check, format!("answers to tenants: {}", list.join(", ")), remedy)
 }
 
 fn root() -> Finding {

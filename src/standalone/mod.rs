@@ -8,6 +8,7 @@ mod folder;
 mod postgres;
 mod processes;
 pub mod settings;
+mod surroundings;
 pub mod uninstall;
 pub mod units;
 mod up;

@@ -5,6 +5,7 @@ use serde_json::Value;
 use super::store::Plan;
 use crate::access::console::{when, who};
 
+pub mod decide;
 pub mod platform;
 pub mod tenant;
 

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use sqlx::PgPool;
 
 use super::PlanRow;
-use super::tenant::days;
+use super::decide::days;
 use crate::access::console::{after, platform_frame, when, who};
 use crate::access::extract::{PlatformScope, Posted};
 use crate::access::{Actor, ManageNetwork, ReadPlatform, TenantRef, includes};

@@ -1,0 +1,53 @@
+//! Who reaches whom, in packets: what is asked for and agreed is open, and everything else stays closed,
+//! whatever is tried.
+
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::outside::of;
+use crate::support::{HTTPD, Machine};
+
+mod closed;
+mod domains;
+mod grants;
+mod host;
+mod services;
+
+fn address(instance: &Value) -> Ipv4Addr {
+    instance["address"].as_str().unwrap().parse().unwrap()
+}
+
+pub(super) async fn instance(machine: &Machine, tenant: &str, app: &str) -> (Ipv4Addr, String) {
+    let seen = machine.running(tenant, app).await["observed"]["instances"][0].clone();
+    (address(&seen), of(&machine.pid(&seen)))
+}
+
+/// Waits until something holds, for at most some seconds; how long it took.
+pub(super) async fn until(seconds: u64, what: &str, mut holds: impl FnMut() -> bool) -> Duration {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < Duration::from_secs(seconds), "not in time: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    begun.elapsed()
+}
+
+pub(super) async fn two_tenants(machine: &Machine) {
+    for name in ["acme", "beta"] {
+        let robot = machine.tenant(name).await;
+        machine.push(&robot, &format!("{name}/web:1"), &HTTPD);
+    }
+}
+
+pub(super) async fn put(machine: &Machine, path: &str, body: Value) -> Value {
+    let (status, answer) = machine.send("PUT", path, body).await;
+    assert!((200..300).contains(&status), "PUT {path}: {status} {answer}");
+    answer
+}
+
+pub(super) async fn delete(machine: &Machine, path: &str) {
+    let (status, answer) = machine.ask(&machine.admin, "DELETE", path, None).await;
+    assert!((200..300).contains(&status), "DELETE {path}: {status} {answer}");
+}

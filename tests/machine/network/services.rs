@@ -1,0 +1,163 @@
+//! Platform services, and the outside: who may use them, until when, and that what runs is cut.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::{delete, instance, put, two_tenants, until};
+use crate::outside::{Live, Outside, greets};
+use crate::support::Machine;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
+    let machine = Machine::start().await;
+    let world = Outside::new();
+    for port in [9092, 9093] {
+        world.serve(port);
+    }
+    world.push(123);
+    two_tenants(&machine).await;
+    let endpoints = json!([{"network": world.service(), "port": 9092}, {"network": world.service(), "port": 123, "protocol": "udp"}]);
+    put(&machine, "/api/v1/services/kafka", json!({"description": "messages", "endpoints": endpoints})).await;
+    // Not given: the deploy says so, and what to do.
+    let asking = "image: web:1\nport: 8080\nconnects: { services: [kafka] }\n";
+    let (status, body) = machine.deploy("acme", "web", asking).await;
+    assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-427")), "{body}");
+    put(&machine, "/api/v1/tenants/acme/services/kafka", json!({})).await;
+    assert_eq!(machine.deploy("acme", "web", asking).await.0, 202);
+    assert_eq!(machine.deploy("acme", "other", "image: web:1\nport: 8080\n").await.0, 202);
+    assert_eq!(machine.deploy("beta", "web", "image: web:1\nport: 8080\n").await.0, 202);
+    let (_, web) = instance(&machine, "acme", "web").await;
+    let (_, other) = instance(&machine, "acme", "other").await;
+    let (_, beta) = instance(&machine, "beta", "web").await;
+    assert!(greets(&web, world.service(), 9092), "what is asked for is open: {}", machine.tail("agent"));
+    assert!(!greets(&web, world.service(), 9093), "on its port alone");
+    assert!(!greets(&other, world.service(), 9092), "an app that does not ask gets nothing");
+    assert!(!greets(&beta, world.service(), 9092), "nor a tenant that may not");
+    for closed in [world.metadata(), world.private(), world.allowed()] {
+        assert!(!greets(&web, closed, 9092), "{closed}");
+    }
+    // Its name is known to who asked, and to nobody else.
+    let hosts = async |tenant: &str, app: &str| {
+        let name = machine.running(tenant, app).await["observed"]["instances"][0]["container"].clone();
+        machine.podman(&["exec", name.as_str().unwrap(), "/bin/busybox", "cat", "/etc/hosts"]).1
+    };
+    assert!(hosts("acme", "web").await.contains(&format!("{} kafka", world.service())));
+    assert!(!hosts("acme", "other").await.contains("kafka"));
+    // The answer from the plan, and the record of what was tried in vain, with the reason.
+    let reach = machine.get("/api/v1/tenants/acme/apps/web/reach?to=kafka&port=9092").await;
+    assert_eq!((&reach["open"], &reach["in_force"]), (&json!(true), &json!(true)), "{reach}");
+    let path = format!("/api/v1/tenants/acme/apps/other/reach?to={}&port=9092", world.service());
+    let reach = machine.get(&path).await;
+    assert!(
+        reach["open"] == false && reach["ask"].as_str().unwrap().contains("connects.services"),
+        "{reach}"
+    );
+    // Tried: the service answers (who it is, no probe can know), the other app is refused at once.
+    let tried = |app: &str, to: String, port: u16| {
+        format!("/api/v1/tenants/acme/apps/{app}/reach?to={to}&port={port}")
+    };
+    let (_, probe) = machine.send("POST", &tried("web", "kafka".into(), 9092), json!({})).await;
+    assert_eq!((&probe["probe"], &probe["agrees"]), (&json!("opened"), &json!(true)), "{probe}");
+    for closed in [world.service(), world.metadata(), world.private(), world.allowed()] {
+        let (_, probe) = machine.send("POST", &tried("other", closed.to_string(), 9092), json!({})).await;
+        assert_eq!(
+            (&probe["probe"], &probe["agrees"]),
+            (&json!("prohibited"), &json!(true)),
+            "{closed}: {probe}"
+        );
+    }
+    // What the platform tried itself is not told as the app's doing; what the app tries is.
+    let begun = Instant::now();
+    loop {
+        assert!(!greets(&other, world.service(), 9092));
+        let denied = machine.get("/api/v1/tenants/acme/apps/other/denied").await;
+        let told = denied["items"].as_array().unwrap().iter().any(|item| {
+            item["target"] == json!(world.service())
+                && item["port"] == 9092
+                && item["why"].to_string().contains("kafka")
+        });
+        if told {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(15), "{denied}");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    // Taken away: what runs is cut, over TCP and over UDP, where only the service still sends.
+    let tcp = Live::tcp(&web, world.service(), 9092);
+    let udp = Live::udp(&web, world.service(), 123);
+    until(5, "both live", || tcp.rounds() > 3 && udp.rounds() > 3).await;
+    delete(&machine, "/api/v1/tenants/acme/services/kafka").await;
+    until(5, "closed", || !greets(&web, world.service(), 9092)).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let before = (tcp.rounds(), udp.rounds());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!((tcp.rounds(), udp.rounds()), before, "nothing passes any more, in either direction");
+    // The plan says what it closed, and who decided it.
+    let plans = machine.get("/api/v1/tenants/acme/network/plans").await;
+    let newest = &plans["items"][0];
+    assert_eq!(newest["state"], "in_force", "{newest}");
+    assert!(newest["closes"].to_string().contains("web to the service kafka"), "{newest}");
+    assert!(newest["causes"].to_string().contains("no longer use the service kafka"), "{newest}");
+    assert_eq!(newest["opens"], json!([]));
+    // And what was opened before, by which deploy.
+    let all = plans["items"].to_string();
+    assert!(all.contains("web is deployed"), "{all}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_outside_is_open_where_it_was_approved_and_until_then() {
+    let machine = Machine::start().await;
+    let world = Outside::new();
+    world.serve(443);
+    two_tenants(&machine).await;
+    let asked = json!({"network": world.allowed(), "ports": [443], "reason": "to be paid"});
+    put(&machine, "/api/v1/tenants/acme/egress/payments", asked).await;
+    let asking = "image: web:1\nport: 8080\nconnects: { egress: [payments] }\n";
+    assert_eq!(machine.deploy("acme", "web", asking).await.0, 422, "asked for is not approved");
+    let waiting = machine.get("/api/v1/egress").await;
+    assert_eq!(
+        (&waiting["items"][0]["tenant"], &waiting["items"][0]["reason"]),
+        (&json!("acme"), &json!("to be paid"))
+    );
+    let id = waiting["items"][0]["id"].clone();
+    // What was looked at is what is decided: something else under the same name is not.
+    let other = json!({"id": id.as_i64().unwrap() + 1, "approved": true});
+    let (status, answer) = machine.send("PUT", "/api/v1/tenants/acme/egress/payments/decision", other).await;
+    assert_eq!(status, 409, "{answer}");
+    let decision = json!({"id": id, "approved": true, "days": 1});
+    put(&machine, "/api/v1/tenants/acme/egress/payments/decision", decision).await;
+    assert_eq!(machine.deploy("acme", "web", asking).await.0, 202);
+    let (_, web) = instance(&machine, "acme", "web").await;
+    assert!(greets(&web, world.allowed(), 443), "{}", machine.tail("agent"));
+    for closed in [world.other(), world.service(), world.private(), world.metadata()] {
+        assert!(!greets(&web, closed, 443), "{closed}");
+    }
+    // Nothing comes in from there by itself: its way back leads through this machine.
+    let (own, _) = instance(&machine, "acme", "web").await;
+    assert!(!greets(&world.place(), own, 8080), "from outside by plain routing");
+    // Its time is up.
+    let live = Live::tcp(&web, world.allowed(), 443);
+    until(5, "live", || live.rounds() > 3).await;
+    machine.sql("UPDATE egress_target SET expires_at = now() + interval '2 seconds'; UPDATE work SET due_at = now() WHERE kind = 'network'");
+    until(10, "expired", || !greets(&web, world.allowed(), 443)).await;
+    let before = live.rounds();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(live.rounds(), before, "what ran over it is cut");
+    // What nobody reaches cannot even be asked for.
+    for network in [
+        "169.254.169.254",
+        "10.1.2.3",
+        "0.0.0.0/0",
+        "168.63.129.16",
+        "100.100.100.200",
+        "127.0.0.1",
+        "10.64.0.2",
+        "224.0.0.1",
+        "::1",
+    ] {
+        let body = json!({"network": network, "ports": [443], "reason": "x"});
+        let (status, answer) = machine.send("PUT", "/api/v1/tenants/acme/egress/bad", body).await;
+        assert_eq!(status, 422, "{network}: {answer}");
+    }
+}
