@@ -84,12 +84,22 @@ CREATE UNIQUE INDEX egress_name_is_taken ON egress_target (tenant_id, name) WHER
 CREATE INDEX egress_target_waiting ON egress_target (id) WHERE state = 'asked';
 CREATE INDEX egress_target_by_name ON egress_target (tenant_id, name);
 
+-- A trial: until then what a tenant's apps send outside is let through and written down, so that it is seen what
+-- they need before it is closed.
+CREATE TABLE network_trial (
+    tenant_id bigint PRIMARY KEY REFERENCES tenant (id),
+    until     timestamptz NOT NULL,
+    begun_by  text NOT NULL,
+    begun_at  timestamptz NOT NULL DEFAULT now()
+);
+
 -- What a tenant's apps may begin to talk to, as it stands: the plan that is, or is about to be, in force.
 CREATE TABLE tenant_plan (
     tenant_id  bigint PRIMARY KEY REFERENCES tenant (id),
     number     bigint NOT NULL DEFAULT 0,
     hash       text NOT NULL DEFAULT '',
     flows      jsonb NOT NULL DEFAULT '[]',
+    trial_until bigint,
     in_force   boolean NOT NULL DEFAULT true,
     changed_at timestamptz NOT NULL DEFAULT now()
 );
@@ -122,18 +132,19 @@ CREATE TABLE network_cause (
     PRIMARY KEY (tenant_id, id)
 );
 
-GRANT SELECT ON service, tenant_service, grant_offer, grant_answer, egress_target, tenant_plan, network_plan,
+GRANT SELECT ON network_trial, service, tenant_service, grant_offer, grant_answer, egress_target, tenant_plan, network_plan,
     network_cause TO bulkhead_runtime, bulkhead_reconciler;
 GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA public TO bulkhead_runtime, bulkhead_reconciler;
 GRANT INSERT, UPDATE, DELETE ON service TO bulkhead_runtime;
 GRANT INSERT, DELETE ON tenant_service TO bulkhead_runtime;
+GRANT INSERT, UPDATE, DELETE ON network_trial TO bulkhead_runtime;
 GRANT INSERT ON grant_offer, grant_answer, egress_target, network_cause TO bulkhead_runtime;
 GRANT UPDATE (withdrawn_by, withdrawn_at) ON grant_offer TO bulkhead_runtime;
 GRANT UPDATE (accepted_by, accepted_at, ended_by, ended_at) ON grant_answer TO bulkhead_runtime;
 GRANT UPDATE (state, decided_by, decided_at, note, expires_at, ended_by, ended_at) ON egress_target TO bulkhead_runtime;
 GRANT INSERT, UPDATE ON tenant_plan, network_plan TO bulkhead_reconciler;
 GRANT UPDATE ON SEQUENCE network_plan_number TO bulkhead_reconciler;
-GRANT DELETE ON network_cause, network_plan, tenant_service TO bulkhead_reconciler;
+GRANT DELETE ON network_cause, network_plan, tenant_service, network_trial TO bulkhead_reconciler;
 GRANT UPDATE ON grant_offer, grant_answer, egress_target TO bulkhead_reconciler;
 GRANT INSERT ON network_cause TO bulkhead_reconciler;
 
@@ -142,7 +153,8 @@ DECLARE
     part text;
 BEGIN
     FOREACH part IN ARRAY ARRAY[
-        'tenant_service', 'grant_offer', 'grant_answer', 'egress_target', 'tenant_plan', 'network_plan', 'network_cause'
+        'tenant_service', 'grant_offer', 'grant_answer', 'egress_target', 'tenant_plan', 'network_plan', 'network_cause',
+        'network_trial'
     ] LOOP
         EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', part);
         EXECUTE format('ALTER TABLE %I FORCE ROW LEVEL SECURITY', part);

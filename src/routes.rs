@@ -236,6 +236,9 @@ fn connections(take: &mut Taker<'_>) {
         PUT "/api/v1/tenants/{tenant}/egress/{name}" => n::egress::ask;
         DELETE "/api/v1/tenants/{tenant}/egress/{name}" => n::egress::withdraw;
         PUT "/api/v1/tenants/{tenant}/egress/{name}/decision" => n::egress::decide;
+        GET "/api/v1/tenants/{tenant}/network/trial" => n::trial::get;
+        PUT "/api/v1/tenants/{tenant}/network/trial" => n::trial::begin;
+        DELETE "/api/v1/tenants/{tenant}/network/trial" => n::trial::end;
         GET "/api/v1/tenants/{tenant}/network/plans" => n::plans::list_plans;
         GET "/api/v1/tenants/{tenant}/network/plans/{id}" => n::plans::get_plan;
         GET "/api/v1/tenants/{tenant}/apps/{app}/reach" => n::reach::get_reach;

@@ -239,7 +239,7 @@ impl std::fmt::Display for ProbeOutcome {
     }
 }
 
-/// Packets of one kind that were not let through.
+/// Packets of one kind that were not let through, or only on trial.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Denied {
     /// The instance's address.
@@ -250,6 +250,9 @@ pub struct Denied {
     pub protocol: Protocol,
     /// Port there.
     pub port: u16,
+    /// Whether they were let through all the same, on trial.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub let_through: bool,
     /// When the first was seen.
     #[serde(with = "time::serde::rfc3339")]
     pub first: OffsetDateTime,

@@ -136,7 +136,7 @@ impl Network {
         let proof = justify(&facts, &wanted, &gaps, pool(&self.pools));
         let refused = proof.as_ref().err().map(String::as_str);
         let apps = if refused.is_some() { in_both(&standing.apps, &wanted) } else { wanted.clone() };
-        let (hash, asked) = (hash(&apps)?, hash(&wanted)?);
+        let (hash, asked) = (hash(&apps, facts.trial)?, hash(&wanted, facts.trial)?);
         let (mut number, mut apply) = (standing.number, !standing.in_force || again == Again::Yes);
         let causes = store::take_causes(&mut tx, tenant).await?;
         if let Some(why) = refused
@@ -149,11 +149,17 @@ impl Network {
         }
         // Where what was decided changes nothing of what is open, no plan comes of it.
         if hash != standing.hash {
-            let (opens, closes) = difference(&standing.apps, &apps);
+            let (mut opens, mut closes) = difference(&standing.apps, &apps);
+            // A moved end of a trial opens and closes nothing.
+            match (standing.trial, facts.trial) {
+                (None, Some(_)) => opens.push(TRIAL.to_owned()),
+                (Some(_), None) => closes.push(TRIAL.to_owned()),
+                _ => {}
+            }
             let plan =
                 NewPlan { hash: &hash, opens: &opens, closes: &closes, causes: &causes, refused: None };
             number = store::insert_plan(&mut tx, tenant, &plan).await?;
-            store::set_standing(&mut tx, tenant, (number, &hash), &apps).await?;
+            store::set_standing(&mut tx, tenant, (number, &hash), (&apps, facts.trial)).await?;
             apply = true;
         }
         fail::fail_point!("networks::planned", |_| Err(Failure::Transient("failpoint".into())));
@@ -179,7 +185,7 @@ impl Network {
         apps: Vec<AppPlan>,
     ) -> Result<(), Failure> {
         let apps = apps.into_iter().map(|app| AppFlows { app: app.app, flows: app.flows }).collect();
-        let flows = TenantFlows { tenant: facts.tenant.clone(), plan, apps };
+        let flows = TenantFlows { tenant: facts.tenant.clone(), plan, apps, trial_until: facts.trial };
         let held = match self.driver.ensure_flows(&flows).await {
             // Only a tenant that is not known there yet has to be told first: nothing else of it keeps a
             // withdrawal waiting.
@@ -215,8 +221,11 @@ pub(super) enum Again {
     Yes,
 }
 
-fn hash(apps: &[AppPlan]) -> Result<String, Error> {
-    Ok(Digest::of(&serde_json::to_vec(apps).map_err(Error::internal)?).to_string())
+/// What a trial is called in a plan.
+const TRIAL: &str = "on trial, everything outside that is not behind a wall; it is written down";
+
+fn hash(apps: &[AppPlan], trial: Option<i64>) -> Result<String, Error> {
+    Ok(Digest::of(&serde_json::to_vec(&(apps, trial)).map_err(Error::internal)?).to_string())
 }
 
 /// What is open under both: what the second does not have is closed, what the first does not have stays so.
@@ -235,8 +244,10 @@ async fn facts(conn: &mut PgConnection, tenant: TenantId) -> Result<Facts, Error
     let services = store::decided_services(conn, tenant).await?;
     let (grants, grants_end) = store::decided_grants(conn, tenant).await?;
     let (egress, egress_ends) = store::decided_egress(conn, tenant).await?;
-    let ends = grants_end.into_iter().chain(egress_ends).min();
-    Ok(Facts { tenant: name, apps, services, grants, egress, ends })
+    let trial = store::decided_trial(conn, tenant).await?;
+    let ends = grants_end.into_iter().chain(egress_ends).chain(trial).min();
+    let trial = trial.map(OffsetDateTime::unix_timestamp);
+    Ok(Facts { tenant: name, apps, services, grants, egress, trial, ends })
 }
 
 /// A flow of an app, in words.

@@ -139,6 +139,8 @@ pub struct Facts {
     pub grants: Vec<Granted>,
     /// Approved places outside.
     pub egress: Vec<Approved>,
+    /// Until when what its apps send outside is let through and written down, in seconds since 1970.
+    pub trial: Option<i64>,
     /// When the first of these ends by itself.
     pub ends: Option<OffsetDateTime>,
 }

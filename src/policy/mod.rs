@@ -196,6 +196,9 @@ pub struct TenantFlows {
     pub plan: i64,
     /// By app.
     pub apps: Vec<AppFlows>,
+    /// Until when what they send outside is let through and written down, in seconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trial_until: Option<i64>,
 }
 
 /// The flows of one app.

@@ -6,7 +6,7 @@
 //! then looked for among them. A fault comes with a packet that shows it.
 
 use rustc_hash::FxHashMap;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 use super::never::Range;
@@ -60,6 +60,8 @@ pub struct Standing {
     /// What was found for the domains that an app may talk to: each address until a second of the clock that
     /// never goes back.
     pub resolved: FxHashMap<(AppId, DomainName), BTreeMap<Ipv4Addr, u64>>,
+    /// Networks whose packets outside are let through and written down.
+    pub trial: BTreeSet<u32>,
 }
 
 /// A fault of a table.
@@ -147,6 +149,7 @@ fn judge(text: String, table: Table, walls: &Walls, standing: &Standing) -> Resu
     let mut court = Court::new(&table, walls, standing);
     court.sources();
     court.gateways();
+    court.trials();
     for set in [Set::Pairs, Set::Services, Set::Outside, Set::Resolved] {
         for rule in table.set(set) {
             court.rule(set, rule);
@@ -328,6 +331,23 @@ impl<'a> Court<'a> {
                 let witness = about(*network, *address);
                 self.breach(witness, "this is not the address of the network's bridge".to_owned());
             }
+        }
+    }
+
+    /// Only who is on trial is let out on trial; how far, the shape says: outside, and never behind a wall.
+    fn trials(&mut self) {
+        let (there, meant) = (&self.table.trial, &self.standing.trial);
+        let wrong: Vec<u32> = there
+            .iter()
+            .filter(|network| !meant.contains(network))
+            .chain(meant.iter().filter(|network| !there.contains(network)))
+            .copied()
+            .collect();
+        for network in wrong {
+            self.breach(
+                about(network, 0),
+                "this network is let out on trial, or is not, otherwise than meant".to_owned(),
+            );
         }
     }
 

@@ -78,6 +78,8 @@ pub struct Table {
     pub outside: FxHashSet<Rule>,
     /// To addresses of domains. An element may have ended in the meantime: what is here is at most open.
     pub resolved: FxHashSet<Rule>,
+    /// Networks whose packets outside are let through and written down.
+    pub trial: FxHashSet<u32>,
     /// Network and address of each bridge, where names are asked for.
     pub gateways: FxHashSet<(u32, u32)>,
     /// What nobody reaches: first and last addresses.
@@ -147,12 +149,22 @@ table inet T {
     type ifname . ipv4_addr
 =gateways
   }
+  set trial {
+    type ifname
+=trial
+  }
   set never {
     type ipv4_addr
     flags interval
 =never
   }
   set denied {
+    type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service
+    size 65536
+    flags dynamic,timeout
+    timeout 1m
+  }
+  set seen {
     type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service
     size 65536
     flags dynamic,timeout
@@ -183,12 +195,15 @@ table inet T {
     ip daddr @never goto refuse
     iifname . ip saddr . ip daddr . meta l4proto . th dport @outside oifname != B accept
     iifname . ip saddr . ip daddr . meta l4proto . th dport @resolved oifname != B accept
+    iifname @trial oifname != B meta l4proto { tcp, udp } ct state new update @pace { iifname limit rate 5/second burst 50 packets } update @seen { iifname . ip saddr . ip daddr . meta l4proto . th dport }
+    iifname @trial oifname != B accept
     goto refuse
   }
   chain to_tenant {
     ct direction reply ct state established oifname . ip daddr . ip saddr . meta l4proto . th sport @services accept
     ct direction reply ct state established ip saddr != @never oifname . ip daddr . ip saddr . meta l4proto . th sport @outside accept
     ct direction reply ct state established ip saddr != @never oifname . ip daddr . ip saddr . meta l4proto . th sport @resolved accept
+    ct direction reply ct state established ip saddr != @never oifname @trial accept
     icmp type { destination-unreachable, time-exceeded } ct state related accept
     drop
   }
@@ -276,6 +291,7 @@ fn fill(out: &mut Table, set: &str, elements: &str, shell: &Shell) -> Result<(),
         let fresh = match set {
             "sources" => out.sources.insert(source(element, shell)?),
             "gateways" => out.gateways.insert(source(element, shell)?),
+            "trial" => out.trial.insert(network(element, shell)?),
             // Put in again, an element gets a new time.
             "resolved" => {
                 out.resolved.insert(rule(timed(element)?, Set::Resolved, shell)?);
@@ -395,6 +411,8 @@ fn edit(out: &mut Table, line: &str, shell: &Shell) -> Result<(), &'static str> 
     for element in elements.split(", ") {
         let was = if set == "sources" {
             out.sources.remove(&source(element, shell)?)
+        } else if set == "trial" {
+            out.trial.remove(&network(element, shell)?)
         } else if set == "gateways" {
             out.gateways.remove(&source(element, shell)?)
         } else {

@@ -14,6 +14,7 @@ pub mod grants;
 pub mod plans;
 pub mod reach;
 pub mod services;
+pub mod trial;
 
 /// The number that the address names.
 #[derive(Deserialize)]

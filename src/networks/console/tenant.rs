@@ -61,6 +61,7 @@ pub(super) struct NetworkPage {
     apps: Vec<String>,
     flows: Vec<FlowRow>,
     in_force: bool,
+    trial: String,
     services: Vec<Service>,
     received: Vec<GrantRow>,
     given: Vec<GrantRow>,
@@ -108,6 +109,7 @@ pub(super) async fn view<P>(
     let received = store::list_received(&mut conn, 0, 200).await?;
     let given = store::list_given(&mut conn, tenant, 0, 200).await?;
     let egress = store::list_targets(&mut conn, tenant, i64::MAX, 50).await?;
+    let trial = store::decided_trial(&mut conn, tenant).await?;
     let plans = store::list_plans(&mut conn, Some(tenant), i64::MAX, 5).await?;
     drop(conn);
     let apps = standing.as_ref().map_or(&[][..], |standing| &standing.apps);
@@ -133,6 +135,7 @@ pub(super) async fn view<P>(
         manages: scope.may::<ManageConnections>() && scope.tenant.state == "active",
         apps: apps.iter().map(|app| app.name.to_string()).collect(),
         flows: flows.collect(),
+        trial: trial.map(when).unwrap_or_default(),
         in_force: standing.as_ref().is_none_or(|standing| standing.in_force),
         services,
         received: received
@@ -208,7 +211,11 @@ async fn fill<P>(
                 .map(|row| DeniedRow {
                     target: format!("{} {} {}", row.denied.target, row.denied.protocol, row.denied.port),
                     at: when(row.denied.last),
-                    why: row.closed.why,
+                    why: if row.denied.let_through {
+                        format!("let through on trial; closed afterwards: {}", row.closed.why)
+                    } else {
+                        row.closed.why
+                    },
                     ask: row.closed.ask.unwrap_or_default(),
                 })
                 .collect();

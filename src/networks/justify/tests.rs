@@ -74,6 +74,7 @@ fn facts() -> Facts {
                 until: None,
             },
         ],
+        trial: None,
         ends: None,
     }
 }

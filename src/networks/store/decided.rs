@@ -89,3 +89,41 @@ pub(in crate::networks) async fn decided_egress(
         .collect::<Result<_, Error>>()?;
     Ok((approved, ends))
 }
+
+/// Until when a tenant is on trial, if it is.
+pub(in crate::networks) async fn decided_trial(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<Option<OffsetDateTime>, Error> {
+    Ok(sqlx::query_scalar!(
+        "SELECT until FROM network_trial WHERE tenant_id = $1 AND until > now()",
+        tenant.0
+    )
+    .fetch_optional(conn)
+    .await?)
+}
+
+/// Begins a trial, or moves its end.
+pub(in crate::networks) async fn put_trial(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    hours: i32,
+    who: &str,
+) -> Result<OffsetDateTime, Error> {
+    Ok(sqlx::query_scalar!(
+        "INSERT INTO network_trial (tenant_id, until, begun_by) VALUES ($1, now() + make_interval(hours => $2), $3) \
+         ON CONFLICT (tenant_id) DO UPDATE SET until = EXCLUDED.until, begun_by = EXCLUDED.begun_by, begun_at = now() \
+         RETURNING until",
+        tenant.0,
+        hours,
+        who
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Ends a trial. Whether there was one.
+pub(in crate::networks) async fn end_trial(conn: &mut PgConnection, tenant: TenantId) -> Result<bool, Error> {
+    let done = sqlx::query!("DELETE FROM network_trial WHERE tenant_id = $1", tenant.0).execute(conn).await?;
+    Ok(done.rows_affected() > 0)
+}

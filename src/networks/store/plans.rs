@@ -17,6 +17,8 @@ pub(in crate::networks) struct Standing {
     pub(in crate::networks) hash: String,
     pub(in crate::networks) apps: Vec<AppPlan>,
     pub(in crate::networks) in_force: bool,
+    /// Until when there is a trial under it.
+    pub(in crate::networks) trial: Option<i64>,
 }
 
 /// One of all plans.
@@ -99,13 +101,19 @@ pub(in crate::networks) async fn lock_plan(
         .execute(&mut *conn)
         .await?;
     let row = sqlx::query!(
-        r#"SELECT number, hash, flows AS "flows: Json<Vec<AppPlan>>", in_force FROM tenant_plan
+        r#"SELECT number, hash, flows AS "flows: Json<Vec<AppPlan>>", in_force, trial_until FROM tenant_plan
            WHERE tenant_id = $1 FOR UPDATE"#,
         tenant.0
     )
     .fetch_one(conn)
     .await?;
-    Ok(Standing { number: row.number, hash: row.hash, apps: row.flows.0, in_force: row.in_force })
+    Ok(Standing {
+        number: row.number,
+        hash: row.hash,
+        apps: row.flows.0,
+        in_force: row.in_force,
+        trial: row.trial_until,
+    })
 }
 
 /// The plan that stands; none before the first.
@@ -114,7 +122,7 @@ pub(in crate::networks) async fn find_standing(
     tenant: TenantId,
 ) -> Result<Option<Standing>, Error> {
     let row = sqlx::query!(
-        r#"SELECT number, hash, flows AS "flows: Json<Vec<AppPlan>>", in_force FROM tenant_plan WHERE tenant_id = $1"#,
+        r#"SELECT number, hash, flows AS "flows: Json<Vec<AppPlan>>", in_force, trial_until FROM tenant_plan WHERE tenant_id = $1"#,
         tenant.0
     )
     .fetch_optional(conn)
@@ -124,6 +132,7 @@ pub(in crate::networks) async fn find_standing(
         hash: row.hash,
         apps: row.flows.0,
         in_force: row.in_force,
+        trial: row.trial_until,
     }))
 }
 
@@ -161,15 +170,16 @@ pub(in crate::networks) async fn set_standing(
     conn: &mut PgConnection,
     tenant: TenantId,
     (number, hash): (i64, &str),
-    apps: &[AppPlan],
+    (apps, trial): (&[AppPlan], Option<i64>),
 ) -> Result<(), Error> {
     sqlx::query!(
-        "UPDATE tenant_plan SET number = $2, hash = $3, flows = $4, in_force = false, changed_at = now() \
-         WHERE tenant_id = $1",
+        "UPDATE tenant_plan SET number = $2, hash = $3, flows = $4, trial_until = $5, in_force = false, \
+         changed_at = now() WHERE tenant_id = $1",
         tenant.0,
         number,
         hash,
-        serde_json::json!(apps)
+        serde_json::json!(apps),
+        trial
     )
     .execute(conn)
     .await?;
@@ -285,6 +295,7 @@ pub(in crate::networks) async fn end_all(conn: &mut PgConnection, tenant: Tenant
     .execute(&mut *conn)
     .await?;
     sqlx::query!("DELETE FROM tenant_service WHERE tenant_id = $1", tenant.0).execute(&mut *conn).await?;
+    sqlx::query!("DELETE FROM network_trial WHERE tenant_id = $1", tenant.0).execute(&mut *conn).await?;
     sqlx::query!(
         "UPDATE work SET wake = wake + 1, due_at = least(due_at, now()), parked_at = NULL WHERE kind = 'network' \
          AND object_id IN (SELECT tenant_id FROM grant_answer WHERE from_tenant_id = $1)",

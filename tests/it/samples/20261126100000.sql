@@ -12,3 +12,4 @@ INSERT INTO tenant_plan (tenant_id) SELECT id FROM tenant;
 INSERT INTO network_plan (tenant_id, hash, opens, closes, causes, state)
 SELECT id, 'x', '[]', '[]', '[]', 'in_force' FROM tenant ORDER BY id;
 INSERT INTO network_cause (tenant_id, actor, words) SELECT id, 'root', 'x' FROM tenant;
+INSERT INTO network_trial (tenant_id, until, begun_by) SELECT id, now() + interval '1 day', 'root' FROM tenant;

@@ -141,6 +141,8 @@ async fn the_outside_is_open_where_it_was_approved_and_until_then() {
     until(5, "live", || live.rounds() > 3).await;
     machine.sql("UPDATE egress_target SET expires_at = now() + interval '2 seconds'; UPDATE work SET due_at = now() WHERE kind = 'network'");
     until(10, "expired", || !greets(&web, world.allowed(), 443)).await;
+    // What had arrived by then is counted a moment later.
+    tokio::time::sleep(Duration::from_millis(200)).await;
     let before = live.rounds();
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(live.rounds(), before, "what ran over it is cut");
@@ -160,4 +162,62 @@ async fn the_outside_is_open_where_it_was_approved_and_until_then() {
         let (status, answer) = machine.send("PUT", "/api/v1/tenants/acme/egress/bad", body).await;
         assert_eq!(status, 422, "{network}: {answer}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trial_lets_out_what_it_writes_down_and_nothing_behind_a_wall() {
+    let machine = Machine::start().await;
+    let world = Outside::new();
+    world.serve(443);
+    two_tenants(&machine).await;
+    assert_eq!(machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await.0, 202);
+    assert_eq!(machine.deploy("beta", "web", "image: web:1\nport: 8080\n").await.0, 202);
+    let (_, web) = instance(&machine, "acme", "web").await;
+    let (foreign, beta) = instance(&machine, "beta", "web").await;
+    assert!(!greets(&web, world.allowed(), 443));
+    let path = "/api/v1/tenants/acme/network/trial";
+    let (status, answer) = machine.send("PUT", path, json!({"hours": 200})).await;
+    assert_eq!(status, 422, "{answer}");
+    put(&machine, path, json!({"hours": 1})).await;
+    until(5, "let out", || greets(&web, world.allowed(), 443)).await;
+    for closed in [world.service(), world.private(), world.metadata()] {
+        assert!(!greets(&web, closed, 443), "{closed}: walls stay");
+    }
+    assert!(!greets(&web, foreign, 8080), "other tenants stay closed");
+    assert!(!greets(&beta, world.allowed(), 443), "and others are not on trial");
+    assert!(!greets(&world.place(), foreign, 8080), "nothing comes in");
+    // What would be refused is told, as what it is.
+    let begun = Instant::now();
+    loop {
+        let denied = machine.get("/api/v1/tenants/acme/apps/web/denied").await;
+        let told = denied["items"].as_array().unwrap().iter().any(|item| {
+            item["let_through"] == true
+                && item["target"] == json!(world.allowed())
+                && item["ask"].to_string().contains("egress target")
+        });
+        if told {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(15), "{denied}");
+        assert!(greets(&web, world.allowed(), 443));
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    // Its end closes, and cuts.
+    let live = Live::tcp(&web, world.allowed(), 443);
+    until(5, "live", || live.rounds() > 3).await;
+    delete(&machine, path).await;
+    until(5, "closed", || !greets(&web, world.allowed(), 443)).await;
+    // What had arrived by then is counted a moment later.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let before = live.rounds();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(live.rounds(), before);
+    let plans = machine.get("/api/v1/tenants/acme/network/plans").await;
+    assert!(plans["items"][0]["closes"].to_string().contains("on trial"), "{plans}");
+    assert!(plans["items"][1]["opens"].to_string().contains("on trial"), "{plans}");
+    // And it ends by itself, whoever is there: the agent holds the time.
+    put(&machine, path, json!({"hours": 1})).await;
+    until(5, "let out again", || greets(&web, world.allowed(), 443)).await;
+    machine.sql("UPDATE network_trial SET until = now() + interval '3 seconds'; UPDATE work SET due_at = now() WHERE kind = 'network'");
+    until(15, "over", || !greets(&web, world.allowed(), 443)).await;
 }

@@ -109,6 +109,10 @@ impl Agent {
         let now = OffsetDateTime::now_utc().unix_timestamp();
         let flows = lock(&self.flows);
         for plan in flows.all() {
+            if plan.trial_until.is_some_and(|until| until > now) {
+                let network = lock(&self.journal).tenant(&plan.tenant).map(|recorded| recorded.network);
+                standing.trial.extend(network);
+            }
             let mut room = ELEMENTS;
             for app in plan.apps.iter().filter(|app| tenants.get(&app.app) == Some(&plan.tenant)) {
                 let sources = standing.apps.get(&app.app).map_or(0, |place| place.addresses.len());
@@ -300,7 +304,7 @@ impl Agent {
             .collect();
         let now = OffsetDateTime::now_utc();
         let mut denials = lock(&self.denials);
-        for Refusal { bridge, source, target, protocol, port, ago } in seen {
+        for Refusal { bridge, source, target, protocol, port, ago, let_through } in seen {
             let Some((tenant, network)) = tenants.get(&bridge) else { continue };
             // What the platform tried by itself is not the app's doing, and not for the tenant to learn from.
             let last = std::time::Instant::now().checked_sub(std::time::Duration::from_secs(ago));
@@ -315,14 +319,14 @@ impl Agent {
             let at = now - time::Duration::seconds(i64::try_from(ago).unwrap_or(0));
             let list = denials.entry(tenant.clone()).or_default();
             let same = |(own, known): &(AppId, Denied)| {
-                (*own, known.source, known.target, known.protocol, known.port)
-                    == (app, source, target, protocol, port)
+                (*own, known.source, known.target, known.protocol, known.port, known.let_through)
+                    == (app, source, target, protocol, port, let_through)
             };
             let first = match list.iter().position(same) {
                 Some(at) => list.remove(at).map_or(now, |(_, known)| known.first),
                 None => at,
             };
-            list.push_back((app, Denied { source, target, protocol, port, first, last: at }));
+            list.push_back((app, Denied { source, target, protocol, port, let_through, first, last: at }));
             while list.len() > REMEMBERED {
                 list.pop_front();
             }

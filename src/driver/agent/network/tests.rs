@@ -86,6 +86,7 @@ fn example() -> Standing {
     Standing {
         apps: apps.into_iter().map(|(id, place)| (AppId(id), place)).collect(),
         flows: flows.into_iter().map(|(id, flows)| (AppId(id), flows)).collect(),
+        trial: [1].into(),
         resolved: std::iter::once(found(3, "pay.example", &["45.200.0.1", "45.200.0.2"])).collect(),
     }
 }
@@ -116,7 +117,7 @@ fn what_is_compiled_is_proven() {
     assert_eq!((table.sources.len(), table.pairs.len(), table.services.len()), (4, 4, 4));
     // The range within the other one is left out: the kernel takes no two that overlap.
     assert_eq!(table.outside.len(), 2 + 2 + 1);
-    assert_eq!((table.resolved.len(), table.gateways.len()), (2, 2));
+    assert_eq!((table.resolved.len(), table.gateways.len(), table.trial.len()), (2, 2, 1));
     let empty = Standing::default();
     prove(rules(&empty).text(), &walls(0), &empty).unwrap();
 }
@@ -263,6 +264,9 @@ fn planted_holes_are_found_with_a_packet_that_shows_them() {
         "\"bkdemo9\" . 10.64.0.1",
     ] {
         assert!(refused(put(&text, "gateways", element), &standing), "{element}");
+    }
+    for element in ["\"bkdemo0\"", "\"bkdemo9\"", "\"bk*\"", "\"eth0\""] {
+        assert!(refused(put(&text, "trial", element), &standing), "{element}");
     }
     // Another tenant's address, the gateway, and somebody who is nobody, as sources.
     for element in [

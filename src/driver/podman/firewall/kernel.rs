@@ -99,14 +99,23 @@ pub struct Refusal {
     pub port: u16,
     /// Seconds since its last packet.
     pub ago: u64,
+    /// Whether it was let through all the same, on trial.
+    pub let_through: bool,
 }
 
 /// How long the kernel keeps a refusal, in seconds.
 const KEPT: u64 = 60;
 
-/// What was refused lately.
+/// What was refused lately, and what was let through on trial.
 pub async fn denied(table: &str) -> Vec<Refusal> {
-    let Some(text) = nft(&["-j", "list", "set", "inet", table, "denied"]).await else { return Vec::new() };
+    let mut all = list(table, "denied").await;
+    let seen = list(table, "seen").await.into_iter();
+    all.extend(seen.map(|refusal| Refusal { let_through: true, ..refusal }));
+    all
+}
+
+async fn list(table: &str, set: &str) -> Vec<Refusal> {
+    let Some(text) = nft(&["-j", "list", "set", "inet", table, set]).await else { return Vec::new() };
     let value: Value = serde_json::from_str(&text).unwrap_or_default();
     let sets = value["nftables"].as_array();
     let elements = sets.and_then(|sets| sets.iter().find_map(|part| part["set"]["elem"].as_array()));
@@ -125,6 +134,7 @@ fn refusal(element: &Value) -> Option<Refusal> {
         target: text(2)?.parse().ok()?,
         protocol: Protocol::parse(text(3)?)?,
         port: u16::try_from(port).ok()?,
+        let_through: false,
         ago: KEPT.saturating_sub(inner["expires"].as_u64().unwrap_or(KEPT)),
     })
 }

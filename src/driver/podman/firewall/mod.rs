@@ -46,6 +46,8 @@ pub struct Rules {
     pub services: BTreeSet<Allowed>,
     /// Addresses of bridges, where names are asked for.
     pub gateways: BTreeSet<(u32, Ipv4Addr)>,
+    /// Networks whose packets outside are let through and written down.
+    pub trial: BTreeSet<u32>,
     /// To addresses of domains, each until a second of the clock that never goes back.
     pub resolved: BTreeMap<Allowed, u64>,
     /// To ranges.
@@ -66,8 +68,8 @@ impl Rules {
     /// A table that allows nothing.
     #[must_use]
     pub fn new(shell: Shell, never: BTreeSet<Cidr>) -> Self {
-        let (sources, pairs, services, gateways, resolved, outside) = Default::default();
-        Self { shell, never, sources, pairs, services, gateways, resolved, outside }
+        let (sources, pairs, services, gateways, trial, resolved, outside) = Default::default();
+        Self { shell, never, sources, pairs, services, gateways, trial, resolved, outside }
     }
 
     /// Opens a range of the outside. What lies within a range that is open in the same way is left out: the
@@ -80,6 +82,10 @@ impl Rules {
             ranges.retain(|open| !within(*open, to.target));
             ranges.insert(to.target);
         }
+    }
+
+    fn bridge(&self, network: u32) -> String {
+        format!("\"{}{network}\"", self.shell.prefix)
     }
 
     fn source(&self, (network, address): (u32, Ipv4Addr)) -> String {
@@ -96,9 +102,10 @@ impl Rules {
     }
 
     /// The sets by name, each element as it is written.
-    pub(super) fn elements(&self) -> [(&'static str, BTreeSet<String>); 5] {
+    pub(super) fn elements(&self) -> [(&'static str, BTreeSet<String>); 6] {
         [
             ("sources", self.sources.iter().map(|source| self.source(*source)).collect()),
+            ("trial", self.trial.iter().map(|network| self.bridge(*network)).collect()),
             ("gateways", self.gateways.iter().map(|gateway| self.source(*gateway)).collect()),
             (Set::Pairs.name(), self.pairs.iter().map(|to| self.allowed(to)).collect()),
             (Set::Services.name(), self.services.iter().map(|to| self.allowed(to)).collect()),
@@ -119,7 +126,7 @@ impl Rules {
             let list: Vec<&str> = elements.iter().map(String::as_str).collect();
             format!("    elements = {{ {} }}\n", list.join(", "))
         };
-        let [sources, gateways, pairs, services, outside] =
+        let [sources, trial, gateways, pairs, services, outside] =
             self.elements().map(|(_, elements)| list(&elements));
         let now = seconds();
         let resolved = self.resolved.iter().filter(|(_, end)| **end > now);
@@ -133,6 +140,11 @@ impl Rules {
         // At most so many a second of each network are written down: nobody fills everybody's record.
         let record = format!(
             "meta l4proto {{ tcp, udp }} update @pace {{ iifname limit rate 5/second burst 50 packets }} update @denied {{ {to} }}"
+        );
+        let seen = record.replacen("update @pace", "ct state new update @pace", 1).replacen(
+            "update @denied",
+            "update @seen",
+            1,
         );
         let unhidden_from = from.replacen("oifname", "ip saddr != @never oifname", 1);
         format!(
@@ -159,11 +171,20 @@ table inet {table} {{
   set gateways {{
     type ifname . ipv4_addr
 {gateways}  }}
+  set trial {{
+    type ifname
+{trial}  }}
   set never {{
     type ipv4_addr
     flags interval
 {never}  }}
   set denied {{
+    {key}
+    size 65536
+    flags dynamic,timeout
+    timeout 1m
+  }}
+  set seen {{
     {key}
     size 65536
     flags dynamic,timeout
@@ -194,12 +215,15 @@ table inet {table} {{
     ip daddr @never goto refuse
     {to} @outside oifname != {bridges} accept
     {to} @resolved oifname != {bridges} accept
+    iifname @trial oifname != {bridges} {seen}
+    iifname @trial oifname != {bridges} accept
     goto refuse
   }}
   chain to_tenant {{
     {from} @services accept
     {unhidden_from} @outside accept
     {unhidden_from} @resolved accept
+    ct direction reply ct state established ip saddr != @never oifname @trial accept
     {errors}
     drop
   }}
@@ -254,7 +278,9 @@ table inet {table} {{
             let gone = |left: &BTreeSet<Allowed>, right| left.difference(right).cloned().collect();
             let gateways =
                 from.gateways.difference(&minus.gateways).map(|gateway| self.source(*gateway)).collect();
-            let sets: [(&str, Vec<String>); 5] = [
+            let trial = from.trial.difference(&minus.trial).map(|network| self.bridge(*network)).collect();
+            let sets: [(&str, Vec<String>); 6] = [
+                ("trial", trial),
                 ("sources", sources),
                 ("gateways", gateways),
                 (Set::Pairs.name(), list(gone(&from.pairs, &minus.pairs))),
@@ -378,6 +404,7 @@ pub fn compile(shell: Shell, never: &[Range], standing: &Standing) -> Rules {
             }
         }
     }
+    rules.trial.clone_from(&standing.trial);
     rules.sources = sources.into_iter().collect();
     rules.pairs = pairs.into_iter().collect();
     rules.services = services.into_iter().collect();
