@@ -49,16 +49,16 @@ pub trait Connections: Send + Sync + 'static {
 
 /// The apps of a tenant that are not being deleted, by name.
 pub async fn list_connecting(conn: &mut PgConnection, tenant: TenantId) -> Result<Vec<Connecting>, Error> {
-    store::list_current(conn, tenant, None).await?.into_iter().map(connecting).collect()
+    store::list_current(conn, tenant).await?.into_iter().map(connecting).collect()
 }
 
-/// One of them.
-pub async fn find_connecting(
+/// Those of these apps that are not being deleted, whosever they are.
+pub async fn list_connecting_of(
     conn: &mut PgConnection,
-    tenant: TenantId,
-    app: AppId,
-) -> Result<Option<Connecting>, Error> {
-    store::list_current(conn, tenant, Some(app)).await?.into_iter().map(connecting).next().transpose()
+    apps: &[(TenantId, AppId)],
+) -> Result<Vec<Connecting>, Error> {
+    let (tenants, ids): (Vec<i64>, Vec<i64>) = apps.iter().map(|(tenant, app)| (tenant.0, app.0)).unzip();
+    store::list_current_of(conn, &tenants, &ids).await?.into_iter().map(connecting).collect()
 }
 
 fn connecting((id, name, spec): (AppId, AppName, serde_json::Value)) -> Result<Connecting, Error> {

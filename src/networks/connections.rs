@@ -102,6 +102,12 @@ impl Connections for Network {
     }
 
     async fn settle(&self, tenant: TenantId) -> Result<(), Failure> {
+        // Each of a tenant's apps asks: where nothing was decided since, the whole plan is not gone through again.
+        let mut conn = self.pool.acquire().await?;
+        if store::is_settled(&mut conn, tenant).await? {
+            return Ok(());
+        }
+        drop(conn);
         self.ensure(tenant, Again::No).await.map(drop)
     }
 }

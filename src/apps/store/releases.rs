@@ -74,19 +74,35 @@ impl From<ReleaseRow> for Release {
     }
 }
 
-/// Identity, name and present spec of the apps that are not being deleted, by name; of one if it is named.
+/// Identity, name and present spec of the apps that are not being deleted, by name.
 pub(in crate::apps) async fn list_current(
     conn: &mut PgConnection,
     tenant: TenantId,
-    app: Option<AppId>,
 ) -> Result<Vec<(AppId, AppName, Value)>, Error> {
     let rows = sqlx::query!(
         r#"SELECT a.id, a.name AS "name: AppName", r.spec FROM app a
            JOIN release r ON r.tenant_id = a.tenant_id AND r.app_id = a.id AND r.revision = a.revision
-           WHERE a.tenant_id = $1 AND a.removed_at IS NULL AND a.deleted_at IS NULL
-             AND ($2::bigint IS NULL OR a.id = $2) ORDER BY a.name"#,
-        tenant.0,
-        app.map(|app| app.0)
+           WHERE a.tenant_id = $1 AND a.removed_at IS NULL AND a.deleted_at IS NULL ORDER BY a.name"#,
+        tenant.0
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (AppId(row.id), row.name, row.spec)).collect())
+}
+
+/// The same of apps of any tenants.
+pub(in crate::apps) async fn list_current_of(
+    conn: &mut PgConnection,
+    tenants: &[i64],
+    apps: &[i64],
+) -> Result<Vec<(AppId, AppName, Value)>, Error> {
+    let rows = sqlx::query!(
+        r#"SELECT a.id, a.name AS "name: AppName", r.spec FROM unnest($1::bigint[], $2::bigint[]) AS w (tenant_id, id)
+           JOIN app a ON a.tenant_id = w.tenant_id AND a.id = w.id
+           JOIN release r ON r.tenant_id = a.tenant_id AND r.app_id = a.id AND r.revision = a.revision
+           WHERE a.removed_at IS NULL AND a.deleted_at IS NULL"#,
+        tenants,
+        apps
     )
     .fetch_all(conn)
     .await?;

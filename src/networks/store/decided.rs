@@ -4,7 +4,7 @@ use sqlx::PgConnection;
 use sqlx::types::Json;
 use time::OffsetDateTime;
 
-use crate::apps::connections::find_connecting;
+use crate::apps::connections::list_connecting_of;
 use crate::error::Error;
 use crate::ids::{AppId, AppName, EgressName, ServiceName, TenantId, TenantName};
 use crate::networks::{Approved, Endpoint, Granted, Place};
@@ -41,16 +41,17 @@ pub(in crate::networks) async fn decided_grants(
     )
     .fetch_all(&mut *conn)
     .await?;
+    let apps: Vec<_> = rows.iter().map(|row| (TenantId(row.giver), AppId(row.app_id))).collect();
+    let apps = list_connecting_of(conn, &apps).await?;
     let mut granted = Vec::with_capacity(rows.len());
     let mut ends = None;
     for row in rows {
-        let app = find_connecting(conn, TenantId(row.giver), AppId(row.app_id)).await?;
         // An app that is gone, or being deleted, is granted to nobody.
-        let Some(app) = app else { continue };
+        let Some(app) = apps.iter().find(|app| app.id.0 == row.app_id) else { continue };
         ends = ends.into_iter().chain(row.expires_at).min();
         granted.push(Granted {
             tenant: row.giver_name,
-            app: app.name,
+            app: app.name.clone(),
             id: app.id,
             port: app.port,
             only: row.to_app,

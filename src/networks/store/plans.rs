@@ -92,6 +92,21 @@ pub(in crate::networks) async fn take_causes(
     Ok(causes)
 }
 
+/// Whether a tenant's plan is in force and nothing was decided since: then there is nothing to look at.
+pub(in crate::networks) async fn is_settled(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<bool, Error> {
+    let settled = sqlx::query_scalar!(
+        r#"SELECT in_force AND NOT EXISTS (SELECT FROM network_cause c WHERE c.tenant_id = $1) AS "settled!"
+           FROM tenant_plan WHERE tenant_id = $1"#,
+        tenant.0
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(settled.unwrap_or(false))
+}
+
 /// The plan that stands, locked: plans of a tenant are made one after another.
 pub(in crate::networks) async fn lock_plan(
     conn: &mut PgConnection,
