@@ -392,9 +392,9 @@ fn examine(data: &Path, output: Output) -> ExitCode {
                 doctor::Status::Warning => "warning",
                 doctor::Status::Failed => "FAILED ",
             };
-            print(&format!("{mark} {:<12} {}", finding.check, finding.finding));
+            print(&format!("{mark} {:<16} {}", finding.check, finding.finding));
             if !finding.remedy.is_empty() {
-                print(&format!("        {:<12} -> {}", "", finding.remedy));
+                print(&format!("        {:<16} -> {}", "", finding.remedy));
             }
         }
     }

@@ -256,7 +256,7 @@ impl Agent {
         // What is on record may have moved on since; if that cannot be proven, what was proven last comes back: a
         // table that is away would be everything open.
         let moment = self.moment();
-        let now = compile(self.shell(), &moment.never, &moment.standing);
+        let now = tokio::task::block_in_place(|| compile(self.shell(), &moment.never, &moment.standing));
         let loaded = match self.replace(&now, &moment).await {
             Ok(loaded) => Ok((now, moment, loaded)),
             Err(error) => {
