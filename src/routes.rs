@@ -151,6 +151,11 @@ fn platform(take: &mut Taker<'_>) {
         GET "/api/v1/egress" => n::egress::list_waiting;
         GET "/api/v1/network/plans" => n::plans::list_all;
         GET "/api/v1/network/plans/{id}" => n::plans::get_any;
+        GET "/api/v1/network/rollouts" => n::rollouts::list_rollouts;
+        GET "/api/v1/network/rollouts/{id}" => n::rollouts::get_rollout;
+        PUT "/api/v1/network/rollouts/{id}/pause" => n::rollouts::pause;
+        DELETE "/api/v1/network/rollouts/{id}/pause" => n::rollouts::resume;
+        PUT "/api/v1/network/rollouts/{id}/abort" => n::rollouts::abort;
         GET "/api/v1/schemas/app-spec" => apps::api::app_spec_schema;
     }
 }
@@ -308,6 +313,9 @@ fn console(take: &mut Taker<'_>) {
         GET "/tenants/{tenant}/activity" => activity::console::tenant_page;
         GET "/tenants/{tenant}/apps/{app}" => apps::console::app_page;
         GET "/network" => n::platform::network_page;
+        GET "/network/rollouts/{id}" => n::rollout::rollout_page;
+        POST "/network/rollouts/{id}/decision" => n::rollout::decide;
+        POST "/network/services" => n::rollout::put_service;
         POST "/network/egress/decision" => n::platform::decide;
         GET "/tenants/{tenant}/network" => n::tenant::network_page;
         POST "/tenants/{tenant}/network/grants" => n::decide::offer;

@@ -27,7 +27,9 @@ use crate::error::Error;
 use crate::http::{self, OwnAddress};
 use crate::keys::{Keys, Purpose};
 use crate::networks::connections::Network;
+use crate::networks::probe::ProbeReconciler;
 use crate::networks::reconcile::{ConnectionsOfTenant, NetworkReconciler};
+use crate::networks::rollouts::advance::RolloutReconciler;
 use crate::reconcile::{self, Reconciler, Waker};
 use crate::registries::front::{Door, FrontDoor};
 use crate::registries::reconcile::{ImagesOfTenant, RobotsOfTenant, sweep};
@@ -116,7 +118,9 @@ impl Platform {
                 secrets: PullSecrets(self.key.clone()),
                 connections: Arc::new(network.clone()),
             }),
-            Arc::new(NetworkReconciler(network)),
+            Arc::new(NetworkReconciler(network.clone())),
+            Arc::new(RolloutReconciler(network.clone())),
+            Arc::new(ProbeReconciler::new(network)),
         ]
     }
 

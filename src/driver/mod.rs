@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
 use crate::ids::{AppId, AppName, TenantId, TenantName};
-use crate::policy::{Protocol, TenantFlows};
+use crate::policy::{Cidr, Protocol, TenantFlows};
 
 pub mod agent;
 pub mod podman;
@@ -219,6 +219,22 @@ pub enum ProbeOutcome {
     Silent,
 }
 
+/// Most apps of a tenant that are tried after its plan.
+pub const PROBED_APPS: u32 = 16;
+
+/// What was tried from within a tenant's apps after its plan.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probed {
+    /// From how many apps.
+    pub apps: u32,
+    /// How many times something that must be open.
+    pub open: u32,
+    /// How many times something that must be closed.
+    pub closed: u32,
+    /// What was not as it must be.
+    pub faults: Vec<String>,
+}
+
 impl ProbeOutcome {
     /// Whether packets got through.
     #[must_use]
@@ -259,6 +275,23 @@ pub struct Denied {
     /// When the last was seen.
     #[serde(with = "time::serde::rfc3339")]
     pub last: OffsetDateTime,
+}
+
+/// Packets that were counted of a flow that is about to close.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Used {
+    /// Tenant.
+    pub tenant: TenantName,
+    /// App.
+    pub app: AppId,
+    /// Where to.
+    pub network: Cidr,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port.
+    pub port: u16,
+    /// How many since the counter was made.
+    pub packets: u64,
 }
 
 /// One app as seen.
@@ -367,10 +400,14 @@ pub trait Driver: Send + Sync + 'static {
     async fn own_addresses(&self) -> Result<Vec<Ipv4Addr>, Error>;
     /// What was refused of an app's packets lately, the newest first.
     async fn denied(&self, tenant: &TenantName, app: AppId) -> Result<Vec<Denied>, Error>;
+    /// What was counted of the flows that are about to close.
+    async fn used(&self) -> Result<Vec<Used>, Error>;
     /// What listens on the machine beyond loopback, and whether it answers from within an instance.
     async fn listeners(&self) -> Result<Vec<Listener>, Error>;
     /// Tries from within one of the app's instances whether it gets somewhere.
     async fn probe(&self, probe: &Probe) -> Result<ProbeOutcome, Error>;
+    /// Tries from within a tenant's apps what must be open and what must be closed.
+    async fn probe_tenant(&self, tenant: &TenantName) -> Result<Probed, Error>;
     /// Starts or continues to remove an app.
     async fn remove_app(&self, tenant: &TenantName, app: &AppName, id: AppId) -> Result<Removal, Error>;
     /// What changed since `cursor` (everything for `None`), waiting up to `wait` for something.

@@ -1,9 +1,9 @@
 //! From what was decided to what is open, pure. What an app names and may not have stays closed and is
 //! told as a gap.
 
-use super::{AppPlan, Facts};
+use super::{AppPlan, Endpoint, Facts};
 use crate::apps::connections::Connecting;
-use crate::ids::AppRef;
+use crate::ids::{AppRef, ServiceName};
 use crate::policy::{Flow, Protocol, Target};
 
 /// A name under `connects` that leads nowhere.
@@ -63,6 +63,24 @@ pub fn compile(facts: &Facts) -> (Vec<AppPlan>, Vec<Gap>) {
         })
         .collect();
     (plans, gaps)
+}
+
+/// Of what is open, what the coming change of these services closes.
+#[must_use]
+pub fn closing(plans: &[AppPlan], windows: &[(ServiceName, Vec<Endpoint>)]) -> Vec<AppPlan> {
+    let closes = |flow: &Flow| {
+        let Target::Service { network } = flow.target else { return false };
+        let end = Endpoint { network, protocol: flow.protocol, port: flow.port };
+        windows.iter().any(|(name, coming)| name.as_str() == flow.name && !coming.contains(&end))
+    };
+    plans
+        .iter()
+        .map(|app| AppPlan {
+            flows: app.flows.iter().filter(|flow| closes(flow)).cloned().collect(),
+            ..app.clone()
+        })
+        .filter(|app| !app.flows.is_empty())
+        .collect()
 }
 
 fn peer(facts: &Facts, app: &Connecting, name: &AppRef) -> Result<Flow, &'static str> {

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 
-use super::compile::compile;
+use super::compile::{closing, compile};
 use super::justify::justify;
 use super::store::{self, NewPlan};
-use super::{AppPlan, Facts, actions};
+use super::{AppPlan, Facts, actions, probe};
 use crate::access::{By, TenantRef};
 use crate::apps::connections::{Connections, list_connecting, list_missing};
 use crate::apps::spec::Connects;
@@ -142,7 +142,8 @@ impl Network {
         let proof = justify(&facts, &wanted, &gaps, pool(&self.pools));
         let refused = proof.as_ref().err().map(String::as_str);
         let apps = if refused.is_some() { in_both(&standing.apps, &wanted) } else { wanted.clone() };
-        let (hash, asked) = (hash(&apps, facts.trial)?, hash(&wanted, facts.trial)?);
+        let watched = closing(&apps, &facts.windows);
+        let (hash, asked) = (hash(&apps, facts.trial, &watched)?, hash(&wanted, facts.trial, &watched)?);
         let (mut number, mut apply) = (standing.number, !standing.in_force || again == Again::Yes);
         let causes = store::take_causes(&mut tx, tenant).await?;
         if let Some(why) = refused
@@ -172,7 +173,7 @@ impl Network {
         tx.commit().await?;
         fail::fail_point!("networks::plan_committed");
         if apply && number > 0 {
-            self.apply(tenant, &facts, number, apps).await?;
+            self.apply(tenant, &facts, number, (apps, watched)).await?;
         }
         proof.map_err(|why| {
             tracing::error!(tenant = %facts.tenant, why, "a plan is not proven; it opens nothing");
@@ -188,10 +189,18 @@ impl Network {
         tenant: TenantId,
         facts: &Facts,
         plan: i64,
-        apps: Vec<AppPlan>,
+        (apps, watched): (Vec<AppPlan>, Vec<AppPlan>),
     ) -> Result<(), Failure> {
-        let apps = apps.into_iter().map(|app| AppFlows { app: app.app, flows: app.flows }).collect();
-        let flows = TenantFlows { tenant: facts.tenant.clone(), plan, apps, trial_until: facts.trial };
+        let flows = |apps: Vec<AppPlan>| {
+            apps.into_iter().map(|app| AppFlows { app: app.app, flows: app.flows }).collect()
+        };
+        let flows = TenantFlows {
+            tenant: facts.tenant.clone(),
+            plan,
+            apps: flows(apps),
+            trial_until: facts.trial,
+            watched: flows(watched),
+        };
         let held = match self.driver.ensure_flows(&flows).await {
             // Only a tenant that is not known there yet has to be told first: nothing else of it keeps a
             // withdrawal waiting.
@@ -212,7 +221,9 @@ impl Network {
             tx.commit().await?;
             return Err(Failure::Transient("the agent has seen a newer plan; it is made anew".into()));
         }
-        store::set_in_force(&mut tx, tenant, plan).await?;
+        if store::set_in_force(&mut tx, tenant, plan).await? {
+            enqueue(&mut tx, probe::WORK, tenant.0, tenant).await?;
+        }
         tx.commit().await?;
         Ok(())
     }
@@ -230,8 +241,12 @@ pub(super) enum Again {
 /// What a trial is called in a plan.
 const TRIAL: &str = "on trial, everything outside that is not behind a wall; it is written down";
 
-fn hash(apps: &[AppPlan], trial: Option<i64>) -> Result<String, Error> {
-    Ok(Digest::of(&serde_json::to_vec(&(apps, trial)).map_err(Error::internal)?).to_string())
+fn hash(apps: &[AppPlan], trial: Option<i64>, watched: &[AppPlan]) -> Result<String, Error> {
+    let text = match watched {
+        [] => serde_json::to_vec(&(apps, trial)),
+        watched => serde_json::to_vec(&(apps, trial, watched)),
+    };
+    Ok(Digest::of(&text.map_err(Error::internal)?).to_string())
 }
 
 /// What is open under both: what the second does not have is closed, what the first does not have stays so.
@@ -251,9 +266,10 @@ async fn facts(conn: &mut PgConnection, tenant: TenantId) -> Result<Facts, Error
     let (grants, grants_end) = store::decided_grants(conn, tenant).await?;
     let (egress, egress_ends) = store::decided_egress(conn, tenant).await?;
     let trial = store::decided_trial(conn, tenant).await?;
+    let windows = store::decided_windows(conn, tenant).await?;
     let ends = grants_end.into_iter().chain(egress_ends).chain(trial).min();
     let trial = trial.map(OffsetDateTime::unix_timestamp);
-    Ok(Facts { tenant: name, apps, services, grants, egress, trial, ends })
+    Ok(Facts { tenant: name, apps, services, windows, grants, egress, trial, ends })
 }
 
 /// A flow of an app, in words.

@@ -17,7 +17,9 @@ pub mod connections;
 pub mod console;
 pub mod explain;
 pub mod justify;
+pub mod probe;
 pub mod reconcile;
+pub mod rollouts;
 mod store;
 
 fn tcp() -> Protocol {
@@ -135,6 +137,8 @@ pub struct Facts {
     pub apps: Vec<Connecting>,
     /// Services that it may use.
     pub services: Vec<(ServiceName, Vec<Endpoint>)>,
+    /// Services that are about to change for it, and what they will be: what of them is used until then is counted.
+    pub windows: Vec<(ServiceName, Vec<Endpoint>)>,
     /// Apps that others have granted to it, and that it has accepted.
     pub grants: Vec<Granted>,
     /// Approved places outside.
@@ -179,5 +183,6 @@ pub(crate) fn check_network(network: Cidr, path: &str, wall: Option<Range>, pool
 /// Removes what has had its time.
 pub async fn prune(pool: &sqlx::PgPool) -> Result<(), crate::error::Error> {
     let mut conn = pool.acquire().await?;
-    store::prune(&mut conn).await
+    store::prune(&mut conn).await?;
+    store::prune_rollouts(&mut conn).await
 }

@@ -199,6 +199,9 @@ pub struct TenantFlows {
     /// Until when what they send outside is let through and written down, in seconds since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trial_until: Option<i64>,
+    /// Of the flows of its apps those that are about to close: their packets are counted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub watched: Vec<AppFlows>,
 }
 
 /// The flows of one app.

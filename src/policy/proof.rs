@@ -62,6 +62,8 @@ pub struct Standing {
     pub resolved: FxHashMap<(AppId, DomainName), BTreeMap<Ipv4Addr, u64>>,
     /// Networks whose packets outside are let through and written down.
     pub trial: BTreeSet<u32>,
+    /// Of what each may begin to talk to, what is counted.
+    pub watched: FxHashMap<AppId, Vec<Flow>>,
 }
 
 /// A fault of a table.
@@ -150,6 +152,7 @@ fn judge(text: String, table: Table, walls: &Walls, standing: &Standing) -> Resu
     court.sources();
     court.gateways();
     court.trials();
+    court.counted();
     for set in [Set::Pairs, Set::Services, Set::Outside, Set::Resolved] {
         for rule in table.set(set) {
             court.rule(set, rule);
@@ -196,6 +199,12 @@ fn about(network: u32, source: u32) -> Packet {
 
 /// Ranges that are open from a source over a protocol to a port.
 type Wide = FxHashMap<(u32, Protocol, u16), Vec<(u32, u32)>>;
+
+/// Whether one of the ranges holds all of another.
+fn reaches(wide: &Wide, from: (u32, Protocol, u16), to: Cidr) -> bool {
+    wide.get(&from)
+        .is_some_and(|ranges| ranges.iter().any(|(first, last)| *first <= to.first() && to.last() <= *last))
+}
 
 impl<'a> Court<'a> {
     fn new(table: &'a Table, walls: &'a Walls, standing: &'a Standing) -> Self {
@@ -261,6 +270,7 @@ impl<'a> Court<'a> {
     fn justify(&self, set: Set, rule: &Rule, sender: AppId, at: u32, region: Region) -> Result<(), String> {
         let same = |flow: &&Flow| flow.protocol == rule.protocol && flow.port == rule.port;
         match (set, region) {
+            (Set::Watched, _) => Err("what is counted is judged by itself".to_owned()),
             (_, Region::Never(what)) => Err(format!("the target is {what}: nothing opens it")),
             (_, Region::Unused) => {
                 Err("the target is an address of the pool that belongs to no tenant".to_owned())
@@ -351,6 +361,40 @@ impl<'a> Court<'a> {
         }
     }
 
+    /// Only what is meant to be counted is. That it opens nothing, the shape says.
+    fn counted(&mut self) {
+        for rule in &self.table.watched {
+            let meant =
+                self.sender(rule.network, rule.source).and_then(|app| self.standing.watched.get(&app));
+            let is = |flow: &Flow| {
+                matches!(flow.target, Target::Service { network } if network.first() == rule.first && network.last() == rule.last)
+                    && (flow.protocol, flow.port) == (rule.protocol, rule.port)
+            };
+            if !meant.is_some_and(|flows| flows.iter().any(is)) {
+                self.breach(packet(rule, rule.first), "this is counted and not meant to be".to_owned());
+            }
+        }
+        let mut wide = Wide::default();
+        for rule in &self.table.watched {
+            wide.entry((rule.source, rule.protocol, rule.port)).or_default().push((rule.first, rule.last));
+        }
+        let standing = self.standing;
+        for (app, flows) in &standing.watched {
+            let Some(place) = standing.apps.get(app) else { continue };
+            for (source, flow) in
+                place.addresses.iter().flat_map(|at| flows.iter().map(move |f| (at.to_bits(), f)))
+            {
+                let Target::Service { network: to } = flow.target else { continue };
+                let (protocol, port) = (flow.protocol, flow.port);
+                if !reaches(&wide, (source, protocol, port), to) {
+                    let (first, last) = (to.first(), to.last());
+                    let rule = Rule { network: place.network, source, first, last, protocol, port };
+                    self.breach(packet(&rule, first), format!("{} is to be counted and is not", flow.name));
+                }
+            }
+        }
+    }
+
     /// What must be open is open: a table that closes everything proves nothing.
     fn required(&mut self) {
         let mut wide = Wide::default();
@@ -393,9 +437,7 @@ impl<'a> Court<'a> {
             // Open only while somebody has asked for it: nothing is required.
             Target::Domain { .. } => Vec::new(),
             Target::Service { network: to } | Target::Outside { network: to } => {
-                let open = wide.get(&(source, protocol, port)).is_some_and(|ranges| {
-                    ranges.iter().any(|(first, last)| *first <= to.first() && to.last() <= *last)
-                });
+                let open = reaches(wide, (source, protocol, port), *to);
                 Some(to.first()).filter(|_| !open).into_iter().collect()
             }
         };

@@ -50,6 +50,8 @@ pub enum Set {
     Outside,
     /// To addresses of domains, each for a while; looked at after it too.
     Resolved,
+    /// What is counted. It opens nothing.
+    Watched,
 }
 
 impl Set {
@@ -61,6 +63,7 @@ impl Set {
             Self::Services => "services",
             Self::Outside => "outside",
             Self::Resolved => "resolved",
+            Self::Watched => "watched",
         }
     }
 }
@@ -78,6 +81,8 @@ pub struct Table {
     pub outside: FxHashSet<Rule>,
     /// To addresses of domains. An element may have ended in the meantime: what is here is at most open.
     pub resolved: FxHashSet<Rule>,
+    /// What is counted.
+    pub watched: FxHashSet<Rule>,
     /// Networks whose packets outside are let through and written down.
     pub trial: FxHashSet<u32>,
     /// Network and address of each bridge, where names are asked for.
@@ -95,6 +100,7 @@ impl Table {
             Set::Services => &self.services,
             Set::Outside => &self.outside,
             Set::Resolved => &self.resolved,
+            Set::Watched => &self.watched,
         }
     }
 
@@ -104,6 +110,7 @@ impl Table {
             Set::Services => &mut self.services,
             Set::Outside => &mut self.outside,
             Set::Resolved => &mut self.resolved,
+            Set::Watched => &mut self.watched,
         }
     }
 }
@@ -139,6 +146,12 @@ table inet T {
     type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service
     flags interval
 =outside
+  }
+  set watched {
+    type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service
+    flags interval
+    counter
+=watched
   }
   set resolved {
     type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service
@@ -188,6 +201,7 @@ table inet T {
   }
   chain from_tenant {
     ct state invalid drop
+    iifname . ip saddr . ip daddr . meta l4proto . th dport @watched
     iifname . ip saddr . ip daddr . meta l4proto . th dport @pairs oifname B accept
     ct direction reply ct state established oifname . ip daddr . ip saddr . meta l4proto . th sport @pairs oifname B accept
     icmp type { destination-unreachable, time-exceeded } ct state related accept
@@ -324,7 +338,7 @@ fn timed(element: &str) -> Result<&str, &'static str> {
 }
 
 fn named(set: &str) -> Result<Set, &'static str> {
-    [Set::Pairs, Set::Services, Set::Outside, Set::Resolved]
+    [Set::Pairs, Set::Services, Set::Outside, Set::Resolved, Set::Watched]
         .into_iter()
         .find(|known| known.name() == set)
         .ok_or("no set of rules")
@@ -361,7 +375,7 @@ fn rule(element: &str, set: Set, shell: &Shell) -> Result<Rule, &'static str> {
     if parts.next().is_some() {
         return Err("an element has too many parts");
     }
-    let (first, last) = if set == Set::Outside {
+    let (first, last) = if matches!(set, Set::Outside | Set::Watched) {
         let target: Cidr = target.parse().map_err(|_| "no network")?;
         (target.first(), target.last())
     } else {

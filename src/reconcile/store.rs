@@ -8,12 +8,13 @@ use sqlx::{PgConnection, PgPool};
 use super::{Failure, Lease, Outcome};
 use crate::ids::TenantId;
 
-/// There is something to do for this object: in the transaction that changes it.
+/// There is something to do for this object, of a tenant or (none) of the platform itself: in the transaction
+/// that changes it.
 pub async fn enqueue(
     conn: &mut PgConnection,
     kind: &str,
     object_id: i64,
-    tenant: TenantId,
+    tenant: impl Into<Option<TenantId>>,
 ) -> Result<(), sqlx::Error> {
     sqlx::query!(
         "INSERT INTO work (kind, object_id, tenant_id) VALUES ($1, $2, $3) \
@@ -21,7 +22,7 @@ pub async fn enqueue(
          due_at = least(work.due_at, now()), parked_at = NULL, attempt = 0",
         kind,
         object_id,
-        tenant.0
+        tenant.into().map(|tenant| tenant.0)
     )
     .execute(conn)
     .await?;
@@ -49,8 +50,8 @@ pub(super) async fn claim(
     let (tenants, counts): (Vec<i64>, Vec<i64>) = busy.iter().unzip();
     let rows = sqlx::query!(
         r#"WITH due AS (
-               SELECT kind, object_id, tenant_id, due_at FROM work
-               WHERE parked_at IS NULL AND due_at <= now() AND tenant_id NOT IN
+               SELECT kind, object_id, coalesce(tenant_id, 0) AS tenant_id, due_at FROM work
+               WHERE parked_at IS NULL AND due_at <= now() AND coalesce(tenant_id, 0) NOT IN
                  (SELECT b.t FROM unnest($4::bigint[], $5::bigint[]) AS b (t, n) WHERE b.n >= $2)
                ORDER BY due_at LIMIT 500
            ), fair AS (
@@ -65,7 +66,7 @@ pub(super) async fn claim(
            UPDATE work w SET due_at = now() + make_interval(secs => $3), epoch = w.epoch + 1,
                   seen = w.wake, attempt = w.attempt + 1
            FROM picked p WHERE w.kind = p.kind AND w.object_id = p.object_id
-           RETURNING w.kind, w.object_id, w.tenant_id, w.epoch, w.attempt"#,
+           RETURNING w.kind, w.object_id, coalesce(w.tenant_id, 0) AS "tenant_id!", w.epoch, w.attempt"#,
         limit,
         per_tenant,
         LEASE_SECONDS,

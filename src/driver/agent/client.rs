@@ -10,8 +10,8 @@ use tokio_util::codec::Framed;
 use super::protocol::{Reply, Request};
 use super::server::codec;
 use crate::driver::{
-    Denied, Driver, Error, Listener, LogQuery, LogStream, Observed, Probe, ProbeOutcome, PullSecret, Removal,
-    TenantGrant, Workload,
+    Denied, Driver, Error, Listener, LogQuery, LogStream, Observed, Probe, ProbeOutcome, Probed, PullSecret,
+    Removal, TenantGrant, Used, Workload,
 };
 use crate::ids::{AppId, AppName, TenantId, TenantName};
 use crate::policy::TenantFlows;
@@ -120,6 +120,13 @@ impl Driver for AgentClient {
         }
     }
 
+    async fn used(&self) -> Result<Vec<Used>, Error> {
+        match self.call(&Request::Used {}, 15).await? {
+            Reply::Used { used } => Ok(used),
+            _ => Err(away("another answer than asked for")),
+        }
+    }
+
     async fn listeners(&self) -> Result<Vec<Listener>, Error> {
         match self.call(&Request::Listeners {}, 10).await? {
             Reply::Listeners { listeners } => Ok(listeners),
@@ -130,6 +137,13 @@ impl Driver for AgentClient {
     async fn probe(&self, probe: &Probe) -> Result<ProbeOutcome, Error> {
         match self.call(&Request::Probe { probe: probe.clone() }, 10).await? {
             Reply::Probed { outcome } => Ok(outcome),
+            _ => Err(away("another answer than asked for")),
+        }
+    }
+
+    async fn probe_tenant(&self, tenant: &TenantName) -> Result<Probed, Error> {
+        match self.call(&Request::ProbeTenant { tenant: tenant.clone() }, 30).await? {
+            Reply::ProbedTenant { probed } => Ok(probed),
             _ => Err(away("another answer than asked for")),
         }
     }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use crate::driver::Error;
 use crate::ids::{AppId, TenantName};
 use crate::policy::never::{self, Range};
-use crate::policy::{Cidr, Flow, Target, TenantFlows};
+use crate::policy::{AppFlows, Cidr, Flow, Target, TenantFlows};
 
 /// Most flows of a tenant.
 pub(super) const MOST: usize = 20_000;
@@ -60,6 +60,7 @@ impl Flows {
         }
         fail::fail_point!("agent::flows", |_| Err(Error::Transient("failpoint".into())));
         self.save(&flows).map_err(|error| Error::Transient(error.to_string()))?;
+        fail::fail_point!("agent::flows_kept", |_| Err(Error::Transient("failpoint".into())));
         let number = flows.plan;
         self.by_tenant.insert(flows.tenant.clone(), flows);
         Ok(number)
@@ -85,6 +86,17 @@ impl Flows {
     pub(super) fn of(&self, tenant: &TenantName, app: AppId) -> &[Flow] {
         let apps = self.by_tenant.get(tenant).map_or(&[][..], |flows| &flows.apps);
         apps.iter().find(|own| own.app == app).map_or(&[], |own| &own.flows)
+    }
+
+    /// Those flows of one app that are counted.
+    pub(super) fn watched(&self, tenant: &TenantName, app: AppId) -> &[Flow] {
+        let apps = self.by_tenant.get(tenant).map_or(&[][..], |flows| &flows.watched);
+        apps.iter().find(|own| own.app == app).map_or(&[], |own| &own.flows)
+    }
+
+    /// Whether a tenant is on trial at a second since 1970.
+    pub(super) fn on_trial(&self, tenant: &TenantName, now: i64) -> bool {
+        self.by_tenant.get(tenant).and_then(|flows| flows.trial_until).is_some_and(|until| until > now)
     }
 
     /// All, by tenant.
@@ -118,7 +130,8 @@ pub(super) fn obstacle(flow: &Flow, pool: Cidr, own: &[Range]) -> Option<String>
 /// Holds the form of a tenant's flows against bounds. One that can never be in force is no reason to refuse the
 /// others, of which some may be there to close something: it is left out, and told.
 pub(super) fn check(flows: &TenantFlows) -> Result<(), String> {
-    if flows.plan < 1 || flows.apps.iter().map(|app| app.flows.len()).sum::<usize>() > MOST {
+    let count = |apps: &[AppFlows]| apps.iter().map(|app| app.flows.len()).sum::<usize>();
+    if flows.plan < 1 || count(&flows.apps) > MOST || count(&flows.watched) > MOST {
         return Err(format!("a plan has a number and at most {MOST} flows"));
     }
     Ok(())

@@ -5,8 +5,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::super::{
-    AppObserved, Denied, Error, Listener, LogLine, LogQuery, Observed, Probe, ProbeOutcome, PullSecret,
-    Removal, TenantGrant, Workload,
+    AppObserved, Denied, Error, Listener, LogLine, LogQuery, Observed, Probe, ProbeOutcome, Probed,
+    PullSecret, Removal, TenantGrant, Used, Workload,
 };
 use crate::ids::{AppId, AppName, Installation, TenantId, TenantName};
 use crate::policy::TenantFlows;
@@ -15,7 +15,7 @@ use crate::policy::TenantFlows;
 pub const MAX_FRAME: usize = 4 * 1024 * 1024;
 
 /// Version of the messages. Another one is refused at `Hello`.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// What `serve` may ask.
 #[derive(Debug, Serialize, Deserialize)]
@@ -56,12 +56,19 @@ pub enum Request {
     },
     /// [`super::super::Driver::own_addresses`]
     OwnAddresses {},
+    /// [`super::super::Driver::used`]
+    Used {},
     /// [`super::super::Driver::listeners`]
     Listeners {},
     /// [`super::super::Driver::probe`]
     Probe {
         /// Which.
         probe: Probe,
+    },
+    /// [`super::super::Driver::probe_tenant`]
+    ProbeTenant {
+        /// Tenant.
+        tenant: TenantName,
     },
     /// [`super::super::Driver::remove_app`]
     RemoveApp {
@@ -121,10 +128,20 @@ pub enum Reply {
         /// Addresses.
         addresses: Vec<std::net::Ipv4Addr>,
     },
+    /// To `Used`.
+    Used {
+        /// What was counted.
+        used: Vec<Used>,
+    },
     /// To `Listeners`.
     Listeners {
         /// By protocol and port.
         listeners: Vec<Listener>,
+    },
+    /// To `ProbeTenant`.
+    ProbedTenant {
+        /// What came of it.
+        probed: Probed,
     },
     /// To `Probe`.
     Probed {

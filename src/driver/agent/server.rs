@@ -97,6 +97,13 @@ async fn answer(agent: &Arc<Agent>, mut frames: Frames, permit: OwnedSemaphorePe
                 Err(error) => Reply::Failed { error },
             }
         }
+        Ok(Request::ProbeTenant { tenant }) => {
+            drop(permit);
+            match agent.try_tenant(&tenant).await {
+                Ok(probed) => Reply::ProbedTenant { probed },
+                Err(error) => Reply::Failed { error },
+            }
+        }
         Ok(Request::Observe { cursor, wait_ms }) => {
             let wait = Duration::from_millis(u64::from(wait_ms));
             // Whoever hangs up while it waits is let go.
@@ -162,13 +169,15 @@ async fn handle(agent: &Arc<Agent>, request: Request) -> Result<Reply, Error> {
         }
         Request::OwnAddresses {} => Ok(Reply::OwnAddresses { addresses: agent.own_list() }),
         Request::Denied { tenant, app_id } => Ok(Reply::Denied { denied: agent.denied(&tenant, app_id) }),
+        Request::Used {} => Ok(Reply::Used { used: agent.used().await }),
         Request::Listeners {} => Ok(Reply::Listeners { listeners: agent.listeners().await }),
         Request::RemoveApp { tenant, app, app_id } => {
             remove_app(agent, &tenant, &app, app_id).await.map(|removal| Reply::Removal { removal })
         }
-        Request::Observe { .. } | Request::Logs { .. } | Request::Probe { .. } => {
-            Err(Error::Rejected("this is answered elsewhere".into()))
-        }
+        Request::Observe { .. }
+        | Request::Logs { .. }
+        | Request::Probe { .. }
+        | Request::ProbeTenant { .. } => Err(Error::Rejected("this is answered elsewhere".into())),
     }
 }
 

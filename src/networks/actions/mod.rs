@@ -2,12 +2,14 @@
 
 mod egress;
 mod grants;
+mod rollouts;
 mod services;
 mod trial;
 
 pub use egress::{Decision, ask, decide, withdraw_target};
 pub use grants::{Offer, accept, end, offer};
-pub use services::{delete_service, give, put_service, take};
+pub use rollouts::{abort, pause, resume};
+pub use services::{Put, delete_service, give, put_service, take};
 pub use trial::{begin_trial, end_trial};
 
 /// The kind of a network's work; the object is the tenant.

@@ -1,51 +1,149 @@
 //! The catalogue of services, and who may use what.
 
 use serde_json::json;
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 
 use crate::access::{By, TenantRef};
 use crate::db::{self, Within, constraint};
 use crate::error::Error;
-use crate::ids::ServiceName;
+use crate::fault::{Code, Fault, Kind};
+use crate::ids::{ServiceName, TenantName};
 use crate::networks::connections::note;
+use crate::networks::rollouts::{self, Staging};
+use crate::networks::store::NewRollout;
 use crate::networks::{Endpoint, store};
-use crate::reconcile::Waker;
+use crate::reconcile::{Waker, enqueue};
 use crate::tenants::actions::check_generation;
 
-/// Puts a service into the catalogue, or changes it: whoever uses it gets a new plan. Its generation, and
-/// whether it is new.
+/// What became of a service that was put in or changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Put {
+    /// It is so; nobody had to be told.
+    Done {
+        /// Its generation.
+        generation: i64,
+        /// Whether it is new.
+        new: bool,
+    },
+    /// Tenants use it: this roll-out brings it to them.
+    Begun {
+        /// Its generation until then.
+        generation: i64,
+        /// Number of the roll-out.
+        rollout: i64,
+    },
+}
+
+/// Puts a service into the catalogue, or changes it. Where tenants use it and what it answers at changes, a
+/// roll-out begins.
 pub async fn put_service(
     pool: &PgPool,
     waker: &Waker,
     by: By<'_>,
     name: &ServiceName,
-    (description, endpoints): (&str, &[Endpoint]),
+    what: (&str, &[Endpoint]),
+    staging: &Staging,
     expected: Option<i64>,
-) -> Result<(i64, bool), Error> {
+) -> Result<Put, Error> {
+    let (description, endpoints) = what;
     let mut tx = db::begin(pool, Within::Platform).await?;
-    let known = store::find_service(&mut tx, name).await?;
-    if let Some((_, known)) = &known {
-        check_generation(expected, known.generation)?;
-        if known.description == description && known.endpoints == endpoints {
-            return Ok((known.generation, false));
+    let Some((id, _)) = store::find_service(&mut tx, name).await? else {
+        if expected.is_some_and(|expected| expected != 0) {
+            return Err(Error::PreconditionFailed(0));
         }
-    } else if expected.is_some_and(|expected| expected != 0) {
-        return Err(Error::PreconditionFailed(0));
+        return put_now(tx, by, name, what, true).await;
+    };
+    // Held: nobody is given it meanwhile, and no other change comes between.
+    store::lock_service(&mut tx, id).await?;
+    let (_, known) = store::find_service(&mut tx, name).await?.ok_or(Error::NotFound)?;
+    check_generation(expected, known.generation)?;
+    if let Some(under_way) = store::find_under_way(&mut tx, id).await? {
+        if *under_way.endpoints == endpoints && under_way.description == description {
+            return Ok(Put::Begun { generation: known.generation, rollout: under_way.id });
+        }
+        return Err(Error::Conflict(format!(
+            "the roll-out {} of this service is under way: wait until it is over, or abort it",
+            under_way.id
+        )));
     }
-    let (id, generation) = store::put_service(&mut tx, name, description, endpoints).await?;
-    let detail = json!({"generation": generation, "endpoints": endpoints});
+    if known.endpoints == endpoints && known.description == description {
+        return Ok(Put::Done { generation: known.generation, new: false });
+    }
+    if known.endpoints == endpoints || store::count_users(&mut tx, id).await? == 0 {
+        return put_now(tx, by, name, what, false).await;
+    }
+    let canaries = match &staging.canaries {
+        Some(names) => Some(identify(&mut tx, id, names).await?),
+        None => None,
+    };
+    let new = NewRollout {
+        service_id: id,
+        service: name,
+        description,
+        before: &known.endpoints,
+        endpoints,
+        window_hours: staging.window_hours,
+        observe_seconds: staging.observe_seconds,
+        canaries: canaries.as_deref(),
+    };
+    let rollout = store::insert_rollout(&mut tx, &new, by.actor.id.as_str()).await?;
+    let detail = json!({"rollout": rollout, "endpoints": endpoints, "window_hours": staging.window_hours,
+        "canaries": staging.canaries});
     by.record(&mut tx, None, "service.put", name.as_str(), detail).await?;
-    let words = format!("the service {name} has changed");
-    store::wake_users(&mut tx, id, by.actor.id.as_str(), &words).await?;
+    if staging.window_hours > 0 {
+        let words = format!("the roll-out {rollout} of {name} begins; what it will close is counted");
+        store::wake_users(&mut tx, id, by.actor.id.as_str(), &words).await?;
+    }
+    enqueue(&mut tx, rollouts::WORK, rollout, None).await?;
     tx.commit().await?;
     waker.wake();
-    Ok((generation, known.is_none()))
+    Ok(Put::Begun { generation: known.generation, rollout })
+}
+
+async fn put_now(
+    mut tx: db::Tx,
+    by: By<'_>,
+    name: &ServiceName,
+    (description, endpoints): (&str, &[Endpoint]),
+    new: bool,
+) -> Result<Put, Error> {
+    let generation = store::put_service(&mut tx, name, description, endpoints).await?;
+    let detail = json!({"generation": generation, "endpoints": endpoints});
+    by.record(&mut tx, None, "service.put", name.as_str(), detail).await?;
+    tx.commit().await?;
+    Ok(Put::Done { generation, new })
+}
+
+/// The tenants of these names, each of which must be able to use the service.
+async fn identify(conn: &mut PgConnection, service: i64, names: &[TenantName]) -> Result<Vec<i64>, Error> {
+    let texts: Vec<String> = names.iter().map(ToString::to_string).collect();
+    let known = store::list_users_named(conn, service, &texts).await?;
+    let missing: Vec<Fault> = names
+        .iter()
+        .enumerate()
+        .filter(|(_, name)| !known.iter().any(|(known, _)| known == *name))
+        .map(|(n, name)| {
+            let message = format!("{name} may not use this service, so it cannot be first");
+            Fault::new(Code(426), Kind::Invalid, format!("rollout.canaries[{n}]"), message)
+        })
+        .collect();
+    if missing.is_empty() {
+        Ok(known.into_iter().map(|(_, id)| id.0).collect())
+    } else {
+        Err(Error::Invalid(missing))
+    }
 }
 
 /// Takes a service out of the catalogue, once no tenant may use it.
 pub async fn delete_service(pool: &PgPool, by: By<'_>, name: &ServiceName) -> Result<(), Error> {
     let mut tx = db::begin(pool, Within::Platform).await?;
     let (id, _) = store::find_service(&mut tx, name).await?.ok_or(Error::NotFound)?;
+    if let Some(under_way) = store::find_under_way(&mut tx, id).await? {
+        return Err(Error::Conflict(format!(
+            "the roll-out {} of this service is under way: abort it first",
+            under_way.id
+        )));
+    }
     store::delete_service(&mut tx, id).await.map_err(|error| match constraint(&error) {
         Some("service_is_in_use") => Error::Conflict(
             "tenants may use this service: take it from them first, so that it is seen whom it cuts off"

@@ -13,6 +13,7 @@ pub mod egress;
 pub mod grants;
 pub mod plans;
 pub mod reach;
+pub mod rollouts;
 pub mod services;
 pub mod trial;
 

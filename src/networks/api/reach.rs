@@ -37,7 +37,7 @@ pub struct ReachQuery {
 async fn around(conn: &mut PgConnection, tenant: &TenantRef, pools: &Pools) -> Result<Known, Error> {
     let number = tenants::tenant_network(conn, tenant.id).await?;
     let subnet = pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))?;
-    let services = store::list_services(conn, "", 200).await?;
+    let services = store::list_given_services(conn, tenant.id, "", 200).await?;
     Ok(Known { pool: connections::pool(pools), subnet, app: None, services })
 }
 

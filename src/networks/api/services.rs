@@ -6,6 +6,7 @@ use serde_json::json;
 use sqlx::PgPool;
 
 use super::NamePath;
+use super::rollouts::StagingBody;
 use crate::access::{ManageNetwork, PlatformScope, ReadPlatform, ReadTenant, TenantScope};
 use crate::config::Config;
 use crate::db::{self, Page, PageQuery, Within};
@@ -13,6 +14,8 @@ use crate::driver::Driver;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::http::parse_json;
+use crate::networks::actions::Put;
+use crate::networks::rollouts::Staging;
 use crate::networks::{Endpoint, actions, check_network, store};
 use crate::policy::never::against_service;
 use crate::reconcile::Waker;
@@ -24,9 +27,45 @@ struct ServiceBody {
     #[serde(default)]
     description: String,
     endpoints: Vec<Endpoint>,
+    /// How a change reaches the tenants that use it.
+    #[serde(default)]
+    rollout: StagingBody,
 }
 
-/// PUT /api/v1/services/{name}
+/// Holds what is to be put into the catalogue against its bounds and the walls.
+pub(in crate::networks) async fn check_service(
+    description: &str,
+    endpoints: &mut [Endpoint],
+    staging: StagingBody,
+    (config, driver): (&Config, &dyn Driver),
+) -> Result<Staging, Error> {
+    endpoints.sort();
+    let mut faults = Vec::new();
+    let fault = |path: String, message: &str| Fault::new(Code(426), Kind::Invalid, path, message);
+    if description.chars().count() > 500 {
+        faults.push(fault("description".into(), "the description has at most 500 characters"));
+    }
+    if endpoints.is_empty() || endpoints.len() > 32 {
+        faults.push(fault("endpoints".into(), "a service has 1 to 32 endpoints"));
+    }
+    let (tenants, own) = super::walls(config, driver).await;
+    for (n, endpoint) in endpoints.iter().enumerate() {
+        let path = format!("endpoints[{n}]");
+        if endpoint.port == 0 {
+            faults.push(fault(format!("{path}.port"), "a port is 1 to 65535"));
+        }
+        if endpoints[..n].contains(endpoint) {
+            faults.push(fault(path.clone(), "this endpoint stands twice"));
+        }
+        let wall = against_service(endpoint.network, &own);
+        faults.extend(check_network(endpoint.network, &format!("{path}.network"), wall, tenants).err());
+    }
+    let staging = staging.check(&mut faults);
+    if faults.is_empty() { Ok(staging) } else { Err(Error::Invalid(faults)) }
+}
+
+/// PUT /api/v1/services/{name}: 202 with the number of a roll-out where tenants use it and it answers elsewhere
+/// than before.
 pub async fn put_service(
     scope: PlatformScope<ManageNetwork>,
     req: HttpRequest,
@@ -38,36 +77,17 @@ pub async fn put_service(
 ) -> Result<HttpResponse, Error> {
     let (config, driver) = places;
     let name = path.parse()?;
-    let mut input: ServiceBody = parse_json(&req, &body)?;
-    input.endpoints.sort();
-    let mut faults = Vec::new();
-    let fault = |path: String, message: &str| Fault::new(Code(426), Kind::Invalid, path, message);
-    if input.description.chars().count() > 500 {
-        faults.push(fault("description".into(), "the description has at most 500 characters"));
-    }
-    if input.endpoints.is_empty() || input.endpoints.len() > 32 {
-        faults.push(fault("endpoints".into(), "a service has 1 to 32 endpoints"));
-    }
-    let (tenants, own) = super::walls(&config, &**driver).await;
-    for (n, endpoint) in input.endpoints.iter().enumerate() {
-        let path = format!("endpoints[{n}]");
-        if endpoint.port == 0 {
-            faults.push(fault(format!("{path}.port"), "a port is 1 to 65535"));
-        }
-        if input.endpoints[..n].contains(endpoint) {
-            faults.push(fault(path.clone(), "this endpoint stands twice"));
-        }
-        let wall = against_service(endpoint.network, &own);
-        faults.extend(check_network(endpoint.network, &format!("{path}.network"), wall, tenants).err());
-    }
-    if !faults.is_empty() {
-        return Err(Error::Invalid(faults));
-    }
-    let what = (input.description.as_str(), input.endpoints.as_slice());
-    let (generation, new) =
-        actions::put_service(&pool, &waker, scope.by(), &name, what, if_match(&req)?).await?;
-    let mut answer = if new { HttpResponse::Created() } else { HttpResponse::Ok() };
-    Ok(answer.insert_header(etag(generation)).json(json!({"name": name, "generation": generation})))
+    let ServiceBody { description, mut endpoints, rollout } = parse_json(&req, &body)?;
+    let staging = check_service(&description, &mut endpoints, rollout, (&config, &**driver)).await?;
+    let what = (description.as_str(), endpoints.as_slice());
+    let put = actions::put_service(&pool, &waker, scope.by(), &name, what, &staging, if_match(&req)?).await?;
+    let (mut answer, generation, rollout) = match put {
+        Put::Done { generation, new: true } => (HttpResponse::Created(), generation, None),
+        Put::Done { generation, new: false } => (HttpResponse::Ok(), generation, None),
+        Put::Begun { generation, rollout } => (HttpResponse::Accepted(), generation, Some(rollout)),
+    };
+    let body = json!({"name": name, "generation": generation, "rollout": rollout});
+    Ok(answer.insert_header(etag(generation)).json(body))
 }
 
 /// GET /api/v1/services: by name.
@@ -111,7 +131,8 @@ pub async fn list_given(
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let mut conn = db::begin(&pool, scope.tenant.id).await?;
-    let rows = store::list_services(&mut conn, &query.after_text()?, limit + 1).await?;
+    let rows =
+        store::list_given_services(&mut conn, scope.tenant.id, &query.after_text()?, limit + 1).await?;
     Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.name.clone())))
 }
 

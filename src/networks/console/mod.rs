@@ -4,9 +4,11 @@ use serde_json::Value;
 
 use super::store::Plan;
 use crate::access::console::{when, who};
+use crate::driver::Probed;
 
 pub mod decide;
 pub mod platform;
+pub mod rollout;
 pub mod tenant;
 
 struct PlanRow {
@@ -18,6 +20,8 @@ struct PlanRow {
     opens: Vec<String>,
     closes: Vec<String>,
     causes: Vec<String>,
+    tried: String,
+    faults: Vec<String>,
     at: String,
 }
 
@@ -37,7 +41,17 @@ impl From<Plan> for PlanRow {
             let text = |key: &str| cause[key].as_str().unwrap_or_default();
             format!("{} ({})", text("words"), who(text("actor")))
         });
+        let probed: Option<Probed> = plan.probed.and_then(|probed| serde_json::from_value(probed).ok());
+        let tried = match &probed {
+            None => String::new(),
+            Some(probed) if probed.apps == 0 => "not tried: no app ran".to_owned(),
+            Some(Probed { apps, open, closed, .. }) => {
+                format!("tried from {apps} app(s): {open} that must be open, {closed} that must be closed")
+            }
+        };
         Self {
+            tried,
+            faults: probed.map(|probed| probed.faults).unwrap_or_default(),
             causes: causes.collect(),
             opens: texts(&plan.opens),
             closes: texts(&plan.closes),

@@ -7,6 +7,7 @@ use sqlx::PgPool;
 
 use super::PlanRow;
 use super::decide::days;
+use super::rollout::RolloutRow;
 use crate::access::console::{after, platform_frame, when, who};
 use crate::access::extract::{PlatformScope, Posted};
 use crate::access::{Actor, ManageNetwork, ReadPlatform, TenantRef, includes};
@@ -68,7 +69,7 @@ async fn host(driver: &dyn Driver) -> (Vec<ListenerRow>, &'static str) {
 
 #[derive(Template)]
 #[template(path = "networks/platform.html")]
-struct PlatformPage {
+pub(super) struct PlatformPage {
     frame: Frame,
     listeners: Vec<ListenerRow>,
     host_note: &'static str,
@@ -76,12 +77,13 @@ struct PlatformPage {
     manages: bool,
     waiting: Vec<WaitingRow>,
     services: Vec<Service>,
+    rollouts: Vec<RolloutRow>,
     plans: Vec<PlanRow>,
     next: String,
     walls: &'static [Range],
 }
 
-async fn view(
+pub(super) async fn view(
     actor: &Actor,
     pool: &PgPool,
     (keys, driver): (&Keys, &dyn Driver),
@@ -92,6 +94,7 @@ async fn view(
     let mut conn = db::begin(pool, Within::Platform).await?;
     let waiting = store::list_waiting(&mut conn, 0, 100).await?;
     let services = store::list_services(&mut conn, "", 200).await?;
+    let rollouts = store::list_rollouts(&mut conn, i64::MAX, 5).await?;
     let plans = store::list_plans(&mut conn, None, before, limit + 1).await?;
     let page = Page::new(plans, limit, |plan| plan.number);
     drop(conn);
@@ -118,6 +121,7 @@ async fn view(
             })
             .collect(),
         services,
+        rollouts: rollouts.iter().map(RolloutRow::from).collect(),
         plans: page.items.into_iter().map(PlanRow::from).collect(),
         next: page.next.unwrap_or_default(),
         walls: BUILT_IN,

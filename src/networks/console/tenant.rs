@@ -105,7 +105,7 @@ pub(super) async fn view<P>(
     let mut conn = db::begin(&parts.pool, scope.tenant.id).await?;
     let tenant = scope.tenant.id;
     let standing = store::find_standing(&mut conn, tenant).await?;
-    let services = store::list_services(&mut conn, "", 200).await?;
+    let services = store::list_given_services(&mut conn, tenant, "", 200).await?;
     let received = store::list_received(&mut conn, 0, 200).await?;
     let given = store::list_given(&mut conn, tenant, 0, 200).await?;
     let egress = store::list_targets(&mut conn, tenant, i64::MAX, 50).await?;

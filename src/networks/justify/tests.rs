@@ -36,6 +36,7 @@ fn facts() -> Facts {
                 ),
             ),
         ],
+        windows: Vec::new(),
         services: vec![
             ("kafka".parse().unwrap(), vec![end("10.5.0.2", 9092), end("10.5.0.3", 9092)]),
             ("vault".parse().unwrap(), vec![end("10.5.0.9", 8200)]),

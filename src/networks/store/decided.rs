@@ -10,19 +10,37 @@ use crate::ids::{AppId, AppName, EgressName, ServiceName, TenantId, TenantName};
 use crate::networks::{Approved, Endpoint, Granted, Place};
 use crate::policy::Protocol;
 
-/// Services that a tenant may use.
+/// Services that a tenant may use, with the endpoints that hold for it.
 pub(in crate::networks) async fn decided_services(
     conn: &mut PgConnection,
     tenant: TenantId,
 ) -> Result<Vec<(ServiceName, Vec<Endpoint>)>, Error> {
     let rows = sqlx::query!(
-        r#"SELECT s.name AS "name: ServiceName", s.endpoints AS "endpoints: Json<Vec<Endpoint>>"
-           FROM tenant_service t JOIN service s ON s.id = t.service_id WHERE t.tenant_id = $1 ORDER BY s.name"#,
+        r#"SELECT s.name AS "name: ServiceName", coalesce(r.endpoints, s.endpoints) AS "endpoints!: Json<Vec<Endpoint>>"
+           FROM tenant_service t JOIN service s ON s.id = t.service_id
+           LEFT JOIN network_rollout r ON r.id = t.rollout_id WHERE t.tenant_id = $1 ORDER BY s.name"#,
         tenant.0
     )
     .fetch_all(conn)
     .await?;
     Ok(rows.into_iter().map(|row| (row.name, row.endpoints.0)).collect())
+}
+
+/// What of a service is about to close for a tenant: the endpoints that will hold, where a window counts what is
+/// used of the others.
+pub(in crate::networks) async fn decided_windows(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+) -> Result<Vec<(ServiceName, Vec<Endpoint>)>, Error> {
+    let rows = sqlx::query!(
+        r#"SELECT r.service AS "service: ServiceName", r.endpoints AS "endpoints: Json<Vec<Endpoint>>"
+           FROM tenant_service u JOIN network_rollout r ON r.service_id = u.service_id AND r.stage IN ('window', 'canary')
+           WHERE u.tenant_id = $1 AND u.rollout_id IS NULL AND r.window_hours > 0 ORDER BY r.service"#,
+        tenant.0
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.service, row.endpoints.0)).collect())
 }
 
 /// Apps of others on which both sides agree, and when the first of these agreements ends.

@@ -1,9 +1,11 @@
-//! Services, grants, places outside and plans in the database.
+//! Services, grants, places outside, plans and roll-outs in the database.
 
 mod decided;
 mod egress;
 mod grants;
 mod plans;
+mod probed;
+mod rollouts;
 mod services;
 
-pub(super) use {decided::*, egress::*, grants::*, plans::*, services::*};
+pub(super) use {decided::*, egress::*, grants::*, plans::*, probed::*, rollouts::*, services::*};

@@ -47,6 +47,9 @@ pub(crate) struct Plan {
     /// When it came into force.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     pub in_force_at: Option<OffsetDateTime>,
+    /// What was tried of it from within the tenant's apps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probed: Option<serde_json::Value>,
 }
 
 /// What led to a plan.
@@ -201,12 +204,12 @@ pub(in crate::networks) async fn set_standing(
     Ok(())
 }
 
-/// A plan is in force; those before it have been superseded.
+/// A plan is in force; those before it have been superseded. Whether it was not until now.
 pub(in crate::networks) async fn set_in_force(
     conn: &mut PgConnection,
     tenant: TenantId,
     number: i64,
-) -> Result<(), Error> {
+) -> Result<bool, Error> {
     sqlx::query!(
         "UPDATE tenant_plan SET in_force = true WHERE tenant_id = $1 AND number = $2",
         tenant.0,
@@ -214,7 +217,7 @@ pub(in crate::networks) async fn set_in_force(
     )
     .execute(&mut *conn)
     .await?;
-    sqlx::query!(
+    let done = sqlx::query!(
         "UPDATE network_plan SET state = CASE WHEN number = $2 THEN 'in_force' ELSE 'superseded' END, \
          message = CASE WHEN number = $2 THEN '' ELSE message END, \
          in_force_at = CASE WHEN number = $2 THEN now() ELSE in_force_at END \
@@ -225,7 +228,7 @@ pub(in crate::networks) async fn set_in_force(
     )
     .execute(conn)
     .await?;
-    Ok(())
+    Ok(done.rows_affected() > 0)
 }
 
 /// Why a plan is not in force yet.
@@ -256,7 +259,7 @@ pub(in crate::networks) async fn list_plans(
         Some(tenant) => Ok(sqlx::query_as!(
             Plan,
             r#"SELECT p.number, t.name AS tenant, p.hash, p.opens, p.closes, p.causes, p.state, p.message,
-               p.created_at, p.in_force_at FROM network_plan p JOIN tenant t ON t.id = p.tenant_id
+               p.created_at, p.in_force_at, p.probed FROM network_plan p JOIN tenant t ON t.id = p.tenant_id
                WHERE p.tenant_id = $1 AND p.number < $2 ORDER BY p.number DESC LIMIT $3"#,
             tenant.0,
             before,
@@ -267,7 +270,7 @@ pub(in crate::networks) async fn list_plans(
         None => Ok(sqlx::query_as!(
             Plan,
             r#"SELECT p.number, t.name AS tenant, p.hash, p.opens, p.closes, p.causes, p.state, p.message,
-               p.created_at, p.in_force_at FROM network_plan p JOIN tenant t ON t.id = p.tenant_id
+               p.created_at, p.in_force_at, p.probed FROM network_plan p JOIN tenant t ON t.id = p.tenant_id
                WHERE p.number < $1 ORDER BY p.number DESC LIMIT $2"#,
             before,
             limit

@@ -25,7 +25,7 @@ impl From<ServiceRow> for Service {
     }
 }
 
-/// Services that the transaction may see, by name: the platform's all, a tenant's those that it may use.
+/// The catalogue, by name: for the platform.
 pub(in crate::networks) async fn list_services(
     conn: &mut PgConnection,
     after: &str,
@@ -35,6 +35,29 @@ pub(in crate::networks) async fn list_services(
         ServiceRow,
         r#"SELECT name AS "name: ServiceName", description, endpoints AS "endpoints: Json<Vec<Endpoint>>",
            generation, created_at, changed_at FROM service WHERE name > $1 ORDER BY name LIMIT $2"#,
+        after,
+        limit
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(Into::into).collect())
+}
+
+/// Services that a tenant may use, by name, with the endpoints that hold for it.
+pub(in crate::networks) async fn list_given_services(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<Service>, Error> {
+    let rows = sqlx::query_as!(
+        ServiceRow,
+        r#"SELECT s.name AS "name: ServiceName", s.description,
+           coalesce(r.endpoints, s.endpoints) AS "endpoints!: Json<Vec<Endpoint>>",
+           s.generation, s.created_at, s.changed_at FROM tenant_service t JOIN service s ON s.id = t.service_id
+           LEFT JOIN network_rollout r ON r.id = t.rollout_id
+           WHERE t.tenant_id = $1 AND s.name > $2 ORDER BY s.name LIMIT $3"#,
+        tenant.0,
         after,
         limit
     )
@@ -68,24 +91,23 @@ pub(in crate::networks) async fn find_service(
     }))
 }
 
-/// Puts a service into the catalogue, or changes it. Its identity and generation.
+/// Puts a service into the catalogue, or changes it. Its generation.
 pub(in crate::networks) async fn put_service(
     conn: &mut PgConnection,
     name: &ServiceName,
     description: &str,
     endpoints: &[Endpoint],
-) -> Result<(i64, i64), Error> {
-    let row = sqlx::query!(
+) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
         "INSERT INTO service (name, description, endpoints) VALUES ($1, $2, $3) \
          ON CONFLICT (name) DO UPDATE SET description = EXCLUDED.description, endpoints = EXCLUDED.endpoints, \
-         generation = service.generation + 1, changed_at = now() RETURNING id, generation",
+         generation = service.generation + 1, changed_at = now() RETURNING generation",
         name.as_str(),
         description,
         serde_json::json!(endpoints)
     )
     .fetch_one(conn)
-    .await?;
-    Ok((row.id, row.generation))
+    .await?)
 }
 
 pub(in crate::networks) async fn delete_service(conn: &mut PgConnection, id: i64) -> Result<(), sqlx::Error> {

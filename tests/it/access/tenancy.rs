@@ -22,6 +22,7 @@ const COMMON: &[&str] = &[
     "installation",
     "known_place",
     "machine_event",
+    "network_rollout",
     "recovery_code",
     "refused_field",
     "second_factor",

@@ -13,6 +13,7 @@ mod closed;
 mod domains;
 mod grants;
 mod host;
+mod rollouts;
 mod services;
 
 fn address(instance: &Value) -> Ipv4Addr {

@@ -13,7 +13,7 @@ use super::flows;
 use crate::driver::podman::firewall::kernel::{self, Refusal};
 use crate::driver::podman::firewall::{Rules, compile};
 use crate::driver::podman::ports;
-use crate::driver::{Denied, Error};
+use crate::driver::{Denied, Error, Used};
 use crate::ids::{AppId, TenantName};
 use crate::policy::never::{self, BUILT_IN, Range};
 use crate::policy::proof::{self, Place, Proven, Standing, Walls};
@@ -132,6 +132,12 @@ impl Agent {
                     room = left;
                     meant.push(flow.clone());
                 }
+                let counted = plan.watched.iter().find(|own| own.app == app.app);
+                let counted = counted.into_iter().flat_map(|own| &own.flows);
+                let counted: Vec<_> = counted.filter(|flow| meant.contains(flow)).cloned().collect();
+                if !counted.is_empty() {
+                    standing.watched.insert(app.app, counted);
+                }
                 standing.flows.insert(app.app, meant);
             }
         }
@@ -195,7 +201,10 @@ impl Agent {
             None => None,
         };
         let (table, shape) = match (by_change, firewall.as_ref()) {
-            (Some(table), Some(applied)) => (table, applied.shape.clone()),
+            (Some(table), Some(applied)) => {
+                fail::fail_point!("agent::firewall_changed", |_| Err(Error::Transient("failpoint".into())));
+                (table, applied.shape.clone())
+            }
             _ => self.replace(&rules, &moment).await?,
         };
         let gone = firewall.as_ref().map_or_else(Vec::new, |before| rules.withdrawn(&before.rules));
@@ -295,13 +304,7 @@ impl Agent {
         let tenants = lock(&self.journal).bridges(&self.config);
         let standing = self.standing(&lock(&self.own).clone());
         let tried = lock(&self.tried).clone();
-        let owners: HashMap<(u32, Ipv4Addr), AppId> = standing
-            .apps
-            .iter()
-            .flat_map(|(app, place)| {
-                place.addresses.iter().map(move |address| ((place.network, *address), *app))
-            })
-            .collect();
+        let owners = owners(&standing);
         let now = OffsetDateTime::now_utc();
         let mut denials = lock(&self.denials);
         for Refusal { bridge, source, target, protocol, port, ago, let_through } in seen {
@@ -333,12 +336,47 @@ impl Agent {
         }
     }
 
+    /// What was counted of the flows that are about to close.
+    pub(super) async fn used(&self) -> Vec<Used> {
+        if lock(&self.flows).all().all(|plan| plan.watched.is_empty()) {
+            return Vec::new();
+        }
+        let tenants = lock(&self.journal).bridges(&self.config);
+        let standing = self.standing(&lock(&self.own).clone());
+        let owners = owners(&standing);
+        let mut used: HashMap<_, u64> = HashMap::new();
+        for (bridge, source, network, protocol, port, packets) in kernel::counted(&self.config.table()).await
+        {
+            let Some((tenant, number)) = tenants.get(&bridge) else { continue };
+            let Some(app) = owners.get(&(*number, source)) else { continue };
+            *used.entry((tenant.clone(), *app, network, protocol, port)).or_default() += packets;
+        }
+        let told = |((tenant, app, network, protocol, port), packets)| Used {
+            tenant,
+            app,
+            network,
+            protocol,
+            port,
+            packets,
+        };
+        used.into_iter().map(told).collect()
+    }
+
     /// What was refused of one app lately, the newest first.
     pub(super) fn denied(&self, tenant: &TenantName, app: AppId) -> Vec<Denied> {
         let denials = lock(&self.denials);
         let list = denials.get(tenant).into_iter().flatten().rev();
         list.filter(|(own, _)| *own == app).map(|(_, denied)| denied.clone()).collect()
     }
+}
+
+/// Whose an address of a network is.
+fn owners(standing: &Standing) -> HashMap<(u32, Ipv4Addr), AppId> {
+    let of = |(app, place): (&AppId, &Place)| {
+        let (app, network) = (*app, place.network);
+        place.addresses.iter().map(move |address| ((network, *address), app)).collect::<Vec<_>>()
+    };
+    standing.apps.iter().flat_map(of).collect()
 }
 
 #[cfg(test)]

@@ -87,6 +87,7 @@ fn example() -> Standing {
         apps: apps.into_iter().map(|(id, place)| (AppId(id), place)).collect(),
         flows: flows.into_iter().map(|(id, flows)| (AppId(id), flows)).collect(),
         trial: [1].into(),
+        watched: std::iter::once((AppId(1), vec![flow("kafka", service("10.5.0.2"), 9092)])).collect(),
         resolved: std::iter::once(found(3, "pay.example", &["45.200.0.1", "45.200.0.2"])).collect(),
     }
 }

@@ -11,8 +11,9 @@ use tokio::process::Command;
 
 use super::{Allowed, Rules};
 use crate::driver::Error;
-use crate::policy::Protocol;
 use crate::policy::proof::Proven;
+use crate::policy::read::Set;
+use crate::policy::{Cidr, Protocol};
 
 /// Puts in force what was proven: wholly, or not at all.
 pub async fn apply(proven: &Proven) -> Result<(), Error> {
@@ -74,7 +75,8 @@ fn listed(text: &str, set: &str) -> BTreeSet<String> {
         .trim_end()
         .trim_end_matches('}')
         .split(',')
-        .map(|element| element.trim().to_owned())
+        // Of a counter only that it is there is told here.
+        .map(|element| element.trim().trim_end_matches(" counter").to_owned())
         .filter(|element| !element.is_empty())
         .collect()
 }
@@ -115,11 +117,46 @@ pub async fn denied(table: &str) -> Vec<Refusal> {
 }
 
 async fn list(table: &str, set: &str) -> Vec<Refusal> {
+    elements(table, set).await.iter().filter_map(refusal).collect()
+}
+
+/// The elements of a set, as the kernel has them.
+async fn elements(table: &str, set: &str) -> Vec<Value> {
     let Some(text) = nft(&["-j", "list", "set", "inet", table, set]).await else { return Vec::new() };
-    let value: Value = serde_json::from_str(&text).unwrap_or_default();
-    let sets = value["nftables"].as_array();
-    let elements = sets.and_then(|sets| sets.iter().find_map(|part| part["set"]["elem"].as_array()));
-    elements.into_iter().flatten().filter_map(refusal).collect()
+    let mut value: Value = serde_json::from_str(&text).unwrap_or_default();
+    let sets = value["nftables"].as_array_mut();
+    let found = sets.and_then(|sets| sets.iter_mut().find_map(|part| part["set"].get_mut("elem")));
+    match found.map(Value::take) {
+        Some(Value::Array(elements)) => elements,
+        _ => Vec::new(),
+    }
+}
+
+/// What the counters of watched connections say: bridge, source, target, protocol, port, packets.
+pub async fn counted(table: &str) -> Vec<(String, Ipv4Addr, Cidr, Protocol, u16, u64)> {
+    elements(table, Set::Watched.name()).await.iter().filter_map(count).collect()
+}
+
+fn count(element: &Value) -> Option<(String, Ipv4Addr, Cidr, Protocol, u16, u64)> {
+    let inner = element.get("elem").unwrap_or(element);
+    let key = inner["val"]["concat"].as_array()?;
+    let text = |n: usize| key.get(n)?.as_str();
+    let target = match key.get(2)? {
+        Value::String(address) => address.parse().ok()?,
+        range => {
+            let prefix = &range["prefix"];
+            let (address, length) = (prefix["addr"].as_str()?.parse().ok()?, prefix["len"].as_u64()?);
+            Cidr::new(address, u8::try_from(length).ok()?)?
+        }
+    };
+    Some((
+        text(0)?.to_owned(),
+        text(1)?.parse().ok()?,
+        target,
+        Protocol::parse(text(3)?)?,
+        u16::try_from(key.get(4)?.as_u64()?).ok()?,
+        inner["counter"]["packets"].as_u64()?,
+    ))
 }
 
 fn refusal(element: &Value) -> Option<Refusal> {
@@ -187,6 +224,18 @@ mod tests {
         );
         assert_eq!(listed(text, "never"), ["10.0.0.0/8".to_owned()].into());
         assert_eq!(listed(text, "outside"), BTreeSet::new());
+    }
+
+    #[test]
+    fn a_counter_is_read_from_the_kernels_own_form() {
+        let range = serde_json::json!({"elem": {"val": {"concat": ["bkabcd0", "10.64.0.2",
+            {"prefix": {"addr": "10.5.0.0", "len": 24}}, "udp", 9]}, "counter": {"packets": 3, "bytes": 90}}});
+        let target = "10.5.0.0/24".parse().unwrap();
+        let source = "10.64.0.2".parse().unwrap();
+        assert_eq!(count(&range), Some(("bkabcd0".into(), source, target, Protocol::Udp, 9, 3)));
+        let single = serde_json::json!({"elem": {"val": {"concat": ["bkabcd0", "10.64.0.2", "10.5.0.2", "tcp", 9092]},
+            "counter": {"packets": 0, "bytes": 0}}});
+        assert_eq!(count(&single).map(|(.., port, packets)| (port, packets)), Some((9092, 0)));
     }
 
     #[test]

@@ -14,7 +14,10 @@ use crate::policy::read::{Set, Shell};
 use crate::policy::{Cidr, Protocol, Target};
 
 pub mod kernel;
+mod ranges;
 pub mod watch;
+
+pub use ranges::Ranges;
 
 /// One allowed connection: an element of a set.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -51,7 +54,9 @@ pub struct Rules {
     /// To addresses of domains, each until a second of the clock that never goes back.
     pub resolved: BTreeMap<Allowed, u64>,
     /// To ranges.
-    outside: BTreeMap<(u32, Ipv4Addr, Protocol, u16), BTreeSet<Cidr>>,
+    pub outside: Ranges,
+    /// What is about to close, and is counted.
+    pub watched: Ranges,
 }
 
 /// Seconds of a clock that never goes back: since the machine started, sleep included.
@@ -68,20 +73,8 @@ impl Rules {
     /// A table that allows nothing.
     #[must_use]
     pub fn new(shell: Shell, never: BTreeSet<Cidr>) -> Self {
-        let (sources, pairs, services, gateways, trial, resolved, outside) = Default::default();
-        Self { shell, never, sources, pairs, services, gateways, trial, resolved, outside }
-    }
-
-    /// Opens a range of the outside. What lies within a range that is open in the same way is left out: the
-    /// kernel takes no two that overlap.
-    pub fn open(&mut self, to: Allowed) {
-        let ranges = self.outside.entry((to.network, to.source, to.protocol, to.port)).or_default();
-        let within =
-            |inner: Cidr, outer: Cidr| outer.first() <= inner.first() && inner.last() <= outer.last();
-        if !ranges.iter().any(|open| within(to.target, *open)) {
-            ranges.retain(|open| !within(*open, to.target));
-            ranges.insert(to.target);
-        }
+        let (sources, pairs, services, gateways, trial, resolved, outside, watched) = Default::default();
+        Self { shell, never, sources, pairs, services, gateways, trial, resolved, outside, watched }
     }
 
     fn bridge(&self, network: u32) -> String {
@@ -102,14 +95,15 @@ impl Rules {
     }
 
     /// The sets by name, each element as it is written.
-    pub(super) fn elements(&self) -> [(&'static str, BTreeSet<String>); 6] {
+    pub(super) fn elements(&self) -> [(&'static str, BTreeSet<String>); 7] {
         [
             ("sources", self.sources.iter().map(|source| self.source(*source)).collect()),
             ("trial", self.trial.iter().map(|network| self.bridge(*network)).collect()),
             ("gateways", self.gateways.iter().map(|gateway| self.source(*gateway)).collect()),
             (Set::Pairs.name(), self.pairs.iter().map(|to| self.allowed(to)).collect()),
             (Set::Services.name(), self.services.iter().map(|to| self.allowed(to)).collect()),
-            (Set::Outside.name(), self.outside().map(|to| self.allowed(&to)).collect()),
+            (Set::Outside.name(), self.outside.iter().map(|to| self.allowed(&to)).collect()),
+            (Set::Watched.name(), self.watched.iter().map(|to| self.allowed(&to)).collect()),
         ]
     }
 
@@ -126,7 +120,7 @@ impl Rules {
             let list: Vec<&str> = elements.iter().map(String::as_str).collect();
             format!("    elements = {{ {} }}\n", list.join(", "))
         };
-        let [sources, trial, gateways, pairs, services, outside] =
+        let [sources, trial, gateways, pairs, services, outside, watched] =
             self.elements().map(|(_, elements)| list(&elements));
         let now = seconds();
         let resolved = self.resolved.iter().filter(|(_, end)| **end > now);
@@ -164,6 +158,11 @@ table inet {table} {{
     {key}
     flags interval
 {outside}  }}
+  set watched {{
+    {key}
+    flags interval
+    counter
+{watched}  }}
   set resolved {{
     {key}
     flags timeout
@@ -208,6 +207,7 @@ table inet {table} {{
   }}
   chain from_tenant {{
     ct state invalid drop
+    {to} @watched
     {to} @pairs oifname {bridges} accept
     {from} @pairs oifname {bridges} accept
     {errors}
@@ -279,13 +279,14 @@ table inet {table} {{
             let gateways =
                 from.gateways.difference(&minus.gateways).map(|gateway| self.source(*gateway)).collect();
             let trial = from.trial.difference(&minus.trial).map(|network| self.bridge(*network)).collect();
-            let sets: [(&str, Vec<String>); 6] = [
+            let sets: [(&str, Vec<String>); 7] = [
                 ("trial", trial),
                 ("sources", sources),
                 ("gateways", gateways),
                 (Set::Pairs.name(), list(gone(&from.pairs, &minus.pairs))),
                 (Set::Services.name(), list(gone(&from.services, &minus.services))),
-                (Set::Outside.name(), list(from.outside_without(minus))),
+                (Set::Outside.name(), list(from.outside.without(&minus.outside))),
+                (Set::Watched.name(), list(from.watched.without(&minus.watched))),
             ];
             for (set, elements) in sets.into_iter().filter(|(_, elements)| !elements.is_empty()) {
                 count += elements.len();
@@ -325,46 +326,21 @@ table inet {table} {{
         gone.len() * 2 + come.len()
     }
 
-    /// Ranges that are open here and not there.
-    fn outside_without(&self, other: &Self) -> Vec<Allowed> {
-        let mut out = Vec::new();
-        for (key, ranges) in &self.outside {
-            let there = other.outside.get(key);
-            let left = ranges.iter().filter(|range| there.is_none_or(|there| !there.contains(range)));
-            let (network, source, protocol, port) = *key;
-            out.extend(left.map(|target| Allowed { network, source, target: *target, protocol, port }));
-        }
-        out
-    }
-
     /// Connections that were allowed before and are not any more.
     #[must_use]
     pub fn withdrawn(&self, before: &Self) -> Vec<Allowed> {
         let exact = before.pairs.difference(&self.pairs).chain(before.services.difference(&self.services));
         let resolved = before.resolved.keys().filter(|to| !self.resolved.contains_key(to));
-        exact.chain(resolved).cloned().chain(before.outside_without(self)).collect()
+        exact.chain(resolved).cloned().chain(before.outside.without(&self.outside)).collect()
     }
 
     /// Whether a connection is allowed in exactly this form.
     #[must_use]
     pub fn allows(&self, to: &Allowed) -> bool {
-        let range = self.outside.get(&(to.network, to.source, to.protocol, to.port));
         self.pairs.contains(to)
             || self.services.contains(to)
             || self.resolved.contains_key(to)
-            || range.is_some_and(|ranges| ranges.contains(&to.target))
-    }
-
-    fn outside(&self) -> impl Iterator<Item = Allowed> + '_ {
-        self.outside.iter().flat_map(|((network, source, protocol, port), ranges)| {
-            ranges.iter().map(|target| Allowed {
-                network: *network,
-                source: *source,
-                target: *target,
-                protocol: *protocol,
-                port: *port,
-            })
-        })
+            || self.outside.contains(to)
     }
 }
 
@@ -392,7 +368,10 @@ pub fn compile(shell: Shell, never: &[Range], standing: &Standing) -> Rules {
                     Target::Service { network } if network.prefix() == 32 => {
                         services.push(to(*network));
                     }
-                    Target::Service { network } | Target::Outside { network } => rules.open(to(*network)),
+                    Target::Service { network } | Target::Outside { network } => {
+                        rules.outside.insert(to(*network));
+                    }
+
                     Target::Domain { domain } => {
                         let found = standing.resolved.get(&(*app, domain.clone())).into_iter().flatten();
                         for (address, end) in found {
@@ -401,6 +380,13 @@ pub fn compile(shell: Shell, never: &[Range], standing: &Standing) -> Rules {
                         }
                     }
                 }
+            }
+        }
+        for flow in standing.watched.get(app).into_iter().flatten() {
+            let Target::Service { network: target } = flow.target else { continue };
+            for source in place.addresses.iter().copied() {
+                let (protocol, port) = (flow.protocol, flow.port);
+                rules.watched.insert(Allowed { network, source, target, protocol, port });
             }
         }
     }

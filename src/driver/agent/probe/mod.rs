@@ -2,32 +2,24 @@
 //! anything on the way may accept it; for an instance of ours it counts only when the other side's own list
 //! of sockets has it, under the port that this probe alone has.
 
-use std::collections::HashSet;
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::app::App;
 use super::core::{Agent, lock};
 use crate::driver::podman::host;
-use crate::driver::{Error, InstanceState, Listener, ProbeOutcome, ProbeTarget};
+use crate::driver::{Error, InstanceState, Listener, ProbeOutcome, ProbeTarget, Probed};
 use crate::ids::{AppId, TenantName};
-use crate::policy::{Protocol, Target};
+use crate::policy::Protocol;
 
 /// How long a probe waits. A refusal by the firewall comes at once.
 const PATIENCE: Duration = Duration::from_millis(1_500);
-/// Most probes of one round of those that are made by themselves.
-const ROUND: usize = 200;
-/// What nothing of a tenant ever reaches, whatever its plan says.
-const CLOSED: [Ipv4Addr; 3] =
-    [Ipv4Addr::new(169, 254, 169, 254), Ipv4Addr::new(168, 63, 129, 16), Ipv4Addr::new(100, 100, 100, 200)];
-/// The port that is tried there: no wall looks at ports.
-const TRIED_PORT: u16 = 1;
-/// Most flows of an app that are tried in a round, and how long those of all may take.
-const FLOWS: usize = 8;
-const OPEN_TIME: Duration = Duration::from_secs(20);
+/// How long what was seen to listen is told without a new look: longer than from one round to the next.
+const LISTENED: Duration = Duration::from_secs(90);
+
+mod rounds;
 
 /// An instance to try from, or to try.
 #[derive(Debug, Clone)]
@@ -78,10 +70,28 @@ impl Agent {
         within(from, move || attempt(address, protocol, port, peer.as_ref())).await
     }
 
-    /// What listens on the machine, tried from within some instance, if one runs. Looked at once in ten seconds,
-    /// however many ask.
+    /// Tries what a tenant's apps must reach and must not: of one tenant once at a time.
+    pub(super) async fn try_tenant(self: &Arc<Self>, tenant: &TenantName) -> Result<Probed, Error> {
+        let busy = || Error::Transient("others are being tried; try again in a moment".into());
+        let _room = self.probes.try_acquire().map_err(|_| busy())?;
+        let _turn = Probing::enter(self, tenant).ok_or_else(busy)?;
+        Ok(self.probe_tenant(tenant).await)
+    }
+
+    /// What listens on the machine, tried from within some instance, if one runs. Looked at anew with each round of
+    /// probes; who asks in between, or how many do, tries nothing.
     pub(super) async fn listeners(&self) -> Vec<Listener> {
+        let known = self.listening.lock().await.clone();
+        match known {
+            Some((at, listeners)) if at.elapsed() < LISTENED => listeners,
+            _ => self.look_for_listeners().await,
+        }
+    }
+
+    /// Looks for what listens on the machine, and tries it.
+    async fn look_for_listeners(&self) -> Vec<Listener> {
         let mut known = self.listening.lock().await;
+        // Others who waited for the same look at what the first has seen.
         if let Some((at, listeners)) = known.as_ref()
             && at.elapsed() < Duration::from_secs(10)
         {
@@ -120,83 +130,6 @@ impl Agent {
         apps.into_iter().find_map(|app| {
             self.places(&app.tenant, app.id).into_iter().find(|place| place.address == address)
         })
-    }
-
-    /// Tries, for one instance of each app, first what must be closed, for all; then what must be open between
-    /// instances. What must be closed and is open is an alarm. A round begins where the last one ended.
-    pub(super) async fn probe_all(self: &Arc<Self>, round: &mut usize, told: &mut HashSet<String>) {
-        let mut apps: Vec<_> = lock(&self.apps).values().cloned().collect();
-        apps.sort_by_key(|app| app.id);
-        if apps.is_empty() {
-            return;
-        }
-        let start = *round % apps.len();
-        apps.rotate_left(start);
-        apps.truncate(ROUND);
-        *round = start + apps.len();
-        let mut seen = HashSet::new();
-        for app in &apps {
-            self.try_closed(app, &mut seen, told).await;
-        }
-        let begun = std::time::Instant::now();
-        for app in &apps {
-            if begun.elapsed() > OPEN_TIME {
-                break;
-            }
-            self.try_open(app, &mut seen, told).await;
-        }
-        // Told once, and again only after it was good in between.
-        told.retain(|text| seen.contains(text));
-    }
-
-    fn tell(&self, kind: &str, text: String, seen: &mut HashSet<String>, told: &mut HashSet<String>) {
-        seen.insert(text.clone());
-        if told.insert(text.clone()) {
-            self.machine_event(kind, text);
-        }
-    }
-
-    async fn try_closed(self: &Arc<Self>, app: &App, seen: &mut HashSet<String>, told: &mut HashSet<String>) {
-        let Some(from) = self.places(&app.tenant, app.id).into_iter().next() else { return };
-        let Some(home) = lock(&self.journal).ever(&app.tenant).map(|recorded| recorded.subnet) else {
-            return;
-        };
-        // Of the others' addresses the same one for everybody: what is tried tells nobody who is where.
-        let pool = self.config.network_pool;
-        let other =
-            [pool.nth(2), pool.nth(pool.size() - 2)].into_iter().flatten().find(|to| !home.contains(*to));
-        for address in CLOSED.into_iter().chain([home.gateway()]).chain(other) {
-            self.note_tried(from.address, address, TRIED_PORT);
-            let outcome =
-                within(from.clone(), move || attempt(address, Protocol::Tcp, TRIED_PORT, None)).await;
-            if let Ok(outcome @ (ProbeOutcome::Opened | ProbeOutcome::Refused)) = outcome {
-                let text = format!(
-                    "ALARM: {}/{} gets to {address}, which must be closed ({outcome})",
-                    app.tenant, app.name
-                );
-                self.tell("probe_alarm", text, seen, told);
-            }
-        }
-    }
-
-    async fn try_open(self: &Arc<Self>, app: &App, seen: &mut HashSet<String>, told: &mut HashSet<String>) {
-        let Some(from) = self.places(&app.tenant, app.id).into_iter().next() else { return };
-        let flows = lock(&self.flows).of(&app.tenant, app.id).to_vec();
-        for flow in flows.iter().filter(|flow| flow.protocol == Protocol::Tcp).take(FLOWS) {
-            let Target::App { tenant, app: to } = &flow.target else { continue };
-            let Some(peer) = self.places(tenant, *to).into_iter().next() else { continue };
-            let (address, port) = (peer.address, flow.port);
-            let outcome =
-                within(from.clone(), move || attempt(address, Protocol::Tcp, port, Some(&peer))).await;
-            // Silence is an app's own that is busy; a refusal by the firewall is ours.
-            if let Ok(outcome @ ProbeOutcome::Prohibited) = outcome {
-                let text = format!(
-                    "{}/{} does not get to {} port {port}, which is open by plan ({outcome})",
-                    app.tenant, app.name, flow.name
-                );
-                self.tell("probe_failed", text, seen, told);
-            }
-        }
     }
 }
 

@@ -1,0 +1,67 @@
+//! A roll-out under way: held up, let go on, taken back. Each is a person's decision.
+
+use serde_json::json;
+use sqlx::{PgConnection, PgPool};
+
+use crate::access::By;
+use crate::db::{self, Within};
+use crate::error::Error;
+use crate::networks::rollouts::{Stage, WORK};
+use crate::networks::store::{self, Rollout};
+use crate::reconcile::{Waker, enqueue};
+
+async fn find(conn: &mut PgConnection, id: i64) -> Result<Rollout, Error> {
+    store::find_rollout(conn, id).await?.ok_or(Error::NotFound)
+}
+
+fn not_now(rollout: &Rollout) -> Error {
+    Error::Conflict(match rollout.stage {
+        Stage::Over => format!("the roll-out {} is over", rollout.id),
+        Stage::Undo => format!("the roll-out {} is being taken back; that is not stopped", rollout.id),
+        _ => format!("the roll-out {} is not paused", rollout.id),
+    })
+}
+
+/// Holds a roll-out up where it is: whom it has reached keeps what it brought, nobody else is reached.
+pub async fn pause(pool: &PgPool, by: By<'_>, id: i64, reason: &str) -> Result<(), Error> {
+    let mut tx = db::begin(pool, Within::Platform).await?;
+    let rollout = find(&mut tx, id).await?;
+    if !store::pause(&mut tx, id, by.actor.id.as_str(), reason).await? {
+        return if rollout.paused_by.is_some() { Ok(()) } else { Err(not_now(&rollout)) };
+    }
+    let detail = json!({"rollout": id, "reason": reason});
+    by.record(&mut tx, None, "rollout.pause", rollout.service.as_str(), detail).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Lets a roll-out go on that was paused; whatever it waited for is accepted as it is.
+pub async fn resume(pool: &PgPool, waker: &Waker, by: By<'_>, id: i64) -> Result<(), Error> {
+    let mut tx = db::begin(pool, Within::Platform).await?;
+    let rollout = find(&mut tx, id).await?;
+    if !store::resume(&mut tx, id).await? {
+        return Err(not_now(&rollout));
+    }
+    let detail = json!({"rollout": id, "stage": rollout.stage, "in_spite_of": rollout.message});
+    by.record(&mut tx, None, "rollout.resume", rollout.service.as_str(), detail).await?;
+    enqueue(&mut tx, WORK, id, None).await?;
+    tx.commit().await?;
+    waker.wake();
+    Ok(())
+}
+
+/// Takes a roll-out back, wherever it is.
+pub async fn abort(pool: &PgPool, waker: &Waker, by: By<'_>, id: i64, reason: &str) -> Result<(), Error> {
+    let mut tx = db::begin(pool, Within::Platform).await?;
+    let rollout = find(&mut tx, id).await?;
+    let message = if reason.is_empty() { "aborted".to_owned() } else { format!("aborted: {reason}") };
+    if !store::abort(&mut tx, id, &message).await? {
+        return Err(not_now(&rollout));
+    }
+    let detail = json!({"rollout": id, "stage": rollout.stage, "reason": reason});
+    by.record(&mut tx, None, "rollout.abort", rollout.service.as_str(), detail).await?;
+    enqueue(&mut tx, WORK, id, None).await?;
+    tx.commit().await?;
+    waker.wake();
+    Ok(())
+}

@@ -1,0 +1,290 @@
+//! A roll-out's page: how far it is, what was used and tried, and the decisions about it; and the form that begins
+//! one.
+
+use actix_web::{HttpResponse, web};
+use askama::Template;
+use serde::Deserialize;
+use sqlx::PgPool;
+
+use super::platform;
+use crate::access::console::{after, platform_frame, when, who};
+use crate::access::extract::{PlatformScope, Posted};
+use crate::access::{Actor, ManageNetwork, ReadPlatform, includes};
+use crate::config::Config;
+use crate::db::{self, PageQuery, Within};
+use crate::driver::Driver;
+use crate::error::Error;
+use crate::http::html::{self, Frame};
+use crate::ids::ServiceName;
+use crate::keys::Keys;
+use crate::networks::actions::{self, Put};
+use crate::networks::api::NumberPath;
+use crate::networks::api::rollouts::{StagingBody, TOLD, check_reason};
+use crate::networks::api::services::check_service;
+use crate::networks::rollouts::Stage;
+use crate::networks::store::{self, CheckRow, Rollout, UseRow};
+use crate::networks::{Endpoint, actions::abort, actions::pause, actions::resume};
+use crate::policy::Protocol;
+use crate::reconcile::Waker;
+
+/// A roll-out in a list.
+pub(super) struct RolloutRow {
+    pub(super) id: i64,
+    pub(super) service: String,
+    pub(super) state: &'static str,
+    pub(super) mark: &'static str,
+    pub(super) progress: String,
+    pub(super) message: String,
+    pub(super) at: String,
+    pub(super) by: String,
+}
+
+impl From<&Rollout> for RolloutRow {
+    fn from(rollout: &Rollout) -> Self {
+        let (state, mark) = match (rollout.stage, rollout.paused_by.as_deref(), rollout.outcome.as_deref()) {
+            (Stage::Over, _, Some("done")) => ("done", "running"),
+            (Stage::Over, _, Some("aborted")) => ("aborted", "stopped"),
+            (Stage::Over, ..) => ("rolled back", "failed"),
+            (Stage::Undo, ..) => ("being taken back", "changing"),
+            (_, Some("platform"), _) => ("waits for a decision", "attention"),
+            (_, Some(_), _) => ("paused", "stopped"),
+            (Stage::Window, ..) => ("counting what is used", "changing"),
+            (Stage::Canary, ..) => ("reaching the first tenants", "changing"),
+            (Stage::All, ..) => ("reaching all tenants", "changing"),
+        };
+        let progress = match rollout.stage {
+            Stage::Over => String::new(),
+            _ => format!("{} of {} tenants", rollout.reached, rollout.tenants),
+        };
+        Self {
+            id: rollout.id,
+            service: rollout.service.to_string(),
+            state,
+            mark,
+            progress,
+            message: rollout.message.clone(),
+            at: when(rollout.begun_at),
+            by: who(&rollout.begun_by),
+        }
+    }
+}
+
+/// One of the stages that a roll-out goes through.
+struct Leg {
+    name: &'static str,
+    words: String,
+    mark: &'static str,
+}
+
+fn legs(rollout: &Rollout) -> Vec<Leg> {
+    let stages = [Stage::Window, Stage::Canary, Stage::All];
+    let at = stages.iter().position(|stage| *stage == rollout.stage);
+    let done = rollout.outcome.as_deref() == Some("done");
+    let mark = |n: usize| match at {
+        Some(at) if n < at => "running",
+        Some(at) if n == at && rollout.paused_by.is_some() => "attention",
+        Some(at) if n == at => "changing",
+        None if done => "running",
+        _ => "stopped",
+    };
+    let window = match rollout.window_hours {
+        0 => "none was asked for".to_owned(),
+        hours => format!("{hours} h in which what it closes is counted"),
+    };
+    let first = match &rollout.canaries {
+        None => "chosen when it comes to it".to_owned(),
+        Some(ids) if ids.is_empty() => "nobody is first".to_owned(),
+        Some(_) => rollout.canary_names.join(", "),
+    };
+    vec![
+        Leg { name: "Window", words: window, mark: mark(0) },
+        Leg { name: "First tenants", words: first, mark: mark(1) },
+        Leg { name: "All tenants", words: "the others, some at a time".to_owned(), mark: mark(2) },
+    ]
+}
+
+fn words(end: Endpoint) -> String {
+    format!("{} {} {}", end.network, end.protocol, end.port)
+}
+
+#[derive(Template)]
+#[template(path = "networks/rollout.html")]
+struct RolloutPage {
+    frame: Frame,
+    error: String,
+    manages: bool,
+    row: RolloutRow,
+    under_way: bool,
+    paused: bool,
+    legs: Vec<Leg>,
+    opens: Vec<String>,
+    closes: Vec<String>,
+    until: String,
+    uses: Vec<UseRow>,
+    uses_in_all: i64,
+    checks: Vec<CheckRow>,
+    checks_in_all: i64,
+}
+
+async fn view(
+    actor: &Actor,
+    pool: &PgPool,
+    keys: &Keys,
+    id: i64,
+    error: String,
+) -> Result<RolloutPage, Error> {
+    let mut conn = db::begin(pool, Within::Platform).await?;
+    let rollout = store::find_rollout(&mut conn, id).await?.ok_or(Error::NotFound)?;
+    let (uses, uses_in_all) = store::list_uses(&mut conn, id, TOLD).await?;
+    let (checks, checks_in_all) = store::list_checks(&mut conn, id, TOLD).await?;
+    drop(conn);
+    let only = |ends: &[Endpoint], there: &[Endpoint]| {
+        ends.iter().filter(|end| !there.contains(end)).copied().map(words).collect()
+    };
+    Ok(RolloutPage {
+        frame: platform_frame(keys, actor, "Network"),
+        error,
+        manages: includes::<ManageNetwork>(actor.platform, None),
+        row: RolloutRow::from(&rollout),
+        under_way: matches!(rollout.stage, Stage::Window | Stage::Canary | Stage::All),
+        paused: rollout.paused_by.is_some(),
+        legs: legs(&rollout),
+        opens: only(&rollout.endpoints, &rollout.before),
+        closes: only(&rollout.before, &rollout.endpoints),
+        until: rollout.until.filter(|_| rollout.stage != Stage::Undo).map(when).unwrap_or_default(),
+        uses,
+        uses_in_all,
+        checks,
+        checks_in_all,
+    })
+}
+
+/// GET /network/rollouts/{id}
+pub async fn rollout_page(
+    scope: PlatformScope<ReadPlatform>,
+    pool: web::Data<PgPool>,
+    keys: web::Data<Keys>,
+    path: web::Path<NumberPath>,
+) -> Result<HttpResponse, Error> {
+    html::page(&view(&scope.actor, &pool, &keys, path.id, String::new()).await?)
+}
+
+/// What is decided about a roll-out.
+#[derive(Deserialize)]
+pub struct DecisionForm {
+    what: String,
+    #[serde(default)]
+    reason: String,
+}
+
+/// POST /network/rollouts/{id}/decision
+pub async fn decide(
+    scope: PlatformScope<ManageNetwork>,
+    pool: web::Data<PgPool>,
+    keys: web::Data<Keys>,
+    waker: web::Data<Waker>,
+    path: web::Path<NumberPath>,
+    form: Posted<DecisionForm>,
+) -> Result<HttpResponse, Error> {
+    let make = async {
+        let reason = check_reason(&form.0.reason)?;
+        match form.0.what.as_str() {
+            "pause" => pause(&pool, scope.by(), path.id, &reason).await,
+            "resume" => resume(&pool, &waker, scope.by(), path.id).await,
+            "abort" => abort(&pool, &waker, scope.by(), path.id, &reason).await,
+            _ => Err(Error::Conflict("a roll-out is paused, resumed or aborted".into())),
+        }
+    };
+    let outcome = make.await;
+    let again = async |error| view(&scope.actor, &pool, &keys, path.id, error).await;
+    after(&format!("/network/rollouts/{}", path.id), outcome, again).await
+}
+
+/// A service to be put into the catalogue.
+#[derive(Deserialize)]
+pub struct ServiceForm {
+    name: String,
+    #[serde(default)]
+    description: String,
+    /// One a line: address, protocol (TCP if it is left out), port.
+    endpoints: String,
+    #[serde(default)]
+    window_hours: String,
+    #[serde(default)]
+    canaries: String,
+}
+
+fn endpoint(line: &str) -> Result<Endpoint, Error> {
+    let wrong = || Error::Conflict(format!("an endpoint is written as 10.5.0.2 tcp 9092, not as {line:?}"));
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let (network, protocol, port) = match words[..] {
+        [network, port] => (network, "tcp", port),
+        [network, protocol, port] => (network, protocol, port),
+        _ => return Err(wrong()),
+    };
+    Ok(Endpoint {
+        network: network.parse().map_err(|_| wrong())?,
+        protocol: Protocol::parse(protocol).ok_or_else(wrong)?,
+        port: port.parse().map_err(|_| wrong())?,
+    })
+}
+
+/// POST /network/services
+pub async fn put_service(
+    scope: PlatformScope<ManageNetwork>,
+    pool: web::Data<PgPool>,
+    keys: web::Data<Keys>,
+    waker: web::Data<Waker>,
+    places: (web::Data<Config>, web::Data<dyn Driver>),
+    form: Posted<ServiceForm>,
+) -> Result<HttpResponse, Error> {
+    let (config, driver) = places;
+    let ServiceForm { name, description, endpoints, window_hours, canaries } = &form.0;
+    let make = async {
+        let name: ServiceName =
+            name.trim().parse().map_err(|error: crate::ids::NameError| Error::Conflict(error.to_string()))?;
+        let lines = endpoints.lines().map(str::trim).filter(|line| !line.is_empty());
+        let mut endpoints = lines.map(endpoint).collect::<Result<Vec<_>, _>>()?;
+        let hours = match window_hours.trim() {
+            "" => None,
+            text => Some(text.parse().map_err(|_| Error::Conflict("hours are a whole number".into()))?),
+        };
+        let first: Vec<String> =
+            canaries.split([',', ' ']).filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        let staging = StagingBody {
+            window_hours: hours,
+            observe_seconds: None,
+            canaries: Some(first).filter(|first| !first.is_empty()),
+        };
+        let staging = check_service(description, &mut endpoints, staging, (&config, &**driver)).await?;
+        let what = (description.trim(), endpoints.as_slice());
+        actions::put_service(&pool, &waker, scope.by(), &name, what, &staging, None).await
+    };
+    let (place, outcome) = match make.await {
+        Ok(Put::Begun { rollout, .. }) => (format!("/network/rollouts/{rollout}"), Ok(())),
+        Ok(Put::Done { .. }) => ("/network".to_owned(), Ok(())),
+        Err(error) => ("/network".to_owned(), Err(error)),
+    };
+    let again = async |error| {
+        platform::view(&scope.actor, &pool, (&keys, &**driver), &PageQuery::default(), error).await
+    };
+    after(&place, outcome, again).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_endpoint_is_read_as_a_person_writes_it() {
+        for (text, protocol, port) in [("10.5.0.2 9092", "tcp", 9092), ("10.5.0.2   udp 123", "udp", 123)] {
+            let read = endpoint(text).unwrap();
+            assert_eq!((read.protocol.as_str(), read.port), (protocol, port));
+        }
+        for bad in
+            ["10.5.0.2", "10.5.0.2 tcp", "10.5.0.2 icmp 1", "kafka 9092", "10.5.0.2 tcp 70000", "a b c d"]
+        {
+            assert!(endpoint(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! What was seen: packets to what is about to close, and what was tried from within apps.
+
+use serde::Serialize;
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+
+use crate::driver::Used;
+use crate::error::Error;
+use crate::ids::{AppId, TenantId};
+use crate::networks::rollouts::Check;
+
+/// Writes down what was used of what is about to close.
+pub(in crate::networks) async fn put_uses(
+    conn: &mut PgConnection,
+    rollout: i64,
+    uses: &[(TenantId, Used)],
+) -> Result<(), Error> {
+    let tenants: Vec<i64> = uses.iter().map(|(tenant, _)| tenant.0).collect();
+    let apps: Vec<i64> = uses.iter().map(|(_, used)| used.app.0).collect();
+    let networks: Vec<String> = uses.iter().map(|(_, used)| used.network.to_string()).collect();
+    let protocols: Vec<String> = uses.iter().map(|(_, used)| used.protocol.to_string()).collect();
+    let ports: Vec<i32> = uses.iter().map(|(_, used)| i32::from(used.port)).collect();
+    let packets: Vec<i64> =
+        uses.iter().map(|(_, used)| i64::try_from(used.packets).unwrap_or(i64::MAX)).collect();
+    sqlx::query!(
+        "INSERT INTO network_rollout_use AS u (rollout_id, tenant_id, app_id, app, network, protocol, port, packets) \
+         SELECT $1, n.tenant, n.app, a.name, n.network, n.protocol, n.port, n.packets \
+         FROM unnest($2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::int[], $7::bigint[]) \
+              AS n (tenant, app, network, protocol, port, packets) \
+         JOIN app a ON a.tenant_id = n.tenant AND a.id = n.app \
+         ON CONFLICT (rollout_id, tenant_id, app_id, network, protocol, port) DO UPDATE \
+         SET packets = EXCLUDED.packets, last_at = now() WHERE u.packets <> EXCLUDED.packets",
+        rollout,
+        &tenants,
+        &apps,
+        &networks,
+        &protocols,
+        &ports,
+        &packets
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Something that was used of what is about to close.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct UseRow {
+    /// Tenant.
+    pub tenant: String,
+    /// App.
+    pub app: String,
+    /// Addresses.
+    pub network: String,
+    /// Protocol.
+    pub protocol: String,
+    /// Port.
+    pub port: i32,
+    /// When it was first seen.
+    #[serde(with = "time::serde::rfc3339")]
+    pub first_at: OffsetDateTime,
+    /// When it was last seen.
+    #[serde(with = "time::serde::rfc3339")]
+    pub last_at: OffsetDateTime,
+}
+
+/// What was used, the last one first; how many there are in all.
+pub(in crate::networks) async fn list_uses(
+    conn: &mut PgConnection,
+    rollout: i64,
+    limit: i64,
+) -> Result<(Vec<UseRow>, i64), Error> {
+    let rows = sqlx::query_as!(
+        UseRow,
+        "SELECT t.name AS tenant, u.app, u.network, u.protocol, u.port, u.first_at, u.last_at \
+         FROM network_rollout_use u JOIN tenant t ON t.id = u.tenant_id \
+         WHERE u.rollout_id = $1 ORDER BY u.last_at DESC, t.name, u.app LIMIT $2",
+        rollout,
+        limit
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let all = sqlx::query_scalar!(
+        r#"SELECT count(*) AS "n!" FROM network_rollout_use WHERE rollout_id = $1"#,
+        rollout
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok((rows, all))
+}
+
+/// Writes down what was tried.
+pub(in crate::networks) async fn put_checks(
+    conn: &mut PgConnection,
+    rollout: i64,
+    stage: &str,
+    checks: &[Check],
+) -> Result<(), Error> {
+    let tenants: Vec<i64> = checks.iter().map(|check| check.tenant.0).collect();
+    let apps: Vec<i64> = checks.iter().map(|check| check.app.0).collect();
+    let names: Vec<String> = checks.iter().map(|check| check.app_name.to_string()).collect();
+    let networks: Vec<String> = checks.iter().map(|check| check.address.to_string()).collect();
+    let protocols: Vec<String> = checks.iter().map(|check| check.protocol.to_string()).collect();
+    let ports: Vec<i32> = checks.iter().map(|check| i32::from(check.port)).collect();
+    let must: Vec<String> = checks.iter().map(|check| check.must_be().to_owned()).collect();
+    let outcomes: Vec<String> = checks.iter().map(|check| check.outcome.to_string()).collect();
+    let good: Vec<bool> = checks.iter().map(|check| check.good).collect();
+    sqlx::query!(
+        "INSERT INTO network_rollout_check (rollout_id, stage, tenant_id, app_id, app, network, protocol, port, must_be, \
+         outcome, good) SELECT $1, $2, * FROM unnest($3::bigint[], $4::bigint[], $5::text[], $6::text[], $7::text[], \
+         $8::int[], $9::text[], $10::text[], $11::bool[]) \
+         ON CONFLICT (rollout_id, stage, tenant_id, app_id, network, protocol, port) DO UPDATE \
+         SET must_be = EXCLUDED.must_be, outcome = EXCLUDED.outcome, good = EXCLUDED.good, at = now()",
+        rollout,
+        stage,
+        &tenants,
+        &apps,
+        &names,
+        &networks,
+        &protocols,
+        &ports,
+        &must,
+        &outcomes,
+        &good
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Something that was tried.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct CheckRow {
+    /// `before`, `canary`, `all`.
+    pub stage: String,
+    /// Tenant.
+    pub tenant: String,
+    /// App from within which it was tried.
+    pub app: String,
+    /// Address.
+    pub network: String,
+    /// Protocol.
+    pub protocol: String,
+    /// Port.
+    pub port: i32,
+    /// `open` or `closed`.
+    pub must_be: String,
+    /// What came of it.
+    pub outcome: String,
+    /// Whether that is as it must be.
+    pub good: bool,
+    /// When.
+    #[serde(with = "time::serde::rfc3339")]
+    pub at: OffsetDateTime,
+}
+
+/// What was tried, what went wrong first; how many there are in all.
+pub(in crate::networks) async fn list_checks(
+    conn: &mut PgConnection,
+    rollout: i64,
+    limit: i64,
+) -> Result<(Vec<CheckRow>, i64), Error> {
+    let rows = sqlx::query_as!(
+        CheckRow,
+        "SELECT c.stage, t.name AS tenant, c.app, c.network, c.protocol, c.port, c.must_be, c.outcome, c.good, c.at \
+         FROM network_rollout_check c JOIN tenant t ON t.id = c.tenant_id \
+         WHERE c.rollout_id = $1 ORDER BY c.good, c.at DESC, t.name, c.app, c.network, c.port LIMIT $2",
+        rollout,
+        limit
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let all = sqlx::query_scalar!(
+        r#"SELECT count(*) AS "n!" FROM network_rollout_check WHERE rollout_id = $1"#,
+        rollout
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok((rows, all))
+}
+
+/// Which places did not answer an app before the roll-out reached it.
+pub(in crate::networks) async fn list_dead_before(
+    conn: &mut PgConnection,
+    rollout: i64,
+) -> Result<Vec<(AppId, String, String, i32)>, Error> {
+    let rows = sqlx::query!(
+        "SELECT app_id, network, protocol, port FROM network_rollout_check \
+         WHERE rollout_id = $1 AND stage = 'before' AND NOT good",
+        rollout
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (AppId(row.app_id), row.network, row.protocol, row.port)).collect())
+}

@@ -1,0 +1,258 @@
+//! A change of a service that tenants use: counted, to some first, to all, and back again.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::{instance, put, until};
+use crate::outside::{Live, Outside, greets};
+use crate::support::{HTTPD, Machine};
+
+const ASKING: &str = "image: web:1\nport: 8080\nconnects: { services: [kafka] }\n";
+
+fn endpoints(world: &Outside, ports: &[u16]) -> Value {
+    ports.iter().map(|port| json!({"network": world.service(), "port": port})).collect()
+}
+
+/// Three tenants, each with an app that uses the service at 9092. The namespaces of the apps.
+async fn three_users(machine: &Machine, world: &Outside) -> Vec<String> {
+    put(machine, "/api/v1/services/kafka", json!({"endpoints": endpoints(world, &[9092])})).await;
+    let mut places = Vec::new();
+    for name in ["acme", "beta", "gamma"] {
+        let robot = machine.tenant(name).await;
+        machine.push(&robot, &format!("{name}/web:1"), &HTTPD);
+        put(machine, &format!("/api/v1/tenants/{name}/services/kafka"), json!({})).await;
+        assert_eq!(machine.deploy(name, "web", ASKING).await.0, 202);
+    }
+    for name in ["acme", "beta", "gamma"] {
+        let (_, place) = instance(machine, name, "web").await;
+        assert!(greets(&place, world.service(), 9092), "{name}: {}", machine.tail("agent"));
+        places.push(place);
+    }
+    places
+}
+
+async fn change(machine: &Machine, world: &Outside, ports: &[u16], rollout: Value) -> i64 {
+    let body = json!({"endpoints": endpoints(world, ports), "rollout": rollout});
+    let (status, answer) = machine.send("PUT", "/api/v1/services/kafka", body).await;
+    assert_eq!(status, 202, "{answer}");
+    answer["rollout"].as_i64().unwrap()
+}
+
+async fn rollout(machine: &Machine, id: i64) -> Value {
+    machine.get(&format!("/api/v1/network/rollouts/{id}")).await
+}
+
+/// Waits until a roll-out is as wanted.
+async fn wait(machine: &Machine, id: i64, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
+    let begun = Instant::now();
+    loop {
+        let seen = rollout(machine, id).await;
+        if holds(&seen) {
+            return seen;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "{what}: {seen:#}\n{}", machine.tail("serve"));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn decide(machine: &Machine, method: &str, id: i64, what: &str) -> u16 {
+    machine.send(method, &format!("/api/v1/network/rollouts/{id}/{what}"), json!({})).await.0
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_reaches_some_first_then_all_and_turns_back_by_itself() {
+    let machine = Machine::start().await;
+    let world = Outside::new();
+    for port in [9092, 9093] {
+        world.serve(port);
+    }
+    let places = three_users(&machine, &world).await;
+    let open = |place: &str, port| greets(place, world.service(), port);
+    // Someone who may not use it cannot be first.
+    let body = json!({"endpoints": endpoints(&world, &[9093]), "rollout": {"canaries": ["nobody"]}});
+    let (status, answer) = machine.send("PUT", "/api/v1/services/kafka", body).await;
+    assert!(status == 422 && answer.to_string().contains("rollout.canaries[0]"), "{answer}");
+    // A place where nobody answers: it is tried from the first tenant, and taken back before another is reached.
+    let others = [Live::tcp(&places[1], world.service(), 9092), Live::tcp(&places[2], world.service(), 9092)];
+    until(5, "live", || others.iter().all(|live| live.rounds() > 3)).await;
+    let id = change(&machine, &world, &[9999], json!({"canaries": ["acme"], "observe_seconds": 1})).await;
+    let seen = wait(&machine, id, "back", |seen| seen["stage"] == "over").await;
+    assert_eq!(seen["outcome"], "rolled_back", "{seen:#}");
+    assert!(seen["message"].to_string().contains("acme/web to"), "{seen:#}");
+    assert!(
+        seen["checks"]["items"].as_array().unwrap().iter().any(|check| check["good"] == false),
+        "{seen:#}"
+    );
+    until(5, "open again", || open(&places[0], 9092)).await;
+    let rounds: Vec<usize> = others.iter().map(Live::rounds).collect();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(others.iter().zip(rounds).all(|(live, before)| live.rounds() > before), "others never noticed");
+    for tenant in ["beta", "gamma"] {
+        let plans = machine.get(&format!("/api/v1/tenants/{tenant}/network/plans")).await;
+        assert!(!plans.to_string().contains("roll-out"), "{tenant}: {plans:#}");
+    }
+    // A good one. The same again, and another one, while it is under way.
+    let id = change(&machine, &world, &[9093], json!({"canaries": ["acme"], "observe_seconds": 3})).await;
+    assert_eq!(change(&machine, &world, &[9093], json!({})).await, id);
+    let body = json!({"endpoints": endpoints(&world, &[9094])});
+    assert_eq!(machine.send("PUT", "/api/v1/services/kafka", body).await.0, 409);
+    wait(&machine, id, "looked at", |seen| seen["message"].to_string().contains("looked at")).await;
+    assert!(open(&places[0], 9093) && !open(&places[0], 9092), "the first");
+    assert!(open(&places[1], 9092) && !open(&places[1], 9093), "not yet the others");
+    // Each tenant is told what holds for it.
+    let told = async |tenant: &str| machine.get(&format!("/api/v1/tenants/{tenant}/services")).await;
+    assert_eq!(told("acme").await["items"][0]["endpoints"][0]["port"], 9093);
+    assert_eq!(told("beta").await["items"][0]["endpoints"][0]["port"], 9092);
+    // Paused, it stays there; resumed, it goes on.
+    assert_eq!(decide(&machine, "PUT", id, "pause").await, 204);
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let seen = rollout(&machine, id).await;
+    assert!(seen["stage"] == "canary" && seen["paused_by"].is_string() && seen["reached"] == 1, "{seen:#}");
+    assert_eq!(decide(&machine, "DELETE", id, "pause").await, 202);
+    assert_eq!(decide(&machine, "DELETE", id, "pause").await, 409);
+    let seen = wait(&machine, id, "done", |seen| seen["stage"] == "over").await;
+    assert_eq!(seen["outcome"], "done", "{seen:#}");
+    for place in &places {
+        assert!(open(place, 9093) && !open(place, 9092));
+    }
+    let rounds: Vec<usize> = others.iter().map(Live::rounds).collect();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(
+        rounds,
+        others.iter().map(Live::rounds).collect::<Vec<_>>(),
+        "what ran over the old one is cut"
+    );
+    let checks = seen["checks"]["items"].as_array().unwrap();
+    assert!(checks.len() >= 5 && checks.iter().all(|check| check["good"] == true), "{seen:#}");
+    assert!(checks.iter().any(|check| check["must_be"] == "closed" && check["stage"] == "canary"));
+    let service = machine.get("/api/v1/services/kafka").await;
+    assert_eq!((&service["endpoints"][0]["port"], &service["generation"]), (&json!(9093), &json!(2)));
+    assert_eq!(decide(&machine, "PUT", id, "abort").await, 409);
+    assert_eq!(decide(&machine, "PUT", 999, "abort").await, 404);
+    // Each plan was tried once it was in force.
+    let begun = Instant::now();
+    loop {
+        let plans = machine.get("/api/v1/tenants/beta/network/plans").await;
+        let probed = &plans["items"][0]["probed"];
+        if probed["apps"] == 1 {
+            assert!(probed["faults"] == json!([]) && probed["closed"].as_i64() > Some(8), "{plans:#}");
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20), "{plans:#}");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    // Who did what stands on the record.
+    let audit = machine.get("/api/v1/audit?limit=100").await.to_string();
+    for action in ["service.put", "rollout.pause", "rollout.resume", "rollout.rolled-back", "rollout.done"] {
+        assert!(audit.contains(action), "{action}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_window_counts_what_would_be_cut_and_waits_for_somebody_to_know() {
+    let machine = Machine::start().await;
+    let world = Outside::new();
+    for port in [9092, 9093] {
+        world.serve(port);
+    }
+    let places = three_users(&machine, &world).await;
+    // Connected since before, and only one of the three.
+    let live = Live::tcp(&places[1], world.service(), 9092);
+    until(5, "live", || live.rounds() > 3).await;
+    let staging = json!({"window_hours": 2, "canaries": ["acme"], "observe_seconds": 0});
+    let id = change(&machine, &world, &[9093], staging.clone()).await;
+    let seen = wait(&machine, id, "counted", |seen| seen["uses"]["in_all"] == 1).await;
+    let used = &seen["uses"]["items"][0];
+    assert_eq!((&used["tenant"], &used["app"], &used["port"]), (&json!("beta"), &json!("web"), &json!(9092)));
+    assert!(greets(&places[0], world.service(), 9092), "nothing has changed");
+    let seen = wait(&machine, id, "counted", |seen| seen["uses"]["in_all"] == 2).await;
+    assert_eq!((&seen["stage"], &seen["reached"]), (&json!("window"), &json!(0)), "{seen:#}");
+    // Taken back, nothing has happened.
+    assert_eq!(decide(&machine, "PUT", id, "abort").await, 202);
+    let seen = wait(&machine, id, "aborted", |seen| seen["stage"] == "over").await;
+    assert_eq!(seen["outcome"], "aborted", "{seen:#}");
+    let flows = machine.data.join("agent/flows/beta.json");
+    let counted = || std::fs::read_to_string(&flows).unwrap().contains("watched");
+    until(5, "counted no more", || !counted()).await;
+    // Its time is over: somebody has to have seen what was used.
+    let id = change(&machine, &world, &[9093], staging).await;
+    wait(&machine, id, "counted", |seen| seen["uses"]["in_all"] == 1).await;
+    machine.sql("UPDATE network_rollout SET until = now() WHERE stage = 'window'; UPDATE work SET due_at = now() WHERE kind = 'rollout'");
+    let seen = wait(&machine, id, "waits", |seen| seen["paused_by"] == "platform").await;
+    assert!(seen["stage"] == "window" && seen["message"].to_string().contains("beta/web"), "{seen:#}");
+    let before = live.rounds();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(live.rounds() > before, "nobody is cut without a word");
+    assert_eq!(decide(&machine, "DELETE", id, "pause").await, 202);
+    let seen = wait(&machine, id, "done", |seen| seen["stage"] == "over").await;
+    assert_eq!(seen["outcome"], "done", "{seen:#}");
+    until(5, "reached", || places.iter().all(|place| greets(place, world.service(), 9093))).await;
+    assert!(!greets(&places[1], world.service(), 9092));
+    // And one that closes what nobody uses goes on by itself.
+    let id = change(&machine, &world, &[9092, 9093], json!({"observe_seconds": 0})).await;
+    wait(&machine, id, "opened", |seen| seen["outcome"] == "done").await;
+    let id = change(&machine, &world, &[9093], json!({"window_hours": 1, "observe_seconds": 0})).await;
+    wait(&machine, id, "counting", |seen| seen["message"].to_string().contains("0 so far")).await;
+    machine.sql("UPDATE network_rollout SET until = now() WHERE stage = 'window'; UPDATE work SET due_at = now() WHERE kind = 'rollout'");
+    let seen = wait(&machine, id, "done", |seen| seen["stage"] == "over").await;
+    assert_eq!(seen["outcome"], "done", "{seen:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_step_of_a_rollout_may_be_the_last() {
+    let machine = Machine::start().await;
+    let world = Outside::new();
+    for port in [9092, 9093] {
+        world.serve(port);
+    }
+    let places = three_users(&machine, &world).await;
+    let points = [
+        ("serve", "rollouts::stepped"),
+        ("serve", "rollouts::staged"),
+        ("serve", "rollouts::reached"),
+        ("serve", "networks::planned"),
+        ("serve", "networks::plan_committed"),
+        ("serve", "networks::applied"),
+        ("serve", "rollouts::finished"),
+        ("agent", "agent::flows"),
+        ("agent", "agent::flows_kept"),
+        ("agent", "agent::firewall_changed"),
+    ];
+    for (n, (process, point)) in points.into_iter().enumerate() {
+        let (new, old) = if n % 2 == 0 { (9093, 9092) } else { (9092, 9093) };
+        let deaths = machine.deaths(process);
+        machine.arm(process, point).await;
+        let body = json!({"endpoints": endpoints(&world, &[new]), "rollout": {"canaries": ["beta"], "observe_seconds": 0}});
+        let (status, answer) = machine
+            .insist(
+                "PUT",
+                "/api/v1/services/kafka",
+                &[("content-type", "application/json")],
+                &body.to_string(),
+            )
+            .await;
+        assert!([200, 202].contains(&status), "{point}: {answer}");
+        let list = machine.get("/api/v1/network/rollouts").await;
+        let id = list["items"][0]["id"].as_i64().unwrap();
+        assert_eq!(list["items"].as_array().unwrap().len(), n + 1, "{point}: one roll-out for one change");
+        let seen = wait(&machine, id, point, |seen| seen["stage"] == "over").await;
+        assert_eq!(seen["outcome"], "done", "{point}: {seen:#}");
+        assert_eq!(machine.deaths(process), deaths + 1, "{point} was passed and {process} died there");
+        until(10, point, || {
+            places.iter().all(|at| greets(at, world.service(), new) && !greets(at, world.service(), old))
+        })
+        .await;
+    }
+    // Taking it back, too.
+    let deaths = machine.deaths("serve");
+    machine.arm("serve", "rollouts::left").await;
+    let body = json!({"endpoints": endpoints(&world, &[9999]), "rollout": {"canaries": ["beta"]}});
+    let headers = [("content-type", "application/json")];
+    let (status, answer) = machine.insist("PUT", "/api/v1/services/kafka", &headers, &body.to_string()).await;
+    assert_eq!(status, 202, "{answer}");
+    let id = answer["rollout"].as_i64().unwrap();
+    let seen = wait(&machine, id, "back", |seen| seen["stage"] == "over").await;
+    assert_eq!((&seen["outcome"], machine.deaths("serve")), (&json!("rolled_back"), deaths + 1), "{seen:#}");
+    until(10, "as before", || places.iter().all(|at| greets(at, world.service(), 9092))).await;
+}
