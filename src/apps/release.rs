@@ -157,6 +157,7 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
         resolver_socket: "/".into(),
         resolver_uid: 0,
         resolver_gid: 0,
+        closed: Vec::new(),
         registry_name: "demo.bulkhead.internal".into(),
         pull_host: "127.0.0.1:1".into(),
     };

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
 use crate::ids::{AppId, AppName, TenantId, TenantName};
+use crate::policy::never::{self, Range};
 use crate::policy::{Cidr, Protocol, TenantFlows};
 
 pub mod agent;
@@ -381,6 +382,24 @@ pub enum LogStreamName {
 /// A stream of log lines.
 pub type LogStream = Pin<Box<dyn Stream<Item = Result<LogLine, Error>> + Send>>;
 
+/// What nobody reaches on a machine, beside the built-in ranges.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Walls {
+    /// The addresses that it has, beside those of tenants' bridges.
+    pub own: Vec<Ipv4Addr>,
+    /// What its configuration closes.
+    pub closed: Vec<Cidr>,
+}
+
+impl Walls {
+    /// As ranges.
+    #[must_use]
+    pub fn ranges(&self) -> Vec<Range> {
+        let own = self.own.iter().map(|address| never::own(Cidr::of(*address)));
+        own.chain(self.closed.iter().map(|network| never::configured(*network))).collect()
+    }
+}
+
 /// What runs workloads.
 #[async_trait::async_trait]
 pub trait Driver: Send + Sync + 'static {
@@ -396,8 +415,8 @@ pub trait Driver: Send + Sync + 'static {
     /// Returns the number of the plan that is held then: a higher one means that a newer plan was here and nothing
     /// was taken.
     async fn ensure_flows(&self, flows: &TenantFlows) -> Result<i64, Error>;
-    /// The addresses that the machine has, beside those of tenants' bridges.
-    async fn own_addresses(&self) -> Result<Vec<Ipv4Addr>, Error>;
+    /// What nobody reaches beside the built-in ranges: the machine's own addresses, and what its configuration closes.
+    async fn walls(&self) -> Result<Walls, Error>;
     /// What was refused of an app's packets lately, the newest first.
     async fn denied(&self, tenant: &TenantName, app: AppId) -> Result<Vec<Denied>, Error>;
     /// What was counted of the flows that are about to close.

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{AppPlan, Service};
 use crate::driver::workload::Subnet;
 use crate::ids::{AppName, TenantName};
-use crate::policy::never::BUILT_IN;
+use crate::policy::never::{BUILT_IN, Range};
 use crate::policy::{Cidr, Flow, Protocol, Target};
 
 /// Where somebody wants to get to.
@@ -30,6 +30,8 @@ pub struct Known {
     pub app: Option<AppName>,
     /// Services that the tenant may use.
     pub services: Vec<Service>,
+    /// What the platform's configuration closes.
+    pub closed: Vec<Range>,
 }
 
 /// Why it is closed.
@@ -78,6 +80,7 @@ pub fn address(target: Ipv4Addr, protocol: Protocol, port: u16, known: &Known) -
     }
     if let Some(range) = BUILT_IN
         .iter()
+        .chain(&known.closed)
         .filter(|range| range.network.contains(target))
         .max_by_key(|range| range.network.prefix())
     {
@@ -125,6 +128,7 @@ mod tests {
             pool: "10.64.0.0/12".parse().unwrap(),
             subnet: "10.64.0.0/22".parse().unwrap(),
             app: app.map(|app| app.parse().unwrap()),
+            closed: vec![crate::policy::never::configured("45.67.0.0/16".parse().unwrap())],
             services: vec![Service {
                 name: "kafka".parse().unwrap(),
                 description: String::new(),
@@ -153,6 +157,7 @@ mod tests {
             ("169.254.169.254", 80, None, "link-local", None),
             ("168.63.129.16", 80, None, "metadata", None),
             ("100.100.100.200", 80, None, "metadata", None),
+            ("45.67.8.9", 443, None, "configuration", Some("catalogue")),
             ("1.1.1.1", 443, None, "outside", Some("egress target")),
         ] {
             let told = address(target.parse().unwrap(), Protocol::Tcp, port, &known(app));

@@ -98,6 +98,11 @@ impl Cidr {
     pub fn overlaps(self, other: Self) -> bool {
         self.first() <= other.last() && other.first() <= self.last()
     }
+    /// Whether all of another lies inside.
+    #[must_use]
+    pub fn holds(self, other: Self) -> bool {
+        self.first() <= other.first() && other.last() <= self.last()
+    }
     /// Whether the address lies inside.
     #[must_use]
     pub fn contains(self, address: Ipv4Addr) -> bool {

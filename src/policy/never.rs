@@ -63,10 +63,16 @@ pub const BUILT_IN: &[Range] = &[
     range([240, 0, 0, 0], 4, Wall::Closed, "reserved"),
 ];
 
-/// Single addresses and ranges that a machine adds: its own, and what its configuration names.
+/// An address that the machine has.
 #[must_use]
 pub fn own(network: Cidr) -> Range {
     Range { network, wall: Wall::Closed, words: OWN }
+}
+
+/// What the configuration closes. A platform service may have single addresses there.
+#[must_use]
+pub fn configured(network: Cidr) -> Range {
+    Range { network, wall: Wall::Private, words: "closed by this platform's own configuration" }
 }
 
 /// The ranges that lie within no other: the kernel takes no two that overlap.

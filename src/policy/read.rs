@@ -131,7 +131,7 @@ const SHAPE: &str = r"add table inet T
 delete table inet T
 table inet T {
   set sources {
-    type ifname . ipv4_addr
+    type ifname . ether_addr . ipv4_addr
 =sources
   }
   set pairs {
@@ -192,7 +192,8 @@ table inet T {
   chain arrive {
     type filter hook prerouting priority raw; policy accept;
     iifname B meta nfproto ipv6 drop
-    iifname B iifname . ip saddr != @sources goto discard
+    iifname B iifname . ether saddr . ip saddr @sources accept
+    iifname B goto discard
   }
   chain through {
     type filter hook forward priority filter - 10; policy accept;
@@ -303,7 +304,7 @@ fn fill(out: &mut Table, set: &str, elements: &str, shell: &Shell) -> Result<(),
     const TWICE: &str = "an element stands twice";
     for element in elements.split(", ") {
         let fresh = match set {
-            "sources" => out.sources.insert(source(element, shell)?),
+            "sources" => out.sources.insert(sender(element, shell)?),
             "gateways" => out.gateways.insert(source(element, shell)?),
             "trial" => out.trial.insert(network(element, shell)?),
             // Put in again, an element gets a new time.
@@ -368,6 +369,23 @@ fn source(element: &str, shell: &Shell) -> Result<(u32, u32), &'static str> {
     Ok((network(bridge, shell)?, address(own)?))
 }
 
+/// Whoever sends from an address sends from the card that belongs to it: `0a:58` and the address.
+fn sender(element: &str, shell: &Shell) -> Result<(u32, u32), &'static str> {
+    let (bridge, rest) = element.split_once(" . ").ok_or("an element has too few parts")?;
+    let (card, own) = rest.split_once(" . ").ok_or("an element has too few parts")?;
+    let own = address(own)?;
+    let byte = |part: &str| {
+        let plain = part.len() == 2 && part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        u8::from_str_radix(part, 16).ok().filter(|_| plain)
+    };
+    let bytes: Option<Vec<u8>> = card.split(':').map(byte).collect();
+    let [a, b, c, d] = own.to_be_bytes();
+    if bytes.is_none_or(|bytes| bytes != [0x0a, 0x58, a, b, c, d]) {
+        return Err("the card is not the one of the address");
+    }
+    Ok((network(bridge, shell)?, own))
+}
+
 fn rule(element: &str, set: Set, shell: &Shell) -> Result<Rule, &'static str> {
     let mut parts = element.split(" . ");
     let mut part = || parts.next().ok_or("an element has too few parts");
@@ -424,7 +442,7 @@ fn edit(out: &mut Table, line: &str, shell: &Shell) -> Result<(), &'static str> 
     }
     for element in elements.split(", ") {
         let was = if set == "sources" {
-            out.sources.remove(&source(element, shell)?)
+            out.sources.remove(&sender(element, shell)?)
         } else if set == "trial" {
             out.trial.remove(&network(element, shell)?)
         } else if set == "gateways" {

@@ -287,6 +287,7 @@ impl Folder {
             resolver_socket: self.path.join("run/names/names.sock"),
             resolver_uid: self.resolver.uid,
             resolver_gid: self.resolver.gid,
+            closed: Vec::new(),
             registry_name: self.registry_name(),
             pull_host: self.pull_host(),
         }

@@ -88,6 +88,7 @@ pub fn write(settings: &Path, state: &Path) -> Result<Written, Failed> {
         resolver_socket: layout.resolver_socket.clone(),
         resolver_uid: resolver.uid,
         resolver_gid: resolver.gid,
+        closed: Vec::new(),
         registry_name: name,
         pull_host: pull.to_string(),
     };

@@ -11,7 +11,7 @@ use super::protocol::{Reply, Request};
 use super::server::codec;
 use crate::driver::{
     Denied, Driver, Error, Listener, LogQuery, LogStream, Observed, Probe, ProbeOutcome, Probed, PullSecret,
-    Removal, TenantGrant, Used, Workload,
+    Removal, TenantGrant, Used, Walls, Workload,
 };
 use crate::ids::{AppId, AppName, TenantId, TenantName};
 use crate::policy::TenantFlows;
@@ -106,9 +106,9 @@ impl Driver for AgentClient {
         }
     }
 
-    async fn own_addresses(&self) -> Result<Vec<std::net::Ipv4Addr>, Error> {
-        match self.call(&Request::OwnAddresses {}, 3).await? {
-            Reply::OwnAddresses { addresses } => Ok(addresses),
+    async fn walls(&self) -> Result<Walls, Error> {
+        match self.call(&Request::Walls {}, 3).await? {
+            Reply::Walls { walls } => Ok(walls),
             _ => Err(away("another answer than asked for")),
         }
     }

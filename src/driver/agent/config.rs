@@ -44,6 +44,10 @@ pub struct AgentConfig {
     pub resolver_uid: u32,
     /// Its group, which reaches the socket.
     pub resolver_gid: u32,
+    /// Addresses that no app reaches either, beside the built-in ranges and the machine's own; a platform service may
+    /// have single ones in them.
+    #[serde(default)]
+    pub closed: Vec<Cidr>,
     /// Name under which the engine knows the registry; its own configuration leads it to Bulkhead.
     pub registry_name: String,
     /// Where that name leads: Bulkhead's listener for pulls.
@@ -54,7 +58,31 @@ impl AgentConfig {
     /// Reads the file.
     pub fn load(path: &Path) -> Result<Self, String> {
         let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        toml::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))
+        let config: Self = toml::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?;
+        let pool = config.pool();
+        match config.closed.iter().find(|range| range.overlaps(pool)) {
+            Some(range) => Err(format!(
+                "{}: closed: {range} touches {pool}, where tenants are: they are closed to each other in any case",
+                path.display()
+            )),
+            None => Ok(config),
+        }
+    }
+
+    /// The ranges that an earlier file closes: they are kept when the file is written anew.
+    pub fn closed_in(path: &Path) -> Result<Vec<Cidr>, String> {
+        let failed = |error: String| format!("{}: closed: {error}", path.display());
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(failed(error.to_string())),
+        };
+        let mut table: toml::Table =
+            text.parse().map_err(|error: toml::de::Error| failed(error.to_string()))?;
+        match table.remove("closed") {
+            None => Ok(Vec::new()),
+            Some(value) => value.try_into().map_err(|error: toml::de::Error| failed(error.to_string())),
+        }
     }
 
     /// The subnet of the network with this number.

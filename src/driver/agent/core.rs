@@ -16,10 +16,9 @@ use super::config::AgentConfig;
 use super::flows::Flows;
 use super::journal::Journal;
 use super::kept::Kept;
-use super::network::{Denials, Depth, InForce};
+use super::network::{Denials, Depth, Gone, InForce};
 use super::{names, server};
 use crate::driver::podman::client::{Listed, Podman};
-use crate::driver::podman::firewall::Allowed;
 use crate::driver::podman::firewall::watch::Watch;
 use crate::driver::podman::oom::OutOfMemory;
 use crate::driver::podman::render;
@@ -70,7 +69,7 @@ pub(super) struct Agent {
     /// What listens on the machine, and when that was looked at.
     pub(super) listening: tokio::sync::Mutex<Option<(std::time::Instant, Vec<Listener>)>>,
     /// Connections that are to be ended, because their rule is gone.
-    pub(super) gone: Mutex<BTreeSet<Allowed>>,
+    pub(super) gone: Mutex<BTreeSet<Gone>>,
     /// There are some.
     pub(super) cut: Notify,
     /// What was refused lately.

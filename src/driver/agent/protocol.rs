@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::{
     AppObserved, Denied, Error, Listener, LogLine, LogQuery, Observed, Probe, ProbeOutcome, Probed,
-    PullSecret, Removal, TenantGrant, Used, Workload,
+    PullSecret, Removal, TenantGrant, Used, Walls, Workload,
 };
 use crate::ids::{AppId, AppName, Installation, TenantId, TenantName};
 use crate::policy::TenantFlows;
@@ -54,8 +54,8 @@ pub enum Request {
         /// App.
         app_id: AppId,
     },
-    /// [`super::super::Driver::own_addresses`]
-    OwnAddresses {},
+    /// [`super::super::Driver::walls`]
+    Walls {},
     /// [`super::super::Driver::used`]
     Used {},
     /// [`super::super::Driver::listeners`]
@@ -123,10 +123,10 @@ pub enum Reply {
         /// The plan that is held.
         number: i64,
     },
-    /// To `OwnAddresses`.
-    OwnAddresses {
-        /// Addresses.
-        addresses: Vec<std::net::Ipv4Addr>,
+    /// To `Walls`.
+    Walls {
+        /// What nobody reaches.
+        walls: Walls,
     },
     /// To `Used`.
     Used {

@@ -167,7 +167,7 @@ async fn handle(agent: &Arc<Agent>, request: Request) -> Result<Reply, Error> {
         Request::EnsureFlows { flows } => {
             agent.ensure_flows(flows).await.map(|number| Reply::Plan { number })
         }
-        Request::OwnAddresses {} => Ok(Reply::OwnAddresses { addresses: agent.own_list() }),
+        Request::Walls {} => Ok(Reply::Walls { walls: agent.walls() }),
         Request::Denied { tenant, app_id } => Ok(Reply::Denied { denied: agent.denied(&tenant, app_id) }),
         Request::Used {} => Ok(Reply::Used { used: agent.used().await }),
         Request::Listeners {} => Ok(Reply::Listeners { listeners: agent.listeners().await }),

@@ -12,6 +12,7 @@ use serde_json::Value;
 use tokio::process::Command;
 
 use crate::driver::Error;
+use crate::driver::podman::firewall::card;
 use crate::driver::workload::Subnet;
 use crate::policy::Cidr;
 use crate::policy::never::{self, Range};
@@ -58,13 +59,6 @@ pub async fn own_addresses(pool: impl Fn(&Ipv4Addr) -> bool) -> Result<Vec<Range
         .filter(|address| !pool(address) && !address.is_loopback())
         .collect();
     Ok(addresses.into_iter().map(|address| never::own(Cidr::of(address))).collect())
-}
-
-/// The hardware address that belongs to an address. It is always the same one, so that whoever knew
-/// the last instance there does not go on sending to that one's card for half a minute.
-fn card(own: Ipv4Addr) -> String {
-    let [a, b, c, d] = own.octets();
-    format!("0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
 }
 
 /// Gives an instance its address, between the attachment of its network and its start.
@@ -167,11 +161,18 @@ impl Port {
         }
     }
 
-    /// Closes the port to its neighbours. The bridge learns nothing from what comes in there, and sends nothing
-    /// there that it does not know to belong there.
+    /// Closes the port to its neighbours. The bridge learns nothing from what comes in there, sends nothing there that
+    /// it does not know to belong there, and takes nothing from there that comes from another card.
     pub async fn close(&self) -> Result<(), Error> {
         let closed = ["isolated", "on", "learning", "off", "flood", "off"];
-        set(&[&["link", "set", "dev", &self.name, "type", "bridge_slave"][..], &closed].concat()).await
+        let port = ["link", "set", "dev", &self.name, "type", "bridge_slave"];
+        if set(&[&port[..], &closed, &["locked", "on"]].concat()).await.is_ok() {
+            return Ok(());
+        }
+        // Kernels before 5.18 know no lock. No app has the right to send from another card.
+        set(&[&port[..], &closed].concat()).await?;
+        tracing::warn!(port = self.name, "this kernel does not hold a port to its card");
+        Ok(())
     }
 
     /// Tells the bridge whose card is behind the port.

@@ -7,7 +7,7 @@ use crate::driver::Driver;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::policy::Cidr;
-use crate::policy::never::{self, Range};
+use crate::policy::never::Range;
 
 pub mod egress;
 pub mod grants;
@@ -51,12 +51,9 @@ fn days(days: Option<i32>, faults: &mut Vec<Fault>) {
     }
 }
 
-/// The pool of tenants' addresses, and those of the machine itself. While the agent does not answer, the latter
+/// The pool of tenants' addresses, and what nobody reaches on the machine beside the built-in ranges. While the agent does not answer, the latter
 /// are not known here; it holds them by itself in any case.
 async fn walls(config: &Config, driver: &dyn Driver) -> (Cidr, Vec<Range>) {
-    let own = driver.own_addresses().await.unwrap_or_default();
-    (
-        super::connections::pool(&config.pools),
-        own.into_iter().map(|address| never::own(Cidr::of(address))).collect(),
-    )
+    let walls = driver.walls().await.unwrap_or_default();
+    (super::connections::pool(&config.pools), walls.ranges())
 }

@@ -20,6 +20,7 @@ use crate::error::Error;
 use crate::ids::{AppId, AppName};
 use crate::networks::explain::{self, Closed, Known, To};
 use crate::networks::{AppPlan, connections, store};
+use crate::policy::never::{self, Range};
 use crate::policy::{Protocol, Target};
 use crate::tenants;
 
@@ -34,11 +35,22 @@ pub struct ReachQuery {
 }
 
 /// What is the same for every address: read once.
-async fn around(conn: &mut PgConnection, tenant: &TenantRef, pools: &Pools) -> Result<Known, Error> {
+async fn around(
+    conn: &mut PgConnection,
+    tenant: &TenantRef,
+    pools: &Pools,
+    closed: Vec<Range>,
+) -> Result<Known, Error> {
     let number = tenants::tenant_network(conn, tenant.id).await?;
     let subnet = pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))?;
     let services = store::list_given_services(conn, tenant.id, "", 200).await?;
-    Ok(Known { pool: connections::pool(pools), subnet, app: None, services })
+    Ok(Known { pool: connections::pool(pools), subnet, app: None, services, closed })
+}
+
+/// What the configuration closes; while the agent does not answer, it is not known here.
+async fn closed(driver: &dyn Driver) -> Vec<Range> {
+    let walls = driver.walls().await.unwrap_or_default();
+    walls.closed.into_iter().map(never::configured).collect()
 }
 
 /// The own app that has an address.
@@ -78,7 +90,7 @@ pub(in crate::networks) struct Asked {
 pub(in crate::networks) async fn resolve(
     tenant: &TenantRef,
     pool: &PgPool,
-    pools: &Pools,
+    (pools, driver): (&Pools, &dyn Driver),
     name: &AppName,
     query: &ReachQuery,
 ) -> Result<Asked, Error> {
@@ -94,6 +106,10 @@ pub(in crate::networks) async fn resolve(
         Err(_) if query.to.len() <= 100 => To::Name(query.to.clone()),
         Err(_) => return Err(Error::Malformed("to is a name of connects, or an IPv4 address".into())),
     };
+    let configured = match to {
+        To::Address(_) => closed(driver).await,
+        To::Name(_) => Vec::new(),
+    };
     let mut conn = db::begin(pool, tenant.id).await?;
     let app = find_id(&mut conn, tenant.id, name).await?.ok_or(Error::NotFound)?;
     let standing = store::find_standing(&mut conn, tenant.id).await?;
@@ -104,7 +120,7 @@ pub(in crate::networks) async fn resolve(
         standing.iter().flat_map(|standing| &standing.apps).find(|own| own.app == app).unwrap_or(&empty);
     let (at, closed) = match &to {
         To::Address(target) => {
-            let around = around(&mut conn, tenant, pools).await?;
+            let around = around(&mut conn, tenant, pools, configured).await?;
             let owner = owner(&mut conn, tenant, around.subnet, *target).await?;
             let at = owner.as_ref().map(|(id, _)| *id);
             let known = Known { app: owner.map(|(_, name)| name), ..around };
@@ -161,10 +177,12 @@ pub async fn get_reach(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
     config: web::Data<Config>,
+    driver: web::Data<dyn Driver>,
     path: web::Path<AppPath>,
     query: web::Query<ReachQuery>,
 ) -> Result<HttpResponse, Error> {
-    let asked = resolve(&scope.tenant, &pool, &config.pools, &path.name()?, &query).await?;
+    let place = (&config.pools, &**driver);
+    let asked = resolve(&scope.tenant, &pool, place, &path.name()?, &query).await?;
     Ok(HttpResponse::Ok().json(asked.reach))
 }
 
@@ -187,7 +205,7 @@ pub async fn post_reach(
     query: web::Query<ReachQuery>,
 ) -> Result<HttpResponse, Error> {
     let Asked { app, protocol, port, reach, target } =
-        resolve(&scope.tenant, &pool, &config.pools, &path.name()?, &query).await?;
+        resolve(&scope.tenant, &pool, (&config.pools, &**driver), &path.name()?, &query).await?;
     let target = target.ok_or_else(|| {
         Error::Conflict("this name has no address to try (a domain has one only once an app asks for it); an address can be tried".into())
     })?;
@@ -265,8 +283,9 @@ pub(in crate::networks) async fn denials(
     let app = find_id(&mut conn, tenant.id, app).await?.ok_or(Error::NotFound)?;
     drop(conn);
     let denied = driver.denied(&tenant.name, app).await.map_err(away)?;
+    let configured = closed(driver).await;
     let mut conn = db::begin(pool, tenant.id).await?;
-    let mut known = around(&mut conn, tenant, pools).await?;
+    let mut known = around(&mut conn, tenant, pools, configured).await?;
     let mut owners = HashMap::new();
     let mut items = Vec::new();
     for denied in denied.into_iter().take(DENIED) {

@@ -19,7 +19,7 @@ use crate::ids::{EgressName, TenantName};
 use crate::keys::Keys;
 use crate::networks::actions::{self, Decision};
 use crate::networks::{Service, store};
-use crate::policy::never::{BUILT_IN, Range, Wall};
+use crate::policy::never::{self, BUILT_IN, Range, Wall};
 use crate::reconcile::Waker;
 use crate::tenants;
 
@@ -80,7 +80,7 @@ pub(super) struct PlatformPage {
     rollouts: Vec<RolloutRow>,
     plans: Vec<PlanRow>,
     next: String,
-    walls: &'static [Range],
+    walls: Vec<Range>,
 }
 
 pub(super) async fn view(
@@ -99,6 +99,7 @@ pub(super) async fn view(
     let page = Page::new(plans, limit, |plan| plan.number);
     drop(conn);
     let (listeners, host_note) = host(driver).await;
+    let closed = driver.walls().await.unwrap_or_default().closed;
     Ok(PlatformPage {
         listeners,
         host_note,
@@ -124,7 +125,7 @@ pub(super) async fn view(
         rollouts: rollouts.iter().map(RolloutRow::from).collect(),
         plans: page.items.into_iter().map(PlanRow::from).collect(),
         next: page.next.unwrap_or_default(),
-        walls: BUILT_IN,
+        walls: closed.into_iter().map(never::configured).chain(BUILT_IN.iter().copied()).collect(),
     })
 }
 

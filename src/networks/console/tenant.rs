@@ -226,12 +226,13 @@ async fn fill<P>(
     }
     let Ok(port) = look.port.parse() else { return Ok(()) };
     let query = ReachQuery::new(look.to.clone(), port);
-    page.answer = match reach::resolve(&scope.tenant, &parts.pool, pools, app, &query).await {
-        Ok(asked) => asked.words(app, &look.to),
-        Err(Error::NotFound) => "There is no such app.".into(),
-        Err(Error::Malformed(why)) => why,
-        Err(error) => return Err(error),
-    };
+    page.answer =
+        match reach::resolve(&scope.tenant, &parts.pool, (pools, &**parts.driver), app, &query).await {
+            Ok(asked) => asked.words(app, &look.to),
+            Err(Error::NotFound) => "There is no such app.".into(),
+            Err(Error::Malformed(why)) => why,
+            Err(error) => return Err(error),
+        };
     Ok(())
 }
 

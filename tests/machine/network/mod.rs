@@ -11,6 +11,7 @@ use crate::support::{HTTPD, Machine};
 
 mod closed;
 mod domains;
+mod forged;
 mod grants;
 mod host;
 mod rollouts;

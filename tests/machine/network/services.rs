@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::{delete, instance, put, two_tenants, until};
 use crate::outside::{Live, Outside, greets};
-use crate::support::Machine;
+use crate::support::{Machine, run};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
@@ -212,6 +212,13 @@ async fn a_trial_lets_out_what_it_writes_down_and_nothing_behind_a_wall() {
     let before = live.rounds();
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(live.rounds(), before);
+    // And forgets: nothing is tracked of it any more, so that nothing can come back over it.
+    let own = instance(&machine, "acme", "web").await.0.to_string();
+    let tracked = || {
+        let text = run("conntrack", &["-L", "-p", "tcp", "-s", &own, "-d", &world.allowed().to_string()]).1;
+        text.contains("ESTABLISHED")
+    };
+    until(5, "forgotten", || !tracked()).await;
     let plans = machine.get("/api/v1/tenants/acme/network/plans").await;
     assert!(plans["items"][0]["closes"].to_string().contains("on trial"), "{plans}");
     assert!(plans["items"][1]["opens"].to_string().contains("on trial"), "{plans}");

@@ -1,5 +1,5 @@
-//! The firewall as the root half keeps it: what stands behind it, what follows from that, the proof, and
-//! what packets were refused.
+//! The firewall as the root half keeps it: what stands behind it, what follows from that, the proof. `seen.rs`
+//! reads from the kernel what was refused and counted.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::Ipv4Addr;
@@ -10,20 +10,17 @@ use time::OffsetDateTime;
 use super::app::App;
 use super::core::{Agent, lock};
 use super::flows;
-use crate::driver::podman::firewall::kernel::{self, Refusal};
-use crate::driver::podman::firewall::{Rules, compile};
+use crate::driver::podman::firewall::kernel;
+use crate::driver::podman::firewall::{Allowed, Rules, compile};
 use crate::driver::podman::ports;
-use crate::driver::{Denied, Error, Used};
+use crate::driver::{Denied, Error};
 use crate::ids::{AppId, TenantName};
 use crate::policy::never::{self, BUILT_IN, Range};
 use crate::policy::proof::{self, Place, Proven, Standing, Walls};
 use crate::policy::read::{Shell, Table};
 use crate::policy::{Cidr, Target, TenantFlows};
 
-/// How long after the platform has tried something itself a refusal of it is still its own.
-const OWN_TRY: std::time::Duration = std::time::Duration::from_secs(3);
-/// Most refusals that are remembered of a tenant.
-const REMEMBERED: usize = 500;
+mod seen;
 
 /// Most elements that follow from one tenant's flows.
 const ELEMENTS: usize = 20_000;
@@ -47,6 +44,15 @@ pub(super) struct InForce {
     moment: Moment,
     /// The table's shape as the kernel prints it.
     shape: String,
+}
+
+/// What is not allowed any more.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Gone {
+    /// This rule.
+    Rule(Allowed),
+    /// Whatever a network sent outside while it was on trial.
+    Trial(u32),
 }
 
 /// What was refused, by tenant, the newest last.
@@ -154,9 +160,11 @@ impl Agent {
         standing
     }
 
-    /// The addresses that the machine has.
-    pub(super) fn own_list(&self) -> Vec<Ipv4Addr> {
-        lock(&self.own).iter().filter_map(|range| range.network.single()).collect()
+    /// What nobody reaches beside the built-in ranges.
+    pub(super) fn walls(&self) -> crate::driver::Walls {
+        let own = lock(&self.own);
+        let own = own.iter().filter(|range| range.is_own()).filter_map(|range| range.network.single());
+        crate::driver::Walls { own: own.collect(), closed: self.config.closed.clone() }
     }
 
     /// Takes over a tenant's flows and puts them in force. Returns the number of the plan that is held then.
@@ -207,7 +215,11 @@ impl Agent {
             }
             _ => self.replace(&rules, &moment).await?,
         };
-        let gone = firewall.as_ref().map_or_else(Vec::new, |before| rules.withdrawn(&before.rules));
+        let mut gone = Vec::new();
+        if let Some(before) = firewall.as_ref() {
+            gone.extend(rules.untried(&before.rules).map(Gone::Trial));
+            gone.extend(rules.withdrawn(&before.rules).into_iter().map(Gone::Rule));
+        }
         *firewall = Some(InForce { rules, table, moment, shape });
         drop(firewall);
         // Their packets are dropped already; what is tracked of them is tidied up beside.
@@ -218,14 +230,37 @@ impl Agent {
         Ok(())
     }
 
-    /// Ends the tracked connections of rules that are gone and have not come back.
+    /// Ends the tracked connections of what is gone and has not come back: one by one, so that what is allowed for
+    /// another reason goes on.
     pub(super) async fn cut_gone(&self) {
         loop {
             let next = lock(&self.gone).pop_first();
             let Some(gone) = next else { return };
-            let back = self.firewall.lock().await.as_ref().is_some_and(|applied| applied.rules.allows(&gone));
-            if !back {
-                kernel::cut(&gone).await;
+            let gone = match gone {
+                Gone::Rule(gone) if gone.target.single().is_some() => vec![gone],
+                Gone::Rule(gone) => {
+                    let same = |to: &Allowed| {
+                        gone.target.holds(to.target) && (to.protocol, to.port) == (gone.protocol, gone.port)
+                    };
+                    let all = tracked(gone.network, Cidr::of(gone.source)).await;
+                    all.into_iter().filter(same).collect()
+                }
+                Gone::Trial(network) => {
+                    let home = lock(&self.journal).subnets().into_iter().find(|(own, _)| *own == network);
+                    let home = home.and_then(|(_, home)| Cidr::new(home.address(), home.prefix()));
+                    match home {
+                        Some(home) => tracked(network, home).await,
+                        None => Vec::new(),
+                    }
+                }
+            };
+            for gone in gone.into_iter().take(CUTS) {
+                let applied = self.firewall.lock().await;
+                let permitted = applied.as_ref().is_some_and(|applied| applied.rules.permits(&gone));
+                drop(applied);
+                if !permitted {
+                    kernel::cut(&gone).await;
+                }
             }
         }
     }
@@ -286,97 +321,30 @@ impl Agent {
         }
     }
 
-    /// Takes note of the machine's own addresses. If they cannot be read, those that are known stay.
+    /// Takes note of the machine's own addresses, and of what its configuration closes. If they cannot be read, those
+    /// that are known stay.
     pub(super) async fn note_own_addresses(&self) {
         let pool = self.config.pool();
         match ports::own_addresses(|address| pool.contains(*address)).await {
-            Ok(own) => *lock(&self.own) = own,
+            Ok(mut own) => {
+                own.extend(self.config.closed.iter().map(|network| never::configured(*network)));
+                *lock(&self.own) = own;
+            }
             Err(error) => tracing::warn!(%error, "the machine's own addresses are not known anew"),
         }
     }
-
-    /// Reads from the kernel what was refused, and remembers it by tenant.
-    pub(super) async fn note_denials(&self) {
-        let seen = kernel::denied(&self.config.table()).await;
-        if seen.is_empty() {
-            return;
-        }
-        let tenants = lock(&self.journal).bridges(&self.config);
-        let standing = self.standing(&lock(&self.own).clone());
-        let tried = lock(&self.tried).clone();
-        let owners = owners(&standing);
-        let now = OffsetDateTime::now_utc();
-        let mut denials = lock(&self.denials);
-        for Refusal { bridge, source, target, protocol, port, ago, let_through } in seen {
-            let Some((tenant, network)) = tenants.get(&bridge) else { continue };
-            // What the platform tried by itself is not the app's doing, and not for the tenant to learn from.
-            let last = std::time::Instant::now().checked_sub(std::time::Duration::from_secs(ago));
-            let ours = tried
-                .get(&(source, target, port))
-                .is_some_and(|at| last.is_none_or(|last| last <= *at + OWN_TRY));
-            if ours {
-                continue;
-            }
-            // An address that is no instance's is told to nobody but the record: whoever forged it is unknown.
-            let app = owners.get(&(*network, source)).copied().unwrap_or(AppId(0));
-            let at = now - time::Duration::seconds(i64::try_from(ago).unwrap_or(0));
-            let list = denials.entry(tenant.clone()).or_default();
-            let same = |(own, known): &(AppId, Denied)| {
-                (*own, known.source, known.target, known.protocol, known.port, known.let_through)
-                    == (app, source, target, protocol, port, let_through)
-            };
-            let first = match list.iter().position(same) {
-                Some(at) => list.remove(at).map_or(now, |(_, known)| known.first),
-                None => at,
-            };
-            list.push_back((app, Denied { source, target, protocol, port, let_through, first, last: at }));
-            while list.len() > REMEMBERED {
-                list.pop_front();
-            }
-        }
-    }
-
-    /// What was counted of the flows that are about to close.
-    pub(super) async fn used(&self) -> Vec<Used> {
-        if lock(&self.flows).all().all(|plan| plan.watched.is_empty()) {
-            return Vec::new();
-        }
-        let tenants = lock(&self.journal).bridges(&self.config);
-        let standing = self.standing(&lock(&self.own).clone());
-        let owners = owners(&standing);
-        let mut used: HashMap<_, u64> = HashMap::new();
-        for (bridge, source, network, protocol, port, packets) in kernel::counted(&self.config.table()).await
-        {
-            let Some((tenant, number)) = tenants.get(&bridge) else { continue };
-            let Some(app) = owners.get(&(*number, source)) else { continue };
-            *used.entry((tenant.clone(), *app, network, protocol, port)).or_default() += packets;
-        }
-        let told = |((tenant, app, network, protocol, port), packets)| Used {
-            tenant,
-            app,
-            network,
-            protocol,
-            port,
-            packets,
-        };
-        used.into_iter().map(told).collect()
-    }
-
-    /// What was refused of one app lately, the newest first.
-    pub(super) fn denied(&self, tenant: &TenantName, app: AppId) -> Vec<Denied> {
-        let denials = lock(&self.denials);
-        let list = denials.get(tenant).into_iter().flatten().rev();
-        list.filter(|(own, _)| *own == app).map(|(_, denied)| denied.clone()).collect()
-    }
 }
 
-/// Whose an address of a network is.
-fn owners(standing: &Standing) -> HashMap<(u32, Ipv4Addr), AppId> {
-    let of = |(app, place): (&AppId, &Place)| {
-        let (app, network) = (*app, place.network);
-        place.addresses.iter().map(move |address| ((network, *address), app)).collect::<Vec<_>>()
+/// Connections that were begun from these addresses of a network.
+async fn tracked(network: u32, from: Cidr) -> Vec<Allowed> {
+    let one = |(protocol, source, target, port)| Allowed {
+        network,
+        source,
+        target: Cidr::of(target),
+        protocol,
+        port,
     };
-    standing.apps.iter().flat_map(of).collect()
+    kernel::tracked(from).await.into_iter().map(one).collect()
 }
 
 #[cfg(test)]

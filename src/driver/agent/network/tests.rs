@@ -271,10 +271,14 @@ fn planted_holes_are_found_with_a_packet_that_shows_them() {
     }
     // Another tenant's address, the gateway, and somebody who is nobody, as sources.
     for element in [
-        "\"bkdemo0\" . 10.64.4.2",
-        "\"bkdemo0\" . 10.64.0.1",
-        "\"bkdemo0\" . 10.64.0.9",
-        "\"bkdemo9\" . 10.64.0.2",
+        "\"bkdemo0\" . 0a:58:0a:40:04:02 . 10.64.4.2",
+        "\"bkdemo0\" . 0a:58:0a:40:00:01 . 10.64.0.1",
+        "\"bkdemo0\" . 0a:58:0a:40:00:09 . 10.64.0.9",
+        "\"bkdemo9\" . 0a:58:0a:40:00:02 . 10.64.0.2",
+        // Another's card, one in other letters, and none.
+        "\"bkdemo0\" . 0a:58:0a:40:00:03 . 10.64.0.2",
+        "\"bkdemo0\" . 0A:58:0a:40:00:02 . 10.64.0.2",
+        "\"bkdemo0\" . 10.64.0.2",
     ] {
         assert!(refused(put(&text, "sources", element), &standing), "{element}");
     }
@@ -349,7 +353,7 @@ fn a_change_is_proven_like_the_whole_and_says_the_same() {
     for more in [
         "add element inet bulkhead_demo services { \"bkdemo0\" . 10.64.0.2 . 169.254.169.254 . tcp . 80 }",
         "delete element inet bulkhead_demo never { 169.254.0.0/16 }",
-        "delete element inet bulkhead_demo sources { \"bkdemo5\" . 10.64.0.2 }",
+        "delete element inet bulkhead_demo sources { \"bkdemo5\" . 0a:58:0a:40:00:02 . 10.64.0.2 }",
         "add element inet other pairs { \"bkdemo0\" . 10.64.0.2 . 10.64.0.3 . tcp . 80 }",
         "add rule inet bulkhead_demo through accept",
         "flush ruleset",

@@ -171,7 +171,7 @@ impl Agent {
         };
         let mut out: Vec<Try> = METADATA.iter().map(|at| tcp("metadata", *at, ANY)).collect();
         out.push(tcp("this machine", from.gateway, ANY));
-        out.extend(self.own_list().first().map(|own| tcp("this machine", *own, ANY)));
+        out.extend(self.walls().own.first().map(|own| tcp("this machine", *own, ANY)));
         // Of the others' addresses the same ones for everybody: what is tried tells nobody who is where.
         let (pool, prefix) = (self.config.network_pool, self.config.subnet_prefix);
         let others = [pool.part(prefix, 0), pool.part(prefix, 1)].into_iter().flatten();

@@ -191,6 +191,31 @@ pub async fn connected() -> Vec<(Ipv4Addr, Ipv4Addr)> {
     text.lines().filter_map(|line| Some((field(line, "src=")?, field(line, "dst=")?))).collect()
 }
 
+/// Connections that are tracked and were begun from these addresses: protocol, source, target, port there.
+pub async fn tracked(from: Cidr) -> Vec<(Protocol, Ipv4Addr, Ipv4Addr, u16)> {
+    let done = Command::new("conntrack")
+        .args(["-L", "-s", &from.to_string()])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .await;
+    let text = done.map(|done| String::from_utf8_lossy(&done.stdout).into_owned()).unwrap_or_default();
+    text.lines().filter_map(connection).collect()
+}
+
+fn connection(line: &str) -> Option<(Protocol, Ipv4Addr, Ipv4Addr, u16)> {
+    let mut words = line.split_whitespace();
+    let protocol = Protocol::parse(words.next()?)?;
+    // The first of each key tells how it began, the second how it comes back.
+    let mut field = |key: &str| words.find_map(|word| word.strip_prefix(key));
+    Some((
+        protocol,
+        field("src=")?.parse().ok()?,
+        field("dst=")?.parse().ok()?,
+        field("dport=")?.parse().ok()?,
+    ))
+}
+
 /// Ends the tracked connections of what is no longer allowed.
 pub async fn cut(gone: &Allowed) {
     let _ = Command::new("conntrack")
@@ -224,6 +249,15 @@ mod tests {
         );
         assert_eq!(listed(text, "never"), ["10.0.0.0/8".to_owned()].into());
         assert_eq!(listed(text, "outside"), BTreeSet::new());
+    }
+
+    #[test]
+    fn a_connection_is_read_as_it_began() {
+        let line = "tcp      6 431999 ESTABLISHED src=10.64.0.2 dst=45.67.8.9 sport=40000 dport=443 src=45.67.8.9 \
+                    dst=198.18.0.1 sport=443 dport=40000 [ASSURED] mark=0 use=1";
+        let (source, target) = ("10.64.0.2".parse().unwrap(), "45.67.8.9".parse().unwrap());
+        assert_eq!(connection(line), Some((Protocol::Tcp, source, target, 443)));
+        assert_eq!(connection("icmp 1 29 src=10.64.0.2 dst=45.67.8.9 type=8 code=0 id=7"), None);
     }
 
     #[test]

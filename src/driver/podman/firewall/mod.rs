@@ -59,6 +59,14 @@ pub struct Rules {
     pub watched: Ranges,
 }
 
+/// The hardware address that belongs to an address. It is always the same one, so that whoever knew
+/// the last instance there does not go on sending to that one's card for half a minute.
+#[must_use]
+pub fn card(own: Ipv4Addr) -> String {
+    let [a, b, c, d] = own.octets();
+    format!("0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
+}
+
 /// Seconds of a clock that never goes back: since the machine started, sleep included.
 #[must_use]
 pub fn seconds() -> u64 {
@@ -85,6 +93,10 @@ impl Rules {
         format!("\"{}{network}\" . {address}", self.shell.prefix)
     }
 
+    fn sender(&self, (network, address): (u32, Ipv4Addr)) -> String {
+        format!("\"{}{network}\" . {} . {address}", self.shell.prefix, card(address))
+    }
+
     fn allowed(&self, to: &Allowed) -> String {
         let Allowed { network, source, target, protocol, port } = to;
         format!("\"{}{network}\" . {source} . {target} . {protocol} . {port}", self.shell.prefix)
@@ -97,7 +109,7 @@ impl Rules {
     /// The sets by name, each element as it is written.
     pub(super) fn elements(&self) -> [(&'static str, BTreeSet<String>); 7] {
         [
-            ("sources", self.sources.iter().map(|source| self.source(*source)).collect()),
+            ("sources", self.sources.iter().map(|source| self.sender(*source)).collect()),
             ("trial", self.trial.iter().map(|network| self.bridge(*network)).collect()),
             ("gateways", self.gateways.iter().map(|gateway| self.source(*gateway)).collect()),
             (Set::Pairs.name(), self.pairs.iter().map(|to| self.allowed(to)).collect()),
@@ -146,7 +158,7 @@ impl Rules {
 delete table inet {table}
 table inet {table} {{
   set sources {{
-    type ifname . ipv4_addr
+    type ifname . ether_addr . ipv4_addr
 {sources}  }}
   set pairs {{
     {key}
@@ -198,7 +210,8 @@ table inet {table} {{
   chain arrive {{
     type filter hook prerouting priority raw; policy accept;
     iifname {bridges} meta nfproto ipv6 drop
-    iifname {bridges} iifname . ip saddr != @sources goto discard
+    iifname {bridges} iifname . ether saddr . ip saddr @sources accept
+    iifname {bridges} goto discard
   }}
   chain through {{
     type filter hook forward priority filter - 10; policy accept;
@@ -273,7 +286,7 @@ table inet {table} {{
         let mut count = 0;
         for (verb, from, minus) in [("delete", before, self), ("add", self, before)] {
             let sources =
-                from.sources.difference(&minus.sources).map(|source| self.source(*source)).collect();
+                from.sources.difference(&minus.sources).map(|source| self.sender(*source)).collect();
             let list = |set: Vec<Allowed>| set.iter().map(|to| self.allowed(to)).collect();
             let gone = |left: &BTreeSet<Allowed>, right| left.difference(right).cloned().collect();
             let gateways =
@@ -334,13 +347,19 @@ table inet {table} {{
         exact.chain(resolved).cloned().chain(before.outside.without(&self.outside)).collect()
     }
 
-    /// Whether a connection is allowed in exactly this form.
+    /// Networks that were on trial before and are not any more.
+    pub fn untried<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = u32> + 'a {
+        before.trial.difference(&self.trial).copied()
+    }
+
+    /// Whether a connection to a single address is allowed, in whatever form.
     #[must_use]
-    pub fn allows(&self, to: &Allowed) -> bool {
+    pub fn permits(&self, to: &Allowed) -> bool {
         self.pairs.contains(to)
             || self.services.contains(to)
             || self.resolved.contains_key(to)
-            || self.outside.contains(to)
+            || self.outside.covers(to)
+            || self.trial.contains(&to.network) && !self.never.iter().any(|range| range.overlaps(to.target))
     }
 }
 

@@ -14,19 +14,17 @@ impl Ranges {
     /// Puts one in. What lies within a range that is there in the same way is left out.
     pub fn insert(&mut self, to: Allowed) {
         let ranges = self.0.entry((to.network, to.source, to.protocol, to.port)).or_default();
-        let within =
-            |inner: Cidr, outer: Cidr| outer.first() <= inner.first() && inner.last() <= outer.last();
-        if !ranges.iter().any(|open| within(to.target, *open)) {
-            ranges.retain(|open| !within(*open, to.target));
+        if !ranges.iter().any(|open| open.holds(to.target)) {
+            ranges.retain(|open| !to.target.holds(*open));
             ranges.insert(to.target);
         }
     }
 
-    /// Whether exactly this one is here.
+    /// Whether one that is here holds all of this.
     #[must_use]
-    pub fn contains(&self, to: &Allowed) -> bool {
+    pub fn covers(&self, to: &Allowed) -> bool {
         let ranges = self.0.get(&(to.network, to.source, to.protocol, to.port));
-        ranges.is_some_and(|ranges| ranges.contains(&to.target))
+        ranges.is_some_and(|ranges| ranges.iter().any(|range| range.holds(to.target)))
     }
 
     /// All.

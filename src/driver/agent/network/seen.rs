@@ -1,0 +1,102 @@
+//! What the kernel has seen: packets that were refused, or let through on trial, and those that are counted.
+
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+
+use time::OffsetDateTime;
+
+use crate::driver::agent::core::{Agent, lock};
+use crate::driver::podman::firewall::kernel::{self, Refusal};
+use crate::driver::{Denied, Used};
+use crate::ids::{AppId, TenantName};
+use crate::policy::proof::{Place, Standing};
+
+/// How long after the platform has tried something itself a refusal of it is still its own.
+const OWN_TRY: std::time::Duration = std::time::Duration::from_secs(3);
+/// Most refusals that are remembered of a tenant.
+const REMEMBERED: usize = 500;
+
+impl Agent {
+    /// Reads from the kernel what was refused, and remembers it by tenant.
+    pub(in crate::driver::agent) async fn note_denials(&self) {
+        let seen = kernel::denied(&self.config.table()).await;
+        if seen.is_empty() {
+            return;
+        }
+        let tenants = lock(&self.journal).bridges(&self.config);
+        let standing = self.standing(&lock(&self.own).clone());
+        let tried = lock(&self.tried).clone();
+        let owners = owners(&standing);
+        let now = OffsetDateTime::now_utc();
+        let mut denials = lock(&self.denials);
+        for Refusal { bridge, source, target, protocol, port, ago, let_through } in seen {
+            let Some((tenant, network)) = tenants.get(&bridge) else { continue };
+            // What the platform tried by itself is not the app's doing, and not for the tenant to learn from.
+            let last = std::time::Instant::now().checked_sub(std::time::Duration::from_secs(ago));
+            let ours = tried
+                .get(&(source, target, port))
+                .is_some_and(|at| last.is_none_or(|last| last <= *at + OWN_TRY));
+            if ours {
+                continue;
+            }
+            // An address that is no instance's is told to nobody but the record: whoever forged it is unknown.
+            let app = owners.get(&(*network, source)).copied().unwrap_or(AppId(0));
+            let at = now - time::Duration::seconds(i64::try_from(ago).unwrap_or(0));
+            let list = denials.entry(tenant.clone()).or_default();
+            let same = |(own, known): &(AppId, Denied)| {
+                (*own, known.source, known.target, known.protocol, known.port, known.let_through)
+                    == (app, source, target, protocol, port, let_through)
+            };
+            let first = match list.iter().position(same) {
+                Some(at) => list.remove(at).map_or(now, |(_, known)| known.first),
+                None => at,
+            };
+            list.push_back((app, Denied { source, target, protocol, port, let_through, first, last: at }));
+            while list.len() > REMEMBERED {
+                list.pop_front();
+            }
+        }
+    }
+
+    /// What was counted of the flows that are about to close.
+    pub(in crate::driver::agent) async fn used(&self) -> Vec<Used> {
+        if lock(&self.flows).all().all(|plan| plan.watched.is_empty()) {
+            return Vec::new();
+        }
+        let tenants = lock(&self.journal).bridges(&self.config);
+        let standing = self.standing(&lock(&self.own).clone());
+        let owners = owners(&standing);
+        let mut used: HashMap<_, u64> = HashMap::new();
+        for (bridge, source, network, protocol, port, packets) in kernel::counted(&self.config.table()).await
+        {
+            let Some((tenant, number)) = tenants.get(&bridge) else { continue };
+            let Some(app) = owners.get(&(*number, source)) else { continue };
+            *used.entry((tenant.clone(), *app, network, protocol, port)).or_default() += packets;
+        }
+        let told = |((tenant, app, network, protocol, port), packets)| Used {
+            tenant,
+            app,
+            network,
+            protocol,
+            port,
+            packets,
+        };
+        used.into_iter().map(told).collect()
+    }
+
+    /// What was refused of one app lately, the newest first.
+    pub(in crate::driver::agent) fn denied(&self, tenant: &TenantName, app: AppId) -> Vec<Denied> {
+        let denials = lock(&self.denials);
+        let list = denials.get(tenant).into_iter().flatten().rev();
+        list.filter(|(own, _)| *own == app).map(|(_, denied)| denied.clone()).collect()
+    }
+}
+
+/// Whose an address of a network is.
+fn owners(standing: &Standing) -> HashMap<(u32, Ipv4Addr), AppId> {
+    let of = |(app, place): (&AppId, &Place)| {
+        let (app, network) = (*app, place.network);
+        place.addresses.iter().map(move |address| ((network, *address), app)).collect::<Vec<_>>()
+    };
+    standing.apps.iter().flat_map(of).collect()
+}
