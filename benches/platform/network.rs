@@ -99,7 +99,7 @@ impl Wire {
             "addr add 172.31.250.1/24 dev bnchworld",
             "link set bnchworld up",
             "-n bkbncha addr add 10.0.0.2/22 dev eth0",
-            "-n bkbncha link set eth0 up",
+            "-n bkbncha link set eth0 address 0a:58:0a:00:00:02 up",
             "-n bkbncha route add default via 10.0.0.1",
             "-n bkbnchb addr add 172.31.250.2/24 dev eth0",
             "-n bkbnchb addr add 192.88.99.1/32 dev eth0",

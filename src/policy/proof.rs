@@ -148,22 +148,22 @@ fn judge(text: String, table: Table, walls: &Walls, standing: &Standing) -> Resu
     if !table.never.iter().all(known) || !walls.never.iter().all(held) {
         return Err(Refused::Never);
     }
-    let mut court = Court::new(&table, walls, standing);
-    court.sources();
-    court.gateways();
-    court.trials();
-    court.counted();
-    for set in [Set::Pairs, Set::Services, Set::Outside, Set::Resolved] {
-        for rule in table.set(set) {
-            court.rule(set, rule);
-        }
+    let mut safety = Court::new(&table, walls, standing);
+    let mut liveness = Court { told: Vec::new(), count: 0, owners: FxHashMap::default(), ..safety };
+    // Two halves that know nothing of each other: nothing that is open must not be, nothing is closed that must be
+    // open.
+    std::thread::scope(|scope| {
+        scope.spawn(|| liveness.required());
+        safety.allowed();
+    });
+    let count = safety.count + liveness.count;
+    if count == 0 {
+        return Ok(Proven { text, table });
     }
-    court.required();
-    if court.count == 0 {
-        Ok(Proven { text, table })
-    } else {
-        Err(Refused::Breached(court.count, court.told))
-    }
+    let mut told = safety.told;
+    told.extend(liveness.told);
+    told.truncate(TOLD);
+    Err(Refused::Breached(count, told))
 }
 
 struct Court<'a> {
@@ -232,6 +232,19 @@ impl<'a> Court<'a> {
     fn sender(&self, network: u32, source: u32) -> Option<AppId> {
         let app = *self.owners.get(&source)?;
         (self.standing.apps.get(&app)?.network == network).then_some(app)
+    }
+
+    /// Nothing is open that must not be.
+    fn allowed(&mut self) {
+        self.sources();
+        self.gateways();
+        self.trials();
+        self.counted();
+        for set in [Set::Pairs, Set::Services, Set::Outside, Set::Resolved] {
+            for rule in self.table.set(set) {
+                self.rule(set, rule);
+            }
+        }
     }
 
     /// No address passes that is not an instance's, in its own tenant's subnet.

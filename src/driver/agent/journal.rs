@@ -288,7 +288,6 @@ mod tests {
             resolver_socket = "/x"
             resolver_uid = 3
             resolver_gid = 3
-            closed: Vec::new(),
             registry_name = "x"
             pull_host = "x"
             network_pool = "10.64.0.0/12"
