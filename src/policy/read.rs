@@ -192,8 +192,18 @@ table inet T {
   chain arrive {
     type filter hook prerouting priority raw; policy accept;
     iifname B meta nfproto ipv6 drop
+    iifname B ip ttl < 2 goto discard
     iifname B iifname . ether saddr . ip saddr @sources accept
     iifname B goto discard
+  }
+  chain enter {
+    type filter hook prerouting priority filter - 10; policy accept;
+    iifname B goto entered
+  }
+  chain entered {
+    ip daddr P ct state invalid drop
+    ip daddr P ct direction original iifname . ip daddr != @gateways iifname . ip saddr . ip daddr . meta l4proto . th dport != @pairs goto refuse
+    fib daddr type local iifname . ip daddr != @gateways goto refuse
   }
   chain through {
     type filter hook forward priority filter - 10; policy accept;

@@ -239,3 +239,60 @@ impl Drop for Away {
         run("nft", &["delete", "table", "inet", &self.0]);
     }
 }
+
+/// What comes back of a datagram that is sent with so many hops to go: type and code of an ICMP message and who
+/// sends it, or nothing.
+fn echo_of(place: &str, target: Ipv4Addr, hops: u32) -> Option<(u8, u8, Ipv4Addr)> {
+    within(place, move || {
+        let ear = net::socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::ICMP)).unwrap();
+        let patience = Some(Duration::from_millis(800));
+        net::sockopt::set_socket_timeout(&ear, net::sockopt::Timeout::Recv, patience).unwrap();
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_ttl(hops).unwrap();
+        let _ = socket.send_to(b"x", (target, 7));
+        let mut buffer = [0; 512];
+        loop {
+            let (length, _) = net::recv(&ear, &mut buffer[..], RecvFlags::empty()).ok()?;
+            // Behind the message's own heads stands what it answers: the platform tries things from here too.
+            let ours = length >= 52 && buffer[44..48] == target.octets() && buffer[50..52] == [0, 7];
+            if ours {
+                let from = Ipv4Addr::new(buffer[12], buffer[13], buffer[14], buffer[15]);
+                return Some((buffer[20], buffer[21], from));
+            }
+        }
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_learns_from_a_refusal_which_bridges_there_are() {
+    let machine = Machine::start().await;
+    two_tenants(&machine).await;
+    assert_eq!(machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await.0, 202);
+    assert_eq!(machine.deploy("beta", "web", "image: web:1\nport: 8080\n").await.0, 202);
+    let (own, web) = instance(&machine, "acme", "web").await;
+    let (foreign, _) = instance(&machine, "beta", "web").await;
+    let base = u32::from(foreign) & !0x3ff;
+    let world = Outside::new();
+    // Another tenant's bridge, instance and free address; the same where no tenant is; this machine; outside.
+    let nobody = base + 0x400 * 40;
+    let targets = [
+        Ipv4Addr::from(base | 1),
+        foreign,
+        Ipv4Addr::from(base | 0x3f0),
+        Ipv4Addr::from(nobody | 1),
+        Ipv4Addr::from(nobody | 2),
+        Ipv4Addr::new(198, 18, 0, 1),
+        world.other(),
+    ];
+    let gateway = Ipv4Addr::from(u32::from(own) & !0x3ff | 1);
+    for hops in [1, 2, 64] {
+        let mut told = Vec::new();
+        for target in targets {
+            told.push((target, echo_of(&web, target, hops)));
+            // The kernel sends a refusal or two a second to one address.
+            tokio::time::sleep(Duration::from_millis(1100)).await;
+        }
+        let wanted = (hops > 1).then_some((3, 13, gateway));
+        assert!(told.iter().all(|(_, echo)| *echo == wanted), "{hops} hops: {told:?}");
+    }
+}

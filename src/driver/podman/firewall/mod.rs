@@ -1,7 +1,8 @@
 //! The one nftables table of an installation, as pure text; `kernel.rs` puts it in force. Everything from, to and
 //! between tenants' bridges is closed but for the elements of three sets: instance to instance, instance
 //! to a service, instance to the outside. Every key begins with bridge and source address, so that each
-//! rule is one app's. Replies pass only through the mirrored key of the rule that allowed the question:
+//! rule is one app's. What is refused is refused alike, whether anybody is there or not, before the machine's
+//! routes could tell. Replies pass only through the mirrored key of the rule that allowed the question:
 //! taking a rule away cuts what runs.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -210,8 +211,18 @@ table inet {table} {{
   chain arrive {{
     type filter hook prerouting priority raw; policy accept;
     iifname {bridges} meta nfproto ipv6 drop
+    iifname {bridges} ip ttl < 2 goto discard
     iifname {bridges} iifname . ether saddr . ip saddr @sources accept
     iifname {bridges} goto discard
+  }}
+  chain enter {{
+    type filter hook prerouting priority filter - 10; policy accept;
+    iifname {bridges} goto entered
+  }}
+  chain entered {{
+    ip daddr {pool} ct state invalid drop
+    ip daddr {pool} ct direction original iifname . ip daddr != @gateways {to} != @pairs goto refuse
+    fib daddr type local iifname . ip daddr != @gateways goto refuse
   }}
   chain through {{
     type filter hook forward priority filter - 10; policy accept;
