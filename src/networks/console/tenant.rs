@@ -14,10 +14,10 @@ use crate::db;
 use crate::driver::Driver;
 use crate::error::Error;
 use crate::http::html::{self, Frame};
-use crate::ids::AppName;
+use crate::ids::{AppName, ServiceName};
 use crate::keys::Keys;
 use crate::networks::api::reach::{self, ReachQuery};
-use crate::networks::{Service, store};
+use crate::networks::{AppPlan, Endpoint, Service, store};
 use crate::policy::Target;
 
 struct FlowRow {
@@ -60,9 +60,11 @@ pub(super) struct NetworkPage {
     manages: bool,
     apps: Vec<String>,
     flows: Vec<FlowRow>,
+    flows_in_all: usize,
     in_force: bool,
     trial: String,
     services: Vec<Service>,
+    coming: Vec<String>,
     received: Vec<GrantRow>,
     given: Vec<GrantRow>,
     egress: Vec<EgressRow>,
@@ -87,6 +89,9 @@ pub struct Look {
     port: String,
 }
 
+/// Most connections that the page shows.
+const SHOWN: usize = 100;
+
 /// What the page is made from.
 #[derive(Clone)]
 pub(super) struct Parts {
@@ -106,6 +111,7 @@ pub(super) async fn view<P>(
     let tenant = scope.tenant.id;
     let standing = store::find_standing(&mut conn, tenant).await?;
     let services = store::list_given_services(&mut conn, tenant, "", 200).await?;
+    let coming = store::decided_windows(&mut conn, tenant).await?;
     let received = store::list_received(&mut conn, 0, 200).await?;
     let given = store::list_given(&mut conn, tenant, 0, 200).await?;
     let egress = store::list_targets(&mut conn, tenant, i64::MAX, 50).await?;
@@ -113,7 +119,9 @@ pub(super) async fn view<P>(
     let plans = store::list_plans(&mut conn, Some(tenant), i64::MAX, 5).await?;
     drop(conn);
     let apps = standing.as_ref().map_or(&[][..], |standing| &standing.apps);
-    let flows = apps.iter().flat_map(|app| {
+    // Of one app, if one is chosen: a tenant may have thousands.
+    let chosen = |app: &AppPlan| look.app.is_empty() || app.name.as_str() == look.app;
+    let flows = apps.iter().filter(|app| chosen(app)).flat_map(|app| {
         app.flows.iter().map(|flow| FlowRow {
             app: app.name.to_string(),
             to: flow.name.clone(),
@@ -134,9 +142,11 @@ pub(super) async fn view<P>(
         error,
         manages: scope.may::<ManageConnections>() && scope.tenant.state == "active",
         apps: apps.iter().map(|app| app.name.to_string()).collect(),
-        flows: flows.collect(),
+        flows_in_all: apps.iter().filter(|app| chosen(app)).map(|app| app.flows.len()).sum(),
+        flows: flows.take(SHOWN).collect(),
         trial: trial.map(when).unwrap_or_default(),
         in_force: standing.as_ref().is_none_or(|standing| standing.in_force),
+        coming: coming.iter().map(|(name, ends)| coming_words(name, ends, &services)).collect(),
         services,
         received: received
             .into_iter()
@@ -171,6 +181,28 @@ pub(super) async fn view<P>(
         fill(&mut page, scope, parts, &app, look).await?;
     }
     Ok(page)
+}
+
+/// What a coming change of a service is, for whom it will reach.
+fn coming_words(name: &ServiceName, ends: &[Endpoint], services: &[Service]) -> String {
+    let now =
+        services.iter().find(|service| service.name == *name).map_or(&[][..], |service| &service.endpoints);
+    let list = |ends: Vec<&Endpoint>| {
+        let words = ends.iter().map(|end| format!("{} {} {}", end.network, end.protocol, end.port));
+        words.collect::<Vec<_>>().join(", ")
+    };
+    let opens = list(ends.iter().filter(|end| !now.contains(end)).collect());
+    let closes = list(now.iter().filter(|end| !ends.contains(end)).collect());
+    match (opens.as_str(), closes.as_str()) {
+        (_, "") => format!("The service {name} will answer at {opens} too."),
+        ("", _) => format!(
+            "{closes} of the service {name} will close; whether an app uses it until then is counted."
+        ),
+        _ => format!(
+            "The service {name} will answer at {opens}, and {closes} will close; whether an app uses it until then is \
+             counted."
+        ),
+    }
 }
 
 fn egress_row(row: store::Target) -> EgressRow {
