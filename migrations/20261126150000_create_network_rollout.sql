@@ -20,6 +20,8 @@ CREATE TABLE network_rollout (
     until           timestamptz,
     paused_by       text,
     paused_at       timestamptz,
+    -- Somebody has let it go on in this stage as it is.
+    resumed         boolean NOT NULL DEFAULT false,
     message         text NOT NULL DEFAULT '',
     begun_by        text NOT NULL,
     begun_at        timestamptz NOT NULL DEFAULT now(),
@@ -30,9 +32,13 @@ CREATE TABLE network_rollout (
 CREATE UNIQUE INDEX rollout_is_under_way ON network_rollout (service_id) WHERE stage <> 'over';
 CREATE INDEX network_rollout_over ON network_rollout (ended_at) WHERE stage = 'over';
 
--- Which endpoints hold for a tenant: those of the roll-out that has reached it, else the service's own.
+-- What a roll-out means for a tenant: the endpoints that hold for it instead of the service's own, those that will
+-- (what else it uses is counted until then), and when either was last changed.
 ALTER TABLE tenant_service ADD COLUMN rollout_id bigint REFERENCES network_rollout (id);
-CREATE INDEX tenant_service_by_rollout ON tenant_service (rollout_id) WHERE rollout_id IS NOT NULL;
+ALTER TABLE tenant_service ADD COLUMN endpoints jsonb;
+ALTER TABLE tenant_service ADD COLUMN coming jsonb;
+ALTER TABLE tenant_service ADD COLUMN moved_at timestamptz;
+CREATE INDEX tenant_service_by_rollout ON tenant_service (rollout_id, moved_at) WHERE rollout_id IS NOT NULL;
 
 -- What was used, within the window, of what the change closes.
 CREATE TABLE network_rollout_use (
@@ -67,8 +73,10 @@ CREATE TABLE network_rollout_check (
 );
 
 -- What was tried once a plan was in force.
-ALTER TABLE network_plan ADD COLUMN probed_at timestamptz;
 ALTER TABLE network_plan ADD COLUMN probed jsonb;
+-- When it is to be tried, or tried again; nothing once it was.
+ALTER TABLE network_plan ADD COLUMN probe_at timestamptz;
+CREATE INDEX network_plan_to_probe ON network_plan (probe_at) WHERE probe_at IS NOT NULL;
 
 -- Work that is no tenant's.
 ALTER TABLE work ALTER COLUMN tenant_id DROP NOT NULL;
@@ -76,11 +84,14 @@ CREATE POLICY of_platform ON work TO bulkhead_runtime
     USING (tenant_id IS NULL AND (SELECT current_setting('app.platform', true)) = 'on')
     WITH CHECK (tenant_id IS NULL AND (SELECT current_setting('app.platform', true)) = 'on');
 
+-- Whoever uses a service is woken as a roll-out reaches it.
+DROP FUNCTION network_wake_users(bigint, text, text);
+
 GRANT SELECT ON network_rollout, network_rollout_use, network_rollout_check TO bulkhead_runtime, bulkhead_reconciler;
 GRANT INSERT, UPDATE ON network_rollout TO bulkhead_runtime;
 GRANT UPDATE, DELETE ON network_rollout TO bulkhead_reconciler;
 GRANT INSERT, UPDATE ON network_rollout_use, network_rollout_check TO bulkhead_reconciler;
-GRANT UPDATE (rollout_id) ON tenant_service TO bulkhead_reconciler;
+GRANT UPDATE (rollout_id, endpoints, coming, moved_at) ON tenant_service TO bulkhead_reconciler;
 GRANT UPDATE ON service TO bulkhead_reconciler;
 GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA public TO bulkhead_runtime, bulkhead_reconciler;
 
@@ -102,12 +113,10 @@ BEGIN
     END LOOP;
 END $$;
 
--- A roll-out is the platform's; a tenant sees of it what holds, or will hold, for itself.
+-- A roll-out is the platform's alone: what of it is a tenant's stands in the tenant's own row.
 ALTER TABLE network_rollout ENABLE ROW LEVEL SECURITY;
 ALTER TABLE network_rollout FORCE ROW LEVEL SECURITY;
 CREATE POLICY of_platform ON network_rollout TO bulkhead_runtime
     USING ((SELECT current_setting('app.platform', true)) = 'on')
     WITH CHECK ((SELECT current_setting('app.platform', true)) = 'on');
-CREATE POLICY of_tenant ON network_rollout FOR SELECT TO bulkhead_runtime
-    USING (stage <> 'over' AND EXISTS (SELECT FROM tenant_service t WHERE t.service_id = network_rollout.service_id));
 CREATE POLICY of_reconciler ON network_rollout TO bulkhead_reconciler USING (true) WITH CHECK (true);

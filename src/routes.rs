@@ -313,6 +313,7 @@ fn console(take: &mut Taker<'_>) {
         GET "/tenants/{tenant}/activity" => activity::console::tenant_page;
         GET "/tenants/{tenant}/apps/{app}" => apps::console::app_page;
         GET "/network" => n::platform::network_page;
+        GET "/network/rollouts" => n::rollout::rollouts_page;
         GET "/network/rollouts/{id}" => n::rollout::rollout_page;
         POST "/network/rollouts/{id}/decision" => n::rollout::decide;
         POST "/network/services" => n::rollout::put_service;

@@ -120,7 +120,7 @@ impl Platform {
             }),
             Arc::new(NetworkReconciler(network.clone())),
             Arc::new(RolloutReconciler(network.clone())),
-            Arc::new(ProbeReconciler::new(network)),
+            Arc::new(ProbeReconciler(network)),
         ]
     }
 

@@ -202,6 +202,9 @@ pub struct Probe {
     pub protocol: Protocol,
     /// Port.
     pub port: u16,
+    /// Whether the platform itself asks: it waits for no tenant's probes.
+    #[serde(default)]
+    pub platform: bool,
 }
 
 /// What became of a probe.
@@ -216,6 +219,8 @@ pub enum ProbeOutcome {
     Refused,
     /// The firewall refused it.
     Prohibited,
+    /// Somebody else on the way said that there is no way.
+    Unreachable,
     /// No answer.
     Silent,
 }
@@ -251,6 +256,7 @@ impl std::fmt::Display for ProbeOutcome {
             Self::Opened => "a connection opened; who accepted it is not known",
             Self::Refused => "somebody answered that nothing listens there",
             Self::Prohibited => "the firewall refused it",
+            Self::Unreachable => "somebody on the way there refused it, not the firewall",
             Self::Silent => "no answer",
         })
     }

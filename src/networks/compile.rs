@@ -71,7 +71,7 @@ pub fn closing(plans: &[AppPlan], windows: &[(ServiceName, Vec<Endpoint>)]) -> V
     let closes = |flow: &Flow| {
         let Target::Service { network } = flow.target else { return false };
         let end = Endpoint { network, protocol: flow.protocol, port: flow.port };
-        windows.iter().any(|(name, coming)| name.as_str() == flow.name && !coming.contains(&end))
+        windows.iter().any(|(name, coming)| name.as_str() == flow.name && !end.is_among(coming))
     };
     plans
         .iter()

@@ -222,7 +222,7 @@ impl Network {
             return Err(Failure::Transient("the agent has seen a newer plan; it is made anew".into()));
         }
         if store::set_in_force(&mut tx, tenant, plan).await? {
-            enqueue(&mut tx, probe::WORK, tenant.0, tenant).await?;
+            enqueue(&mut tx, probe::WORK, probe::OBJECT, None).await?;
         }
         tx.commit().await?;
         Ok(())

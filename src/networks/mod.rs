@@ -39,6 +39,16 @@ pub struct Endpoint {
     pub port: u16,
 }
 
+impl Endpoint {
+    /// Whether one of these is, or holds, all of this.
+    #[must_use]
+    pub fn is_among(&self, others: &[Self]) -> bool {
+        others.iter().any(|other| {
+            other.network.holds(self.network) && (other.protocol, other.port) == (self.protocol, self.port)
+        })
+    }
+}
+
 /// A platform service, as the catalogue has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Service {

@@ -1,38 +1,29 @@
 //! After each plan, what it must have opened and closed is tried from within the tenant's apps, and written down
-//! with it.
+//! with it: a few plans at a time, the one that has waited longest first.
 
 use std::time::Duration;
 
 use time::OffsetDateTime;
-use tokio::sync::Semaphore;
 
 use super::connections::Network;
-use super::store;
-use crate::driver;
-use crate::ids::TenantId;
+use super::store::{self, Due};
+use crate::driver::{self, PROBED_APPS};
 use crate::reconcile::{Failure, Lease, Outcome, Reconciler};
 
-/// The kind of this work; the object is the tenant.
+/// The kind of this work. There is one object, for all plans: trying takes seconds, and thousands of plans that wait
+/// for it do not wait in front of others' work.
 pub const WORK: &str = "probe";
+/// The one object.
+pub const OBJECT: i64 = 0;
 
-/// How many tenants are tried at a time: trying takes seconds, and others wait for the same room.
-const AT_ONCE: usize = 2;
-/// How long apps are waited for that are about to start.
+/// How many tenants are tried at a time.
+const AT_ONCE: i64 = 3;
+/// How long apps are waited for that are about to start, and how often they are looked for.
 const PATIENCE: time::Duration = time::Duration::seconds(60);
+const AGAIN: i32 = 3;
 
 /// The reconciler that tries plans.
-pub struct ProbeReconciler {
-    network: Network,
-    room: Semaphore,
-}
-
-impl ProbeReconciler {
-    /// Over the noun's parts.
-    #[must_use]
-    pub fn new(network: Network) -> Self {
-        Self { network, room: Semaphore::new(AT_ONCE) }
-    }
-}
+pub struct ProbeReconciler(pub Network);
 
 #[async_trait::async_trait]
 impl Reconciler for ProbeReconciler {
@@ -40,32 +31,43 @@ impl Reconciler for ProbeReconciler {
         WORK
     }
 
-    async fn reconcile(&self, lease: Lease) -> Result<Outcome, Failure> {
-        let tenant = TenantId(lease.object_id);
-        let Ok(_turn) = self.room.try_acquire() else {
-            return Ok(Outcome::Again(Duration::from_millis(500)));
-        };
-        let mut conn = self.network.pool.acquire().await?;
-        let Some(plan) = store::find_unprobed(&mut conn, tenant).await? else { return Ok(Outcome::Gone) };
+    async fn reconcile(&self, _: Lease) -> Result<Outcome, Failure> {
+        let mut conn = self.0.pool.acquire().await?;
+        let due = store::list_due_probes(&mut conn, AT_ONCE).await?;
         drop(conn);
-        let probed = match self.network.driver.probe_tenant(&plan.tenant).await {
-            Ok(probed) => probed,
-            // Others are being tried.
-            Err(driver::Error::Transient(_)) => return Ok(Outcome::Again(Duration::from_secs(1))),
-            Err(error) => return Err(error.into()),
-        };
-        if !probed.faults.is_empty() {
-            tracing::error!(tenant = %plan.tenant, plan = plan.number, faults = ?probed.faults, "a plan is not what it says");
-        }
-        // Apps that are about to start are tried when they have.
-        let young = OffsetDateTime::now_utc() - plan.in_force_at < PATIENCE;
-        let whole = i64::from(probed.apps) >= plan.apps.min(i64::from(driver::PROBED_APPS)) || !young;
-        let mut conn = self.network.pool.acquire().await?;
-        store::set_probed(&mut conn, tenant, plan.number, &probed, whole).await?;
-        Ok(if whole { Outcome::Gone } else { Outcome::Again(Duration::from_secs(2)) })
+        futures_util::future::try_join_all(due.iter().map(|due| self.try_plan(due))).await?;
+        let mut conn = self.0.pool.acquire().await?;
+        let Some(next) = store::find_next_probe(&mut conn).await? else { return Ok(Outcome::Settled) };
+        let left = (next - OffsetDateTime::now_utc()).max(time::Duration::ZERO).unsigned_abs();
+        Ok(Outcome::Again(left + Duration::from_millis(20)))
     }
 
     async fn report(&self, _: i64, _: Option<&str>) -> Result<(), sqlx::Error> {
         Ok(())
+    }
+}
+
+impl ProbeReconciler {
+    async fn try_plan(&self, due: &Due) -> Result<(), Failure> {
+        let (probed, again) = match self.0.driver.probe_tenant(&due.tenant).await {
+            Ok(probed) => {
+                if !probed.faults.is_empty() {
+                    let faults = &probed.faults;
+                    tracing::error!(tenant = %due.tenant, plan = due.number, ?faults, "a plan is not what it says");
+                }
+                // Apps that are about to start are tried when they have.
+                let young = OffsetDateTime::now_utc() - due.in_force_at < PATIENCE;
+                let some = i64::from(probed.apps) < due.apps.min(i64::from(PROBED_APPS));
+                (Some(probed), (some && young).then_some(AGAIN))
+            }
+            // Others are being tried, or the agent is away.
+            Err(driver::Error::Transient(_) | driver::Error::Conflict(_)) => (None, Some(AGAIN)),
+            Err(driver::Error::Rejected(why)) => {
+                tracing::error!(tenant = %due.tenant, plan = due.number, why, "a plan cannot be tried");
+                (None, None)
+            }
+        };
+        let mut conn = self.0.pool.acquire().await?;
+        Ok(store::set_probed(&mut conn, due.tenant_id, due.number, probed.as_ref(), again).await?)
     }
 }

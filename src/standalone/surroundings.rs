@@ -57,7 +57,8 @@ pub(super) fn host_from_within(data: &Path) -> Finding {
             ),
         );
     };
-    host::try_from_within(&sandbox, &mut listeners);
+    let targets = host::targets(&sandbox, &mut listeners);
+    host::try_from_within(&sandbox, &targets, &mut listeners);
     let open: Vec<_> =
         listeners.iter().filter(|listener| listener.answers == Some(true) && !listener.names).collect();
     if open.is_empty() {

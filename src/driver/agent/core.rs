@@ -24,6 +24,7 @@ use crate::driver::podman::oom::OutOfMemory;
 use crate::driver::podman::render;
 use crate::driver::{AppEvent, Error, InstanceState, Listener, Observed};
 use crate::ids::{AppId, TenantName};
+use crate::policy::never;
 
 /// How often the engine is asked what there is.
 const LOOK: Duration = Duration::from_millis(400);
@@ -62,6 +63,12 @@ pub(super) struct Agent {
     pub(super) own: Mutex<Vec<crate::policy::never::Range>>,
     /// Room for probes that were asked for.
     pub(super) probes: tokio::sync::Semaphore,
+    /// Room for those that the platform makes itself.
+    pub(super) platform_probes: tokio::sync::Semaphore,
+    /// What of them was told as an event, and when last.
+    pub(super) told: Mutex<HashMap<String, std::time::Instant>>,
+    /// What was counted of connections that are about to close.
+    pub(super) counts: Mutex<super::network::Counts>,
     /// How many are being made for a tenant.
     pub(super) probing: Mutex<HashMap<TenantName, usize>>,
     /// What the platform itself has tried from an instance lately: source, target, port.
@@ -154,8 +161,11 @@ impl Agent {
             firewall: tokio::sync::Mutex::new(None),
             flows: Mutex::new(flows),
             found: Mutex::default(),
-            own: Mutex::default(),
+            own: Mutex::new(config.closed.iter().map(|network| never::configured(*network)).collect()),
             probes: tokio::sync::Semaphore::new(8),
+            platform_probes: tokio::sync::Semaphore::new(4),
+            told: Mutex::default(),
+            counts: Mutex::default(),
             probing: Mutex::default(),
             tried: Mutex::default(),
             listening: tokio::sync::Mutex::default(),
@@ -186,6 +196,12 @@ impl Agent {
     /// run and does not is started.
     async fn adopt(self: &Arc<Self>) -> Result<(), String> {
         for kept in Kept::load_all(&self.apps_dir()).map_err(|error| error.to_string())? {
+            // Made by an earlier version, a port may lack what this one closes.
+            for port in kept.instances.iter().filter_map(|instance| instance.port.as_ref()) {
+                if let Err(error) = port.close().await {
+                    tracing::debug!(%error, "a port is not there any more");
+                }
+            }
             let app = App::spawn(Arc::clone(self), kept);
             lock(&self.apps).insert(app.id, app);
         }
@@ -220,7 +236,9 @@ impl Agent {
         let mut machine = lock(&self.machine);
         machine.push_back(AppEvent { seq, at: OffsetDateTime::now_utc(), kind: kind.into(), text });
         while machine.len() > 200 {
-            machine.pop_front();
+            // An alarm is the last to go.
+            let plain = machine.iter().position(|event| event.kind != "probe_alarm").unwrap_or(0);
+            machine.remove(plain);
         }
         drop(machine);
         drop(version);
@@ -322,10 +340,10 @@ async fn cutting(agent: Arc<Agent>) {
 
 /// Tries what must be open and what must be closed, again and again.
 async fn probing(agent: Arc<Agent>) {
-    let (mut round, mut told) = (0, HashSet::new());
+    let mut round = 0;
     loop {
         tokio::time::sleep(PROBE).await;
-        agent.probe_all(&mut round, &mut told).await;
+        agent.probe_all(&mut round).await;
     }
 }
 

@@ -89,10 +89,10 @@ async fn answer(agent: &Arc<Agent>, mut frames: Frames, permit: OwnedSemaphorePe
             }
             return;
         }
-        Ok(Request::Probe { probe: Probe { tenant, app, target, protocol, port } }) => {
+        Ok(Request::Probe { probe: Probe { tenant, app, target, protocol, port, platform } }) => {
             // It has room of its own: whoever probes holds up nothing else.
             drop(permit);
-            match agent.probe(&tenant, app, &target, (protocol, port)).await {
+            match agent.probe(&tenant, app, &target, (protocol, port), platform).await {
                 Ok(outcome) => Reply::Probed { outcome },
                 Err(error) => Reply::Failed { error },
             }

@@ -107,31 +107,32 @@ pub fn listeners() -> Vec<Listener> {
     found
 }
 
-/// Tries each TCP listener from within a network namespace, at its gateway and at the listener's own address.
-/// Returns what was tried.
-pub fn try_from_within(sandbox: &str, listeners: &mut [Listener]) -> Vec<(Ipv4Addr, u16)> {
+/// Where each TCP listener is tried from within a network namespace: its place in the list, address and port. Who
+/// listens everywhere is tried at the gateway; who listens at one address, there.
+pub fn targets(sandbox: &str, listeners: &mut [Listener]) -> Vec<(usize, Ipv4Addr, u16)> {
     let Some(gateway) = within(sandbox, gateway).flatten() else { return Vec::new() };
-    let mut tried = Vec::new();
-    let all: Vec<(usize, u16, Ipv4Addr)> = listeners
+    for listener in listeners.iter_mut() {
+        listener.names = listener.port == 53 && listener.address == IpAddr::V4(gateway);
+    }
+    listeners
         .iter()
         .enumerate()
         .filter(|(_, listener)| listener.protocol == Protocol::Tcp)
         .take(TRIED)
-        // Who listens everywhere is tried at the gateway; who listens at one address, there.
         .map(|(n, listener)| match listener.address {
-            IpAddr::V4(own) if !own.is_unspecified() => (n, listener.port, own),
-            _ => (n, listener.port, gateway),
+            IpAddr::V4(own) if !own.is_unspecified() => (n, own, listener.port),
+            _ => (n, gateway, listener.port),
         })
-        .collect();
-    for listener in listeners.iter_mut() {
-        listener.names = listener.port == 53 && listener.address == IpAddr::V4(gateway);
-    }
+        .collect()
+}
+
+/// Tries listeners from within a network namespace.
+pub fn try_from_within(sandbox: &str, targets: &[(usize, Ipv4Addr, u16)], listeners: &mut [Listener]) {
     // A few at a time: each is a thread of its own, which enters the namespace and ends.
-    for few in all.chunks(AT_ONCE) {
+    for few in targets.chunks(AT_ONCE) {
         let tries: Vec<_> = few
             .iter()
-            .map(|(n, port, own)| {
-                tried.push((*own, *port));
+            .map(|(n, own, port)| {
                 let (n, port, own, sandbox) = (*n, *port, *own, sandbox.to_owned());
                 std::thread::Builder::new().name("host".into()).spawn(move || {
                     let answers = |to: Ipv4Addr| match TcpStream::connect_timeout(
@@ -153,7 +154,6 @@ pub fn try_from_within(sandbox: &str, listeners: &mut [Listener]) -> Vec<(Ipv4Ad
             }
         }
     }
-    tried
 }
 
 /// Moves this thread into a network namespace.

@@ -36,13 +36,14 @@ pub async fn pause(pool: &PgPool, by: By<'_>, id: i64, reason: &str) -> Result<(
 }
 
 /// Lets a roll-out go on that was paused; whatever it waited for is accepted as it is.
-pub async fn resume(pool: &PgPool, waker: &Waker, by: By<'_>, id: i64) -> Result<(), Error> {
+pub async fn resume(pool: &PgPool, waker: &Waker, by: By<'_>, id: i64, reason: &str) -> Result<(), Error> {
     let mut tx = db::begin(pool, Within::Platform).await?;
     let rollout = find(&mut tx, id).await?;
     if !store::resume(&mut tx, id).await? {
         return Err(not_now(&rollout));
     }
-    let detail = json!({"rollout": id, "stage": rollout.stage, "in_spite_of": rollout.message});
+    let detail =
+        json!({"rollout": id, "stage": rollout.stage, "in_spite_of": rollout.message, "reason": reason});
     by.record(&mut tx, None, "rollout.resume", rollout.service.as_str(), detail).await?;
     enqueue(&mut tx, WORK, id, None).await?;
     tx.commit().await?;

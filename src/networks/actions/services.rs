@@ -90,10 +90,6 @@ pub async fn put_service(
     let detail = json!({"rollout": rollout, "endpoints": endpoints, "window_hours": staging.window_hours,
         "canaries": staging.canaries});
     by.record(&mut tx, None, "service.put", name.as_str(), detail).await?;
-    if staging.window_hours > 0 {
-        let words = format!("the roll-out {rollout} of {name} begins; what it will close is counted");
-        store::wake_users(&mut tx, id, by.actor.id.as_str(), &words).await?;
-    }
     enqueue(&mut tx, rollouts::WORK, rollout, None).await?;
     tx.commit().await?;
     waker.wake();

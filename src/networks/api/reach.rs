@@ -209,7 +209,7 @@ pub async fn post_reach(
     let target = target.ok_or_else(|| {
         Error::Conflict("this name has no address to try (a domain has one only once an app asks for it); an address can be tried".into())
     })?;
-    let probe = Probe { tenant: scope.tenant.name.clone(), app, target, protocol, port };
+    let probe = Probe { tenant: scope.tenant.name.clone(), app, target, protocol, port, platform: false };
     let outcome = driver.probe(&probe).await.map_err(|error| match error {
         crate::driver::Error::Rejected(why) => Error::Conflict(why),
         error => away(error),
@@ -219,6 +219,7 @@ pub async fn post_reach(
         ProbeOutcome::Opened => "opened",
         ProbeOutcome::Refused => "refused",
         ProbeOutcome::Prohibited => "prohibited",
+        ProbeOutcome::Unreachable => "unreachable",
         ProbeOutcome::Silent => "silent",
     };
     let agrees = reach.open == outcome.is_through();

@@ -122,11 +122,13 @@ pub async fn pause(
 /// DELETE /api/v1/network/rollouts/{id}/pause
 pub async fn resume(
     scope: PlatformScope<ManageNetwork>,
+    req: HttpRequest,
     pool: web::Data<PgPool>,
     waker: web::Data<Waker>,
     path: web::Path<NumberPath>,
+    body: web::Bytes,
 ) -> Result<HttpResponse, Error> {
-    actions::resume(&pool, &waker, scope.by(), path.id).await?;
+    actions::resume(&pool, &waker, scope.by(), path.id, &reason(&req, &body)?).await?;
     Ok(HttpResponse::Accepted().finish())
 }
 

@@ -11,7 +11,7 @@ use crate::access::console::{after, platform_frame, when, who};
 use crate::access::extract::{PlatformScope, Posted};
 use crate::access::{Actor, ManageNetwork, ReadPlatform, includes};
 use crate::config::Config;
-use crate::db::{self, PageQuery, Within};
+use crate::db::{self, Page, PageQuery, Within};
 use crate::driver::Driver;
 use crate::error::Error;
 use crate::http::html::{self, Frame};
@@ -161,6 +161,33 @@ async fn view(
     })
 }
 
+#[derive(Template)]
+#[template(path = "networks/rollouts.html")]
+struct RolloutsPage {
+    frame: Frame,
+    rollouts: Vec<RolloutRow>,
+    next: String,
+}
+
+/// GET /network/rollouts: all, the newest first.
+pub async fn rollouts_page(
+    scope: PlatformScope<ReadPlatform>,
+    pool: web::Data<PgPool>,
+    keys: web::Data<Keys>,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    let (limit, before) = (query.limit()?.min(50), query.after_number(i64::MAX)?);
+    let mut conn = db::begin(&pool, Within::Platform).await?;
+    let rows = store::list_rollouts(&mut conn, before, limit + 1).await?;
+    drop(conn);
+    let page = Page::new(rows, limit, |row| row.id);
+    html::page(&RolloutsPage {
+        frame: platform_frame(&keys, &scope.actor, "Network"),
+        rollouts: page.items.iter().map(RolloutRow::from).collect(),
+        next: page.next.unwrap_or_default(),
+    })
+}
+
 /// GET /network/rollouts/{id}
 pub async fn rollout_page(
     scope: PlatformScope<ReadPlatform>,
@@ -192,7 +219,7 @@ pub async fn decide(
         let reason = check_reason(&form.0.reason)?;
         match form.0.what.as_str() {
             "pause" => pause(&pool, scope.by(), path.id, &reason).await,
-            "resume" => resume(&pool, &waker, scope.by(), path.id).await,
+            "resume" => resume(&pool, &waker, scope.by(), path.id, &reason).await,
             "abort" => abort(&pool, &waker, scope.by(), path.id, &reason).await,
             _ => Err(Error::Conflict("a roll-out is paused, resumed or aborted".into())),
         }
@@ -258,8 +285,16 @@ pub async fn put_service(
             observe_seconds: None,
             canaries: Some(first).filter(|first| !first.is_empty()),
         };
-        let staging = check_service(description, &mut endpoints, staging, (&config, &**driver)).await?;
-        let what = (description.trim(), endpoints.as_slice());
+        // Nothing said about it keeps what was said.
+        let mut conn = db::begin(&pool, Within::Platform).await?;
+        let known = store::find_service(&mut conn, &name).await?.map(|(_, known)| known.description);
+        drop(conn);
+        let description = match description.trim() {
+            "" => known.unwrap_or_default(),
+            text => text.to_owned(),
+        };
+        let staging = check_service(&description, &mut endpoints, staging, (&config, &**driver)).await?;
+        let what = (description.as_str(), endpoints.as_slice());
         actions::put_service(&pool, &waker, scope.by(), &name, what, &staging, None).await
     };
     let (place, outcome) = match make.await {

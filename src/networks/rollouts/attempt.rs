@@ -6,6 +6,7 @@ use futures_util::StreamExt;
 
 use super::Check;
 use crate::driver::{Driver, Error, Probe, ProbeOutcome, ProbeTarget};
+use crate::ids::AppId;
 use crate::networks::Endpoint;
 use crate::networks::store::{PlanOf, Rollout};
 use crate::policy::{Protocol, Target};
@@ -13,36 +14,57 @@ use crate::reconcile::Failure;
 
 /// How many are tried at a time: others ask too.
 const AT_ONCE: usize = 4;
-/// How often one is tried that others' keep waiting.
+/// How often one is tried that others keep waiting.
 const AGAIN: u32 = 20;
+/// Most apps of a tenant, places of an app, and tries in all: each may last one and a half seconds, and whoever
+/// aborts a roll-out waits for them.
+const APPS: usize = 3;
+const PLACES: usize = 16;
+const MOST: usize = 120;
+
+/// What came of it.
+#[derive(Debug, Default)]
+pub(super) struct Tried {
+    /// What was tried.
+    pub(super) checks: Vec<Check>,
+    /// Apps of which no instance runs: by number and name.
+    pub(super) idle: Vec<(AppId, String)>,
+}
+
+/// Where something answers, in words.
+pub(super) fn place(check: &Check) -> String {
+    format!("{} {} {}", check.address, check.protocol, check.port)
+}
 
 /// What is tried from an app: that the endpoints answer that hold for it, and that those do not that went.
 /// Endpoints of more than one address cannot be tried.
 fn wanted(rollout: &Rollout, plan: &PlanOf, reached: bool) -> Vec<Check> {
     let now: &[Endpoint] = if reached { &rollout.endpoints } else { &rollout.before };
-    let mut out = Vec::new();
-    for app in &plan.apps {
-        let uses = app.flows.iter().any(|flow| {
+    let uses = |app: &&crate::networks::AppPlan| {
+        app.flows.iter().any(|flow| {
             flow.name == rollout.service.as_str() && matches!(flow.target, Target::Service { .. })
-        });
-        if !uses {
-            continue;
-        }
-        // Open to the app for another reason, it is not closed.
+        })
+    };
+    let mut out = Vec::new();
+    for app in plan.apps.iter().filter(uses).take(APPS) {
+        // Open to the app for another reason, it is not closed; where a name leads, or what a trial lets out, is not
+        // known here.
         let otherwise = |end: &Endpoint| {
-            app.flows.iter().any(|flow| {
-                let there = match &flow.target {
-                    Target::Service { network } | Target::Outside { network } => {
-                        network.overlaps(end.network)
-                    }
-                    Target::App { .. } | Target::Domain { .. } => false,
-                };
-                there && (flow.protocol, flow.port) == (end.protocol, end.port)
-            })
+            plan.on_trial
+                || app.flows.iter().any(|flow| {
+                    let there = match &flow.target {
+                        Target::Service { network } | Target::Outside { network } => {
+                            network.overlaps(end.network)
+                        }
+                        Target::Domain { .. } => true,
+                        Target::App { .. } => false,
+                    };
+                    there && (flow.protocol, flow.port) == (end.protocol, end.port)
+                })
         };
-        let gone = rollout.before.iter().filter(|end| reached && !now.contains(end) && !otherwise(end));
+        let gone = rollout.before.iter().filter(|end| reached && !end.is_among(now) && !otherwise(end));
         let all = now.iter().map(|end| (end, true)).chain(gone.map(|end| (end, false)));
-        out.extend(all.filter_map(|(end, open)| {
+        out.extend(all.take(PLACES).filter_map(|(end, open)| {
             Some(Check {
                 tenant: plan.tenant,
                 tenant_name: plan.name.clone(),
@@ -68,44 +90,55 @@ fn judge(check: &Check, dead: bool) -> bool {
         (true, ProbeOutcome::Prohibited) => false,
         (true, ProbeOutcome::Reached | ProbeOutcome::Opened) => true,
         // Nobody has to answer a datagram.
-        (true, ProbeOutcome::Silent) => dead || check.protocol == Protocol::Udp,
+        (true, ProbeOutcome::Silent | ProbeOutcome::Unreachable) => dead || check.protocol == Protocol::Udp,
         (true, ProbeOutcome::Refused) => dead,
     }
 }
 
-/// Tries from within the apps of these plans. An app of which no instance runs is left out.
+/// Tries from within the apps of these plans. `dead`: places that answered nobody before.
 pub(super) async fn attempt(
     driver: &dyn Driver,
     rollout: &Rollout,
     plans: &[PlanOf],
     reached: bool,
-    dead: &BTreeSet<(crate::ids::AppId, String, String, i32)>,
-) -> Result<Vec<Check>, Failure> {
-    let wanted: Vec<Check> = plans.iter().flat_map(|plan| wanted(rollout, plan, reached)).collect();
-    let tried = futures_util::stream::iter(wanted).map(|check| one(driver, check)).buffered(AT_ONCE);
-    let tried: Vec<Result<Option<Check>, Failure>> = tried.collect().await;
-    let mut out = Vec::new();
-    for check in tried {
-        let Some(mut check) = check? else { continue };
-        let place = (check.app, check.address.to_string(), check.protocol.to_string(), i32::from(check.port));
-        check.good = judge(&check, dead.contains(&place));
-        out.push(check);
+    dead: &BTreeSet<String>,
+) -> Result<Tried, Failure> {
+    let wanted: Vec<Check> =
+        plans.iter().flat_map(|plan| wanted(rollout, plan, reached)).take(MOST).collect();
+    let tries = futures_util::stream::iter(wanted).map(|check| one(driver, check)).buffered(AT_ONCE);
+    let tries: Vec<Result<Result<Check, Check>, Failure>> = tries.collect().await;
+    let mut tried = Tried::default();
+    for check in tries {
+        match check? {
+            Ok(mut check) => {
+                check.good = judge(&check, dead.contains(&place(&check)));
+                tried.checks.push(check);
+            }
+            Err(idle) => {
+                let idle = (idle.app, format!("{}/{}", idle.tenant_name, idle.app_name));
+                if !tried.idle.contains(&idle) {
+                    tried.idle.push(idle);
+                }
+            }
+        }
     }
-    Ok(out)
+    Ok(tried)
 }
 
-async fn one(driver: &dyn Driver, check: Check) -> Result<Option<Check>, Failure> {
+/// Tries one; the inner error is one of whose app no instance runs.
+async fn one(driver: &dyn Driver, check: Check) -> Result<Result<Check, Check>, Failure> {
     let probe = Probe {
         tenant: check.tenant_name.clone(),
         app: check.app,
         target: ProbeTarget::Address(check.address),
         protocol: check.protocol,
         port: check.port,
+        platform: true,
     };
     for _ in 0..AGAIN {
         match driver.probe(&probe).await {
-            Ok(outcome) => return Ok(Some(Check { outcome, ..check })),
-            Err(Error::Rejected(_)) => return Ok(None),
+            Ok(outcome) => return Ok(Ok(Check { outcome, ..check })),
+            Err(Error::Rejected(_)) => return Ok(Err(check)),
             // Others are being tried.
             Err(Error::Transient(_)) => tokio::time::sleep(std::time::Duration::from_millis(300)).await,
             Err(error) => return Err(error.into()),
@@ -135,7 +168,7 @@ mod tests {
 
     #[test]
     fn what_the_firewall_refuses_is_a_fault_and_a_service_that_was_dead_before_is_none() {
-        use ProbeOutcome::{Opened, Prohibited, Reached, Refused, Silent};
+        use ProbeOutcome::{Opened, Prohibited, Reached, Refused, Silent, Unreachable};
         for (open, protocol, outcome, dead, good) in [
             (true, Protocol::Tcp, Opened, false, true),
             (true, Protocol::Tcp, Reached, false, true),
@@ -144,6 +177,8 @@ mod tests {
             (true, Protocol::Tcp, Silent, true, true),
             (true, Protocol::Tcp, Refused, false, false),
             (true, Protocol::Tcp, Refused, true, true),
+            (true, Protocol::Tcp, Unreachable, false, false),
+            (true, Protocol::Tcp, Unreachable, true, true),
             (true, Protocol::Udp, Silent, false, true),
             (true, Protocol::Udp, Prohibited, false, false),
             (false, Protocol::Tcp, Prohibited, false, true),

@@ -16,9 +16,9 @@ pub(in crate::networks) async fn decided_services(
     tenant: TenantId,
 ) -> Result<Vec<(ServiceName, Vec<Endpoint>)>, Error> {
     let rows = sqlx::query!(
-        r#"SELECT s.name AS "name: ServiceName", coalesce(r.endpoints, s.endpoints) AS "endpoints!: Json<Vec<Endpoint>>"
+        r#"SELECT s.name AS "name: ServiceName", coalesce(t.endpoints, s.endpoints) AS "endpoints!: Json<Vec<Endpoint>>"
            FROM tenant_service t JOIN service s ON s.id = t.service_id
-           LEFT JOIN network_rollout r ON r.id = t.rollout_id WHERE t.tenant_id = $1 ORDER BY s.name"#,
+           WHERE t.tenant_id = $1 ORDER BY s.name"#,
         tenant.0
     )
     .fetch_all(conn)
@@ -33,9 +33,9 @@ pub(in crate::networks) async fn decided_windows(
     tenant: TenantId,
 ) -> Result<Vec<(ServiceName, Vec<Endpoint>)>, Error> {
     let rows = sqlx::query!(
-        r#"SELECT r.service AS "service: ServiceName", r.endpoints AS "endpoints: Json<Vec<Endpoint>>"
-           FROM tenant_service u JOIN network_rollout r ON r.service_id = u.service_id AND r.stage IN ('window', 'canary')
-           WHERE u.tenant_id = $1 AND u.rollout_id IS NULL AND r.window_hours > 0 ORDER BY r.service"#,
+        r#"SELECT s.name AS "service: ServiceName", t.coming AS "endpoints!: Json<Vec<Endpoint>>"
+           FROM tenant_service t JOIN service s ON s.id = t.service_id
+           WHERE t.tenant_id = $1 AND t.coming IS NOT NULL ORDER BY s.name"#,
         tenant.0
     )
     .fetch_all(conn)

@@ -220,7 +220,8 @@ pub(in crate::networks) async fn set_in_force(
     let done = sqlx::query!(
         "UPDATE network_plan SET state = CASE WHEN number = $2 THEN 'in_force' ELSE 'superseded' END, \
          message = CASE WHEN number = $2 THEN '' ELSE message END, \
-         in_force_at = CASE WHEN number = $2 THEN now() ELSE in_force_at END \
+         in_force_at = CASE WHEN number = $2 THEN now() ELSE in_force_at END, \
+         probe_at = CASE WHEN number = $2 THEN now() END \
          WHERE tenant_id = $1 AND number <= $2 AND state IN ('proven', 'in_force') \
            AND NOT (number = $2 AND state = 'in_force')",
         tenant.0,

@@ -53,9 +53,8 @@ pub(in crate::networks) async fn list_given_services(
     let rows = sqlx::query_as!(
         ServiceRow,
         r#"SELECT s.name AS "name: ServiceName", s.description,
-           coalesce(r.endpoints, s.endpoints) AS "endpoints!: Json<Vec<Endpoint>>",
+           coalesce(t.endpoints, s.endpoints) AS "endpoints!: Json<Vec<Endpoint>>",
            s.generation, s.created_at, s.changed_at FROM tenant_service t JOIN service s ON s.id = t.service_id
-           LEFT JOIN network_rollout r ON r.id = t.rollout_id
            WHERE t.tenant_id = $1 AND s.name > $2 ORDER BY s.name LIMIT $3"#,
         tenant.0,
         after,
@@ -112,17 +111,6 @@ pub(in crate::networks) async fn put_service(
 
 pub(in crate::networks) async fn delete_service(conn: &mut PgConnection, id: i64) -> Result<(), sqlx::Error> {
     sqlx::query!("DELETE FROM service WHERE id = $1", id).execute(conn).await.map(drop)
-}
-
-/// Wakes whoever may use a service.
-pub(in crate::networks) async fn wake_users(
-    conn: &mut PgConnection,
-    service: i64,
-    who: &str,
-    why: &str,
-) -> Result<(), Error> {
-    sqlx::query!("SELECT network_wake_users($1, $2, $3)", service, who, why).fetch_one(conn).await?;
-    Ok(())
 }
 
 /// Lets a tenant use a service. Whether it could not before.

@@ -22,6 +22,8 @@ use crate::policy::{Cidr, Target, TenantFlows};
 
 mod seen;
 
+pub(super) use seen::Counts;
+
 /// Most elements that follow from one tenant's flows.
 const ELEMENTS: usize = 20_000;
 /// Most connections of one change that are ended one by one; the packets of all are dropped in any case.
@@ -195,6 +197,10 @@ impl Agent {
         if firewall.as_ref().is_some_and(|applied| applied.rules == rules) {
             return Ok(());
         }
+        // What the counters say that may go with it.
+        if firewall.as_ref().is_some_and(|applied| applied.rules.is_counting()) {
+            self.note_counts().await;
+        }
         let change =
             firewall.as_ref().and_then(|applied| Some((rules.change(&applied.rules)?, &applied.table)));
         let by_change = match change {
@@ -255,14 +261,16 @@ impl Agent {
                 }
             };
             for gone in gone.into_iter().take(CUTS) {
-                let applied = self.firewall.lock().await;
-                let permitted = applied.as_ref().is_some_and(|applied| applied.rules.permits(&gone));
-                drop(applied);
-                if !permitted {
+                if !self.permits(&gone).await {
                     kernel::cut(&gone).await;
                 }
             }
         }
+    }
+
+    /// Whether the rules that are in force let a connection through.
+    pub(super) async fn permits(&self, to: &Allowed) -> bool {
+        self.firewall.lock().await.as_ref().is_some_and(|applied| applied.rules.permits(to))
     }
 
     fn proven(&self, outcome: Result<Proven, proof::Refused>) -> Result<Proven, Error> {

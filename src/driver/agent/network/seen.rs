@@ -1,6 +1,6 @@
 //! What the kernel has seen: packets that were refused, or let through on trial, and those that are counted.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::Ipv4Addr;
 
 use time::OffsetDateTime;
@@ -10,11 +10,25 @@ use crate::driver::podman::firewall::kernel::{self, Refusal};
 use crate::driver::{Denied, Used};
 use crate::ids::{AppId, TenantName};
 use crate::policy::proof::{Place, Standing};
+use crate::policy::{Cidr, Protocol};
 
 /// How long after the platform has tried something itself a refusal of it is still its own.
 const OWN_TRY: std::time::Duration = std::time::Duration::from_secs(3);
 /// Most refusals that are remembered of a tenant.
 const REMEMBERED: usize = 500;
+
+/// Of what something is counted: tenant, app, target, protocol, port.
+type CountOf = (TenantName, AppId, Cidr, Protocol, u16);
+
+/// Packets that were counted of connections that are about to close, also of counters that are gone.
+#[derive(Debug, Default)]
+pub(in crate::driver::agent) struct Counts {
+    sums: HashMap<CountOf, u64>,
+    last: HashMap<(u32, Ipv4Addr, Cidr, Protocol, u16), u64>,
+}
+
+/// Most counts that are told at a time.
+const TOLD: usize = 20_000;
 
 impl Agent {
     /// Reads from the kernel what was refused, and remembers it by tenant.
@@ -60,28 +74,41 @@ impl Agent {
 
     /// What was counted of the flows that are about to close.
     pub(in crate::driver::agent) async fn used(&self) -> Vec<Used> {
+        self.note_counts().await;
+        let counts = lock(&self.counts);
+        let told = |((tenant, app, network, protocol, port), packets): (&CountOf, &u64)| Used {
+            tenant: tenant.clone(),
+            app: *app,
+            network: *network,
+            protocol: *protocol,
+            port: *port,
+            packets: *packets,
+        };
+        counts.sums.iter().filter(|(_, packets)| **packets > 0).take(TOLD).map(told).collect()
+    }
+
+    /// Adds up what the kernel has counted: before its counters go, and whenever somebody asks.
+    pub(in crate::driver::agent) async fn note_counts(&self) {
         if lock(&self.flows).all().all(|plan| plan.watched.is_empty()) {
-            return Vec::new();
+            *lock(&self.counts) = Counts::default();
+            return;
         }
+        let seen = kernel::counted(&self.config.table()).await;
         let tenants = lock(&self.journal).bridges(&self.config);
         let standing = self.standing(&lock(&self.own).clone());
         let owners = owners(&standing);
-        let mut used: HashMap<_, u64> = HashMap::new();
-        for (bridge, source, network, protocol, port, packets) in kernel::counted(&self.config.table()).await
-        {
+        let mut counts = lock(&self.counts);
+        for (bridge, source, network, protocol, port, packets) in seen {
             let Some((tenant, number)) = tenants.get(&bridge) else { continue };
             let Some(app) = owners.get(&(*number, source)) else { continue };
-            *used.entry((tenant.clone(), *app, network, protocol, port)).or_default() += packets;
+            let element = (*number, source, network, protocol, port);
+            let before = counts.last.insert(element, packets).unwrap_or(0);
+            // A counter that is lower than it was, was made anew.
+            let more = if packets >= before { packets - before } else { packets };
+            *counts.sums.entry((tenant.clone(), *app, network, protocol, port)).or_default() += more;
         }
-        let told = |((tenant, app, network, protocol, port), packets)| Used {
-            tenant,
-            app,
-            network,
-            protocol,
-            port,
-            packets,
-        };
-        used.into_iter().map(told).collect()
+        let watched: HashSet<AppId> = standing.watched.keys().copied().collect();
+        counts.sums.retain(|(_, app, ..), _| watched.contains(app));
     }
 
     /// What was refused of one app lately, the newest first.

@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::core::{Agent, lock};
+use crate::driver::podman::firewall::Allowed;
 use crate::driver::podman::host;
 use crate::driver::{Error, InstanceState, Listener, ProbeOutcome, ProbeTarget, Probed};
 use crate::ids::{AppId, TenantName};
-use crate::policy::Protocol;
+use crate::policy::{Cidr, Protocol};
 
 /// How long a probe waits. A refusal by the firewall comes at once.
 const PATIENCE: Duration = Duration::from_millis(1_500);
@@ -26,12 +27,17 @@ mod rounds;
 struct Place {
     /// Its network namespace, as it was recorded before its process started: that process cannot make it another.
     sandbox: String,
+    /// Number of its network.
+    network: u32,
     address: Ipv4Addr,
 }
 
 impl Agent {
     fn places(&self, tenant: &TenantName, app: AppId) -> Vec<Place> {
         let Some(app) = self.app(app).filter(|app| app.tenant == *tenant) else { return Vec::new() };
+        let Some(network) = lock(&self.journal).ever(tenant).map(|own| own.network) else {
+            return Vec::new();
+        };
         let kept = lock(&app.kept);
         let up = |state| {
             matches!(state, InstanceState::Starting | InstanceState::Running | InstanceState::Unhealthy)
@@ -40,7 +46,7 @@ impl Agent {
         running
             .filter_map(|i| {
                 let address = *kept.workload_of(i.revision)?.addresses.get(i.slot)?;
-                Some(Place { sandbox: i.sandbox.clone(), address })
+                Some(Place { sandbox: i.sandbox.clone(), network, address })
             })
             .collect()
     }
@@ -52,6 +58,7 @@ impl Agent {
         app: AppId,
         target: &ProbeTarget,
         (protocol, port): (Protocol, u16),
+        platform: bool,
     ) -> Result<ProbeOutcome, Error> {
         let from = self.places(tenant, app).into_iter().next();
         let from = from.ok_or_else(|| Error::Rejected("no instance of the app runs".into()))?;
@@ -64,17 +71,36 @@ impl Agent {
             }
         };
         let busy = || Error::Transient("others are being tried; try again in a moment".into());
-        let _room = self.probes.try_acquire().map_err(|_| busy())?;
-        let _turn = Probing::enter(self, tenant).ok_or_else(busy)?;
+        // The platform's own probes wait for no tenant's.
+        let room = if platform { &self.platform_probes } else { &self.probes };
+        let _room = room.try_acquire().map_err(|_| busy())?;
+        let _turn = if platform { None } else { Some(Probing::enter(self, tenant).ok_or_else(busy)?) };
         self.note_tried(from.address, address, port);
-        within(from, move || attempt(address, protocol, port, peer.as_ref())).await
+        let (network, source) = (from.network, from.address);
+        let outcome = within(from, move || attempt(address, protocol, port, peer.as_ref())).await?;
+        Ok(self.by_whom(outcome, (network, source), (address, protocol, port)).await)
     }
 
-    /// Tries what a tenant's apps must reach and must not: of one tenant once at a time.
+    /// An answer that there is no way may be the firewall's, or somebody's further on: the firewall's it is where its
+    /// rules do not let the packet through.
+    async fn by_whom(
+        &self,
+        outcome: ProbeOutcome,
+        (network, source): (u32, Ipv4Addr),
+        (target, protocol, port): (Ipv4Addr, Protocol, u16),
+    ) -> ProbeOutcome {
+        let to = Allowed { network, source, target: Cidr::of(target), protocol, port };
+        if outcome == ProbeOutcome::Prohibited && self.permits(&to).await {
+            ProbeOutcome::Unreachable
+        } else {
+            outcome
+        }
+    }
+
+    /// Tries what a tenant's apps must reach and must not.
     pub(super) async fn try_tenant(self: &Arc<Self>, tenant: &TenantName) -> Result<Probed, Error> {
         let busy = || Error::Transient("others are being tried; try again in a moment".into());
-        let _room = self.probes.try_acquire().map_err(|_| busy())?;
-        let _turn = Probing::enter(self, tenant).ok_or_else(busy)?;
+        let _room = self.platform_probes.try_acquire().map_err(|_| busy())?;
         Ok(self.probe_tenant(tenant).await)
     }
 
@@ -99,18 +125,17 @@ impl Agent {
         }
         let apps: Vec<_> = lock(&self.apps).values().cloned().collect();
         let from = apps.into_iter().find_map(|app| self.places(&app.tenant, app.id).into_iter().next());
-        let source = from.as_ref().map(|from| from.address);
-        let looked = tokio::task::spawn_blocking(move || {
-            let mut listeners = host::listeners();
-            let tried =
-                from.map_or_else(Vec::new, |from| host::try_from_within(&from.sandbox, &mut listeners));
-            (listeners, tried)
-        });
-        let (listeners, tried) = looked.await.unwrap_or_default();
-        if let Some(source) = source {
-            for (target, port) in tried {
-                self.note_tried(source, target, port);
+        let mut listeners = tokio::task::spawn_blocking(host::listeners).await.unwrap_or_default();
+        if let Some(from) = from {
+            let targets = host::targets(&from.sandbox, &mut listeners);
+            for (_, target, port) in &targets {
+                self.note_tried(from.address, *target, *port);
             }
+            let looked = tokio::task::spawn_blocking(move || {
+                host::try_from_within(&from.sandbox, &targets, &mut listeners);
+                listeners
+            });
+            listeners = looked.await.unwrap_or_default();
         }
         *known = Some((std::time::Instant::now(), listeners.clone()));
         listeners

@@ -1,7 +1,6 @@
 //! Trying it without being asked: after each plan what the tenant's apps must reach and must not, and again and
 //! again for all. What must be closed and is open is an alarm.
 
-use std::collections::HashSet;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,9 +13,10 @@ use time::OffsetDateTime;
 use super::{Place, attempt, within};
 use crate::driver::agent::app::App;
 use crate::driver::agent::core::{Agent, lock};
+use crate::driver::podman::firewall::Allowed;
 use crate::driver::{PROBED_APPS, ProbeOutcome, Probed};
 use crate::ids::TenantName;
-use crate::policy::{Flow, Protocol, Target};
+use crate::policy::{Cidr, Flow, Protocol, Target};
 
 /// Most apps of one round of all, and how many are tried from at a time.
 const ROUND: usize = 200;
@@ -44,6 +44,11 @@ const PRIVATE: [Ipv4Addr; 4] = [
 ];
 /// An address outside at which nobody has been since relays of 6to4 were given up (RFC 7526).
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 88, 99, 1);
+/// What an instance of somebody else is called.
+const FOREIGN: &str = "an app of another tenant";
+/// After what time a fault is looked at again, and for how long the same one is told once.
+const CONFIRM: Duration = Duration::from_secs(1);
+const TOLD: Duration = Duration::from_secs(600);
 /// A name that nobody may have (RFC 6761).
 const NO_NAME: &str = "closed.invalid";
 
@@ -57,6 +62,25 @@ struct Try {
     open: bool,
     /// The instance that is there, where it is one of ours.
     peer: Option<Place>,
+}
+
+impl Try {
+    /// Whether it is the same as another one.
+    fn is_like(&self, other: &Self) -> bool {
+        (self.address, self.protocol, self.port, self.open)
+            == (other.address, other.protocol, other.port, other.open)
+    }
+
+    /// Whether an outcome is not as it must be. Silence, where it must be open, is somebody who is busy or away;
+    /// between instances no refusal is anybody's but this machine's.
+    fn is_bad(&self, outcome: ProbeOutcome) -> bool {
+        match outcome {
+            outcome if !self.open => outcome.is_through(),
+            ProbeOutcome::Prohibited => true,
+            ProbeOutcome::Unreachable => self.peer.is_some(),
+            _ => false,
+        }
+    }
 }
 
 /// What came of names that were asked for from within.
@@ -80,15 +104,13 @@ impl Agent {
     pub(in crate::driver::agent) async fn probe_tenant(self: &Arc<Self>, tenant: &TenantName) -> Probed {
         let mut apps: Vec<_> =
             lock(&self.apps).values().filter(|app| app.tenant == *tenant).cloned().collect();
+        apps.retain(|app| !self.places(tenant, app.id).is_empty());
         apps.sort_by_key(|app| app.id);
         apps.truncate(PROBED_APPS as usize);
         let tries = apps.into_iter().map(|app| self.probe_from(app, None));
         let told: Vec<_> = futures_util::stream::iter(tries).buffered(AT_ONCE).collect().await;
         let mut all = Probed::default();
-        for (probed, events) in told.into_iter().flatten() {
-            for (kind, text) in events {
-                self.machine_event(kind, text);
-            }
+        for probed in told.into_iter().flatten() {
             all.apps += probed.apps;
             all.open += probed.open;
             all.closed += probed.closed;
@@ -98,11 +120,7 @@ impl Agent {
     }
 
     /// Tries from one instance of each app, a part of it each time. A round begins where the last one ended.
-    pub(in crate::driver::agent) async fn probe_all(
-        self: &Arc<Self>,
-        round: &mut usize,
-        told: &mut HashSet<String>,
-    ) {
+    pub(in crate::driver::agent) async fn probe_all(self: &Arc<Self>, round: &mut usize) {
         self.look_for_listeners().await;
         let mut apps: Vec<_> = lock(&self.apps).values().cloned().collect();
         apps.sort_by_key(|app| app.id);
@@ -115,48 +133,95 @@ impl Agent {
         apps.truncate(ROUND);
         *round += apps.len();
         let tries = apps.into_iter().map(|app| self.probe_from(app, Some(part)));
-        let seen: Vec<_> = futures_util::stream::iter(tries).buffer_unordered(AT_ONCE).collect().await;
-        let events: Vec<_> = seen.into_iter().flatten().flat_map(|(_, events)| events).collect();
-        // Told once, and again only after it was good in between.
-        let now: HashSet<String> = events.iter().map(|(_, text)| text.clone()).collect();
-        for (kind, text) in events {
-            if told.insert(text.clone()) {
-                self.machine_event(kind, text);
-            }
-        }
-        told.retain(|text| now.contains(text));
+        futures_util::stream::iter(tries).buffer_unordered(AT_ONCE).for_each(async |_| {}).await;
     }
 
-    /// Tries from one app: all, or the n-th part of what must be closed. None if no instance of it runs.
-    async fn probe_from(
-        self: &Arc<Self>,
-        app: Arc<App>,
-        part: Option<usize>,
-    ) -> Option<(Probed, Vec<(&'static str, String)>)> {
+    /// An app as it stands, to be tried from. None if no instance of it runs.
+    fn from(&self, app: Arc<App>) -> Option<From> {
         let place = self.places(&app.tenant, app.id).into_iter().next()?;
         let gateway = lock(&self.journal).ever(&app.tenant)?.subnet.gateway();
         let flows = lock(&self.flows).of(&app.tenant, app.id).to_vec();
-        let from = From { app, place, flows, gateway };
+        Some(From { app, place, flows, gateway })
+    }
+
+    /// Tries from one app: all, or the n-th part of what must be closed. None if no instance of it runs.
+    async fn probe_from(self: &Arc<Self>, app: Arc<App>, part: Option<usize>) -> Option<Probed> {
+        let from = self.from(Arc::clone(&app))?;
         let mut tries = self.must_close(&from);
         if let Some(part) = part {
             let count = tries.len().max(1);
             tries.rotate_left(part * PART % count);
             tries.truncate(PART);
         }
-        for to in &tries {
-            self.note_tried(from.place.address, to.address, to.port);
-        }
         tries.extend(self.must_open(&from));
         let (name, server) = (from.app.name.to_string(), from.gateway);
         self.note_tried(from.place.address, server, 53);
-        let tried = within(from.place.clone(), move || {
-            let outcomes = attempt_all(tries);
+        let outcomes = self.outcomes(&from, tries).await?;
+        let asked = within(from.place.clone(), move || {
             // The resolver may have been started this very moment.
             let own = (0..3).map(|_| ask(server, &name)).find(|told| *told != Told::Silence);
-            (outcomes, own.unwrap_or(Told::Silence), ask(server, NO_NAME))
+            (own.unwrap_or(Told::Silence), ask(server, NO_NAME))
         });
-        let (outcomes, own, foreign) = tried.await.ok()?;
-        Some(tally(&from, outcomes, own, foreign))
+        let (own, foreign) = asked.await.ok()?;
+        let (good, bad): (Vec<_>, Vec<_>) =
+            outcomes.into_iter().partition(|(to, outcome)| !to.is_bad(*outcome));
+        let bad = if bad.is_empty() { bad } else { self.confirmed(app, bad).await };
+        let (probed, events) = tally(&from, &good, &bad, own, foreign);
+        for (kind, text) in events {
+            self.tell(kind, text);
+        }
+        Some(probed)
+    }
+
+    async fn outcomes(&self, from: &From, tries: Vec<Try>) -> Option<Vec<(Try, ProbeOutcome)>> {
+        for to in &tries {
+            self.note_tried(from.place.address, to.address, to.port);
+        }
+        let outcomes = within(from.place.clone(), move || attempt_all(tries)).await.ok()?;
+        let mut out = Vec::with_capacity(outcomes.len());
+        let own = (from.place.network, from.place.address);
+        for (to, outcome) in outcomes {
+            let outcome = self.by_whom(outcome, own, (to.address, to.protocol, to.port)).await;
+            out.push((to, outcome));
+        }
+        Some(out)
+    }
+
+    /// What is not as it must be is tried once more, if it is still meant so by then: between what is on record and
+    /// what is in force there is a moment.
+    async fn confirmed(
+        self: &Arc<Self>,
+        app: Arc<App>,
+        bad: Vec<(Try, ProbeOutcome)>,
+    ) -> Vec<(Try, ProbeOutcome)> {
+        tokio::time::sleep(CONFIRM).await;
+        let Some(from) = self.from(app) else { return Vec::new() };
+        let mut meant = self.must_close(&from);
+        meant.extend(self.must_open(&from));
+        let again = meant.into_iter().filter(|to| bad.iter().any(|(bad, _)| bad.is_like(to))).collect();
+        let outcomes = self.outcomes(&from, again).await.unwrap_or_default();
+        let (network, source) = (from.place.network, from.place.address);
+        let mut out = Vec::new();
+        for (to, outcome) in outcomes.into_iter().filter(|(to, outcome)| to.is_bad(*outcome)) {
+            let target = Cidr::of(to.address);
+            let rule = Allowed { network, source, target, protocol: to.protocol, port: to.port };
+            // The rules that are in force open it: the record is about to say so, or no longer.
+            if to.open || !self.permits(&rule).await {
+                out.push((to, outcome));
+            }
+        }
+        out
+    }
+
+    /// Tells something as an event, and the same again only after a while.
+    fn tell(&self, kind: &str, text: String) {
+        let now = std::time::Instant::now();
+        let mut told = lock(&self.told);
+        told.retain(|_, at| now.duration_since(*at) < TOLD);
+        if told.insert(text.clone(), now).is_none() {
+            drop(told);
+            self.machine_event(kind, text);
+        }
     }
 
     /// What must be closed to an app, whatever its plan says; what its plan opens is left out.
@@ -216,7 +281,7 @@ impl Agent {
             .find_map(|app| {
                 let port = lock(&app.kept).workload.port?;
                 let peer = self.places(&app.tenant, app.id).into_iter().next()?;
-                let what = if own { "an app that it does not name" } else { "an app of another tenant" };
+                let what = if own { "an app that it does not name" } else { FOREIGN };
                 Some(Try {
                     what: what.to_owned(),
                     address: peer.address,
@@ -231,7 +296,19 @@ impl Agent {
     /// What must be open to an app by its plan. What is counted is left alone: the count is the app's.
     fn must_open(&self, from: &From) -> Vec<Try> {
         let counted = lock(&self.flows).watched(&from.app.tenant, from.app.id).to_vec();
-        let tcp = |flow: &&Flow| flow.protocol == Protocol::Tcp && !counted.contains(flow);
+        // Under whatever name: a count knows none.
+        let is_counted = |flow: &Flow| {
+            let network = |flow: &Flow| match flow.target {
+                Target::Service { network } => Some(network),
+                _ => None,
+            };
+            let same = |own: &&Flow| (own.protocol, own.port) == (flow.protocol, flow.port);
+            counted.iter().filter(same).any(|own| match (network(own), network(flow)) {
+                (Some(own), Some(to)) => own.overlaps(to),
+                _ => false,
+            })
+        };
+        let tcp = |flow: &&Flow| flow.protocol == Protocol::Tcp && !is_counted(flow);
         from.flows
             .iter()
             .filter(tcp)
@@ -267,47 +344,56 @@ fn attempt_all(tries: Vec<Try>) -> Vec<(Try, ProbeOutcome)> {
     })
 }
 
+/// What was tried, as it is kept with the plan, and the events that follow from it.
 fn tally(
     from: &From,
-    outcomes: Vec<(Try, ProbeOutcome)>,
+    good: &[(Try, ProbeOutcome)],
+    bad: &[(Try, ProbeOutcome)],
     own: Told,
     foreign: Told,
 ) -> (Probed, Vec<(&'static str, String)>) {
-    let who = format!("{}/{}", from.app.tenant, from.app.name);
-    let mut probed = Probed { apps: 1, open: 1, closed: 1, faults: Vec::new() };
-    let mut events = Vec::new();
-    for (to, outcome) in outcomes {
-        let Try { what, address, protocol, port, open, .. } = to;
-        if open {
-            probed.open += 1;
-            // Silence is somebody who is busy or away; a refusal by the firewall is ours.
-            if outcome == ProbeOutcome::Prohibited {
-                let text =
-                    format!("does not get to {what} ({protocol} {port}), which is open by plan: {outcome}");
-                events.push(("probe_failed", text));
+    let count = |open: bool| {
+        // Whether there is somebody else whose app could be tried, is not told.
+        let counts = |to: &Try| to.open == open && to.what != FOREIGN;
+        1 + u32::try_from(good.iter().chain(bad).filter(|(to, _)| counts(to)).count()).unwrap_or(0)
+    };
+    let mut faults: Vec<(&'static str, String)> = bad
+        .iter()
+        .map(|(Try { what, address, protocol, port, open, .. }, outcome)| {
+            if *open {
+                (
+                    "probe_failed",
+                    format!("does not get to {what} ({protocol} {port}), which is open by plan: {outcome}"),
+                )
+            } else if what == FOREIGN {
+                // Where it is, is nobody's business.
+                ("probe_alarm", format!("gets to {what}, which must be closed"))
+            } else {
+                let text = format!(
+                    "gets to {what} at {address} ({protocol} {port}), which must be closed: {outcome}"
+                );
+                ("probe_alarm", text)
             }
-        } else {
-            probed.closed += 1;
-            if outcome.is_through() {
-                // Where another tenant's instance is, is nobody's business.
-                let at = if what.starts_with("an app") { String::new() } else { format!(" at {address}") };
-                let text = format!("gets to {what}{at} ({protocol} {port}), which must be closed: {outcome}");
-                events.push(("probe_alarm", text));
-            }
-        }
-    }
+        })
+        .collect();
     if own != Told::Address {
-        events.push(("probe_failed", "does not learn its own name".to_owned()));
+        faults.push(("probe_failed", "does not learn its own name".to_owned()));
     }
     if foreign == Told::Address {
-        events.push(("probe_alarm", format!("learns the name {NO_NAME}, which must lead nowhere")));
+        faults.push(("probe_alarm", format!("learns the name {NO_NAME}, which must lead nowhere")));
     }
-    probed.faults = events.iter().map(|(_, text)| format!("{} {text}", from.app.name)).collect();
-    let alarm = |(kind, text): (&'static str, String)| {
-        let word = if kind == "probe_alarm" { "ALARM: " } else { "" };
-        (kind, format!("{word}{who} {text}"))
+    let App { tenant, name, .. } = &*from.app;
+    let probed = Probed {
+        apps: 1,
+        open: count(true),
+        closed: count(false),
+        faults: faults.iter().map(|(_, text)| format!("{name} {text}")).collect(),
     };
-    (probed, events.into_iter().map(alarm).collect())
+    let event = |(kind, text): (&'static str, String)| {
+        let word = if kind == "probe_alarm" { "ALARM: " } else { "" };
+        (kind, format!("{word}{tenant}/{name} {text}"))
+    };
+    (probed, faults.into_iter().map(event).collect())
 }
 
 /// Asks a name server for a name's address.

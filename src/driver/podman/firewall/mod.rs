@@ -358,6 +358,12 @@ table inet {table} {{
         exact.chain(resolved).cloned().chain(before.outside.without(&self.outside)).collect()
     }
 
+    /// Whether something is counted.
+    #[must_use]
+    pub fn is_counting(&self) -> bool {
+        self.watched.iter().next().is_some()
+    }
+
     /// Networks that were on trial before and are not any more.
     pub fn untried<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = u32> + 'a {
         before.trial.difference(&self.trial).copied()

@@ -179,17 +179,43 @@ pub(in crate::networks) async fn list_checks(
     Ok((rows, all))
 }
 
-/// Which places did not answer an app before the roll-out reached it.
-pub(in crate::networks) async fn list_dead_before(
+/// What was tried before a roll-out reached anybody: by which app, where, and whether it answered.
+pub(in crate::networks) async fn list_before(
     conn: &mut PgConnection,
     rollout: i64,
-) -> Result<Vec<(AppId, String, String, i32)>, Error> {
-    let rows = sqlx::query!(
-        "SELECT app_id, network, protocol, port FROM network_rollout_check \
-         WHERE rollout_id = $1 AND stage = 'before' AND NOT good",
+) -> Result<Vec<Before>, Error> {
+    Ok(sqlx::query_as!(
+        Before,
+        r#"SELECT app_id AS "app: AppId", network, protocol, port, good FROM network_rollout_check
+           WHERE rollout_id = $1 AND stage = 'before'"#,
         rollout
     )
     .fetch_all(conn)
+    .await?)
+}
+
+/// Something that was tried before.
+pub(in crate::networks) struct Before {
+    pub(in crate::networks) app: AppId,
+    pub(in crate::networks) network: String,
+    pub(in crate::networks) protocol: String,
+    pub(in crate::networks) port: i32,
+    pub(in crate::networks) good: bool,
+}
+
+/// What was found open in a stage and must not be: by which app, and where.
+pub(in crate::networks) async fn list_found_open(
+    conn: &mut PgConnection,
+    rollout: i64,
+    stage: &str,
+) -> Result<Vec<(AppId, String)>, Error> {
+    let rows = sqlx::query!(
+        "SELECT app_id, network || ' ' || protocol || ' ' || port AS \"place!\" FROM network_rollout_check \
+         WHERE rollout_id = $1 AND stage = $2 AND must_be = 'closed' AND NOT good",
+        rollout,
+        stage
+    )
+    .fetch_all(conn)
     .await?;
-    Ok(rows.into_iter().map(|row| (AppId(row.app_id), row.network, row.protocol, row.port)).collect())
+    Ok(rows.into_iter().map(|row| (AppId(row.app_id), row.place)).collect())
 }

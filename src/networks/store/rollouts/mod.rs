@@ -55,6 +55,8 @@ pub(crate) struct Rollout {
     /// Who has paused it; `platform` where it waits by itself for a person.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub paused_by: Option<String>,
+    #[serde(skip)]
+    pub resumed: bool,
     /// What is to be known about it.
     pub message: String,
     /// Who has begun it.
@@ -83,7 +85,7 @@ pub(in crate::networks) async fn list_rollouts(
            r.before AS "before: Json<Vec<Endpoint>>", r.endpoints AS "endpoints: Json<Vec<Endpoint>>",
            r.window_hours, r.observe_seconds, r.canaries,
            ARRAY(SELECT t.name FROM tenant t WHERE t.id = ANY (r.canaries) ORDER BY t.name) AS "canary_names!",
-           r.stage AS "stage: Stage", r.outcome, r.stage_at, r.until, r.paused_by, r.message, r.begun_by,
+           r.stage AS "stage: Stage", r.outcome, r.stage_at, r.until, r.paused_by, r.resumed, r.message, r.begun_by,
            r.begun_at, r.ended_at,
            CASE WHEN r.stage = 'over' THEN 0
                 ELSE (SELECT count(*) FROM tenant_service u WHERE u.rollout_id = r.id) END AS "reached!",
@@ -168,7 +170,8 @@ pub(in crate::networks) async fn set_stage(
     (outcome, message): (Option<&str>, &str),
 ) -> Result<bool, Error> {
     let done = sqlx::query!(
-        "UPDATE network_rollout SET stage = $3, stage_at = now(), until = NULL, outcome = coalesce($4, outcome), \
+        "UPDATE network_rollout SET stage = $3, stage_at = now(), until = NULL, resumed = false, \
+         outcome = coalesce($4, outcome), \
          message = CASE WHEN $5 = '' THEN message ELSE $5 END, \
          ended_at = CASE WHEN $3 = 'over' THEN now() END \
          WHERE id = $1 AND stage = $2 AND paused_at IS NULL",
@@ -251,13 +254,14 @@ pub(in crate::networks) async fn pause(
     Ok(done.rows_affected() > 0)
 }
 
-/// Goes on. A window that is over and waits for somebody to know what was used in it, is left with that.
-/// Whether it was paused.
+/// Goes on. A window that is over and waited for somebody to know what was used in it, is left with that; one that
+/// somebody has paused lasts longer by the pause. Whether it was paused.
 pub(in crate::networks) async fn resume(conn: &mut PgConnection, id: i64) -> Result<bool, Error> {
     let done = sqlx::query!(
-        "UPDATE network_rollout SET paused_by = NULL, paused_at = NULL, message = '', \
-         stage = CASE WHEN stage = 'window' AND until <= now() THEN 'canary' ELSE stage END, \
-         stage_at = now(), until = CASE WHEN stage = 'window' AND until > now() THEN until END \
+        "UPDATE network_rollout SET paused_by = NULL, paused_at = NULL, message = '', resumed = true, stage_at = now(), \
+         stage = CASE WHEN stage = 'window' AND until <= now() AND paused_by = 'platform' THEN 'canary' ELSE stage END, \
+         until = CASE WHEN stage <> 'window' OR (until <= now() AND paused_by = 'platform') THEN NULL \
+                 WHEN paused_by = 'platform' THEN until ELSE until + (now() - paused_at) END \
          WHERE id = $1 AND paused_at IS NOT NULL AND stage IN ('window', 'canary', 'all')",
         id
     )
@@ -273,7 +277,7 @@ pub(in crate::networks) async fn abort(
     message: &str,
 ) -> Result<bool, Error> {
     let done = sqlx::query!(
-        "UPDATE network_rollout SET stage = 'undo', outcome = 'aborted', stage_at = now(), until = NULL, \
+        "UPDATE network_rollout SET stage = 'undo', outcome = 'aborted', stage_at = now(), until = NULL, resumed = false, \
          paused_by = NULL, paused_at = NULL, message = $2 WHERE id = $1 AND stage IN ('window', 'canary', 'all')",
         id,
         message

@@ -4,39 +4,67 @@ use sqlx::PgConnection;
 use sqlx::types::Json;
 use time::OffsetDateTime;
 
+use super::Rollout;
 use crate::error::Error;
-use crate::ids::{ServiceName, TenantId, TenantName};
+use crate::ids::{TenantId, TenantName};
 use crate::networks::AppPlan;
 
 /// Reaches tenants of a service that it has not reached yet: these alone, or at most so many. Who they are.
 pub(in crate::networks) async fn reach_tenants(
     conn: &mut PgConnection,
-    (rollout, service): (i64, i64),
+    rollout: &Rollout,
     only: Option<&[i64]>,
     limit: i64,
 ) -> Result<Vec<i64>, Error> {
     Ok(sqlx::query_scalar!(
-        "UPDATE tenant_service SET rollout_id = $1 WHERE service_id = $2 AND tenant_id IN \
+        "UPDATE tenant_service SET rollout_id = $1, endpoints = $5, coming = NULL, moved_at = now() \
+         WHERE service_id = $2 AND tenant_id IN \
          (SELECT tenant_id FROM tenant_service WHERE service_id = $2 AND rollout_id IS DISTINCT FROM $1 \
           AND ($3::bigint[] IS NULL OR tenant_id = ANY ($3)) ORDER BY tenant_id LIMIT $4 FOR UPDATE) \
          RETURNING tenant_id",
-        rollout,
-        service,
+        rollout.id,
+        rollout.service_id,
         only,
-        limit
+        limit,
+        serde_json::json!(rollout.endpoints)
     )
     .fetch_all(conn)
     .await?)
 }
 
-/// What holds for whom it has reached is what the service says itself. Who they were.
-pub(in crate::networks) async fn leave_tenants(
+/// Counts, for at most so many tenants more, what they use of what will be closed. Who they are.
+pub(in crate::networks) async fn watch_tenants(
     conn: &mut PgConnection,
-    rollout: i64,
+    rollout: &Rollout,
+    limit: i64,
 ) -> Result<Vec<i64>, Error> {
     Ok(sqlx::query_scalar!(
-        "UPDATE tenant_service SET rollout_id = NULL WHERE rollout_id = $1 RETURNING tenant_id",
-        rollout
+        "UPDATE tenant_service SET coming = $3, moved_at = now() WHERE service_id = $1 AND tenant_id IN \
+         (SELECT tenant_id FROM tenant_service WHERE service_id = $1 AND rollout_id IS NULL AND coming IS NULL \
+          ORDER BY tenant_id LIMIT $2 FOR UPDATE) RETURNING tenant_id",
+        rollout.service_id,
+        limit,
+        serde_json::json!(rollout.endpoints)
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// For at most so many that a roll-out means something to, only what the service says itself holds again. Who they
+/// are.
+pub(in crate::networks) async fn leave_tenants(
+    conn: &mut PgConnection,
+    rollout: &Rollout,
+    limit: i64,
+) -> Result<Vec<i64>, Error> {
+    Ok(sqlx::query_scalar!(
+        "UPDATE tenant_service SET rollout_id = NULL, endpoints = NULL, coming = NULL, moved_at = now() \
+         WHERE service_id = $2 AND tenant_id IN \
+         (SELECT tenant_id FROM tenant_service WHERE service_id = $2 AND (rollout_id = $1 OR coming IS NOT NULL) \
+          ORDER BY tenant_id LIMIT $3 FOR UPDATE) RETURNING tenant_id",
+        rollout.id,
+        rollout.service_id,
+        limit
     )
     .fetch_all(conn)
     .await?)
@@ -121,22 +149,42 @@ pub(in crate::networks) struct Unsettled {
     pub(in crate::networks) seconds: i64,
 }
 
-/// Of the users of a service (all, or whom a roll-out has reached) those whose plan is not in force.
+/// Whom a roll-out means something to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::networks) enum Whom {
+    /// Those that it has reached.
+    Reached,
+    /// Those of whom it is counted what they use.
+    Watched,
+    /// Those from whom it was taken back.
+    Left,
+}
+
+/// Of whom a roll-out means something to, those for whom what it means is not in force: what was decided about them
+/// for other reasons since then is not waited for.
 pub(in crate::networks) async fn find_unsettled(
     conn: &mut PgConnection,
-    service: i64,
-    rollout: Option<i64>,
+    rollout: i64,
+    whom: Whom,
 ) -> Result<Option<Unsettled>, Error> {
     let row = sqlx::query!(
         r#"SELECT count(*) AS "count!", coalesce(min(t.name), '') AS "example!",
-           coalesce(extract(epoch FROM now() - min(coalesce(c.at, p.changed_at))), 0)::bigint AS "seconds!"
-           FROM tenant_service u JOIN tenant t ON t.id = u.tenant_id AND t.state IN ('active', 'suspended')
+           coalesce(extract(epoch FROM now() - min(u.moved_at)), 0)::bigint AS "seconds!"
+           FROM network_rollout r JOIN tenant_service u ON u.service_id = r.service_id
+           JOIN tenant t ON t.id = u.tenant_id AND t.state IN ('active', 'suspended')
            LEFT JOIN tenant_plan p ON p.tenant_id = u.tenant_id
-           LEFT JOIN LATERAL (SELECT min(at) AS at FROM network_cause WHERE tenant_id = u.tenant_id) c ON true
-           WHERE u.service_id = $1 AND ($2::bigint IS NULL OR u.rollout_id = $2)
-             AND (NOT coalesce(p.in_force, false) OR c.at IS NOT NULL)"#,
-        service,
-        rollout
+           WHERE r.id = $1 AND CASE $2 WHEN 'reached' THEN u.rollout_id = r.id WHEN 'watched' THEN u.coming IS NOT NULL
+                               ELSE u.rollout_id IS NULL AND u.moved_at >= r.stage_at END
+             AND (EXISTS (SELECT FROM network_cause c WHERE c.tenant_id = u.tenant_id AND c.at <= u.moved_at)
+                  OR (NOT coalesce(p.in_force, false) AND NOT EXISTS
+                      (SELECT FROM network_plan n WHERE n.tenant_id = u.tenant_id AND n.number >= p.number - 1000
+                       AND n.created_at >= u.moved_at AND n.in_force_at IS NOT NULL)))"#,
+        rollout,
+        match whom {
+            Whom::Reached => "reached",
+            Whom::Watched => "watched",
+            Whom::Left => "left",
+        }
     )
     .fetch_one(conn)
     .await?;
@@ -144,17 +192,17 @@ pub(in crate::networks) async fn find_unsettled(
     Ok(Some(found).filter(|found| found.count > 0))
 }
 
-/// One of whom a roll-out has reached, whose plan was not proven since then, and why.
+/// One of whom a roll-out has reached, whose plan was not proven since then and is not yet, and why. What such a plan
+/// closes comes into force as a plan of the same moment.
 pub(in crate::networks) async fn find_unproven(
     conn: &mut PgConnection,
     rollout: i64,
 ) -> Result<Option<(String, String)>, Error> {
     let row = sqlx::query!(
-        r#"SELECT t.name, p.message FROM network_rollout r JOIN tenant_service u ON u.rollout_id = r.id
-           JOIN tenant t ON t.id = u.tenant_id
-           JOIN LATERAL (SELECT state, message, created_at FROM network_plan
-                         WHERE tenant_id = u.tenant_id ORDER BY number DESC LIMIT 1) p ON true
-           WHERE r.id = $1 AND p.state = 'refused' AND p.created_at >= r.begun_at LIMIT 1"#,
+        r#"SELECT t.name, p.message FROM tenant_service u JOIN tenant t ON t.id = u.tenant_id
+           JOIN network_plan p ON p.tenant_id = u.tenant_id AND p.state = 'refused' AND p.created_at >= u.moved_at
+           WHERE u.rollout_id = $1 AND NOT EXISTS (SELECT FROM network_plan n WHERE n.tenant_id = u.tenant_id
+               AND n.state <> 'refused' AND n.created_at > p.created_at) LIMIT 1"#,
         rollout
     )
     .fetch_optional(conn)
@@ -180,34 +228,59 @@ pub(in crate::networks) struct PlanOf {
     pub(in crate::networks) tenant: TenantId,
     pub(in crate::networks) name: TenantName,
     pub(in crate::networks) apps: Vec<AppPlan>,
+    /// Whether what its apps send outside is let through.
+    pub(in crate::networks) on_trial: bool,
 }
 
-/// Plans of users of a service in which an app names it: of these tenants, or of some that stay the same however
-/// often it is asked.
+/// Whose plans are looked for.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::networks) enum Pick<'a> {
+    /// These tenants'.
+    These(&'a [i64]),
+    /// Those that were reached last.
+    Last,
+    /// Some that stay the same however often it is asked.
+    Some,
+}
+
+/// Plans that are in force, of users of a service in which an app names it; of those alone that are reached, or not.
 pub(in crate::networks) async fn list_using_plans(
     conn: &mut PgConnection,
-    (rollout, service_id, service): (i64, i64, &ServiceName),
-    only: Option<&[i64]>,
+    rollout: &Rollout,
+    (pick, reached): (Pick<'_>, bool),
     limit: i64,
 ) -> Result<Vec<PlanOf>, Error> {
+    let only = match pick {
+        Pick::These(ids) => Some(ids),
+        Pick::Last | Pick::Some => None,
+    };
     let rows = sqlx::query!(
-        r#"SELECT t.id, t.name AS "name: TenantName", p.flows AS "flows: Json<Vec<AppPlan>>"
+        r#"SELECT t.id, t.name AS "name: TenantName", p.flows AS "flows: Json<Vec<AppPlan>>",
+           coalesce(p.trial_until > extract(epoch FROM now()), false) AS "on_trial!"
            FROM tenant_service u JOIN tenant t ON t.id = u.tenant_id JOIN tenant_plan p ON p.tenant_id = t.id
-           WHERE u.service_id = $2 AND ($4::bigint[] IS NULL OR t.id = ANY ($4)) AND t.state = 'active'
+           WHERE u.service_id = $2 AND (u.rollout_id IS NOT DISTINCT FROM $1) = $7
+             AND ($4::bigint[] IS NULL OR t.id = ANY ($4)) AND t.state = 'active' AND p.in_force
              AND p.flows @> jsonb_build_array(jsonb_build_object('flows', jsonb_build_array(
-                 jsonb_build_object('name', $3::text))))
-           ORDER BY md5($1::text || ':' || t.id::text) LIMIT $5"#,
-        rollout.to_string(),
-        service_id,
-        service.as_str(),
+                 jsonb_build_object('name', $3::text, 'target', jsonb_build_object('service', '{}'::jsonb)))))
+           ORDER BY CASE WHEN $6 THEN u.moved_at END DESC NULLS LAST, md5($1::text || ':' || t.id::text) LIMIT $5"#,
+        rollout.id,
+        rollout.service_id,
+        rollout.service.as_str(),
         only,
-        limit
+        limit,
+        matches!(pick, Pick::Last),
+        reached
     )
     .fetch_all(conn)
     .await?;
     Ok(rows
         .into_iter()
-        .map(|row| PlanOf { tenant: TenantId(row.id), name: row.name, apps: row.flows.0 })
+        .map(|row| PlanOf {
+            tenant: TenantId(row.id),
+            name: row.name,
+            apps: row.flows.0,
+            on_trial: row.on_trial,
+        })
         .collect())
 }
 
