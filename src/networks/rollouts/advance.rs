@@ -394,10 +394,13 @@ impl RolloutReconciler {
         if let Some(shut) = checks.iter().find(|check| !check.good && check.open) {
             return Ok(Err(Step::Back(shut.to_string())));
         }
-        // An app that could be tried before and cannot now may be what the change has ended.
+        // An app that could be tried before and cannot now may be what the change has ended. Of the first tenants' that
+        // is asked once.
+        let asks =
+            !rollout.resumed && (stage == "canary" || rollout.canaries.as_ref().is_some_and(Vec::is_empty));
         let ended =
             idle.iter().find(|(app, _)| before.iter().any(|before| before.app == *app && before.good));
-        if let Some((_, name)) = ended.filter(|_| !rollout.resumed) {
+        if let Some((_, name)) = ended.filter(|_| asks) {
             return Ok(Err(Step::Ask(format!(
                 "{name} ran before and does not now; resuming goes on without"
             ))));

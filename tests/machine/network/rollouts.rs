@@ -256,3 +256,97 @@ async fn every_step_of_a_rollout_may_be_the_last() {
     assert_eq!((&seen["outcome"], machine.deaths("serve")), (&json!("rolled_back"), deaths + 1), "{seen:#}");
     until(10, "as before", || places.iter().all(|at| greets(at, world.service(), 9092))).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_tenant_does_meanwhile_turns_nothing_back() {
+    let machine = Machine::start().await;
+    let world = Outside::new();
+    for port in [9092, 9093] {
+        world.serve(port);
+    }
+    let places = three_users(&machine, &world).await;
+    let looked_at = |seen: &Value| seen["message"].to_string().contains("looked at");
+    // The first tenant stops using the service while it is looked at: nobody else pays for that.
+    let id = change(&machine, &world, &[9093], json!({"canaries": ["acme"], "observe_seconds": 4})).await;
+    wait(&machine, id, "looked at", looked_at).await;
+    assert_eq!(machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await.0, 202);
+    let seen = wait(&machine, id, "done", |seen| seen["stage"] == "over").await;
+    assert_eq!(seen["outcome"], "done", "{seen:#}");
+    assert!(greets(&places[1], world.service(), 9093) && greets(&places[2], world.service(), 9093));
+    // The app of the first one ends: whether the change has ended it, a person has to say.
+    let id = change(&machine, &world, &[9092], json!({"canaries": ["beta"], "observe_seconds": 4})).await;
+    wait(&machine, id, "looked at", looked_at).await;
+    assert_eq!(machine.deploy("beta", "web", &format!("{ASKING}instances: 0\n")).await.0, 202);
+    let seen = wait(&machine, id, "asks", |seen| seen["paused_by"] == "platform").await;
+    assert!(seen["message"].to_string().contains("beta/web ran before"), "{seen:#}");
+    assert!(!greets(&places[2], world.service(), 9092), "nobody else is reached meanwhile");
+    assert_eq!(decide(&machine, "DELETE", id, "pause").await, 202);
+    let seen = wait(&machine, id, "done", |seen| seen["stage"] == "over").await;
+    assert_eq!(seen["outcome"], "done", "{seen:#}");
+    until(5, "reached", || greets(&places[2], world.service(), 9092)).await;
+    // A window that somebody has paused is as long as it was to be.
+    let id = change(&machine, &world, &[9093], json!({"window_hours": 1})).await;
+    wait(&machine, id, "counting", |seen| seen["message"].to_string().contains("so far")).await;
+    assert_eq!(decide(&machine, "PUT", id, "pause").await, 204);
+    machine.sql(
+        "UPDATE network_rollout SET until = now() - interval '1 hour', paused_at = now() - interval '2 hours' \
+         WHERE stage = 'window'",
+    );
+    assert_eq!(decide(&machine, "DELETE", id, "pause").await, 202);
+    let seen = wait(&machine, id, "counting", |seen| seen["message"].to_string().contains("so far")).await;
+    assert!(seen["stage"] == "window" && seen["until"].as_str() > seen["stage_at"].as_str(), "{seen:#}");
+    assert_eq!(decide(&machine, "PUT", id, "abort").await, 202);
+    wait(&machine, id, "aborted", |seen| seen["outcome"] == "aborted" && seen["stage"] == "over").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_configuration_closes_stays_closed_for_all() {
+    let mut machine = Machine::start().await;
+    let world = Outside::new();
+    world.serve(443);
+    super::two_tenants(&machine).await;
+    let asked = json!({"network": world.allowed(), "ports": [443], "reason": "to be paid"});
+    put(&machine, "/api/v1/tenants/acme/egress/payments", asked.clone()).await;
+    let waiting = machine.get("/api/v1/egress").await;
+    let decision = json!({"id": waiting["items"][0]["id"], "approved": true});
+    put(&machine, "/api/v1/tenants/acme/egress/payments/decision", decision).await;
+    let asking = "image: web:1\nport: 8080\nconnects: { egress: [payments] }\n";
+    assert_eq!(machine.deploy("acme", "web", asking).await.0, 202);
+    let (_, web) = instance(&machine, "acme", "web").await;
+    assert!(greets(&web, world.allowed(), 443), "{}", machine.tail("agent"));
+    // Closed by hand: what was approved before is closed with it, and nobody can ask for more of it.
+    machine.down();
+    let file = machine.data.join("agent.toml");
+    let text =
+        std::fs::read_to_string(&file).unwrap().replace("closed = []", "closed = [\"192.88.99.0/24\"]");
+    assert!(text.contains("192.88.99.0/24"), "{text}");
+    std::fs::write(&file, text).unwrap();
+    machine.up().await;
+    until(20, "closed", || !greets(&web, world.allowed(), 443)).await;
+    let (status, answer) = machine.send("PUT", "/api/v1/tenants/beta/egress/payments", asked).await;
+    assert!(status == 422 && answer.to_string().contains("configuration"), "{answer}");
+    let path = format!("/api/v1/tenants/acme/apps/web/reach?to={}&port=80", world.allowed());
+    assert!(machine.get(&path).await["why"].to_string().contains("configuration"));
+    // A single address of a service may lie there.
+    put(&machine, "/api/v1/services/pay", json!({"endpoints": [{"network": world.allowed(), "port": 443}]}))
+        .await;
+    put(&machine, "/api/v1/tenants/beta/services/pay", json!({})).await;
+    let asking = "image: web:1\nport: 8080\nconnects: { services: [pay] }\n";
+    assert_eq!(machine.deploy("beta", "web", asking).await.0, 202);
+    let (_, beta) = instance(&machine, "beta", "web").await;
+    until(10, "a service", || greets(&beta, world.allowed(), 443)).await;
+    // What tenants have is no place to be closed, and the platform says so.
+    machine.down();
+    let text = std::fs::read_to_string(&file).unwrap().replace("192.88.99.0/24", "10.0.0.0/8");
+    std::fs::write(&file, text).unwrap();
+    let done = std::process::Command::new(env!("CARGO_BIN_EXE_bulkhead-agent"))
+        .args(["--config", file.to_str().unwrap()])
+        .output()
+        .unwrap();
+    assert!(!done.status.success());
+    let words = String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned();
+    assert!(words.contains("closed: 10.0.0.0/8 touches"), "{words}");
+    let text = std::fs::read_to_string(&file).unwrap().replace("closed = [\"10.0.0.0/8\"]", "closed = []");
+    std::fs::write(&file, text).unwrap();
+    machine.up().await;
+}
