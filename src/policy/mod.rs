@@ -13,6 +13,7 @@ use crate::ids::{AppId, DomainName, NameError, TenantName};
 pub mod never;
 pub mod proof;
 pub mod read;
+mod shape;
 pub mod space;
 
 /// What carries a flow.

@@ -4,7 +4,7 @@
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -32,7 +32,8 @@ pub(crate) fn of(pid: &str) -> String {
     format!("/proc/{pid}/ns/net")
 }
 
-static SLICES: AtomicU8 = AtomicU8::new(0);
+/// Which slices of the addresses are some test's.
+static TAKEN: Mutex<[bool; 15]> = Mutex::new([false; 15]);
 
 /// The world outside of one test.
 pub(crate) struct Outside {
@@ -43,8 +44,11 @@ pub(crate) struct Outside {
 
 impl Outside {
     pub(crate) fn new() -> Self {
-        let slice = SLICES.fetch_add(1, Ordering::Relaxed);
-        assert!(slice < 15);
+        let mut taken = TAKEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let free = taken.iter().position(|taken| !taken).unwrap();
+        taken[free] = true;
+        drop(taken);
+        let slice = u8::try_from(free).unwrap();
         let letters: String = (0..6).map(|_| char::from(b'a' + rand::random::<u8>() % 26)).collect();
         let outside = Self { name: format!("bkt{letters}"), slice, stop: Arc::default() };
         let name = outside.name.as_str();
@@ -198,6 +202,7 @@ impl Drop for Outside {
         }
         run("ip", &["link", "del", &self.name]);
         run("ip", &["netns", "del", &self.name]);
+        TAKEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner)[usize::from(self.slice)] = false;
     }
 }
 

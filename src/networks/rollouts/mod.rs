@@ -12,6 +12,9 @@ use crate::policy::Protocol;
 
 pub mod advance;
 mod attempt;
+mod spread;
+mod verify;
+mod window;
 
 /// The kind of a roll-out's work; the object is the roll-out.
 pub const WORK: &str = "rollout";

@@ -21,6 +21,7 @@ const PATIENCE: Duration = Duration::from_millis(1_500);
 const LISTENED: Duration = Duration::from_secs(90);
 
 mod rounds;
+mod wanted;
 
 /// An instance to try from, or to try.
 #[derive(Debug, Clone)]

@@ -8,80 +8,27 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
-use time::OffsetDateTime;
 
-use super::{Place, attempt, within};
+use super::wanted::{FOREIGN, From, Try};
+use super::{attempt, within};
 use crate::driver::agent::app::App;
 use crate::driver::agent::core::{Agent, lock};
 use crate::driver::podman::firewall::Allowed;
 use crate::driver::{PROBED_APPS, ProbeOutcome, Probed};
 use crate::ids::TenantName;
-use crate::policy::{Cidr, Flow, Protocol, Target};
+use crate::policy::Cidr;
 
 /// Most apps of one round of all, and how many are tried from at a time.
 const ROUND: usize = 200;
 const AT_ONCE: usize = 8;
-/// Most flows of an app that are tried.
-const FLOWS: usize = 8;
 /// Of what must be closed so many are tried in one round of all: a burst of refusals uses up what the kernel
 /// answers to an address in a second, and the app's own attempts would wait for theirs.
 const PART: usize = 4;
-/// The port that is tried where no wall looks at ports.
-const ANY: u16 = 1;
-/// Metadata of clouds, and link-local beside it.
-const METADATA: [Ipv4Addr; 4] = [
-    Ipv4Addr::new(169, 254, 169, 254),
-    Ipv4Addr::new(168, 63, 129, 16),
-    Ipv4Addr::new(100, 100, 100, 200),
-    Ipv4Addr::new(169, 254, 1, 1),
-];
-/// An address in each private range.
-const PRIVATE: [Ipv4Addr; 4] = [
-    Ipv4Addr::new(10, 255, 255, 254),
-    Ipv4Addr::new(172, 31, 255, 254),
-    Ipv4Addr::new(192, 168, 255, 254),
-    Ipv4Addr::new(100, 127, 255, 254),
-];
-/// An address outside at which nobody has been since relays of 6to4 were given up (RFC 7526).
-const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 88, 99, 1);
-/// What an instance of somebody else is called.
-const FOREIGN: &str = "an app of another tenant";
 /// After what time a fault is looked at again, and for how long the same one is told once.
 const CONFIRM: Duration = Duration::from_secs(1);
 const TOLD: Duration = Duration::from_secs(600);
 /// A name that nobody may have (RFC 6761).
 const NO_NAME: &str = "closed.invalid";
-
-/// Something to be tried.
-#[derive(Debug, Clone)]
-struct Try {
-    what: String,
-    address: Ipv4Addr,
-    protocol: Protocol,
-    port: u16,
-    open: bool,
-    /// The instance that is there, where it is one of ours.
-    peer: Option<Place>,
-}
-
-impl Try {
-    /// Whether it is the same as another one.
-    fn is_like(&self, other: &Self) -> bool {
-        (self.address, self.protocol, self.port, self.open)
-            == (other.address, other.protocol, other.port, other.open)
-    }
-
-    /// Whether an outcome is not as it must be. Silence, where it must be open, is somebody who is busy or away;
-    /// between instances no refusal is anybody's but this machine's.
-    fn is_bad(&self, outcome: ProbeOutcome) -> bool {
-        match outcome {
-            outcome if !self.open => outcome.is_through(),
-            ProbeOutcome::Prohibited => true,
-            ProbeOutcome::Unreachable => self.peer.is_some(),
-            _ => false,
-        }
-    }
-}
 
 /// What came of names that were asked for from within.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,14 +36,6 @@ enum Told {
     Address,
     Nothing,
     Silence,
-}
-
-/// An app to try from.
-struct From {
-    app: Arc<App>,
-    place: Place,
-    flows: Vec<Flow>,
-    gateway: Ipv4Addr,
 }
 
 impl Agent {
@@ -222,111 +161,6 @@ impl Agent {
             drop(told);
             self.machine_event(kind, text);
         }
-    }
-
-    /// What must be closed to an app, whatever its plan says; what its plan opens is left out.
-    fn must_close(&self, from: &From) -> Vec<Try> {
-        let tcp = |what: &str, address, port| Try {
-            what: what.to_owned(),
-            address,
-            protocol: Protocol::Tcp,
-            port,
-            open: false,
-            peer: None,
-        };
-        let mut out: Vec<Try> = METADATA.iter().map(|at| tcp("metadata", *at, ANY)).collect();
-        out.push(tcp("this machine", from.gateway, ANY));
-        out.extend(self.walls().own.first().map(|own| tcp("this machine", *own, ANY)));
-        // Of the others' addresses the same ones for everybody: what is tried tells nobody who is where.
-        let (pool, prefix) = (self.config.network_pool, self.config.subnet_prefix);
-        let others = [pool.part(prefix, 0), pool.part(prefix, 1)].into_iter().flatten();
-        if let Some(other) = others.into_iter().find(|other| other.gateway() != from.gateway) {
-            out.push(tcp("the name server of others", other.gateway(), 53));
-            out.extend(other.nth(2).map(|at| tcp("another tenant", at, ANY)));
-        }
-        out.extend(
-            PRIVATE.iter().filter(|at| !pool.contains(**at)).map(|at| tcp("a private range", *at, ANY)),
-        );
-        let now = OffsetDateTime::now_utc().unix_timestamp();
-        if !lock(&self.flows).on_trial(&from.app.tenant, now) {
-            out.push(tcp("the outside", OUTSIDE, ANY));
-            out.push(Try { protocol: Protocol::Udp, ..tcp("another name server", OUTSIDE, 53) });
-        }
-        out.extend(self.neighbour(from, true));
-        out.extend(self.neighbour(from, false));
-        let opens = |to: &Try| {
-            from.flows.iter().any(|flow| {
-                let there = match &flow.target {
-                    Target::Service { network } | Target::Outside { network } => network.contains(to.address),
-                    Target::App { .. } | Target::Domain { .. } => false,
-                };
-                there && (flow.protocol, flow.port) == (to.protocol, to.port)
-            })
-        };
-        out.retain(|to| !opens(to));
-        out
-    }
-
-    /// An instance of an app that this one does not name: of the own tenant, or of another.
-    fn neighbour(&self, from: &From, own: bool) -> Option<Try> {
-        let mut apps: Vec<_> = lock(&self.apps).values().cloned().collect();
-        apps.sort_by_key(|app| app.id);
-        apps.into_iter()
-            .filter(|app| app.id != from.app.id && (app.tenant == from.app.tenant) == own)
-            .filter(|app| {
-                let names =
-                    |flow: &Flow| matches!(&flow.target, Target::App { app: to, .. } if *to == app.id);
-                !from.flows.iter().any(names)
-            })
-            .find_map(|app| {
-                let port = lock(&app.kept).workload.port?;
-                let peer = self.places(&app.tenant, app.id).into_iter().next()?;
-                let what = if own { "an app that it does not name" } else { FOREIGN };
-                Some(Try {
-                    what: what.to_owned(),
-                    address: peer.address,
-                    protocol: Protocol::Tcp,
-                    port,
-                    open: false,
-                    peer: Some(peer),
-                })
-            })
-    }
-
-    /// What must be open to an app by its plan. What is counted is left alone: the count is the app's.
-    fn must_open(&self, from: &From) -> Vec<Try> {
-        let counted = lock(&self.flows).watched(&from.app.tenant, from.app.id).to_vec();
-        // Under whatever name: a count knows none.
-        let is_counted = |flow: &Flow| {
-            let network = |flow: &Flow| match flow.target {
-                Target::Service { network } => Some(network),
-                _ => None,
-            };
-            let same = |own: &&Flow| (own.protocol, own.port) == (flow.protocol, flow.port);
-            counted.iter().filter(same).any(|own| match (network(own), network(flow)) {
-                (Some(own), Some(to)) => own.overlaps(to),
-                _ => false,
-            })
-        };
-        let tcp = |flow: &&Flow| flow.protocol == Protocol::Tcp && !is_counted(flow);
-        from.flows
-            .iter()
-            .filter(tcp)
-            .filter_map(|flow| {
-                let (address, peer) = match &flow.target {
-                    Target::App { tenant, app } => {
-                        let peer = self.places(tenant, *app).into_iter().next()?;
-                        (peer.address, Some(peer))
-                    }
-                    Target::Service { network } => (network.single()?, None),
-                    // Whoever is there outside is not to be knocked at each minute.
-                    Target::Outside { .. } | Target::Domain { .. } => return None,
-                };
-                let (what, protocol, port) = (flow.name.clone(), flow.protocol, flow.port);
-                Some(Try { what, address, protocol, port, open: true, peer })
-            })
-            .take(FLOWS)
-            .collect()
     }
 }
 

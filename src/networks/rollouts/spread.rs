@@ -1,0 +1,146 @@
+//! Reaching tenants: the first ones, then all others, a part at a time.
+
+use std::collections::BTreeSet;
+
+use serde_json::json;
+use time::OffsetDateTime;
+
+use super::Stage;
+use super::advance::{BATCH, COUNTING, RolloutReconciler, SOON, Step, record};
+use super::attempt::attempt;
+use crate::networks::store::{self, Pick, Rollout, Whom};
+use crate::reconcile::Failure;
+
+/// From within how many tenants' apps it is tried: of those reached last, and at the end.
+const OF_BATCH: i64 = 5;
+const SAMPLE: i64 = 20;
+/// Of a hundred users of a service, one is first; these at most.
+const CANARIES: i64 = 10;
+
+impl RolloutReconciler {
+    /// The first tenants: as it was before, reached, in force, tried, looked at, tried once more.
+    pub(super) async fn canary(&self, rollout: &Rollout) -> Result<Step, Failure> {
+        let Some(canaries) = &rollout.canaries else {
+            let mut conn = self.0.pool.acquire().await?;
+            let most = (rollout.tenants / 100).clamp(1, CANARIES);
+            let chosen = store::list_using_plans(&mut conn, rollout, (Pick::Some, false), most).await?;
+            let ids: Vec<i64> = chosen.iter().map(|plan| plan.tenant.0).collect();
+            store::set_canaries(&mut conn, rollout.id, &ids).await?;
+            return Ok(Step::On);
+        };
+        if canaries.is_empty() {
+            return self.go_on(rollout, Stage::All, "nobody is reached first").await;
+        }
+        if rollout.reached == 0 {
+            self.try_before(rollout, Pick::These(canaries)).await?;
+            let reached = self.reach(rollout, Some(canaries), CANARIES * 10).await?;
+            return match reached {
+                None => Ok(Step::On),
+                Some(0) => {
+                    let message = "none of the first tenants uses the service any more";
+                    self.go_on(rollout, Stage::All, message).await
+                }
+                Some(_) => Ok(Step::Wait(SOON, "the first tenants' plans are being made".into())),
+            };
+        }
+        if let Some(step) = self.not_in_force(rollout, Whom::Reached).await? {
+            return Ok(step);
+        }
+        let first = rollout.until.is_none();
+        let left = rollout.until.map_or(time::Duration::ZERO, |until| until - OffsetDateTime::now_utc());
+        if left.is_positive() {
+            let message = format!("the first tenants are looked at; {}", said(rollout));
+            return Ok(Step::Wait(left.unsigned_abs().min(COUNTING), message));
+        }
+        let summary = match self.tried(rollout, "canary", Pick::These(canaries), CANARIES * 10).await? {
+            Ok(summary) => summary,
+            Err(step) => return Ok(step),
+        };
+        if first && rollout.observe_seconds > 0 {
+            let mut conn = self.0.pool.acquire().await?;
+            let progress = (Some(rollout.observe_seconds), summary.as_str());
+            store::set_progress(&mut conn, rollout.id, Stage::Canary, progress).await?;
+            return Ok(Step::On);
+        }
+        self.go_on(rollout, Stage::All, &summary).await
+    }
+
+    /// Tries, before anybody is reached, what answers: what does not is no fault of the roll-out later.
+    async fn try_before(&self, rollout: &Rollout, pick: Pick<'_>) -> Result<(), Failure> {
+        let mut conn = self.0.pool.acquire().await?;
+        let plans = store::list_using_plans(&mut conn, rollout, (pick, false), CANARIES).await?;
+        drop(conn);
+        let before = attempt(&*self.0.driver, rollout, &plans, false, &BTreeSet::new()).await?;
+        let mut conn = self.0.pool.acquire().await?;
+        Ok(store::put_checks(&mut conn, rollout.id, "before", &before.checks).await?)
+    }
+
+    /// Reaches tenants, and how many; none if somebody has stopped it meanwhile.
+    async fn reach(
+        &self,
+        rollout: &Rollout,
+        only: Option<&[i64]>,
+        most: i64,
+    ) -> Result<Option<usize>, Failure> {
+        let mut tx = self.0.pool.begin().await?;
+        if !store::set_progress(&mut tx, rollout.id, rollout.stage, (None, &rollout.message)).await? {
+            return Ok(None);
+        }
+        let reached = store::reach_tenants(&mut tx, rollout, only, most).await?;
+        store::note_tenants(&mut tx, &reached, &rollout.begun_by, &goes_on(rollout)).await?;
+        tx.commit().await?;
+        fail::fail_point!("rollouts::reached");
+        Ok(Some(reached.len()))
+    }
+
+    /// All others, some at a time, of whom some are tried before the next; then it is what the service says.
+    pub(super) async fn all(&self, rollout: &Rollout) -> Result<Step, Failure> {
+        if let Some(step) = self.not_in_force(rollout, Whom::Reached).await? {
+            return Ok(step);
+        }
+        if rollout.reached == 0 {
+            self.try_before(rollout, Pick::Some).await?;
+        } else if rollout.reached < rollout.tenants
+            && let Err(step) = self.tried(rollout, "all", Pick::Last, OF_BATCH).await?
+        {
+            return Ok(step);
+        }
+        let Some(reached) = self.reach(rollout, None, BATCH).await? else { return Ok(Step::On) };
+        if reached > 0 {
+            let n = rollout.reached + i64::try_from(reached).unwrap_or(0);
+            return Ok(Step::Wait(SOON, format!("{n} of {} tenants are reached", rollout.tenants)));
+        }
+        match self.tried(rollout, "all", Pick::Some, SAMPLE).await? {
+            Ok(summary) => self.finish(rollout, &summary).await,
+            Err(step) => Ok(step),
+        }
+    }
+
+    async fn finish(&self, rollout: &Rollout, summary: &str) -> Result<Step, Failure> {
+        let mut tx = self.0.pool.begin().await?;
+        // Whoever is being given the service at this moment, is seen below or sees what is written here.
+        store::lock_service(&mut tx, rollout.service_id).await?;
+        if !store::set_stage(&mut tx, rollout.id, (Stage::All, Stage::Over), (Some("done"), summary)).await? {
+            return Ok(Step::On);
+        }
+        let late = store::list_unreached(&mut tx, rollout.service_id).await?;
+        store::note_tenants(&mut tx, &late, &rollout.begun_by, &goes_on(rollout)).await?;
+        store::adopt(&mut tx, rollout.id).await?;
+        // Nothing changes for these: what held for them is what the service says now.
+        store::leave_tenants(&mut tx, rollout, i64::MAX).await?;
+        record(&mut tx, rollout, "rollout.done", json!({"endpoints": rollout.endpoints, "checks": summary}))
+            .await?;
+        tx.commit().await?;
+        fail::fail_point!("rollouts::finished");
+        Ok(Step::On)
+    }
+}
+
+fn goes_on(rollout: &Rollout) -> String {
+    format!("the roll-out {} of {} goes on", rollout.id, rollout.service)
+}
+
+/// The sentence that is kept while the first tenants are looked at.
+fn said(rollout: &Rollout) -> &str {
+    rollout.message.split_once("; ").map_or(rollout.message.as_str(), |(_, said)| said)
+}

@@ -1,0 +1,124 @@
+//! Whether what a roll-out has brought is in force, and is what it says.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use super::Check;
+use super::advance::{PATIENCE, RolloutReconciler, SOON, Step};
+use super::attempt::{Tried, attempt, place};
+use crate::networks::store::{self, Before, Pick, Rollout, Whom};
+use crate::reconcile::Failure;
+
+/// After what time a fault is looked at again.
+const CONFIRM: Duration = Duration::from_secs(1);
+
+impl RolloutReconciler {
+    /// What there is to wait for, or to turn back for, before the next step.
+    pub(super) async fn not_in_force(&self, rollout: &Rollout, whom: Whom) -> Result<Option<Step>, Failure> {
+        let mut conn = self.0.pool.acquire().await?;
+        if let Some((tenant, why)) = store::find_unproven(&mut conn, rollout.id).await? {
+            return Ok(Some(Step::Back(format!("the plan of {tenant} is not proven: {why}"))));
+        }
+        let Some(late) = store::find_unsettled(&mut conn, rollout.id, whom).await? else { return Ok(None) };
+        let words =
+            format!("{} tenant(s) whose plan is not in force yet, such as {}", late.count, late.example);
+        if late.seconds <= PATIENCE {
+            let message = match whom {
+                Whom::Reached => format!("{} of {} tenants are reached; ", rollout.reached, rollout.tenants),
+                Whom::Watched | Whom::Left => String::new(),
+            };
+            return Ok(Some(Step::Wait(SOON, format!("{message}waiting for {words}"))));
+        }
+        // Whoever has let it go on knows of them.
+        Ok((!rollout.resumed)
+            .then(|| Step::Ask(format!("waited {PATIENCE} s for {words}; resuming goes on without"))))
+    }
+
+    /// Tries it, and says what follows if it is not as it must be; else what was tried, in words.
+    pub(super) async fn tried(
+        &self,
+        rollout: &Rollout,
+        stage: &'static str,
+        pick: Pick<'_>,
+        most: i64,
+    ) -> Result<Result<String, Step>, Failure> {
+        let mut conn = self.0.pool.acquire().await?;
+        let before = store::list_before(&mut conn, rollout.id).await?;
+        let known_open = store::list_found_open(&mut conn, rollout.id, stage).await?;
+        let plans = store::list_using_plans(&mut conn, rollout, (pick, true), most).await?;
+        drop(conn);
+        // What answered somebody before answers.
+        let word = |before: &Before| format!("{} {} {}", before.network, before.protocol, before.port);
+        let alive: BTreeSet<String> = before.iter().filter(|before| before.good).map(word).collect();
+        let dead =
+            before.iter().filter(|before| !before.good).map(word).filter(|at| !alive.contains(at)).collect();
+        let Tried { checks, idle } = attempt(&*self.0.driver, rollout, &plans, true, &dead).await?;
+        let checks = self.confirmed(rollout, checks, &dead).await?;
+        let mut conn = self.0.pool.acquire().await?;
+        store::put_checks(&mut conn, rollout.id, stage, &checks).await?;
+        // What must be closed and is not comes first: taking back would not close it. Whoever has let it go on, knows
+        // of what was found by then.
+        let known = |check: &Check| {
+            rollout.resumed && known_open.iter().any(|(app, at)| *app == check.app && *at == place(check))
+        };
+        if let Some(open) = checks.iter().find(|check| !check.good && !check.open && !known(check)) {
+            return Ok(Err(Step::Ask(format!("ALARM: {open}"))));
+        }
+        if let Some(shut) = checks.iter().find(|check| !check.good && check.open) {
+            return Ok(Err(Step::Back(shut.to_string())));
+        }
+        // An app that could be tried before and cannot now may be what the change has ended. Of the first tenants' that
+        // is asked once.
+        let asks =
+            !rollout.resumed && (stage == "canary" || rollout.canaries.as_ref().is_some_and(Vec::is_empty));
+        let ended =
+            idle.iter().find(|(app, _)| before.iter().any(|before| before.app == *app && before.good));
+        if let Some((_, name)) = ended.filter(|_| asks) {
+            return Ok(Err(Step::Ask(format!(
+                "{name} ran before and does not now; resuming goes on without"
+            ))));
+        }
+        if checks.is_empty() && !idle.is_empty() && stage == "canary" && !rollout.resumed {
+            return Ok(Err(Step::Ask(
+                "no app of the first tenants runs that uses the service: nothing can be tried; resuming goes on without"
+                    .to_owned(),
+            )));
+        }
+        Ok(Ok(summary(&checks)))
+    }
+
+    /// What is not as it must be is tried once more, under the plan that stands then: its tenant may have changed it
+    /// in between. What is not wanted any more is no fault.
+    async fn confirmed(
+        &self,
+        rollout: &Rollout,
+        checks: Vec<Check>,
+        dead: &BTreeSet<String>,
+    ) -> Result<Vec<Check>, Failure> {
+        let (good, bad): (Vec<Check>, Vec<Check>) = checks.into_iter().partition(|check| check.good);
+        if bad.is_empty() {
+            return Ok(good);
+        }
+        tokio::time::sleep(CONFIRM).await;
+        let mut ids: Vec<i64> = bad.iter().map(|check| check.tenant.0).collect();
+        ids.dedup();
+        let mut conn = self.0.pool.acquire().await?;
+        let most = i64::try_from(ids.len()).unwrap_or(i64::MAX);
+        let plans = store::list_using_plans(&mut conn, rollout, (Pick::These(&ids), true), most).await?;
+        drop(conn);
+        let again = attempt(&*self.0.driver, rollout, &plans, true, dead).await?;
+        let same = |check: &Check| bad.iter().any(|bad| bad.app == check.app && place(bad) == place(check));
+        Ok(good.into_iter().chain(again.checks.into_iter().filter(same)).collect())
+    }
+}
+
+fn summary(checks: &[Check]) -> String {
+    if checks.is_empty() {
+        return "nothing was tried: no app was found running that uses the service".to_owned();
+    }
+    let open = checks.iter().filter(|check| check.open).count();
+    format!(
+        "tried {open} that must be open and {} that must be closed: all as they must be",
+        checks.len() - open
+    )
+}
