@@ -316,6 +316,7 @@ fn console(take: &mut Taker<'_>) {
         GET "/network/rollouts" => n::rollout::rollouts_page;
         GET "/network/rollouts/{id}" => n::rollout::rollout_page;
         POST "/network/rollouts/{id}/decision" => n::rollout::decide;
+        GET "/network/services" => n::platform::services_page;
         POST "/network/services" => n::rollout::put_service;
         POST "/network/egress/decision" => n::platform::decide;
         GET "/tenants/{tenant}/network" => n::tenant::network_page;

@@ -24,6 +24,16 @@ use crate::reconcile::Waker;
 use crate::tenants;
 
 const PLACE: &str = "/network";
+/// Most rows of a list on the first page.
+const SHOWN: i64 = 20;
+
+/// Cuts a list that was read with one row more than is shown. Whether there was one.
+fn cut<T>(rows: &mut Vec<T>) -> bool {
+    let shown = usize::try_from(SHOWN).unwrap_or(usize::MAX);
+    let more = rows.len() > shown;
+    rows.truncate(shown);
+    more
+}
 
 struct WaitingRow {
     id: i64,
@@ -76,6 +86,8 @@ pub(super) struct PlatformPage {
     error: String,
     manages: bool,
     waiting: Vec<WaitingRow>,
+    more_waiting: bool,
+    more_services: bool,
     services: Vec<Service>,
     rollouts: Vec<RolloutRow>,
     plans: Vec<PlanRow>,
@@ -90,10 +102,11 @@ pub(super) async fn view(
     query: &PageQuery,
     error: String,
 ) -> Result<PlatformPage, Error> {
-    let (limit, before) = (query.limit()?.min(50), query.after_number(i64::MAX)?);
+    let (limit, before) = (query.limit()?.min(SHOWN), query.after_number(i64::MAX)?);
     let mut conn = db::begin(pool, Within::Platform).await?;
-    let waiting = store::list_waiting(&mut conn, 0, 100).await?;
-    let services = store::list_services(&mut conn, "", 200).await?;
+    let mut waiting = store::list_waiting(&mut conn, 0, SHOWN + 1).await?;
+    let mut services = store::list_services(&mut conn, "", SHOWN + 1).await?;
+    let (more_waiting, more_services) = (cut(&mut waiting), cut(&mut services));
     let rollouts = store::list_rollouts(&mut conn, i64::MAX, 5).await?;
     let plans = store::list_plans(&mut conn, None, before, limit + 1).await?;
     let page = Page::new(plans, limit, |plan| plan.number);
@@ -121,6 +134,8 @@ pub(super) async fn view(
                 }
             })
             .collect(),
+        more_waiting,
+        more_services,
         services,
         rollouts: rollouts.iter().map(RolloutRow::from).collect(),
         plans: page.items.into_iter().map(PlanRow::from).collect(),
@@ -138,6 +153,33 @@ pub async fn network_page(
     query: web::Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     html::page(&view(&scope.actor, &pool, (&keys, &**driver), &query, String::new()).await?)
+}
+
+#[derive(Template)]
+#[template(path = "networks/services.html")]
+struct ServicesPage {
+    frame: Frame,
+    services: Vec<Service>,
+    next: String,
+}
+
+/// GET /network/services: all, by name.
+pub async fn services_page(
+    scope: PlatformScope<ReadPlatform>,
+    pool: web::Data<PgPool>,
+    keys: web::Data<Keys>,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    let limit = query.limit()?;
+    let mut conn = db::begin(&pool, Within::Platform).await?;
+    let rows = store::list_services(&mut conn, &query.after_text()?, limit + 1).await?;
+    drop(conn);
+    let page = Page::new(rows, limit, |row| row.name.clone());
+    html::page(&ServicesPage {
+        frame: platform_frame(&keys, &scope.actor, "Network"),
+        services: page.items,
+        next: page.next.unwrap_or_default(),
+    })
 }
 
 /// What is decided.

@@ -65,6 +65,8 @@ pub(super) struct NetworkPage {
     trial: String,
     services: Vec<Service>,
     coming: Vec<String>,
+    /// Lists of which only the beginning is shown, as the API calls them.
+    long: Vec<&'static str>,
     received: Vec<GrantRow>,
     given: Vec<GrantRow>,
     egress: Vec<EgressRow>,
@@ -89,6 +91,8 @@ pub struct Look {
     port: String,
 }
 
+/// Most rows of a list that the page shows.
+const LISTED: i64 = 50;
 /// Most connections that the page shows.
 const SHOWN: usize = 100;
 
@@ -110,11 +114,12 @@ pub(super) async fn view<P>(
     let mut conn = db::begin(&parts.pool, scope.tenant.id).await?;
     let tenant = scope.tenant.id;
     let standing = store::find_standing(&mut conn, tenant).await?;
-    let services = store::list_given_services(&mut conn, tenant, "", 200).await?;
+    let services = store::list_given_services(&mut conn, tenant, "", LISTED).await?;
     let coming = store::decided_windows(&mut conn, tenant).await?;
-    let received = store::list_received(&mut conn, 0, 200).await?;
-    let given = store::list_given(&mut conn, tenant, 0, 200).await?;
-    let egress = store::list_targets(&mut conn, tenant, i64::MAX, 50).await?;
+    let received = store::list_received(&mut conn, 0, LISTED).await?;
+    let given = store::list_given(&mut conn, tenant, 0, LISTED).await?;
+    let egress = store::list_targets(&mut conn, tenant, i64::MAX, LISTED).await?;
+    let is_long = |length: usize| i64::try_from(length).is_ok_and(|length| length >= LISTED);
     let trial = store::decided_trial(&mut conn, tenant).await?;
     let plans = store::list_plans(&mut conn, Some(tenant), i64::MAX, 5).await?;
     drop(conn);
@@ -146,6 +151,15 @@ pub(super) async fn view<P>(
         flows: flows.take(SHOWN).collect(),
         trial: trial.map(when).unwrap_or_default(),
         in_force: standing.as_ref().is_none_or(|standing| standing.in_force),
+        long: [
+            (is_long(services.len()), "services"),
+            (is_long(received.len()), "grants/received"),
+            (is_long(given.len()), "grants"),
+            (is_long(egress.len()), "egress"),
+        ]
+        .into_iter()
+        .filter_map(|(long, what)| long.then_some(what))
+        .collect(),
         coming: coming.iter().map(|(name, ends)| coming_words(name, ends, &services)).collect(),
         services,
         received: received
