@@ -61,10 +61,24 @@ impl<Args: Authorized> FromRequest for Gated<Args> {
         let (req, mut payload) = (req.clone(), payload.take());
         Box::pin(async move {
             let first = Args::First::from_request(&req, &mut payload).await.map_err(Into::into)?;
+            if req.method() != Method::GET && !req.query_string().is_empty() && !is_asked_with(&req) {
+                let why = "this takes nothing in the query: what it does, it does in any case";
+                return Err(Error::Malformed(why.into()).into());
+            }
             let rest = Args::Rest::from_request(&req, &mut payload).await.map_err(Into::into)?;
             Ok(Self(Args::join(first, rest)))
         })
     }
+}
+
+/// Whether a change reads its query; others refuse one, so that nobody takes it for obeyed.
+fn is_asked_with(req: &HttpRequest) -> bool {
+    const READ: [(Method, &str); 2] = [
+        (Method::PUT, "/api/v1/tenants/{tenant}/apps/{app}"),
+        (Method::POST, "/api/v1/tenants/{tenant}/apps/{app}/reach"),
+    ];
+    let reads = |path: &str| READ.iter().any(|(method, known)| *method == req.method() && *known == path);
+    req.match_pattern().is_none_or(|path| !path.starts_with("/api/") || reads(&path))
 }
 
 fn on<F, Args>(method: Method, handler: F) -> actix_web::Route
@@ -149,6 +163,7 @@ fn platform(take: &mut Taker<'_>) {
         PUT "/api/v1/services/{name}" => n::services::put_service;
         DELETE "/api/v1/services/{name}" => n::services::delete_service;
         GET "/api/v1/egress" => n::egress::list_waiting;
+        GET "/api/v1/network/events" => n::plans::list_events;
         GET "/api/v1/network/plans" => n::plans::list_all;
         GET "/api/v1/network/plans/{id}" => n::plans::get_any;
         GET "/api/v1/network/rollouts" => n::rollouts::list_rollouts;

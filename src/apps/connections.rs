@@ -11,6 +11,9 @@ use crate::fault::Fault;
 use crate::ids::{AppId, AppName, TenantId};
 use crate::reconcile::Failure;
 
+/// The kind of the work that brings a tenant's connections into force; the object is the tenant.
+pub const WORK: &str = "network";
+
 /// An app, as far as the network is concerned.
 #[derive(Debug, Clone)]
 pub struct Connecting {

@@ -12,7 +12,7 @@ use super::{actions, store};
 use crate::driver::{AppObserved, Driver, Observed};
 use crate::error::Error;
 use crate::ids::{AppId, TenantId};
-use crate::reconcile::{Waker, enqueue};
+use crate::reconcile::{Waker, bring_forward, enqueue};
 
 /// How long one question waits for something new.
 const WAIT: Duration = Duration::from_secs(20);
@@ -59,6 +59,10 @@ async fn record(pool: &PgPool, waker: &Waker, observed: &Observed) -> Result<(),
     }
     let mut conn = pool.acquire().await?;
     store::insert_machine_events(&mut conn, &observed.machine).await?;
+    // Another run of the agent may hold other walls: what was decided is held against them again.
+    if observed.complete {
+        bring_forward(&mut conn, super::connections::WORK, 10.0).await?;
+    }
     drop(conn);
     if observed.complete && enqueue_drift(pool, &observed.apps).await? {
         waker.wake();

@@ -28,6 +28,29 @@ pub async fn prune(pool: &sqlx::PgPool) -> Result<(), crate::error::Error> {
     store::prune(&mut conn).await
 }
 
+/// Something that was found and done on the machine.
+#[derive(Debug, Clone, Serialize)]
+pub struct MachineEvent {
+    /// Number.
+    pub id: i64,
+    /// When.
+    #[serde(with = "time::serde::rfc3339")]
+    pub at: OffsetDateTime,
+    /// A stable word: `firewall_repaired`, `probe_alarm`, `flow_left_out`, ...
+    pub kind: String,
+    /// A sentence for people.
+    pub text: String,
+}
+
+/// Events of the machine by number, the newest first: for the platform.
+pub async fn list_machine_events(
+    conn: &mut sqlx::PgConnection,
+    before: i64,
+    limit: i64,
+) -> Result<Vec<MachineEvent>, crate::error::Error> {
+    store::list_machine_events(conn, before, limit).await
+}
+
 /// An app's row.
 #[derive(Debug, Clone)]
 pub struct App {

@@ -96,6 +96,10 @@ impl Config {
             text.parse().map_err(|error: toml::de::Error| ConfigError(vec![error.to_string()]))?;
         let mut faults = Vec::new();
         for (name, value) in environment {
+            // Those that commands read which ask the API are no settings.
+            if ["BULKHEAD_TOKEN", "BULKHEAD_URL"].contains(&name.as_str()) {
+                continue;
+            }
             if let Some(key) = name.strip_prefix("BULKHEAD_") {
                 override_key(&mut table, name, key, value, &mut faults);
             }

@@ -226,7 +226,7 @@ pub enum ProbeOutcome {
 }
 
 /// Most apps of a tenant that are tried after its plan.
-pub const PROBED_APPS: u32 = 16;
+pub const PROBED_APPS: u32 = 8;
 
 /// What was tried from within a tenant's apps after its plan.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -239,6 +239,9 @@ pub struct Probed {
     pub closed: u32,
     /// What was not as it must be.
     pub faults: Vec<String>,
+    /// What did not answer though nothing of the platform's keeps it closed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub silent: Vec<String>,
 }
 
 impl ProbeOutcome {
@@ -431,6 +434,8 @@ pub trait Driver: Send + Sync + 'static {
     async fn listeners(&self) -> Result<Vec<Listener>, Error>;
     /// Tries from within one of the app's instances whether it gets somewhere.
     async fn probe(&self, probe: &Probe) -> Result<ProbeOutcome, Error>;
+    /// Whether the rules that are in force let an app's packets through to an address; none if no instance of it runs.
+    async fn permits(&self, probe: &Probe) -> Result<Option<bool>, Error>;
     /// Tries from within a tenant's apps what must be open and what must be closed.
     async fn probe_tenant(&self, tenant: &TenantName) -> Result<Probed, Error>;
     /// Starts or continues to remove an app.

@@ -54,7 +54,7 @@ pub fn compile(facts: &Facts) -> (Vec<AppPlan>, Vec<Gap>) {
                         port: *port,
                         until: target.until,
                     })),
-                    None => gap(name.to_string(), "the egress target is not approved, or has ended"),
+                    None => gap(name.to_string(), "the egress target is not approved, has ended, or is closed by the platform's own configuration"),
                 }
             }
             flows.sort();

@@ -20,6 +20,7 @@ use crate::driver::agent::UNKNOWN_TENANT;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::{AppId, AppName, Digest, TenantId};
+use crate::policy::never::Range;
 use crate::policy::{AppFlows, Cidr, Flow, Target, TenantFlows};
 use crate::reconcile::{Failure, enqueue};
 use crate::tenants;
@@ -85,6 +86,16 @@ impl Connections for Network {
             let instead = "an owner asks for it under Network, an admin approves it; or leave it out";
             faults.push(closed("connects.egress", message, instead));
         }
+        if !egress.is_empty() {
+            let walls = self.driver.walls().await.unwrap_or_default().ranges();
+            let (approved, _) = store::decided_egress(conn, tenant.id).await?;
+            for target in approved.iter().filter(|target| connects.egress.contains(&target.name)) {
+                if let Some(range) = target.behind(&walls) {
+                    let message = format!("{} touches {}: {}", target.name, range.network, range.words);
+                    faults.push(closed("connects.egress", message, "leave it out, or ask for another place"));
+                }
+            }
+        }
         Ok(faults)
     }
 
@@ -134,10 +145,11 @@ impl Network {
         tenant: TenantId,
         again: Again,
     ) -> Result<Option<OffsetDateTime>, Failure> {
+        let walls = self.driver.walls().await.unwrap_or_default().ranges();
         let mut tx = self.pool.begin().await?;
         // Locked before anything is read: what is read is the newest, and plans come one after another.
         let standing = store::lock_plan(&mut tx, tenant).await?;
-        let facts = facts(&mut tx, tenant).await?;
+        let facts = facts(&mut tx, tenant, &walls).await?;
         let (wanted, gaps) = compile(&facts);
         let proof = justify(&facts, &wanted, &gaps, pool(&self.pools));
         let refused = proof.as_ref().err().map(String::as_str);
@@ -259,12 +271,14 @@ fn in_both(before: &[AppPlan], after: &[AppPlan]) -> Vec<AppPlan> {
     after.iter().map(kept).collect()
 }
 
-async fn facts(conn: &mut PgConnection, tenant: TenantId) -> Result<Facts, Error> {
+async fn facts(conn: &mut PgConnection, tenant: TenantId, walls: &[Range]) -> Result<Facts, Error> {
     let name = tenants::name_of(conn, tenant).await?;
     let apps = list_connecting(conn, tenant).await?;
     let services = store::decided_services(conn, tenant).await?;
     let (grants, grants_end) = store::decided_grants(conn, tenant).await?;
-    let (egress, egress_ends) = store::decided_egress(conn, tenant).await?;
+    let (mut egress, egress_ends) = store::decided_egress(conn, tenant).await?;
+    // What was approved before it came to lie behind a wall.
+    egress.retain(|target| target.behind(walls).is_none());
     let trial = store::decided_trial(conn, tenant).await?;
     let windows = store::decided_windows(conn, tenant).await?;
     let ends = grants_end.into_iter().chain(egress_ends).chain(trial).min();

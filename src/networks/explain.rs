@@ -51,6 +51,9 @@ fn closed(why: impl Into<String>, ask: impl Into<Option<String>>) -> Closed {
 /// Why packets to an address are not let through.
 #[must_use]
 pub fn address(target: Ipv4Addr, protocol: Protocol, port: u16, known: &Known) -> Closed {
+    if target == known.subnet.gateway() && port == 53 {
+        return closed("the platform's own name server: names are answered there to every app", None);
+    }
     if target == known.subnet.gateway() {
         return closed("the platform's own machine: nothing of it is reachable", None);
     }
@@ -84,7 +87,7 @@ pub fn address(target: Ipv4Addr, protocol: Protocol, port: u16, known: &Known) -
         .filter(|range| range.network.contains(target))
         .max_by_key(|range| range.network.prefix())
     {
-        let ask = (range.wall == crate::policy::never::Wall::Private).then(|| {
+        let ask = (!range.is_own() && range.wall == crate::policy::never::Wall::Private).then(|| {
             "if a platform service is there, the platform's admin puts it into the catalogue".to_owned()
         });
         return closed(format!("{} ({})", range.words, range.network), ask);
@@ -93,6 +96,21 @@ pub fn address(target: Ipv4Addr, protocol: Protocol, port: u16, known: &Known) -
         "ask for an egress target with {target} {protocol} {port}; once approved, name it in connects.egress"
     );
     closed("the outside, which is closed but for approved targets", ask)
+}
+
+/// What may open an address that no name of the plan says, and that the rules in force do open.
+#[must_use]
+pub fn unnamed(plan: &AppPlan, protocol: Protocol, port: u16, on_trial: bool) -> String {
+    let may = |flow: &&Flow| {
+        matches!(flow.target, Target::App { .. } | Target::Domain { .. })
+            && (flow.protocol, flow.port) == (protocol, port)
+    };
+    let names: Vec<&str> = plan.flows.iter().filter(may).map(|flow| flow.name.as_str()).collect();
+    match (names.as_slice(), on_trial) {
+        ([], true) => "the trial".to_owned(),
+        ([], false) => "a rule that is in force".to_owned(),
+        (names, _) => format!("{}, which leads there now", names.join(" or ")),
+    }
 }
 
 /// The flow of a plan that leads somewhere, if one does.

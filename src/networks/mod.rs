@@ -121,6 +121,18 @@ pub struct Approved {
     pub until: Option<i64>,
 }
 
+impl Approved {
+    /// What keeps it closed all the same, if something does. `walls`: those of the machine.
+    #[must_use]
+    pub fn behind(&self, walls: &[Range]) -> Option<Range> {
+        match &self.place {
+            Place::Network(network) => never::against_outside(*network, walls),
+            // Where a name leads is looked at each time.
+            Place::Domain(_) => None,
+        }
+    }
+}
+
 /// Another tenant's app that both sides agreed about.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Granted {

@@ -10,7 +10,7 @@ pub mod runner;
 mod store;
 
 pub use runner::run;
-pub use store::enqueue;
+pub use store::{bring_forward, enqueue};
 
 /// How a reconcile ended well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -29,6 +29,22 @@ pub async fn enqueue(
     Ok(())
 }
 
+/// Objects of a kind that rest are looked at within so many seconds, spread out: something of the outside world may be
+/// another one.
+pub async fn bring_forward(conn: &mut PgConnection, kind: &str, seconds: f64) -> Result<(), sqlx::Error> {
+    // What is being worked on is due when its claim ends, and stays so.
+    sqlx::query!(
+        "UPDATE work SET due_at = now() + make_interval(secs => $2::float8 * random()) \
+         WHERE kind = $1 AND parked_at IS NULL AND due_at > now() + make_interval(secs => $2::float8 + $3::float8)",
+        kind,
+        seconds,
+        LEASE_SECONDS
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
 /// A claimed row.
 pub(super) struct Claimed {
     pub(super) kind: String,

@@ -168,7 +168,10 @@ impl Folder {
             .open(path.join("lock"))
             .map_err(io("the data folder cannot be written"))?;
         if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Err(Failed(format!("another `bulkhead up` runs on {}; this one leaves", path.display())));
+            return Err(Failed(format!(
+                "`bulkhead up` runs on {}: stop it first (Ctrl-C there)",
+                path.display()
+            )));
         }
         check_format(&path)?;
         let claim = claims::claim(&path)?;

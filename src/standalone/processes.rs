@@ -353,7 +353,8 @@ fn keep(process: &Process, folder: &Path, first: std::process::Child, halt: &Can
             pause = Duration::from_millis(200);
         }
         let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-        tracing::warn!(process = process.name, status, "ended; it is started again");
+        let log = format!("log/{}.log", process.name);
+        tracing::warn!(process = process.name, status, log, "ended, its log says why; it is started again");
         loop {
             std::thread::sleep(pause);
             pause = (pause * 2).min(LONGEST_PAUSE);

@@ -48,6 +48,16 @@ pub struct Connects {
     pub egress: Vec<EgressName>,
 }
 
+impl Connects {
+    /// Whether something of this name is asked for.
+    #[must_use]
+    pub fn names(&self, name: &str) -> bool {
+        self.services.iter().any(|service| service.as_str() == name)
+            || self.apps.iter().any(|app| app.to_string() == name)
+            || self.egress.iter().any(|target| target.as_str() == name)
+    }
+}
+
 /// A spec without a fault. There is no other way to one than [`AppSpec::parse`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AppSpec {

@@ -4,7 +4,7 @@ use sqlx::PgConnection;
 use sqlx::types::Json;
 use time::OffsetDateTime;
 
-use crate::apps::Event;
+use crate::apps::{Event, MachineEvent};
 use crate::driver::{AppEvent, AppObserved};
 use crate::error::Error;
 use crate::ids::{AppId, TenantId};
@@ -101,6 +101,22 @@ pub(in crate::apps) async fn insert_machine_events(
         .await?;
     }
     Ok(())
+}
+
+/// Events of the machine by number, the newest first.
+pub(in crate::apps) async fn list_machine_events(
+    conn: &mut PgConnection,
+    before: i64,
+    limit: i64,
+) -> Result<Vec<MachineEvent>, Error> {
+    Ok(sqlx::query_as!(
+        MachineEvent,
+        "SELECT id, at, kind, text FROM machine_event WHERE id < $1 ORDER BY id DESC LIMIT $2",
+        before,
+        limit
+    )
+    .fetch_all(conn)
+    .await?)
 }
 
 /// The newest events of an app, newest first.

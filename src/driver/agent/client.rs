@@ -141,6 +141,13 @@ impl Driver for AgentClient {
         }
     }
 
+    async fn permits(&self, probe: &Probe) -> Result<Option<bool>, Error> {
+        match self.call(&Request::Permits { probe: probe.clone() }, 3).await? {
+            Reply::Permits { permits } => Ok(permits),
+            _ => Err(away("another answer than asked for")),
+        }
+    }
+
     async fn probe_tenant(&self, tenant: &TenantName) -> Result<Probed, Error> {
         match self.call(&Request::ProbeTenant { tenant: tenant.clone() }, 30).await? {
             Reply::ProbedTenant { probed } => Ok(probed),

@@ -65,6 +65,11 @@ pub enum Request {
         /// Which.
         probe: Probe,
     },
+    /// [`super::super::Driver::permits`]
+    Permits {
+        /// From where and where to.
+        probe: Probe,
+    },
     /// [`super::super::Driver::probe_tenant`]
     ProbeTenant {
         /// Tenant.
@@ -137,6 +142,11 @@ pub enum Reply {
     Listeners {
         /// By protocol and port.
         listeners: Vec<Listener>,
+    },
+    /// To `Permits`.
+    Permits {
+        /// Whether they do.
+        permits: Option<bool>,
     },
     /// To `ProbeTenant`.
     ProbedTenant {

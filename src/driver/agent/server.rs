@@ -169,6 +169,7 @@ async fn handle(agent: &Arc<Agent>, request: Request) -> Result<Reply, Error> {
         }
         Request::Walls {} => Ok(Reply::Walls { walls: agent.walls() }),
         Request::Denied { tenant, app_id } => Ok(Reply::Denied { denied: agent.denied(&tenant, app_id) }),
+        Request::Permits { probe } => Ok(Reply::Permits { permits: agent.lets_through(&probe).await }),
         Request::Used {} => Ok(Reply::Used { used: agent.used().await }),
         Request::Listeners {} => Ok(Reply::Listeners { listeners: agent.listeners().await }),
         Request::RemoveApp { tenant, app, app_id } => {

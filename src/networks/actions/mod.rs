@@ -13,4 +13,4 @@ pub use services::{Put, delete_service, give, put_service, take};
 pub use trial::{begin_trial, end_trial};
 
 /// The kind of a network's work; the object is the tenant.
-pub const WORK: &str = "network";
+pub const WORK: &str = crate::apps::connections::WORK;

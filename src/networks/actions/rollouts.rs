@@ -26,7 +26,11 @@ fn not_now(rollout: &Rollout) -> Error {
 pub async fn pause(pool: &PgPool, by: By<'_>, id: i64, reason: &str) -> Result<(), Error> {
     let mut tx = db::begin(pool, Within::Platform).await?;
     let rollout = find(&mut tx, id).await?;
-    if !store::pause(&mut tx, id, by.actor.id.as_str(), reason).await? {
+    let message = match reason {
+        "" => "paused".to_owned(),
+        reason => format!("paused: {reason}"),
+    };
+    if !store::pause(&mut tx, id, by.actor.id.as_str(), &message).await? {
         return if rollout.paused_by.is_some() { Ok(()) } else { Err(not_now(&rollout)) };
     }
     let detail = json!({"rollout": id, "reason": reason});

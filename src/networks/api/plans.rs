@@ -5,6 +5,7 @@ use sqlx::PgPool;
 
 use super::NumberPath;
 use crate::access::{PlatformScope, ReadPlatform, ReadTenant, TenantScope};
+use crate::apps::list_machine_events;
 use crate::db::{self, Page, PageQuery, Within};
 use crate::error::Error;
 use crate::networks::store;
@@ -19,6 +20,18 @@ pub async fn list_all(
     let mut conn = db::begin(&pool, Within::Platform).await?;
     let rows = store::list_plans(&mut conn, None, before, limit + 1).await?;
     Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.number)))
+}
+
+/// GET /api/v1/network/events: what was found and done on the machine, the newest first.
+pub async fn list_events(
+    _: PlatformScope<ReadPlatform>,
+    pool: web::Data<PgPool>,
+    query: web::Query<PageQuery>,
+) -> Result<HttpResponse, Error> {
+    let (limit, before) = (query.limit()?, query.after_number(i64::MAX)?);
+    let mut conn = db::begin(&pool, Within::Platform).await?;
+    let rows = list_machine_events(&mut conn, before, limit + 1).await?;
+    Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.id)))
 }
 
 /// GET /api/v1/network/plans/{id}

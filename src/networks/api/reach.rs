@@ -11,16 +11,16 @@ use sqlx::{PgConnection, PgPool};
 
 use crate::access::{Deploy, ReadTenant, TenantRef, TenantScope};
 use crate::apps::api::AppPath;
-use crate::apps::connections::{find_at, find_id};
+use crate::apps::connections::{find_at, find_id, list_connecting_of};
 use crate::config::{Config, Pools};
 use crate::db;
 use crate::driver::workload::Subnet;
 use crate::driver::{Denied, Driver, Probe, ProbeOutcome, ProbeTarget};
 use crate::error::Error;
-use crate::ids::{AppId, AppName};
+use crate::ids::{AppId, AppName, DomainName};
 use crate::networks::explain::{self, Closed, Known, To};
 use crate::networks::{AppPlan, connections, store};
-use crate::policy::never::{self, Range};
+use crate::policy::never::Range;
 use crate::policy::{Protocol, Target};
 use crate::tenants;
 
@@ -47,10 +47,9 @@ async fn around(
     Ok(Known { pool: connections::pool(pools), subnet, app: None, services, closed })
 }
 
-/// What the configuration closes; while the agent does not answer, it is not known here.
+/// What nobody reaches on the machine; while the agent does not answer, it is not known here.
 async fn closed(driver: &dyn Driver) -> Vec<Range> {
-    let walls = driver.walls().await.unwrap_or_default();
-    walls.closed.into_iter().map(never::configured).collect()
+    driver.walls().await.unwrap_or_default().ranges()
 }
 
 /// The own app that has an address.
@@ -126,10 +125,42 @@ pub(in crate::networks) async fn resolve(
             let known = Known { app: owner.map(|(_, name)| name), ..around };
             (at, explain::address(*target, protocol, port, &known))
         }
-        To::Name(name) => (None, name_closed(own, name, protocol, port)),
+        To::Name(to) => {
+            let apps = list_connecting_of(&mut conn, &[(tenant.id, app)]).await?;
+            let asks = apps.first().is_some_and(|own| own.connects.names(to));
+            (None, name_closed(own, to, asks, (protocol, port)))
+        }
     };
     let flow = explain::flow(own, &to, (protocol, port), at.map(|at| (&tenant.name, at)));
     let through = flow.map(|flow| flow.name.clone());
+    let itself = match &to {
+        To::Name(to) => to == name.as_str(),
+        To::Address(_) => at == Some(app),
+    };
+    let on_trial = standing.as_ref().is_some_and(|standing| standing.trial.is_some());
+    let (through, closed) = match &to {
+        _ if itself => {
+            (Some("itself: an app talks to itself without leaving its own network".to_owned()), closed)
+        }
+        To::Name(_) => (through, closed),
+        // Where a name leads, where another tenant's app is and what a trial lets out, only the machine knows.
+        To::Address(address) => {
+            drop(conn);
+            let target = ProbeTarget::Address(*address);
+            let probe = Probe { tenant: tenant.name.clone(), app, target, protocol, port, platform: false };
+            let permits = driver.permits(&probe).await.ok().flatten();
+            conn = db::begin(pool, tenant.id).await?;
+            match (through, permits) {
+                (Some(_), Some(false)) if in_force => {
+                    let why = "the plan opens it, and the machine keeps it closed: it has become an address of its own, or \
+                               its configuration closes it";
+                    (None, Closed { why: why.to_owned(), ask: None })
+                }
+                (None, Some(true)) => (Some(explain::unnamed(own, protocol, port, on_trial)), closed),
+                (through, _) => (through, closed),
+            }
+        }
+    };
     let target = match (&to, own.flows.iter().find(|flow| To::Name(flow.name.clone()) == to)) {
         (To::Address(address), _) => Some(ProbeTarget::Address(*address)),
         (To::Name(_), Some(flow)) => match &flow.target {
@@ -139,6 +170,7 @@ pub(in crate::networks) async fn resolve(
             }
             Target::Domain { .. } => None,
         },
+        (To::Name(_), None) if itself => Some(ProbeTarget::App { tenant: tenant.name.clone(), app }),
         // An own app that is not named: a probe shows that it is closed.
         (To::Name(name), None) => match name.parse() {
             Ok(name) => find_id(&mut conn, tenant.id, &name)
@@ -206,9 +238,11 @@ pub async fn post_reach(
 ) -> Result<HttpResponse, Error> {
     let Asked { app, protocol, port, reach, target } =
         resolve(&scope.tenant, &pool, (&config.pools, &**driver), &path.name()?, &query).await?;
-    let target = target.ok_or_else(|| {
-        Error::Conflict("this name has no address to try (a domain has one only once an app asks for it); an address can be tried".into())
-    })?;
+    // A domain has an address only once an app asks for it; what is not there has none: the plan's answer stands.
+    let Some(target) = target else {
+        let words = "not tried: this name has no address here; an address can be tried".to_owned();
+        return Ok(HttpResponse::Ok().json(Probed { reach, probe: "none", words, agrees: true }));
+    };
     let probe = Probe { tenant: scope.tenant.name.clone(), app, target, protocol, port, platform: false };
     let outcome = driver.probe(&probe).await.map_err(|error| match error {
         crate::driver::Error::Rejected(why) => Error::Conflict(why),
@@ -231,7 +265,7 @@ fn away(error: crate::driver::Error) -> Error {
     Error::Unavailable("the agent does not answer".into(), std::time::Duration::from_secs(5))
 }
 
-fn name_closed(plan: &AppPlan, name: &str, protocol: Protocol, port: u16) -> Closed {
+fn name_closed(plan: &AppPlan, name: &str, asks: bool, (protocol, port): (Protocol, u16)) -> Closed {
     let ports: Vec<String> = plan
         .flows
         .iter()
@@ -239,10 +273,22 @@ fn name_closed(plan: &AppPlan, name: &str, protocol: Protocol, port: u16) -> Clo
         .map(|flow| format!("{} {}", flow.protocol, flow.port))
         .collect();
     if ports.is_empty() {
-        let why = format!("the app does not name {name} under connects, or it is not to be had");
-        return Closed {
-            why,
-            ask: Some("name it under connects; the answer to the deploy says what is missing".into()),
+        let closed = |why: String, ask: &str| Closed { why, ask: Some(ask.to_owned()) };
+        return if asks {
+            closed(
+                format!("the app names {name}, and it is not given, granted or approved, or not any more"),
+                "whoever gave it gives it again: the platform's admin a service or a place outside, the owner an app",
+            )
+        } else if name.parse::<DomainName>().is_ok() {
+            closed(
+                format!("the outside, and {name} is not approved under this name"),
+                "ask for an egress target with this domain; once approved, name it in connects.egress",
+            )
+        } else {
+            closed(
+                format!("the app does not name {name} under connects"),
+                "name it under connects; the answer to the deploy says what is missing",
+            )
         };
     }
     Closed { why: format!("{name} is open on {}, not on {protocol} {port}", ports.join(", ")), ask: None }

@@ -22,6 +22,7 @@ struct PlanRow {
     causes: Vec<String>,
     tried: String,
     faults: Vec<String>,
+    silent: Vec<String>,
     at: String,
 }
 
@@ -51,6 +52,7 @@ impl From<Plan> for PlanRow {
         };
         Self {
             tried,
+            silent: probed.as_ref().map(|probed| probed.silent.clone()).unwrap_or_default(),
             faults: probed.map(|probed| probed.faults).unwrap_or_default(),
             causes: causes.collect(),
             opens: texts(&plan.opens),

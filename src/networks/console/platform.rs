@@ -11,6 +11,7 @@ use super::rollout::RolloutRow;
 use crate::access::console::{after, platform_frame, when, who};
 use crate::access::extract::{PlatformScope, Posted};
 use crate::access::{Actor, ManageNetwork, ReadPlatform, TenantRef, includes};
+use crate::apps::{MachineEvent, list_machine_events};
 use crate::db::{self, Page, PageQuery, Within};
 use crate::driver::Driver;
 use crate::error::Error;
@@ -52,6 +53,25 @@ struct ListenerRow {
     remedy: String,
 }
 
+struct EventRow {
+    at: String,
+    text: String,
+    mark: &'static str,
+    word: &'static str,
+}
+
+impl From<MachineEvent> for EventRow {
+    fn from(event: MachineEvent) -> Self {
+        let (mark, word) = match event.kind.as_str() {
+            "probe_alarm" => ("failed", "alarm"),
+            "probe_failed" | "plan_refused" | "flow_left_out" => ("attention", "look at it"),
+            "firewall_repaired" => ("attention", "repaired"),
+            _ => ("stopped", "note"),
+        };
+        Self { at: when(event.at), text: event.text, mark, word }
+    }
+}
+
 /// What listens on the machine, as tenants could see it.
 async fn host(driver: &dyn Driver) -> (Vec<ListenerRow>, &'static str) {
     let Ok(listeners) = driver.listeners().await else {
@@ -90,6 +110,7 @@ pub(super) struct PlatformPage {
     more_services: bool,
     services: Vec<Service>,
     rollouts: Vec<RolloutRow>,
+    events: Vec<EventRow>,
     plans: Vec<PlanRow>,
     next: String,
     walls: Vec<Range>,
@@ -108,6 +129,7 @@ pub(super) async fn view(
     let mut services = store::list_services(&mut conn, "", SHOWN + 1).await?;
     let (more_waiting, more_services) = (cut(&mut waiting), cut(&mut services));
     let rollouts = store::list_rollouts(&mut conn, i64::MAX, 5).await?;
+    let events = list_machine_events(&mut conn, i64::MAX, 10).await?;
     let plans = store::list_plans(&mut conn, None, before, limit + 1).await?;
     let page = Page::new(plans, limit, |plan| plan.number);
     drop(conn);
@@ -137,6 +159,7 @@ pub(super) async fn view(
         more_waiting,
         more_services,
         services,
+        events: events.into_iter().map(EventRow::from).collect(),
         rollouts: rollouts.iter().map(RolloutRow::from).collect(),
         plans: page.items.into_iter().map(PlanRow::from).collect(),
         next: page.next.unwrap_or_default(),

@@ -37,6 +37,11 @@ async fn another_tenants_app_is_reached_only_while_both_agree() {
     let reach = |to: &str, port: u16| format!("/api/v1/tenants/acme/apps/web/reach?to={to}&port={port}");
     let (_, probe) = machine.send("POST", &reach("beta/api", 8080), json!({})).await;
     assert_eq!((&probe["probe"], &probe["agrees"]), (&json!("reached"), &json!(true)), "{probe}");
+    // By its address, too; and the app itself, which talks to itself whatever is granted.
+    for to in [api.to_string(), "web".to_owned(), instance(&machine, "acme", "web").await.0.to_string()] {
+        let (_, probe) = machine.send("POST", &reach(&to, 8080), json!({})).await;
+        assert_eq!((&probe["open"], &probe["agrees"]), (&json!(true), &json!(true)), "{to}: {probe}");
+    }
     let (_, probe) = machine.send("POST", &reach(&api.to_string(), 8081), json!({})).await;
     assert_eq!((&probe["probe"], &probe["agrees"]), (&json!("prohibited"), &json!(true)), "{probe}");
     // The same for people at a terminal.

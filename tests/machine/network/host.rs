@@ -8,6 +8,20 @@ use super::{instance, two_tenants, until};
 use crate::outside::greets;
 use crate::support::{Machine, run};
 
+/// The platform asks each app with a health check again and again: what is left of these conversations is not what
+/// the app tried.
+#[tokio::test(flavor = "multi_thread")]
+async fn health_checks_are_nobodys_denials() {
+    let machine = Machine::start().await;
+    super::two_tenants(&machine).await;
+    let spec = "image: web:1\nport: 8080\nhealth: { http: { path: / } }\ninstances: 3\n";
+    assert_eq!(machine.deploy("acme", "web", spec).await.0, 202);
+    machine.running("acme", "web").await;
+    tokio::time::sleep(std::time::Duration::from_secs(25)).await;
+    let denied = machine.get("/api/v1/tenants/acme/apps/web/denied").await;
+    assert_eq!(denied["items"], serde_json::json!([]), "{denied:#}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_of_the_host_answers_to_a_tenant() {
     let machine = Machine::start().await;

@@ -325,6 +325,13 @@ async fn what_the_configuration_closes_stays_closed_for_all() {
     until(20, "closed", || !greets(&web, world.allowed(), 443)).await;
     let (status, answer) = machine.send("PUT", "/api/v1/tenants/beta/egress/payments", asked).await;
     assert!(status == 422 && answer.to_string().contains("configuration"), "{answer}");
+    let (status, answer) = machine.deploy("acme", "web", asking).await;
+    assert!(status == 422 && answer.to_string().contains("configuration"), "{answer}");
+    let begun = Instant::now();
+    while machine.get("/api/v1/tenants/acme/apps/web/reach?to=payments&port=443").await["open"] != false {
+        assert!(begun.elapsed() < Duration::from_secs(40), "the plan says otherwise");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
     let path = format!("/api/v1/tenants/acme/apps/web/reach?to={}&port=80", world.allowed());
     assert!(machine.get(&path).await["why"].to_string().contains("configuration"));
     // A single address of a service may lie there.

@@ -83,6 +83,13 @@ async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
         assert!(begun.elapsed() < Duration::from_secs(15), "{denied}");
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
+    // What does not lead anywhere is answered all the same; what is withdrawn is told as that, below.
+    let (status, probe) = machine.send("POST", &tried("web", "pay.example".into(), 443), json!({})).await;
+    assert!(status == 200 && probe["ask"].to_string().contains("egress target"), "{probe}");
+    // A change that takes no query does not seem to obey one.
+    let (status, answer) =
+        machine.send("DELETE", "/api/v1/tenants/acme/services/kafka?dry_run=true", json!({})).await;
+    assert_eq!(status, 400, "{answer}");
     // Taken away: what runs is cut, over TCP and over UDP, where only the service still sends.
     let tcp = Live::tcp(&web, world.service(), 9092);
     let udp = Live::udp(&web, world.service(), 123);
@@ -93,6 +100,8 @@ async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
     let before = (tcp.rounds(), udp.rounds());
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!((tcp.rounds(), udp.rounds()), before, "nothing passes any more, in either direction");
+    let reach = machine.get("/api/v1/tenants/acme/apps/web/reach?to=kafka&port=9092").await;
+    assert!(reach["open"] == false && reach["why"].to_string().contains("not any more"), "{reach}");
     // The plan says what it closed, and who decided it.
     let plans = machine.get("/api/v1/tenants/acme/network/plans").await;
     let newest = &plans["items"][0];
@@ -183,6 +192,10 @@ async fn a_trial_lets_out_what_it_writes_down_and_nothing_behind_a_wall() {
     for closed in [world.service(), world.private(), world.metadata()] {
         assert!(!greets(&web, closed, 443), "{closed}: walls stay");
     }
+    let reach = format!("/api/v1/tenants/acme/apps/web/reach?to={}&port=443", world.allowed());
+    let (_, probe) = machine.send("POST", &reach, json!({})).await;
+    assert!(probe["open"] == true && probe["agrees"] == true, "{probe}");
+    assert_eq!(probe["through"], "the trial", "{probe}");
     assert!(!greets(&web, foreign, 8080), "other tenants stay closed");
     assert!(!greets(&beta, world.allowed(), 443), "and others are not on trial");
     assert!(!greets(&world.place(), foreign, 8080), "nothing comes in");

@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::core::{Agent, lock};
 use crate::driver::podman::firewall::Allowed;
 use crate::driver::podman::host;
-use crate::driver::{Error, InstanceState, Listener, ProbeOutcome, ProbeTarget, Probed};
+use crate::driver::{Error, InstanceState, Listener, Probe, ProbeOutcome, ProbeTarget, Probed};
 use crate::ids::{AppId, TenantName};
 use crate::policy::{Cidr, Protocol};
 
@@ -80,6 +80,20 @@ impl Agent {
         let (network, source) = (from.network, from.address);
         let outcome = within(from, move || attempt(address, protocol, port, peer.as_ref())).await?;
         Ok(self.by_whom(outcome, (network, source), (address, protocol, port)).await)
+    }
+
+    /// Whether the rules that are in force let an app's packets through; none if no instance of it runs.
+    pub(super) async fn lets_through(&self, probe: &Probe) -> Option<bool> {
+        let from = self.places(&probe.tenant, probe.app).into_iter().next()?;
+        let ProbeTarget::Address(target) = probe.target else { return None };
+        // What an instance sends to itself never leaves it.
+        if target == from.address {
+            return Some(true);
+        }
+        let (network, source) = (from.network, from.address);
+        let to =
+            Allowed { network, source, target: Cidr::of(target), protocol: probe.protocol, port: probe.port };
+        Some(self.permits(&to).await)
     }
 
     /// An answer that there is no way may be the firewall's, or somebody's further on: the firewall's it is where its

@@ -1,6 +1,7 @@
 //! Trying it without being asked: after each plan what the tenant's apps must reach and must not, and again and
 //! again for all. What must be closed and is open is an alarm.
 
+use std::collections::HashMap;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +25,8 @@ const AT_ONCE: usize = 8;
 /// Of what must be closed so many are tried in one round of all: a burst of refusals uses up what the kernel
 /// answers to an address in a second, and the app's own attempts would wait for theirs.
 const PART: usize = 4;
+/// Most apps of one tenant in a round, for the same reason.
+const OF_TENANT: usize = 10;
 /// After what time a fault is looked at again, and for how long the same one is told once.
 const CONFIRM: Duration = Duration::from_secs(1);
 const TOLD: Duration = Duration::from_secs(600);
@@ -46,7 +49,9 @@ impl Agent {
         apps.retain(|app| !self.places(tenant, app.id).is_empty());
         apps.sort_by_key(|app| app.id);
         apps.truncate(PROBED_APPS as usize);
-        let tries = apps.into_iter().map(|app| self.probe_from(app, None));
+        // All from the first; from the others a part each: what is refused to a tenant is written down at so many a
+        // second, and its own attempts are to be among them.
+        let tries = apps.into_iter().enumerate().map(|(n, app)| self.probe_from(app, n.checked_sub(1)));
         let told: Vec<_> = futures_util::stream::iter(tries).buffered(AT_ONCE).collect().await;
         let mut all = Probed::default();
         for probed in told.into_iter().flatten() {
@@ -54,6 +59,7 @@ impl Agent {
             all.open += probed.open;
             all.closed += probed.closed;
             all.faults.extend(probed.faults);
+            all.silent.extend(probed.silent);
         }
         all
     }
@@ -71,6 +77,12 @@ impl Agent {
         apps.rotate_left(start);
         apps.truncate(ROUND);
         *round += apps.len();
+        let mut of_tenant: HashMap<TenantName, usize> = HashMap::new();
+        apps.retain(|app| {
+            let count = of_tenant.entry(app.tenant.clone()).or_default();
+            *count += 1;
+            *count <= OF_TENANT
+        });
         let tries = apps.into_iter().map(|app| self.probe_from(app, Some(part)));
         futures_util::stream::iter(tries).buffer_unordered(AT_ONCE).for_each(async |_| {}).await;
     }
@@ -222,6 +234,13 @@ fn tally(
         open: count(true),
         closed: count(false),
         faults: faults.iter().map(|(_, text)| format!("{name} {text}")).collect(),
+        silent: good
+            .iter()
+            .filter(|(to, outcome)| {
+                to.open && !matches!(outcome, ProbeOutcome::Reached | ProbeOutcome::Opened)
+            })
+            .map(|(to, outcome)| format!("{name} to {} ({} {}): {outcome}", to.what, to.protocol, to.port))
+            .collect(),
     };
     let event = |(kind, text): (&'static str, String)| {
         let word = if kind == "probe_alarm" { "ALARM: " } else { "" };

@@ -144,6 +144,7 @@ table inet {table} {{
   chain from_tenant_to_host {{
     iifname . ip daddr @gateways meta l4proto {{ tcp, udp }} th dport 53 accept
     meta l4proto tcp ct direction reply ct state established accept
+    meta l4proto tcp tcp flags & (syn | ack) != syn drop
     goto refuse
   }}
   chain out_of_host {{

@@ -67,10 +67,17 @@ pub(crate) struct Rollout {
     /// When it was over.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     pub ended_at: Option<OffsetDateTime>,
-    /// Tenants for whom it holds by now, while it is under way.
+    /// Tenants for whom it holds by now; nothing once it is over.
+    #[serde(skip_serializing_if = "is_none")]
     pub reached: i64,
-    /// Tenants that may use the service.
+    /// Tenants that may use the service; nothing once it is over.
+    #[serde(skip_serializing_if = "is_none")]
     pub tenants: i64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "this is how it is asked")]
+fn is_none(count: &i64) -> bool {
+    *count < 0
 }
 
 /// Roll-outs by number, the newest first.
@@ -87,9 +94,9 @@ pub(in crate::networks) async fn list_rollouts(
            ARRAY(SELECT t.name FROM tenant t WHERE t.id = ANY (r.canaries) ORDER BY t.name) AS "canary_names!",
            r.stage AS "stage: Stage", r.outcome, r.stage_at, r.until, r.paused_by, r.resumed, r.message, r.begun_by,
            r.begun_at, r.ended_at,
-           CASE WHEN r.stage = 'over' THEN 0
+           CASE WHEN r.stage = 'over' THEN -1
                 ELSE (SELECT count(*) FROM tenant_service u WHERE u.rollout_id = r.id) END AS "reached!",
-           CASE WHEN r.stage = 'over' THEN 0
+           CASE WHEN r.stage = 'over' THEN -1
                 ELSE (SELECT count(*) FROM tenant_service u WHERE u.service_id = r.service_id) END AS "tenants!"
            FROM network_rollout r WHERE r.id < $1 ORDER BY r.id DESC LIMIT $2"#,
         before,
