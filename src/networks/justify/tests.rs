@@ -100,7 +100,10 @@ fn what_is_compiled_is_justified_and_what_is_not_to_be_had_is_told() {
             ("job", "the app serves on no port"),
             ("beta/log", "it is not granted, or the grant has ended"),
             ("search", "the tenant may not use this service"),
-            ("mail", "the egress target is not approved, or has ended"),
+            (
+                "mail",
+                "the egress target is not approved, has ended, or is closed by the platform's own configuration"
+            ),
         ]
     );
     assert!(plans.iter().filter(|plan| plan.name.as_str() != "web").all(|plan| plan.flows.is_empty()));
