@@ -78,7 +78,7 @@ table inet T {
   }
   chain entered {
     ip daddr P ct state invalid drop
-    ip daddr P ct direction original iifname . ip daddr != @gateways iifname . ip saddr . ip daddr . meta l4proto . th dport != @pairs goto refuse
+    ip daddr P ct direction original ct state != related iifname . ip daddr != @gateways iifname . ip saddr . ip daddr . meta l4proto . th dport != @pairs goto refuse
     fib daddr type local ct direction original iifname . ip daddr != @gateways goto refuse
   }
   chain through {

@@ -197,12 +197,15 @@ impl Agent {
         if firewall.as_ref().is_some_and(|applied| applied.rules == rules) {
             return Ok(());
         }
-        // What the counters say that may go with it.
-        if firewall.as_ref().is_some_and(|applied| applied.rules.is_counting()) {
-            self.note_counts().await;
-        }
         let change =
             firewall.as_ref().and_then(|applied| Some((rules.change(&applied.rules)?, &applied.table)));
+        // What counters say that go with it, or with the whole table.
+        let losing = |applied: &InForce| {
+            applied.rules.is_counting() && (change.is_none() || rules.stops_counting(&applied.rules))
+        };
+        if let Some(applied) = firewall.as_ref().filter(|applied| losing(applied)) {
+            self.note_counts(&applied.moment.standing).await;
+        }
         let by_change = match change {
             Some((text, before)) => {
                 let proven = tokio::task::block_in_place(|| {

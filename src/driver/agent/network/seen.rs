@@ -74,7 +74,8 @@ impl Agent {
 
     /// What was counted of the flows that are about to close.
     pub(in crate::driver::agent) async fn used(&self) -> Vec<Used> {
-        self.note_counts().await;
+        let standing = self.standing(&lock(&self.own).clone());
+        self.note_counts(&standing).await;
         let counts = lock(&self.counts);
         let told = |((tenant, app, network, protocol, port), packets): (&CountOf, &u64)| Used {
             tenant: tenant.clone(),
@@ -87,16 +88,16 @@ impl Agent {
         counts.sums.iter().filter(|(_, packets)| **packets > 0).take(TOLD).map(told).collect()
     }
 
-    /// Adds up what the kernel has counted: before its counters go, and whenever somebody asks.
-    pub(in crate::driver::agent) async fn note_counts(&self) {
+    /// Adds up what the kernel has counted: before its counters go, and whenever somebody asks. `standing`: whose the
+    /// addresses are that it has counted.
+    pub(in crate::driver::agent) async fn note_counts(&self, standing: &Standing) {
         if lock(&self.flows).all().all(|plan| plan.watched.is_empty()) {
             *lock(&self.counts) = Counts::default();
             return;
         }
         let seen = kernel::counted(&self.config.table()).await;
         let tenants = lock(&self.journal).bridges(&self.config);
-        let standing = self.standing(&lock(&self.own).clone());
-        let owners = owners(&standing);
+        let owners = owners(standing);
         let mut counts = lock(&self.counts);
         for (bridge, source, network, protocol, port, packets) in seen {
             let Some((tenant, number)) = tenants.get(&bridge) else { continue };

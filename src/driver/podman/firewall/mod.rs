@@ -192,6 +192,12 @@ impl Rules {
         exact.chain(resolved).cloned().chain(before.outside.without(&self.outside)).collect()
     }
 
+    /// Whether something was counted before and is not any more.
+    #[must_use]
+    pub fn stops_counting(&self, before: &Self) -> bool {
+        !before.watched.without(&self.watched).is_empty()
+    }
+
     /// Whether something is counted.
     #[must_use]
     pub fn is_counting(&self) -> bool {

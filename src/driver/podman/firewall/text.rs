@@ -107,7 +107,7 @@ table inet {table} {{
   }}
   chain entered {{
     ip daddr {pool} ct state invalid drop
-    ip daddr {pool} ct direction original iifname . ip daddr != @gateways {to} != @pairs goto refuse
+    ip daddr {pool} ct direction original ct state != related iifname . ip daddr != @gateways {to} != @pairs goto refuse
     fib daddr type local ct direction original iifname . ip daddr != @gateways goto refuse
   }}
   chain through {{
