@@ -13,14 +13,30 @@ pub(super) fn firewalls() -> Finding {
     let Some(nft) = program("nft") else {
         return warning(check, "nft is not there to ask", "apt-get install nftables");
     };
-    let done = Command::new(nft).args(["-j", "list", "chains"]).stderr(Stdio::null()).output();
-    let walls = done.map(|done| host::dropping(&done.stdout)).unwrap_or_default();
+    let ask = |args: &[&str]| {
+        let done = Command::new(&nft).arg("-j").arg("list").args(args).stderr(Stdio::null()).output();
+        done.map(|done| done.stdout).unwrap_or_default()
+    };
+    let walls = host::dropping(&ask(&["chains"]));
     if !walls.is_empty() {
         return warning(
             check,
             format!("drop what they do not know, where packets are forwarded: {}", walls.join(", ")),
             "what Bulkhead opens for apps stays closed there: allow forwarding from and to bk* interfaces in that firewall \
              (Docker: chain DOCKER-USER; ufw: ufw route allow; firewalld: a zone for the bridges with forwarding)",
+        );
+    }
+    let tables = host::foreign_tables(&ask(&["tables"]));
+    let rules: Vec<String> = tables
+        .iter()
+        .flat_map(|(family, name)| host::naming_bridges(&ask(&["table", family, name])))
+        .collect();
+    if !rules.is_empty() {
+        return warning(
+            check,
+            format!("somebody else's rules name bridges of tenants: {}", rules.join(", ")),
+            "what they drop stays closed whatever Bulkhead opens, what they accept opens nothing: take them out unless \
+             they are meant",
         );
     }
     let flushes = fs::read_to_string("/etc/nftables.conf").is_ok_and(|text| text.contains("flush ruleset"));

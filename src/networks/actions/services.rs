@@ -51,6 +51,7 @@ pub async fn put_service(
         if expected.is_some_and(|expected| expected != 0) {
             return Err(Error::PreconditionFailed(0));
         }
+        refuse_first(staging)?;
         return put_now(tx, by, name, what, true).await;
     };
     // Held: nobody is given it meanwhile, and no other change comes between.
@@ -70,6 +71,7 @@ pub async fn put_service(
         return Ok(Put::Done { generation: known.generation, new: false });
     }
     if known.endpoints == endpoints || store::count_users(&mut tx, id).await? == 0 {
+        refuse_first(staging)?;
         return put_now(tx, by, name, what, false).await;
     }
     let canaries = match &staging.canaries {
@@ -108,6 +110,18 @@ async fn put_now(
     by.record(&mut tx, None, "service.put", name.as_str(), detail).await?;
     tx.commit().await?;
     Ok(Put::Done { generation, new })
+}
+
+/// Where nothing is rolled out, nobody is first.
+fn refuse_first(staging: &Staging) -> Result<(), Error> {
+    match staging.canaries.as_deref() {
+        None | Some([]) => Ok(()),
+        Some(_) => {
+            let message =
+                "no tenant uses the service, or what it answers at stays the same: nobody is reached first";
+            Err(Error::fault(Fault::new(Code(426), Kind::Invalid, "rollout.canaries", message)))
+        }
+    }
 }
 
 /// The tenants of these names, each of which must be able to use the service.

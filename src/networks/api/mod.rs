@@ -31,6 +31,16 @@ pub struct NamePath {
 }
 
 impl NamePath {
+    /// For whoever makes something of this name: a text that cannot be one is told as that.
+    fn checked<T: std::str::FromStr>(&self) -> Result<T, Error>
+    where
+        T::Err: std::fmt::Display,
+    {
+        self.name.parse().map_err(|error: T::Err| {
+            Error::fault(Fault::new(Code(426), Kind::Invalid, "name", error.to_string()))
+        })
+    }
+
     fn parse<T: std::str::FromStr>(&self) -> Result<T, Error> {
         self.name.parse().map_err(|_| Error::NotFound)
     }

@@ -14,6 +14,7 @@ use crate::driver::Driver;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::http::parse_json;
+use crate::ids::ServiceName;
 use crate::networks::actions::Put;
 use crate::networks::rollouts::Staging;
 use crate::networks::{Endpoint, actions, check_network, store};
@@ -76,7 +77,7 @@ pub async fn put_service(
     body: web::Bytes,
 ) -> Result<HttpResponse, Error> {
     let (config, driver) = places;
-    let name = path.parse()?;
+    let name: ServiceName = path.checked()?;
     let ServiceBody { description, mut endpoints, rollout } = parse_json(&req, &body)?;
     let staging = check_service(&description, &mut endpoints, rollout, (&config, &**driver)).await?;
     let what = (description.as_str(), endpoints.as_slice());

@@ -127,6 +127,13 @@ async fn a_foreign_firewall_is_told_and_opens_nothing() {
                 !greets(&beta, world.service(), 9092) && !greets(&web, foreign, 8080),
                 "{policy} at {priority}"
             );
+            // One rule that names our bridges is told, whatever its chain does with the others.
+            assert_eq!(
+                doctor().contains(&format!("inet {table} c")),
+                policy == "drop",
+                "{policy}: {}",
+                doctor()
+            );
             assert!(run("nft", &["delete", "table", "inet", &table]).0);
         }
     }

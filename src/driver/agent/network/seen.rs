@@ -61,10 +61,9 @@ impl Agent {
                 (*own, known.source, known.target, known.protocol, known.port, known.let_through)
                     == (app, source, target, protocol, port, let_through)
             };
-            let first = match list.iter().position(same) {
-                Some(at) => list.remove(at).map_or(now, |(_, known)| known.first),
-                None => at,
-            };
+            let known = list.iter().position(same).and_then(|at| list.remove(at)).map(|(_, known)| known);
+            // Seconds are rounded: a later look may seem to see an earlier packet.
+            let (first, at) = known.map_or((at, at), |known| (known.first, known.last.max(at)));
             list.push_back((app, Denied { source, target, protocol, port, let_through, first, last: at }));
             while list.len() > REMEMBERED {
                 list.pop_front();
