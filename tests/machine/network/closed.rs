@@ -155,8 +155,7 @@ async fn neighbours_cannot_take_each_others_place_with_or_without_br_netfilter()
     let (foreign, beta) = instance(&machine, "beta", "web").await;
     for value in ["1", "0"] {
         let _switch = Switch::set("/proc/sys/net/bridge/bridge-nf-call-iptables", value);
-        // Neighbours are answered for after a while of up to 0.8 s, and tried by the platform at the same time.
-        super::until(6, "what is named is open", || greets(&web, api, 8080)).await;
+        assert!(greets(&web, api, 8080), "br_netfilter {value}: what is named is open");
         for (place, target, port) in [
             (&web, api, 8081),
             (&web, spy, 8080),
@@ -180,7 +179,7 @@ async fn neighbours_cannot_take_each_others_place_with_or_without_br_netfilter()
             "nsenter",
             &["-t", &spy_pid, "-n", "busybox", "arping", "-c", "1", "-A", "-I", "eth0", &api.to_string()],
         );
-        super::until(6, "the app keeps its place", || greets(&web, api, 8080)).await;
+        assert!(greets(&web, api, 8080));
     }
     let hello = |place: &str| {
         // Who answers at the address: only the app itself serves this page.
@@ -192,7 +191,7 @@ async fn neighbours_cannot_take_each_others_place_with_or_without_br_netfilter()
             "nsenter",
             &["-t", &spy_pid, "-n", "busybox", "arping", "-c", "1", "-A", "-I", "eth0", &api.to_string()],
         );
-        super::until(6, "the app keeps its place", || hello(&web)).await;
+        assert!(hello(&web), "the app keeps its place");
     }
     // What is meant for the app never comes to the other one: it listens under the stolen address, in vain.
     let stolen = within(&spy_place, move || {
