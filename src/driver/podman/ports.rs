@@ -66,6 +66,14 @@ pub async fn address(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet)
     let namespace = namespace_of(sandbox);
     let (gateway, prefix) = (subnet.gateway().to_string(), subnet.prefix());
     set(&["addr", "replace", &format!("{gateway}/{prefix}"), "dev", bridge]).await?;
+    // Left to itself a bridge takes the lowest card of its ports, and whenever it takes another one the kernel forgets
+    // every neighbour on it, permanent ones too: then whoever shouts an address has it. Set once, it stays; set again,
+    // even to the same, it would forget.
+    let fixed = card(subnet.gateway());
+    let there = tokio::fs::read_to_string(format!("/sys/class/net/{bridge}/address")).await;
+    if there.map_err(failed("the bridge"))?.trim() != fixed {
+        set(&["link", "set", "dev", bridge, "address", &fixed]).await?;
+    }
     set(&["-n", namespace, "link", "set", "dev", "eth0", "address", &card(own)]).await?;
     set(&["-n", namespace, "addr", "replace", &format!("{own}/{prefix}"), "dev", "eth0"]).await?;
     set(&["-n", namespace, "route", "replace", "default", "via", &gateway]).await?;
