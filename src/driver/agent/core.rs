@@ -16,11 +16,12 @@ use super::config::AgentConfig;
 use super::flows::Flows;
 use super::journal::Journal;
 use super::kept::Kept;
-use super::network::{Denials, Depth, Gone, InForce};
+use super::network::{Denials, Depth, Gone, InForce, minding};
 use super::{names, server};
 use crate::driver::podman::client::{Listed, Podman};
-use crate::driver::podman::firewall::watch::Watch;
+use crate::driver::podman::firewall;
 use crate::driver::podman::oom::OutOfMemory;
+use crate::driver::podman::ports::Port;
 use crate::driver::podman::render;
 use crate::driver::{AppEvent, Error, InstanceState, Listener, Observed};
 use crate::ids::{AppId, TenantName};
@@ -73,6 +74,8 @@ pub(super) struct Agent {
     pub(super) probing: Mutex<HashMap<TenantName, usize>>,
     /// What the platform itself has tried from an instance lately: source, target, port.
     pub(super) tried: Mutex<HashMap<(std::net::Ipv4Addr, std::net::Ipv4Addr, u16), std::time::Instant>>,
+    /// Ports that were found not to be held to their card. Their app closes them.
+    pub(super) unlocked: Mutex<HashSet<Port>>,
     /// What listens on the machine, and when that was looked at.
     pub(super) listening: tokio::sync::Mutex<Option<(std::time::Instant, Vec<Listener>)>>,
     /// Connections that are to be ended, because their rule is gone.
@@ -118,13 +121,14 @@ pub async fn run(config: AgentConfig, stop: impl Future<Output = ()>) -> Result<
     let watching = tokio::spawn(watching(Arc::clone(&agent)));
     let tidying = tokio::spawn(tidying(Arc::clone(&agent)));
     let hearing = tokio::spawn(hearing(Arc::clone(&agent)));
+    let minding = tokio::spawn(minding(Arc::clone(&agent)));
     let probing = tokio::spawn(probing(Arc::clone(&agent)));
     let cutting = tokio::spawn(cutting(Arc::clone(&agent)));
     let serving = server::serve(Arc::clone(&agent))?;
     let naming = names::serve(Arc::clone(&agent))?;
     tracing::info!(installation = %agent.config.installation, "the agent is ready");
     stop.await;
-    for task in [looking, watching, tidying, hearing, probing, cutting, naming, serving] {
+    for task in [looking, watching, tidying, hearing, minding, probing, cutting, naming, serving] {
         task.abort();
     }
     let apps: Vec<_> = lock(&agent.apps).values().cloned().collect();
@@ -168,6 +172,7 @@ impl Agent {
             counts: Mutex::default(),
             probing: Mutex::default(),
             tried: Mutex::default(),
+            unlocked: Mutex::default(),
             listening: tokio::sync::Mutex::default(),
             gone: Mutex::default(),
             cut: Notify::new(),
@@ -205,6 +210,8 @@ impl Agent {
             let app = App::spawn(Arc::clone(self), kept);
             lock(&self.apps).insert(app.id, app);
         }
+        // Nor may the machine have been told for good who is on a bridge.
+        self.keep_neighbours().await;
         self.refresh_firewall().await.map_err(|error| error.to_string())
     }
 
@@ -314,15 +321,15 @@ async fn tidying(agent: Arc<Agent>) {
 
 /// Repairs the table as soon as the kernel tells that somebody else has been at it.
 async fn hearing(agent: Arc<Agent>) {
-    let watch = match Watch::open() {
-        Ok(watch) => watch,
+    let ear = match firewall::watch::open() {
+        Ok(ear) => ear,
         Err(error) => {
             tracing::warn!(%error, "the kernel's messages are not heard; the table is looked at every second");
             return;
         }
     };
     loop {
-        watch.changed().await;
+        ear.heard().await;
         agent.repair_firewall(Depth::Shape).await;
         agent.repair_firewall(Depth::Whole).await;
         // Whoever changes tables all the time does not keep us at it.
@@ -366,18 +373,7 @@ async fn watching(agent: Arc<Agent>) {
         if let Err(error) = agent.refresh_firewall().await {
             tracing::warn!(%error, "the machine's new addresses are closed later");
         }
-        let tenants: Vec<TenantName> = {
-            let apps = lock(&agent.apps);
-            let mut names: Vec<_> = apps.values().map(|app| app.tenant.clone()).collect();
-            names.sort();
-            names.dedup();
-            names
-        };
-        for tenant in tenants {
-            if let Err(error) = agent.ensure_network(&tenant).await {
-                tracing::warn!(%error, %tenant, "a network cannot be made");
-            }
-        }
+        agent.keep_networks().await;
     }
 }
 
@@ -404,18 +400,6 @@ impl Agent {
                 self.podman.remove_image(&id).await?;
                 tracing::info!(id, "an image that no app needs was removed");
             }
-        }
-        Ok(())
-    }
-
-    /// Sees to it that a tenant's network is there.
-    pub(super) async fn ensure_network(&self, tenant: &TenantName) -> Result<(), Error> {
-        let recorded = lock(&self.journal).tenant(tenant).cloned();
-        let recorded = recorded.ok_or_else(|| Error::Rejected("this tenant is not in the journal".into()))?;
-        let bridge = self.config.bridge(recorded.network);
-        let made = self.podman.ensure_network(&bridge).await?;
-        if made {
-            self.machine_event("network_made", format!("the network {bridge} of {tenant} was made"));
         }
         Ok(())
     }

@@ -1,9 +1,11 @@
 //! Podman and nftables: what the root half drives.
 
 pub mod client;
+pub mod ear;
 pub mod engine;
 pub mod firewall;
 pub mod host;
+pub mod neighbours;
 pub mod oom;
 pub mod ports;
 pub mod render;

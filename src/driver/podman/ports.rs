@@ -2,7 +2,7 @@
 //! between two instances of one tenant goes up to the host and through the forward hook like all
 //! other traffic, with or without br_netfilter. The bridge answers ARP for the neighbours.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Stdio;
@@ -13,18 +13,24 @@ use tokio::process::Command;
 
 use crate::driver::Error;
 use crate::driver::podman::firewall::card;
+use crate::driver::podman::neighbours;
 use crate::driver::workload::Subnet;
 use crate::policy::Cidr;
 use crate::policy::never::{self, Range};
 
-fn failed(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
+pub(super) fn failed(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
     move |error| Error::Transient(format!("{what}: {error}"))
 }
 
-async fn json(args: &[&str]) -> Result<Value, Error> {
-    let done = Command::new("ip").args(args).stdin(Stdio::null()).output().await.map_err(failed("ip"))?;
+pub(super) async fn json(args: &[&str]) -> Result<Value, Error> {
+    output("ip", args).await
+}
+
+async fn output(program: &'static str, args: &[&str]) -> Result<Value, Error> {
+    let done =
+        Command::new(program).args(args).stdin(Stdio::null()).output().await.map_err(failed(program))?;
     if !done.status.success() {
-        return Err(Error::Transient("the instance's network namespace cannot be read".into()));
+        return Err(Error::Transient("a network namespace cannot be read".into()));
     }
     serde_json::from_slice(&done.stdout).map_err(|error| Error::Transient(error.to_string()))
 }
@@ -33,7 +39,7 @@ fn namespace_of(sandbox: &str) -> &str {
     Path::new(sandbox).file_name().and_then(|name| name.to_str()).unwrap_or_default()
 }
 
-async fn set(args: &[&str]) -> Result<(), Error> {
+pub(super) async fn set(args: &[&str]) -> Result<(), Error> {
     let done = Command::new("ip").args(args).stdin(Stdio::null()).output().await.map_err(failed("ip"))?;
     if done.status.success() {
         return Ok(());
@@ -66,20 +72,10 @@ pub async fn address(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet)
     let namespace = namespace_of(sandbox);
     let (gateway, prefix) = (subnet.gateway().to_string(), subnet.prefix());
     set(&["addr", "replace", &format!("{gateway}/{prefix}"), "dev", bridge]).await?;
-    // Left to itself a bridge takes the lowest card of its ports, and whenever it takes another one the kernel forgets
-    // every neighbour on it, permanent ones too: then whoever shouts an address has it. Set once, it stays; set again,
-    // even to the same, it would forget.
-    let fixed = card(subnet.gateway());
-    let there = tokio::fs::read_to_string(format!("/sys/class/net/{bridge}/address")).await;
-    if there.map_err(failed("the bridge"))?.trim() != fixed {
-        set(&["link", "set", "dev", bridge, "address", &fixed]).await?;
-    }
     set(&["-n", namespace, "link", "set", "dev", "eth0", "address", &card(own)]).await?;
     set(&["-n", namespace, "addr", "replace", &format!("{own}/{prefix}"), "dev", "eth0"]).await?;
     set(&["-n", namespace, "route", "replace", "default", "via", &gateway]).await?;
-    // The machine never asks the bridge who has the address: whoever else would answer is not heard.
-    set(&["neigh", "replace", &own.to_string(), "lladdr", &card(own), "dev", bridge, "nud", "permanent"])
-        .await
+    neighbours::introduce(bridge, subnet.gateway(), own).await
 }
 
 /// Takes down the namespace of an instance that has ended, and its port with it: the engine leaves
@@ -97,7 +93,7 @@ pub async fn release(sandbox: &str) {
     }
 }
 
-fn is_there(bridge: &str) -> bool {
+pub(super) fn is_there(bridge: &str) -> bool {
     Path::new(&format!("/sys/class/net/{bridge}")).exists()
 }
 
@@ -137,7 +133,7 @@ pub async fn remove_bridge(bridge: &str) -> Result<bool, Error> {
 }
 
 /// A port of a bridge. A name alone may be another's by now.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Port {
     /// Name.
     name: String,
@@ -162,10 +158,15 @@ impl Port {
     pub fn look(&self) -> Seen {
         let read = |file: &str| std::fs::read_to_string(format!("/sys/class/net/{}/{file}", self.name));
         let same = read("ifindex").is_ok_and(|text| text.trim().parse() == Ok(self.index));
-        match read("brport/isolated") {
-            Ok(text) if same && text.trim() == "1" => Seen::Closed,
-            Ok(_) if same => Seen::Open,
-            _ => Seen::Gone,
+        let [Ok(isolated), Ok(learning), Ok(flood)] =
+            ["brport/isolated", "brport/learning", "brport/unicast_flood"].map(read)
+        else {
+            return Seen::Gone;
+        };
+        match [isolated.trim(), learning.trim(), flood.trim()] {
+            _ if !same => Seen::Gone,
+            ["1", "0", "0"] => Seen::Closed,
+            _ => Seen::Open,
         }
     }
 
@@ -201,6 +202,16 @@ impl Port {
     }
 }
 
+/// Ports whose lock to their card somebody has taken away. The files that [`Port::look`] reads do not tell it, nor
+/// does a kernel that has none.
+pub async fn unlocked() -> Result<HashSet<Port>, Error> {
+    let links = output("bridge", &["-j", "-d", "link", "show"]).await?;
+    let open = links.as_array().into_iter().flatten().filter(|link| link["locked"] == false);
+    let port =
+        |link: &Value| Some(Port { name: link["ifname"].as_str()?.into(), index: link["ifindex"].as_i64()? });
+    Ok(open.filter_map(port).collect())
+}
+
 /// Closes and marks the port of an instance whose network is attached and whose process has not
 /// started.
 pub async fn isolate(bridge: &str, sandbox: &str, own: Ipv4Addr) -> Result<Port, Error> {
@@ -218,16 +229,18 @@ pub async fn isolate(bridge: &str, sandbox: &str, own: Ipv4Addr) -> Result<Port,
     port.bind(own).await?;
     set(&["link", "set", "dev", &port.name, "alias", &mark(own)]).await?;
     for (family, key, value) in [
-        ("ipv4", "proxy_arp_pvlan", "1"),
-        ("ipv4", "send_redirects", "0"),
-        ("ipv4", "rp_filter", "1"),
-        ("ipv6", "disable_ipv6", "1"),
+        ("ipv4/conf", "proxy_arp_pvlan", "1"),
+        // An answer in a neighbour's place would otherwise wait for up to 0.8 s, and a first connection with it.
+        ("ipv4/neigh", "proxy_delay", "0"),
+        ("ipv4/conf", "send_redirects", "0"),
+        ("ipv4/conf", "rp_filter", "1"),
+        ("ipv6/conf", "disable_ipv6", "1"),
     ] {
-        let path = format!("/proc/sys/net/{family}/conf/{bridge}/{key}");
+        let path = format!("/proc/sys/net/{family}/{bridge}/{key}");
         match tokio::fs::write(&path, value).await {
             Ok(()) => {}
             // A kernel without IPv6 has nothing to close there.
-            Err(error) if family == "ipv6" && error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) if family == "ipv6/conf" && error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(key)(error)),
         }
     }

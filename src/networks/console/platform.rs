@@ -65,7 +65,7 @@ impl From<MachineEvent> for EventRow {
         let (mark, word) = match event.kind.as_str() {
             "probe_alarm" => ("failed", "alarm"),
             "probe_failed" | "plan_refused" | "flow_left_out" => ("attention", "look at it"),
-            "firewall_repaired" => ("attention", "repaired"),
+            "firewall_repaired" | "neighbours_repaired" => ("attention", "repaired"),
             _ => ("stopped", "note"),
         };
         Self { at: when(event.at), text: event.text, mark, word }

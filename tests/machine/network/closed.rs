@@ -1,4 +1,4 @@
-//! What stays closed under flood, beside others' firewalls, and among neighbours.
+//! What stays closed under flood, and beside others' firewalls.
 
 use std::time::Duration;
 
@@ -7,23 +7,6 @@ use serde_json::json;
 use super::{instance, put, two_tenants};
 use crate::outside::{Outside, greets, within};
 use crate::support::{Machine, run};
-
-/// Sets a switch of the kernel and sets it back, also when the test fails.
-struct Switch(&'static str, String);
-
-impl Switch {
-    fn set(path: &'static str, value: &str) -> Self {
-        let before = std::fs::read_to_string(path).unwrap_or_default();
-        let _ = std::fs::write(path, value);
-        Self(path, before)
-    }
-}
-
-impl Drop for Switch {
-    fn drop(&mut self) {
-        let _ = std::fs::write(self.0, self.1.trim());
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_forbidden_stays_so_under_replacement_flood_and_forgery() {
@@ -138,90 +121,4 @@ async fn a_foreign_firewall_is_told_and_opens_nothing() {
         }
     }
     assert!(doctor().contains("other firewalls"));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn neighbours_cannot_take_each_others_place_with_or_without_br_netfilter() {
-    let machine = Machine::start().await;
-    two_tenants(&machine).await;
-    assert_eq!(machine.deploy("acme", "api", "image: web:1\nport: 8080\n").await.0, 202);
-    assert_eq!(machine.deploy("acme", "spy", "image: web:1\nport: 8080\n").await.0, 202);
-    let asking = "image: web:1\nport: 8080\nconnects: { apps: [api] }\n";
-    assert_eq!(machine.deploy("acme", "web", asking).await.0, 202);
-    assert_eq!(machine.deploy("beta", "web", "image: web:1\nport: 8080\n").await.0, 202);
-    let (api, _) = instance(&machine, "acme", "api").await;
-    let (spy, spy_place) = instance(&machine, "acme", "spy").await;
-    let (own, web) = instance(&machine, "acme", "web").await;
-    let (foreign, beta) = instance(&machine, "beta", "web").await;
-    for value in ["1", "0"] {
-        let _switch = Switch::set("/proc/sys/net/bridge/bridge-nf-call-iptables", value);
-        assert!(greets(&web, api, 8080), "br_netfilter {value}: what is named is open");
-        for (place, target, port) in [
-            (&web, api, 8081),
-            (&web, spy, 8080),
-            (&spy_place, api, 8080),
-            (&spy_place, own, 8080),
-            (&beta, api, 8080),
-            (&web, foreign, 8080),
-        ] {
-            assert!(!greets(place, target, port), "br_netfilter {value}: {target} {port}");
-        }
-    }
-    // With rights that no app has, from within: the neighbour's address, its card, and shouting both.
-    let spy_pid = machine.pid(&machine.running("acme", "spy").await["observed"]["instances"][0]);
-    let inside = |args: &[&str]| run("nsenter", &[&["-t", &spy_pid, "-n", "ip"][..], args].concat());
-    let octets = api.octets();
-    let card = format!("0a:58:{:02x}:{:02x}:{:02x}:{:02x}", octets[0], octets[1], octets[2], octets[3]);
-    assert!(inside(&["addr", "add", &format!("{api}/32"), "dev", "eth0"]).0);
-    for _ in 0..3 {
-        // Every connection that it begins says "I am there" to the machine.
-        let (_, _) = run(
-            "nsenter",
-            &["-t", &spy_pid, "-n", "busybox", "arping", "-c", "1", "-A", "-I", "eth0", &api.to_string()],
-        );
-        assert!(greets(&web, api, 8080));
-    }
-    let hello = |place: &str| {
-        // Who answers at the address: only the app itself serves this page.
-        greets(place, api, 8080)
-    };
-    assert!(inside(&["link", "set", "dev", "eth0", "address", &card]).0);
-    for _ in 0..5 {
-        let _ = run(
-            "nsenter",
-            &["-t", &spy_pid, "-n", "busybox", "arping", "-c", "1", "-A", "-I", "eth0", &api.to_string()],
-        );
-        assert!(hello(&web), "the app keeps its place");
-    }
-    // What is meant for the app never comes to the other one: it listens under the stolen address, in vain.
-    let stolen = within(&spy_place, move || {
-        let listener = std::net::TcpListener::bind((api, 8085)).unwrap();
-        listener.set_nonblocking(true).unwrap();
-        std::thread::sleep(Duration::from_millis(300));
-        listener.accept().is_ok()
-    });
-    assert!(!stolen);
-    // IPv6 is closed on the bridge, and stays so when somebody opens it there.
-    let bridge = format!("bk{}0", machine.id);
-    assert!(run("ip", &["-6", "addr", "show", "dev", &bridge]).1.trim().is_empty());
-    let listener = std::net::TcpListener::bind("[::]:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let _ = std::io::Write::write_all(&mut &stream, b"hello\n");
-        }
-    });
-    std::fs::write(format!("/proc/sys/net/ipv6/conf/{bridge}/disable_ipv6"), "0").unwrap();
-    assert!(run("ip", &["-6", "addr", "add", "fd00:77::1/64", "dev", &bridge, "nodad"]).0);
-    let web_pid = machine.pid(&machine.running("acme", "web").await["observed"]["instances"][0]);
-    let _ = run("nsenter", &["-t", &web_pid, "-n", "sysctl", "-qw", "net.ipv6.conf.eth0.disable_ipv6=0"]);
-    let _ = run(
-        "nsenter",
-        &["-t", &web_pid, "-n", "ip", "-6", "addr", "add", "fd00:77::2/64", "dev", "eth0", "nodad"],
-    );
-    let reached = within(&web, move || {
-        let target = std::net::SocketAddr::new("fd00:77::1".parse().unwrap(), port);
-        std::net::TcpStream::connect_timeout(&target, Duration::from_secs(1)).is_ok()
-    });
-    assert!(!reached, "nothing of a tenant's IPv6 is let in");
 }

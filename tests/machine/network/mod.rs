@@ -14,6 +14,7 @@ mod domains;
 mod forged;
 mod grants;
 mod host;
+mod neighbours;
 mod rollouts;
 mod services;
 

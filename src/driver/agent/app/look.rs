@@ -89,7 +89,11 @@ impl App {
     /// that somebody has opened is closed again.
     async fn look_at_port(&self, agent: &Arc<Agent>, instance: &Instance) {
         let Some(port) = &instance.port else { return };
-        match port.look() {
+        let seen = match port.look() {
+            Seen::Closed if lock(&agent.unlocked).remove(port) => Seen::Open,
+            seen => seen,
+        };
+        match seen {
             Seen::Closed => {}
             Seen::Open => {
                 let text = match port.close().await {

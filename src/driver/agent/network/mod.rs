@@ -1,5 +1,5 @@
 //! The firewall as the root half keeps it: what stands behind it, what follows from that, the proof. `seen.rs`
-//! reads from the kernel what was refused and counted.
+//! reads from the kernel what was refused and counted, `bridges.rs` keeps what it stands on.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::Ipv4Addr;
@@ -20,8 +20,10 @@ use crate::policy::proof::{self, Place, Proven, Standing, Walls};
 use crate::policy::read::{Shell, Table};
 use crate::policy::{Cidr, Target, TenantFlows};
 
+mod bridges;
 mod seen;
 
+pub(super) use bridges::minding;
 pub(super) use seen::Counts;
 
 /// Most elements that follow from one tenant's flows.

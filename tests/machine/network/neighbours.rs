@@ -1,0 +1,227 @@
+//! Neighbours on one bridge: nobody takes another one's place, whatever is shouted, and whatever else is done to
+//! the bridge.
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::{instance, two_tenants, until};
+use crate::outside::{greets, within};
+use crate::support::{Machine, run};
+
+/// Sets a switch of the kernel and sets it back, also when the test fails.
+struct Switch(&'static str, String);
+
+impl Switch {
+    fn set(path: &'static str, value: &str) -> Self {
+        let before = std::fs::read_to_string(path).unwrap_or_default();
+        let _ = std::fs::write(path, value);
+        Self(path, before)
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        let _ = std::fs::write(self.0, self.1.trim());
+    }
+}
+
+/// The card that belongs to an address.
+fn card(own: Ipv4Addr) -> String {
+    let [a, b, c, d] = own.octets();
+    format!("0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
+}
+
+/// The card that the machine knows for good to have an address on a bridge.
+fn known(bridge: &str, own: Ipv4Addr) -> Option<String> {
+    let (_, text) = run("ip", &["-4", "neigh", "show", &own.to_string(), "dev", bridge, "nud", "permanent"]);
+    text.split_whitespace().skip_while(|word| *word != "lladdr").nth(1).map(str::to_owned)
+}
+
+/// One who says again and again that an address is his, with rights that no app has, until it is dropped.
+struct Shouting(Arc<AtomicBool>);
+
+impl Shouting {
+    fn from(pid: &str, own: Ipv4Addr) -> Self {
+        let (stop, pid) = (Arc::new(AtomicBool::new(false)), pid.to_owned());
+        let until_then = Arc::clone(&stop);
+        std::thread::spawn(move || {
+            let own = own.to_string();
+            let arping = ["busybox", "arping", "-c", "1", "-w", "1", "-A", "-I", "eth0", &own];
+            while !until_then.load(Ordering::Relaxed) {
+                let _ = run("nsenter", &[&["-t", &pid, "-n"], &arping[..]].concat());
+            }
+        });
+        Self(stop)
+    }
+}
+
+impl Drop for Shouting {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The port behind which an address is.
+fn port_of(bridge: &str, own: Ipv4Addr) -> String {
+    let (_, text) = run("ip", &["-j", "link", "show", "master", bridge]);
+    let links: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
+    let port = links.iter().find(|link| link["ifalias"] == format!("bulkhead:{own}")).unwrap();
+    port["ifname"].as_str().unwrap().to_owned()
+}
+
+/// What the machine has told of bridges that had to be set right.
+fn repairs(machine: &Machine) -> String {
+    machine.sql("SELECT count(*) FROM machine_event WHERE kind = 'neighbours_repaired'")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn neighbours_cannot_take_each_others_place_with_or_without_br_netfilter() {
+    let machine = Machine::start().await;
+    two_tenants(&machine).await;
+    assert_eq!(machine.deploy("acme", "api", "image: web:1\nport: 8080\n").await.0, 202);
+    assert_eq!(machine.deploy("acme", "spy", "image: web:1\nport: 8080\n").await.0, 202);
+    let asking = "image: web:1\nport: 8080\nconnects: { apps: [api] }\n";
+    assert_eq!(machine.deploy("acme", "web", asking).await.0, 202);
+    assert_eq!(machine.deploy("beta", "web", "image: web:1\nport: 8080\n").await.0, 202);
+    let (api, _) = instance(&machine, "acme", "api").await;
+    let (spy, spy_place) = instance(&machine, "acme", "spy").await;
+    let (own, web) = instance(&machine, "acme", "web").await;
+    let (foreign, beta) = instance(&machine, "beta", "web").await;
+    for value in ["1", "0"] {
+        let _switch = Switch::set("/proc/sys/net/bridge/bridge-nf-call-iptables", value);
+        assert!(greets(&web, api, 8080), "br_netfilter {value}: what is named is open");
+        for (place, target, port) in [
+            (&web, api, 8081),
+            (&web, spy, 8080),
+            (&spy_place, api, 8080),
+            (&spy_place, own, 8080),
+            (&beta, api, 8080),
+            (&web, foreign, 8080),
+        ] {
+            assert!(!greets(place, target, port), "br_netfilter {value}: {target} {port}");
+        }
+    }
+    // With rights that no app has, from within: the neighbour's address, its card, and shouting both.
+    let spy_pid = machine.pid(&machine.running("acme", "spy").await["observed"]["instances"][0]);
+    let inside = |args: &[&str]| run("nsenter", &[&["-t", &spy_pid, "-n", "ip"][..], args].concat());
+    let card = card(api);
+    assert!(inside(&["addr", "add", &format!("{api}/32"), "dev", "eth0"]).0);
+    for _ in 0..3 {
+        // Every connection that it begins says "I am there" to the machine.
+        let (_, _) = run(
+            "nsenter",
+            &["-t", &spy_pid, "-n", "busybox", "arping", "-c", "1", "-A", "-I", "eth0", &api.to_string()],
+        );
+        assert!(greets(&web, api, 8080));
+    }
+    let hello = |place: &str| {
+        // Who answers at the address: only the app itself serves this page.
+        greets(place, api, 8080)
+    };
+    assert!(inside(&["link", "set", "dev", "eth0", "address", &card]).0);
+    for _ in 0..5 {
+        let _ = run(
+            "nsenter",
+            &["-t", &spy_pid, "-n", "busybox", "arping", "-c", "1", "-A", "-I", "eth0", &api.to_string()],
+        );
+        assert!(hello(&web), "the app keeps its place");
+    }
+    // What is meant for the app never comes to the other one: it listens under the stolen address, in vain.
+    let stolen = within(&spy_place, move || {
+        let listener = std::net::TcpListener::bind((api, 8085)).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        listener.accept().is_ok()
+    });
+    assert!(!stolen);
+    // IPv6 is closed on the bridge, and stays so when somebody opens it there.
+    let bridge = format!("bk{}0", machine.id);
+    assert!(run("ip", &["-6", "addr", "show", "dev", &bridge]).1.trim().is_empty());
+    let listener = std::net::TcpListener::bind("[::]:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let _ = std::io::Write::write_all(&mut &stream, b"hello\n");
+        }
+    });
+    std::fs::write(format!("/proc/sys/net/ipv6/conf/{bridge}/disable_ipv6"), "0").unwrap();
+    assert!(run("ip", &["-6", "addr", "add", "fd00:77::1/64", "dev", &bridge, "nodad"]).0);
+    let web_pid = machine.pid(&machine.running("acme", "web").await["observed"]["instances"][0]);
+    let _ = run("nsenter", &["-t", &web_pid, "-n", "sysctl", "-qw", "net.ipv6.conf.eth0.disable_ipv6=0"]);
+    let _ = run(
+        "nsenter",
+        &["-t", &web_pid, "-n", "ip", "-6", "addr", "add", "fd00:77::2/64", "dev", "eth0", "nodad"],
+    );
+    let reached = within(&web, move || {
+        let target = std::net::SocketAddr::new("fd00:77::1".parse().unwrap(), port);
+        std::net::TcpStream::connect_timeout(&target, Duration::from_secs(1)).is_ok()
+    });
+    assert!(!reached, "nothing of a tenant's IPv6 is let in");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_on_a_bridge_is_set_right_whenever_the_machine_forgets() {
+    let machine = Machine::start().await;
+    two_tenants(&machine).await;
+    for (app, more) in [("api", ""), ("spy", ""), ("web", "connects: { apps: [api] }\n")] {
+        let text = format!("image: web:1\nport: 8080\n{more}");
+        assert_eq!(machine.deploy("acme", app, &text).await.0, 202);
+    }
+    let (api, _) = instance(&machine, "acme", "api").await;
+    let (spy, _) = instance(&machine, "acme", "spy").await;
+    let (own, web) = instance(&machine, "acme", "web").await;
+    let bridge = format!("bk{}0", machine.id);
+    let (_, text) = run("ip", &["-j", "-4", "addr", "show", "dev", &bridge]);
+    let links: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let gateway: Ipv4Addr = links[0]["addr_info"][0]["local"].as_str().unwrap().parse().unwrap();
+    let of_bridge = || std::fs::read_to_string(format!("/sys/class/net/{bridge}/address")).unwrap();
+    assert_eq!(of_bridge().trim(), card(gateway));
+    let all_known = || [api, spy, own].iter().all(|own| known(&bridge, *own) == Some(card(*own)));
+    assert!(all_known());
+    assert_eq!(repairs(&machine), "0", "nothing had to be set right");
+    // One of them says that another one's address is his, and answers whoever asks for it.
+    let pid = machine.pid(&machine.running("acme", "spy").await["observed"]["instances"][0]);
+    let add = ["-t", &pid, "-n", "ip", "addr", "add", &format!("{api}/32"), "dev", "eth0"];
+    assert!(run("nsenter", &add).0);
+    let _shouting = Shouting::from(&pid, api);
+    let fixed = card(gateway);
+    let another = ["link", "set", "dev", &bridge, "address", "0a:58:ff:ff:ff:01"];
+    let same = ["link", "set", "dev", &bridge, "address", &fixed];
+    let away = ["neigh", "del", &api.to_string(), "dev", &bridge];
+    for (what, args) in [("another card", &another[..]), ("the same card again", &same), ("forgotten", &away)]
+    {
+        assert!(run("ip", args).0, "{what}");
+        let took = until(3, what, || all_known() && of_bridge().trim() == fixed).await;
+        assert!(greets(&web, api, 8080), "{what}: the app has its place {took:?} after");
+    }
+    let begun = Instant::now();
+    while repairs(&machine) == "0" {
+        assert!(begun.elapsed() < Duration::from_secs(20), "nothing is told of it");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    // While nobody looks after it, and as an earlier version has left it: the next agent sets it right.
+    machine.kill("agent");
+    assert!(run("ip", &another).0);
+    until(20, "the next agent", || all_known() && of_bridge().trim() == fixed).await;
+    assert!(greets(&web, api, 8080), "with the next agent");
+    // A port is let loose: any one of the four that hold it.
+    let port = port_of(&bridge, spy);
+    for (switch, wanted, loose) in [
+        ("locked", "true", "off"),
+        ("isolated", "true", "off"),
+        ("learning", "false", "on"),
+        ("flood", "false", "on"),
+    ] {
+        let seen = || run("bridge", &["-j", "-d", "link", "show", "dev", &port]).1;
+        let held = format!("\"{switch}\":{wanted}");
+        assert!(seen().contains(&held), "{switch}: {}", seen());
+        assert!(run("bridge", &["link", "set", "dev", &port, switch, loose]).0);
+        until(12, switch, || seen().contains(&held)).await;
+    }
+    let told = machine
+        .wait("acme", "spy", 20, |app| app["events"].to_string().matches("was closed again").count() >= 4)
+        .await;
+    assert_eq!(told["observed"]["instances"][0]["restarts"], 0, "{told:#}");
+}
