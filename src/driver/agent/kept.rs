@@ -134,6 +134,14 @@ impl Kept {
         self.instances.iter().filter_map(address).collect()
     }
 
+    /// Addresses of the instances that have been put on their bridge. Of those that come or go, whoever starts or ends
+    /// them takes care.
+    pub(super) fn attached(&self) -> Vec<std::net::Ipv4Addr> {
+        use InstanceState::{Running, Starting, Unhealthy};
+        let attached = self.instances.iter().filter(|i| matches!(i.state, Starting | Running | Unhealthy));
+        attached.filter_map(|i| self.workload_of(i.revision)?.addresses.get(i.slot).copied()).collect()
+    }
+
     /// The workload that an instance was made from.
     pub(super) fn workload_of(&self, revision: i64) -> Option<&Workload> {
         if self.workload.revision == revision {

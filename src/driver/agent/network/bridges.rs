@@ -63,7 +63,7 @@ impl Agent {
             let bridge = bridges
                 .entry(self.config.bridge(recorded.network))
                 .or_insert_with(|| Neighbours { gateway, addresses: BTreeSet::new() });
-            bridge.addresses.extend(lock(&app.kept).in_use());
+            bridge.addresses.extend(lock(&app.kept).attached());
         }
         bridges
     }
