@@ -170,6 +170,7 @@ fn platform(take: &mut Taker<'_>) {
         GET "/api/v1/network/rollouts/{id}" => n::rollouts::get_rollout;
         PUT "/api/v1/network/rollouts/{id}/pause" => n::rollouts::pause;
         DELETE "/api/v1/network/rollouts/{id}/pause" => n::rollouts::resume;
+        DELETE "/api/v1/network/rollouts/{id}/window" => n::rollouts::end_window;
         PUT "/api/v1/network/rollouts/{id}/abort" => n::rollouts::abort;
         GET "/api/v1/schemas/app-spec" => apps::api::app_spec_schema;
     }

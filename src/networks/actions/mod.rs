@@ -8,7 +8,7 @@ mod trial;
 
 pub use egress::{Decision, ask, decide, withdraw_target};
 pub use grants::{Offer, accept, end, offer};
-pub use rollouts::{abort, pause, resume};
+pub use rollouts::{abort, end_window, pause, resume};
 pub use services::{Put, delete_service, give, put_service, take};
 pub use trial::{begin_trial, end_trial};
 

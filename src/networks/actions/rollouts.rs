@@ -55,6 +55,31 @@ pub async fn resume(pool: &PgPool, waker: &Waker, by: By<'_>, id: i64, reason: &
     Ok(())
 }
 
+/// Ends a window before its time: what was counted by then decides.
+pub async fn end_window(
+    pool: &PgPool,
+    waker: &Waker,
+    by: By<'_>,
+    id: i64,
+    reason: &str,
+) -> Result<(), Error> {
+    let mut tx = db::begin(pool, Within::Platform).await?;
+    let rollout = find(&mut tx, id).await?;
+    if !store::end_window(&mut tx, id).await? {
+        return Err(Error::Conflict(match (rollout.stage, &rollout.paused_by) {
+            (Stage::Window, Some(_)) => format!("the roll-out {id} is paused; let it go on first"),
+            (Stage::Window, None) => format!("the window of the roll-out {id} is about to end by itself"),
+            _ => format!("the roll-out {id} is not within a window"),
+        }));
+    }
+    let detail = json!({"rollout": id, "until": rollout.until, "reason": reason});
+    by.record(&mut tx, None, "rollout.end-window", rollout.service.as_str(), detail).await?;
+    enqueue(&mut tx, WORK, id, None).await?;
+    tx.commit().await?;
+    waker.wake();
+    Ok(())
+}
+
 /// Takes a roll-out back, wherever it is.
 pub async fn abort(pool: &PgPool, waker: &Waker, by: By<'_>, id: i64, reason: &str) -> Result<(), Error> {
     let mut tx = db::begin(pool, Within::Platform).await?;

@@ -132,6 +132,19 @@ pub async fn resume(
     Ok(HttpResponse::Accepted().finish())
 }
 
+/// DELETE /api/v1/network/rollouts/{id}/window: it ends now.
+pub async fn end_window(
+    scope: PlatformScope<ManageNetwork>,
+    req: HttpRequest,
+    pool: web::Data<PgPool>,
+    waker: web::Data<Waker>,
+    path: web::Path<NumberPath>,
+    body: web::Bytes,
+) -> Result<HttpResponse, Error> {
+    actions::end_window(&pool, &waker, scope.by(), path.id, &reason(&req, &body)?).await?;
+    Ok(HttpResponse::Accepted().finish())
+}
+
 /// PUT /api/v1/network/rollouts/{id}/abort
 pub async fn abort(
     scope: PlatformScope<ManageNetwork>,

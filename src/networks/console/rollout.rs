@@ -23,7 +23,7 @@ use crate::networks::api::rollouts::{StagingBody, TOLD, check_reason};
 use crate::networks::api::services::check_service;
 use crate::networks::rollouts::Stage;
 use crate::networks::store::{self, CheckRow, Rollout, UseRow};
-use crate::networks::{Endpoint, actions::abort, actions::pause, actions::resume};
+use crate::networks::{Endpoint, actions::abort, actions::end_window, actions::pause, actions::resume};
 use crate::policy::Protocol;
 use crate::reconcile::Waker;
 
@@ -103,6 +103,31 @@ fn legs(rollout: &Rollout) -> Vec<Leg> {
     ]
 }
 
+/// Something that can be decided about a roll-out: a button.
+struct Choice {
+    what: &'static str,
+    label: &'static str,
+    class: &'static str,
+}
+
+fn is_under_way(rollout: &Rollout) -> bool {
+    matches!(rollout.stage, Stage::Window | Stage::Canary | Stage::All)
+}
+
+fn decisions(rollout: &Rollout) -> Vec<Choice> {
+    if !is_under_way(rollout) {
+        return Vec::new();
+    }
+    let abort = Choice { what: "abort", label: "Abort and take back", class: "quiet danger" };
+    let end = Choice { what: "end", label: "End the window now", class: "quiet" };
+    let pause = Choice { what: "pause", label: "Pause", class: "quiet" };
+    match (rollout.paused_by.is_some(), rollout.stage) {
+        (true, _) => vec![Choice { what: "resume", label: "Let it go on", class: "" }, abort],
+        (false, Stage::Window) => vec![pause, end, abort],
+        (false, _) => vec![pause, abort],
+    }
+}
+
 fn words(end: Endpoint) -> String {
     format!("{} {} {}", end.network, end.protocol, end.port)
 }
@@ -112,10 +137,9 @@ fn words(end: Endpoint) -> String {
 struct RolloutPage {
     frame: Frame,
     error: String,
-    manages: bool,
     row: RolloutRow,
     under_way: bool,
-    paused: bool,
+    decisions: Vec<Choice>,
     legs: Vec<Leg>,
     opens: Vec<String>,
     closes: Vec<String>,
@@ -145,10 +169,13 @@ async fn view(
     Ok(RolloutPage {
         frame: platform_frame(keys, actor, "Network"),
         error,
-        manages: includes::<ManageNetwork>(actor.platform, None),
         row: RolloutRow::from(&rollout),
-        under_way: matches!(rollout.stage, Stage::Window | Stage::Canary | Stage::All),
-        paused: rollout.paused_by.is_some(),
+        under_way: is_under_way(&rollout),
+        decisions: if includes::<ManageNetwork>(actor.platform, None) {
+            decisions(&rollout)
+        } else {
+            Vec::new()
+        },
         legs: legs(&rollout),
         opens: only(&rollout.endpoints, &rollout.before),
         closes: only(&rollout.before, &rollout.endpoints),
@@ -220,8 +247,9 @@ pub async fn decide(
         match form.0.what.as_str() {
             "pause" => pause(&pool, scope.by(), path.id, &reason).await,
             "resume" => resume(&pool, &waker, scope.by(), path.id, &reason).await,
+            "end" => end_window(&pool, &waker, scope.by(), path.id, &reason).await,
             "abort" => abort(&pool, &waker, scope.by(), path.id, &reason).await,
-            _ => Err(Error::Conflict("a roll-out is paused, resumed or aborted".into())),
+            _ => Err(Error::Conflict("a roll-out is paused, resumed or aborted, or its window ends".into())),
         }
     };
     let outcome = make.await;

@@ -95,7 +95,9 @@ impl RolloutReconciler {
                 Outcome::Again(after)
             }
             Step::Ask(message) => {
-                if store::pause(&mut tx, id, ActorId::platform().as_str(), &message).await? {
+                if store::pause(&mut tx, id, ActorId::platform().as_str(), &message).await?
+                    || store::note_paused(&mut tx, id, &message).await?
+                {
                     tracing::error!(rollout = id, message, "a roll-out waits for a person");
                     record(&mut tx, rollout, "rollout.paused", json!({"why": message})).await?;
                 }

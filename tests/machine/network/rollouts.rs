@@ -175,10 +175,14 @@ async fn a_window_counts_what_would_be_cut_and_waits_for_somebody_to_know() {
     let flows = machine.data.join("agent/flows/beta.json");
     let counted = || std::fs::read_to_string(&flows).unwrap().contains("watched");
     until(5, "counted no more", || !counted()).await;
-    // Its time is over: somebody has to have seen what was used.
+    assert_eq!(decide(&machine, "DELETE", id, "window").await, 409);
+    // Ended before its time: somebody has to have seen what was used.
     let id = change(&machine, &world, &[9093], staging).await;
     wait(&machine, id, "counted", |seen| seen["uses"]["in_all"] == 1).await;
-    machine.sql("UPDATE network_rollout SET until = now() WHERE stage = 'window'; UPDATE work SET due_at = now() WHERE kind = 'rollout'");
+    assert_eq!(decide(&machine, "PUT", id, "pause").await, 204);
+    assert_eq!(decide(&machine, "DELETE", id, "window").await, 409, "it is paused");
+    assert_eq!(decide(&machine, "DELETE", id, "pause").await, 202);
+    assert_eq!(decide(&machine, "DELETE", id, "window").await, 202);
     let seen = wait(&machine, id, "waits", |seen| seen["paused_by"] == "platform").await;
     assert!(seen["stage"] == "window" && seen["message"].to_string().contains("beta/web"), "{seen:#}");
     let before = live.rounds();
@@ -194,9 +198,52 @@ async fn a_window_counts_what_would_be_cut_and_waits_for_somebody_to_know() {
     wait(&machine, id, "opened", |seen| seen["outcome"] == "done").await;
     let id = change(&machine, &world, &[9093], json!({"window_hours": 1, "observe_seconds": 0})).await;
     wait(&machine, id, "counting", |seen| seen["message"].to_string().contains("0 so far")).await;
-    machine.sql("UPDATE network_rollout SET until = now() WHERE stage = 'window'; UPDATE work SET due_at = now() WHERE kind = 'rollout'");
+    assert_eq!(decide(&machine, "DELETE", id, "window").await, 202);
     let seen = wait(&machine, id, "done", |seen| seen["stage"] == "over").await;
     assert_eq!(seen["outcome"], "done", "{seen:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_alarm_stops_a_rollout_and_is_told_to_whoever_lets_it_go_on() {
+    let machine = Machine::start().await;
+    let world = Outside::new();
+    for port in [9092, 9093] {
+        world.serve(port);
+    }
+    let _places = three_users(&machine, &world).await;
+    let looked_at =
+        |seen: &Value| seen["paused_by"].is_null() && seen["message"].to_string().contains("looked at");
+    let id = change(&machine, &world, &[9093], json!({"canaries": ["acme"], "observe_seconds": 600})).await;
+    wait(&machine, id, "looked at", looked_at).await;
+    let alarm = |n: u32| {
+        machine.sql(&format!(
+            "INSERT INTO machine_event (seq, at, kind, text) \
+             VALUES (90000{n}, now(), 'probe_alarm', 'ALARM: beta/web to 192.0.2.{n} tcp 1'); \
+             UPDATE work SET due_at = now() WHERE kind = 'rollout'"
+        ))
+    };
+    alarm(1);
+    let seen = wait(&machine, id, "stops", |seen| seen["paused_by"] == "platform").await;
+    assert!(seen["message"].to_string().contains("192.0.2.1") && seen["reached"] == 1, "{seen:#}");
+    assert_eq!(decide(&machine, "DELETE", id, "pause").await, 202);
+    wait(&machine, id, "goes on", looked_at).await;
+    // Somebody pauses it in the very moment in which an alarm is found: whoever lets it go on, reads of both.
+    let pausing = format!(
+        "BEGIN; UPDATE network_rollout SET paused_by = 'somebody', paused_at = now(), message = 'paused: lunch' \
+         WHERE id = {id}; SELECT pg_sleep(3); COMMIT"
+    );
+    std::thread::scope(|scope| {
+        scope.spawn(|| machine.sql(&pausing));
+        std::thread::sleep(Duration::from_millis(800));
+        alarm(2);
+    });
+    let seen = wait(&machine, id, "told", |seen| seen["message"].to_string().contains("192.0.2.2")).await;
+    assert!(seen["message"].to_string().contains("lunch") && seen["paused_by"] == "somebody", "{seen:#}");
+    let audit = machine.get("/api/v1/audit?limit=100").await.to_string();
+    assert_eq!(audit.matches("\"rollout.paused\"").count(), 2, "{audit}");
+    assert_eq!(decide(&machine, "PUT", id, "abort").await, 202);
+    let seen = wait(&machine, id, "aborted", |seen| seen["stage"] == "over").await;
+    assert_eq!(seen["outcome"], "aborted", "{seen:#}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

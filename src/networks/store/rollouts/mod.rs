@@ -261,6 +261,37 @@ pub(in crate::networks) async fn pause(
     Ok(done.rows_affected() > 0)
 }
 
+/// Says what was found by whoever was at work when somebody paused it: whoever lets it go on has to know. Whether
+/// that is new.
+pub(in crate::networks) async fn note_paused(
+    conn: &mut PgConnection,
+    id: i64,
+    message: &str,
+) -> Result<bool, Error> {
+    let done = sqlx::query!(
+        "UPDATE network_rollout SET message = $2 || '; ' || message \
+         WHERE id = $1 AND paused_at IS NOT NULL AND stage IN ('window', 'canary', 'all') \
+         AND position($2 IN message) = 0",
+        id,
+        message
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() > 0)
+}
+
+/// Ends a window now. Whether one was open.
+pub(in crate::networks) async fn end_window(conn: &mut PgConnection, id: i64) -> Result<bool, Error> {
+    let done = sqlx::query!(
+        "UPDATE network_rollout SET until = now() \
+         WHERE id = $1 AND stage = 'window' AND until > now() AND paused_at IS NULL",
+        id
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() > 0)
+}
+
 /// Goes on. A window that is over and waited for somebody to know what was used in it, is left with that; one that
 /// somebody has paused lasts longer by the pause. Whether it was paused.
 pub(in crate::networks) async fn resume(conn: &mut PgConnection, id: i64) -> Result<bool, Error> {
