@@ -81,12 +81,24 @@ impl Peak {
 /// What a change asks for beyond what the app has already.
 #[derive(Debug, Clone, Copy)]
 pub struct Asked {
-    /// What the app has reserved.
-    pub before: Reserved,
-    /// What it needs.
-    pub after: Reserved,
-    /// Whether it is a new app.
-    pub new_app: bool,
+    /// What the app has reserved; nothing when it is new.
+    before: Option<Reserved>,
+    /// What it needs until the change is through.
+    after: Reserved,
+    /// What it needs from then on.
+    alone: Reserved,
+}
+
+impl Asked {
+    /// For an app that is to become what is wanted; `known` is what it has reserved, unless it is new.
+    #[must_use]
+    pub fn new(known: Option<Peak>, wanted: Peak) -> Self {
+        Self {
+            before: known.map(Peak::reserved),
+            after: known.map_or(wanted, |known| known.max(wanted)).reserved(),
+            alone: wanted.reserved(),
+        }
+    }
 }
 
 /// Holds what is asked against what is left: a fault for each resource that does not suffice. Only
@@ -94,9 +106,24 @@ pub struct Asked {
 #[must_use]
 pub fn check(quota: &Quota, asked: Asked) -> Vec<Fault> {
     let mut faults = Vec::new();
-    let mut hold = |path: &str, unit: &str, amount: crate::tenants::Amount, before: i64, after: i64| {
+    let mut hold = |path: &str,
+                    unit: &str,
+                    amount: crate::tenants::Amount,
+                    [before, after, alone]: [i64; 3]| {
         let left = amount.limit - (amount.used - before);
         if after > before && after > left {
+            let (because, instead) = if alone > left {
+                (
+                    "instances run at their full size, and one extra is kept for rolling updates",
+                    "make it smaller, set singleton: true (no extra instance), or ask for a larger quota",
+                )
+            } else {
+                (
+                    "until an update is through, the larger number of instances and the larger size of one count, \
+                     old and new together",
+                    "change what becomes smaller first, and what becomes larger once that runs",
+                )
+            };
             faults.push(
                 Fault::new(
                     Code(423),
@@ -109,18 +136,18 @@ pub fn check(quota: &Quota, asked: Asked) -> Vec<Fault> {
                         left.max(0)
                     ),
                 )
-                .because("instances run at their full size, and one extra is kept for rolling updates")
-                .instead(
-                    "make it smaller, set singleton: true (no extra instance), or ask for a larger quota",
-                ),
+                .because(because)
+                .instead(instead),
             );
         }
     };
-    hold("cpu", "cpu (thousandths of a core)", quota.cpu, asked.before.cpu, asked.after.cpu);
-    hold("memory", "memory (bytes)", quota.memory, asked.before.memory, asked.after.memory);
-    hold("instances", "instances", quota.instances, asked.before.instances, asked.after.instances);
-    let (before, after) = if asked.new_app { (0, 1) } else { (1, 1) };
-    hold("", "apps", quota.apps, before, after);
+    let of = |amount: fn(&Reserved) -> i64| {
+        [asked.before.as_ref().map_or(0, amount), amount(&asked.after), amount(&asked.alone)]
+    };
+    hold("cpu", "cpu (thousandths of a core)", quota.cpu, of(|r| r.cpu));
+    hold("memory", "memory (bytes)", quota.memory, of(|r| r.memory));
+    hold("instances", "instances", quota.instances, of(|r| r.instances));
+    hold("", "apps", quota.apps, [i64::from(asked.before.is_some()), 1, 1]);
     faults
 }
 
@@ -145,7 +172,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_said_with_its_numbers() {
-        let asked = Asked { before: Reserved::default(), after: ONE.reserved(), new_app: true };
+        let asked = Asked::new(None, ONE);
         assert!(check(&quota(100, 0), asked).is_empty());
         let faults = check(&quota(25, 5), asked);
         let paths: Vec<_> = faults.iter().map(|fault| fault.path.as_str()).collect();
@@ -155,9 +182,23 @@ mod tests {
 
     #[test]
     fn over_a_lowered_limit_smaller_is_still_possible() {
-        let before = ONE.reserved();
-        let after = Peak { instances: 1, ..ONE }.reserved();
-        assert!(check(&quota(1, 60), Asked { before, after, new_app: false }).is_empty());
-        assert!(!check(&quota(1, 60), Asked { before: after, after: before, new_app: false }).is_empty());
+        let smaller = Peak { instances: 1, ..ONE };
+        assert!(check(&quota(1, 60), Asked::new(Some(ONE), smaller)).is_empty());
+        assert!(!check(&quota(1, 60), Asked::new(Some(smaller), ONE)).is_empty());
+    }
+
+    #[test]
+    fn what_only_the_way_there_is_too_large_for_is_said_so() {
+        let many = Peak { instances: 14, surge: 1, cpu_millis: 10, memory: 20 };
+        let large = Peak { instances: 1, surge: 1, cpu_millis: 250, memory: 20 };
+        let faults = check(&quota(1_000, 150), Asked::new(Some(many), large));
+        assert_eq!(faults.len(), 1);
+        assert!(faults[0].message.contains("asked 3750"), "{}", faults[0].message);
+        let told = serde_json::to_string(&faults[0]).unwrap();
+        assert!(told.contains("old and new together") && told.contains("becomes smaller first"), "{told}");
+        // Too large in any case.
+        let faults = check(&quota(400, 150), Asked::new(Some(many), large));
+        let told = serde_json::to_string(&faults[0]).unwrap();
+        assert!(told.contains("ask for a larger quota"), "{told}");
     }
 }

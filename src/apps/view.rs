@@ -103,12 +103,24 @@ pub(super) fn state(app: &App, wanted: u32, tenant_state: &str) -> (&'static str
         };
     }
     match seen.instances.iter().find_map(trouble) {
-        Some(trouble) if well > 0 => ("attention", format!("{well} of {wanted} running. {trouble}")),
+        Some(trouble) if well > 0 => {
+            ("attention", format!("{} {trouble}", progress(&seen.instances, app.revision, wanted)))
+        }
         Some(trouble) => ("failed", trouble),
         None => {
-            let why = seen.message.clone().unwrap_or_else(|| format!("{well} of {wanted} running."));
-            ("changing", why)
+            let progress = || progress(&seen.instances, app.revision, wanted);
+            ("changing", seen.message.clone().unwrap_or_else(progress))
         }
+    }
+}
+
+/// How far an app is on its way to a release: what runs of an earlier one does not count.
+fn progress(instances: &[InstanceObserved], revision: i64, wanted: u32) -> String {
+    let well = |i: &&InstanceObserved| i.state == InstanceState::Running;
+    let new = instances.iter().filter(well).filter(|i| i.revision == revision).count();
+    match instances.iter().filter(well).count() - new {
+        0 => format!("{new} of {wanted} running."),
+        old => format!("{new} of {wanted} running of release {revision}; {old} of an earlier one."),
     }
 }
 
@@ -245,5 +257,37 @@ impl From<Release> for ReleaseView {
             by: release.actor,
             at: release.created_at,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn instance(number: u32, revision: i64, state: InstanceState) -> InstanceObserved {
+        InstanceObserved {
+            number,
+            revision,
+            state,
+            since: OffsetDateTime::UNIX_EPOCH,
+            started: None,
+            restarts: 0,
+            next_start: None,
+            last_end: None,
+            address: std::net::Ipv4Addr::LOCALHOST,
+            uid: None,
+            container: String::new(),
+        }
+    }
+
+    #[test]
+    fn what_runs_of_an_earlier_release_does_not_count() {
+        use InstanceState::{Preparing, Running, Stopping};
+        let all = [instance(1, 1, Running), instance(2, 1, Running), instance(3, 2, Preparing)];
+        assert_eq!(progress(&all, 2, 2), "0 of 2 running of release 2; 2 of an earlier one.");
+        let half = [instance(1, 1, Stopping), instance(2, 1, Running), instance(3, 2, Running)];
+        assert_eq!(progress(&half, 2, 2), "1 of 2 running of release 2; 1 of an earlier one.");
+        assert_eq!(progress(&half[2..], 2, 2), "1 of 2 running.");
+        assert_eq!(progress(&[], 2, 2), "0 of 2 running.");
     }
 }

@@ -1,47 +1,23 @@
-//! What can be done to an app: deploy, roll back, delete. The outside world is read first (a tag
-//! becomes a digest), then one transaction writes everything: quota, ids, addresses, release,
-//! audit, work.
-
-use std::collections::BTreeSet;
-use std::sync::Arc;
+//! A deploy: a new app, or the next release of one.
 
 use serde_json::json;
-use sqlx::{PgPool, Postgres, Transaction};
+use sqlx::{Postgres, Transaction};
 
-use super::connections::Connections;
-use super::reservation::{self, Asked, Peak, Reserved};
-use super::spec::{AppSpec, ImageReference};
-use super::{App, Release, store};
+use super::{Apps, WORK, image_is_gone, is_image_there, no_address};
 use crate::access::{By, TenantRef};
-use crate::config::Pools;
+use crate::apps::reservation::{self, Asked, Peak, Reserved};
+use crate::apps::spec::{AppSpec, ImageReference};
+use crate::apps::{Release, store};
 use crate::db;
-use crate::driver::workload::{InsideUser, Subnet};
+use crate::driver::workload::InsideUser;
 use crate::error::Error;
-use crate::fault::{Code, Fault, Kind};
-use crate::ids::{AppId, AppName, Digest, RepositoryPath};
+use crate::fault::Fault;
+use crate::ids::{AppName, Digest};
 use crate::images;
-use crate::reconcile::{Waker, enqueue};
-use crate::registries::{self, Distribution};
+use crate::reconcile::enqueue;
+use crate::registries;
 use crate::tenants::actions::check_generation;
 use crate::uid_ranges;
-
-/// The kind of an app's work.
-pub const WORK: &str = "app";
-
-/// What the actions need.
-#[derive(Clone)]
-pub struct Apps {
-    /// Database.
-    pub pool: PgPool,
-    /// Pools of the installation.
-    pub pools: Pools,
-    /// The registry.
-    pub registry: Distribution,
-    /// Wakes the runner.
-    pub waker: Waker,
-    /// What decides about connections.
-    pub connections: Arc<dyn Connections>,
-}
 
 /// New apps of a tenant within 24 hours.
 const NEW_APPS_A_DAY: i64 = 200;
@@ -172,8 +148,7 @@ impl Apps {
         }
         let wanted = Peak::of(spec);
         let peak = existing.as_ref().map_or(wanted, |app| app.peak.max(wanted));
-        let before = existing.as_ref().map_or_else(Reserved::default, |app| app.peak.reserved());
-        let asked = Asked { before, after: peak.reserved(), new_app: existing.is_none() };
+        let asked = Asked::new(existing.as_ref().map(|app| app.peak), wanted);
         let short = reservation::check(&quota, asked);
         // Looked at again under the lock: whoever deletes images holds it too.
         if let Some(resolved) = &resolved
@@ -258,11 +233,6 @@ impl Apps {
         Ok(())
     }
 
-    async fn subnet_of(&self, conn: &mut sqlx::PgConnection, tenant: &TenantRef) -> Result<Subnet, Error> {
-        let number = crate::tenants::tenant_network(conn, tenant.id).await?;
-        self.pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))
-    }
-
     async fn create(
         &self,
         tx: &mut Transaction<'_, Postgres>,
@@ -284,158 +254,6 @@ impl Apps {
         enqueue(tx, WORK, id.0, tenant.id).await?;
         Ok(())
     }
-
-    #[expect(clippy::too_many_arguments, reason = "the parts of one change")]
-    async fn advance(
-        &self,
-        tx: &mut Transaction<'_, Postgres>,
-        by: By<'_>,
-        tenant: &TenantRef,
-        app: &App,
-        peak: Peak,
-        release: &mut Release,
-        action: &'static str,
-    ) -> Result<(i64, i64), Error> {
-        let (generation, revision) = store::advance_app(tx, tenant.id, app.id, peak).await?;
-        release.revision = revision;
-        self.take_addresses(tx, tenant, app.id, peak).await?;
-        store::insert_release(tx, tenant.id, app.id, release).await?;
-        store::add_used(tx, tenant.id, app.peak.reserved(), peak.reserved(), 0).await?;
-        let detail = json!({
-            "revision": revision, "digest": release.digest, "rolled_back_to": release.rolled_back_to,
-        });
-        by.record(tx, tenant.id, action, app.name.as_str(), detail).await?;
-        let words = format!("release {revision} of {}", app.name);
-        self.connections.changed(tx, by, tenant.id, app.id, words).await?;
-        enqueue(tx, WORK, app.id.0, tenant.id).await?;
-        Ok((generation, revision))
-    }
-
-    async fn take_addresses(
-        &self,
-        tx: &mut Transaction<'_, Postgres>,
-        tenant: &TenantRef,
-        app: AppId,
-        peak: Peak,
-    ) -> Result<(), Error> {
-        let subnet = self.subnet_of(tx, tenant).await?;
-        let count = peak.reserved().instances;
-        if store::take_addresses(tx, tenant.id, app, count, subnet).await? {
-            Ok(())
-        } else {
-            Err(no_address(subnet))
-        }
-    }
-
-    /// Rolls back: a new release with the spec and the digest of an earlier one.
-    pub async fn roll_back(
-        &self,
-        tx: &mut Transaction<'_, Postgres>,
-        by: By<'_>,
-        tenant: &TenantRef,
-        name: &AppName,
-        revision: i64,
-    ) -> Result<(i64, i64), Error> {
-        tenant.require_active()?;
-        let (quota, state) = store::lock_quota(tx, tenant.id).await?;
-        TenantRef { state, ..tenant.clone() }.require_active()?;
-        let app = store::find_app(tx, tenant.id, name).await?.ok_or(Error::NotFound)?;
-        if app.deleted_at.is_some() {
-            return Err(Error::Conflict("the app is being deleted".into()));
-        }
-        let mut release = store::find_release(tx, tenant.id, app.id, revision).await?.ok_or_else(|| {
-            Error::fault(
-                Fault::new(Code(426), Kind::Invalid, "revision", "there is no such revision")
-                    .instead("GET .../releases lists them"),
-            )
-        })?;
-        let spec = release.parse_spec()?;
-        let peak = app.peak.max(Peak::of(&spec));
-        let asked = Asked { before: app.peak.reserved(), after: peak.reserved(), new_app: false };
-        let mut faults = reservation::check(&quota, asked);
-        if !faults.is_empty() {
-            return Err(Error::QuotaExceeded(faults));
-        }
-        faults.extend(self.connections.missing(tx, tenant, spec.connects()).await?);
-        if !is_image_there(tx, tenant, &release.repository, &release.index_digest, &release.digest).await? {
-            faults.push(image_is_gone());
-        }
-        if !faults.is_empty() {
-            return Err(Error::Invalid(faults));
-        }
-        release.rolled_back_to = Some(revision);
-        by.actor.id.as_str().clone_into(&mut release.actor);
-        self.advance(tx, by, tenant, &app, peak, &mut release, "app.roll_back").await
-    }
-
-    /// Asks for an app's removal. The reconciler carries it out; the name is free when it is gone.
-    pub async fn delete(
-        &self,
-        by: By<'_>,
-        tenant: &TenantRef,
-        name: &AppName,
-        expected: Option<i64>,
-    ) -> Result<i64, Error> {
-        let mut tx = db::begin(&self.pool, tenant.id).await?;
-        store::lock_quota(&mut tx, tenant.id).await?;
-        let app = store::find_app(&mut tx, tenant.id, name).await?.ok_or(Error::NotFound)?;
-        check_generation(expected, app.generation)?;
-        if app.deleted_at.is_some() {
-            return Ok(app.generation);
-        }
-        let generation = store::set_deleted(&mut tx, tenant.id, app.id).await?;
-        by.record(&mut tx, tenant.id, "app.delete", name.as_str(), json!({})).await?;
-        self.connections.changed(&mut tx, by, tenant.id, app.id, format!("{name} is deleted")).await?;
-        enqueue(&mut tx, WORK, app.id.0, tenant.id).await?;
-        fail::fail_point!("apps::delete_commit", |_| Err(Error::internal("failpoint")));
-        tx.commit().await?;
-        self.waker.wake();
-        Ok(generation)
-    }
-
-    /// Counts the names of fields that were refused; what people try is where the format may grow.
-    pub async fn count_refused(&self, faults: &[Fault]) {
-        let names: BTreeSet<String> = faults
-            .iter()
-            .filter(|fault| matches!(fault.kind, Kind::Unknown | Kind::Forbidden))
-            .filter_map(|fault| fault.path.rsplit('.').next())
-            .map(|name| {
-                name.chars().filter(|c| c.is_ascii_alphanumeric() || "_-".contains(*c)).take(64).collect()
-            })
-            .filter(|name: &String| !name.is_empty())
-            .take(20)
-            .collect();
-        if names.is_empty() {
-            return;
-        }
-        let names: Vec<String> = names.into_iter().collect();
-        if let Ok(mut conn) = self.pool.acquire().await
-            && let Err(error) = store::count_refused(&mut conn, &names).await
-        {
-            tracing::warn!(%error, "refused fields were not counted");
-        }
-    }
-}
-
-fn no_address(subnet: Subnet) -> Error {
-    Error::Conflict(format!(
-        "the tenant's subnet {subnet} has no address left: an app keeps as many as it has ever had instances, and \
-         those of deleted apps rest for a minute"
-    ))
-}
-
-async fn is_image_there(
-    conn: &mut sqlx::PgConnection,
-    tenant: &TenantRef,
-    repository: &RepositoryPath,
-    index: &Digest,
-    manifest: &Digest,
-) -> Result<bool, Error> {
-    registries::are_manifests_there(conn, tenant.id, repository, &[index, manifest]).await
-}
-
-fn image_is_gone() -> Fault {
-    Fault::new(Code(200), Kind::Conflict, "image", "the image has just been deleted").instead("push it again")
 }
 
 fn reference(of: &ImageReference) -> registries::Reference {

@@ -1,0 +1,164 @@
+//! What can be done to an app: deploy, roll back, delete. The outside world is read first (a tag
+//! becomes a digest), then one transaction writes everything: quota, ids, addresses, release,
+//! audit, work. `deploy.rs` and `roll_back.rs` make releases; what they share is here.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use serde_json::json;
+use sqlx::{PgPool, Postgres, Transaction};
+
+use super::connections::Connections;
+use super::reservation::Peak;
+use super::{App, Release, store};
+use crate::access::{By, TenantRef};
+use crate::config::Pools;
+use crate::db;
+use crate::driver::workload::Subnet;
+use crate::error::Error;
+use crate::fault::{Code, Fault, Kind};
+use crate::ids::{AppId, AppName, Digest, RepositoryPath};
+use crate::reconcile::{Waker, enqueue};
+use crate::registries::{self, Distribution};
+use crate::tenants::actions::check_generation;
+
+mod deploy;
+mod roll_back;
+
+pub use deploy::{Deployed, Mode};
+
+/// The kind of an app's work.
+pub const WORK: &str = "app";
+
+/// What the actions need.
+#[derive(Clone)]
+pub struct Apps {
+    /// Database.
+    pub pool: PgPool,
+    /// Pools of the installation.
+    pub pools: Pools,
+    /// The registry.
+    pub registry: Distribution,
+    /// Wakes the runner.
+    pub waker: Waker,
+    /// What decides about connections.
+    pub connections: Arc<dyn Connections>,
+}
+
+impl Apps {
+    async fn subnet_of(&self, conn: &mut sqlx::PgConnection, tenant: &TenantRef) -> Result<Subnet, Error> {
+        let number = crate::tenants::tenant_network(conn, tenant.id).await?;
+        self.pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the parts of one change")]
+    async fn advance(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        by: By<'_>,
+        tenant: &TenantRef,
+        app: &App,
+        peak: Peak,
+        release: &mut Release,
+        action: &'static str,
+    ) -> Result<(i64, i64), Error> {
+        let (generation, revision) = store::advance_app(tx, tenant.id, app.id, peak).await?;
+        release.revision = revision;
+        self.take_addresses(tx, tenant, app.id, peak).await?;
+        store::insert_release(tx, tenant.id, app.id, release).await?;
+        store::add_used(tx, tenant.id, app.peak.reserved(), peak.reserved(), 0).await?;
+        let detail = json!({
+            "revision": revision, "digest": release.digest, "rolled_back_to": release.rolled_back_to,
+        });
+        by.record(tx, tenant.id, action, app.name.as_str(), detail).await?;
+        let words = format!("release {revision} of {}", app.name);
+        self.connections.changed(tx, by, tenant.id, app.id, words).await?;
+        enqueue(tx, WORK, app.id.0, tenant.id).await?;
+        Ok((generation, revision))
+    }
+
+    async fn take_addresses(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        tenant: &TenantRef,
+        app: AppId,
+        peak: Peak,
+    ) -> Result<(), Error> {
+        let subnet = self.subnet_of(tx, tenant).await?;
+        let count = peak.reserved().instances;
+        if store::take_addresses(tx, tenant.id, app, count, subnet).await? {
+            Ok(())
+        } else {
+            Err(no_address(subnet))
+        }
+    }
+
+    /// Asks for an app's removal. The reconciler carries it out; the name is free when it is gone.
+    pub async fn delete(
+        &self,
+        by: By<'_>,
+        tenant: &TenantRef,
+        name: &AppName,
+        expected: Option<i64>,
+    ) -> Result<i64, Error> {
+        let mut tx = db::begin(&self.pool, tenant.id).await?;
+        store::lock_quota(&mut tx, tenant.id).await?;
+        let app = store::find_app(&mut tx, tenant.id, name).await?.ok_or(Error::NotFound)?;
+        check_generation(expected, app.generation)?;
+        if app.deleted_at.is_some() {
+            return Ok(app.generation);
+        }
+        let generation = store::set_deleted(&mut tx, tenant.id, app.id).await?;
+        by.record(&mut tx, tenant.id, "app.delete", name.as_str(), json!({})).await?;
+        self.connections.changed(&mut tx, by, tenant.id, app.id, format!("{name} is deleted")).await?;
+        enqueue(&mut tx, WORK, app.id.0, tenant.id).await?;
+        fail::fail_point!("apps::delete_commit", |_| Err(Error::internal("failpoint")));
+        tx.commit().await?;
+        self.waker.wake();
+        Ok(generation)
+    }
+
+    /// Counts the names of fields that were refused; what people try is where the format may grow.
+    pub async fn count_refused(&self, faults: &[Fault]) {
+        let names: BTreeSet<String> = faults
+            .iter()
+            .filter(|fault| matches!(fault.kind, Kind::Unknown | Kind::Forbidden))
+            .filter_map(|fault| fault.path.rsplit('.').next())
+            .map(|name| {
+                name.chars().filter(|c| c.is_ascii_alphanumeric() || "_-".contains(*c)).take(64).collect()
+            })
+            .filter(|name: &String| !name.is_empty())
+            .take(20)
+            .collect();
+        if names.is_empty() {
+            return;
+        }
+        let names: Vec<String> = names.into_iter().collect();
+        if let Ok(mut conn) = self.pool.acquire().await
+            && let Err(error) = store::count_refused(&mut conn, &names).await
+        {
+            tracing::warn!(%error, "refused fields were not counted");
+        }
+    }
+}
+
+fn no_address(subnet: Subnet) -> Error {
+    Error::Conflict(format!(
+        "the tenant's subnet {subnet} has no address left: an app keeps as many as it has ever had instances, and \
+         those of deleted apps rest for a minute"
+    ))
+}
+
+async fn is_image_there(
+    conn: &mut sqlx::PgConnection,
+    tenant: &TenantRef,
+    repository: &RepositoryPath,
+    index: &Digest,
+    manifest: &Digest,
+) -> Result<bool, Error> {
+    registries::are_manifests_there(conn, tenant.id, repository, &[index, manifest]).await
+}
+
+fn image_is_gone() -> Fault {
+    Fault::new(Code(200), Kind::Conflict, "image", "the image has just been deleted").instead("push it again")
+}

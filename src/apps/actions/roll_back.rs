@@ -1,0 +1,54 @@
+//! The way back to an earlier release.
+
+use sqlx::{Postgres, Transaction};
+
+use super::{Apps, image_is_gone, is_image_there};
+use crate::access::{By, TenantRef};
+use crate::apps::reservation::{self, Asked, Peak};
+use crate::apps::store;
+use crate::error::Error;
+use crate::fault::{Code, Fault, Kind};
+use crate::ids::AppName;
+
+impl Apps {
+    /// Rolls back: a new release with the spec and the digest of an earlier one.
+    pub async fn roll_back(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        by: By<'_>,
+        tenant: &TenantRef,
+        name: &AppName,
+        revision: i64,
+    ) -> Result<(i64, i64), Error> {
+        tenant.require_active()?;
+        let (quota, state) = store::lock_quota(tx, tenant.id).await?;
+        TenantRef { state, ..tenant.clone() }.require_active()?;
+        let app = store::find_app(tx, tenant.id, name).await?.ok_or(Error::NotFound)?;
+        if app.deleted_at.is_some() {
+            return Err(Error::Conflict("the app is being deleted".into()));
+        }
+        let mut release = store::find_release(tx, tenant.id, app.id, revision).await?.ok_or_else(|| {
+            Error::fault(
+                Fault::new(Code(426), Kind::Invalid, "revision", "there is no such revision")
+                    .instead("GET .../releases lists them"),
+            )
+        })?;
+        let spec = release.parse_spec()?;
+        let wanted = Peak::of(&spec);
+        let peak = app.peak.max(wanted);
+        let mut faults = reservation::check(&quota, Asked::new(Some(app.peak), wanted));
+        if !faults.is_empty() {
+            return Err(Error::QuotaExceeded(faults));
+        }
+        faults.extend(self.connections.missing(tx, tenant, spec.connects()).await?);
+        if !is_image_there(tx, tenant, &release.repository, &release.index_digest, &release.digest).await? {
+            faults.push(image_is_gone());
+        }
+        if !faults.is_empty() {
+            return Err(Error::Invalid(faults));
+        }
+        release.rolled_back_to = Some(revision);
+        by.actor.id.as_str().clone_into(&mut release.actor);
+        self.advance(tx, by, tenant, &app, peak, &mut release, "app.roll_back").await
+    }
+}
