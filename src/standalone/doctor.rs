@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 
-use super::{Folder, postgres, surroundings};
+use super::{Folder, postgres, running, surroundings};
 use crate::driver::podman::engine::RUNTIME;
 use crate::uid_ranges::machine;
 
@@ -84,6 +84,8 @@ pub fn examine(data: &Path, listen: Option<SocketAddr>) -> Vec<Finding> {
         surroundings::firewalls(),
         surroundings::host_from_within(data),
         space(data),
+        running::processes(data),
+        running::resolver_settings(data),
     ];
     findings.push(folder(data));
     if let Some(listen) = listen {

@@ -7,6 +7,7 @@ pub mod doctor;
 mod folder;
 mod postgres;
 mod processes;
+mod running;
 pub mod settings;
 mod surroundings;
 pub mod uninstall;

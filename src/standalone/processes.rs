@@ -281,7 +281,7 @@ impl Process {
     }
 }
 
-fn born(pid: u64) -> Option<u64> {
+pub(super) fn born(pid: u64) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, rest) = stat.rsplit_once(") ")?;
     if rest.starts_with('Z') {

@@ -1,0 +1,92 @@
+//! What of the platform runs, and whether its own settings can be read.
+
+use std::fs;
+use std::path::Path;
+
+use super::doctor::{Finding, failed, good, warning};
+use super::processes::born;
+use crate::resolver;
+
+/// Whether each process that `up` has started is still there.
+pub(super) fn processes(data: &Path) -> Finding {
+    let check = "processes";
+    let files = fs::read_dir(data.join("run")).into_iter().flatten().flatten().map(|entry| entry.path());
+    let (mut alive, mut ended) = (0, Vec::new());
+    for file in files.filter(|path| path.extension().is_some_and(|extension| extension == "pid")) {
+        let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if runs(&fs::read_to_string(&file).unwrap_or_default()) { alive += 1 } else { ended.push(name) }
+    }
+    ended.sort();
+    match (alive, ended.as_slice()) {
+        (0, _) => good(check, "the platform does not run from this folder"),
+        (n, []) => good(check, format!("all {n} run")),
+        (_, ended) => {
+            let last = |name: &String| format!("{name} ({})", last_line(data, name));
+            let list: Vec<String> = ended.iter().map(last).collect();
+            let log = data.join("log");
+            warning(
+                check,
+                format!("ended, and started again while `up` runs: {}", list.join(", ")),
+                format!("{}/NAME.log says why", log.display()),
+            )
+        }
+    }
+}
+
+/// Whether the process of a note is there: its id, and when it was born.
+fn runs(note: &str) -> bool {
+    let mut parts = note.split_whitespace().map(str::parse::<u64>);
+    matches!((parts.next(), parts.next()), (Some(Ok(pid)), Some(Ok(own))) if born(pid) == Some(own))
+}
+
+fn last_line(data: &Path, name: &str) -> String {
+    let log = fs::read(data.join(format!("log/{name}.log"))).unwrap_or_default();
+    let text = String::from_utf8_lossy(&log[log.len().saturating_sub(4_096)..]).into_owned();
+    let line = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("its log is empty");
+    line.chars().filter(|c| !c.is_control()).take(300).collect()
+}
+
+/// Whether the file that a person may write for the resolver can be read: with a bad one apps get no names.
+pub(super) fn resolver_settings(data: &Path) -> Finding {
+    match resolver::Settings::load(&data.join("resolver.toml")) {
+        Ok(_) => good("resolver settings", "can be read, or are not there"),
+        Err(error) => failed(
+            "resolver settings",
+            error.split_whitespace().collect::<Vec<_>>().join(" "),
+            "write it as upstream = [\"10.0.0.53:53\"], or take the file away; apps get no names until then",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::standalone::doctor::Status;
+
+    #[test]
+    fn what_has_ended_is_said_with_the_last_line_of_its_log() {
+        let data = tempfile::tempdir().unwrap();
+        assert_eq!(processes(data.path()).status, Status::Ok, "nothing was started yet");
+        for folder in ["run", "log"] {
+            fs::create_dir(data.path().join(folder)).unwrap();
+        }
+        let own = u64::from(std::process::id());
+        fs::write(data.path().join("run/serve.pid"), format!("{own} {}", born(own).unwrap())).unwrap();
+        assert_eq!(processes(data.path()).finding, "all 1 run");
+        // The id is another process' by now.
+        fs::write(data.path().join("run/resolver.pid"), format!("{own} 1")).unwrap();
+        fs::write(data.path().join("log/resolver.log"), "begins\nno such upstream\n\n").unwrap();
+        let finding = processes(data.path());
+        assert_eq!(finding.status, Status::Warning);
+        assert!(finding.finding.ends_with("resolver (no such upstream)"), "{}", finding.finding);
+    }
+
+    #[test]
+    fn settings_that_cannot_be_read_are_said() {
+        let data = tempfile::tempdir().unwrap();
+        assert_eq!(resolver_settings(data.path()).status, Status::Ok);
+        fs::write(data.path().join("resolver.toml"), "upstream = [\"10.0.0.53\"]\n").unwrap();
+        let finding = resolver_settings(data.path());
+        assert!(finding.status == Status::Failed && finding.finding.contains("upstream"), "{finding:?}");
+    }
+}
