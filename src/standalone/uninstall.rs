@@ -1,8 +1,10 @@
 //! The undo of `up`: containers, networks, table, users, claim and data folder of one installation
 //! go; nothing else is touched.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::{Failed, Folder, claims, postgres, processes};
 use crate::driver::podman::client::Podman;
@@ -88,21 +90,60 @@ async fn remove_containers(folder: &Folder) -> Result<(), Failed> {
     }
     let _ = service.kill().await;
     unmount_below(&folder.path);
-    remove_cgroups(id);
+    remove_cgroups(id).await;
     Ok(())
 }
 
-/// The cgroup that all containers were in, in each hierarchy.
-fn remove_cgroups(id: &str) {
+/// How long the monitors of containers that are gone may take to end by themselves, in tenths of a second.
+const PATIENCE: usize = 20;
+
+/// Removes the cgroup that all containers were in, in each hierarchy. Monitors of containers end a moment after
+/// these, those of commands that were run in them sometimes not at all.
+async fn remove_cgroups(id: &str) {
     let own = format!("bulkhead-{id}");
     let hierarchies = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
-    let places = hierarchies.map(|entry| entry.path().join(&own));
-    for place in places.chain([Path::new("/sys/fs/cgroup").join(&own)]) {
-        for inner in std::fs::read_dir(&place).into_iter().flatten().flatten() {
-            let _ = std::fs::remove_dir(inner.path());
+    let mut places: Vec<PathBuf> = hierarchies.map(|entry| entry.path().join(&own)).collect();
+    places.push(Path::new("/sys/fs/cgroup").join(&own));
+    places.retain(|place| place.is_dir());
+    for round in 0..2 * PATIENCE {
+        places.retain(|place| !remove_cgroup(place));
+        if places.is_empty() {
+            return;
         }
-        let _ = std::fs::remove_dir(place);
+        if round == PATIENCE {
+            for place in &places {
+                end_processes(place);
+            }
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
+    tracing::warn!(?places, "these cgroups are still in use");
+}
+
+/// Removes a cgroup and those within it; whether it is gone.
+fn remove_cgroup(place: &Path) -> bool {
+    for inner in folders(place) {
+        remove_cgroup(&inner);
+    }
+    std::fs::remove_dir(place).is_ok() || !place.exists()
+}
+
+fn end_processes(place: &Path) {
+    for inner in folders(place) {
+        end_processes(&inner);
+    }
+    let list = std::fs::read_to_string(place.join("cgroup.procs")).unwrap_or_default();
+    for process in list.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)) {
+        let _ = kill_process(process, Signal::KILL);
+    }
+}
+
+fn folders(place: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(place).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect()
 }
 
 /// The engine leaves storage mounted; a mount would keep the folder from being removed. The deepest

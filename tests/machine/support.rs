@@ -396,6 +396,10 @@ impl Drop for Machine {
             assert!(std::thread::panicking(), "uninstall: {text}");
             eprintln!("uninstall: {text}");
         }
+        let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+        let own = format!("bulkhead-{}", self.id);
+        let left: Vec<_> = hierarchies.map(|at| at.path().join(&own)).filter(|at| at.exists()).collect();
+        assert!(left.is_empty() || std::thread::panicking(), "left by uninstall: {left:?}");
     }
 }
 
