@@ -20,8 +20,9 @@ use super::network::{Denials, Depth, Gone, InForce, minding};
 use super::{names, server};
 use crate::driver::podman::client::{Listed, Podman};
 use crate::driver::podman::firewall;
+use crate::driver::podman::neighbours;
 use crate::driver::podman::oom::OutOfMemory;
-use crate::driver::podman::ports::Port;
+use crate::driver::podman::ports::{self, Port};
 use crate::driver::podman::render;
 use crate::driver::{AppEvent, Error, InstanceState, Listener, Observed};
 use crate::ids::{AppId, TenantName};
@@ -116,12 +117,18 @@ pub async fn run(config: AgentConfig, stop: impl Future<Output = ()>) -> Result<
     let agent = Agent::open(config).await?;
     agent.note_own_addresses().await;
     agent.refresh_firewall().await.map_err(|error| error.to_string())?;
+    // Heard from before the bridges are looked at: nothing is forgotten in between.
+    let ear = neighbours::forgetting()
+        .inspect_err(|error| tracing::warn!(%error, "bridges are looked at every few seconds alone"));
     agent.adopt().await?;
     let looking = tokio::spawn(looking(Arc::clone(&agent)));
     let watching = tokio::spawn(watching(Arc::clone(&agent)));
     let tidying = tokio::spawn(tidying(Arc::clone(&agent)));
     let hearing = tokio::spawn(hearing(Arc::clone(&agent)));
-    let minding = tokio::spawn(minding(Arc::clone(&agent)));
+    let minding = match ear {
+        Ok(ear) => tokio::spawn(minding(Arc::clone(&agent), ear)),
+        Err(_) => tokio::spawn(async {}),
+    };
     let probing = tokio::spawn(probing(Arc::clone(&agent)));
     let cutting = tokio::spawn(cutting(Arc::clone(&agent)));
     let serving = server::serve(Arc::clone(&agent))?;
@@ -201,18 +208,29 @@ impl Agent {
     /// run and does not is started.
     async fn adopt(self: &Arc<Self>) -> Result<(), String> {
         for kept in Kept::load_all(&self.apps_dir()).map_err(|error| error.to_string())? {
-            // Made by an earlier version, a port may lack what this one closes.
-            for port in kept.instances.iter().filter_map(|instance| instance.port.as_ref()) {
-                if let Err(error) = port.close().await {
-                    tracing::debug!(%error, "a port is not there any more");
-                }
-            }
+            self.settle(&kept).await;
             let app = App::spawn(Arc::clone(self), kept);
             lock(&self.apps).insert(app.id, app);
         }
-        // Nor may the machine have been told for good who is on a bridge.
         self.keep_neighbours().await;
         self.refresh_firewall().await.map_err(|error| error.to_string())
+    }
+
+    /// Closes the ports of what runs, and settles who is on them: an earlier version may have left them otherwise.
+    async fn settle(&self, kept: &Kept) {
+        let recorded = lock(&self.journal).tenant(&kept.workload.tenant).cloned();
+        for instance in &kept.instances {
+            let Some(port) = &instance.port else { continue };
+            if let Err(error) = port.close().await {
+                tracing::debug!(%error, "a port is not there any more");
+                continue;
+            }
+            let (Some(recorded), Some(own)) = (&recorded, kept.address_of(instance)) else { continue };
+            let bridge = self.config.bridge(recorded.network);
+            if let Err(error) = ports::settle(&bridge, &instance.sandbox, own, recorded.subnet).await {
+                tracing::warn!(%error, app = %kept.workload.app, "the network of an instance is as it was");
+            }
+        }
     }
 
     pub(super) fn app(&self, id: AppId) -> Option<Arc<App>> {
@@ -228,7 +246,7 @@ impl Agent {
         let Some(app) = self.app(app).filter(|app| app.tenant == *tenant) else { return Vec::new() };
         let kept = lock(&app.kept);
         let running = kept.instances.iter().filter(|i| i.state == InstanceState::Running);
-        running.filter_map(|i| kept.workload_of(i.revision)?.addresses.get(i.slot).copied()).collect()
+        running.filter_map(|i| kept.address_of(i)).collect()
     }
 
     pub(super) fn bridge_of(&self, tenant: &TenantName) -> Option<String> {

@@ -130,16 +130,19 @@ impl Kept {
 
     /// Addresses of the instances that there are: rules are made for these alone.
     pub(super) fn in_use(&self) -> Vec<std::net::Ipv4Addr> {
-        let address = |i: &Instance| self.workload_of(i.revision)?.addresses.get(i.slot).copied();
-        self.instances.iter().filter_map(address).collect()
+        self.instances.iter().filter_map(|instance| self.address_of(instance)).collect()
     }
 
-    /// Addresses of the instances that have been put on their bridge. Of those that come or go, whoever starts or ends
-    /// them takes care.
+    /// Addresses of the instances that run on their bridge.
     pub(super) fn attached(&self) -> Vec<std::net::Ipv4Addr> {
         use InstanceState::{Running, Starting, Unhealthy};
         let attached = self.instances.iter().filter(|i| matches!(i.state, Starting | Running | Unhealthy));
-        attached.filter_map(|i| self.workload_of(i.revision)?.addresses.get(i.slot).copied()).collect()
+        attached.filter_map(|instance| self.address_of(instance)).collect()
+    }
+
+    /// The address of an instance.
+    pub(super) fn address_of(&self, instance: &Instance) -> Option<std::net::Ipv4Addr> {
+        self.workload_of(instance.revision)?.addresses.get(instance.slot).copied()
     }
 
     /// The workload that an instance was made from.

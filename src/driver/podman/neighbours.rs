@@ -1,21 +1,17 @@
-//! Who is who on a bridge, as the machine sees it. Every address belongs to one card, and the machine is told so
-//! once and for good: whoever else answers for it is not heard. The kernel forgets all that it was told about a
-//! bridge whenever that gets another card (and even when it gets the same one again), which others than we may do:
-//! udev by a policy of its own, a person. So it is looked after.
+//! Who is who on a bridge, as the machine sees it. Every address belongs to one card, and the machine is told so:
+//! it neither asks nor listens to whoever says something else (`arp off`). What it was told the kernel forgets when
+//! the bridge gets another card (or the same one again), goes down, or is told to ask: udev does the first by a policy
+//! of its own. Until it is told again nobody is reached there, neither whoever belongs there nor anybody else.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
 use std::io;
 use std::net::Ipv4Addr;
-use std::process::Stdio;
 
-use tokio::io::AsyncWriteExt;
-use tokio::process::Command;
 use tokio::sync::Mutex;
 
 use super::ear::{Ear, u16_at};
 use super::firewall::card;
-use super::ports::{failed, is_there, json, set};
+use super::ports::{batch, failed, is_there, json, set};
 use crate::driver::Error;
 
 /// The group of what is told about neighbours, as a mask (`RTMGRP_NEIGH`).
@@ -24,8 +20,11 @@ const GROUP: u32 = 1 << 2;
 const FORGOTTEN: u16 = 29;
 /// Of IPv4 (`AF_INET`); a bridge's own table of cards is told in the same group.
 const IPV4: u8 = 2;
+/// A link that asks nobody for a card, and answers nobody (`IFF_NOARP`).
+const NO_ARP: u32 = 0x80;
 
-/// Held while a bridge gets its card and the neighbours that this makes it forget: two instances may start at once.
+/// Held while a bridge is prepared and told of its neighbours, whom the first makes it forget: two instances may start
+/// at once.
 static TURN: Mutex<()> = Mutex::const_new(());
 
 /// A bridge's gateway, and who is on it.
@@ -33,8 +32,10 @@ static TURN: Mutex<()> = Mutex::const_new(());
 pub struct Neighbours {
     /// Address of the machine itself there.
     pub gateway: Ipv4Addr,
-    /// Addresses of the instances.
+    /// Addresses of all instances.
     pub addresses: BTreeSet<Ipv4Addr>,
+    /// Those that must be known by now: what is missing of the others is no event.
+    pub attached: BTreeSet<Ipv4Addr>,
 }
 
 /// Hears that the machine has forgotten some neighbour, on whatever link.
@@ -44,62 +45,87 @@ pub fn forgetting() -> io::Result<Ear> {
     })
 }
 
-/// Gives the bridge its card and tells the machine who has an address on it.
+/// Prepares the bridge and tells the machine who has an address on it.
 pub async fn introduce(bridge: &str, gateway: Ipv4Addr, own: Ipv4Addr) -> Result<(), Error> {
     let _turn = TURN.lock().await;
-    keep_card(bridge, gateway).await?;
-    set(&["neigh", "replace", &own.to_string(), "lladdr", &card(own), "dev", bridge, "nud", "permanent"])
-        .await
+    prepare(bridge, gateway).await?;
+    batch(&[], &known_as(bridge, own)).await
 }
 
-/// Gives a bridge its card. Left to itself a bridge takes the lowest card of its ports, and another one with each
-/// port that comes or goes. Whether it had another one.
-async fn keep_card(bridge: &str, gateway: Ipv4Addr) -> Result<bool, Error> {
-    let fixed = card(gateway);
-    let there = tokio::fs::read_to_string(format!("/sys/class/net/{bridge}/address")).await;
-    if there.map_err(failed("the bridge"))?.trim() == fixed {
+fn known_as(bridge: &str, own: Ipv4Addr) -> String {
+    format!("neigh replace {own} lladdr {} dev {bridge} nud permanent\n", card(own))
+}
+
+/// Gives a bridge its card and lets it ask nobody. Left to itself a bridge takes the lowest card of its ports, and
+/// another one with each port that comes or goes. Whether it was not so.
+async fn prepare(bridge: &str, gateway: Ipv4Addr) -> Result<bool, Error> {
+    let read = async |file: &str| {
+        let text = tokio::fs::read_to_string(format!("/sys/class/net/{bridge}/{file}")).await;
+        text.map(|text| text.trim().to_owned()).map_err(failed("the bridge"))
+    };
+    let card = card(gateway);
+    let flags = u32::from_str_radix(read("flags").await?.trim_start_matches("0x"), 16).unwrap_or(0);
+    if read("address").await? == card && flags & NO_ARP != 0 {
         return Ok(false);
     }
-    set(&["link", "set", "dev", bridge, "address", &fixed]).await?;
+    set(&["link", "set", "dev", bridge, "arp", "off", "address", &card]).await?;
     Ok(true)
 }
 
-/// Sees to it that each of these bridges has its card and that its neighbours are known for good. What had to be
-/// mended, in words, by bridge; a bridge that is not there is left.
-pub async fn hold(bridges: &BTreeMap<String, Neighbours>) -> Result<Vec<(String, String)>, Error> {
+/// What was set right, by bridge, and what could not be.
+#[derive(Debug, Default)]
+pub struct Held {
+    /// Bridge and words.
+    pub mended: Vec<(String, String)>,
+    /// The first that could not be.
+    pub failed: Option<Error>,
+}
+
+/// Sees to it that each of these bridges is prepared and that its neighbours are known; a bridge that is not there is
+/// left.
+pub async fn hold(bridges: &BTreeMap<String, Neighbours>) -> Held {
     let _turn = TURN.lock().await;
-    let mut mended = Vec::new();
-    let there: BTreeMap<_, _> = bridges.iter().filter(|(bridge, _)| is_there(bridge)).collect();
+    let mut held = Held::default();
+    let mut there: Vec<_> = bridges.iter().filter(|(bridge, _)| is_there(bridge)).collect();
+    // A bridge that goes away in this moment is none of the others' trouble.
+    let mut changed = BTreeSet::new();
     for (bridge, neighbours) in &there {
-        // A bridge that goes away in this moment is none of the others' trouble.
-        match keep_card(bridge, neighbours.gateway).await {
-            Ok(true) => mended.push(((*bridge).clone(), "the bridge had another card".to_owned())),
+        match prepare(bridge, neighbours.gateway).await {
+            Ok(true) => _ = changed.insert((*bridge).clone()),
             Ok(false) => {}
-            Err(error) => tracing::warn!(%error, bridge, "a bridge's card cannot be kept"),
+            Err(_) if !is_there(bridge) => {}
+            Err(error) => held.failed = held.failed.or(Some(error)),
         }
     }
-    let known = known().await?;
-    let mut batch = String::new();
-    for (bridge, neighbours) in &there {
-        let mut forgotten = 0;
-        for own in &neighbours.addresses {
-            let card = card(*own);
-            if known.get(&((*bridge).as_str().to_owned(), *own)) != Some(&card) {
-                forgotten += 1;
-                let _ = writeln!(batch, "neigh replace {own} lladdr {card} dev {bridge} nud permanent");
-            }
+    there.retain(|(bridge, _)| is_there(bridge));
+    let known = match known().await {
+        Ok(known) => known,
+        Err(error) => {
+            // What is not known to be there is told again.
+            held.failed = held.failed.or(Some(error));
+            BTreeMap::new()
         }
-        if forgotten > 0 {
-            mended.push((
-                (*bridge).clone(),
-                format!("the machine had forgotten {forgotten} of its neighbours"),
-            ));
-        }
+    };
+    let mut text = String::new();
+    for (bridge, neighbours) in there {
+        let of = |own: &&Ipv4Addr| known.get(&(bridge.clone(), **own)) != Some(&card(**own));
+        text.extend(neighbours.addresses.iter().filter(of).map(|own| known_as(bridge, *own)));
+        let forgotten = neighbours.attached.iter().filter(of).count();
+        let another = if changed.contains(bridge) { "it had another card or asked around" } else { "" };
+        let what = match (forgotten, another) {
+            (0, another) if another.is_empty() || neighbours.attached.is_empty() => continue,
+            (0, another) => another.to_owned(),
+            (n, "") => format!("the machine had forgotten {n} of its neighbours"),
+            (n, another) => format!("{another}, and the machine had forgotten {n} of its neighbours"),
+        };
+        held.mended.push((bridge.clone(), what));
     }
-    if !batch.is_empty() {
-        run(&batch).await?;
+    if !text.is_empty()
+        && let Err(error) = batch(&["-force"], &text).await
+    {
+        held.failed = held.failed.or(Some(error));
     }
-    Ok(mended)
+    held
 }
 
 /// The cards that the machine knows for good, by link and address.
@@ -110,24 +136,4 @@ async fn known() -> Result<BTreeMap<(String, Ipv4Addr), String>, Error> {
         Some(((text("dev")?.to_owned(), text("dst")?.parse().ok()?), text("lladdr")?.to_owned()))
     });
     Ok(known.collect())
-}
-
-/// Gives `ip` several commands at once; one that fails does not keep it from the others.
-async fn run(batch: &str) -> Result<(), Error> {
-    let mut ip = Command::new("ip")
-        .args(["-force", "-batch", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(failed("ip"))?;
-    if let Some(mut stdin) = ip.stdin.take() {
-        stdin.write_all(batch.as_bytes()).await.map_err(failed("ip"))?;
-    }
-    let done = ip.wait_with_output().await.map_err(failed("ip"))?;
-    if done.status.success() {
-        return Ok(());
-    }
-    let text = String::from_utf8_lossy(&done.stderr).lines().next().unwrap_or_default().to_owned();
-    Err(Error::Transient(format!("the neighbours of a bridge: {text}")))
 }

@@ -1,14 +1,18 @@
 //! The bridge's ports. A port that is isolated passes nothing to another one by itself: traffic
 //! between two instances of one tenant goes up to the host and through the forward hook like all
-//! other traffic, with or without br_netfilter. The bridge answers ARP for the neighbours.
+//! other traffic, with or without br_netfilter. An instance knows its gateway and nobody else, and is told its card:
+//! nothing is asked or answered by ARP, so nobody can answer in another one's place, and nobody fills the table of
+//! neighbours that the whole machine shares.
 
 use std::collections::{BTreeSet, HashSet};
 use std::net::Ipv4Addr;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Output, Stdio};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 use crate::driver::Error;
@@ -18,21 +22,57 @@ use crate::driver::workload::Subnet;
 use crate::policy::Cidr;
 use crate::policy::never::{self, Range};
 
+/// How long a program that changes or reads links may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 pub(super) fn failed(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
     move |error| Error::Transient(format!("{what}: {error}"))
 }
 
 pub(super) async fn json(args: &[&str]) -> Result<Value, Error> {
-    output("ip", args).await
+    look("ip", args).await
 }
 
-async fn output(program: &'static str, args: &[&str]) -> Result<Value, Error> {
-    let done =
-        Command::new(program).args(args).stdin(Stdio::null()).output().await.map_err(failed(program))?;
+/// Runs a program to its end, for as long as it may take, with a text to read.
+async fn finish(program: &'static str, args: &[&str], text: &str) -> Result<Output, Error> {
+    let mut child = Command::new(program)
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(failed(program))?;
+    let stdin = child.stdin.take();
+    let write = async {
+        if let Some(mut stdin) = stdin {
+            // Whoever has ended does not read on; its end says why.
+            let _ = stdin.write_all(text.as_bytes()).await;
+        }
+    };
+    let both = async { tokio::join!(write, child.wait_with_output()).1 };
+    match tokio::time::timeout(PATIENCE, both).await {
+        Ok(done) => done.map_err(failed(program)),
+        Err(_) => Err(Error::Transient(format!("{program} does not end"))),
+    }
+}
+
+async fn look(program: &'static str, args: &[&str]) -> Result<Value, Error> {
+    let done = finish(program, args, "").await?;
     if !done.status.success() {
         return Err(Error::Transient("a network namespace cannot be read".into()));
     }
     serde_json::from_slice(&done.stdout).map_err(|error| Error::Transient(error.to_string()))
+}
+
+/// Gives `ip` several commands at once; with the argument `-force` one that fails does not keep it from the others.
+pub(super) async fn batch(args: &[&str], text: &str) -> Result<(), Error> {
+    let done = finish("ip", &[args, &["-batch", "-"]].concat(), text).await?;
+    if done.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&done.stderr).lines().next().unwrap_or_default().to_owned();
+    Err(Error::Transient(format!("the network of an instance: {text}")))
 }
 
 fn namespace_of(sandbox: &str) -> &str {
@@ -40,7 +80,7 @@ fn namespace_of(sandbox: &str) -> &str {
 }
 
 pub(super) async fn set(args: &[&str]) -> Result<(), Error> {
-    let done = Command::new("ip").args(args).stdin(Stdio::null()).output().await.map_err(failed("ip"))?;
+    let done = finish("ip", args, "").await?;
     if done.status.success() {
         return Ok(());
     }
@@ -67,15 +107,37 @@ pub async fn own_addresses(pool: impl Fn(&Ipv4Addr) -> bool) -> Result<Vec<Range
     Ok(addresses.into_iter().map(|address| never::own(Cidr::of(address))).collect())
 }
 
-/// Gives an instance its address, between the attachment of its network and its start.
+/// Gives an instance its card and its address, between the attachment of its network and its start.
 pub async fn address(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet) -> Result<(), Error> {
     let namespace = namespace_of(sandbox);
-    let (gateway, prefix) = (subnet.gateway().to_string(), subnet.prefix());
-    set(&["addr", "replace", &format!("{gateway}/{prefix}"), "dev", bridge]).await?;
     set(&["-n", namespace, "link", "set", "dev", "eth0", "address", &card(own)]).await?;
-    set(&["-n", namespace, "addr", "replace", &format!("{own}/{prefix}"), "dev", "eth0"]).await?;
-    set(&["-n", namespace, "route", "replace", "default", "via", &gateway]).await?;
-    neighbours::introduce(bridge, subnet.gateway(), own).await
+    settle(bridge, sandbox, own, subnet).await
+}
+
+/// Gives an instance its address and its way out, and the machine its way to it. One that runs already loses nothing
+/// by it: its connections go on.
+pub async fn settle(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet) -> Result<(), Error> {
+    let namespace = namespace_of(sandbox);
+    let (gateway, prefix) = (subnet.gateway(), subnet.prefix());
+    set(&["addr", "replace", &format!("{gateway}/{prefix}"), "dev", bridge]).await?;
+    let inside = format!(
+        "addr replace {own}/32 dev eth0\n\
+         route replace {gateway} dev eth0 scope link\n\
+         route replace default via {gateway} dev eth0\n\
+         neigh replace {gateway} lladdr {} dev eth0 nud permanent\n",
+        card(gateway)
+    );
+    batch(&["-n", namespace], &inside).await?;
+    // An earlier version gave the address with all of its neighbours.
+    let wide = format!("{own}/{prefix}");
+    let there = json(&["-n", namespace, "-j", "-4", "addr", "show", "dev", "eth0"]).await?;
+    let has_wide = there[0]["addr_info"]
+        .as_array()
+        .is_some_and(|all| all.iter().any(|one| one["prefixlen"] == u64::from(prefix)));
+    if has_wide {
+        set(&["-n", namespace, "addr", "del", &wide, "dev", "eth0"]).await?;
+    }
+    neighbours::introduce(bridge, gateway, own).await
 }
 
 /// Takes down the namespace of an instance that has ended, and its port with it: the engine leaves
@@ -170,6 +232,11 @@ impl Port {
         }
     }
 
+    /// Whether somebody has taken away its lock to its card, looked at anew.
+    pub async fn is_unlocked(&self) -> bool {
+        unlocked().await.is_ok_and(|unlocked| unlocked.contains(self))
+    }
+
     /// Closes the port to its neighbours. The bridge learns nothing from what comes in there, sends nothing there that
     /// it does not know to belong there, and takes nothing from there that comes from another card.
     pub async fn close(&self) -> Result<(), Error> {
@@ -188,12 +255,7 @@ impl Port {
     async fn bind(&self, own: Ipv4Addr) -> Result<(), Error> {
         let card = card(own);
         let args = ["fdb", "replace", &card, "dev", &self.name, "master", "static"];
-        let done = Command::new("bridge")
-            .args(args)
-            .stdin(Stdio::null())
-            .output()
-            .await
-            .map_err(failed("bridge"))?;
+        let done = finish("bridge", &args, "").await?;
         if done.status.success() {
             return Ok(());
         }
@@ -205,7 +267,7 @@ impl Port {
 /// Ports whose lock to their card somebody has taken away. The files that [`Port::look`] reads do not tell it, nor
 /// does a kernel that has none.
 pub async fn unlocked() -> Result<HashSet<Port>, Error> {
-    let links = output("bridge", &["-j", "-d", "link", "show"]).await?;
+    let links = look("bridge", &["-j", "-d", "link", "show"]).await?;
     let open = links.as_array().into_iter().flatten().filter(|link| link["locked"] == false);
     let port =
         |link: &Value| Some(Port { name: link["ifname"].as_str()?.into(), index: link["ifindex"].as_i64()? });
@@ -228,19 +290,14 @@ pub async fn isolate(bridge: &str, sandbox: &str, own: Ipv4Addr) -> Result<Port,
     port.close().await?;
     port.bind(own).await?;
     set(&["link", "set", "dev", &port.name, "alias", &mark(own)]).await?;
-    for (family, key, value) in [
-        ("ipv4/conf", "proxy_arp_pvlan", "1"),
-        // An answer in a neighbour's place would otherwise wait for up to 0.8 s, and a first connection with it.
-        ("ipv4/neigh", "proxy_delay", "0"),
-        ("ipv4/conf", "send_redirects", "0"),
-        ("ipv4/conf", "rp_filter", "1"),
-        ("ipv6/conf", "disable_ipv6", "1"),
-    ] {
-        let path = format!("/proc/sys/net/{family}/{bridge}/{key}");
+    for (family, key, value) in
+        [("ipv4", "send_redirects", "0"), ("ipv4", "rp_filter", "1"), ("ipv6", "disable_ipv6", "1")]
+    {
+        let path = format!("/proc/sys/net/{family}/conf/{bridge}/{key}");
         match tokio::fs::write(&path, value).await {
             Ok(()) => {}
             // A kernel without IPv6 has nothing to close there.
-            Err(error) if family == "ipv6/conf" && error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) if family == "ipv6" && error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(key)(error)),
         }
     }

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{instance, two_tenants, until};
-use crate::outside::{greets, within};
-use crate::support::{Machine, run};
+use crate::outside::{Live, greets, within};
+use crate::support::{HTTPD, Machine, run};
 
 /// Sets a switch of the kernel and sets it back, also when the test fails.
 struct Switch(&'static str, String);
@@ -69,11 +69,6 @@ fn port_of(bridge: &str, own: Ipv4Addr) -> String {
     let links: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
     let port = links.iter().find(|link| link["ifalias"] == format!("bulkhead:{own}")).unwrap();
     port["ifname"].as_str().unwrap().to_owned()
-}
-
-/// What the machine has told of bridges that had to be set right.
-fn repairs(machine: &Machine) -> String {
-    machine.sql("SELECT count(*) FROM machine_event WHERE kind = 'neighbours_repaired'")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -161,53 +156,120 @@ async fn neighbours_cannot_take_each_others_place_with_or_without_br_netfilter()
     assert!(!reached, "nothing of a tenant's IPv6 is let in");
 }
 
+/// Greets whoever connects and gives back what it is sent.
+const ECHO: [&str; 10] = [
+    "/bin/busybox",
+    "nc",
+    "-ll",
+    "-p",
+    "8080",
+    "-e",
+    "/bin/busybox",
+    "sh",
+    "-c",
+    "echo hello; exec /bin/busybox cat",
+];
+
+/// A tenant with an app, one that may talk to it, and one that may not.
+struct Street {
+    machine: Machine,
+    bridge: String,
+    gateway: Ipv4Addr,
+    api: Ipv4Addr,
+    spy: Ipv4Addr,
+    own: Ipv4Addr,
+    /// The namespace of the one that may.
+    web: String,
+    spy_pid: String,
+}
+
+impl Street {
+    async fn new() -> Self {
+        let machine = Machine::start().await;
+        let robot = machine.tenant("acme").await;
+        machine.push(&robot, "acme/web:1", &HTTPD);
+        machine.push(&robot, "acme/echo:1", &ECHO);
+        for (app, image, more) in
+            [("api", "echo", ""), ("spy", "web", ""), ("web", "web", "connects: { apps: [api] }\n")]
+        {
+            let text = format!("image: {image}:1\nport: 8080\n{more}");
+            assert_eq!(machine.deploy("acme", app, &text).await.0, 202);
+        }
+        let (api, _) = instance(&machine, "acme", "api").await;
+        let (spy, _) = instance(&machine, "acme", "spy").await;
+        let (own, web) = instance(&machine, "acme", "web").await;
+        let bridge = format!("bk{}0", machine.id);
+        let (_, text) = run("ip", &["-j", "-4", "addr", "show", "dev", &bridge]);
+        let links: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let gateway: Ipv4Addr = links[0]["addr_info"][0]["local"].as_str().unwrap().parse().unwrap();
+        let spy_pid = machine.pid(&machine.running("acme", "spy").await["observed"]["instances"][0]);
+        Self { machine, bridge, gateway, api, spy, own, web, spy_pid }
+    }
+
+    /// Whether the machine knows everybody, and the bridge is as it was made.
+    fn is_right(&self) -> bool {
+        let read = |file: &str| std::fs::read_to_string(format!("/sys/class/net/{}/{file}", self.bridge));
+        let flags = u32::from_str_radix(read("flags").unwrap().trim().trim_start_matches("0x"), 16).unwrap();
+        read("address").unwrap().trim() == card(self.gateway)
+            && flags & 0x80 != 0
+            && [self.api, self.spy, self.own].iter().all(|own| known(&self.bridge, *own) == Some(card(*own)))
+    }
+
+    /// One who takes the app's address, says so without pause, and answers whoever asks for it.
+    fn spy_on(&self) -> Shouting {
+        let add =
+            ["-t", &self.spy_pid, "-n", "ip", "addr", "add", &format!("{}/32", self.api), "dev", "eth0"];
+        assert!(run("nsenter", &add).0);
+        Shouting::from(&self.spy_pid, self.api)
+    }
+
+    /// How often the machine has told that a bridge had to be set right.
+    fn repairs(&self) -> String {
+        self.machine.sql("SELECT count(*) FROM machine_event WHERE kind = 'neighbours_repaired'")
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn who_is_on_a_bridge_is_set_right_whenever_the_machine_forgets() {
-    let machine = Machine::start().await;
-    two_tenants(&machine).await;
-    for (app, more) in [("api", ""), ("spy", ""), ("web", "connects: { apps: [api] }\n")] {
-        let text = format!("image: web:1\nport: 8080\n{more}");
-        assert_eq!(machine.deploy("acme", app, &text).await.0, 202);
-    }
-    let (api, _) = instance(&machine, "acme", "api").await;
-    let (spy, _) = instance(&machine, "acme", "spy").await;
-    let (own, web) = instance(&machine, "acme", "web").await;
-    let bridge = format!("bk{}0", machine.id);
-    let (_, text) = run("ip", &["-j", "-4", "addr", "show", "dev", &bridge]);
-    let links: serde_json::Value = serde_json::from_str(&text).unwrap();
-    let gateway: Ipv4Addr = links[0]["addr_info"][0]["local"].as_str().unwrap().parse().unwrap();
-    let of_bridge = || std::fs::read_to_string(format!("/sys/class/net/{bridge}/address")).unwrap();
-    assert_eq!(of_bridge().trim(), card(gateway));
-    let all_known = || [api, spy, own].iter().all(|own| known(&bridge, *own) == Some(card(*own)));
-    assert!(all_known());
-    assert_eq!(repairs(&machine), "0", "nothing had to be set right");
-    // One of them says that another one's address is his, and answers whoever asks for it.
-    let pid = machine.pid(&machine.running("acme", "spy").await["observed"]["instances"][0]);
-    let add = ["-t", &pid, "-n", "ip", "addr", "add", &format!("{api}/32"), "dev", "eth0"];
-    assert!(run("nsenter", &add).0);
-    let _shouting = Shouting::from(&pid, api);
-    let fixed = card(gateway);
-    let another = ["link", "set", "dev", &bridge, "address", "0a:58:ff:ff:ff:01"];
-    let same = ["link", "set", "dev", &bridge, "address", &fixed];
-    let away = ["neigh", "del", &api.to_string(), "dev", &bridge];
-    for (what, args) in [("another card", &another[..]), ("the same card again", &same), ("forgotten", &away)]
-    {
+    let street = Street::new().await;
+    let bridge = street.bridge.as_str();
+    assert!(street.is_right());
+    let _shouting = street.spy_on();
+    let fixed = card(street.gateway);
+    let another = ["link", "set", "dev", bridge, "address", "0a:58:ff:ff:ff:01"];
+    let same = ["link", "set", "dev", bridge, "address", &fixed];
+    let asking = ["link", "set", "dev", bridge, "arp", "on"];
+    let away = ["neigh", "del", &street.api.to_string(), "dev", bridge];
+    assert_eq!(street.repairs(), "0", "nothing had to be set right");
+    for (what, args) in [
+        ("another card", &another[..]),
+        ("the same card again", &same),
+        ("asking", &asking),
+        ("forgotten", &away),
+    ] {
         assert!(run("ip", args).0, "{what}");
-        let took = until(3, what, || all_known() && of_bridge().trim() == fixed).await;
-        assert!(greets(&web, api, 8080), "{what}: the app has its place {took:?} after");
+        let took = until(7, what, || street.is_right()).await;
+        assert!(greets(&street.web, street.api, 8080), "{what}: the app has its place {took:?} after");
     }
     let begun = Instant::now();
-    while repairs(&machine) == "0" {
+    while street.repairs() == "0" {
         assert!(begun.elapsed() < Duration::from_secs(20), "nothing is told of it");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    // While nobody looks after it, and as an earlier version has left it: the next agent sets it right.
-    machine.kill("agent");
+    // While nobody looks after it, nobody is reached: neither the app nor whoever says that he is.
+    street.machine.signal("agent", "-STOP");
     assert!(run("ip", &another).0);
-    until(20, "the next agent", || all_known() && of_bridge().trim() == fixed).await;
-    assert!(greets(&web, api, 8080), "with the next agent");
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(3) {
+        assert!(!greets(&street.web, street.api, 8080), "nobody answers in its place");
+        let (_, text) = run("ip", &["neigh", "show", &street.api.to_string(), "dev", bridge]);
+        assert!(!text.contains(&card(street.spy)), "{text}");
+    }
+    street.machine.signal("agent", "-CONT");
+    until(7, "set right", || street.is_right()).await;
+    assert!(greets(&street.web, street.api, 8080));
     // A port is let loose: any one of the four that hold it.
-    let port = port_of(&bridge, spy);
+    let port = port_of(bridge, street.spy);
     for (switch, wanted, loose) in [
         ("locked", "true", "off"),
         ("isolated", "true", "off"),
@@ -220,8 +282,76 @@ async fn who_is_on_a_bridge_is_set_right_whenever_the_machine_forgets() {
         assert!(run("bridge", &["link", "set", "dev", &port, switch, loose]).0);
         until(12, switch, || seen().contains(&held)).await;
     }
-    let told = machine
+    let told = street
+        .machine
         .wait("acme", "spy", 20, |app| app["events"].to_string().matches("was closed again").count() >= 4)
         .await;
     assert_eq!(told["observed"]["instances"][0]["restarts"], 0, "{told:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_earlier_version_has_left_is_settled_and_goes_on() {
+    let street = Street::new().await;
+    let Street { machine, bridge, gateway, .. } = &street;
+    let live = Live::tcp(&street.web, street.api, 8080);
+    until(5, "live", || live.rounds() > 3).await;
+    machine.kill("agent");
+    // As it was: an address with all of its neighbours, who were asked for; the bridge answered for them.
+    let (_, text) = run("ip", &["-j", "-4", "addr", "show", "dev", bridge]);
+    let links: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let prefix = links[0]["addr_info"][0]["prefixlen"].as_u64().unwrap();
+    let proxy = format!("/proc/sys/net/ipv4/conf/{bridge}/proxy_arp_pvlan");
+    std::fs::write(&proxy, "1").unwrap();
+    assert!(run("ip", &["link", "set", "dev", bridge, "arp", "on", "address", "0a:58:ff:ff:ff:01"]).0);
+    for (app, own) in [("api", street.api), ("web", street.own)] {
+        let pid = machine.pid(&machine.running("acme", app).await["observed"]["instances"][0]);
+        for args in [
+            &["addr", "add", &format!("{own}/{prefix}"), "dev", "eth0"][..],
+            &["neigh", "del", &gateway.to_string(), "dev", "eth0"],
+            &["route", "del", &gateway.to_string(), "dev", "eth0"],
+        ] {
+            assert!(run("nsenter", &[&["-t", &pid, "-n", "ip"], args].concat()).0, "{args:?}");
+        }
+        let (_, text) = run("nsenter", &["-t", &pid, "-n", "ip", "-4", "addr", "show", "dev", "eth0"]);
+        assert!(text.contains(&format!("{own}/{prefix}")), "{text}");
+    }
+    until(20, "the next agent", || street.is_right()).await;
+    assert!(greets(&street.web, street.api, 8080), "at once");
+    let pid = machine.pid(&machine.running("acme", "web").await["observed"]["instances"][0]);
+    let (_, text) = run("nsenter", &["-t", &pid, "-n", "ip", "-4", "addr", "show", "dev", "eth0"]);
+    assert!(text.contains(&format!("{}/32", street.own)) && !text.contains(&format!("/{prefix} ")), "{text}");
+    let before = live.rounds();
+    until(5, "what was connected goes on", || live.rounds() > before + 5).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_fills_the_machines_table_of_neighbours() {
+    let street = Street::new().await;
+    let own = street.own;
+    let sent = within(&street.web, move || {
+        let socket = std::net::UdpSocket::bind((own, 0)).unwrap();
+        let first = u32::from(own) & !0x3ff;
+        let all = (first + 1..first + 1023).map(Ipv4Addr::from);
+        all.filter(|to| socket.send_to(b"x", (*to, 9)).is_ok()).count()
+    });
+    assert!(sent > 500, "{sent}");
+    let pid = street.machine.pid(&street.machine.running("acme", "web").await["observed"]["instances"][0]);
+    let (_, inside) = run("nsenter", &["-t", &pid, "-n", "ip", "-4", "neigh", "show"]);
+    assert_eq!(
+        inside.trim(),
+        format!("{} dev eth0 lladdr {} PERMANENT", street.gateway, card(street.gateway))
+    );
+    let (_, outside) = run("ip", &["-4", "neigh", "show", "dev", &street.bridge]);
+    assert_eq!(outside.lines().count(), 3, "{outside}");
+    // Nor does whoever says to be many, with rights that no app has.
+    let first = u32::from(own) & !0x3ff;
+    for n in 600..620 {
+        let address = Ipv4Addr::from(first + n).to_string();
+        let inside = |args: &[&str]| run("nsenter", &[&["-t", &street.spy_pid, "-n"][..], args].concat());
+        assert!(inside(&["ip", "addr", "add", &format!("{address}/32"), "dev", "eth0"]).0);
+        let gateway = street.gateway.to_string();
+        let _ = inside(&["busybox", "arping", "-c", "1", "-w", "1", "-I", "eth0", "-s", &address, &gateway]);
+    }
+    let (_, outside) = run("ip", &["-4", "neigh", "show", "dev", &street.bridge]);
+    assert_eq!(outside.lines().count(), 3, "{outside}");
 }

@@ -89,8 +89,10 @@ impl App {
     /// that somebody has opened is closed again.
     async fn look_at_port(&self, agent: &Arc<Agent>, instance: &Instance) {
         let Some(port) = &instance.port else { return };
+        let noted = lock(&agent.unlocked).remove(port);
         let seen = match port.look() {
-            Seen::Closed if lock(&agent.unlocked).remove(port) => Seen::Open,
+            // It may have been looked at while it was being closed for the first time.
+            Seen::Closed if noted && port.is_unlocked().await => Seen::Open,
             seen => seen,
         };
         match seen {

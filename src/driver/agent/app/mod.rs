@@ -211,12 +211,7 @@ impl App {
                     restarts: i.restarts,
                     next_start: i.next_start,
                     last_end: i.last_end.clone(),
-                    address: kept
-                        .workload
-                        .addresses
-                        .get(i.slot)
-                        .copied()
-                        .unwrap_or(std::net::Ipv4Addr::UNSPECIFIED),
+                    address: kept.address_of(i).unwrap_or(std::net::Ipv4Addr::UNSPECIFIED),
                     uid: i.uid,
                     container: i.container.clone(),
                 })

@@ -255,7 +255,7 @@ impl App {
         let bridge = agent.bridge_of(&self.tenant)?;
         let kept = lock(&self.kept);
         let instance = kept.instances.iter().find(|i| i.number == number)?;
-        Some((bridge, *kept.workload_of(instance.revision)?.addresses.get(instance.slot)?))
+        Some((bridge, kept.address_of(instance)?))
     }
 }
 

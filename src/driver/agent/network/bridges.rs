@@ -8,9 +8,15 @@ use std::time::Duration;
 use crate::driver::Error;
 use crate::driver::agent::app::App;
 use crate::driver::agent::core::{Agent, lock};
+use crate::driver::podman::ear::Ear;
 use crate::driver::podman::neighbours::{self, Neighbours};
 use crate::driver::podman::ports;
 use crate::ids::TenantName;
+
+/// After what the machine was told again, nothing is heard for so long.
+const SHORTEST: Duration = Duration::from_millis(25);
+/// The same, if it forgets at once again and again. It is looked at every few seconds in any case.
+const LONGEST: Duration = Duration::from_secs(5);
 
 impl Agent {
     /// Sees to it that a tenant's network is there.
@@ -41,16 +47,16 @@ impl Agent {
         }
     }
 
-    /// Sees to it that the machine takes nobody for another one on a bridge.
-    pub(in crate::driver::agent) async fn keep_neighbours(&self) {
-        match neighbours::hold(&self.neighbours()).await {
-            Ok(mended) => {
-                for (bridge, what) in mended {
-                    self.machine_event("neighbours_repaired", format!("{bridge}: {what}; it was set right"));
-                }
-            }
-            Err(error) => tracing::warn!(%error, "the neighbours on the bridges cannot be kept"),
+    /// Sees to it that the machine knows who is who on the bridges. Whether something had to be set right.
+    pub(in crate::driver::agent) async fn keep_neighbours(&self) -> bool {
+        let held = neighbours::hold(&self.neighbours()).await;
+        if let Some(error) = held.failed {
+            tracing::warn!(%error, "the neighbours on a bridge cannot be kept");
         }
+        for (bridge, what) in &held.mended {
+            self.machine_event("neighbours_repaired", format!("{bridge}: {what}; it was set right"));
+        }
+        !held.mended.is_empty()
     }
 
     /// Who is on which bridge.
@@ -60,28 +66,26 @@ impl Agent {
         for app in apps {
             let Some(recorded) = lock(&self.journal).tenant(&app.tenant).cloned() else { continue };
             let gateway = recorded.subnet.gateway();
-            let bridge = bridges
-                .entry(self.config.bridge(recorded.network))
-                .or_insert_with(|| Neighbours { gateway, addresses: BTreeSet::new() });
-            bridge.addresses.extend(lock(&app.kept).attached());
+            let bridge = bridges.entry(self.config.bridge(recorded.network)).or_insert_with(|| Neighbours {
+                gateway,
+                addresses: BTreeSet::new(),
+                attached: BTreeSet::new(),
+            });
+            let kept = lock(&app.kept);
+            bridge.addresses.extend(kept.in_use());
+            bridge.attached.extend(kept.attached());
         }
         bridges
     }
 }
 
 /// Mends what the machine knows of its neighbours as soon as the kernel tells that some were forgotten.
-pub(in crate::driver::agent) async fn minding(agent: Arc<Agent>) {
-    let ear = match neighbours::forgetting() {
-        Ok(ear) => ear,
-        Err(error) => {
-            tracing::warn!(%error, "the kernel's messages are not heard; bridges are looked at every few seconds");
-            return;
-        }
-    };
+pub(in crate::driver::agent) async fn minding(agent: Arc<Agent>, ear: Ear) {
+    let mut pause = SHORTEST;
     loop {
         ear.heard().await;
-        agent.keep_neighbours().await;
         // Whoever makes the machine forget all the time does not keep us at it.
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        pause = if agent.keep_neighbours().await { (pause * 2).min(LONGEST) } else { SHORTEST };
+        tokio::time::sleep(pause).await;
     }
 }

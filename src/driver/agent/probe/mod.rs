@@ -46,7 +46,7 @@ impl Agent {
         let running = kept.instances.iter().filter(|i| up(i.state) && !i.sandbox.is_empty());
         running
             .filter_map(|i| {
-                let address = *kept.workload_of(i.revision)?.addresses.get(i.slot)?;
+                let address = kept.address_of(i)?;
                 Some(Place { sandbox: i.sandbox.clone(), network, address })
             })
             .collect()
