@@ -82,6 +82,7 @@ pub fn examine(data: &Path, listen: Option<SocketAddr>) -> Vec<Finding> {
         cgroups(),
         nftables(),
         surroundings::firewalls(),
+        surroundings::connections(),
         surroundings::host_from_within(data),
         space(data),
         running::processes(data),

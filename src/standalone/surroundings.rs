@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::doctor::{Finding, failed, good, program, warning};
+use crate::driver::podman::firewall::kernel;
 use crate::driver::podman::host;
 
 /// Firewalls of others: their accepts open nothing of ours, their drops close what we open.
@@ -52,6 +53,27 @@ pub(super) fn firewalls() -> Finding {
     good(check, "none stands in the way")
 }
 
+/// How full the table is that all connections of the machine share.
+pub(super) fn connections() -> Finding {
+    crowding(kernel::tracked_of())
+}
+
+fn crowding(seen: Option<(u64, u64)>) -> Finding {
+    let check = "connections";
+    match seen {
+        None => good(check, "none is tracked yet"),
+        Some((count, most)) if kernel::is_crowded((count, most)) => warning(
+            check,
+            format!(
+                "{count} of the {most} that the kernel can track are in use; once all are, nobody begins one"
+            ),
+            "the events at /network say whose apps have begun most: suspend that tenant, or raise \
+             net.netfilter.nf_conntrack_max",
+        ),
+        Some((count, most)) => good(check, format!("{count} of the {most} that the kernel can track")),
+    }
+}
+
 /// What of this machine answers to tenants: nothing should.
 pub(super) fn host_from_within(data: &Path) -> Finding {
     let check = "host from within";
@@ -97,4 +119,22 @@ pub(super) fn host_from_within(data: &Path) -> Finding {
         )
     };
     failed(check, format!("answers to tenants: {}", list.join(", ")), remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::standalone::doctor::Status;
+
+    #[test]
+    fn a_table_of_connections_that_is_nearly_full_is_said() {
+        assert_eq!(crowding(None).status, Status::Ok);
+        assert_eq!(crowding(Some((196_608, 262_144))).status, Status::Ok);
+        let finding = crowding(Some((196_609, 262_144)));
+        assert!(
+            finding.status == Status::Warning && finding.remedy.contains("nf_conntrack_max"),
+            "{finding:?}"
+        );
+        assert_eq!(crowding(Some((5, 0))).status, Status::Ok, "no limit");
+    }
 }

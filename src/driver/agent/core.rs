@@ -77,6 +77,8 @@ pub(super) struct Agent {
     pub(super) tried: Mutex<HashMap<(std::net::Ipv4Addr, std::net::Ipv4Addr, u16), std::time::Instant>>,
     /// Ports that were found not to be held to their card. Their app closes them.
     pub(super) unlocked: Mutex<HashSet<Port>>,
+    /// When it was last told that the machine tracks nearly as many connections as it can.
+    pub(super) crowded: Mutex<Option<std::time::Instant>>,
     /// What listens on the machine, and when that was looked at.
     pub(super) listening: tokio::sync::Mutex<Option<(std::time::Instant, Vec<Listener>)>>,
     /// Connections that are to be ended, because their rule is gone.
@@ -180,6 +182,7 @@ impl Agent {
             probing: Mutex::default(),
             tried: Mutex::default(),
             unlocked: Mutex::default(),
+            crowded: Mutex::default(),
             listening: tokio::sync::Mutex::default(),
             gone: Mutex::default(),
             cut: Notify::new(),
@@ -386,6 +389,7 @@ async fn watching(agent: Arc<Agent>) {
         }
         networks_at = tokio::time::Instant::now();
         agent.note_denials().await;
+        agent.note_crowding().await;
         agent.keep_found_open().await;
         agent.note_own_addresses().await;
         if let Err(error) = agent.refresh_firewall().await {

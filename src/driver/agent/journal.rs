@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -245,6 +246,14 @@ impl Journal {
             (config.bridge(recorded.network), (name.clone(), recorded.network))
         };
         self.tenants.iter().map(bridge).collect()
+    }
+
+    /// Every tenant's subnet, by its first address.
+    pub(super) fn by_subnet(&self) -> BTreeMap<Ipv4Addr, (TenantName, Subnet)> {
+        let one = |(name, recorded): (&TenantName, &Recorded)| {
+            (recorded.subnet.address(), (name.clone(), recorded.subnet))
+        };
+        self.tenants.iter().map(one).collect()
     }
 
     /// The tenant and name that an app was recorded with.

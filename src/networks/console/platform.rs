@@ -64,7 +64,9 @@ impl From<MachineEvent> for EventRow {
     fn from(event: MachineEvent) -> Self {
         let (mark, word) = match event.kind.as_str() {
             "probe_alarm" => ("failed", "alarm"),
-            "probe_failed" | "plan_refused" | "flow_left_out" => ("attention", "look at it"),
+            "probe_failed" | "plan_refused" | "flow_left_out" | "connections_crowded" => {
+                ("attention", "look at it")
+            }
             "firewall_repaired" | "neighbours_repaired" => ("attention", "repaired"),
             _ => ("stopped", "note"),
         };

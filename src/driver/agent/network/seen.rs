@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
 
@@ -13,7 +14,7 @@ use crate::policy::proof::{Place, Standing};
 use crate::policy::{Cidr, Protocol};
 
 /// How long after the platform has tried something itself a refusal of it is still its own.
-const OWN_TRY: std::time::Duration = std::time::Duration::from_secs(3);
+const OWN_TRY: Duration = Duration::from_secs(3);
 /// Most refusals that are remembered of a tenant.
 const REMEMBERED: usize = 500;
 
@@ -26,6 +27,9 @@ pub(in crate::driver::agent) struct Counts {
     sums: HashMap<CountOf, u64>,
     last: HashMap<(u32, Ipv4Addr, Cidr, Protocol, u16), u64>,
 }
+
+/// How long nothing more is told of a table of connections that is nearly full.
+const CROWDED: Duration = Duration::from_secs(300);
 
 /// Most counts that are told at a time.
 const TOLD: usize = 20_000;
@@ -46,7 +50,7 @@ impl Agent {
         for Refusal { bridge, source, target, protocol, port, ago, let_through } in seen {
             let Some((tenant, network)) = tenants.get(&bridge) else { continue };
             // What the platform tried by itself is not the app's doing, and not for the tenant to learn from.
-            let last = std::time::Instant::now().checked_sub(std::time::Duration::from_secs(ago));
+            let last = Instant::now().checked_sub(Duration::from_secs(ago));
             let ours = tried
                 .get(&(source, target, port))
                 .is_some_and(|at| last.is_none_or(|last| last <= *at + OWN_TRY));
@@ -109,6 +113,39 @@ impl Agent {
         }
         let watched: HashSet<AppId> = standing.watched.keys().copied().collect();
         counts.sums.retain(|(_, app, ..), _| watched.contains(app));
+    }
+
+    /// Tells when the kernel's table of tracked connections is nearly full, and whose they are: nobody on the machine
+    /// begins a connection once it is.
+    pub(in crate::driver::agent) async fn note_crowding(&self) {
+        let Some((count, most)) = kernel::tracked_of().filter(|both| kernel::is_crowded(*both)) else {
+            return;
+        };
+        {
+            let mut told = lock(&self.crowded);
+            if told.is_some_and(|last| last.elapsed() < CROWDED) {
+                return;
+            }
+            *told = Some(Instant::now());
+        }
+        let subnets = lock(&self.journal).by_subnet();
+        let mut sums: HashMap<&TenantName, u64> = HashMap::new();
+        for (_, source, ..) in kernel::tracked(self.config.pool()).await {
+            let near = subnets.range(..=source).next_back();
+            if let Some((_, (name, _))) = near.filter(|(_, (_, subnet))| subnet.contains(source)) {
+                *sums.entry(name).or_default() += 1;
+            }
+        }
+        let greedy = sums.into_iter().max_by_key(|(_, n)| *n);
+        let whose =
+            greedy.map_or_else(String::new, |(name, n)| format!(", {n} of them begun by apps of {name}"));
+        self.machine_event(
+            "connections_crowded",
+            format!(
+                "{count} of the {most} connections that this machine can track are in use{whose}; once all are, nobody \
+                 begins another one"
+            ),
+        );
     }
 
     /// What was refused of one app lately, the newest first.

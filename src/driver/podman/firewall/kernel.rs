@@ -191,6 +191,23 @@ pub async fn connected() -> Vec<(Ipv4Addr, Ipv4Addr)> {
     text.lines().filter_map(|line| Some((field(line, "src=")?, field(line, "dst=")?))).collect()
 }
 
+/// How many connections the kernel tracks, and how many it can: all of the machine share this table, and once it is
+/// full nobody begins another one. Nothing when it tracks none.
+#[must_use]
+pub fn tracked_of() -> Option<(u64, u64)> {
+    let read = |name: &str| {
+        let text = std::fs::read_to_string(format!("/proc/sys/net/netfilter/nf_conntrack_{name}"));
+        text.ok()?.trim().parse().ok()
+    };
+    Some((read("count")?, read("max")?))
+}
+
+/// Whether a table with so many of so many (0: no limit) is nearly full.
+#[must_use]
+pub fn is_crowded((count, most): (u64, u64)) -> bool {
+    most > 0 && count > most / 4 * 3
+}
+
 /// Connections that are tracked and were begun from these addresses: protocol, source, target, port there.
 pub async fn tracked(from: Cidr) -> Vec<(Protocol, Ipv4Addr, Ipv4Addr, u16)> {
     let done = Command::new("conntrack")
