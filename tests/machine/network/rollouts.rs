@@ -153,7 +153,7 @@ async fn a_change_reaches_some_first_then_all_and_turns_back_by_itself() {
 async fn a_window_counts_what_would_be_cut_and_waits_for_somebody_to_know() {
     let machine = Machine::start().await;
     let world = Outside::new();
-    for port in [9092, 9093] {
+    for port in [9092, 9093, 9094] {
         world.serve(port);
     }
     let places = three_users(&machine, &world).await;
@@ -193,8 +193,8 @@ async fn a_window_counts_what_would_be_cut_and_waits_for_somebody_to_know() {
     assert_eq!(seen["outcome"], "done", "{seen:#}");
     until(5, "reached", || places.iter().all(|place| greets(place, world.service(), 9093))).await;
     assert!(!greets(&places[1], world.service(), 9092));
-    // And one that closes what nobody uses goes on by itself.
-    let id = change(&machine, &world, &[9092, 9093], json!({"observe_seconds": 0})).await;
+    // And one that closes what nobody uses goes on by itself. What was cut tries on for minutes, so it is another port.
+    let id = change(&machine, &world, &[9093, 9094], json!({"observe_seconds": 0})).await;
     wait(&machine, id, "opened", |seen| seen["outcome"] == "done").await;
     let id = change(&machine, &world, &[9093], json!({"window_hours": 1, "observe_seconds": 0})).await;
     wait(&machine, id, "counting", |seen| seen["message"].to_string().contains("0 so far")).await;
