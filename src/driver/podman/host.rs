@@ -3,12 +3,12 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream};
-use std::os::fd::AsFd;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::driver::podman::namespace;
 use crate::policy::Protocol;
 
 /// Something that listens on the host.
@@ -110,7 +110,7 @@ pub fn listeners() -> Vec<Listener> {
 /// Where each TCP listener is tried from within a network namespace: its place in the list, address and port. Who
 /// listens everywhere is tried at the gateway; who listens at one address, there.
 pub fn targets(sandbox: &str, listeners: &mut [Listener]) -> Vec<(usize, Ipv4Addr, u16)> {
-    let Some(gateway) = within(sandbox, gateway).flatten() else { return Vec::new() };
+    let Some(gateway) = namespace::begin(sandbox, gateway).wait().ok().flatten() else { return Vec::new() };
     for listener in listeners.iter_mut() {
         listener.names = listener.port == 53 && listener.address == IpAddr::V4(gateway);
     }
@@ -133,42 +133,23 @@ pub fn try_from_within(sandbox: &str, targets: &[(usize, Ipv4Addr, u16)], listen
         let tries: Vec<_> = few
             .iter()
             .map(|(n, own, port)| {
-                let (n, port, own, sandbox) = (*n, *port, *own, sandbox.to_owned());
-                std::thread::Builder::new().name("host".into()).spawn(move || {
-                    let answers = |to: Ipv4Addr| match TcpStream::connect_timeout(
-                        &(to, port).into(),
-                        Duration::from_millis(400),
-                    ) {
-                        Ok(_) => true,
-                        Err(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
-                    };
-                    enter(&sandbox).map(|()| (n, answers(own)))
-                })
+                let (n, port, own) = (*n, *port, *own);
+                let answers = move || {
+                    let patience = Duration::from_millis(400);
+                    TcpStream::connect_timeout(&(own, port).into(), patience)
+                        .map_or_else(|error| error.kind() == std::io::ErrorKind::ConnectionRefused, |_| true)
+                };
+                (n, namespace::begin(sandbox, answers))
             })
             .collect();
-        for one in tries.into_iter().flatten() {
-            if let Ok(Some((n, answers))) = one.join()
+        for (n, one) in tries {
+            if let Ok(answers) = one.wait()
                 && let Some(listener) = listeners.get_mut(n)
             {
                 listener.answers = Some(answers);
             }
         }
     }
-}
-
-/// Moves this thread into a network namespace.
-fn enter(sandbox: &str) -> Option<()> {
-    let file = std::fs::File::open(sandbox).ok()?;
-    let network = Some(rustix::thread::LinkNameSpaceType::Network);
-    rustix::thread::move_into_link_name_space(file.as_fd(), network).ok()
-}
-
-/// Does something within a network namespace, on a thread of its own.
-fn within<T: Send + 'static>(sandbox: &str, what: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    let sandbox = sandbox.to_owned();
-    let work =
-        std::thread::Builder::new().name("host".into()).spawn(move || enter(&sandbox).map(|()| what()));
-    work.ok()?.join().ok()?
 }
 
 /// The default gateway of the network that this thread is in.

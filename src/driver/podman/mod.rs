@@ -5,6 +5,7 @@ pub mod ear;
 pub mod engine;
 pub mod firewall;
 pub mod host;
+pub mod namespace;
 pub mod neighbours;
 pub mod oom;
 pub mod ports;

@@ -17,7 +17,7 @@ use tokio::process::Command;
 
 use crate::driver::Error;
 use crate::driver::podman::firewall::card;
-use crate::driver::podman::neighbours;
+use crate::driver::podman::{namespace, neighbours};
 use crate::driver::workload::Subnet;
 use crate::policy::Cidr;
 use crate::policy::never::{self, Range};
@@ -117,7 +117,7 @@ pub async fn address(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet)
 /// Gives an instance its address and its way out, and the machine its way to it. One that runs already loses nothing
 /// by it: its connections go on.
 pub async fn settle(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet) -> Result<(), Error> {
-    let namespace = namespace_of(sandbox);
+    let name = namespace_of(sandbox);
     let (gateway, prefix) = (subnet.gateway(), subnet.prefix());
     set(&["addr", "replace", &format!("{gateway}/{prefix}"), "dev", bridge]).await?;
     let inside = format!(
@@ -127,17 +127,28 @@ pub async fn settle(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet) 
          neigh replace {gateway} lladdr {} dev eth0 nud permanent\n",
         card(gateway)
     );
-    batch(&["-n", namespace], &inside).await?;
+    batch(&["-n", name], &inside).await?;
+    namespace::within(sandbox, close_ipv6).await.and_then(|closed| closed).map_err(failed("IPv6"))?;
     // An earlier version gave the address with all of its neighbours.
     let wide = format!("{own}/{prefix}");
-    let there = json(&["-n", namespace, "-j", "-4", "addr", "show", "dev", "eth0"]).await?;
+    let there = json(&["-n", name, "-j", "-4", "addr", "show", "dev", "eth0"]).await?;
     let has_wide = there[0]["addr_info"]
         .as_array()
         .is_some_and(|all| all.iter().any(|one| one["prefixlen"] == u64::from(prefix)));
     if has_wide {
-        set(&["-n", namespace, "addr", "del", &wide, "dev", "eth0"]).await?;
+        set(&["-n", name, "addr", "del", &wide, "dev", "eth0"]).await?;
     }
     neighbours::introduce(bridge, gateway, own).await
+}
+
+/// Closes IPv6 on the link of the namespace that this thread is in, where it leads nowhere: else an app could ask for
+/// neighbours there, and fill the machine's table of them.
+fn close_ipv6() -> std::io::Result<()> {
+    match std::fs::write("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "1") {
+        // A kernel without IPv6 has nothing to close.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 /// Takes down the namespace of an instance that has ended, and its port with it: the engine leaves

@@ -343,6 +343,18 @@ async fn nobody_fills_the_machines_table_of_neighbours() {
     );
     let (_, outside) = run("ip", &["-4", "neigh", "show", "dev", &street.bridge]);
     assert_eq!(outside.lines().count(), 3, "{outside}");
+    // Nor by IPv6, which leads nowhere.
+    let (_, text) = run("nsenter", &["-t", &pid, "-n", "ip", "-j", "link", "show", "dev", "eth0"]);
+    let links: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let link = u32::try_from(links[0]["ifindex"].as_u64().unwrap()).unwrap();
+    let sent = within(&street.web, move || {
+        let socket = std::net::UdpSocket::bind("[::]:0").unwrap();
+        let all = (1..1500_u16).map(|n| std::net::Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, n));
+        all.filter(|to| socket.send_to(b"x", std::net::SocketAddrV6::new(*to, 9, 0, link)).is_ok()).count()
+    });
+    assert_eq!(sent, 0, "IPv6 is closed within");
+    let (_, inside) = run("nsenter", &["-t", &pid, "-n", "ip", "-6", "neigh", "show"]);
+    assert_eq!(inside.trim(), "");
     // Nor does whoever says to be many, with rights that no app has.
     let first = u32::from(own) & !0x3ff;
     for n in 600..620 {

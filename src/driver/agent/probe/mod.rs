@@ -4,13 +4,12 @@
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::core::{Agent, lock};
 use crate::driver::podman::firewall::Allowed;
-use crate::driver::podman::host;
+use crate::driver::podman::{host, namespace};
 use crate::driver::{Error, InstanceState, Listener, Probe, ProbeOutcome, ProbeTarget, Probed};
 use crate::ids::{AppId, TenantName};
 use crate::policy::{Cidr, Protocol};
@@ -78,7 +77,7 @@ impl Agent {
         let _turn = if platform { None } else { Some(Probing::enter(self, tenant).ok_or_else(busy)?) };
         self.note_tried(from.address, address, port);
         let (network, source) = (from.network, from.address);
-        let outcome = within(from, move || attempt(address, protocol, port, peer.as_ref())).await?;
+        let outcome = within(&from, move || attempt(address, protocol, port, peer.as_ref())).await?;
         Ok(self.by_whom(outcome, (network, source), (address, protocol, port)).await)
     }
 
@@ -173,24 +172,13 @@ impl Agent {
     }
 }
 
-/// Does something within an instance's network namespace, on a thread of its own that ends with it.
+/// Does something within an instance's network namespace.
 async fn within<T: Send + 'static>(
-    place: Place,
+    place: &Place,
     what: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
     let failed = |error: std::io::Error| Error::Transient(format!("the instance's network: {error}"));
-    let (done, wait) = tokio::sync::oneshot::channel();
-    std::thread::Builder::new()
-        .name("probe".into())
-        .spawn(move || {
-            let entered = std::fs::File::open(&place.sandbox).and_then(|file| {
-                let network = Some(rustix::thread::LinkNameSpaceType::Network);
-                Ok(rustix::thread::move_into_link_name_space(file.as_fd(), network)?)
-            });
-            let _ = done.send(entered.map(|()| what()));
-        })
-        .map_err(failed)?;
-    wait.await.map_err(|_| Error::Transient("the probe ended".into()))?.map_err(failed)
+    namespace::within(&place.sandbox, what).await.map_err(failed)
 }
 
 fn outcome(error: &std::io::Error) -> ProbeOutcome {
@@ -231,20 +219,14 @@ fn attempt(address: Ipv4Addr, protocol: Protocol, port: u16, peer: Option<&Place
 /// Whether a namespace has a connection from this address and port: in the kernel's own list.
 fn has_socket(sandbox: &str, from: Ipv4Addr, port: u16) -> bool {
     let wanted = format!("{:08X}:{port:04X}", u32::from_ne_bytes(from.octets()));
-    let sandbox = sandbox.to_owned();
     let look = move || {
-        let file = std::fs::File::open(sandbox).ok()?;
-        let network = Some(rustix::thread::LinkNameSpaceType::Network);
-        rustix::thread::move_into_link_name_space(file.as_fd(), network).ok()?;
-        let found = ["tcp", "tcp6"].iter().any(|list| {
+        ["tcp", "tcp6"].iter().any(|list| {
             let text = std::fs::read_to_string(format!("/proc/thread-self/net/{list}")).unwrap_or_default();
             text.lines()
                 .any(|line| line.split_whitespace().nth(2).is_some_and(|remote| remote.ends_with(&wanted)))
-        });
-        Some(found)
+        })
     };
-    let looking = std::thread::Builder::new().name("probe".into()).spawn(look);
-    looking.ok().and_then(|thread| thread.join().ok()).flatten().unwrap_or(false)
+    namespace::begin(sandbox, look).wait().unwrap_or(false)
 }
 
 /// A tenant's probe; counted while it lives.

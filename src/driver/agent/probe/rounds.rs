@@ -108,7 +108,7 @@ impl Agent {
         let (name, server) = (from.app.name.to_string(), from.gateway);
         self.note_tried(from.place.address, server, 53);
         let outcomes = self.outcomes(&from, tries).await?;
-        let asked = within(from.place.clone(), move || {
+        let asked = within(&from.place, move || {
             // The resolver may have been started this very moment.
             let own = (0..3).map(|_| ask(server, &name)).find(|told| *told != Told::Silence);
             (own.unwrap_or(Told::Silence), ask(server, NO_NAME))
@@ -128,7 +128,7 @@ impl Agent {
         for to in &tries {
             self.note_tried(from.place.address, to.address, to.port);
         }
-        let outcomes = within(from.place.clone(), move || attempt_all(tries)).await.ok()?;
+        let outcomes = within(&from.place, move || attempt_all(tries)).await.ok()?;
         let mut out = Vec::with_capacity(outcomes.len());
         let own = (from.place.network, from.place.address);
         for (to, outcome) in outcomes {

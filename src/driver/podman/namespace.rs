@@ -1,0 +1,49 @@
+//! Doing something within an instance's network namespace: on a thread of its own, which ends with it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::thread::JoinHandle;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use tokio::sync::oneshot;
+
+/// Something that was begun.
+#[derive(Debug)]
+pub struct Begun<T>(io::Result<JoinHandle<io::Result<T>>>);
+
+fn ended<E>(_: E) -> io::Error {
+    io::Error::other("what was done in the namespace has ended early")
+}
+
+/// Begins to do something in the namespace at a path.
+#[must_use]
+pub fn begin<T: Send + 'static>(path: &str, what: impl FnOnce() -> T + Send + 'static) -> Begun<T> {
+    let path = path.to_owned();
+    Begun(std::thread::Builder::new().name("namespace".into()).spawn(move || {
+        let file = File::open(path)?;
+        move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?;
+        Ok(what())
+    }))
+}
+
+impl<T> Begun<T> {
+    /// Waits until it is done, on this thread.
+    pub fn wait(self) -> io::Result<T> {
+        self.0?.join().map_err(ended)?
+    }
+}
+
+/// Does something in the namespace at a path.
+pub async fn within<T: Send + 'static>(
+    path: &str,
+    what: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<T> {
+    let (done, wait) = oneshot::channel();
+    let begun = begin(path, move || _ = done.send(what()));
+    match wait.await {
+        Ok(outcome) => Ok(outcome),
+        // The thread has ended without: why, it says.
+        Err(never) => begun.wait().and_then(|()| Err(ended(never))),
+    }
+}
