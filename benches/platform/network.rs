@@ -25,6 +25,7 @@ fn shell() -> Shell {
         table: TABLE.into(),
         prefix: "bkbnch".into(),
         prober: 65_000,
+        pace: 1_000,
         pool: "10.0.0.0/8".parse().unwrap(),
     }
 }

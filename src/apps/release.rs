@@ -158,6 +158,7 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
         resolver_uid: 0,
         resolver_gid: 0,
         closed: Vec::new(),
+        new_connections_per_second: crate::driver::agent::config::usual_pace(),
         registry_name: "demo.bulkhead.internal".into(),
         pull_host: "127.0.0.1:1".into(),
     };

@@ -279,6 +279,9 @@ pub struct Denied {
     /// Whether they were let through all the same, on trial.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub let_through: bool,
+    /// Whether they were allowed, but its tenant's apps had begun too many connections at once.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub hasty: bool,
     /// When the first was seen.
     #[serde(with = "time::serde::rfc3339")]
     pub first: OffsetDateTime,

@@ -98,6 +98,16 @@ pub fn address(target: Ipv4Addr, protocol: Protocol, port: u16, known: &Known) -
     closed("the outside, which is closed but for approved targets", ask)
 }
 
+/// Why packets are not let through that begin a connection which is allowed.
+#[must_use]
+pub fn hasty() -> Closed {
+    closed(
+        "allowed, but the tenant's apps begin more connections at once than this machine takes from one tenant",
+        "keep connections open instead of beginning new ones; the platform's admin can set another number"
+            .to_owned(),
+    )
+}
+
 /// What may open an address that no name of the plan says, and that the rules in force do open.
 #[must_use]
 pub fn unnamed(plan: &AppPlan, protocol: Protocol, port: u16, on_trial: bool) -> String {

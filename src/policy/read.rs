@@ -21,6 +21,16 @@ pub struct Shell {
     pub prober: u32,
     /// The pool of tenants' subnets.
     pub pool: Cidr,
+    /// How many connections the apps of a tenant may begin in a second.
+    pub pace: u32,
+}
+
+impl Shell {
+    /// How many of them at once.
+    #[must_use]
+    pub fn burst(&self) -> u32 {
+        self.pace.saturating_mul(5)
+    }
 }
 
 /// Who may begin to talk to whom: one element of a set.
@@ -134,6 +144,8 @@ fn filled(line: &str, shell: &Shell) -> String {
             "B" => format!("\"{}*\"", shell.prefix),
             "U" => shell.prober.to_string(),
             "P" => shell.pool.to_string(),
+            "R/second" => format!("{}/second", shell.pace),
+            "S" => shell.burst().to_string(),
             word => word.to_owned(),
         })
         .collect();

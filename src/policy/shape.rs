@@ -1,7 +1,8 @@
 //! The one shape of the table that can be proven, to the letter. It stands here on purpose apart from what prints it:
 //! whoever changes the one is stopped by the other.
 
-/// The shape: `T` is the table, `B` the bridges, `U` the prober, `P` the pool; a line that is only `=NAME`
+/// The shape: `T` is the table, `B` the bridges, `U` the prober, `P` the pool, `R` and `S` the connections that a
+/// tenant's apps may begin in a second and at once; a line that is only `=NAME`
 /// stands for the elements of that set, if it has any.
 pub(super) const SHAPE: &str = r"add table inet T
 delete table inet T
@@ -55,6 +56,18 @@ table inet T {
   }
   set seen {
     type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service
+    size 65536
+    flags dynamic,timeout
+    timeout 1m
+  }
+  set hasty {
+    type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service
+    size 65536
+    flags dynamic,timeout
+    timeout 1m
+  }
+  set begun {
+    type ifname
     size 65536
     flags dynamic,timeout
     timeout 1m
@@ -128,9 +141,24 @@ table inet T {
     icmp type destination-unreachable accept
     reject with icmpx admin-prohibited
   }
+  chain through_at_last {
+    type filter hook forward priority filter + 10; policy accept;
+    iifname B ct state new ct status & confirmed == 0 goto begin
+  }
+  chain into_host_at_last {
+    type filter hook input priority filter + 10; policy accept;
+    iifname B ct state new ct status & confirmed == 0 goto begin
+  }
+  chain begin {
+    update @begun { iifname limit rate over R/second burst S packets } goto slow_down
+  }
   chain leave {
     type nat hook postrouting priority srcnat; policy accept;
     ip saddr P oifname != B masquerade
+  }
+  chain slow_down {
+    meta l4proto { tcp, udp } update @pace { iifname limit rate 5/second burst 50 packets } update @hasty { iifname . ip saddr . ip daddr . meta l4proto . th dport }
+    drop
   }
   chain refuse {
     meta l4proto { tcp, udp } update @pace { iifname limit rate 5/second burst 50 packets } update @denied { iifname . ip saddr . ip daddr . meta l4proto . th dport }

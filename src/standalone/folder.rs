@@ -26,7 +26,7 @@ use super::{Claim, Failed, claims};
 use crate::config::{
     Access, Agent, BLOCK_SIZE, Config, Database, Log, RANGE_SIZE, Registry, SUBNET_PREFIX, Server,
 };
-use crate::driver::agent::config::AgentConfig;
+use crate::driver::agent::config::{AgentConfig, usual_pace};
 use crate::driver::podman::engine::EngineSettings;
 use crate::keys::Keys;
 use crate::registries::SigningKey;
@@ -291,6 +291,7 @@ impl Folder {
             resolver_uid: self.resolver.uid,
             resolver_gid: self.resolver.gid,
             closed: Vec::new(),
+            new_connections_per_second: usual_pace(),
             registry_name: self.registry_name(),
             pull_host: self.pull_host(),
         }

@@ -10,7 +10,7 @@ use super::{Claim, Failed, claims, units};
 use crate::config::{
     Access, Agent, BLOCK_SIZE, Config, Database, Log, RANGE_SIZE, Registry, SUBNET_PREFIX, Server,
 };
-use crate::driver::agent::config::AgentConfig;
+use crate::driver::agent::config::{AgentConfig, usual_pace};
 use crate::driver::podman::engine;
 use crate::keys::Keys;
 use crate::registries::SigningKey;
@@ -89,6 +89,7 @@ pub fn write(settings: &Path, state: &Path) -> Result<Written, Failed> {
         resolver_uid: resolver.uid,
         resolver_gid: resolver.gid,
         closed: Vec::new(),
+        new_connections_per_second: usual_pace(),
         registry_name: name,
         pull_host: pull.to_string(),
     };

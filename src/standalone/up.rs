@@ -10,7 +10,6 @@ use super::processes::{self, Kept};
 use super::{Failed, Folder, demo, doctor, postgres};
 use crate::access;
 use crate::db::{self, Login};
-use crate::driver::agent::config::AgentConfig;
 use crate::driver::podman::engine;
 use crate::registries::token::{ISSUER, SERVICE};
 use crate::{startup, telemetry};
@@ -93,9 +92,9 @@ fn write_settings(folder: &Folder, options: &Options) -> Result<(), Failed> {
     let toml = |text: Result<String, toml::ser::Error>| text.map_err(|error| Failed(error.to_string()));
     let serve = toml(toml::to_string(&folder.config(options.listen)))?;
     folder.write("serve.toml", &serve, (0, folder.serve.gid), 0o440)?;
-    // What a person has closed there stays closed.
-    let closed = AgentConfig::closed_in(&folder.path.join("agent.toml")).map_err(Failed)?;
-    let agent = toml(toml::to_string(&AgentConfig { closed, ..folder.agent_config() }))?;
+    let mut agent = folder.agent_config();
+    agent.keep_from(&folder.path.join("agent.toml")).map_err(Failed)?;
+    let agent = toml(toml::to_string(&agent))?;
     folder.write("agent.toml", &agent, (0, 0), 0o400)?;
     for (name, text) in engine::files(&folder.engine()) {
         folder.write(&format!("engine/{name}"), &text, (0, 0), 0o400)?;

@@ -48,10 +48,22 @@ pub struct AgentConfig {
     /// have single ones in them.
     #[serde(default)]
     pub closed: Vec<Cidr>,
+    /// How many connections the apps of one tenant may begin in a second, in the mean; five times as many at once. The
+    /// kernel tracks those of all tenants in one table.
+    #[serde(default = "usual_pace")]
+    pub new_connections_per_second: u32,
     /// Name under which the engine knows the registry; its own configuration leads it to Bulkhead.
     pub registry_name: String,
     /// Where that name leads: Bulkhead's listener for pulls.
     pub pull_host: String,
+}
+
+const PACE: &str = "new_connections_per_second";
+
+/// How many connections the apps of one tenant may begin in a second unless a person has set another number.
+#[must_use]
+pub fn usual_pace() -> u32 {
+    1_000
 }
 
 impl AgentConfig {
@@ -59,30 +71,40 @@ impl AgentConfig {
     pub fn load(path: &Path) -> Result<Self, String> {
         let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
         let config: Self = toml::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?;
-        let pool = config.pool();
-        match config.closed.iter().find(|range| range.overlaps(pool)) {
-            Some(range) => Err(format!(
-                "{}: closed: {range} touches {pool}, where tenants are: they are closed to each other in any case",
-                path.display()
-            )),
-            None => Ok(config),
-        }
+        config.check().map_err(|why| format!("{}: {why}", path.display()))?;
+        Ok(config)
     }
 
-    /// The ranges that an earlier file closes: they are kept when the file is written anew.
-    pub fn closed_in(path: &Path) -> Result<Vec<Cidr>, String> {
-        let failed = |error: String| format!("{}: closed: {error}", path.display());
+    /// What a person has set in an earlier file is kept when the file is written anew.
+    pub fn keep_from(&mut self, path: &Path) -> Result<(), String> {
+        let failed = |key: &str, error: toml::de::Error| format!("{}: {key}{error}", path.display());
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(failed(error.to_string())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(format!("{}: {error}", path.display())),
         };
-        let mut table: toml::Table =
-            text.parse().map_err(|error: toml::de::Error| failed(error.to_string()))?;
-        match table.remove("closed") {
-            None => Ok(Vec::new()),
-            Some(value) => value.try_into().map_err(|error: toml::de::Error| failed(error.to_string())),
+        let mut table: toml::Table = text.parse().map_err(|error| failed("", error))?;
+        if let Some(closed) = table.remove("closed") {
+            self.closed = closed.try_into().map_err(|error| failed("closed: ", error))?;
         }
+        if let Some(pace) = table.remove(PACE) {
+            self.new_connections_per_second =
+                pace.try_into().map_err(|error| failed("new_connections_per_second: ", error))?;
+        }
+        self.check().map_err(|why| format!("{}: {why}", path.display()))
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let pool = self.pool();
+        if let Some(range) = self.closed.iter().find(|range| range.overlaps(pool)) {
+            return Err(format!(
+                "closed: {range} touches {pool}, where tenants are: they are closed to each other in any case"
+            ));
+        }
+        if !(1..=1_000_000).contains(&self.new_connections_per_second) {
+            return Err(format!("{PACE} is 1 to 1000000"));
+        }
+        Ok(())
     }
 
     /// The subnet of the network with this number.

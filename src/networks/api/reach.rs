@@ -344,7 +344,11 @@ pub(in crate::networks) async fn denials(
             }
         };
         known.app.clone_from(app);
-        let closed = explain::address(denied.target, denied.protocol, denied.port, &known);
+        let closed = if denied.hasty {
+            explain::hasty()
+        } else {
+            explain::address(denied.target, denied.protocol, denied.port, &known)
+        };
         items.push(DeniedView { denied, closed });
     }
     Ok(items)

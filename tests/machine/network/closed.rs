@@ -122,3 +122,58 @@ async fn a_foreign_firewall_is_told_and_opens_nothing() {
     }
     assert!(doctor().contains("other firewalls"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_uses_up_the_connections_that_all_tenants_share() {
+    let machine = Machine::start().await;
+    two_tenants(&machine).await;
+    for tenant in ["acme", "beta"] {
+        assert_eq!(machine.deploy(tenant, "api", "image: web:1\nport: 8080\n").await.0, 202);
+        let asking = "image: web:1\nport: 8080\nconnects: { apps: [api] }\n";
+        assert_eq!(machine.deploy(tenant, "web", asking).await.0, 202);
+    }
+    let (own, acme) = instance(&machine, "acme", "web").await;
+    let (_, beta) = instance(&machine, "beta", "web").await;
+    let (acme_api, _) = instance(&machine, "acme", "api").await;
+    let (beta_api, _) = instance(&machine, "beta", "api").await;
+    let (_, text) = run("ip", &["-4", "route", "get", &own.to_string()]);
+    let gateway: std::net::Ipv4Addr =
+        text.split_whitespace().skip_while(|word| *word != "src").nth(1).unwrap().parse().unwrap();
+    // What every app may do: ask for names, each time from another port, without waiting for an answer.
+    let begun = std::time::Instant::now();
+    let sent = within(&acme, move || {
+        let one = |port| std::net::UdpSocket::bind((own, port))?.send_to(&[0; 12], (gateway, 53));
+        (2_000..42_000_u16).filter(|port| one(*port).is_ok()).count()
+    });
+    let took = begun.elapsed();
+    assert!(sent > 35_000, "{sent}");
+    let (_, text) = run("conntrack", &["-L", "-s", &own.to_string(), "-p", "udp"]);
+    let (tracked, most) = (text.lines().count() as u64, 5_000 + 1_000 * (took.as_secs() + 2));
+    assert!((4_000..=most).contains(&tracked), "{tracked} of at most {most} in {took:?}");
+    // Nobody else notices, and it has its turn again soon.
+    assert!(greets(&beta, beta_api, 8080), "another tenant");
+    super::until(5, "its own turn", || greets(&acme, acme_api, 8080)).await;
+    let begun = std::time::Instant::now();
+    loop {
+        let denied = machine.get("/api/v1/tenants/acme/apps/web/denied").await;
+        let hasty = denied["items"].as_array().unwrap().iter().find(|item| item["hasty"] == true).cloned();
+        if let Some(hasty) = hasty {
+            assert!(hasty["why"].as_str().unwrap().contains("more connections at once"), "{hasty:#}");
+            assert_eq!((&hasty["port"], &hasty["protocol"]), (&json!(53), &json!("udp")), "{hasty:#}");
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20), "{denied:#}");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    // A person sets another number: it holds from the next start on, and is kept by the one after.
+    let path = machine.data.join("agent.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.contains("new_connections_per_second = 1000"), "{text}");
+    let mut machine = machine;
+    machine.down();
+    std::fs::write(&path, text.replace("per_second = 1000", "per_second = 2500")).unwrap();
+    machine.up().await;
+    let (_, rules) = run("nft", &["list", "chain", "inet", &machine.table(), "begin"]);
+    assert!(rules.contains("limit rate over 2500/second burst 12500 packets"), "{rules}");
+    assert!(std::fs::read_to_string(&path).unwrap().contains("new_connections_per_second = 2500"));
+}

@@ -78,6 +78,7 @@ impl Agent {
             prefix: self.config.bridge_prefix(),
             prober: self.config.prober_uid,
             pool: self.config.pool(),
+            pace: self.config.new_connections_per_second,
         }
     }
 

@@ -47,14 +47,15 @@ impl Agent {
         let owners = owners(&standing);
         let now = OffsetDateTime::now_utc();
         let mut denials = lock(&self.denials);
-        for Refusal { bridge, source, target, protocol, port, ago, let_through } in seen {
+        for Refusal { bridge, source, target, protocol, port, ago, let_through, hasty } in seen {
             let Some((tenant, network)) = tenants.get(&bridge) else { continue };
             // What the platform tried by itself is not the app's doing, and not for the tenant to learn from.
             let last = Instant::now().checked_sub(Duration::from_secs(ago));
             let ours = tried
                 .get(&(source, target, port))
                 .is_some_and(|at| last.is_none_or(|last| last <= *at + OWN_TRY));
-            if ours {
+            // That too many were begun is not for what the platform tries.
+            if ours && !hasty {
                 continue;
             }
             // An address that is no instance's is told to nobody but the record: whoever forged it is unknown.
@@ -62,13 +63,17 @@ impl Agent {
             let at = now - time::Duration::seconds(i64::try_from(ago).unwrap_or(0));
             let list = denials.entry(tenant.clone()).or_default();
             let same = |(own, known): &(AppId, Denied)| {
-                (*own, known.source, known.target, known.protocol, known.port, known.let_through)
-                    == (app, source, target, protocol, port, let_through)
+                let known =
+                    (known.source, known.target, known.protocol, known.port, known.let_through, known.hasty);
+                *own == app && known == (source, target, protocol, port, let_through, hasty)
             };
             let known = list.iter().position(same).and_then(|at| list.remove(at)).map(|(_, known)| known);
             // Seconds are rounded: a later look may seem to see an earlier packet.
             let (first, at) = known.map_or((at, at), |known| (known.first, known.last.max(at)));
-            list.push_back((app, Denied { source, target, protocol, port, let_through, first, last: at }));
+            list.push_back((
+                app,
+                Denied { source, target, protocol, port, let_through, hasty, first, last: at },
+            ));
             while list.len() > REMEMBERED {
                 list.pop_front();
             }

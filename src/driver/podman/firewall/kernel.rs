@@ -103,6 +103,8 @@ pub struct Refusal {
     pub ago: u64,
     /// Whether it was let through all the same, on trial.
     pub let_through: bool,
+    /// Whether it was allowed, but too many connections were begun at once.
+    pub hasty: bool,
 }
 
 /// How long the kernel keeps a refusal, in seconds.
@@ -113,6 +115,8 @@ pub async fn denied(table: &str) -> Vec<Refusal> {
     let mut all = list(table, "denied").await;
     let seen = list(table, "seen").await.into_iter();
     all.extend(seen.map(|refusal| Refusal { let_through: true, ..refusal }));
+    let hasty = list(table, "hasty").await.into_iter();
+    all.extend(hasty.map(|refusal| Refusal { hasty: true, ..refusal }));
     all
 }
 
@@ -172,6 +176,7 @@ fn refusal(element: &Value) -> Option<Refusal> {
         protocol: Protocol::parse(text(3)?)?,
         port: u16::try_from(port).ok()?,
         let_through: false,
+        hasty: false,
         ago: KEPT.saturating_sub(inner["expires"].as_u64().unwrap_or(KEPT)),
     })
 }

@@ -10,7 +10,8 @@ impl Rules {
     #[must_use]
     #[expect(clippy::too_many_lines, reason = "a table is read in one piece")]
     pub fn text(&self) -> String {
-        let Shell { table, prefix, prober, pool } = &self.shell;
+        let Shell { table, prefix, prober, pool, pace } = &self.shell;
+        let burst = self.shell.burst();
         let bridges = format!("\"{prefix}*\"");
         let list = |elements: &BTreeSet<String>| {
             if elements.is_empty() {
@@ -34,6 +35,7 @@ impl Rules {
         let record = format!(
             "meta l4proto {{ tcp, udp }} update @pace {{ iifname limit rate 5/second burst 50 packets }} update @denied {{ {to} }}"
         );
+        let hasty = record.replacen("update @denied", "update @hasty", 1);
         let seen = record.replacen("update @pace", "ct state new update @pace", 1).replacen(
             "update @denied",
             "update @seen",
@@ -84,6 +86,18 @@ table inet {table} {{
   }}
   set seen {{
     {key}
+    size 65536
+    flags dynamic,timeout
+    timeout 1m
+  }}
+  set hasty {{
+    {key}
+    size 65536
+    flags dynamic,timeout
+    timeout 1m
+  }}
+  set begun {{
+    type ifname
     size 65536
     flags dynamic,timeout
     timeout 1m
@@ -157,9 +171,24 @@ table inet {table} {{
     icmp type destination-unreachable accept
     reject with icmpx admin-prohibited
   }}
+  chain through_at_last {{
+    type filter hook forward priority filter + 10; policy accept;
+    iifname {bridges} ct state new ct status & confirmed == 0 goto begin
+  }}
+  chain into_host_at_last {{
+    type filter hook input priority filter + 10; policy accept;
+    iifname {bridges} ct state new ct status & confirmed == 0 goto begin
+  }}
+  chain begin {{
+    update @begun {{ iifname limit rate over {pace}/second burst {burst} packets }} goto slow_down
+  }}
   chain leave {{
     type nat hook postrouting priority srcnat; policy accept;
     ip saddr {pool} oifname != {bridges} masquerade
+  }}
+  chain slow_down {{
+    {hasty}
+    drop
   }}
   chain refuse {{
     {record}

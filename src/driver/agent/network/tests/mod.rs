@@ -16,7 +16,8 @@ mod random;
 const POOL: &str = "10.64.0.0/12";
 
 fn shell() -> Shell {
-    Shell { table: "bulkhead_demo".into(), prefix: "bkdemo".into(), prober: 999, pool: POOL.parse().unwrap() }
+    let pool = POOL.parse().unwrap();
+    Shell { table: "bulkhead_demo".into(), prefix: "bkdemo".into(), prober: 999, pool, pace: 1_000 }
 }
 
 fn never() -> Vec<Range> {
@@ -310,6 +311,10 @@ fn every_line_of_the_shape_matters() {
             ("999", "0"),
             ("10.64.0.0/12", "0.0.0.0/0"),
             ("- 10", "+ 10"),
+            ("+ 10", "- 10"),
+            ("1000/second", "9000/second"),
+            ("burst 5000", "burst 50000"),
+            ("== 0", "!= 0"),
         ] {
             if gone.contains(from) && !gone.contains("elements") {
                 let mut changed = lines.clone();
