@@ -72,7 +72,8 @@ pub async fn end_window(
             _ => format!("the roll-out {id} is not within a window"),
         }));
     }
-    let detail = json!({"rollout": id, "until": rollout.until, "reason": reason});
+    let left = rollout.until.map_or(0, |until| (until - time::OffsetDateTime::now_utc()).whole_seconds());
+    let detail = json!({"rollout": id, "seconds_left": left, "reason": reason});
     by.record(&mut tx, None, "rollout.end-window", rollout.service.as_str(), detail).await?;
     enqueue(&mut tx, WORK, id, None).await?;
     tx.commit().await?;

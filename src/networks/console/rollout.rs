@@ -5,6 +5,7 @@ use actix_web::{HttpResponse, web};
 use askama::Template;
 use serde::Deserialize;
 use sqlx::PgPool;
+use time::OffsetDateTime;
 
 use super::platform;
 use crate::access::console::{after, platform_frame, when, who};
@@ -123,7 +124,7 @@ fn decisions(rollout: &Rollout) -> Vec<Choice> {
     let pause = Choice { what: "pause", label: "Pause", class: "quiet" };
     match (rollout.paused_by.is_some(), rollout.stage) {
         (true, _) => vec![Choice { what: "resume", label: "Let it go on", class: "" }, abort],
-        (false, Stage::Window) => vec![pause, end, abort],
+        (false, Stage::Window) if rollout.until > Some(OffsetDateTime::now_utc()) => vec![pause, end, abort],
         (false, _) => vec![pause, abort],
     }
 }

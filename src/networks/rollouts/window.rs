@@ -37,12 +37,17 @@ impl RolloutReconciler {
         }
         if let Some(one) = some.first() {
             return Ok(Step::Ask(format!(
-                "within the window of {} h, {all} connection(s) were used that it closes, such as {}/{} to {} {} {}; \
+                "within the window of {}, {all} connection(s) were used that it closes, such as {}/{} to {} {} {}; \
                  going on closes them",
-                rollout.window_hours, one.tenant, one.app, one.network, one.protocol, one.port
+                lasted(rollout),
+                one.tenant,
+                one.app,
+                one.network,
+                one.protocol,
+                one.port
             )));
         }
-        let message = format!("in {} h nothing was used of what it closes", rollout.window_hours);
+        let message = format!("in {} nothing was used of what it closes", lasted(rollout));
         self.go_on(rollout, Stage::Canary, &message).await
     }
 
@@ -69,4 +74,10 @@ impl RolloutReconciler {
         tx.commit().await?;
         Ok(seen)
     }
+}
+
+/// How long a window was, which a person may have ended before its time.
+fn lasted(rollout: &Rollout) -> String {
+    let minutes = (OffsetDateTime::now_utc() - rollout.begun_at).whole_minutes();
+    if minutes < 60 { format!("{minutes} min") } else { format!("{} h", minutes / 60) }
 }

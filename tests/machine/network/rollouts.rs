@@ -201,6 +201,8 @@ async fn a_window_counts_what_would_be_cut_and_waits_for_somebody_to_know() {
     assert_eq!(decide(&machine, "DELETE", id, "window").await, 202);
     let seen = wait(&machine, id, "done", |seen| seen["stage"] == "over").await;
     assert_eq!(seen["outcome"], "done", "{seen:#}");
+    let audit = machine.get("/api/v1/audit?limit=100").await.to_string();
+    assert!(audit.contains("in 0 min nothing was used") && audit.contains("seconds_left"), "{audit}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
