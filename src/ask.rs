@@ -15,7 +15,9 @@ pub(crate) fn can_reach(command: NetCommand) -> Result<ExitCode, String> {
     let NetCommand::CanReach { app, to, port, udp, probe, url, output } = command;
     let tenant = app.tenant.ok_or("name the app as TENANT/APP")?;
     let token = std::env::var("BULKHEAD_TOKEN")
-        .map_err(|_| "set BULKHEAD_TOKEN to an API token (the console makes them under Tokens)")?;
+        .ok()
+        .filter(|token| !token.trim().is_empty())
+        .ok_or("set BULKHEAD_TOKEN to an API token (the console makes them under Tokens)")?;
     let answer: Value = block_on(async {
         let client =
             outgoing::client().timeout(Duration::from_secs(20)).build().map_err(|e| e.to_string())?;

@@ -132,14 +132,22 @@ pub async fn list_apps(
 /// GET /api/v1/tenants/{tenant}/apps/{app}
 pub async fn get_app(
     scope: TenantScope<ReadTenant>,
-    pool: web::Data<PgPool>,
+    apps: web::Data<Apps>,
     path: web::Path<AppPath>,
 ) -> Result<HttpResponse, Error> {
-    let mut conn = db::begin(&pool, scope.tenant.id).await?;
+    let mut conn = db::begin(&apps.pool, scope.tenant.id).await?;
     let app = store::find_app(&mut conn, scope.tenant.id, &path.name()?).await?.ok_or(Error::NotFound)?;
     let release = store::find_release(&mut conn, scope.tenant.id, app.id, app.revision).await?;
     let events = store::list_events(&mut conn, scope.tenant.id, app.id, 20).await?;
-    let view = AppView::new((&scope.tenant.name, &scope.tenant.state), app, release.as_ref(), events);
+    let missing = match &release {
+        Some(release) => {
+            let spec = release.parse_spec()?;
+            apps.connections.missing(&mut conn, &scope.tenant, spec.connects()).await?
+        }
+        None => Vec::new(),
+    };
+    let view = AppView::new((&scope.tenant.name, &scope.tenant.state), app, release.as_ref(), events)
+        .connected(&missing);
     Ok(HttpResponse::Ok().insert_header(etag(view.generation())).json(view))
 }
 

@@ -8,6 +8,7 @@ use futures_util::StreamExt;
 use sqlx::PgPool;
 use time::OffsetDateTime;
 
+use super::actions::Apps;
 use super::api::AppPath;
 use super::{App, Event, Release, logs, store, view};
 use crate::access::console::tenant_frame;
@@ -205,6 +206,7 @@ struct AppPage {
     state: &'static str,
     mark: &'static str,
     summary: String,
+    missing: Vec<String>,
     warnings: Vec<String>,
     instances: Vec<InstanceRow>,
     releases: Vec<ReleaseRow>,
@@ -225,21 +227,22 @@ pub async fn app_page(
     scope: TenantScope<ReadTenant>,
     req: HttpRequest,
     own: web::Data<OwnAddress>,
-    pool: web::Data<PgPool>,
+    apps: web::Data<Apps>,
     keys: web::Data<Keys>,
     driver: web::Data<dyn Driver>,
     path: web::Path<AppPath>,
 ) -> Result<HttpResponse, Error> {
-    let mut conn = db::begin(&pool, scope.tenant.id).await?;
+    let mut conn = db::begin(&apps.pool, scope.tenant.id).await?;
     let tenant = scope.tenant.id;
     let app = store::find_app(&mut conn, tenant, &path.name()?).await?.ok_or(Error::NotFound)?;
     let release =
         store::find_release(&mut conn, tenant, app.id, app.revision).await?.ok_or(Error::NotFound)?;
     let releases = store::list_releases(&mut conn, tenant, app.id, i64::MAX, 10).await?;
     let events = store::list_events(&mut conn, tenant, app.id, 15).await?;
+    let spec = release.parse_spec()?;
+    let missing = apps.connections.missing(&mut conn, &scope.tenant, spec.connects()).await?;
     drop(conn);
     let (log, log_note) = last_lines(&**driver, &scope, &app).await;
-    let spec = release.parse_spec()?;
     let (state, summary) = view::state(&app, spec.instances(), &scope.tenant.state);
     let connects = spec.connects();
     let names: Vec<String> = (connects.services.iter().map(ToString::to_string))
@@ -253,6 +256,7 @@ pub async fn app_page(
         state,
         mark: mark(state),
         summary,
+        missing: missing.into_iter().map(|fault| fault.message).collect(),
         warnings: warnings
             .iter()
             .map(|w| {

@@ -6,6 +6,7 @@ use time::OffsetDateTime;
 
 use super::{App, Event, Release};
 use crate::driver::{Cause, InstanceObserved, InstanceState};
+use crate::fault::Fault;
 use crate::ids::{AppName, Digest, TenantName};
 
 /// One app.
@@ -144,8 +145,9 @@ fn trouble(instance: &InstanceObserved) -> Option<String> {
         Cause::StartError => "It cannot be started".to_owned(),
         Cause::Removed => "It was removed from outside".to_owned(),
     };
+    let detail = ending.detail.trim_start_matches("its health check fails: ");
     let line = ending.last_lines.last().map(|line| format!("; last line: {line}")).unwrap_or_default();
-    Some(format!("{what} ({}){line}", ending.detail))
+    Some(format!("{what} ({detail}){line}"))
 }
 
 fn duration(ms: u64) -> String {
@@ -214,6 +216,20 @@ impl AppView {
             name: app.name,
             events,
         }
+    }
+
+    /// Says whether the app has what it names under `connects`; what it lacks, it is told why.
+    pub(super) fn connected(mut self, missing: &[Fault]) -> Self {
+        let (status, reason) = if missing.is_empty() { ("true", "AsNamed") } else { ("false", "Missing") };
+        let message = missing.iter().map(|fault| fault.message.as_str()).collect::<Vec<_>>().join("; ");
+        self.conditions.push(Condition {
+            kind: "Connected",
+            status,
+            reason,
+            message,
+            since: self.changed_at,
+        });
+        self
     }
 
     pub(super) fn name(&self) -> &AppName {

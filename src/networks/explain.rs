@@ -98,6 +98,19 @@ pub fn address(target: Ipv4Addr, protocol: Protocol, port: u16, known: &Known) -
     closed("the outside, which is closed but for approved targets", ask)
 }
 
+/// Why packets were not let through to what the app names by now; `own`: to an address of an app of its tenant.
+#[must_use]
+pub fn allowed(name: &str, own: bool) -> Closed {
+    let why = if own {
+        format!(
+            "{name}, which this app names: no instance of it had the address then, or the plan was not in force yet"
+        )
+    } else {
+        format!("{name}, which this app names: the plan was not in force yet")
+    };
+    closed(why, None)
+}
+
 /// Why packets are not let through that begin a connection which is allowed.
 #[must_use]
 pub fn hasty() -> Closed {

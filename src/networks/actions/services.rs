@@ -10,7 +10,7 @@ use crate::fault::{Code, Fault, Kind};
 use crate::ids::{ServiceName, TenantName};
 use crate::networks::connections::note;
 use crate::networks::rollouts::{self, Staging};
-use crate::networks::store::NewRollout;
+use crate::networks::store::{NewRollout, Rollout};
 use crate::networks::{Endpoint, store};
 use crate::reconcile::{Waker, enqueue};
 use crate::tenants::actions::check_generation;
@@ -59,13 +59,20 @@ pub async fn put_service(
     let (_, known) = store::find_service(&mut tx, name).await?.ok_or(Error::NotFound)?;
     check_generation(expected, known.generation)?;
     if let Some(under_way) = store::find_under_way(&mut tx, id).await? {
-        if *under_way.endpoints == endpoints && under_way.description == description {
-            return Ok(Put::Begun { generation: known.generation, rollout: under_way.id });
-        }
-        return Err(Error::Conflict(format!(
-            "the roll-out {} of this service is under way: wait until it is over, or abort it",
-            under_way.id
-        )));
+        let same = *under_way.endpoints == endpoints
+            && under_way.description == description
+            && is_staged(&under_way, staging);
+        let id = under_way.id;
+        return match under_way.stage {
+            rollouts::Stage::Undo => Err(Error::Conflict(format!(
+                "the roll-out {id} of this service is being taken back: put it once that is over"
+            ))),
+            _ if same => Ok(Put::Begun { generation: known.generation, rollout: id }),
+            _ => Err(Error::Conflict(format!(
+                "the roll-out {id} of this service is under way, to other endpoints or in other stages: wait until it is \
+                 over, or abort it"
+            ))),
+        };
     }
     if known.endpoints == endpoints && known.description == description {
         return Ok(Put::Done { generation: known.generation, new: false });
@@ -96,6 +103,19 @@ pub async fn put_service(
     tx.commit().await?;
     waker.wake();
     Ok(Put::Begun { generation: known.generation, rollout })
+}
+
+/// Whether a roll-out goes through these stages; of one about which nothing is said, anything is right.
+fn is_staged(rollout: &Rollout, staging: &Staging) -> bool {
+    let canaries = staging.canaries.as_ref().is_none_or(|names| {
+        let mut names: Vec<String> = names.iter().map(ToString::to_string).collect();
+        names.sort();
+        names.dedup();
+        names == rollout.canary_names
+    });
+    *staging == Staging::default()
+        || (rollout.window_hours, rollout.observe_seconds) == (staging.window_hours, staging.observe_seconds)
+            && canaries
 }
 
 async fn put_now(

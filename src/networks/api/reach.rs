@@ -133,9 +133,11 @@ pub(in crate::networks) async fn resolve(
     };
     let flow = explain::flow(own, &to, (protocol, port), at.map(|at| (&tenant.name, at)));
     let through = flow.map(|flow| flow.name.clone());
+    // What never leaves the app is nobody's to open or close.
+    let inside = matches!(&to, To::Address(to) if to.is_loopback() || to.is_unspecified());
     let itself = match &to {
         To::Name(to) => to == name.as_str(),
-        To::Address(_) => at == Some(app),
+        To::Address(_) => at == Some(app) || inside,
     };
     let on_trial = standing.as_ref().is_some_and(|standing| standing.trial.is_some());
     let (through, closed) = match &to {
@@ -152,8 +154,12 @@ pub(in crate::networks) async fn resolve(
             conn = db::begin(pool, tenant.id).await?;
             match (through, permits) {
                 (Some(_), Some(false)) if in_force => {
-                    let why = "the plan opens it, and the machine keeps it closed: it has become an address of its own, or \
-                               its configuration closes it";
+                    let why = if at.is_some() {
+                        "the app that this address is kept for is open, and no instance of it has the address now"
+                    } else {
+                        "the plan opens it, and the machine keeps it closed: it has become an address of its own, or its \
+                         configuration closes it"
+                    };
                     (None, Closed { why: why.to_owned(), ask: None })
                 }
                 (None, Some(true)) => (Some(explain::unnamed(own, protocol, port, on_trial)), closed),
@@ -162,6 +168,7 @@ pub(in crate::networks) async fn resolve(
         }
     };
     let target = match (&to, own.flows.iter().find(|flow| To::Name(flow.name.clone()) == to)) {
+        (To::Address(_), _) if inside => None,
         (To::Address(address), _) => Some(ProbeTarget::Address(*address)),
         (To::Name(_), Some(flow)) => match &flow.target {
             Target::App { tenant, app } => Some(ProbeTarget::App { tenant: tenant.clone(), app: *app }),
@@ -240,7 +247,10 @@ pub async fn post_reach(
         resolve(&scope.tenant, &pool, (&config.pools, &**driver), &path.name()?, &query).await?;
     // A domain has an address only once an app asks for it; what is not there has none: the plan's answer stands.
     let Some(target) = target else {
-        let words = "not tried: this name has no address here; an address can be tried".to_owned();
+        let words = match query.to.parse::<Ipv4Addr>() {
+            Ok(_) => "not tried: what is sent there never leaves the app".to_owned(),
+            Err(_) => "not tried: this name has no address here; an address can be tried".to_owned(),
+        };
         return Ok(HttpResponse::Ok().json(Probed { reach, probe: "none", words, agrees: true }));
     };
     let probe = Probe { tenant: scope.tenant.name.clone(), app, target, protocol, port, platform: false };
@@ -333,21 +343,25 @@ pub(in crate::networks) async fn denials(
     let configured = closed(driver).await;
     let mut conn = db::begin(pool, tenant.id).await?;
     let mut known = around(&mut conn, tenant, pools, configured).await?;
+    let standing = store::find_standing(&mut conn, tenant.id).await?;
+    let plan = standing.iter().flat_map(|standing| &standing.apps).find(|own| own.app == app);
     let mut owners = HashMap::new();
     let mut items = Vec::new();
     for denied in denied.into_iter().take(DENIED) {
-        let app = match owners.entry(denied.target) {
+        let owner = match owners.entry(denied.target) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
-                let owner = owner(&mut conn, tenant, known.subnet, denied.target).await?;
-                entry.insert(owner.map(|(_, name)| name))
+                entry.insert(owner(&mut conn, tenant, known.subnet, denied.target).await?)
             }
         };
-        known.app.clone_from(app);
-        let closed = if denied.hasty {
-            explain::hasty()
-        } else {
-            explain::address(denied.target, denied.protocol, denied.port, &known)
+        let at = owner.as_ref().map(|(id, _)| (&tenant.name, *id));
+        let place = (&To::Address(denied.target), (denied.protocol, denied.port));
+        let flow = plan.and_then(|plan| explain::flow(plan, place.0, place.1, at));
+        known.app = owner.as_ref().map(|(_, name)| name.clone());
+        let closed = match flow {
+            _ if denied.hasty => explain::hasty(),
+            Some(flow) => explain::allowed(&flow.name, at.is_some()),
+            None => explain::address(denied.target, denied.protocol, denied.port, &known),
         };
         items.push(DeniedView { denied, closed });
     }

@@ -165,6 +165,32 @@ async fn nobody_uses_up_the_connections_that_all_tenants_share() {
         assert!(begun.elapsed() < Duration::from_secs(20), "{denied:#}");
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
+    // An address that is kept for an app that it names, and that no instance has now.
+    let files = std::fs::read_dir(machine.data.join("agent/apps")).unwrap().flatten();
+    let kept = files.map(|file| serde_json::from_slice(&std::fs::read(file.path()).unwrap()).unwrap());
+    let kept = kept.collect::<Vec<serde_json::Value>>();
+    let api = kept.iter().find(|kept| kept["workload"]["addresses"][0] == acme_api.to_string()).unwrap();
+    let spare: std::net::Ipv4Addr = api["workload"]["addresses"][1].as_str().unwrap().parse().unwrap();
+    assert!(!greets(&acme, spare, 8080));
+    let begun = std::time::Instant::now();
+    loop {
+        let denied = machine.get("/api/v1/tenants/acme/apps/web/denied").await;
+        let item =
+            denied["items"].as_array().unwrap().iter().find(|item| item["target"] == spare.to_string());
+        if let Some(item) = item {
+            assert!(item["why"].as_str().unwrap().contains("no instance of it had the address"), "{item:#}");
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20), "{denied:#}");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    // What never leaves the app is open, and not tried.
+    for inside in ["127.0.0.1", "0.0.0.0"] {
+        let path = format!("/api/v1/tenants/acme/apps/web/reach?to={inside}&port=1");
+        let (status, answer) = machine.ask(&machine.admin, "POST", &path, None).await;
+        assert!(status == 200 && answer["open"] == true && answer["agrees"] == true, "{answer}");
+        assert!(answer["words"].as_str().unwrap().contains("never leaves the app"), "{answer}");
+    }
     // A person sets another number: it holds from the next start on, and is kept by the one after.
     let path = machine.data.join("agent.toml");
     let text = std::fs::read_to_string(&path).unwrap();

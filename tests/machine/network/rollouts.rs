@@ -168,8 +168,20 @@ async fn a_window_counts_what_would_be_cut_and_waits_for_somebody_to_know() {
     assert!(greets(&places[0], world.service(), 9092), "nothing has changed");
     let seen = wait(&machine, id, "counted", |seen| seen["uses"]["in_all"] == 2).await;
     assert_eq!((&seen["stage"], &seen["reached"]), (&json!("window"), &json!(0)), "{seen:#}");
+    // The same in other stages is something else; what is being taken back is not what somebody asks for now.
+    let body = json!({"endpoints": endpoints(&world, &[9093]), "rollout": {"window_hours": 7}});
+    let (status, answer) = machine.send("PUT", "/api/v1/services/kafka", body).await;
+    assert!(status == 409 && answer.to_string().contains("in other stages"), "{answer}");
     // Taken back, nothing has happened.
     assert_eq!(decide(&machine, "PUT", id, "abort").await, 202);
+    let body = json!({"endpoints": endpoints(&world, &[9093]), "rollout": staging});
+    let (status, answer) = machine.send("PUT", "/api/v1/services/kafka", body).await;
+    let fresh = answer["rollout"].as_i64();
+    assert!(status == 409 || fresh.is_some_and(|fresh| fresh != id), "{status} {answer}");
+    if let Some(fresh) = fresh {
+        assert_eq!(decide(&machine, "PUT", fresh, "abort").await, 202);
+        wait(&machine, fresh, "aborted", |seen| seen["stage"] == "over").await;
+    }
     let seen = wait(&machine, id, "aborted", |seen| seen["stage"] == "over").await;
     assert_eq!(seen["outcome"], "aborted", "{seen:#}");
     let flows = machine.data.join("agent/flows/beta.json");

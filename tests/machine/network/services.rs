@@ -8,6 +8,13 @@ use super::{delete, instance, put, two_tenants, until};
 use crate::outside::{Live, Outside, greets};
 use crate::support::{Machine, run};
 
+/// Whether acme's `web` has what it names.
+async fn connected(machine: &Machine) -> serde_json::Value {
+    let app = machine.app("acme", "web").await;
+    let all = app["conditions"].as_array().unwrap();
+    all.iter().find(|one| one["type"] == "Connected").unwrap().clone()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
     let machine = Machine::start().await;
@@ -94,7 +101,13 @@ async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
     let tcp = Live::tcp(&web, world.service(), 9092);
     let udp = Live::udp(&web, world.service(), 123);
     until(5, "both live", || tcp.rounds() > 3 && udp.rounds() > 3).await;
+    assert_eq!(connected(&machine).await["status"], "true");
     delete(&machine, "/api/v1/tenants/acme/services/kafka").await;
+    let condition = connected(&machine).await;
+    assert!(
+        condition["status"] == "false" && condition["message"].to_string().contains("kafka"),
+        "{condition}"
+    );
     until(5, "closed", || !greets(&web, world.service(), 9092)).await;
     tokio::time::sleep(Duration::from_millis(500)).await;
     let before = (tcp.rounds(), udp.rounds());
