@@ -142,7 +142,7 @@ pub async fn get_app(
     let missing = match &release {
         Some(release) => {
             let spec = release.parse_spec()?;
-            apps.connections.missing(&mut conn, &scope.tenant, spec.connects()).await?
+            apps.connections.absent(&mut conn, &scope.tenant, spec.connects()).await?
         }
         None => Vec::new(),
     };

@@ -30,7 +30,14 @@ pub struct Connecting {
 /// What decides about an app's connections.
 #[async_trait::async_trait]
 pub trait Connections: Send + Sync + 'static {
-    /// What of it the tenant cannot have: a fault each.
+    /// What of it the tenant does not have, by what was decided: a fault each.
+    async fn absent(
+        &self,
+        conn: &mut PgConnection,
+        tenant: &TenantRef,
+        connects: &Connects,
+    ) -> Result<Vec<Fault>, Error>;
+    /// What of it the tenant cannot have, also by what the machine closes: a fault each.
     async fn missing(
         &self,
         conn: &mut PgConnection,

@@ -240,7 +240,7 @@ pub async fn app_page(
     let releases = store::list_releases(&mut conn, tenant, app.id, i64::MAX, 10).await?;
     let events = store::list_events(&mut conn, tenant, app.id, 15).await?;
     let spec = release.parse_spec()?;
-    let missing = apps.connections.missing(&mut conn, &scope.tenant, spec.connects()).await?;
+    let missing = apps.connections.absent(&mut conn, &scope.tenant, spec.connects()).await?;
     drop(conn);
     let (log, log_note) = last_lines(&**driver, &scope, &app).await;
     let (state, summary) = view::state(&app, spec.instances(), &scope.tenant.state);

@@ -66,8 +66,9 @@ struct Condition {
     status: &'static str,
     reason: &'static str,
     message: String,
-    #[serde(with = "time::serde::rfc3339")]
-    since: OffsetDateTime,
+    /// Where it is known.
+    #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
+    since: Option<OffsetDateTime>,
 }
 
 #[derive(Serialize)]
@@ -182,14 +183,14 @@ impl AppView {
                 status: taken.0,
                 reason: taken.1,
                 message: app.problem.clone().unwrap_or_default(),
-                since: app.changed_at,
+                since: Some(app.changed_at),
             },
             Condition {
                 kind: "Ready",
                 status: ready.0,
                 reason: ready.1,
                 message: summary.clone(),
-                since: app.observed_at.unwrap_or(app.changed_at),
+                since: Some(app.observed_at.unwrap_or(app.changed_at)),
             },
         ];
         Self {
@@ -222,13 +223,7 @@ impl AppView {
     pub(super) fn connected(mut self, missing: &[Fault]) -> Self {
         let (status, reason) = if missing.is_empty() { ("true", "AsNamed") } else { ("false", "Missing") };
         let message = missing.iter().map(|fault| fault.message.as_str()).collect::<Vec<_>>().join("; ");
-        self.conditions.push(Condition {
-            kind: "Connected",
-            status,
-            reason,
-            message,
-            since: self.changed_at,
-        });
+        self.conditions.push(Condition { kind: "Connected", status, reason, message, since: None });
         self
     }
 

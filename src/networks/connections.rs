@@ -47,7 +47,7 @@ fn closed(path: &str, message: String, instead: &str) -> Fault {
 
 #[async_trait::async_trait]
 impl Connections for Network {
-    async fn missing(
+    async fn absent(
         &self,
         conn: &mut PgConnection,
         tenant: &TenantRef,
@@ -70,14 +70,13 @@ impl Connections for Network {
                 faults.push(closed("connects.apps", message, instead));
             }
         }
-        for name in &connects.services {
-            if store::find_service(conn, name).await?.is_none() {
+        let services: Vec<String> = connects.services.iter().map(ToString::to_string).collect();
+        if !services.is_empty() {
+            let usable = store::list_named_services(conn, &services).await?;
+            for name in services.iter().filter(|name| !usable.contains(name)) {
                 let message = format!("this tenant may not use a service {name}");
-                faults.push(closed(
-                    "connects.services",
-                    message,
-                    "ask the platform's admin for it, or leave it out",
-                ));
+                let instead = "ask the platform's admin for it, or leave it out";
+                faults.push(closed("connects.services", message, instead));
             }
         }
         let egress: Vec<String> = connects.egress.iter().map(ToString::to_string).collect();
@@ -86,7 +85,17 @@ impl Connections for Network {
             let instead = "an owner asks for it under Network, an admin approves it; or leave it out";
             faults.push(closed("connects.egress", message, instead));
         }
-        if !egress.is_empty() {
+        Ok(faults)
+    }
+
+    async fn missing(
+        &self,
+        conn: &mut PgConnection,
+        tenant: &TenantRef,
+        connects: &Connects,
+    ) -> Result<Vec<Fault>, Error> {
+        let mut faults = self.absent(conn, tenant, connects).await?;
+        if !connects.egress.is_empty() {
             let walls = self.driver.walls().await.unwrap_or_default().ranges();
             let (approved, _) = store::decided_egress(conn, tenant.id).await?;
             for target in approved.iter().filter(|target| connects.egress.contains(&target.name)) {

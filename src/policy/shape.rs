@@ -66,6 +66,12 @@ table inet T {
     flags dynamic,timeout
     timeout 1m
   }
+  set hurried {
+    type ifname
+    size 65536
+    flags dynamic,timeout
+    timeout 10s
+  }
   set begun {
     type ifname
     size 65536
@@ -81,7 +87,6 @@ table inet T {
   chain arrive {
     type filter hook prerouting priority raw; policy accept;
     iifname B meta nfproto ipv6 drop
-    iifname B ip ttl < 2 goto discard
     iifname B iifname . ether saddr . ip saddr @sources accept
     iifname B goto discard
   }
@@ -90,6 +95,7 @@ table inet T {
     iifname B goto entered
   }
   chain entered {
+    ip ttl < 2 goto discard
     ip daddr P ct state invalid drop
     ip daddr P ct direction original ct state != related iifname . ip daddr != @gateways iifname . ip saddr . ip daddr . meta l4proto . th dport != @pairs goto refuse
     fib daddr type local ct direction original iifname . ip daddr != @gateways goto refuse
@@ -157,6 +163,7 @@ table inet T {
     ip saddr P oifname != B masquerade
   }
   chain slow_down {
+    update @hurried { iifname }
     meta l4proto { tcp, udp } update @pace { iifname limit rate 5/second burst 50 packets } update @hasty { iifname . ip saddr . ip daddr . meta l4proto . th dport }
     drop
   }

@@ -89,8 +89,8 @@ async fn remove_containers(folder: &Folder) -> Result<(), Failed> {
         ports::remove_bridge(network).await.map_err(failed)?;
     }
     let _ = service.kill().await;
-    unmount_below(&folder.path);
     remove_cgroups(id).await;
+    unmount_below(&folder.path);
     Ok(())
 }
 

@@ -22,7 +22,7 @@ use crate::driver::podman::client::{Listed, Podman};
 use crate::driver::podman::firewall;
 use crate::driver::podman::neighbours;
 use crate::driver::podman::oom::OutOfMemory;
-use crate::driver::podman::ports::{self, Port};
+use crate::driver::podman::ports::Port;
 use crate::driver::podman::render;
 use crate::driver::{AppEvent, Error, InstanceState, Listener, Observed};
 use crate::ids::{AppId, TenantName};
@@ -75,6 +75,8 @@ pub(super) struct Agent {
     pub(super) probing: Mutex<HashMap<TenantName, usize>>,
     /// What the platform itself has tried from an instance lately: source, target, port.
     pub(super) tried: Mutex<HashMap<(std::net::Ipv4Addr, std::net::Ipv4Addr, u16), std::time::Instant>>,
+    /// Ports whose instance an earlier version has left otherwise, and that could not be settled yet.
+    pub(super) unsettled: Mutex<HashSet<Port>>,
     /// Ports that were found not to be held to their card. Their app closes them.
     pub(super) unlocked: Mutex<HashSet<Port>>,
     /// When it was last told that the machine tracks nearly as many connections as it can.
@@ -181,6 +183,7 @@ impl Agent {
             counts: Mutex::default(),
             probing: Mutex::default(),
             tried: Mutex::default(),
+            unsettled: Mutex::default(),
             unlocked: Mutex::default(),
             crowded: Mutex::default(),
             listening: tokio::sync::Mutex::default(),
@@ -210,30 +213,14 @@ impl Agent {
     /// Takes over what is on record: everything that ran is found again, everything that should
     /// run and does not is started.
     async fn adopt(self: &Arc<Self>) -> Result<(), String> {
-        for kept in Kept::load_all(&self.apps_dir()).map_err(|error| error.to_string())? {
-            self.settle(&kept).await;
+        let all = Kept::load_all(&self.apps_dir()).map_err(|error| error.to_string())?;
+        self.settle(&all).await;
+        for kept in all {
             let app = App::spawn(Arc::clone(self), kept);
             lock(&self.apps).insert(app.id, app);
         }
         self.keep_neighbours().await;
         self.refresh_firewall().await.map_err(|error| error.to_string())
-    }
-
-    /// Closes the ports of what runs, and settles who is on them: an earlier version may have left them otherwise.
-    async fn settle(&self, kept: &Kept) {
-        let recorded = lock(&self.journal).tenant(&kept.workload.tenant).cloned();
-        for instance in &kept.instances {
-            let Some(port) = &instance.port else { continue };
-            if let Err(error) = port.close().await {
-                tracing::debug!(%error, "a port is not there any more");
-                continue;
-            }
-            let (Some(recorded), Some(own)) = (&recorded, kept.address_of(instance)) else { continue };
-            let bridge = self.config.bridge(recorded.network);
-            if let Err(error) = ports::settle(&bridge, &instance.sandbox, own, recorded.subnet).await {
-                tracing::warn!(%error, app = %kept.workload.app, "the network of an instance is as it was");
-            }
-        }
     }
 
     pub(super) fn app(&self, id: AppId) -> Option<Arc<App>> {
@@ -389,7 +376,7 @@ async fn watching(agent: Arc<Agent>) {
         }
         networks_at = tokio::time::Instant::now();
         agent.note_denials().await;
-        agent.note_crowding().await;
+        agent.relieve().await;
         agent.keep_found_open().await;
         agent.note_own_addresses().await;
         if let Err(error) = agent.refresh_firewall().await {

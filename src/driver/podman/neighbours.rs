@@ -100,11 +100,7 @@ pub async fn hold(bridges: &BTreeMap<String, Neighbours>) -> Held {
     there.retain(|(bridge, _)| is_there(bridge));
     let known = match known().await {
         Ok(known) => known,
-        Err(error) => {
-            // What is not known to be there is told again.
-            held.failed = held.failed.or(Some(error));
-            BTreeMap::new()
-        }
+        Err(error) => return Held { failed: held.failed.or(Some(error)), ..held },
     };
     let mut text = String::new();
     for (bridge, neighbours) in there {
@@ -123,7 +119,8 @@ pub async fn hold(bridges: &BTreeMap<String, Neighbours>) -> Held {
     if !text.is_empty()
         && let Err(error) = batch(&["-force"], &text).await
     {
-        held.failed = held.failed.or(Some(error));
+        // What of it was done shows with the next look.
+        held = Held { mended: Vec::new(), failed: held.failed.or(Some(error)) };
     }
     held
 }

@@ -117,6 +117,12 @@ pub async fn address(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet)
 /// Gives an instance its address and its way out, and the machine its way to it. One that runs already loses nothing
 /// by it: its connections go on.
 pub async fn settle(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet) -> Result<(), Error> {
+    settle_within(bridge, sandbox, own, subnet).await?;
+    neighbours::introduce(bridge, subnet.gateway(), own).await
+}
+
+/// The half of it within the instance, by which it still asks nobody and is reached as before.
+pub async fn settle_within(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet) -> Result<(), Error> {
     let name = namespace_of(sandbox);
     let (gateway, prefix) = (subnet.gateway(), subnet.prefix());
     set(&["addr", "replace", &format!("{gateway}/{prefix}"), "dev", bridge]).await?;
@@ -138,7 +144,7 @@ pub async fn settle(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet) 
     if has_wide {
         set(&["-n", name, "addr", "del", &wide, "dev", "eth0"]).await?;
     }
-    neighbours::introduce(bridge, gateway, own).await
+    Ok(())
 }
 
 /// Closes IPv6 on the link of the namespace that this thread is in, where it leads nowhere: else an app could ask for

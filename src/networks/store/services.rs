@@ -90,6 +90,14 @@ pub(in crate::networks) async fn find_service(
     }))
 }
 
+/// Which of these services can be seen: within a tenant, those that it may use.
+pub(in crate::networks) async fn list_named_services(
+    conn: &mut PgConnection,
+    names: &[String],
+) -> Result<Vec<String>, Error> {
+    Ok(sqlx::query_scalar!("SELECT name FROM service WHERE name = ANY ($1)", names).fetch_all(conn).await?)
+}
+
 /// Puts a service into the catalogue, or changes it. Its generation.
 pub(in crate::networks) async fn put_service(
     conn: &mut PgConnection,

@@ -10,6 +10,7 @@ use crate::outside::of;
 use crate::support::{HTTPD, Machine};
 
 mod closed;
+mod crowds;
 mod domains;
 mod forged;
 mod grants;
@@ -17,6 +18,23 @@ mod host;
 mod neighbours;
 mod rollouts;
 mod services;
+
+/// Sets a switch of the kernel and sets it back, also when the test fails.
+struct Switch(&'static str, String);
+
+impl Switch {
+    fn set(path: &'static str, value: &str) -> Self {
+        let before = std::fs::read_to_string(path).unwrap_or_default();
+        let _ = std::fs::write(path, value);
+        Self(path, before)
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        let _ = std::fs::write(self.0, self.1.trim());
+    }
+}
 
 fn address(instance: &Value) -> Ipv4Addr {
     instance["address"].as_str().unwrap().parse().unwrap()

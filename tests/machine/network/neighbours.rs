@@ -6,26 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{instance, two_tenants, until};
+use super::{Switch, instance, two_tenants, until};
 use crate::outside::{Live, greets, within};
 use crate::support::{HTTPD, Machine, run};
-
-/// Sets a switch of the kernel and sets it back, also when the test fails.
-struct Switch(&'static str, String);
-
-impl Switch {
-    fn set(path: &'static str, value: &str) -> Self {
-        let before = std::fs::read_to_string(path).unwrap_or_default();
-        let _ = std::fs::write(path, value);
-        Self(path, before)
-    }
-}
-
-impl Drop for Switch {
-    fn drop(&mut self) {
-        let _ = std::fs::write(self.0, self.1.trim());
-    }
-}
 
 /// The card that belongs to an address.
 fn card(own: Ipv4Addr) -> String {

@@ -89,6 +89,12 @@ impl App {
     /// that somebody has opened is closed again.
     async fn look_at_port(&self, agent: &Arc<Agent>, instance: &Instance) {
         let Some(port) = &instance.port else { return };
+        if lock(&agent.unsettled).contains(port) {
+            let kept = lock(&self.kept).clone();
+            if let Some(text) = agent.settle_again(&kept, instance).await {
+                lock(&self.kept).event("repaired", text);
+            }
+        }
         let noted = lock(&agent.unlocked).remove(port);
         let seen = match port.look() {
             // It may have been looked at while it was being closed for the first time.

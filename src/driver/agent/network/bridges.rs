@@ -2,15 +2,18 @@
 //! port is held to its own card.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::driver::Error;
 use crate::driver::agent::app::App;
 use crate::driver::agent::core::{Agent, lock};
+use crate::driver::agent::kept::{Instance, Kept};
 use crate::driver::podman::ear::Ear;
 use crate::driver::podman::neighbours::{self, Neighbours};
-use crate::driver::podman::ports;
+use crate::driver::podman::ports::{self, Seen};
+use crate::driver::workload::Subnet;
 use crate::ids::TenantName;
 
 /// After what the machine was told again, nothing is heard for so long.
@@ -57,6 +60,56 @@ impl Agent {
             self.machine_event("neighbours_repaired", format!("{bridge}: {what}; it was set right"));
         }
         !held.mended.is_empty()
+    }
+
+    /// Closes the ports of what runs and settles who is on them: an earlier version may have left them otherwise. First
+    /// within all of them: once a bridge answers nobody any more, whoever still asks is cut off.
+    pub(in crate::driver::agent) async fn settle(&self, all: &[Kept]) {
+        for kept in all {
+            for instance in &kept.instances {
+                let Some(port) = &instance.port else { continue };
+                if port.look() == Seen::Gone {
+                    continue;
+                }
+                let settled = match (port.close().await, self.place_of(kept, instance)) {
+                    (Ok(()), Some((bridge, own, subnet))) => {
+                        ports::settle_within(&bridge, &instance.sandbox, own, subnet).await
+                    }
+                    (Ok(()), None) => continue,
+                    (Err(error), _) => Err(error),
+                };
+                if let Err(error) = settled {
+                    tracing::warn!(%error, app = %kept.workload.app, "an instance is not settled yet");
+                    lock(&self.unsettled).insert(port.clone());
+                }
+            }
+        }
+    }
+
+    /// Settles an instance that could not be settled before. What came of it, in words, if it was one.
+    pub(in crate::driver::agent) async fn settle_again(
+        &self,
+        kept: &Kept,
+        instance: &Instance,
+    ) -> Option<String> {
+        let port = instance.port.as_ref().filter(|port| lock(&self.unsettled).contains(port))?;
+        let (bridge, own, subnet) = self.place_of(kept, instance)?;
+        match ports::settle(&bridge, &instance.sandbox, own, subnet).await {
+            Ok(()) => {
+                lock(&self.unsettled).remove(port);
+                Some(format!("instance {}: its network was settled late", instance.number))
+            }
+            Err(error) => {
+                tracing::warn!(%error, app = %kept.workload.app, "an instance is not settled yet");
+                None
+            }
+        }
+    }
+
+    /// The bridge, the address and the subnet of an instance.
+    fn place_of(&self, kept: &Kept, instance: &Instance) -> Option<(String, Ipv4Addr, Subnet)> {
+        let recorded = lock(&self.journal).tenant(&kept.workload.tenant).cloned()?;
+        Some((self.config.bridge(recorded.network), kept.address_of(instance)?, recorded.subnet))
     }
 
     /// Who is on which bridge.

@@ -8,6 +8,7 @@ use time::OffsetDateTime;
 
 use crate::driver::agent::core::{Agent, lock};
 use crate::driver::podman::firewall::kernel::{self, Refusal};
+use crate::driver::workload::Subnet;
 use crate::driver::{Denied, Used};
 use crate::ids::{AppId, TenantName};
 use crate::policy::proof::{Place, Standing};
@@ -28,6 +29,8 @@ pub(in crate::driver::agent) struct Counts {
     last: HashMap<(u32, Ipv4Addr, Cidr, Protocol, u16), u64>,
 }
 
+/// When the table is nearly full, whoever has more than one in so many of all that there is room for loses them.
+const SHARE: u64 = 16;
 /// How long nothing more is told of a table of connections that is nearly full.
 const CROWDED: Duration = Duration::from_secs(300);
 
@@ -120,12 +123,28 @@ impl Agent {
         counts.sums.retain(|(_, app, ..), _| watched.contains(app));
     }
 
-    /// Tells when the kernel's table of tracked connections is nearly full, and whose they are: nobody on the machine
-    /// begins a connection once it is.
-    pub(in crate::driver::agent) async fn note_crowding(&self) {
+    /// When the kernel's table of tracked connections is nearly full, forgets those of every tenant that has more than
+    /// a part of it, and tells so: nobody on the machine begins a connection once it is full.
+    pub(in crate::driver::agent) async fn relieve(&self) {
         let Some((count, most)) = kernel::tracked_of().filter(|both| kernel::is_crowded(*both)) else {
             return;
         };
+        let subnets = lock(&self.journal).by_subnet();
+        let mut sums: HashMap<&TenantName, (u64, Subnet)> = HashMap::new();
+        for (_, source, ..) in kernel::tracked(self.config.pool()).await {
+            let near = subnets.range(..=source).next_back();
+            if let Some((_, (name, subnet))) = near.filter(|(_, (_, subnet))| subnet.contains(source)) {
+                sums.entry(name).or_insert((0, *subnet)).0 += 1;
+            }
+        }
+        let mut greedy: Vec<_> = sums.into_iter().filter(|(_, (n, _))| *n > most / SHARE).collect();
+        greedy.sort_by_key(|(_, (n, _))| std::cmp::Reverse(*n));
+        for (name, (n, subnet)) in &greedy {
+            tracing::warn!(tenant = %name, n, "too many connections are tracked; they are forgotten");
+            if let Some(subnet) = Cidr::new(subnet.address(), subnet.prefix()) {
+                kernel::forget(subnet).await;
+            }
+        }
         {
             let mut told = lock(&self.crowded);
             if told.is_some_and(|last| last.elapsed() < CROWDED) {
@@ -133,24 +152,25 @@ impl Agent {
             }
             *told = Some(Instant::now());
         }
-        let subnets = lock(&self.journal).by_subnet();
-        let mut sums: HashMap<&TenantName, u64> = HashMap::new();
-        for (_, source, ..) in kernel::tracked(self.config.pool()).await {
-            let near = subnets.range(..=source).next_back();
-            if let Some((_, (name, _))) = near.filter(|(_, (_, subnet))| subnet.contains(source)) {
-                *sums.entry(name).or_default() += 1;
+        let whose = match greedy.as_slice() {
+            [] => ", and no tenant has many of them".to_owned(),
+            [(name, (n, _)), rest @ ..] => {
+                let others =
+                    if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+                format!(
+                    ", {n} of them begun by apps of {name}; those of {name}{others} were forgotten, what lives goes on"
+                )
             }
-        }
-        let greedy = sums.into_iter().max_by_key(|(_, n)| *n);
-        let whose =
-            greedy.map_or_else(String::new, |(name, n)| format!(", {n} of them begun by apps of {name}"));
+        };
         self.machine_event(
             "connections_crowded",
-            format!(
-                "{count} of the {most} connections that this machine can track are in use{whose}; once all are, nobody \
-                 begins another one"
-            ),
+            format!("{count} of the {most} connections that this machine can track were in use{whose}"),
         );
+    }
+
+    /// Whether a tenant's apps begin so many connections that nothing can be tried from within them.
+    pub(in crate::driver::agent) async fn is_hurried(&self, network: u32) -> bool {
+        kernel::is_hurried(&self.config.table(), &self.config.bridge(network)).await
     }
 
     /// What was refused of one app lately, the newest first.

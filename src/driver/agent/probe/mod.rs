@@ -78,6 +78,12 @@ impl Agent {
         self.note_tried(from.address, address, port);
         let (network, source) = (from.network, from.address);
         let outcome = within(&from, move || attempt(address, protocol, port, peer.as_ref())).await?;
+        if outcome == ProbeOutcome::Silent && self.is_hurried(network).await {
+            return Err(Error::Rejected(
+                "the tenant's apps begin more connections than they may: nothing can be tried from them now"
+                    .into(),
+            ));
+        }
         Ok(self.by_whom(outcome, (network, source), (address, protocol, port)).await)
     }
 

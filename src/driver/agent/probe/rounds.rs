@@ -114,6 +114,9 @@ impl Agent {
             (own.unwrap_or(Told::Silence), ask(server, NO_NAME))
         });
         let (own, foreign) = asked.await.ok()?;
+        if (own == Told::Silence || foreign == Told::Silence) && self.is_hurried(from.place.network).await {
+            return None;
+        }
         let (good, bad): (Vec<_>, Vec<_>) =
             outcomes.into_iter().partition(|(to, outcome)| !to.is_bad(*outcome));
         let bad = if bad.is_empty() { bad } else { self.confirmed(app, bad).await };
@@ -131,7 +134,10 @@ impl Agent {
         let outcomes = within(&from.place, move || attempt_all(tries)).await.ok()?;
         let mut out = Vec::with_capacity(outcomes.len());
         let own = (from.place.network, from.place.address);
-        for (to, outcome) in outcomes {
+        let silent = outcomes.iter().any(|(_, outcome)| *outcome == ProbeOutcome::Silent);
+        let hurried = silent && self.is_hurried(from.place.network).await;
+        // What was dropped because its tenant begins too many connections says nothing, either way.
+        for (to, outcome) in outcomes.into_iter().filter(|(_, it)| !hurried || *it != ProbeOutcome::Silent) {
             let outcome = self.by_whom(outcome, own, (to.address, to.protocol, to.port)).await;
             out.push((to, outcome));
         }

@@ -120,6 +120,12 @@ pub async fn denied(table: &str) -> Vec<Refusal> {
     all
 }
 
+/// Whether apps on a bridge have begun too many connections within the last ten seconds.
+pub async fn is_hurried(table: &str, bridge: &str) -> bool {
+    let own = |element: &Value| element.get("elem").unwrap_or(element)["val"].as_str() == Some(bridge);
+    elements(table, "hurried").await.iter().any(own)
+}
+
 async fn list(table: &str, set: &str) -> Vec<Refusal> {
     elements(table, set).await.iter().filter_map(refusal).collect()
 }
@@ -223,6 +229,18 @@ pub async fn tracked(from: Cidr) -> Vec<(Protocol, Ipv4Addr, Ipv4Addr, u16)> {
         .await;
     let text = done.map(|done| String::from_utf8_lossy(&done.stdout).into_owned()).unwrap_or_default();
     text.lines().filter_map(connection).collect()
+}
+
+/// Forgets the connections that were begun from these addresses. What lives among them is known again with its next
+/// packet.
+pub async fn forget(from: Cidr) {
+    let _ = Command::new("conntrack")
+        .args(["-D", "-s", &from.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .await;
 }
 
 fn connection(line: &str) -> Option<(Protocol, Ipv4Addr, Ipv4Addr, u16)> {

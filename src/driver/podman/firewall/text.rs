@@ -96,6 +96,12 @@ table inet {table} {{
     flags dynamic,timeout
     timeout 1m
   }}
+  set hurried {{
+    type ifname
+    size 65536
+    flags dynamic,timeout
+    timeout 10s
+  }}
   set begun {{
     type ifname
     size 65536
@@ -111,7 +117,6 @@ table inet {table} {{
   chain arrive {{
     type filter hook prerouting priority raw; policy accept;
     iifname {bridges} meta nfproto ipv6 drop
-    iifname {bridges} ip ttl < 2 goto discard
     iifname {bridges} iifname . ether saddr . ip saddr @sources accept
     iifname {bridges} goto discard
   }}
@@ -120,6 +125,7 @@ table inet {table} {{
     iifname {bridges} goto entered
   }}
   chain entered {{
+    ip ttl < 2 goto discard
     ip daddr {pool} ct state invalid drop
     ip daddr {pool} ct direction original ct state != related iifname . ip daddr != @gateways {to} != @pairs goto refuse
     fib daddr type local ct direction original iifname . ip daddr != @gateways goto refuse
@@ -187,6 +193,7 @@ table inet {table} {{
     ip saddr {pool} oifname != {bridges} masquerade
   }}
   chain slow_down {{
+    update @hurried {{ iifname }}
     {hasty}
     drop
   }}
