@@ -1,6 +1,8 @@
 //! What all tenants of a machine share is not used up by one of them.
 
 use std::net::{Ipv4Addr, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -20,6 +22,12 @@ async fn denied(machine: &Machine, which: impl Fn(&Value) -> bool) -> Value {
         assert!(begun.elapsed() < Duration::from_secs(20), "{denied:#}");
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
+}
+
+/// The machine's own address on the bridge of an instance.
+fn gateway_of(own: Ipv4Addr) -> Ipv4Addr {
+    let (_, text) = run("ip", &["-4", "route", "get", &own.to_string()]);
+    text.split_whitespace().skip_while(|word| *word != "src").nth(1).unwrap().parse().unwrap()
 }
 
 /// A connection that is ended by a packet that goes no further than the machine.
@@ -42,9 +50,7 @@ async fn nobody_uses_up_the_connections_that_all_tenants_share() {
     let (_, beta) = instance(&machine, "beta", "web").await;
     let (acme_api, _) = instance(&machine, "acme", "api").await;
     let (beta_api, _) = instance(&machine, "beta", "api").await;
-    let (_, text) = run("ip", &["-4", "route", "get", &own.to_string()]);
-    let gateway: Ipv4Addr =
-        text.split_whitespace().skip_while(|word| *word != "src").nth(1).unwrap().parse().unwrap();
+    let gateway = gateway_of(own);
     // Whoever hides from the machine that a connection has ended does not keep its place: its end is seen, though
     // the packet goes no further.
     assert_eq!(within(&acme, move || (0..50).filter(|_| ends_in_hiding(acme_api, 8080).is_ok()).count()), 50);
@@ -97,6 +103,53 @@ async fn a_person_sets_how_many_connections_a_tenant_begins_and_it_stays_so() {
     let (_, rules) = run("nft", &["list", "chain", "inet", &machine.table(), "begin"]);
     assert!(rules.contains("limit rate over 2500/second burst 12500 packets"), "{rules}");
     assert!(std::fs::read_to_string(&path).unwrap().contains("new_connections_per_second = 2500"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_probe_does_not_hear_from_among_a_crowd_is_no_verdict() {
+    let mut machine = Machine::start().await;
+    two_tenants(&machine).await;
+    assert_eq!(machine.deploy("acme", "api", "image: web:1\nport: 8080\n").await.0, 202);
+    let asking = "image: web:1\nport: 8080\nconnects: { apps: [api] }\n";
+    assert_eq!(machine.deploy("acme", "web", asking).await.0, 202);
+    let (own, acme) = instance(&machine, "acme", "web").await;
+    let gateway = gateway_of(own);
+    let path = machine.data.join("agent.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    machine.down();
+    std::fs::write(&path, text.replace("per_second = 1000", "per_second = 1")).unwrap();
+    machine.up().await;
+    machine.running("acme", "web").await;
+    // One that begins a connection every few milliseconds, for which a tenant here has room for one a second.
+    let stop = Arc::new(AtomicBool::new(false));
+    let (until_then, place) = (Arc::clone(&stop), acme.clone());
+    let crowd = std::thread::spawn(move || {
+        within(&place, move || {
+            for port in (2_000..60_000).cycle() {
+                if until_then.load(Ordering::Relaxed) {
+                    return;
+                }
+                let _ =
+                    UdpSocket::bind((own, port)).and_then(|socket| socket.send_to(&[0; 12], (gateway, 53)));
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+    });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut answers = Vec::new();
+    for _ in 0..5 {
+        let path = "/api/v1/tenants/acme/apps/web/reach?to=api&port=8080";
+        answers.push(machine.ask(&machine.admin, "POST", path, None).await);
+    }
+    stop.store(true, Ordering::Relaxed);
+    crowd.join().unwrap();
+    let untold = |(status, answer): &&(u16, Value)| {
+        *status == 409 && answer.to_string().contains("begin more connections")
+    };
+    assert!(answers.iter().filter(untold).count() >= 3, "{answers:#?}");
+    // And the platform's own tries have told of no fault.
+    let events = machine.get("/api/v1/network/events").await.to_string();
+    assert!(!events.contains("probe_"), "{events}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
