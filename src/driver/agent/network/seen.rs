@@ -158,7 +158,7 @@ impl Agent {
                 let others =
                     if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
                 format!(
-                    ", {n} of them begun by apps of {name}; those of {name}{others} were forgotten, what lives goes on"
+                    ", {n} of them begun by apps of {name}; those of {name}{others} were forgotten, and what lives among them may have to be begun anew"
                 )
             }
         };

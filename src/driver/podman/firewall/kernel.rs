@@ -231,8 +231,8 @@ pub async fn tracked(from: Cidr) -> Vec<(Protocol, Ipv4Addr, Ipv4Addr, u16)> {
     text.lines().filter_map(connection).collect()
 }
 
-/// Forgets the connections that were begun from these addresses. What lives among them is known again with its next
-/// packet.
+/// Forgets the connections that were begun from these addresses. One that lives is known again if its client speaks
+/// next; what its server says until then is refused as what nobody asked for, and may end it.
 pub async fn forget(from: Cidr) {
     let _ = Command::new("conntrack")
         .args(["-D", "-s", &from.to_string()])
