@@ -95,6 +95,13 @@ async fn another_tenants_app_is_reached_only_while_both_agree() {
         plans["items"][0]["causes"].to_string().contains("the grant of beta/api is withdrawn"),
         "{plans}"
     );
+    // One that was given for a while is over by itself.
+    let (_, grant) = machine.send("POST", "/api/v1/tenants/beta/grants", offer("acme")).await;
+    let id = grant["id"].as_i64().unwrap();
+    put(&machine, &format!("/api/v1/tenants/acme/grants/{id}/acceptance"), json!({})).await;
+    until(5, "open for a while", || greets(&web, api, 8082)).await;
+    machine.sql("UPDATE grant_offer SET expires_at = now() + interval '2 seconds'; UPDATE work SET due_at = now() WHERE kind = 'network'");
+    until(10, "expired", || !greets(&web, api, 8082)).await;
     // Nobody else sees any of it.
     let eve = machine.tenant("gamma").await;
     drop(eve);
