@@ -12,6 +12,7 @@
 mod access;
 mod deploys;
 mod memory;
+mod neighbours;
 mod network;
 #[path = "../../tests/machine/outside.rs"]
 #[expect(dead_code, reason = "the tests need more of it")]
@@ -47,9 +48,16 @@ pub(crate) fn spread(values: &[f64], digits: usize) -> String {
 }
 
 fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if args.first().is_some_and(|arg| arg == "crowd") {
+        return neighbours::crowd::main(&args[1..]);
+    }
     let asked: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
     let wanted = |name: &str| asked.is_empty() || asked.iter().any(|a| a == name);
     let runtime = tokio::runtime::Runtime::new().unwrap();
+    if let Some(at) = asked.iter().position(|name| name == "neighbours") {
+        return runtime.block_on(neighbours::measure(&asked[at + 1..]));
+    }
     println!("| measure | Bulkhead | peer or limit | result | goal |\n| --- | --- | --- | --- | --- |");
     // Each as soon as it is there: what was measured is not lost when a later one fails.
     let say = |row: Row| {
