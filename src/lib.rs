@@ -21,6 +21,7 @@ pub mod networks;
 pub mod outgoing;
 pub mod policy;
 pub mod prober;
+pub mod quotas;
 pub mod reconcile;
 pub mod registries;
 pub mod resolver;

@@ -37,7 +37,7 @@ use crate::registries::{Distribution, Holders, PullSecrets, SigningKey};
 use crate::telemetry::Metrics;
 use crate::tenants::Belongings;
 use crate::tenants::reconcile::TenantReconciler;
-use crate::{audit, routes, uid_ranges};
+use crate::{audit, quotas, routes, uid_ranges};
 
 /// Everything that handlers share, made once.
 #[derive(Clone)]
@@ -206,6 +206,7 @@ pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> Result<(),
     let mut conn = work.acquire().await?;
     db::claim_installation(&mut conn, &config.installation, &config.pools).await?;
     drop(conn);
+    quotas::declare(&mut *pool.acquire().await?, &config.limits).await?;
     check_ids(&config)?;
     let client = AgentClient::new(config.agent.socket.clone());
     let platform = Platform::build(config, Arc::new(client), pool, work)?;

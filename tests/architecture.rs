@@ -21,6 +21,7 @@ const ORDER: &[&str] = &[
     "config",
     "telemetry",
     "db",
+    "quotas",
     "reconcile",
     "http",
     "audit",

@@ -19,7 +19,7 @@ SELECT n FROM unnest('{}'::text[]) n WHERE NOT EXISTS (SELECT 1 FROM app WHERE t
 SELECT g.digest AS digest FROM tag g JOIN tenant t ON t.id = g.tenant_id WHERE t.name = 'bench-' || :n::text AND g.repository = 'web' AND g.name = '1'
 \gset
 BEGIN;
-SELECT q.cpu_millis, q.memory, q.apps, q.instances, q.registry_bytes, q.used_cpu_millis, q.used_memory, q.used_apps, q.used_instances, q.used_registry_bytes, t.state FROM quota q JOIN tenant t ON t.id = q.tenant_id WHERE q.tenant_id = :tenant FOR SHARE OF t FOR UPDATE OF q;
+SELECT q.resource, coalesce(q.limit_, d.limit_), q.used, t.state FROM quota q JOIN quota_default d USING (resource) JOIN tenant t ON t.id = q.tenant_id WHERE q.tenant_id = :tenant AND q.resource IN ('registry_bytes', 'cpu', 'memory', 'apps', 'instances') ORDER BY q.resource <> 'registry_bytes', q.resource FOR SHARE OF t FOR UPDATE OF q;
 SELECT id AS app, generation, revision AS old FROM app WHERE tenant_id = :tenant AND name = 'web' AND removed_at IS NULL
 \gset
 SELECT NOT EXISTS (SELECT 1 FROM unnest(ARRAY[:digest::text]) d WHERE NOT EXISTS (SELECT 1 FROM manifest m WHERE m.tenant_id = :tenant AND m.repository = 'web' AND m.digest = d AND m.confirmed AND m.doomed_at IS NULL));
@@ -29,7 +29,6 @@ UPDATE app SET generation = generation + 1, revision = last_revision + 1, last_r
 SELECT number FROM network WHERE tenant_id = :tenant;
 SELECT count(*) FROM app_address WHERE tenant_id = :tenant AND app_id = :app;
 INSERT INTO release (tenant_id, app_id, revision, spec, repository, tag, index_digest, digest, inside_uid, inside_gid, warnings, actor) SELECT tenant_id, app_id, :next::bigint, spec, repository, tag, index_digest, digest, inside_uid, inside_gid, warnings, actor FROM release WHERE tenant_id = :tenant AND app_id = :app AND revision = :old;
-UPDATE quota SET used_cpu_millis = used_cpu_millis + 0, used_memory = used_memory + 0, used_instances = used_instances + 0, used_apps = used_apps + 0 WHERE tenant_id = :tenant;
 INSERT INTO audit (tenant_id, actor, action, object, request_id, detail) VALUES (:tenant, 'pgbench', 'app.release', 'web', 'bench', '{}');
 INSERT INTO work (kind, object_id, tenant_id) VALUES ('bench', :app, :tenant) ON CONFLICT (kind, object_id) DO UPDATE SET wake = work.wake + 1, due_at = least(work.due_at, now()), parked_at = NULL, attempt = 0;
 COMMIT;

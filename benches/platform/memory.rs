@@ -24,7 +24,7 @@ pub(crate) async fn idle() -> Row {
     // A thousand tenants that are settled: their rows, without anything left to do on the engine.
     for statement in [
         "INSERT INTO tenant (name, display_name, observed_generation) SELECT 'idle-' || n, 'x', 1 FROM generate_series(1, 1000) n",
-        "INSERT INTO quota (tenant_id, cpu_millis, memory, apps, instances, registry_bytes) SELECT id, 4000, 8589934592, 20, 60, 1073741824 FROM tenant",
+        "INSERT INTO quota (tenant_id, resource) SELECT id, resource FROM tenant, quota_default WHERE resource NOT LIKE 'platform%'",
         "INSERT INTO uid_range (tenant_id, pool_start, pool_end, size, block_size) SELECT id, 1000000000, 2147483648, 65536, 1024 FROM tenant",
         "INSERT INTO network (tenant_id, limit_) SELECT id, 100000 FROM tenant",
     ] {

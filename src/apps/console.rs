@@ -20,8 +20,9 @@ use crate::error::Error;
 use crate::http::html::Frame;
 use crate::http::{OwnAddress, html};
 use crate::keys::Keys;
+use crate::quotas::{Amount, Resource};
+use crate::tenants;
 use crate::tenants::console::{bytes, cores, mark as tenant_mark};
-use crate::tenants::{self, Amount};
 use crate::uid_ranges;
 
 struct AppRow {
@@ -115,11 +116,11 @@ pub async fn tenant_page(
         apps: page.items.into_iter().map(|app| app_row(app, &wanted, &tenant.state)).collect(),
         next: page.next.unwrap_or_default(),
         quota: vec![
-            bar("Cpu (cores)", quota.cpu, cores),
-            bar("Memory", quota.memory, bytes),
-            bar("Apps", quota.apps, |n| n.to_string()),
-            bar("Instances", quota.instances, |n| n.to_string()),
-            bar("Images", quota.registry_bytes, bytes),
+            bar("Cpu (cores)", quota.of(Resource::Cpu), cores),
+            bar("Memory", quota.of(Resource::Memory), bytes),
+            bar("Apps", quota.of(Resource::Apps), |n| n.to_string()),
+            bar("Instances", quota.of(Resource::Instances), |n| n.to_string()),
+            bar("Images", quota.of(Resource::RegistryBytes), bytes),
         ],
         ranges: ranges.iter().map(|r| format!("{} to {}", r.start, r.end - 1)).collect(),
         subnet: config.pools.subnet(number).map(|subnet| subnet.to_string()).unwrap_or_default(),

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::spec::AppSpec;
 use crate::fault::{Code, Fault, Kind};
-use crate::tenants::Quota;
+use crate::quotas::{Amount, Quota, Resource};
 
 /// The largest of what still runs and what shall run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,10 +106,7 @@ impl Asked {
 #[must_use]
 pub fn check(quota: &Quota, asked: Asked) -> Vec<Fault> {
     let mut faults = Vec::new();
-    let mut hold = |path: &str,
-                    unit: &str,
-                    amount: crate::tenants::Amount,
-                    [before, after, alone]: [i64; 3]| {
+    let mut hold = |path: &str, unit: &str, amount: Amount, [before, after, alone]: [i64; 3]| {
         let left = amount.limit - (amount.used - before);
         if after > before && after > left {
             let (because, instead) = if alone > left {
@@ -144,21 +141,23 @@ pub fn check(quota: &Quota, asked: Asked) -> Vec<Fault> {
     let of = |amount: fn(&Reserved) -> i64| {
         [asked.before.as_ref().map_or(0, amount), amount(&asked.after), amount(&asked.alone)]
     };
-    hold("cpu", "cpu (thousandths of a core)", quota.cpu, of(|r| r.cpu));
-    hold("memory", "memory (bytes)", quota.memory, of(|r| r.memory));
-    hold("instances", "instances", quota.instances, of(|r| r.instances));
-    hold("", "apps", quota.apps, [i64::from(asked.before.is_some()), 1, 1]);
+    hold("cpu", "cpu (thousandths of a core)", quota.of(Resource::Cpu), of(|r| r.cpu));
+    hold("memory", "memory (bytes)", quota.of(Resource::Memory), of(|r| r.memory));
+    hold("instances", "instances", quota.of(Resource::Instances), of(|r| r.instances));
+    hold("", "apps", quota.of(Resource::Apps), [i64::from(asked.before.is_some()), 1, 1]);
     faults
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tenants::Amount;
 
     fn quota(limit: i64, used: i64) -> Quota {
         let amount = Amount { limit, used };
-        Quota { cpu: amount, memory: amount, apps: amount, instances: amount, registry_bytes: amount }
+        [Resource::Cpu, Resource::Memory, Resource::Apps, Resource::Instances]
+            .map(|resource| (resource, amount))
+            .into_iter()
+            .collect()
     }
 
     const ONE: Peak = Peak { instances: 2, surge: 1, cpu_millis: 10, memory: 20 };

@@ -56,6 +56,7 @@ impl Config {
         }
         self.check_providers(faults);
         self.check_pools(faults);
+        self.limits.check(faults);
     }
 
     fn check_providers(&self, faults: &mut Vec<String>) {

@@ -9,9 +9,11 @@ use serde::{Deserialize, Serialize};
 use crate::ids::Installation;
 
 mod check;
+mod limits;
 mod sections;
 
 pub use check::is_loopback;
+pub use limits::Limits;
 pub use sections::{
     Access, Agent, BLOCK_SIZE, Database, Log, LogFormat, Pools, Provider, RANGE_SIZE, Registry, RoleMapping,
     SUBNET_PREFIX, Server,
@@ -35,13 +37,16 @@ pub struct Config {
     pub access: Access,
     /// Pools of ids and addresses. Fixed once the database was made.
     pub pools: Pools,
+    /// What each tenant may have of the things that are counted.
+    #[serde(default)]
+    pub limits: Limits,
     /// Logging.
     #[serde(default)]
     pub log: Log,
 }
 /// Every key that there is, for suggestions. A test holds it against the types.
 const KEYS: &[(&str, &[&str])] = &[
-    ("", &["installation", "server", "database", "registry", "agent", "access", "pools", "log"]),
+    ("", &["installation", "server", "database", "registry", "agent", "access", "pools", "limits", "log"]),
     (
         "server",
         &[
@@ -74,6 +79,7 @@ const KEYS: &[(&str, &[&str])] = &[
     ("agent", &["socket"]),
     ("access", &["key", "audit_heads", "audit_months", "providers"]),
     ("pools", &["uid_start", "uid_end", "range_size", "block_size", "network", "subnet_prefix"]),
+    ("limits", Limits::KEYS),
     ("log", &["format", "level"]),
 ];
 
@@ -273,6 +279,19 @@ network = "10.64.0.0/12"
         let mut wrong = provider("a", "https://a.example");
         wrong.roles = vec![RoleMapping { value: "x".into(), tenant: None, role: "owner".into() }];
         assert!(with(vec![wrong]).contains("auditor, admin"));
+    }
+
+    #[test]
+    fn limits_have_defaults_and_bounds() {
+        let config = Config::parse(GOOD, &[]).unwrap();
+        assert_eq!(config.limits, Limits::default());
+        assert_eq!(config.limits.of("open_uploads"), Some(64));
+        assert_eq!(config.limits.of("cpu"), None);
+        assert!(faults(GOOD, &[("BULKHEAD_LIMITS__API_TOKENS", "0")]).contains("limits.api_tokens is 1 to"));
+        assert!(faults(GOOD, &[("BULKHEAD_LIMITS__REQUEST_BURST", "3")]).contains("at least"));
+        assert!(
+            faults(&format!("{GOOD}[limits]\napi_tokns = 3\n"), &[]).contains("did you mean api_tokens?")
+        );
     }
 
     #[test]

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use super::processes::{Layout, OwnParts};
 use super::{Claim, Failed, claims};
 use crate::config::{
-    Access, Agent, BLOCK_SIZE, Config, Database, Log, RANGE_SIZE, Registry, SUBNET_PREFIX, Server,
+    Access, Agent, BLOCK_SIZE, Config, Database, Limits, Log, RANGE_SIZE, Registry, SUBNET_PREFIX, Server,
 };
 use crate::driver::agent::config::{AgentConfig, usual_pace};
 use crate::driver::podman::engine::EngineSettings;
@@ -266,6 +266,7 @@ impl Folder {
             agent: Agent { socket: self.path.join("run/agent/agent.sock") },
             access: Access::with(self.path.join("secrets/platform-key"), self.path.join("audit/heads")),
             pools: self.claim.pools(),
+            limits: Limits::default(),
             log: Log::default(),
         }
     }

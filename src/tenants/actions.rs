@@ -2,10 +2,10 @@
 //! transaction: rows, audit and work together or not at all.
 
 use actix_web::http::StatusCode;
-use serde_json::{Value, json};
+use serde_json::json;
 use sqlx::{PgPool, Postgres, Transaction};
 
-use super::{Limits, store};
+use super::store;
 use crate::access::idempotency::{Kept, Once};
 use crate::access::{By, TenantRef};
 use crate::audit;
@@ -13,6 +13,7 @@ use crate::config::Pools;
 use crate::db::{self, Within};
 use crate::error::Error;
 use crate::ids::{ActorId, TenantId, TenantName};
+use crate::quotas::{self, Limits, Resource};
 use crate::reconcile::{Waker, enqueue};
 use crate::uid_ranges;
 
@@ -30,14 +31,23 @@ pub struct NewTenant {
     pub limits: Limits,
 }
 
-/// The limits of a tenant whose admin says nothing: a small team.
-pub const DEFAULT_LIMITS: Limits = Limits {
-    cpu_millis: Some(4_000),
-    memory: Some(8 << 30),
-    apps: Some(20),
-    instances: Some(60),
-    registry_bytes: Some(20 << 30),
-};
+/// The limits of a tenant whose admin says nothing: a small team. Images take four times their packed size on the
+/// engine's disk, unless an admin says otherwise; 4,096 processes are a bound of their own, whatever the number of
+/// instances.
+pub fn fill_limits(limits: &mut Limits) {
+    for (resource, limit) in [
+        (Resource::Cpu, 4_000),
+        (Resource::Memory, 8 << 30),
+        (Resource::Pids, 4_096),
+        (Resource::Apps, 20),
+        (Resource::Instances, 60),
+        (Resource::RegistryBytes, 20 << 30),
+    ] {
+        limits.or(resource, limit);
+    }
+    let packed = limits.get(Resource::RegistryBytes).unwrap_or_default();
+    limits.or(Resource::ImageBytes, packed.saturating_mul(4));
+}
 
 /// Onboards: tenant, quota, id range, network number, work and audit in one transaction.
 pub async fn onboard(
@@ -61,7 +71,7 @@ pub async fn onboard(
         }
     })?;
     db::enter(&mut tx, id).await?;
-    store::insert_quota(&mut tx, id, new.limits).await?;
+    quotas::insert_rows(&mut tx, id, &new.limits).await?;
     let range = uid_ranges::allocate_range(&mut tx, id, pools).await?;
     store::insert_network(&mut tx, id, i64::from(pools.networks())).await.map_err(|error| {
         match crate::db::constraint(&error) {
@@ -96,7 +106,7 @@ pub async fn change(
     by: By<'_>,
     tenant: &TenantRef,
     display_name: Option<&str>,
-    limits: Limits,
+    limits: &Limits,
     expected: Option<i64>,
 ) -> Result<i64, Error> {
     let mut tx = db::begin(pool, tenant.id).await?;
@@ -108,26 +118,13 @@ pub async fn change(
     if let Some(name) = display_name {
         store::set_display_name(&mut tx, tenant.id, name).await?;
     }
-    store::set_limits(&mut tx, tenant.id, limits).await?;
+    quotas::set_limits(&mut tx, tenant.id, limits).await?;
     let generation = store::raise_generation(&mut tx, tenant.id, &state).await?;
-    by.record(
-        &mut tx,
-        tenant.id,
-        "tenant.change",
-        tenant.name.as_str(),
-        json!({"quota": limits_view(limits)}),
-    )
-    .await?;
+    by.record(&mut tx, tenant.id, "tenant.change", tenant.name.as_str(), json!({"quota": limits.view()}))
+        .await?;
     enqueue(&mut tx, WORK, tenant.id.0, tenant.id).await?;
     tx.commit().await?;
     Ok(generation)
-}
-
-fn limits_view(limits: Limits) -> Value {
-    json!({
-        "cpu": limits.cpu_millis, "memory": limits.memory, "apps": limits.apps,
-        "instances": limits.instances, "registry_bytes": limits.registry_bytes,
-    })
 }
 
 /// Refuses when `If-Match` names another generation.

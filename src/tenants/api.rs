@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sqlx::PgPool;
 
-use super::actions::{self, DEFAULT_LIMITS, NewTenant, Suspension};
+use super::actions::{self, NewTenant, Suspension};
 use super::store::Condition;
-use super::{QuotaInput, Tenant, store};
+use super::{Tenant, store};
 use crate::access::idempotency::Once;
 use crate::access::{ManageTenants, PlatformScope, ReadPlatform, ReadTenant, TenantScope};
 use crate::config::{Config, Pools};
@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::fault::{Code, Fault, Kind, plain};
 use crate::http::parse_json;
 use crate::ids::TenantName;
+use crate::quotas::{Quota, QuotaInput};
 use crate::reconcile::Waker;
 use crate::uid_ranges::{self, UidRange};
 
@@ -57,15 +58,9 @@ pub async fn onboard(
     });
     let display_name = input.display_name.unwrap_or_else(|| input.name.clone());
     check_display_name(&display_name, &mut faults);
-    let given = input.quota.parse(&mut faults);
+    let mut limits = input.quota.parse(&mut faults);
     let (Ok(name), true) = (name, faults.is_empty()) else { return Err(Error::Invalid(faults)) };
-    let limits = super::Limits {
-        cpu_millis: given.cpu_millis.or(DEFAULT_LIMITS.cpu_millis),
-        memory: given.memory.or(DEFAULT_LIMITS.memory),
-        apps: given.apps.or(DEFAULT_LIMITS.apps),
-        instances: given.instances.or(DEFAULT_LIMITS.instances),
-        registry_bytes: given.registry_bytes.or(DEFAULT_LIMITS.registry_bytes),
-    };
+    actions::fill_limits(&mut limits);
     let once = Once::of(&req, &body)?;
     let by = scope.by();
     let new = NewTenant { name, display_name, limits };
@@ -83,7 +78,7 @@ struct TenantView {
     observed_generation: i64,
     #[serde(with = "time::serde::rfc3339")]
     created_at: time::OffsetDateTime,
-    quota: super::Quota,
+    quota: Quota,
     #[serde(skip_serializing_if = "Option::is_none")]
     uid_ranges: Option<Vec<UidRange>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -185,7 +180,7 @@ pub async fn change_tenant(
     }
     let by = scope.by();
     let name = input.display_name.as_deref();
-    let generation = actions::change(&pool, by, &scope.tenant, name, limits, if_match(&req)?).await?;
+    let generation = actions::change(&pool, by, &scope.tenant, name, &limits, if_match(&req)?).await?;
     Ok(HttpResponse::Accepted()
         .insert_header(etag(generation))
         .json(json!({"name": scope.tenant.name, "generation": generation})))

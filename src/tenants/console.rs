@@ -4,7 +4,7 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use askama::Template;
 use sqlx::PgPool;
 
-use super::{Amount, Tenant, store};
+use super::{Tenant, store};
 use crate::access::console::platform_frame;
 use crate::access::{PlatformScope, ReadPlatform};
 use crate::db::{self, Page, PageQuery, Within};
@@ -12,6 +12,7 @@ use crate::error::Error;
 use crate::http::html::Frame;
 use crate::http::{OwnAddress, html};
 use crate::keys::Keys;
+use crate::quotas::{Amount, Resource};
 
 struct Row {
     name: String,
@@ -80,10 +81,10 @@ impl From<Tenant> for Row {
         Self {
             name: tenant.name.to_string(),
             mark: mark(&tenant.state),
-            apps: of(quota.apps, |n| n.to_string()),
-            cpu: of(quota.cpu, cores),
-            memory: of(quota.memory, bytes),
-            registry: of(quota.registry_bytes, bytes),
+            apps: of(quota.of(Resource::Apps), |n| n.to_string()),
+            cpu: of(quota.of(Resource::Cpu), cores),
+            memory: of(quota.of(Resource::Memory), bytes),
+            registry: of(quota.of(Resource::RegistryBytes), bytes),
             display_name: if tenant.display_name == tenant.name.as_str() {
                 String::new()
             } else {

@@ -2,11 +2,13 @@
 
 use serde::Serialize;
 use sqlx::PgConnection;
+use sqlx::types::Json;
 use time::OffsetDateTime;
 
-use super::{Amount, Limits, Quota, Tenant};
+use super::Tenant;
 use crate::error::Error;
 use crate::ids::{TenantId, TenantName};
+use crate::quotas::{Quota, Resource};
 
 pub(super) async fn insert_tenant(
     conn: &mut PgConnection,
@@ -21,22 +23,6 @@ pub(super) async fn insert_tenant(
     .fetch_one(conn)
     .await?;
     Ok(TenantId(id))
-}
-
-pub(super) async fn insert_quota(conn: &mut PgConnection, id: TenantId, limits: Limits) -> Result<(), Error> {
-    sqlx::query!(
-        "INSERT INTO quota (tenant_id, cpu_millis, memory, apps, instances, registry_bytes) \
-         VALUES ($1, coalesce($2::bigint, 0), coalesce($3::bigint, 0), coalesce($4::bigint, 0), coalesce($5::bigint, 0), coalesce($6::bigint, 0))",
-        id.0,
-        limits.cpu_millis,
-        limits.memory,
-        limits.apps,
-        limits.instances,
-        limits.registry_bytes
-    )
-    .execute(conn)
-    .await?;
-    Ok(())
 }
 
 pub(super) async fn insert_network(
@@ -87,23 +73,6 @@ pub(super) async fn raise_generation(
 
 pub(super) async fn set_display_name(conn: &mut PgConnection, id: TenantId, name: &str) -> Result<(), Error> {
     sqlx::query!("UPDATE tenant SET display_name = $2 WHERE id = $1", id.0, name).execute(conn).await?;
-    Ok(())
-}
-
-pub(super) async fn set_limits(conn: &mut PgConnection, id: TenantId, limits: Limits) -> Result<(), Error> {
-    sqlx::query!(
-        "UPDATE quota SET cpu_millis = coalesce($2, cpu_millis), memory = coalesce($3, memory), \
-         apps = coalesce($4, apps), instances = coalesce($5, instances), \
-         registry_bytes = coalesce($6, registry_bytes) WHERE tenant_id = $1",
-        id.0,
-        limits.cpu_millis,
-        limits.memory,
-        limits.apps,
-        limits.instances,
-        limits.registry_bytes
-    )
-    .execute(conn)
-    .await?;
     Ok(())
 }
 
@@ -309,21 +278,11 @@ struct TenantRow {
     generation: i64,
     observed_generation: i64,
     created_at: OffsetDateTime,
-    cpu_millis: i64,
-    memory: i64,
-    apps: i64,
-    instances: i64,
-    registry_bytes: i64,
-    used_cpu_millis: i64,
-    used_memory: i64,
-    used_apps: i64,
-    used_instances: i64,
-    used_registry_bytes: i64,
+    quota: Json<Quota>,
 }
 
 impl From<TenantRow> for Tenant {
     fn from(row: TenantRow) -> Self {
-        let amount = |limit, used| Amount { limit, used };
         Self {
             id: TenantId(row.id),
             name: row.name,
@@ -332,25 +291,29 @@ impl From<TenantRow> for Tenant {
             generation: row.generation,
             observed_generation: row.observed_generation,
             created_at: row.created_at,
-            quota: Quota {
-                cpu: amount(row.cpu_millis, row.used_cpu_millis),
-                memory: amount(row.memory, row.used_memory),
-                apps: amount(row.apps, row.used_apps),
-                instances: amount(row.instances, row.used_instances),
-                registry_bytes: amount(row.registry_bytes, row.used_registry_bytes),
-            },
+            quota: row.quota.0,
         }
     }
+}
+
+/// The resources that a tenant's own row shows: those whose use needs no count.
+fn own() -> Vec<String> {
+    Resource::of_tenants()
+        .filter(|resource| resource.is_own())
+        .map(|resource| resource.name().to_owned())
+        .collect()
 }
 
 pub(super) async fn find_tenant(conn: &mut PgConnection, id: TenantId) -> Result<Option<Tenant>, Error> {
     let row = sqlx::query_as!(
         TenantRow,
         r#"SELECT t.id, t.name AS "name: TenantName", t.display_name, t.state, t.generation, t.observed_generation,
-           t.created_at, q.cpu_millis, q.memory, q.apps, q.instances, q.registry_bytes, q.used_cpu_millis,
-           q.used_memory, q.used_apps, q.used_instances, q.used_registry_bytes
-           FROM tenant t JOIN quota q ON q.tenant_id = t.id WHERE t.id = $1"#,
-        id.0
+           t.created_at, coalesce((SELECT jsonb_object_agg(q.resource, jsonb_build_object('limit',
+             coalesce(q.limit_, d.limit_), 'used', q.used)) FROM quota q JOIN quota_default d USING (resource)
+             WHERE q.tenant_id = t.id AND q.resource = ANY($2)), '{}') AS "quota!: Json<Quota>"
+           FROM tenant t WHERE t.id = $1"#,
+        id.0,
+        &own()
     )
     .fetch_optional(conn)
     .await?;
@@ -366,11 +329,13 @@ pub(super) async fn list_tenants(
     let rows = sqlx::query_as!(
         TenantRow,
         r#"SELECT t.id, t.name AS "name: TenantName", t.display_name, t.state, t.generation, t.observed_generation,
-           t.created_at, q.cpu_millis, q.memory, q.apps, q.instances, q.registry_bytes, q.used_cpu_millis,
-           q.used_memory, q.used_apps, q.used_instances, q.used_registry_bytes
-           FROM tenant t JOIN quota q ON q.tenant_id = t.id WHERE t.name > $1 ORDER BY t.name LIMIT $2"#,
+           t.created_at, coalesce((SELECT jsonb_object_agg(q.resource, jsonb_build_object('limit',
+             coalesce(q.limit_, d.limit_), 'used', q.used)) FROM quota q JOIN quota_default d USING (resource)
+             WHERE q.tenant_id = t.id AND q.resource = ANY($3)), '{}') AS "quota!: Json<Quota>"
+           FROM tenant t WHERE t.name > $1 ORDER BY t.name LIMIT $2"#,
         after,
-        limit
+        limit,
+        &own()
     )
     .fetch_all(conn)
     .await?;

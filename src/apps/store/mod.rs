@@ -8,7 +8,7 @@ use super::{App, Peak};
 use crate::driver::AppObserved;
 use crate::error::Error;
 use crate::ids::{AppId, AppName, TenantId};
-use crate::tenants::{Amount, Quota};
+use crate::quotas::{self, Amount, Quota, Resource};
 use crate::uid_ranges::Block;
 
 mod addresses;
@@ -139,26 +139,28 @@ pub(super) async fn list_missing(
     .await?)
 }
 
-/// Locks the tenant's quota and state: from here on no other deploy of this tenant can take any, and
-/// no suspension or offboarding comes in between.
+/// Locks the tenant's quota and state: from here on no other deploy of this tenant can take any, no image is deleted,
+/// and no suspension or offboarding comes in between. The gate is locked before the other rows.
 pub(super) async fn lock_quota(conn: &mut PgConnection, tenant: TenantId) -> Result<(Quota, String), Error> {
-    let row = sqlx::query!(
-        "SELECT q.cpu_millis, q.memory, q.apps, q.instances, q.registry_bytes, q.used_cpu_millis, q.used_memory, \
-         q.used_apps, q.used_instances, q.used_registry_bytes, t.state \
-         FROM quota q JOIN tenant t ON t.id = q.tenant_id WHERE q.tenant_id = $1 FOR SHARE OF t FOR UPDATE OF q",
+    let rows = sqlx::query!(
+        r#"SELECT q.resource, coalesce(q.limit_, d.limit_) AS "limit!", q.used, t.state
+           FROM quota q JOIN quota_default d USING (resource) JOIN tenant t ON t.id = q.tenant_id
+           WHERE q.tenant_id = $1 AND q.resource IN ('registry_bytes', 'cpu', 'memory', 'apps', 'instances')
+           ORDER BY q.resource <> 'registry_bytes', q.resource FOR SHARE OF t FOR UPDATE OF q"#,
         tenant.0
     )
-    .fetch_one(conn)
+    .fetch_all(conn)
     .await?;
+    let Some(first) = rows.first() else { return Err(Error::NotFound) };
+    let state = first.state.clone();
     let amount = |limit, used| Amount { limit, used };
-    let quota = Quota {
-        cpu: amount(row.cpu_millis, row.used_cpu_millis),
-        memory: amount(row.memory, row.used_memory),
-        apps: amount(row.apps, row.used_apps),
-        instances: amount(row.instances, row.used_instances),
-        registry_bytes: amount(row.registry_bytes, row.used_registry_bytes),
-    };
-    Ok((quota, row.state))
+    let known = |name: &str| Resource::by_name(name);
+    Ok((
+        rows.into_iter()
+            .filter_map(|row| Some((known(&row.resource)?, amount(row.limit, row.used))))
+            .collect(),
+        state,
+    ))
 }
 
 /// Adds to what is used; the rows' own checks keep it from going below zero.
@@ -169,18 +171,13 @@ pub(super) async fn add_used(
     after: crate::apps::reservation::Reserved,
     apps: i64,
 ) -> Result<(), Error> {
-    sqlx::query!(
-        "UPDATE quota SET used_cpu_millis = used_cpu_millis + $2, used_memory = used_memory + $3, \
-         used_instances = used_instances + $4, used_apps = used_apps + $5 WHERE tenant_id = $1",
-        tenant.0,
-        after.cpu - before.cpu,
-        after.memory - before.memory,
-        after.instances - before.instances,
-        apps
-    )
-    .execute(conn)
-    .await?;
-    Ok(())
+    let changes = [
+        (Resource::Cpu, after.cpu - before.cpu),
+        (Resource::Memory, after.memory - before.memory),
+        (Resource::Instances, after.instances - before.instances),
+        (Resource::Apps, apps),
+    ];
+    quotas::add_used(conn, tenant, &changes).await
 }
 
 pub(super) async fn insert_app(

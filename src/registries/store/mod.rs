@@ -36,10 +36,11 @@ pub(in crate::registries) async fn registry_use(
     tenant: &TenantName,
 ) -> Result<(u64, u64), Error> {
     let row = sqlx::query!(
-        r#"SELECT (q.used_registry_bytes + coalesce((SELECT sum(u.bytes) FROM upload u WHERE u.tenant_id = t.id
+        r#"SELECT (q.used + coalesce((SELECT sum(u.bytes) FROM upload u WHERE u.tenant_id = t.id
                    AND u.changed_at > now() - interval '2 hours'), 0))::bigint AS "used!",
-                  q.registry_bytes AS "limit!"
-           FROM tenant t JOIN quota q ON q.tenant_id = t.id WHERE t.name = $1"#,
+                  coalesce(q.limit_, d.limit_) AS "limit!"
+           FROM tenant t JOIN quota q ON q.tenant_id = t.id JOIN quota_default d USING (resource)
+           WHERE t.name = $1 AND q.resource = 'registry_bytes'"#,
         tenant.as_str()
     )
     .fetch_one(conn)
@@ -47,10 +48,11 @@ pub(in crate::registries) async fn registry_use(
     Ok((positive(row.used), positive(row.limit)))
 }
 
-/// Locks the quota of a tenant: whoever adds to its project or takes from it comes one after another.
+/// Locks the gate of a tenant's quota: whoever adds to its project or takes from it comes one after another.
 async fn lock_project(conn: &mut PgConnection, tenant: &TenantName) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(
-        "SELECT q.tenant_id FROM quota q JOIN tenant t ON t.id = q.tenant_id WHERE t.name = $1 FOR UPDATE OF q",
+        "SELECT q.tenant_id FROM quota q JOIN tenant t ON t.id = q.tenant_id \
+         WHERE t.name = $1 AND q.resource = 'registry_bytes' FOR UPDATE OF q",
         tenant.as_str()
     )
     .fetch_one(conn)
@@ -67,7 +69,7 @@ fn going() -> Error {
 
 async fn add_used(conn: &mut PgConnection, tenant: TenantId, bytes: i64) -> Result<(), Error> {
     sqlx::query!(
-        "UPDATE quota SET used_registry_bytes = greatest(0, used_registry_bytes + $2) WHERE tenant_id = $1",
+        "UPDATE quota SET used = greatest(0, used + $2) WHERE tenant_id = $1 AND resource = 'registry_bytes'",
         tenant.0,
         bytes
     )

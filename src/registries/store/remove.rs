@@ -172,10 +172,7 @@ pub(in crate::registries) async fn lock_project_of(
     conn: &mut PgConnection,
     tenant: TenantId,
 ) -> Result<(), Error> {
-    sqlx::query!("SELECT tenant_id FROM quota WHERE tenant_id = $1 FOR UPDATE", tenant.0)
-        .fetch_one(conn)
-        .await?;
-    Ok(())
+    crate::quotas::enter(conn, tenant).await
 }
 
 /// Everything of a tenant's project, a page at a time: manifests, then blobs.

@@ -91,6 +91,9 @@ async fn replica(config: &Config, connect: &PgConnectOptions) -> Replica {
     let mut config = config.clone();
     config.server.listen = address;
     let driver = Arc::new(AgentClient::new(PathBuf::from("/nonexistent/agent.sock")));
+    let mut conn = pool.acquire().await.unwrap();
+    bulkhead::quotas::declare(&mut conn, &config.limits).await.unwrap();
+    drop(conn);
     let platform = Platform::build(config, driver, pool, work).unwrap();
     let inner = platform.clone();
     let server = HttpServer::new(move || {

@@ -1,0 +1,79 @@
+//! The section `limits`: what each tenant may have of the things that are counted, unless an admin sets another limit
+//! for one tenant. `quotas` says what each of them is.
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! limits {
+    ($($(#[$doc:meta])* $name:ident = $default:literal in $least:literal..=$most:literal;)*) => {
+        /// Limits of each tenant, and of the platform's own rows.
+        #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct Limits {
+            $($(#[$doc])* pub $name: i64,)*
+        }
+
+        impl Default for Limits {
+            fn default() -> Self {
+                Self { $($name: $default,)* }
+            }
+        }
+
+        impl Limits {
+            /// Every key of the section.
+            pub(super) const KEYS: &[&str] = &[$(stringify!($name),)*];
+
+            /// The limit of this name, if it is one of the settings.
+            #[must_use]
+            pub fn of(&self, name: &str) -> Option<i64> {
+                match name {
+                    $(stringify!($name) => Some(self.$name),)*
+                    _ => None,
+                }
+            }
+
+            pub(super) fn check(&self, faults: &mut Vec<String>) {
+                $(if !($least..=$most).contains(&self.$name) {
+                    faults.push(format!("limits.{} is {} to {}", stringify!($name), $least, $most));
+                })*
+                if self.request_burst < self.requests_per_second {
+                    faults.push("limits.request_burst is at least limits.requests_per_second".into());
+                }
+            }
+        }
+    };
+}
+
+limits! {
+    /// Repositories with a manifest.
+    repositories = 200 in 1..=100_000;
+    /// Tags in all repositories together.
+    tags = 10_000 in 1..=1_000_000;
+    /// Manifests in all repositories together.
+    manifests = 20_000 in 1..=1_000_000;
+    /// Uploads that are open at the same time.
+    open_uploads = 64 in 1..=10_000;
+    /// Registry credentials that are neither revoked nor expired.
+    registry_credentials = 100 in 1..=10_000;
+    /// Service accounts that are not deleted.
+    service_accounts = 50 in 1..=10_000;
+    /// API tokens that are neither revoked nor expired.
+    api_tokens = 200 in 1..=10_000;
+    /// Invitations that are open.
+    invitations = 100 in 1..=10_000;
+    /// Members.
+    members = 200 in 1..=100_000;
+    /// Grants that are offered and not over.
+    grants = 200 in 1..=10_000;
+    /// Egress targets that are asked for or allowed.
+    egress_targets = 100 in 1..=10_000;
+    /// Releases that are kept of each app; older ones that nothing needs are deleted.
+    releases_kept = 100 in 2..=10_000;
+    /// Requests of one tenant a second.
+    requests_per_second = 200 in 1..=100_000;
+    /// Requests of one tenant at once, after a rest.
+    request_burst = 600 in 1..=1_000_000;
+    /// API tokens of the platform's own people that are neither revoked nor expired.
+    platform_tokens = 200 in 1..=10_000;
+    /// Open invitations that lead to no tenant.
+    platform_invitations = 200 in 1..=10_000;
+}

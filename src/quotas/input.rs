@@ -1,0 +1,218 @@
+//! Limits as an admin hands them in: read, checked against what each resource allows, every fault together.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::{Definition, Resource, Unit};
+use crate::fault::{Code, Fault, Kind};
+
+/// A limit as handed in: a number, or a text with a unit.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub enum Size {
+    /// Cpu in thousandths, memory in bytes, or a count.
+    Number(i64),
+    /// `4`, `500m`; `8Gi`, `512Mi`; `default`.
+    Text(String),
+}
+
+/// Limits as handed in, by the resource's name.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(transparent)]
+pub struct QuotaInput(BTreeMap<String, Option<Size>>);
+
+/// A limit that was checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// The tenant's own.
+    Own(i64),
+    /// The settings' again.
+    Default,
+}
+
+/// Limits that were checked; one that is not among them stays as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Limits(BTreeMap<Resource, Limit>);
+
+impl Limits {
+    /// The limits that are given.
+    pub fn iter(&self) -> impl Iterator<Item = (Resource, Limit)> {
+        self.0.iter().map(|(resource, limit)| (*resource, *limit))
+    }
+
+    /// The number that is given for a resource.
+    #[must_use]
+    pub fn get(&self, resource: Resource) -> Option<i64> {
+        match self.0.get(&resource) {
+            Some(Limit::Own(n)) => Some(*n),
+            _ => None,
+        }
+    }
+
+    /// Gives a limit where none is given.
+    pub fn or(&mut self, resource: Resource, limit: i64) {
+        self.0.entry(resource).or_insert(Limit::Own(limit));
+    }
+
+    /// What the audit log keeps.
+    #[must_use]
+    pub fn view(&self) -> serde_json::Value {
+        let shown = |(resource, limit): (Resource, Limit)| {
+            let limit = match limit {
+                Limit::Own(n) => serde_json::json!(n),
+                Limit::Default => serde_json::json!("default"),
+            };
+            (resource.name().to_owned(), limit)
+        };
+        serde_json::Value::Object(self.iter().map(shown).collect())
+    }
+}
+
+fn cpu(size: &Size) -> Option<i64> {
+    match size {
+        Size::Number(millis) => Some(*millis),
+        Size::Text(text) => {
+            if let Some(millis) = text.strip_suffix('m') {
+                millis.parse().ok()
+            } else {
+                let (whole, part) = text.split_once('.').unwrap_or((text, ""));
+                if part.len() > 3 || !part.bytes().all(|b| b.is_ascii_digit()) {
+                    return None;
+                }
+                let part: i64 = format!("{part:0<3}").parse().ok()?;
+                whole.parse::<i64>().ok()?.checked_mul(1000)?.checked_add(part)
+            }
+        }
+    }
+}
+
+fn bytes(size: &Size) -> Option<i64> {
+    match size {
+        Size::Number(bytes) => Some(*bytes),
+        Size::Text(text) => {
+            let units = [("Ki", 10), ("Mi", 20), ("Gi", 30), ("Ti", 40)];
+            let (number, shift) = units
+                .iter()
+                .find_map(|(unit, shift)| text.strip_suffix(unit).map(|number| (number, *shift)))
+                .unwrap_or((text, 0));
+            number.parse::<i64>().ok()?.checked_mul(1 << shift)
+        }
+    }
+}
+
+fn count(size: &Size) -> Option<i64> {
+    match size {
+        Size::Number(n) => Some(*n),
+        Size::Text(_) => None,
+    }
+}
+
+/// What a limit of this resource looks like.
+fn form(resource: Resource) -> String {
+    let Definition { name, unit, range: (least, most), .. } = resource.definition();
+    let default = if resource.is_own() { "" } else { ", or \"default\"" };
+    match unit {
+        Unit::Cpu => format!(
+            "{name} is \"4\" or \"500m\", or a number of thousandths of a core from {least} to {most}"
+        ),
+        Unit::Bytes => format!("{name} is \"8Gi\" or \"512Mi\", or a number of bytes from {least} to {most}"),
+        Unit::Count => format!("{name} is {least} to {most}{default}"),
+    }
+}
+
+impl QuotaInput {
+    /// Checks every limit; all faults together.
+    pub fn parse(&self, faults: &mut Vec<Fault>) -> Limits {
+        let mut limits = Limits::default();
+        let mut bad = |name: &str, message: String| {
+            faults.push(Fault::new(Code(426), Kind::Invalid, format!("quota.{name}"), message));
+        };
+        for resource in Resource::of_tenants() {
+            let Definition { name, unit, range: (least, most), .. } = resource.definition();
+            let Some(Some(size)) = self.0.get(name) else { continue };
+            if matches!(size, Size::Text(text) if text == "default") && !resource.is_own() {
+                limits.0.insert(resource, Limit::Default);
+                continue;
+            }
+            let value = match unit {
+                Unit::Cpu => cpu(size),
+                Unit::Bytes => bytes(size),
+                Unit::Count => count(size),
+            };
+            match value {
+                Some(n) if (least..=most).contains(&n) => {
+                    limits.0.insert(resource, Limit::Own(n));
+                }
+                _ => bad(name, form(resource)),
+            }
+        }
+        let known: Vec<&str> = Resource::of_tenants().map(Resource::name).collect();
+        for name in self.0.keys().filter(|name| !known.contains(&name.as_str())) {
+            let name: String = name.chars().take(40).map(crate::fault::plain).collect();
+            let near = known.iter().min_by_key(|k| strsim::damerau_levenshtein(&name, k)).copied();
+            bad(
+                &name,
+                format!(
+                    "there is no such limit; did you mean {}? There are: {}",
+                    near.unwrap_or_default(),
+                    known.join(", ")
+                ),
+            );
+        }
+        limits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> (Limits, Vec<String>) {
+        let input: QuotaInput = serde_json::from_str(text).unwrap();
+        let mut faults = Vec::new();
+        let limits = input.parse(&mut faults);
+        (limits, faults.into_iter().map(|fault| fault.path).collect())
+    }
+
+    #[test]
+    fn limits_take_units_and_numbers() {
+        let (limits, faults) = parse(
+            r#"{"cpu": "1.5", "memory": "8Gi", "apps": 10, "instances": 20, "registry_bytes": 1073741824,
+                "api_tokens": 3, "tags": "default", "pids": null}"#,
+        );
+        assert_eq!(faults, Vec::<String>::new());
+        assert_eq!(limits.get(Resource::Cpu), Some(1500));
+        assert_eq!(limits.get(Resource::Memory), Some(8 << 30));
+        assert_eq!(limits.get(Resource::RegistryBytes), Some(1 << 30));
+        assert_eq!(limits.get(Resource::ApiTokens), Some(3));
+        assert_eq!(limits.get(Resource::Pids), None);
+        assert!(limits.iter().any(|row| row == (Resource::Tags, Limit::Default)));
+    }
+
+    #[test]
+    fn every_wrong_limit_is_reported() {
+        let (_, faults) = parse(
+            r#"{"cpu": 4, "memory": "8G", "apps": -1, "instances": 5000, "registry_bytes": "x", "members": 0,
+                "grants": "9", "platform_tokens": 5, "unicorns": 1}"#,
+        );
+        assert_eq!(
+            faults,
+            [
+                "quota.cpu",
+                "quota.memory",
+                "quota.apps",
+                "quota.instances",
+                "quota.registry_bytes",
+                "quota.members",
+                "quota.grants",
+                "quota.platform_tokens",
+                "quota.unicorns"
+            ]
+        );
+        // A sum that would overflow is a wrong limit too, and a limit of one's own has no default.
+        let (_, faults) =
+            parse(r#"{"memory": "9999999999Ti", "cpu": "9223372036854775807", "apps": "default"}"#);
+        assert_eq!(faults.len(), 3);
+    }
+}
