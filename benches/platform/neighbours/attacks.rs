@@ -32,7 +32,7 @@ pub(crate) const ATTACKS: [Attack; 13] = [
     Attack { name: "requests", words: "1,500 connections of one tenant's requests", begin: requests },
     Attack { name: "bodies", words: "120 manifests of 4 MB that stall", begin: bodies },
     Attack { name: "parsing", words: "manifests of `[[],[],...]`, 16 at once", begin: parsing },
-    Attack { name: "names", words: "512 idle and 64 busy connections to the name server", begin: names },
+    Attack { name: "names", words: "512 idle connections of 16 instances to the name server", begin: names },
     Attack {
         name: "searches",
         words: "12 dry runs at a time that search for a user's name",
@@ -224,10 +224,10 @@ async fn instances(own: &Attackers, tag: &str, command: &str, count: usize) {
 fn names(own: Arc<Attackers>, stop: Arc<AtomicBool>) -> Running {
     Box::pin(async move {
         let mut places = Vec::new();
-        for n in 0..8 {
+        for n in 0..16 {
             put_app(&own, 0, &format!("web-{n}"), "", "image: web:1\nport: 8080\n").await;
         }
-        for n in 0..8 {
+        for n in 0..16 {
             let app = own.machine.running("evil", &format!("web-{n}")).await;
             let instance = &app["observed"]["instances"][0];
             let address: std::net::Ipv4Addr = instance["address"].as_str().unwrap().parse().unwrap();
@@ -238,7 +238,7 @@ fn names(own: Arc<Attackers>, stop: Arc<AtomicBool>) -> Running {
             let stop = Arc::clone(&stop);
             tokio::task::spawn_blocking(move || {
                 within(&place, move || {
-                    let mut idle: Vec<Option<TcpStream>> = (0..64).map(|_| None).collect();
+                    let mut idle: Vec<Option<TcpStream>> = (0..32).map(|_| None).collect();
                     let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
                     let question = b"\0\x07\x01\0\0\x01\0\0\0\0\0\0\x07unknown\0\0\x01\0\x01";
                     while !stop.load(Ordering::Relaxed) {
