@@ -19,6 +19,7 @@ pub mod images;
 pub mod keys;
 pub mod networks;
 pub mod outgoing;
+pub mod permits;
 pub mod policy;
 pub mod prober;
 pub mod quotas;
