@@ -119,12 +119,19 @@ fn keeps_every_invariant(container: &Value) -> Result<(), TestCaseError> {
     let user = container["user"].as_str().unwrap();
     prop_assert!(user.split(':').all(|id| (1..1024).contains(&id.parse::<u32>().unwrap())), "{}", user);
     let mut sum = 0;
+    let mut bound = Vec::new();
     for mount in container["mounts"].as_array().unwrap() {
-        prop_assert_eq!(&mount["type"], &json!("tmpfs"));
         let options = mount["options"].as_array().unwrap();
         for needed in ["noexec", "nosuid", "nodev"] {
             prop_assert!(options.contains(&json!(needed)), "{}", mount);
         }
+        // Of the host's files an instance sees the two that the platform wrote for it, and reads them alone.
+        if mount["type"] == "bind" {
+            prop_assert!(options.contains(&json!("ro")), "{}", mount);
+            bound.push(mount["destination"].as_str().unwrap().to_owned());
+            continue;
+        }
+        prop_assert_eq!(&mount["type"], &json!("tmpfs"));
         let size = options.iter().find_map(|o| o.as_str().unwrap().strip_prefix("size=")).unwrap();
         sum += size.parse::<u64>().unwrap();
         let path = mount["destination"].as_str().unwrap();
@@ -135,6 +142,8 @@ fn keeps_every_invariant(container: &Value) -> Result<(), TestCaseError> {
             path
         );
     }
+    prop_assert_eq!(bound, ["/etc/passwd", "/etc/group"]);
+    prop_assert_eq!(&container["manage_password"], &json!(false));
     let limits = &container["resource_limits"];
     prop_assert!(limits["memory"]["limit"].as_u64().unwrap() > sum);
     prop_assert_eq!(&limits["memory"]["limit"], &limits["memory"]["swap"]);

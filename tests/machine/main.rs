@@ -7,6 +7,7 @@ mod access;
 mod attacks;
 mod contained;
 mod faults;
+mod images;
 mod kafka;
 mod kills;
 mod main_job;

@@ -94,6 +94,8 @@ pub(super) struct Agent {
     /// Held for reading while an image is fetched and not yet on record; for writing while images
     /// are removed.
     pub(super) images: tokio::sync::RwLock<()>,
+    /// What was found in images, by identity.
+    pub(super) looked: Mutex<HashMap<String, super::app::Looked>>,
     /// A release has taken over, or an app has gone: images may be left over.
     pub(super) tidy: Notify,
     /// How many read logs of a tenant.
@@ -193,6 +195,7 @@ impl Agent {
             version: Mutex::new(1),
             changed: Notify::new(),
             images: tokio::sync::RwLock::new(()),
+            looked: Mutex::default(),
             tidy: Notify::new(),
             readers: Mutex::new(HashMap::new()),
             gates: Mutex::new(HashMap::new()),

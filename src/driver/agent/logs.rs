@@ -179,7 +179,7 @@ pub(super) fn prune(dir: &Path, there: &[u32]) {
     ended.sort_unstable_by(|a, b| b.cmp(a));
     ended.dedup();
     for number in ended.into_iter().skip(ENDED) {
-        for rest in ["log", "log.1", "offset", "raw"] {
+        for rest in ["log", "log.1", "offset", "raw", "passwd", "group"] {
             let _ = std::fs::remove_file(dir.join(format!("{number}.{rest}")));
         }
     }

@@ -81,6 +81,21 @@ pub struct Inspected {
     pub healthcheck: Vec<String>,
 }
 
+/// What matters of an image in the engine's store.
+#[derive(Debug, Clone)]
+pub struct ImageSeen {
+    /// Identity.
+    pub id: String,
+    /// Folders of its layers, the topmost first.
+    pub layers: Vec<std::path::PathBuf>,
+    /// `ENV`.
+    pub env: Vec<String>,
+    /// `WORKDIR`.
+    pub working_dir: String,
+    /// `STOPSIGNAL`.
+    pub stop_signal: String,
+}
+
 fn away(error: impl std::fmt::Display) -> Error {
     Error::Transient(format!("the container engine does not answer: {error}"))
 }
@@ -154,6 +169,30 @@ impl Podman {
         let path = format!("images/{}/exists", escape(image));
         let (status, _) = self.call(Method::GET, &path, None, Duration::from_secs(20)).await?;
         Ok(status.is_success())
+    }
+
+    /// Looks at one image; none when the engine does not have it.
+    pub async fn image(&self, image: &str) -> Result<Option<ImageSeen>, Error> {
+        let path = format!("images/{}/json", escape(image));
+        let (status, value) = self.call(Method::GET, &path, None, Duration::from_secs(20)).await?;
+        if status == StatusCode::NOT_FOUND {
+            return Ok(None);
+        }
+        if !status.is_success() {
+            return Err(away(status));
+        }
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let folders = &value["GraphDriver"]["Data"];
+        let lower = folders["LowerDir"].as_str().into_iter().flat_map(|list| list.split(':'));
+        let layers = folders["UpperDir"].as_str().into_iter().chain(lower).map(Into::into).collect();
+        let config = &value["Config"];
+        Ok(Some(ImageSeen {
+            id: text(&value["Id"]),
+            layers,
+            env: config["Env"].as_array().into_iter().flatten().map(text).collect(),
+            working_dir: text(&config["WorkingDir"]),
+            stop_signal: text(&config["StopSignal"]),
+        }))
     }
 
     /// All images: identity, and the names with digests under which the engine knows each.

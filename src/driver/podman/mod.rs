@@ -1,6 +1,7 @@
 //! Podman and nftables: what the root half drives.
 
 pub mod client;
+pub mod dangers;
 pub mod ear;
 pub mod engine;
 pub mod firewall;
@@ -8,5 +9,7 @@ pub mod host;
 pub mod namespace;
 pub mod neighbours;
 pub mod oom;
+pub mod passwd;
 pub mod ports;
 pub mod render;
+pub mod rootfs;

@@ -53,7 +53,12 @@ pub struct Instance<'a> {
     pub network: &'a str,
     /// Where the engine writes its log.
     pub log: &'a str,
+    /// Its `/etc/passwd` and `/etc/group`, as the platform wrote them.
+    pub names: [&'a str; 2],
 }
+
+/// Where an instance has the two files.
+const NAMES: [&str; 2] = ["/etc/passwd", "/etc/group"];
 
 /// Name of an instance's container.
 #[must_use]
@@ -88,6 +93,12 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
                 "options": [format!("size={size}"), "mode=1777", "noexec", "nosuid", "nodev", "rw"],
             })
         })
+        .chain(NAMES.iter().zip(instance.names).map(|(path, source)| {
+            json!({
+                "destination": path, "type": "bind", "source": source,
+                "options": ["bind", "ro", "noexec", "nosuid", "nodev"],
+            })
+        }))
         .collect();
     let quota = (u64::from(w.cpu_millis) * PERIOD / 1000).max(1000);
     let mut spec = json!({
@@ -106,6 +117,8 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
         },
         "user": format!("{}:{}", w.user.uid, w.user.gid),
         "groups": [],
+        // The engine neither reads nor copies the image's own.
+        "manage_password": false,
         "userns": {"nsmode": "private"},
         "idmappings": {
             "HostUIDMapping": false, "HostGIDMapping": false, "UIDMap": map, "GIDMap": map,

@@ -199,6 +199,9 @@ impl App {
         lock(&self.live).remove(&number);
         let dir = agent.logs_dir(self.id);
         let _ = std::fs::remove_file(raw_log(&dir, number));
+        for file in super::image::files(&dir, number) {
+            let _ = std::fs::remove_file(file);
+        }
         let mut numbers: Vec<u32> = lock(&self.kept).instances.iter().map(|i| i.number).collect();
         numbers.retain(|own| *own != number);
         tokio::task::block_in_place(|| logs::prune(&dir, &numbers));

@@ -18,9 +18,11 @@ use crate::driver::{AppObserved, InstanceObserved, InstanceState, LogLine};
 use crate::ids::{AppId, AppName, TenantName};
 
 mod health;
+mod image;
 mod look;
 mod start;
 
+pub(super) use image::Looked;
 pub(super) use start::discard;
 
 /// The longest that a restart waits, in seconds.

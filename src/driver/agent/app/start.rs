@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 
 use super::super::core::{Agent, lock};
 use super::super::kept::Instance;
-use super::{App, born, raw_log, short};
+use super::{App, born, image, raw_log, short};
 use crate::driver::podman::ports::Port;
 use crate::driver::podman::{ports, render};
 use crate::driver::workload::Workload;
@@ -131,6 +131,7 @@ impl App {
             tail.restart();
         }
         let raw = raw_log(&dir, instance.number);
+        let [passwd, group] = image::write_names(agent, &dir, instance.number, workload).await?;
         let spec = render::create(
             &agent.config,
             workload,
@@ -139,6 +140,7 @@ impl App {
                 gateway: recorded.subnet.gateway(),
                 network: &bridge,
                 log: &raw.to_string_lossy(),
+                names: [&passwd.to_string_lossy(), &group.to_string_lossy()],
             },
         );
         fail::fail_point!("agent::create", |_| Err(Error::Transient("failpoint".into())));

@@ -1,0 +1,52 @@
+//! The `/etc/passwd` and `/etc/group` of an instance, written by the platform: the image's own lines, and one for
+//! the user that the instance runs as, so that programs find its name and home. The engine is told to leave both
+//! files alone, and reads these instead of the image's.
+
+use super::rootfs::Names;
+use crate::driver::workload::InsideUser;
+
+/// Both files for a user; `working_dir` is the home of one that the image does not know.
+#[must_use]
+pub fn write(image: &Names, user: InsideUser, working_dir: &str) -> Names {
+    let InsideUser { uid, gid } = user;
+    let plain = working_dir.starts_with('/') && !working_dir.contains([':', '\n', '\r']);
+    let home = if plain { working_dir } else { "/" };
+    Names {
+        passwd: with_line(&image.passwd, uid, format!("{uid}:*:{uid}:{gid}:container user:{home}:/bin/sh\n")),
+        group: with_line(&image.group, gid, format!("{gid}:x:{gid}:{uid}\n")),
+    }
+}
+
+/// The file, with this line unless one of its lines has this id (the third field in both).
+fn with_line(file: &[u8], id: u16, line: String) -> Vec<u8> {
+    let wanted = id.to_string();
+    let mut lines = file.split(|b| *b == b'\n');
+    let known = lines.any(|line| line.split(|b| *b == b':').nth(2).is_some_and(|id| id == wanted.as_bytes()));
+    let mut out = file.to_vec();
+    if !known {
+        if out.last().is_some_and(|last| *last != b'\n') {
+            out.push(b'\n');
+        }
+        out.extend_from_slice(line.as_bytes());
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_that_the_image_does_not_know_gets_a_line() {
+        let user = InsideUser { uid: 7, gid: 8 };
+        let bare = write(&Names::default(), user, "/srv");
+        assert_eq!(bare.passwd, b"7:*:7:8:container user:/srv:/bin/sh\n");
+        assert_eq!(bare.group, b"8:x:8:7\n");
+        let image = Names { passwd: b"root:x:0:0::/:/bin/sh".to_vec(), group: b"g:x:8:\n".to_vec() };
+        let added = write(&image, user, "a:b\nevil:x:0:0::/:");
+        assert_eq!(added.passwd, b"root:x:0:0::/:/bin/sh\n7:*:7:8:container user:/:/bin/sh\n");
+        assert_eq!(added.group, image.group);
+        let known = Names { passwd: b"app:x:7:8::/home:/bin/sh\n".to_vec(), ..image };
+        assert_eq!(write(&known, user, "/").passwd, known.passwd);
+    }
+}

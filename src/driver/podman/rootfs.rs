@@ -1,0 +1,332 @@
+//! A look at what an image holds before the engine starts anything from it. The engine reads `etc/passwd` and
+//! `etc/group` of an image as root while it holds the container's lock: a FIFO there blocks it for good, a large
+//! file takes its memory. So the image is mounted read-only, exactly as the kernel will show it to the container
+//! (whiteouts and `trusted.overlay.*` attributes included), and the files are looked at without opening them first.
+//!
+//! The mount is made by a child process in a mount namespace of its own: it ends with the child, whatever happens.
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat, openat2};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount};
+use serde::{Deserialize, Serialize};
+use tokio::io::AsyncWriteExt;
+
+use super::client::ImageSeen;
+use super::dangers;
+use crate::driver::Error;
+
+/// Largest `etc/passwd` and `etc/group` of an image, in bytes.
+pub const NAMES: u64 = 256 << 10;
+/// The argument that makes the agent's program look at an image instead.
+pub const ARGUMENT: &str = "--look-at-image";
+/// How long a look may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Most layers of an image: what one mount can name.
+const LAYERS: usize = 128;
+/// Symbolic links that a path may lead through.
+const IN_PLACE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
+
+/// What a look is asked for.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Question {
+    /// Folder of the engine's layers.
+    overlay: PathBuf,
+    /// Identities of the layers, the topmost first.
+    layers: Vec<String>,
+    /// The image's working directory.
+    working_dir: String,
+}
+
+/// What a look found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Verdict {
+    /// Both files are harmless; their bytes.
+    Fine(Names),
+    /// The image is refused, and why.
+    Refused(String),
+    /// It could not be looked at.
+    Failed(String),
+}
+
+/// The two files of an image; empty when they are absent.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Names {
+    /// `etc/passwd`.
+    pub passwd: Vec<u8>,
+    /// `etc/group`.
+    pub group: Vec<u8>,
+}
+
+/// Looks at an image of the engine: its config, then its files.
+pub async fn look(image: &ImageSeen) -> Result<Names, Error> {
+    dangers::of_config(&image.env, &image.working_dir, &image.stop_signal).map_err(Error::Rejected)?;
+    let question = question(image).map_err(|why| Error::Transient(format!("the image's layers: {why}")))?;
+    let failed = |error: std::io::Error| Error::Transient(format!("the image cannot be looked at: {error}"));
+    let program = std::env::current_exe().map_err(failed)?;
+    let mut child = tokio::process::Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "--"])
+        .arg(program)
+        .arg(ARGUMENT)
+        // Layers are named by short relative paths: one mount takes 4096 bytes of options.
+        .current_dir(&question.overlay)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(failed)?;
+    let text = serde_json::to_vec(&question).map_err(|error| Error::Transient(error.to_string()))?;
+    let asked = async {
+        if let Some(mut input) = child.stdin.take() {
+            input.write_all(&text).await?;
+        }
+        child.wait_with_output().await
+    };
+    let Ok(done) = tokio::time::timeout(PATIENCE, asked).await else {
+        return Err(Error::Transient("the image could not be looked at in time".into()));
+    };
+    match serde_json::from_slice(&done.map_err(failed)?.stdout) {
+        Ok(Verdict::Fine(names)) => Ok(names),
+        Ok(Verdict::Refused(why)) => Err(Error::Rejected(why)),
+        Ok(Verdict::Failed(why)) => Err(Error::Transient(format!("the image cannot be looked at: {why}"))),
+        Err(_) => Err(Error::Transient("the look at the image gave no answer".into())),
+    }
+}
+
+/// From the folders that the engine names: `.../overlay/IDENTITY/diff`.
+fn question(image: &ImageSeen) -> Result<Question, String> {
+    let mut overlay = None;
+    let mut layers = Vec::new();
+    for folder in &image.layers {
+        let layer = folder.parent().ok_or("a layer has no folder")?;
+        let (name, above) = (layer.file_name().and_then(|name| name.to_str()), layer.parent());
+        let (Some(name), Some(above)) = (name, above) else { return Err("a layer has no name".into()) };
+        if folder.file_name().is_none_or(|last| last != "diff")
+            || name.len() != 64
+            || !name.bytes().all(|b| b.is_ascii_hexdigit())
+            || overlay.as_deref().is_some_and(|known: &Path| known != above)
+        {
+            return Err("a layer lies where none should".into());
+        }
+        overlay = Some(above.to_owned());
+        layers.push(name.to_owned());
+    }
+    let overlay = overlay.ok_or("there are none")?;
+    if layers.len() > LAYERS {
+        return Err("there are too many".into());
+    }
+    Ok(Question { overlay, layers, working_dir: image.working_dir.clone() })
+}
+
+/// The child's part: reads the question, mounts, looks, answers. Its mount namespace is its own.
+#[must_use]
+pub fn answer() -> std::process::ExitCode {
+    let verdict = ask().unwrap_or_else(Verdict::Failed);
+    let text = serde_json::to_vec(&verdict).unwrap_or_default();
+    match std::io::stdout().write_all(&text) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(_) => std::process::ExitCode::FAILURE,
+    }
+}
+
+fn ask() -> Result<Verdict, String> {
+    let mut text = Vec::new();
+    std::io::stdin().take(1 << 20).read_to_end(&mut text).map_err(|error| error.to_string())?;
+    let question: Question = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    let root = open_root(&question)?;
+    Ok(examine(root.as_fd(), &question.working_dir))
+}
+
+/// The image as the kernel shows it.
+fn open_root(question: &Question) -> Result<OwnedFd, String> {
+    let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let open = |path: &Path| {
+        openat(CWD, path, folder, Mode::empty()).map_err(|error| format!("{}: {error}", path.display()))
+    };
+    if let [only] = &question.layers[..] {
+        return open(&question.overlay.join(only).join("diff"));
+    }
+    let mut lower = Vec::new();
+    for layer in &question.layers {
+        let link = std::fs::read_to_string(question.overlay.join(layer).join("link"))
+            .map_err(|error| error.to_string())?;
+        if link.is_empty() || !link.bytes().all(|b| b.is_ascii_alphanumeric()) {
+            return Err("a layer has no short name".into());
+        }
+        lower.push(format!("l/{link}"));
+    }
+    let options =
+        std::ffi::CString::new(format!("lowerdir={}", lower.join(":"))).map_err(|error| error.to_string())?;
+    let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("overlay", &question.overlay, "overlay", flags, Some(options.as_c_str()))
+        .map_err(|error| format!("it cannot be mounted: {error}"))?;
+    open(&question.overlay)
+}
+
+/// Looks at a file tree. Nothing is opened but regular files of bounded size.
+fn examine(root: BorrowedFd<'_>, working_dir: &str) -> Verdict {
+    match open_in(root, "etc") {
+        Ok(None) => {}
+        Ok(Some(etc)) if kind(&etc) == Some(FileType::Directory) => {}
+        Ok(Some(_)) => return refused("its etc is not a directory"),
+        Err(why) => return Verdict::Failed(why),
+    }
+    let (passwd, group) = match (file(root, "etc/passwd"), file(root, "etc/group")) {
+        (Ok(passwd), Ok(group)) => (passwd, group),
+        (Err(verdict), _) | (_, Err(verdict)) => return verdict,
+    };
+    if let Err(why) = examine_working_dir(root, working_dir) {
+        return refused(why);
+    }
+    Verdict::Fine(Names { passwd, group })
+}
+
+fn refused(why: &str) -> Verdict {
+    Verdict::Refused(format!("the image is refused: {why}"))
+}
+
+fn kind(file: &OwnedFd) -> Option<FileType> {
+    fstat(file).ok().map(|stat| FileType::from_raw_mode(stat.st_mode))
+}
+
+/// What is at a path, without opening it and without following any link; none when nothing is.
+fn open_in(root: BorrowedFd<'_>, path: &str) -> Result<Option<OwnedFd>, String> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    match openat2(root, path, flags, Mode::empty(), IN_PLACE) {
+        Ok(found) => Ok(Some(found)),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+        Err(error) => Err(format!("{path}: {error}")),
+    }
+}
+
+/// The bytes of a regular file of bounded size; none when it is absent.
+fn file(root: BorrowedFd<'_>, path: &'static str) -> Result<Vec<u8>, Verdict> {
+    let Some(found) = open_in(root, path).map_err(Verdict::Failed)? else { return Ok(Vec::new()) };
+    let failed = |error: &dyn std::fmt::Display| Verdict::Failed(format!("{path}: {error}"));
+    let stat = fstat(&found).map_err(|error| failed(&error))?;
+    let what = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => "",
+        FileType::Fifo => "a FIFO",
+        FileType::Symlink => "a symbolic link",
+        FileType::Directory => "a directory",
+        _ => "a device or socket",
+    };
+    if !what.is_empty() {
+        return Err(refused(&format!("its {path} is {what}, not a regular file")));
+    }
+    if u64::try_from(stat.st_size).unwrap_or(u64::MAX) > NAMES {
+        return Err(refused(&format!("its {path} is larger than 256 KiB")));
+    }
+    // Only now it is opened; the mount is read-only, and what it shows does not change.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let opened = openat2(root, path, flags, Mode::empty(), IN_PLACE).map_err(|error| failed(&error))?;
+    let mut bytes = Vec::new();
+    std::fs::File::from(opened).take(NAMES).read_to_end(&mut bytes).map_err(|error| failed(&error))?;
+    Ok(bytes)
+}
+
+/// The runtime enters the working directory as root, following links, and by way of `/proc/self/fd` it would enter
+/// a folder of the host (CVE-2024-21626).
+fn examine_working_dir(root: BorrowedFd<'_>, working_dir: &str) -> Result<(), &'static str> {
+    let inside = working_dir.trim_start_matches('/');
+    if inside.is_empty() {
+        return Ok(());
+    }
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    match openat2(root, inside, flags, Mode::empty(), IN_PLACE) {
+        Ok(found) if kind(&found) == Some(FileType::Directory) => return Ok(()),
+        // The engine creates it.
+        Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::LOOP) => {}
+        _ => return Err("its working directory is not a directory"),
+    }
+    let found = openat2(root, inside, flags, Mode::empty(), ResolveFlags::IN_ROOT)
+        .map_err(|_| "its working directory leads through a link to nowhere")?;
+    if kind(&found) != Some(FileType::Directory) {
+        return Err("its working directory is not a directory");
+    }
+    let own = std::fs::read_link(format!("/proc/self/fd/{}", rustix::fd::AsRawFd::as_raw_fd(&root)));
+    let real = std::fs::read_link(format!("/proc/self/fd/{}", rustix::fd::AsRawFd::as_raw_fd(&found)));
+    let (Ok(own), Ok(real)) = (own, real) else { return Err("its working directory has no path") };
+    let first = real.strip_prefix(&own).ok().and_then(|path| path.components().next());
+    match first {
+        Some(Component::Normal(name)) if dangers::KERNELS.iter().any(|own| name == *own) => {
+            Err("its working directory leads into /proc, /sys or /dev")
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    fn verdict(dir: &Path, working_dir: &str) -> Verdict {
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        examine(openat(CWD, dir, flags, Mode::empty()).unwrap().as_fd(), working_dir)
+    }
+
+    fn why(dir: &Path, working_dir: &str) -> String {
+        match verdict(dir, working_dir) {
+            Verdict::Refused(why) => why,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn only_regular_files_are_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        assert_eq!(verdict(root, ""), Verdict::Fine(Names::default()));
+        fs::create_dir(root.join("etc")).unwrap();
+        fs::write(root.join("etc/passwd"), "app:x:1:1::/:/bin/sh\n").unwrap();
+        let Verdict::Fine(names) = verdict(root, "/") else { panic!() };
+        assert_eq!(names.passwd, b"app:x:1:1::/:/bin/sh\n");
+        // Opened, this would block for ever.
+        let fifo = root.join("etc/group");
+        rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o644), 0).unwrap();
+        assert!(why(root, "").contains("etc/group is a FIFO"));
+        fs::remove_file(&fifo).unwrap();
+        symlink("/etc/shadow", &fifo).unwrap();
+        assert!(why(root, "").contains("symbolic link"));
+        fs::remove_file(&fifo).unwrap();
+        fs::create_dir(&fifo).unwrap();
+        assert!(why(root, "").contains("a directory"));
+        fs::remove_dir(&fifo).unwrap();
+        fs::File::create(&fifo).unwrap().set_len(NAMES + 1).unwrap();
+        assert!(why(root, "").contains("larger"));
+        fs::remove_dir_all(root.join("etc")).unwrap();
+        symlink("/etc", root.join("etc")).unwrap();
+        assert!(why(root, "").contains("its etc is not a directory"));
+    }
+
+    #[test]
+    fn a_working_directory_stays_within_the_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        fs::create_dir_all(root.join("proc/self/fd/8")).unwrap();
+        fs::create_dir_all(root.join("srv/app")).unwrap();
+        fs::write(root.join("file"), "").unwrap();
+        symlink("/srv/app", root.join("good")).unwrap();
+        symlink("/proc/self/fd/8", root.join("bad")).unwrap();
+        symlink("bad", root.join("worse")).unwrap();
+        symlink("/nowhere", root.join("dangling")).unwrap();
+        for fine in ["", "/", "/srv/app", "/srv/new/one", "/good"] {
+            assert!(matches!(verdict(root, fine), Verdict::Fine(_)), "{fine}");
+        }
+        for bad in ["/bad", "/worse", "/dangling", "/file", "/file/x", "/bad/../bad"] {
+            assert!(matches!(verdict(root, bad), Verdict::Refused(_)), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! Images as an attacker makes them: layers built byte by byte. None of them stops the engine, and none of them
+//! reaches an app of another tenant.
+
+use std::fs;
+use std::path::Path;
+
+use bulkhead::ids::Digest;
+use serde_json::{Value, json};
+
+use crate::support::{HTTPD, Machine};
+
+/// One entry of a layer: path, type, link, bytes.
+type Entry<'a> = (&'a str, u8, &'a str, &'a [u8]);
+
+const DIRECTORY: u8 = b'5';
+const FIFO: u8 = b'6';
+const FILE: u8 = b'0';
+const HARD_LINK: u8 = b'1';
+const SYMBOLIC_LINK: u8 = b'2';
+const DEVICE: u8 = b'3';
+const PAX: u8 = b'x';
+
+/// A layer of these entries, exactly as they are given.
+fn layer(entries: &[Entry<'_>]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for (path, kind, link, bytes) in entries {
+        let mut header = tar::Header::new_ustar();
+        header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
+        header.as_old_mut().linkname[..link.len()].copy_from_slice(link.as_bytes());
+        header.set_entry_type(tar::EntryType::new(*kind));
+        header.set_mode(0o755);
+        header.set_size(bytes.len() as u64);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        if *kind == DEVICE {
+            header.set_device_major(1).unwrap();
+            header.set_device_minor(3).unwrap();
+        }
+        header.set_cksum();
+        out.extend_from_slice(header.as_bytes());
+        out.extend_from_slice(bytes);
+        out.resize(out.len().next_multiple_of(512), 0);
+    }
+    out.resize(out.len() + 1024, 0);
+    out
+}
+
+/// The records of a PAX header.
+fn pax(records: &[(&str, &str)]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for (key, value) in records {
+        let rest = format!(" {key}={value}\n");
+        let mut length = rest.len() + 1;
+        while length.to_string().len() + rest.len() != length {
+            length = length.to_string().len() + rest.len();
+        }
+        out.extend_from_slice(format!("{length}{rest}").as_bytes());
+    }
+    out
+}
+
+fn base() -> Vec<u8> {
+    let busybox = fs::read("/bin/busybox").expect("busybox-static is installed by deploy/packages");
+    layer(&[
+        ("bin/", DIRECTORY, "", b""),
+        ("bin/busybox", FILE, "", &busybox),
+        ("www/index.html", FILE, "", b"hello\n"),
+    ])
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    std::io::Write::write_all(&mut packed, bytes).unwrap();
+    packed.finish().unwrap()
+}
+
+/// An image with these layers and this config, in the OCI layout.
+fn write(dir: &Path, layers: &[(Vec<u8>, Vec<u8>)], config: &Value) {
+    let blobs = dir.join("image/blobs/sha256");
+    fs::create_dir_all(&blobs).unwrap();
+    let put = |bytes: &[u8], kind: &str| {
+        let digest = Digest::of(bytes);
+        fs::write(blobs.join(&digest.as_str()[7..]), bytes).unwrap();
+        json!({"mediaType": format!("application/vnd.oci.image.{kind}"), "digest": digest, "size": bytes.len()})
+    };
+    let parts: Vec<Value> = layers.iter().map(|(_, packed)| put(packed, "layer.v1.tar+gzip")).collect();
+    let diffs: Vec<Digest> = layers.iter().map(|(plain, _)| Digest::of(plain)).collect();
+    let config = json!({
+        "architecture": "amd64", "os": "linux", "config": config, "rootfs": {"type": "layers", "diff_ids": diffs},
+    });
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": put(config.to_string().as_bytes(), "config.v1+json"), "layers": parts,
+    });
+    let index =
+        json!({"schemaVersion": 2, "manifests": [put(manifest.to_string().as_bytes(), "manifest.v1+json")]});
+    fs::write(dir.join("image/index.json"), index.to_string()).unwrap();
+    fs::write(dir.join("image/oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+}
+
+fn config(more: Value) -> Value {
+    let mut config = json!({"User": "1000", "Cmd": HTTPD});
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    config
+}
+
+/// Pushes busybox with more layers on top.
+fn push(
+    machine: &Machine,
+    robot: &(String, String),
+    name: &str,
+    layers: &[Vec<u8>],
+    own: Value,
+) -> (bool, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let all: Vec<_> = std::iter::once(base())
+        .chain(layers.iter().cloned())
+        .map(|plain| (plain.clone(), gzip(&plain)))
+        .collect();
+    write(dir.path(), &all, &config(own));
+    machine.copy(robot, dir.path(), name)
+}
+
+/// Layers whose names of users are a trap for a process that opens them, and what the platform says of each.
+fn traps() -> Vec<(&'static str, Vec<Vec<u8>>, &'static str)> {
+    let lines = vec![b'\n'; 300 << 10];
+    let redirect = pax(&[("SCHILY.xattr.trusted.overlay.redirect", "/evil")]);
+    vec![
+        ("fifo", vec![layer(&[("etc/passwd", FIFO, "", b"")])], "FIFO"),
+        ("group", vec![layer(&[("./etc//group", FIFO, "", b"")])], "FIFO"),
+        ("device", vec![layer(&[("etc/passwd", DEVICE, "", b"")])], "device"),
+        ("link", vec![layer(&[("etc/passwd", SYMBOLIC_LINK, "/proc/1/environ", b"")])], "symbolic link"),
+        ("etc", vec![layer(&[("etc", SYMBOLIC_LINK, "proc", b"")])], "etc is not a directory"),
+        ("long", vec![layer(&[("etc/passwd", FILE, "", &lines)])], "256 KiB"),
+        ("hard", vec![layer(&[("pipe", FIFO, "", b""), ("etc/passwd", HARD_LINK, "pipe", b"")])], "FIFO"),
+        (
+            "alias",
+            vec![layer(&[
+                ("etc/", DIRECTORY, "", b""),
+                ("x", SYMBOLIC_LINK, "etc", b""),
+                ("x/passwd", FIFO, "", b""),
+            ])],
+            "FIFO",
+        ),
+        // The kernel shows the folder below under another name.
+        (
+            "redirect",
+            vec![
+                layer(&[("evil/passwd", FIFO, "", b"")]),
+                layer(&[("h", PAX, "", &redirect), ("etc/", DIRECTORY, "", b"")]),
+            ],
+            "FIFO",
+        ),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_with_a_trap_is_refused_before_the_engine_opens_it() {
+    let machine = Machine::start().await;
+    let (acme, evil) = (machine.tenant("acme").await, machine.tenant("evil").await);
+    machine.push(&acme, "acme/web:1", &HTTPD);
+    let (status, body) = machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await;
+    assert_eq!(status, 202, "{body}");
+    machine.running("acme", "web").await;
+    for (name, layers, _) in traps() {
+        let (good, text) = push(&machine, &evil, &format!("evil/{name}:1"), &layers, json!({}));
+        assert!(good, "{name}: {text}");
+        let (status, body) = machine.deploy("evil", name, &format!("image: {name}:1\nport: 8080\n")).await;
+        assert_eq!(status, 202, "{name}: {body}");
+    }
+    for (name, _, why) in traps() {
+        let app = machine
+            .wait("evil", name, 60, |app| app["observed"].to_string().contains("the image is refused"))
+            .await;
+        assert!(app["observed"].to_string().contains(why), "{name}: {app:#}");
+    }
+    // The engine answers, other apps are restarted, and the images' owner can delete.
+    let app = machine.app("acme", "web").await;
+    let before = app["observed"]["instances"][0]["restarts"].as_i64().unwrap();
+    assert!(crate::support::run("kill", &["-9", &machine.pid(&app["observed"]["instances"][0])]).0);
+    machine
+        .wait("acme", "web", 20, |app| {
+            app["observed"]["instances"][0]["restarts"].as_i64().unwrap() > before
+                && app["observed"]["instances"][0]["state"] == "running"
+        })
+        .await;
+    for (name, ..) in traps() {
+        machine.insist("DELETE", &format!("/api/v1/tenants/evil/apps/{name}"), &[], "").await;
+    }
+    // No mount and no process of a look is left.
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let overlay = format!(" {} ", machine.data.join("engine/storage/overlay").display());
+    let left = mounts.lines().find(|line| line.contains(&overlay) && line.contains(" - overlay "));
+    assert_eq!(left, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_knows_its_user_and_an_image_without_names_runs() {
+    let machine = Machine::start().await;
+    let acme = machine.tenant("acme").await;
+    let words = ["/bin/busybox", "sh", "-c", "id; echo $HOME; cat /etc/passwd /etc/group; exec sleep 1000"];
+    let own = json!({"User": "7:8", "Cmd": words, "WorkingDir": "/srv"});
+    let (good, text) = push(&machine, &acme, "acme/bare:1", &[], own);
+    assert!(good, "{text}");
+    let names = layer(&[
+        ("etc/passwd", FILE, "", b"app:x:7:8::/home/app:/bin/sh"),
+        ("etc/group", FILE, "", b"crew:x:8:\n"),
+    ]);
+    let (good, text) = push(&machine, &acme, "acme/named:1", &[names], json!({"User": "7:8", "Cmd": words}));
+    assert!(good, "{text}");
+    for (app, seen) in [
+        ("bare", ["uid=7(7) gid=8(8)", "7:*:7:8:container user:/srv:/bin/sh", "8:x:8:7"]),
+        ("named", ["uid=7(app) gid=8(crew)", "app:x:7:8::/home/app:/bin/sh", "/home/app"]),
+    ] {
+        let (status, body) = machine.deploy("acme", app, &format!("image: {app}:1\n")).await;
+        assert_eq!(status, 202, "{body}");
+        machine.running("acme", app).await;
+        let begun = std::time::Instant::now();
+        let path = format!("/api/v1/tenants/acme/apps/{app}/logs");
+        loop {
+            let (_, logs) = machine.ask(&machine.admin, "GET", &path, None).await;
+            let text = logs.to_string();
+            if seen.iter().all(|line| text.contains(line)) {
+                break;
+            }
+            assert!(begun.elapsed().as_secs() < 20, "{app}: {text}");
+            tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        }
+    }
+}
