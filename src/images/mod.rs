@@ -4,6 +4,7 @@ use crate::driver::workload::InsideUser;
 use crate::fault::{Code, Fault, Kind};
 
 pub mod config;
+pub mod layers;
 pub mod manifest;
 pub mod names;
 

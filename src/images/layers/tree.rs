@@ -1,0 +1,273 @@
+//! The file tree that the engine makes of a layer, without the files: the engine (containers/storage) unpacks each
+//! layer by itself, in a root of its own, and stops at what it cannot make. What it refuses is refused here, and
+//! what it would leave at `etc`, `etc/passwd` and `etc/group` is known in the end.
+
+use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasher, RandomState};
+
+use super::Stop;
+use super::archive::{Entry, PATH, Type};
+
+/// Most entries of a layer, with the folders that no entry names.
+pub(super) const ENTRIES: usize = 500_000;
+/// Most symbolic links on one path (what the kernel follows).
+const LINKS: usize = 40;
+/// Most steps that all paths of a layer take together.
+const STEPS: usize = 50_000_000;
+
+/// A file of a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Node {
+    Directory {
+        opaque: bool,
+    },
+    /// Its size, and its text where it may be a list of names.
+    File(u64, Option<Box<str>>),
+    SymbolicLink(Box<[u8]>),
+    Fifo,
+    Device,
+    /// Hides what lies below.
+    Whiteout,
+}
+
+/// A tree. Names are kept as keyed hashes: what a layer calls its files takes no memory.
+pub(super) struct Tree {
+    nodes: Vec<Node>,
+    links: HashMap<(u32, u64), u32>,
+    seen: HashSet<u64>,
+    hasher: RandomState,
+    steps: usize,
+}
+
+const ROOT: u32 = 0;
+
+fn refuse<T>(why: &str) -> Result<T, Stop> {
+    Err(Stop::Refused(format!("it cannot be unpacked: {why}")))
+}
+
+/// The parts of a path as seen from the root; none leads out of it.
+fn parts(path: &[u8]) -> Vec<&[u8]> {
+    let mut parts = Vec::new();
+    for part in path.split(|b| *b == b'/') {
+        match part {
+            b"" | b"." => {}
+            b".." => {
+                parts.pop();
+            }
+            part => parts.push(part),
+        }
+    }
+    parts
+}
+
+/// A path as Go's `filepath.Clean` writes it: the engine holds these against each other.
+fn clean(path: &[u8]) -> Vec<u8> {
+    let rooted = path.first() == Some(&b'/');
+    let mut parts: Vec<&[u8]> = Vec::new();
+    for part in path.split(|b| *b == b'/') {
+        match part {
+            b"" | b"." => {}
+            b".." if parts.last().is_some_and(|last| *last != b"..") => {
+                parts.pop();
+            }
+            b".." if rooted => {}
+            part => parts.push(part),
+        }
+    }
+    let mut out = if rooted { b"/".to_vec() } else { Vec::new() };
+    out.extend_from_slice(&parts.join(&b'/'));
+    out
+}
+
+impl Tree {
+    pub(super) fn new() -> Self {
+        Self {
+            nodes: vec![Node::Directory { opaque: false }],
+            links: HashMap::new(),
+            seen: HashSet::new(),
+            hasher: RandomState::new(),
+            steps: 0,
+        }
+    }
+
+    /// How many files there are, the root left out.
+    pub(super) fn len(&self) -> usize {
+        self.nodes.len() - 1
+    }
+
+    fn child(&self, of: u32, name: &[u8]) -> Option<u32> {
+        self.links.get(&(of, self.hasher.hash_one(name))).copied()
+    }
+
+    fn put(&mut self, parent: u32, name: &[u8], node: Node) -> Result<u32, Stop> {
+        if self.nodes.len() > ENTRIES {
+            return Err(Stop::Refused(format!("it has more than {ENTRIES} files")));
+        }
+        if name.len() > 255 {
+            return refuse("a name is longer than 255 bytes");
+        }
+        let id =
+            u32::try_from(self.nodes.len()).map_err(|_| Stop::Refused("it has too many files".into()))?;
+        self.nodes.push(node);
+        self.links.insert((parent, self.hasher.hash_one(name)), id);
+        Ok(id)
+    }
+
+    fn is_directory(&self, id: u32) -> bool {
+        matches!(self.nodes[id as usize], Node::Directory { .. })
+    }
+
+    /// The folder at these parts, following links. Missing ones are made when `make` is set, but none behind a link
+    /// to nowhere.
+    fn folder(&mut self, path: &[&[u8]], make: bool) -> Result<Option<u32>, Stop> {
+        let mut here = ROOT;
+        let straight = path.iter().take_while(|part| match self.child(here, part) {
+            Some(next) if self.is_directory(next) => {
+                here = next;
+                true
+            }
+            _ => false,
+        });
+        let known = straight.count();
+        self.steps += known;
+        if known == path.len() {
+            return Ok(Some(here));
+        }
+        let mut open: Vec<Vec<u8>> = path.iter().rev().map(|part| part.to_vec()).collect();
+        // How many of the open parts come from a link; only others are made.
+        let mut linked = 0_usize;
+        let mut way = vec![ROOT];
+        let mut links = 0;
+        while let Some(part) = open.pop() {
+            let from_link = linked > 0;
+            linked = linked.saturating_sub(1);
+            self.steps += 1;
+            if self.steps > STEPS {
+                return Err(Stop::Refused("its paths are too long together".into()));
+            }
+            let here = way.last().copied().unwrap_or(ROOT);
+            match part.as_slice() {
+                b"" | b"." => continue,
+                b".." => {
+                    if way.len() > 1 {
+                        way.pop();
+                    }
+                    continue;
+                }
+                _ => {}
+            }
+            let Some(next) = self.child(here, &part) else {
+                if !make || from_link {
+                    return Ok(None);
+                }
+                let fresh = self.put(here, &part, Node::Directory { opaque: false })?;
+                way.push(fresh);
+                continue;
+            };
+            match &self.nodes[next as usize] {
+                Node::Directory { .. } => way.push(next),
+                Node::SymbolicLink(target) => {
+                    links += 1;
+                    if links > LINKS {
+                        return Ok(None);
+                    }
+                    if target.first() == Some(&b'/') {
+                        way.truncate(1);
+                    }
+                    let more: Vec<Vec<u8>> = target.split(|b| *b == b'/').rev().map(<[u8]>::to_vec).collect();
+                    linked += more.len();
+                    if open.len() + more.len() > PATH {
+                        return Ok(None);
+                    }
+                    open.extend(more);
+                }
+                _ => return Ok(None),
+            }
+        }
+        Ok(way.last().copied())
+    }
+
+    /// Unpacks one entry. `text` is its content, where it may be a list of names.
+    pub(super) fn add(&mut self, entry: &Entry, text: Option<Box<str>>) -> Result<(), Stop> {
+        if !self.seen.insert(self.hasher.hash_one(clean(&entry.path))) {
+            return refuse("it names a path twice");
+        }
+        let path = parts(&entry.path);
+        let Some((name, above)) = path.split_last() else {
+            // The root itself: only its attributes can be set.
+            let plain = entry.kind == Type::Directory || !entry.path.starts_with(b"/");
+            return if plain { Ok(()) } else { refuse("a file stands in the place of its root") };
+        };
+        if entry.path.len() > PATH {
+            return refuse("a path is too long");
+        }
+        let Some(parent) = self.folder(above, true)? else {
+            return refuse("a file lies below something that is not a directory");
+        };
+        let there = self.child(parent, name);
+        let merged = there.is_some_and(|id| self.is_directory(id)) && entry.kind == Type::Directory;
+        if there.is_some() && !merged {
+            self.links.remove(&(parent, self.hasher.hash_one(name)));
+        }
+        if let Some(hidden) = name.strip_prefix(b".wh.") {
+            return self.whiteout(parent, hidden);
+        }
+        if merged {
+            return Ok(());
+        }
+        let node = match entry.kind {
+            Type::Directory => Node::Directory { opaque: false },
+            Type::File => Node::File(entry.size, text),
+            Type::Fifo => Node::Fifo,
+            Type::Device { whiteout: true } => Node::Whiteout,
+            Type::Device { whiteout: false } => Node::Device,
+            Type::SymbolicLink if entry.link.is_empty() => return refuse("a symbolic link leads nowhere"),
+            Type::SymbolicLink => Node::SymbolicLink(entry.link.clone().into()),
+            Type::HardLink => return self.hard_link(parent, name, &entry.link),
+        };
+        self.put(parent, name, node).map(drop)
+    }
+
+    fn whiteout(&mut self, parent: u32, hidden: &[u8]) -> Result<(), Stop> {
+        if hidden == b".wh..opq" {
+            // Of the root itself nothing can be hidden but what other layers hold, as of any folder.
+            self.nodes[parent as usize] = Node::Directory { opaque: true };
+            return Ok(());
+        }
+        if matches!(hidden, b"" | b"." | b"..") || self.child(parent, hidden).is_some() {
+            return refuse("it hides a file of its own");
+        }
+        self.put(parent, hidden, Node::Whiteout).map(drop)
+    }
+
+    fn hard_link(&mut self, parent: u32, name: &[u8], link: &[u8]) -> Result<(), Stop> {
+        let target = parts(link);
+        let found = match target.split_last() {
+            Some((last, above)) => self.folder(above, false)?.and_then(|folder| self.child(folder, last)),
+            None => None,
+        };
+        let Some(found) = found.filter(|id| !self.is_directory(*id)) else {
+            return refuse("a hard link leads to a file that is not in the same layer, or to a directory");
+        };
+        // The very file: an entry that replaces one of its names leaves the other.
+        let node = self.nodes[found as usize].clone();
+        self.put(parent, name, node).map(drop)
+    }
+
+    /// What is at the path of one or two names; none when nothing is.
+    pub(super) fn at(&self, path: &[&str]) -> Option<&Node> {
+        let mut here = ROOT;
+        for (n, name) in path.iter().enumerate() {
+            if n > 0 && !self.is_directory(here) {
+                return None;
+            }
+            here = self.child(here, name.as_bytes())?;
+        }
+        Some(&self.nodes[here as usize])
+    }
+
+    /// Whether the layer hides all that lies below it.
+    pub(super) fn is_opaque(&self) -> bool {
+        self.nodes[ROOT as usize] == Node::Directory { opaque: true }
+    }
+}
