@@ -328,6 +328,7 @@ async fn housekeeping(pool: PgPool, config: web::Data<Config>, stop: Cancellatio
             crate::access::prune(&pool).await,
             crate::apps::prune(&pool).await,
             crate::networks::prune(&pool).await,
+            quotas::prune(&pool).await,
         ] {
             if let Err(error) = outcome {
                 tracing::warn!(error = error.for_log(), "housekeeping goes on later");

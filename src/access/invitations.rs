@@ -11,6 +11,7 @@ use super::{Actor, By, PlatformRole, Role, accounts, members};
 use crate::db::{self, Tx, Within};
 use crate::error::Error;
 use crate::ids::{AccountId, AccountName, ActorId, TenantId};
+use crate::quotas::{self, Resource};
 
 /// Hours that an invitation is good unless said otherwise, and at most.
 pub const HOURS: (i32, i32) = (72, 168);
@@ -31,6 +32,7 @@ impl Desk {
         let tenant = Some(scope.tenant.id);
         let mut tx = db::begin(&self.pool, scope.tenant.id).await?;
         store::end_links(&mut tx, "invitation", tenant, recipient.as_str()).await?;
+        quotas::take_place(&mut tx, scope.tenant.id, Resource::Invitations).await?;
         let new = NewLink {
             kind: "invitation",
             tenant,
@@ -61,6 +63,7 @@ impl Desk {
         let secret = Secret::generate("");
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         store::end_links(&mut tx, "invitation", None, recipient.as_str()).await?;
+        quotas::take_platform_place(&mut tx, Resource::PlatformInvitations).await?;
         let new = NewLink {
             kind: "invitation",
             tenant: None,
@@ -168,6 +171,9 @@ async fn give(tx: &mut Tx, link: &Link, account: AccountId, request_id: &str) ->
     {
         // An invitation never lowers what somebody has.
         let has = store::find_member(tx, tenant, &link.recipient).await?;
+        if has.is_none() {
+            quotas::take_place(tx, tenant, Resource::Members).await?;
+        }
         if has.and_then(|(_, role, _)| Role::parse(&role)).is_none_or(|has| has < role) {
             store::set_member(tx, tenant, account, role, "local", &by).await?;
         }

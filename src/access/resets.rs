@@ -11,6 +11,7 @@ use super::{By, Role, members};
 use crate::db::{self, Tx, Within};
 use crate::error::Error;
 use crate::ids::{AccountId, AccountName, ActorId, TenantId};
+use crate::quotas::{self, Resource};
 
 /// Hours that a link for a new password is good.
 const HOURS: i32 = 4;
@@ -112,6 +113,10 @@ async fn insert_reset(
 ) -> Result<Made, Error> {
     let secret = Secret::generate("");
     store::end_links(tx, "reset", tenant, recipient).await?;
+    match tenant {
+        Some(tenant) => quotas::take_place(tx, tenant, Resource::Invitations).await?,
+        None => quotas::take_platform_place(tx, Resource::PlatformInvitations).await?,
+    }
     let new = NewLink {
         kind: "reset",
         tenant,

@@ -14,6 +14,7 @@ use crate::audit;
 use crate::db::{self, Within};
 use crate::error::Error;
 use crate::ids::{ActorId, TenantId};
+use crate::quotas::{self, Resource};
 
 /// Longest life of a token in days.
 pub const DAYS: i32 = 365;
@@ -52,7 +53,8 @@ impl NewToken {
     }
 }
 
-/// Makes a token as root on the machine, bound to nobody.
+/// Makes a token as root on the machine, bound to nobody. No limit stands in root's way: it is the way back in when
+/// a limit is reached.
 pub async fn create_as_root(
     conn: &mut PgConnection,
     name: &str,
@@ -132,6 +134,10 @@ impl Desk {
         new: NewToken,
         (authority, holder): (Authority, Holder),
     ) -> Result<Made, Error> {
+        match authority {
+            Authority::Tenant(tenant, _) => quotas::take_place(tx, tenant, Resource::ApiTokens).await?,
+            Authority::Platform(_) => quotas::take_platform_place(tx, Resource::PlatformTokens).await?,
+        }
         let secret = Secret::generate(TOKEN_PREFIX);
         let id = store::insert_token(
             tx,
@@ -219,6 +225,7 @@ impl Desk {
             ));
         }
         let mut tx = db::begin(&self.pool, scope.tenant.id).await?;
+        quotas::take_place(&mut tx, scope.tenant.id, Resource::ServiceAccounts).await?;
         store::insert_service(&mut tx, scope.tenant.id, name, role.as_str(), &scope.actor.id).await?;
         let detail = json!({"role": role.as_str()});
         scope.by().record(&mut tx, scope.tenant.id, "service_account.create", name, detail).await?;

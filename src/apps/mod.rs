@@ -25,7 +25,14 @@ pub use reservation::Peak;
 /// Removes what has had its time.
 pub async fn prune(pool: &sqlx::PgPool) -> Result<(), crate::error::Error> {
     let mut conn = pool.acquire().await?;
-    store::prune(&mut conn).await
+    store::prune(&mut conn).await?;
+    // A batch at a time: what is left after so many has another hour.
+    for _ in 0..10_000 {
+        if store::prune_releases(&mut conn, 500).await? == 0 {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Something that was found and done on the machine.

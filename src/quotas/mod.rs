@@ -3,8 +3,8 @@
 //!
 //! How to use it, within the caller's own transaction:
 //! - an amount that is taken and given back (bytes, cores): [`reserve`] and [`release`];
-//! - things that are rows of their own: [`lock`] first, count the live rows next, then [`Held::require_place`]. The
-//!   count has to come after the lock: two requests then never see the same last place;
+//! - things that are rows of their own: [`take_place`], then insert. Where the caller counts itself: [`lock`] first,
+//!   count next, then [`Held::require_place`]; two requests then never see the same last place;
 //! - a bound that nothing counts (a rate, a retention): [`limit`].
 //!
 //! A transaction that locks several resources locks [`GATE`] first, so that no two of them wait for each other.
@@ -17,13 +17,14 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 
+pub mod bounds;
 mod input;
 mod store;
 
 pub use input::{Limit, Limits, QuotaInput, Size};
 pub use store::{
-    add_used, check_count, declare, enter, insert_rows, limit, lock, lock_platform, read, release, reserve,
-    set_limits,
+    add_used, check_count, declare, enter, insert_rows, limit, lock, lock_platform, prune, read,
+    read_counted, release, reserve, set_limits, take_place, take_platform_place,
 };
 
 /// The resource whose row a transaction locks first when it locks several.

@@ -12,6 +12,7 @@ use crate::db::{self, Page, PageQuery, constraint};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::http::{OwnAddress, parse_json};
+use crate::quotas::{self, Resource};
 
 /// A robot to be made, checked.
 #[derive(Debug)]
@@ -70,6 +71,7 @@ pub async fn create_robot(
     }
     let secret = Secret::generate("bhr_");
     let mut tx = db::begin(&pool, scope.tenant.id).await?;
+    quotas::take_place(&mut tx, scope.tenant.id, Resource::RegistryCredentials).await?;
     store::insert_robot(&mut tx, scope.tenant.id, &robot, &secret.hash(), scope.actor.id.as_str())
         .await
         .map_err(|error| match constraint(&error) {

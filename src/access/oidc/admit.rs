@@ -15,6 +15,7 @@ use crate::access::{Actor, Means, PlatformRole, Role};
 use crate::db::{self, Tx, Within};
 use crate::error::Error;
 use crate::ids::{AccountId, AccountName, ActorId, TenantId};
+use crate::quotas::{self, Resource};
 
 /// The kind of a used way among the sign-ins.
 const KIND: &str = "provider";
@@ -223,6 +224,17 @@ async fn give(
             continue;
         }
         db::enter(tx, id).await?;
+        if place.is_none() {
+            match quotas::take_place(tx, id, Resource::Members).await {
+                Ok(()) => {}
+                // The person signs in all the same: only this tenant is full.
+                Err(Error::QuotaExceeded(_)) => {
+                    tracing::warn!(%tenant, name, provider, "the tenant has all the members that it may have");
+                    continue;
+                }
+                Err(other) => return Err(other),
+            }
+        }
         store::set_member(tx, id, account, *role, provider, &ActorId::new(provider)).await?;
         let detail = json!({"provider": provider, "role": role.as_str()});
         note(tx, id, &actor, "member.join", name, request_id, detail).await?;

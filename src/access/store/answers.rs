@@ -4,6 +4,9 @@ use sqlx::PgConnection;
 
 use crate::error::Error;
 
+/// Keys that one account or token keeps within 24 hours.
+const KEYS: i64 = 2_000;
+
 /// The kept answer to a request with this key: hash of the request, status, body.
 pub(in crate::access) async fn find_answer(
     conn: &mut PgConnection,
@@ -29,6 +32,19 @@ pub(in crate::access) async fn insert_answer(
     request_hash: &[u8],
     answer: (i32, &serde_json::Value),
 ) -> Result<bool, Error> {
+    let kept = sqlx::query_scalar!(
+        r#"SELECT count(*) AS "n!" FROM (SELECT FROM idempotency WHERE actor = $1 LIMIT $2) n"#,
+        actor,
+        KEYS
+    )
+    .fetch_one(&mut *conn)
+    .await?;
+    if kept >= KEYS {
+        return Err(Error::Conflict(format!(
+            "an account or token keeps at most {KEYS} Idempotency-Keys within 24 hours; send the request without one, \
+             or wait"
+        )));
+    }
     sqlx::query!(
         "DELETE FROM idempotency WHERE actor = $1 AND key = $2 AND created_at < now() - interval '24 hours'",
         actor,

@@ -28,9 +28,15 @@ impl Apps {
             return Err(Error::Conflict("the app is being deleted".into()));
         }
         let mut release = store::find_release(tx, tenant.id, app.id, revision).await?.ok_or_else(|| {
+            let was = (1..=app.revision).contains(&revision);
+            let message = if was {
+                format!("release {revision} is no longer kept: an app keeps its newest releases and those that run")
+            } else {
+                "there is no such revision".to_owned()
+            };
             Error::fault(
-                Fault::new(Code(426), Kind::Invalid, "revision", "there is no such revision")
-                    .instead("GET .../releases lists them"),
+                Fault::new(Code(426), Kind::Invalid, "revision", message)
+                    .instead("GET .../releases lists those that you can roll back to; else deploy the spec again"),
             )
         })?;
         let spec = release.parse_spec()?;

@@ -1,4 +1,4 @@
-//! Rows of releases: insert-only.
+//! Rows of releases: written once, never changed. Of each app the newest stay, and those that run.
 
 use serde_json::Value;
 use sqlx::PgConnection;
@@ -9,6 +9,8 @@ use crate::driver::workload::InsideUser;
 use crate::error::Error;
 use crate::ids::{AppId, AppName, Digest, RepositoryPath, Tag, TenantId};
 
+/// Writes a release down. Those that are beyond what the tenant keeps go in the same statement, so that no rate of
+/// deploys fills the disk; what is desired, was observed or runs stays.
 pub(in crate::apps) async fn insert_release(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -16,7 +18,15 @@ pub(in crate::apps) async fn insert_release(
     release: &Release,
 ) -> Result<(), Error> {
     sqlx::query!(
-        "INSERT INTO release (tenant_id, app_id, revision, spec, repository, tag, index_digest, digest, \
+        "WITH kept AS (SELECT coalesce(q.limit_, d.limit_) AS n FROM quota_default d \
+             LEFT JOIN quota q ON q.resource = d.resource AND q.tenant_id = $1 WHERE d.resource = 'releases_kept'), \
+         old AS (SELECT r.revision FROM release r JOIN app a ON a.tenant_id = r.tenant_id AND a.id = r.app_id \
+             WHERE r.tenant_id = $1 AND r.app_id = $2 AND r.revision <= $3 - (SELECT n FROM kept) \
+             AND r.revision <> a.revision AND r.revision <> coalesce((a.observed->>'revision')::bigint, 0) \
+             AND NOT coalesce(jsonb_path_exists(a.observed, '$.instances[*].revision ? (@ == $r)', \
+                              jsonb_build_object('r', r.revision)), false) ORDER BY r.revision LIMIT 20), \
+         gone AS (DELETE FROM release r USING old WHERE r.tenant_id = $1 AND r.app_id = $2 AND r.revision = old.revision) \
+         INSERT INTO release (tenant_id, app_id, revision, spec, repository, tag, index_digest, digest, \
          inside_uid, inside_gid, warnings, rolled_back_to, actor) \
          VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
         tenant.0,
@@ -214,4 +224,31 @@ pub(in crate::apps) async fn list_holders(
     .fetch_all(conn)
     .await?;
     Ok(rows.into_iter().map(|row| (row.digest, row.name)).collect())
+}
+
+/// Removes releases beyond what is kept, and everything of apps that are gone, in batches. How many went.
+pub(in crate::apps) async fn prune_releases(conn: &mut PgConnection, batch: i64) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"WITH old AS (
+             SELECT r.tenant_id, r.app_id, r.revision FROM release r
+             JOIN app a ON a.tenant_id = r.tenant_id AND a.id = r.app_id
+             WHERE a.removed_at < now() - interval '1 day'
+                OR (r.revision <= a.last_revision - (SELECT coalesce(q.limit_, d.limit_) FROM quota_default d
+                      LEFT JOIN quota q ON q.resource = d.resource AND q.tenant_id = r.tenant_id
+                      WHERE d.resource = 'releases_kept')
+                    AND r.revision <> a.revision AND r.revision <> coalesce((a.observed->>'revision')::bigint, 0)
+                    AND NOT coalesce(jsonb_path_exists(a.observed, '$.instances[*].revision ? (@ == $r)',
+                                     jsonb_build_object('r', r.revision)), false))
+             LIMIT $1),
+           events AS (DELETE FROM app_event WHERE (tenant_id, app_id, at, seq) IN (
+             SELECT e.tenant_id, e.app_id, e.at, e.seq FROM app_event e
+             JOIN app a ON a.tenant_id = e.tenant_id AND a.id = e.app_id
+             WHERE a.removed_at < now() - interval '1 day' LIMIT $1) RETURNING 1),
+           gone AS (DELETE FROM release r USING old o WHERE r.tenant_id = o.tenant_id AND r.app_id = o.app_id
+             AND r.revision = o.revision RETURNING 1)
+           SELECT (SELECT count(*) FROM gone) + (SELECT count(*) FROM events) AS "n!""#,
+        batch
+    )
+    .fetch_one(conn)
+    .await?)
 }

@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::ids::EgressName;
 use crate::networks::connections::note;
 use crate::networks::store::{self, Wish};
+use crate::quotas::{self, Resource};
 use crate::reconcile::Waker;
 
 /// What is decided about what was asked for.
@@ -46,6 +47,7 @@ pub async fn ask(pool: &PgPool, by: By<'_>, tenant: &TenantRef, wish: &Wish) -> 
             wish.name, known.state
         )));
     }
+    quotas::take_place(&mut tx, tenant.id, Resource::EgressTargets).await?;
     if store::count_waiting(&mut tx, tenant.id).await? >= WAITING {
         return Err(Error::Conflict(format!(
             "{WAITING} requests wait for a decision already; withdraw one, or wait"

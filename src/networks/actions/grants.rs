@@ -13,6 +13,7 @@ use crate::fault::{Code, Fault, Kind};
 use crate::ids::{AppName, TenantName};
 use crate::networks::connections::note;
 use crate::networks::store::{self, NewOffer};
+use crate::quotas::{self, Resource};
 use crate::reconcile::Waker;
 
 /// An offer, checked.
@@ -28,9 +29,10 @@ pub struct Offer {
     pub days: Option<i32>,
 }
 
-/// Most open offers of a tenant, and of them to one other.
-const OFFERS: i64 = 200;
+/// Most open offers of a tenant to one other.
 const OFFERS_TO_ONE: i64 = 50;
+/// Most offers of a tenant within 24 hours, withdrawn ones included: their rows stay for a while.
+const OFFERS_A_DAY: i64 = 1_000;
 
 /// Offers an app to another tenant. Whether there is such a tenant, the answer does not tell.
 pub async fn offer(
@@ -52,12 +54,18 @@ pub async fn offer(
     let app = find_id(&mut tx, tenant.id, &offer.app).await?.ok_or_else(|| {
         Error::fault(Fault::new(Code(427), Kind::Conflict, "app", format!("there is no app {}", offer.app)))
     })?;
-    let (all, to_one) = store::count_offers(&mut tx, tenant.id, &offer.tenant).await?;
-    if all >= OFFERS || to_one >= OFFERS_TO_ONE {
-        let why = format!(
-            "at most {OFFERS} offers are open at a time, {OFFERS_TO_ONE} of them to one tenant; withdraw one"
-        );
-        return Err(Error::Conflict(why));
+    let held = quotas::lock(&mut tx, tenant.id, Resource::Grants).await?;
+    let (all, to_one, today) = store::count_offers(&mut tx, tenant.id, &offer.tenant).await?;
+    held.require_place(all)?;
+    if to_one >= OFFERS_TO_ONE {
+        return Err(Error::Conflict(format!(
+            "at most {OFFERS_TO_ONE} offers to one tenant are open at a time; withdraw one"
+        )));
+    }
+    if today >= OFFERS_A_DAY {
+        return Err(Error::Conflict(format!(
+            "a tenant makes at most {OFFERS_A_DAY} offers within 24 hours; wait"
+        )));
     }
     let new = NewOffer {
         app,

@@ -224,21 +224,22 @@ pub(in crate::networks) async fn wake_receivers(
     Ok(())
 }
 
-/// How many offers a tenant has open, and how many of them to one other.
+/// How many offers a tenant has open, how many of them to one other, and how many it made within 24 hours.
 pub(in crate::networks) async fn count_offers(
     conn: &mut PgConnection,
     tenant: TenantId,
     to: &TenantName,
-) -> Result<(i64, i64), Error> {
+) -> Result<(i64, i64, i64), Error> {
     let row = sqlx::query!(
-        r#"SELECT count(*) AS "all!", count(*) FILTER (WHERE to_tenant = $2) AS "to_one!"
+        r#"SELECT count(*) AS "all!", count(*) FILTER (WHERE to_tenant = $2) AS "to_one!",
+           (SELECT count(*) FROM grant_offer d WHERE d.tenant_id = $1 AND d.offered_at > now() - interval '24 hours') AS "today!"
            FROM grant_offer WHERE tenant_id = $1 AND withdrawn_at IS NULL"#,
         tenant.0,
         to.as_str()
     )
     .fetch_one(conn)
     .await?;
-    Ok((row.all, row.to_one))
+    Ok((row.all, row.to_one, row.today))
 }
 
 /// Holds an offer to this tenant as it is until the transaction ends: whoever withdraws it meanwhile waits, and

@@ -61,7 +61,7 @@ pub(in crate::networks) struct Cause {
     pub(in crate::networks) at: OffsetDateTime,
 }
 
-/// Puts down what was decided: it becomes part of the next plan.
+/// Puts down what was decided: it becomes part of the next plan. While none can be made, 500 causes are enough.
 pub(in crate::networks) async fn insert_cause(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -69,7 +69,8 @@ pub(in crate::networks) async fn insert_cause(
     words: &str,
 ) -> Result<(), Error> {
     sqlx::query!(
-        "INSERT INTO network_cause (tenant_id, actor, words) VALUES ($1, $2, $3)",
+        "INSERT INTO network_cause (tenant_id, actor, words) SELECT $1, $2, $3 \
+         WHERE (SELECT count(*) FROM (SELECT FROM network_cause WHERE tenant_id = $1 LIMIT 500) n) < 500",
         tenant.0,
         actor,
         words
@@ -163,13 +164,16 @@ pub(in crate::networks) struct NewPlan<'a> {
     pub(in crate::networks) refused: Option<&'a str>,
 }
 
+/// Writes a plan down. Of those that are over, a tenant keeps 500.
 pub(in crate::networks) async fn insert_plan(
     conn: &mut PgConnection,
     tenant: TenantId,
     plan: &NewPlan<'_>,
 ) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(
-        "INSERT INTO network_plan (tenant_id, hash, opens, closes, causes, state, message) \
+        "WITH gone AS (DELETE FROM network_plan WHERE tenant_id = $1 AND number IN (SELECT number FROM network_plan \
+           WHERE tenant_id = $1 AND state IN ('superseded', 'refused') ORDER BY number DESC OFFSET 500 LIMIT 20)) \
+         INSERT INTO network_plan (tenant_id, hash, opens, closes, causes, state, message) \
          VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING number",
         tenant.0,
         plan.hash,

@@ -8,6 +8,10 @@ use crate::config;
 use crate::error::Error;
 use crate::ids::TenantId;
 
+mod counts;
+
+pub use counts::{prune, read_counted, take_place, take_platform_place};
+
 /// Gives a new tenant a row of every resource, with the limits that are its own.
 pub async fn insert_rows(conn: &mut PgConnection, tenant: TenantId, limits: &Limits) -> Result<(), Error> {
     let names: Vec<String> = Resource::of_tenants().map(|resource| resource.name().to_owned()).collect();
