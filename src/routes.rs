@@ -150,6 +150,7 @@ fn platform(take: &mut Taker<'_>) {
         GET "/api/v1/tenants" => t::list_tenants;
         GET "/api/v1/tenants/{tenant}" => t::get_tenant;
         PATCH "/api/v1/tenants/{tenant}" => t::change_tenant;
+        GET "/api/v1/tenants/{tenant}/quota" => t::get_quota;
         PUT "/api/v1/tenants/{tenant}/suspension" => t::begin_suspension;
         DELETE "/api/v1/tenants/{tenant}/suspension" => t::end_suspension;
         PUT "/api/v1/tenants/{tenant}/offboarding" => t::begin_offboarding;

@@ -20,7 +20,7 @@ use crate::error::Error;
 use crate::http::html::Frame;
 use crate::http::{OwnAddress, html};
 use crate::keys::Keys;
-use crate::quotas::{Amount, Resource};
+use crate::quotas::{self, Amount, How, Quota, Resource, Unit};
 use crate::tenants;
 use crate::tenants::console::{bytes, cores, mark as tenant_mark};
 use crate::uid_ranges;
@@ -32,6 +32,13 @@ struct AppRow {
     summary: String,
     image: String,
     changed: String,
+}
+
+struct LimitRow {
+    label: &'static str,
+    used: String,
+    limit: String,
+    mark: &'static str,
 }
 
 struct Bar {
@@ -60,6 +67,7 @@ struct TenantPage {
     apps: Vec<AppRow>,
     next: String,
     quota: Vec<Bar>,
+    limits: Vec<LimitRow>,
     ranges: Vec<String>,
     subnet: String,
     conditions: Vec<ConditionRow>,
@@ -83,9 +91,44 @@ fn when(at: OffsetDateTime) -> String {
     at.format(format).unwrap_or_default()
 }
 
-fn bar(label: &'static str, amount: Amount, show: fn(i64) -> String) -> Bar {
-    let percent = if amount.limit > 0 { amount.used.saturating_mul(100) / amount.limit } else { 100 };
-    Bar { label, used: show(amount.used), limit: show(amount.limit), percent: percent.clamp(0, 100) }
+fn amount(resource: Resource, n: i64) -> String {
+    match resource.definition().unit {
+        Unit::Cpu => cores(n),
+        Unit::Bytes => bytes(n),
+        Unit::Count => n.to_string(),
+    }
+}
+
+/// What is reserved or stored, with a bar each.
+fn bars(quota: &Quota) -> Vec<Bar> {
+    let stored = quota.iter().filter(|(resource, _)| resource.definition().how == How::Stored);
+    stored
+        .map(|(resource, Amount { limit, used })| {
+            let percent = if limit > 0 { used.saturating_mul(100) / limit } else { 100 };
+            Bar {
+                label: resource.definition().label,
+                used: amount(resource, used),
+                limit: amount(resource, limit),
+                percent: percent.clamp(0, 100),
+            }
+        })
+        .collect()
+}
+
+/// What is counted, and the bounds that nothing is counted against.
+fn limit_rows(quota: &Quota) -> Vec<LimitRow> {
+    let others = quota.iter().filter(|(resource, _)| resource.definition().how != How::Stored);
+    others
+        .map(|(resource, Amount { limit, used })| {
+            let counted = resource.definition().how == How::Counted;
+            LimitRow {
+                label: resource.definition().label,
+                used: if counted { amount(resource, used) } else { String::new() },
+                limit: amount(resource, limit),
+                mark: if counted && used >= limit { "attention" } else { "" },
+            }
+        })
+        .collect()
 }
 
 /// GET /tenants/{tenant}
@@ -108,20 +151,15 @@ pub async fn tenant_page(
     let ranges = uid_ranges::list_ranges_of(&mut conn, tenant.id).await?;
     let conditions = tenants::list_conditions(&mut conn, tenant.id).await?;
     let address = own.of(&req).unwrap_or_default();
-    let quota = &tenant.quota;
+    let quota = quotas::read_counted(&mut conn, tenant.id).await?;
     html::page(&TenantPage {
         frame: tenant_frame(&keys, &scope, "Apps"),
         platform: scope.actor.platform.is_some(),
         mark: tenant_mark(&tenant.state),
         apps: page.items.into_iter().map(|app| app_row(app, &wanted, &tenant.state)).collect(),
         next: page.next.unwrap_or_default(),
-        quota: vec![
-            bar("Cpu (cores)", quota.of(Resource::Cpu), cores),
-            bar("Memory", quota.of(Resource::Memory), bytes),
-            bar("Apps", quota.of(Resource::Apps), |n| n.to_string()),
-            bar("Instances", quota.of(Resource::Instances), |n| n.to_string()),
-            bar("Images", quota.of(Resource::RegistryBytes), bytes),
-        ],
+        quota: bars(&quota),
+        limits: limit_rows(&quota),
         ranges: ranges.iter().map(|r| format!("{} to {}", r.start, r.end - 1)).collect(),
         subnet: config.pools.subnet(number).map(|subnet| subnet.to_string()).unwrap_or_default(),
         conditions: conditions

@@ -17,7 +17,7 @@ use crate::error::Error;
 use crate::fault::{Code, Fault, Kind, plain};
 use crate::http::parse_json;
 use crate::ids::TenantName;
-use crate::quotas::{Quota, QuotaInput};
+use crate::quotas::{self, Quota, QuotaInput};
 use crate::reconcile::Waker;
 use crate::uid_ranges::{self, UidRange};
 
@@ -152,6 +152,16 @@ pub async fn get_tenant(
 ) -> Result<HttpResponse, Error> {
     let view = view(&pool, &config.pools, scope.tenant.id).await?;
     Ok(HttpResponse::Ok().insert_header(etag(view.generation)).json(view))
+}
+
+/// GET /api/v1/tenants/{tenant}/quota: every limit with its use, things that are counted included.
+pub async fn get_quota(
+    scope: TenantScope<ReadTenant>,
+    pool: web::Data<PgPool>,
+) -> Result<HttpResponse, Error> {
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
+    let quota = quotas::read_counted(&mut conn, scope.tenant.id).await?;
+    Ok(HttpResponse::Ok().json(json!({"name": scope.tenant.name, "quota": quota})))
 }
 
 #[derive(Deserialize)]

@@ -1,10 +1,11 @@
-//! The database's promises against a real Postgres: user ids, work and leases, who gets in, what a spec
+//! The database's promises against a real Postgres: user ids, quotas, work and leases, who gets in, what a spec
 //! compiles to.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on panics")]
 
 mod access;
 mod command_line;
+mod quotas;
 mod render;
 mod support;
 mod uid_ranges;
