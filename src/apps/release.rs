@@ -167,6 +167,7 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
         gateway: subnet.gateway(),
         network: "bkdemo0",
         log: "/var/lib/bulkhead/agent/logs/1/1.raw",
+        filter: "/var/lib/bulkhead/agent/seccomp.json",
         names: ["/var/lib/bulkhead/agent/logs/1/1.passwd", "/var/lib/bulkhead/agent/logs/1/1.group"],
     };
     Ok(render::create(&config, &workload, &instance))

@@ -107,6 +107,8 @@ fn keeps_every_invariant(container: &Value) -> Result<(), TestCaseError> {
     prop_assert_eq!(&container["no_new_privileges"], &json!(true));
     prop_assert_eq!(&container["read_only_filesystem"], &json!(true));
     prop_assert_eq!(&container["groups"], &json!([]));
+    prop_assert!(container["seccomp_profile_path"].as_str().unwrap().ends_with("/seccomp.json"));
+    prop_assert_eq!(&container["oom_score_adj"], &json!(500));
     for space in ["userns", "pidns", "utsns", "cgroupns"] {
         prop_assert_eq!(&container[space]["nsmode"], &json!("private"), "{}", space);
     }

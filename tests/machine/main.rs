@@ -18,3 +18,4 @@ mod registry;
 mod secrets;
 mod side_by_side;
 mod support;
+mod walls;

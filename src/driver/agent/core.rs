@@ -24,6 +24,7 @@ use crate::driver::podman::neighbours;
 use crate::driver::podman::oom::OutOfMemory;
 use crate::driver::podman::ports::Port;
 use crate::driver::podman::render;
+use crate::driver::podman::seccomp;
 use crate::driver::{AppEvent, Error, InstanceState, Listener, Observed};
 use crate::ids::{AppId, TenantName};
 use crate::policy::never;
@@ -51,6 +52,8 @@ pub(super) struct Agent {
     pub(super) config: AgentConfig,
     pub(super) podman: Podman,
     pub(super) oom: OutOfMemory,
+    /// The file of the system call filter that every instance is under.
+    pub(super) filter: PathBuf,
     pub(super) journal: Mutex<Journal>,
     pub(super) apps: Mutex<HashMap<AppId, Arc<App>>>,
     pub(super) listing: watch::Sender<Listing>,
@@ -159,6 +162,8 @@ impl Agent {
         }
         let journal = Journal::open(&config.state_dir.join("journal"))?;
         let flows = Flows::open(&config.state_dir.join("flows")).map_err(|error| error.to_string())?;
+        let filter = seccomp::install(&config.state_dir)
+            .map_err(|error| format!("the system call filter cannot be written: {error}"))?;
         let podman = Podman::new(&config.engine_socket).map_err(|error| error.to_string())?;
         let mut tries = 0;
         while let Err(error) = podman.ping().await {
@@ -171,6 +176,7 @@ impl Agent {
         Ok(Arc::new(Self {
             podman,
             oom: OutOfMemory::open(),
+            filter,
             journal: Mutex::new(journal),
             apps: Mutex::new(HashMap::new()),
             listing: watch::Sender::new(Listing::default()),

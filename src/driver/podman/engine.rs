@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use super::seccomp;
+
 /// What starts containers. Never crun: it takes orders from annotations (`run.oci.*`: a host file to
 /// write to, another system call filter), and the engine copies an image's annotations to its containers.
 pub const RUNTIME: &str = "runc";
@@ -35,17 +37,22 @@ impl EngineSettings {
 pub fn files(settings: &EngineSettings) -> Vec<(&'static str, String)> {
     // Without CAP_SYS_RESOURCE the defaults of the distribution cannot be set at all.
     let limits = if settings.may_raise_limits {
-        "default_ulimits = [\"nofile=65536:65536\", \"nproc=4096:4096\"]"
+        "\"nofile=65536:65536\", \"nproc=4096:4096\""
     } else {
-        "default_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]"
+        "\"nofile=1024:1024\", \"nproc=1024:1024\""
     };
+    // No core of an instance is ever written; locked memory and message queues are small.
+    let limits = format!(
+        "default_ulimits = [{limits}, \"core=0:0\", \"memlock=65536:65536\", \"msgqueue=262144:262144\"]"
+    );
     let containers = format!(
-        "[containers]\n{limits}\nbase_hosts_file = \"none\"\nlog_driver = \"k8s-file\"\nhttp_proxy = false\n\
+        "[containers]\n{limits}\nseccomp_profile = \"{filter}\"\nbase_hosts_file = \"none\"\nlog_driver = \"k8s-file\"\nhttp_proxy = false\n\
          init = false\nprivileged = false\ndns_servers = []\n\n\
          [engine]\nruntime = \"{RUNTIME}\"\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"none\"\n\
          image_parallel_copies = 2\nnetwork_cmd_path = \"\"\n\n\
          [network]\nnetwork_backend = \"netavark\"\nnetwork_config_dir = \"{networks}\"\n\
          default_subnet = \"192.0.2.0/28\"\ndefault_subnet_pools = [{{base = \"192.0.2.0/24\", size = 28}}]\n",
+        filter = settings.file(seccomp::FILE).display(),
         networks = settings.file("networks").display(),
     );
     let storage = format!(
@@ -64,6 +71,7 @@ pub fn files(settings: &EngineSettings) -> Vec<(&'static str, String)> {
         ("storage.conf", storage),
         ("registries.conf", registries),
         ("policy.json", policy),
+        (seccomp::FILE, seccomp::PROFILE.to_owned()),
     ]
 }
 

@@ -13,3 +13,4 @@ pub mod passwd;
 pub mod ports;
 pub mod render;
 pub mod rootfs;
+pub mod seccomp;

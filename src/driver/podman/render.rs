@@ -13,6 +13,35 @@ const SHM: u64 = 1 << 20;
 const SHM_PATH: &str = "/dev/shm";
 /// Bytes that the engine keeps of a raw log before it truncates; the agent reads faster.
 pub const RAW_LOG: u64 = 16 << 20;
+/// How much sooner than other processes the kernel ends an instance when the machine's memory is short.
+const OOM_SCORE: i32 = 500;
+/// What tells of the machine and of its other tenants, beside what the engine hides by itself.
+const MASKED: [&str; 24] = [
+    "/proc/buddyinfo",
+    "/proc/cmdline",
+    "/proc/config.gz",
+    "/proc/diskstats",
+    "/proc/dynamic_debug",
+    "/proc/interrupts",
+    "/proc/iomem",
+    "/proc/ioports",
+    "/proc/kallsyms",
+    "/proc/key-users",
+    "/proc/kmsg",
+    "/proc/mdstat",
+    "/proc/modules",
+    "/proc/pagetypeinfo",
+    "/proc/partitions",
+    "/proc/pressure",
+    "/proc/schedstat",
+    "/proc/slabinfo",
+    "/proc/softirqs",
+    "/proc/swaps",
+    "/proc/vmallocinfo",
+    "/proc/zoneinfo",
+    "/sys/devices/virtual/dmi",
+    "/sys/kernel",
+];
 /// The scheduler's period in microseconds.
 const PERIOD: u64 = 100_000;
 
@@ -53,6 +82,8 @@ pub struct Instance<'a> {
     pub network: &'a str,
     /// Where the engine writes its log.
     pub log: &'a str,
+    /// The file of the system call filter.
+    pub filter: &'a str,
     /// Its `/etc/passwd` and `/etc/group`, as the platform wrote them.
     pub names: [&'a str; 2],
 }
@@ -137,6 +168,8 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
         "cap_drop": ["ALL"],
         "cap_add": [],
         "no_new_privileges": true,
+        "seccomp_profile_path": instance.filter,
+        "mask": MASKED,
         "read_only_filesystem": true,
         "mounts": mounts,
         "cgroup_parent": format!("/bulkhead-{}", config.installation),
@@ -145,6 +178,8 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
             "memory": {"limit": w.memory, "swap": w.memory},
             "pids": {"limit": PIDS},
         },
+        // When memory is short on the machine, instances go first and the platform last.
+        "oom_score_adj": OOM_SCORE,
         "restart_policy": "no",
         "stop_timeout": w.stop_grace,
         "stdin": false,

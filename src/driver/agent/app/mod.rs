@@ -21,6 +21,7 @@ mod health;
 mod image;
 mod look;
 mod start;
+mod walls;
 
 pub(super) use image::Looked;
 pub(super) use start::discard;

@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 
 use super::super::core::{Agent, lock};
 use super::super::kept::Instance;
-use super::{App, born, image, raw_log, short};
+use super::{App, born, image, raw_log, short, walls};
 use crate::driver::podman::ports::Port;
 use crate::driver::podman::{ports, render};
 use crate::driver::workload::Workload;
@@ -140,6 +140,7 @@ impl App {
                 gateway: recorded.subnet.gateway(),
                 network: &bridge,
                 log: &raw.to_string_lossy(),
+                filter: &agent.filter.to_string_lossy(),
                 names: [&passwd.to_string_lossy(), &group.to_string_lossy()],
             },
         );
@@ -158,8 +159,13 @@ impl App {
         ports::address(&bridge, &ready.sandbox, address, recorded.subnet).await?;
         write_in_place(Path::new(&ready.hosts), &self.hosts_text(agent, address));
         fail::fail_point!("agent::start", |_| Err(Error::Transient("failpoint".into())));
+        walls::close_user_namespaces(ready.pid).await?;
         podman.start(&instance.container).await?;
         let up = podman.inspect(&instance.container).await?;
+        if let Err(error) = walls::require_filter(up.pid).await {
+            discard(agent, &instance.container).await?;
+            return Err(error);
+        }
         let born = born(up.pid).unwrap_or(0);
         let uid = owner(up.pid);
         Ok(Up { pid: up.pid, born, conmon: up.conmon, uid, hosts: ready.hosts, port })
