@@ -120,7 +120,7 @@ fn limit_rows(quota: &Quota) -> Vec<LimitRow> {
     let others = quota.iter().filter(|(resource, _)| resource.definition().how != How::Stored);
     others
         .map(|(resource, Amount { limit, used })| {
-            let counted = resource.definition().how == How::Counted;
+            let counted = matches!(resource.definition().how, How::Counted | How::Daily);
             LimitRow {
                 label: resource.definition().label,
                 used: if counted { amount(resource, used) } else { String::new() },

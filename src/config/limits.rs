@@ -72,6 +72,8 @@ limits! {
     requests_per_second = 200 in 1..=100_000;
     /// Requests of one tenant at once, after a rest.
     request_burst = 600 in 1..=1_000_000;
+    /// Changes of a tenant a day that the audit log keeps: creations, releases, pushes.
+    changes_per_day = 20_000 in 100..=10_000_000;
     /// API tokens of the platform's own people that are neither revoked nor expired.
     platform_tokens = 200 in 1..=10_000;
     /// Open invitations that lead to no tenant.

@@ -37,9 +37,6 @@ pub const BOUNDS: &[(&str, &str)] = &[
     ("network_cause", "500 that are not part of a plan yet"),
     ("network_rollout_use", "apps times endpoints of a rollout; rollouts are begun by admins alone"),
     ("network_rollout_check", "apps times endpoints of a rollout; rollouts are begun by admins alone"),
-    (
-        "audit",
-        "`requests_per_second`, for the months that the audit log is kept; nothing of it may go earlier",
-    ),
+    ("audit", "`changes_per_day`, and refusals that are counted together, for the months of the audit log"),
     ("audit_seal", "one a second, for as long as the audit log"),
 ];

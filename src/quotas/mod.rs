@@ -37,6 +37,8 @@ pub enum How {
     Stored,
     /// It is the number of live rows of another table.
     Counted,
+    /// It is taken and comes back with the next day (UTC).
+    Daily,
     /// Nothing is taken: a rate, a retention, or a bound that the kernel keeps.
     Bound,
     /// Like counted, for rows that belong to no tenant.
@@ -114,6 +116,7 @@ resources! {
     ReleasesKept "releases_kept" "Releases kept of each app" Count Bound 2, 10_000;
     RequestsPerSecond "requests_per_second" "Requests a second" Count Bound 1, 100_000;
     RequestBurst "request_burst" "Requests at once" Count Bound 1, 1_000_000;
+    ChangesPerDay "changes_per_day" "Changes a day" Count Daily 100, 10_000_000;
     PlatformTokens "platform_tokens" "API tokens of the platform" Count Platform 1, 10_000;
     PlatformInvitations "platform_invitations" "Open invitations of the platform" Count Platform 1, 10_000;
 }
@@ -261,14 +264,18 @@ pub fn exceeded(resource: Resource, amount: Amount, asked: i64) -> Error {
         Unit::Bytes => " bytes",
         Unit::Count => "",
     };
-    let instead = if how == How::Platform {
-        format!("revoke those that are no longer used, or raise limits.{name} in the settings of serve")
-    } else {
-        let free =
-            if how == How::Counted { "delete or revoke those that are no longer used" } else { "free some" };
-        format!(
-            "{free}, or ask an admin for a larger limit: PATCH /api/v1/tenants/TENANT {{\"quota\": {{\"{name}\": N}}}}"
-        )
+    let raise = format!(
+        "ask an admin for a larger limit: PATCH /api/v1/tenants/TENANT {{\"quota\": {{\"{name}\": N}}}}"
+    );
+    let instead = match how {
+        How::Platform => {
+            format!("revoke those that are no longer used, or raise limits.{name} in the settings of serve")
+        }
+        How::Counted => format!("delete or revoke those that are no longer used, or {raise}"),
+        How::Daily => {
+            format!("wait for the next day (UTC), or {raise}; what is revoked or deleted is never refused")
+        }
+        How::Stored | How::Bound => format!("free some, or {raise}"),
     };
     Error::QuotaExceeded(vec![
         Fault::new(

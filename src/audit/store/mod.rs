@@ -5,6 +5,7 @@ use sqlx::{PgConnection, PgPool};
 
 use super::{Event, Refusals};
 use crate::error::Error;
+use crate::quotas::{self, Amount, Resource};
 
 mod list;
 mod seals;
@@ -12,9 +13,20 @@ mod seals;
 pub use list::{Filter, list};
 pub(super) use seals::*;
 
+/// Puts an event down. One that counts against its tenant's day is refused when the day is used up; the caller's
+/// transaction then ends without a change. The count is part of the same statement.
 pub(super) async fn insert_event(conn: &mut PgConnection, event: &Event<'_>) -> Result<(), Error> {
-    sqlx::query!(
-        "INSERT INTO audit (tenant_id, actor, via, action, object, request_id, detail) VALUES ($1, $2, $3, $4, $5, $6, $7)",
+    let counts = event.tenant.is_some() && counts(event);
+    let done = sqlx::query_scalar!(
+        r#"WITH today AS (SELECT (now() AT TIME ZONE 'UTC')::date AS day),
+           taken AS (UPDATE quota q SET used = CASE WHEN q.since = t.day THEN q.used + 1 ELSE 1 END, since = t.day
+             FROM quota_default d, today t WHERE $8::boolean AND q.tenant_id = $1 AND q.resource = 'changes_per_day'
+             AND d.resource = q.resource AND (q.since IS DISTINCT FROM t.day OR q.used < coalesce(q.limit_, d.limit_))
+             RETURNING 1),
+           put AS (INSERT INTO audit (tenant_id, actor, via, action, object, request_id, detail)
+             SELECT $1, $2, $3, $4, $5, $6, $7)
+           SELECT NOT $8::boolean OR EXISTS (SELECT FROM taken) OR NOT EXISTS
+             (SELECT FROM quota WHERE tenant_id = $1 AND resource = 'changes_per_day') AS "done!""#,
         event.tenant.map(|id| id.0),
         event.actor.as_str(),
         event.actor.via(),
@@ -22,10 +34,28 @@ pub(super) async fn insert_event(conn: &mut PgConnection, event: &Event<'_>) -> 
         event.object,
         event.request_id,
         event.detail,
+        counts
     )
-    .execute(conn)
+    .fetch_one(&mut *conn)
     .await?;
-    Ok(())
+    match event.tenant {
+        Some(tenant) if !done => {
+            let limit = quotas::limit(conn, tenant, Resource::ChangesPerDay).await?;
+            Err(quotas::exceeded(Resource::ChangesPerDay, Amount { limit, used: limit }, 1))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether an event counts against its tenant's day. What ends something never does: each such event follows one that
+/// counted, and a tenant can always revoke. Nor does what admins and the platform itself do.
+fn counts(event: &Event<'_>) -> bool {
+    let (noun, verb) = event.action.split_once('.').unwrap_or((event.action, ""));
+    let ends =
+        ["delete", "removed", "remove", "revoke", "end", "withdraw", "decline", "take", "approve", "refuse"];
+    !ends.contains(&verb)
+        && !["tenant", "service", "rollout", "session", "account"].contains(&noun)
+        && event.actor.as_str() != crate::ids::ActorId::platform().as_str()
 }
 
 pub(super) async fn insert_refusals(conn: &mut PgConnection, batch: &Refusals) -> Result<(), Error> {

@@ -199,7 +199,8 @@ pub async fn limit(conn: &mut PgConnection, tenant: TenantId, resource: Resource
 pub async fn read(conn: &mut PgConnection, tenant: TenantId) -> Result<Quota, Error> {
     let Json(quota) = sqlx::query_scalar!(
         r#"SELECT coalesce(jsonb_object_agg(q.resource,
-                  jsonb_build_object('limit', coalesce(q.limit_, d.limit_), 'used', q.used)), '{}') AS "quota!: Json<Quota>"
+                  jsonb_build_object('limit', coalesce(q.limit_, d.limit_), 'used', CASE WHEN q.since < (now() AT TIME ZONE 'UTC')::date
+                  THEN 0 ELSE q.used END)), '{}') AS "quota!: Json<Quota>"
            FROM quota q JOIN quota_default d USING (resource) WHERE q.tenant_id = $1"#,
         tenant.0
     )

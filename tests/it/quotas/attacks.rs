@@ -287,3 +287,45 @@ async fn keys_of_repeated_requests_have_a_bound(options: PgPoolOptions, connect:
     assert_eq!(ask("one", 1).await, 201, "a key that is kept still answers");
     assert_eq!(used(&app, &owner, "grants").await, 1, "nothing was done without its key");
 }
+
+/// The audit log keeps every change for months: a tenant that changes things all day is stopped, and can still revoke.
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn changes_of_a_day_have_a_limit_and_revoking_has_none(
+    options: PgPoolOptions,
+    connect: PgConnectOptions,
+) {
+    let (app, _, owner) = start(options, connect).await;
+    let admin = app.admin().await;
+    let before = used(&app, &owner, "changes_per_day").await;
+    let body = json!({"quota": {"changes_per_day": 100}});
+    assert_eq!(app.ask(&admin, "PATCH", BASE, body).await.0, 202);
+    app.sql("UPDATE quota SET used = 95 WHERE resource = 'changes_per_day' AND since IS NOT NULL").await;
+    assert!(before > 0, "what was made so far counts");
+    let answers =
+        join_all((0..12).map(|n| {
+            let (app, owner) = (&app, &owner);
+            async move {
+                app.ask(owner, "POST", &format!("{BASE}/robots"), json!({"name": format!("r{n}")})).await
+            }
+        }))
+        .await;
+    assert_eq!(answers.iter().filter(|(status, _)| *status == 201).count(), 5);
+    let (status, refused) = answers.iter().find(|(status, _)| *status != 201).unwrap();
+    assert_eq!((*status, &refused["faults"][0]["path"]), (422, &json!("changes_per_day")));
+    assert!(refused["faults"][0]["suggestion"].as_str().unwrap().contains("next day"), "{refused}");
+    assert_eq!(used(&app, &owner, "changes_per_day").await, 100);
+    assert_eq!(used(&app, &owner, "registry_credentials").await, 5, "nothing is done off the record");
+    // Of a release too: nothing is deployed that is not on record.
+    let body = json!({"revision": 1});
+    assert_eq!(app.ask(&owner, "POST", &format!("{BASE}/apps/web/releases"), body).await.0, 422);
+    let robots = app.get(&owner, &format!("{BASE}/robots")).await;
+    let name = robots["items"][0]["name"].as_str().unwrap();
+    assert_eq!(app.ask(&owner, "DELETE", &format!("{BASE}/robots/{name}"), Value::Null).await.0, 204);
+    assert_eq!(app.ask(&admin, "PUT", &format!("{BASE}/suspension"), Value::Null).await.0, 202);
+    assert_eq!(app.ask(&admin, "DELETE", &format!("{BASE}/suspension"), Value::Null).await.0, 202);
+    // The next day is another one.
+    app.sql("UPDATE quota SET since = since - 1 WHERE since IS NOT NULL").await;
+    assert_eq!(used(&app, &owner, "changes_per_day").await, 0);
+    assert_eq!(app.ask(&owner, "POST", &format!("{BASE}/robots"), json!({"name": "again"})).await.0, 201);
+    assert_eq!(used(&app, &owner, "changes_per_day").await, 1);
+}
