@@ -4,7 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use super::manifest::{ManifestError, strict};
+use super::manifest::ManifestError;
+use super::strict::strict;
+
+/// Largest config, in bytes.
+pub const LIMIT: usize = 4 << 20;
 
 /// What matters of a config.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

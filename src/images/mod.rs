@@ -7,6 +7,7 @@ pub mod config;
 pub mod layers;
 pub mod manifest;
 pub mod names;
+mod strict;
 
 pub use config::ImageConfig;
 pub use names::Names;

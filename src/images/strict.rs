@@ -1,0 +1,236 @@
+//! JSON as it streams in, strictly and within bounds: no two keys of an object are equal but for case, at any depth;
+//! values and depth are counted while they are read, so that a text that is made to be expensive ends early. A reader of
+//! known fields keeps those alone; all others are read just as strictly and dropped.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::fmt;
+
+use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde_json::Value;
+
+use super::manifest::ManifestError;
+
+/// Why keys are refused.
+pub(super) const TWICE: &str = "two keys are equal (but for upper and lower case)";
+
+/// What may still be read of one text, and why it was refused.
+pub(super) struct Meter {
+    values: Cell<usize>,
+    why: RefCell<Option<String>>,
+}
+
+/// The meter at some depth.
+#[derive(Clone, Copy)]
+pub(super) struct Budget<'a> {
+    meter: &'a Meter,
+    depth: usize,
+}
+
+impl Budget<'_> {
+    /// Refuses the text for this reason.
+    pub(super) fn refuse<E: Error>(self, why: &str) -> E {
+        self.meter.why.replace(Some(why.to_owned()));
+        E::custom(why)
+    }
+
+    fn count<E: Error>(self) -> Result<(), E> {
+        match self.meter.values.get().checked_sub(1) {
+            Some(left) => self.meter.values.set(left),
+            None => return Err(self.refuse("it holds too many values")),
+        }
+        Ok(())
+    }
+
+    /// The budget of what stands within a list or an object.
+    pub(super) fn within<E: Error>(self) -> Result<Self, E> {
+        let depth = self.depth.checked_sub(1).ok_or_else(|| self.refuse("its values lie too deep"))?;
+        Ok(Self { depth, ..self })
+    }
+}
+
+/// Reads a whole text with a reader, within so many values and so deep.
+pub(super) fn read<'de, T>(
+    bytes: &'de [u8],
+    (values, depth): (usize, usize),
+    reader: impl FnOnce(
+        Budget<'_>,
+        &mut serde_json::Deserializer<serde_json::de::SliceRead<'de>>,
+    ) -> serde_json::Result<T>,
+) -> Result<T, ManifestError> {
+    let meter = Meter { values: Cell::new(values), why: RefCell::default() };
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    let outcome = reader(Budget { meter: &meter, depth }, &mut deserializer);
+    let value = outcome.map_err(|_| {
+        let why = meter.why.take();
+        ManifestError(why.unwrap_or_else(|| "the manifest is not JSON, or not of its form".into()))
+    })?;
+    deserializer.end().map_err(|_| ManifestError("there is something after the manifest".into()))?;
+    Ok(value)
+}
+
+/// Keys of one object.
+pub(super) struct Keys<'a> {
+    budget: Budget<'a>,
+    seen: BTreeSet<String>,
+}
+
+impl<'a> Keys<'a> {
+    pub(super) fn new(budget: Budget<'a>) -> Self {
+        Self { budget, seen: BTreeSet::new() }
+    }
+
+    /// The next key of an object, unless it stood there before.
+    pub(super) fn next<'de, A: MapAccess<'de>>(&mut self, map: &mut A) -> Result<Option<String>, A::Error> {
+        let Some(key) = map.next_key::<String>()? else { return Ok(None) };
+        if !self.seen.insert(key.to_lowercase()) {
+            return Err(self.budget.refuse(TWICE));
+        }
+        Ok(Some(key))
+    }
+}
+
+/// A value of which a text or a whole number is kept; lists and objects are read strictly and dropped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Atom {
+    /// A text.
+    Text(String),
+    /// A whole number from 0 on.
+    Number(u64),
+    /// `null`.
+    Null,
+    /// Anything else.
+    Other,
+}
+
+impl Atom {
+    /// The text, if it is one.
+    pub(super) fn text(self) -> Option<String> {
+        if let Self::Text(text) = self { Some(text) } else { None }
+    }
+}
+
+/// Reads an atom.
+pub(super) struct AtomSeed<'a>(pub(super) Budget<'a>);
+
+impl<'de> DeserializeSeed<'de> for AtomSeed<'_> {
+    type Value = Atom;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Atom, D::Error> {
+        self.0.count()?;
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for AtomSeed<'_> {
+    type Value = Atom;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+    fn visit_bool<E>(self, _: bool) -> Result<Atom, E> {
+        Ok(Atom::Other)
+    }
+    fn visit_i64<E>(self, _: i64) -> Result<Atom, E> {
+        Ok(Atom::Other)
+    }
+    fn visit_u64<E>(self, number: u64) -> Result<Atom, E> {
+        Ok(Atom::Number(number))
+    }
+    fn visit_f64<E>(self, _: f64) -> Result<Atom, E> {
+        Ok(Atom::Other)
+    }
+    fn visit_str<E>(self, text: &str) -> Result<Atom, E> {
+        Ok(Atom::Text(text.to_owned()))
+    }
+    fn visit_unit<E>(self) -> Result<Atom, E> {
+        Ok(Atom::Null)
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Atom, A::Error> {
+        let inner = self.0.within()?;
+        while list.next_element_seed(AtomSeed(inner))?.is_some() {}
+        Ok(Atom::Other)
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Atom, A::Error> {
+        let inner = self.0.within()?;
+        let mut keys = Keys::new(inner);
+        while keys.next(&mut map)?.is_some() {
+            map.next_value_seed(AtomSeed(inner))?;
+        }
+        Ok(Atom::Other)
+    }
+}
+
+/// Most values and depth of a config.
+const CONFIG: (usize, usize) = (100_000, 64);
+
+/// A whole text as a value.
+pub(super) fn strict(bytes: &[u8]) -> Result<Value, ManifestError> {
+    read(bytes, CONFIG, |budget, deserializer| Whole(budget).deserialize(deserializer))
+}
+
+struct Whole<'a>(Budget<'a>);
+
+impl<'de> DeserializeSeed<'de> for Whole<'_> {
+    type Value = Value;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        self.0.count()?;
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Whole<'_> {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+        let inner = self.0.within()?;
+        let mut list = Vec::new();
+        while let Some(item) = seq.next_element_seed(Whole(inner))? {
+            list.push(item);
+        }
+        Ok(Value::Array(list))
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
+        let inner = self.0.within()?;
+        let (mut map, mut keys) = (serde_json::Map::new(), Keys::new(inner));
+        while let Some(key) = keys.next(&mut access)? {
+            map.insert(key, access.next_value_seed(Whole(inner))?);
+        }
+        Ok(Value::Object(map))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_and_depth_are_bounded_while_they_are_read() {
+        let many = format!("[{}[]]", "[],".repeat(1_300_000));
+        assert_eq!(strict(many.as_bytes()).unwrap_err().0, "it holds too many values");
+        let deep = format!("{}{}", "[".repeat(100), "]".repeat(100));
+        assert_eq!(strict(deep.as_bytes()).unwrap_err().0, "its values lie too deep");
+        assert!(strict(br#"{"a":[{"b":1,"B":2}]}"#).unwrap_err().0 == TWICE);
+        assert_eq!(strict(br#"{"a":[1,-1,1.5,null,true,"x"]}"#).unwrap()["a"][5], "x");
+    }
+}
