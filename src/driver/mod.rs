@@ -13,6 +13,7 @@ use crate::policy::never::{self, Range};
 use crate::policy::{Cidr, Protocol, TenantFlows};
 
 pub mod agent;
+pub mod listener;
 pub mod podman;
 pub mod workload;
 

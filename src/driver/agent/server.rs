@@ -18,7 +18,7 @@ use super::logs;
 use super::protocol::{MAX_FRAME, PROTOCOL, Reply, Request, split};
 use crate::driver::podman::{ports, render};
 use crate::driver::workload::{TenantGrant, Workload};
-use crate::driver::{Error, LogQuery, Probe, PullSecret, Removal};
+use crate::driver::{Error, LogQuery, Probe, PullSecret, Removal, listener};
 use crate::ids::{AppId, AppName, TenantId, TenantName};
 
 /// Most connections at once; more have to wait. Logs have room of their own, so that whoever reads
@@ -233,6 +233,7 @@ async fn ensure_app(agent: &Arc<Agent>, workload: Workload, pull: Option<&PullSe
     if !agent.podman.has_image(&image).await? {
         let secret =
             pull.ok_or_else(|| Error::Transient("the image is not here and there is no credential".into()))?;
+        require_own_door(&agent.config.pull_host, agent.config.peer_uid)?;
         tokio::select! {
             done = agent.podman.pull(&image, &agent.config.pull_host, secret) => done?,
             () = gate.leave.cancelled() => return Err(Error::Conflict("the app is being removed".into())),
@@ -247,6 +248,18 @@ async fn ensure_app(agent: &Arc<Agent>, workload: Workload, pull: Option<&PullSe
     }
     put_on_record(agent, workload, known)?;
     agent.refresh_firewall().await
+}
+
+/// The engine gets a credential only for a port that `serve` itself listens on: while `serve` is down, any user of the
+/// machine can take the port.
+fn require_own_door(host: &str, uid: u32) -> Result<(), Error> {
+    let door = host.parse().map_err(|_| Error::Rejected(format!("pull_host {host} is not an address")))?;
+    listener::require(door, uid).map_err(|foreign| {
+        tracing::error!(host, %foreign, "ALARM: the port for pulls is not serve's; nothing is sent to it");
+        Error::Transient(format!(
+            "the image is not fetched: the port for pulls ({host}) is not serve's: {foreign}; trying again"
+        ))
+    })
 }
 
 /// Writes down what shall run, on the disk before it is believed: a full disk must not leave the two
