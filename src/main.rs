@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use bulkhead::apps::spec::{AppSpec, Colour, Format, show};
 use bulkhead::config::Config;
 use bulkhead::ids::TenantName;
+use bulkhead::registries::collector;
 use bulkhead::standalone::{self, doctor, uninstall, units};
 use bulkhead::{prober, resolver, startup, telemetry};
 use clap::{Parser, Subcommand, ValueEnum};
@@ -128,6 +129,19 @@ enum Command {
         /// Socket
         #[arg(long)]
         socket: PathBuf,
+    },
+    /// Say what lies on a registry's disk and remove what `serve` names (runs beside the registry, as its user)
+    #[command(hide = true)]
+    Collector {
+        /// Socket
+        #[arg(long)]
+        socket: PathBuf,
+        /// The registry's `rootdirectory`
+        #[arg(long)]
+        registry: PathBuf,
+        /// User id of `serve`
+        #[arg(long)]
+        peer_uid: u32,
     },
     /// Answer names for apps (started by `up` or its unit)
     #[command(hide = true)]
@@ -319,6 +333,12 @@ fn run(command: Command) -> Result<ExitCode, String> {
         Command::Net { command } => return ask::can_reach(command),
         Command::Prober { socket } => {
             block_on(async { prober::serve(&socket).await.map_err(|error| error.to_string()) })?;
+        }
+        Command::Collector { socket, registry, peer_uid } => {
+            telemetry::start(&bulkhead::config::Log::default());
+            block_on(async {
+                collector::serve(&socket, &registry, peer_uid).await.map_err(|error| error.to_string())
+            })?;
         }
         Command::Resolver { agent, settings } => {
             telemetry::start(&bulkhead::config::Log::default());

@@ -31,6 +31,7 @@ use crate::networks::probe::ProbeReconciler;
 use crate::networks::reconcile::{ConnectionsOfTenant, NetworkReconciler};
 use crate::networks::rollouts::advance::RolloutReconciler;
 use crate::reconcile::{self, Reconciler, Waker};
+use crate::registries::collect::watch;
 use crate::registries::front::{Door, FrontDoor};
 use crate::registries::reconcile::{ImagesOfTenant, RobotsOfTenant, sweep};
 use crate::registries::{Distribution, Holders, PullSecrets, SigningKey};
@@ -69,7 +70,8 @@ impl Platform {
             Error::internal(format!("{}: {error}", config.registry.signing_key.display()))
         })?;
         let key = SigningKey::from_pem(&pem)?;
-        let registry = Distribution::new(pool.clone(), &config.registry.url, key.clone())?;
+        let registry = Distribution::new(pool.clone(), &config.registry.url, key.clone())?
+            .with_collector(config.registry.collector.as_deref(), work.clone());
         let keys = Keys::load(&config.access.key)?;
         let desk = Desk {
             throttle: Throttle::new(pool.clone(), &keys),
@@ -247,6 +249,12 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
             halt.clone(),
         )),
         tokio::spawn(sweep(platform.work.clone(), platform.registry.clone(), halt.clone())),
+        tokio::spawn(watch(
+            platform.work.clone(),
+            platform.registry.clone(),
+            platform.metrics.clone(),
+            halt.clone(),
+        )),
         tokio::spawn(housekeeping(platform.work.clone(), platform.config.clone(), halt.clone())),
         tokio::spawn(platform.desk.denials.clone().run(platform.work.clone(), halt.clone())),
         tokio::spawn(audit::seal::run(

@@ -65,6 +65,10 @@ pub struct Metrics {
     pub parked: AtomicU64,
     /// Results that came too late: the lease had passed on.
     pub fenced: AtomicU64,
+    /// Blobs of the registry that no record named, and that were removed.
+    pub strays: AtomicU64,
+    /// Their bytes.
+    pub stray_bytes: AtomicU64,
 }
 
 impl Metrics {
@@ -94,6 +98,13 @@ impl Metrics {
             let _ = writeln!(
                 out,
                 "# TYPE bulkhead_reconciles_{name}_total counter\nbulkhead_reconciles_{name}_total {}",
+                counter.load(Ordering::Relaxed)
+            );
+        }
+        for (name, counter) in [("removed", &self.strays), ("bytes", &self.stray_bytes)] {
+            let _ = writeln!(
+                out,
+                "# TYPE bulkhead_registry_strays_{name}_total counter\nbulkhead_registry_strays_{name}_total {}",
                 counter.load(Ordering::Relaxed)
             );
         }

@@ -29,6 +29,10 @@ impl Config {
                 "server.listen, server.pull_listen and server.metrics_listen need an address each".into(),
             );
         }
+        let url = &self.registry.url;
+        if !["http://", "https://", "unix:///"].iter().any(|form| url.starts_with(form)) {
+            faults.push("registry.url starts with http://, https:// or unix:///".into());
+        }
         if let Some(url) = &server.external_url {
             check_external_url(url, faults);
         } else if !server.listen.ip().is_loopback() {

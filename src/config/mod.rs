@@ -75,7 +75,7 @@ const KEYS: &[(&str, &[&str])] = &[
             "connections",
         ],
     ),
-    ("registry", &["url", "signing_key"]),
+    ("registry", &["url", "signing_key", "collector"]),
     ("agent", &["socket"]),
     ("access", &["key", "audit_heads", "audit_months", "providers"]),
     ("pools", &["uid_start", "uid_end", "range_size", "block_size", "network", "subnet_prefix"]),
@@ -310,6 +310,7 @@ network = "10.64.0.0/12"
         config.database.password_file = Some("x".into());
         config.database.reconciler_password_file = Some("x".into());
         config.database.admin_password_file = Some("x".into());
+        config.registry.collector = Some("x".into());
         config.access.audit_heads = Some("x".into());
         config.access.providers = vec![provider("id", "https://id.example")];
         let toml::Value::Table(table) = toml::Value::try_from(&config).unwrap() else { panic!() };

@@ -109,10 +109,14 @@ impl Database {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Registry {
-    /// Its address, such as `http://127.0.0.1:5001`.
+    /// Its address, such as `http://127.0.0.1:5001`, or `unix://` and the path of its socket.
     pub url: String,
     /// PEM file with the key that signs its tokens.
     pub signing_key: PathBuf,
+    /// Socket of the collector beside the registry (`bulkhead collector`). Without one the registry's disk is not compared
+    /// with the record, and what was deleted stays there until the registry's own garbage collection.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub collector: Option<PathBuf>,
 }
 
 /// The root half on this machine.

@@ -8,7 +8,9 @@ use futures_util::StreamExt;
 use reqwest::{Method, Response, StatusCode, header};
 use sqlx::PgPool;
 
+use super::collector::Collector;
 use super::known::Known;
+use super::room::Room;
 use super::token::{Access, SigningKey};
 use super::{Reference, store};
 use crate::db;
@@ -40,6 +42,9 @@ pub struct Distribution {
     key: SigningKey,
     searches: Arc<tokio::sync::Semaphore>,
     known: Arc<Known>,
+    room: Arc<Room>,
+    collector: Option<Collector>,
+    work: Option<PgPool>,
 }
 
 /// Most bytes of a layer, as stored, that are searched for names.
@@ -56,17 +61,46 @@ fn fault(code: u16, message: &str) -> Error {
     Error::fault(Fault::new(Code(code), Kind::Invalid, "image", message))
 }
 
+/// How to reach an address: a client that can, and what its paths begin with.
+pub fn reach(url: &str) -> (reqwest::ClientBuilder, String) {
+    let client = crate::outgoing::client();
+    match url.strip_prefix("unix://") {
+        Some(socket) => (client.unix_socket(socket), "http://registry".to_owned()),
+        None => (client, url.trim_end_matches('/').to_owned()),
+    }
+}
+
 impl Distribution {
-    /// A client for the registry at `base`.
+    /// A client for the registry at `base`: `http://`, `https://`, or `unix://` and the path of its socket.
     pub fn new(pool: PgPool, base: &str, key: SigningKey) -> Result<Self, Error> {
-        let client = crate::outgoing::client()
+        let (client, base) = reach(base);
+        let client = client
             .connect_timeout(Duration::from_secs(3))
             .read_timeout(Duration::from_secs(60))
             .build()
             .map_err(Error::internal)?;
         let searches = Arc::new(tokio::sync::Semaphore::new(2));
-        let base = base.trim_end_matches('/').to_owned();
-        Ok(Self { pool, client, base, key, searches, known: Arc::new(Known::new()) })
+        let (known, room) = (Arc::new(Known::new()), Arc::new(Room::new()));
+        Ok(Self { pool, client, base, key, searches, known, room, collector: None, work: None })
+    }
+
+    /// With the collector beside the registry, and the database as reconcilers see it: whether any tenant holds a
+    /// digest is asked of all of them.
+    #[must_use]
+    pub fn with_collector(self, socket: Option<&std::path::Path>, work: PgPool) -> Self {
+        Self { collector: socket.map(|socket| Collector::new(socket.to_owned())), work: Some(work), ..self }
+    }
+
+    pub(super) fn collector(&self) -> Option<&Collector> {
+        self.collector.as_ref()
+    }
+
+    pub(super) fn work(&self) -> Option<&PgPool> {
+        self.work.as_ref()
+    }
+
+    pub(super) fn room(&self) -> &Room {
+        &self.room
     }
 
     /// Whether the registry answers.
@@ -132,7 +166,7 @@ impl Distribution {
         let mut stream = answer.bytes_stream();
         while let Some(chunk) = stream.next().await {
             bytes.extend_from_slice(&chunk.map_err(away)?);
-            if bytes.len() > manifest::LIMIT {
+            if bytes.len() > crate::images::config::LIMIT {
                 return Err(fault(203, "its manifest or config is larger than 4 MiB"));
             }
         }

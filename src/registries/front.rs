@@ -108,7 +108,7 @@ impl actix_web::ResponseError for OciError {
         if let Some(challenge) = &self.challenge {
             response.insert_header((header::WWW_AUTHENTICATE, challenge.clone()));
         }
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+        if matches!(self.status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
             response.insert_header((header::RETRY_AFTER, "3"));
         }
         response.json(json!({"errors": [{"code": self.code, "message": self.message}]}))

@@ -6,17 +6,22 @@ use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
 
 pub mod api;
+mod body;
+pub mod collect;
+pub mod collector;
 pub mod distribution;
 pub mod front;
 mod known;
 pub mod proxy;
 pub mod reconcile;
 pub mod robots;
+mod room;
 mod store;
 pub mod token;
+mod uploads;
 mod write;
 
-pub use distribution::Distribution;
+pub use distribution::{Distribution, reach};
 pub use store::are_manifests_there;
 pub use token::SigningKey;
 

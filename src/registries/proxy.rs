@@ -6,9 +6,9 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use futures_util::StreamExt;
 use serde_json::json;
 
-use super::front::{Door, FrontDoor, OciError, PATIENCE};
+use super::front::{Door, FrontDoor, OciError};
 use super::token::Claims;
-use super::{distribution, store, write};
+use super::{distribution, store, uploads, write};
 use crate::access::Public;
 use crate::db;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantName};
@@ -28,6 +28,7 @@ enum Place {
 }
 
 /// A request that was understood and authorised.
+#[derive(Clone)]
 pub(super) struct Asked {
     pub(super) tenant: TenantName,
     pub(super) repository: RepositoryPath,
@@ -52,9 +53,7 @@ fn place(path: &str) -> Option<(&str, Place)> {
     }
     let (rest, last) = path.rsplit_once('/')?;
     if let Some(name) = rest.strip_suffix("/blobs/uploads") {
-        let good =
-            (1..=64).contains(&last.len()) && last.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
-        return good.then(|| (name, Place::Upload(last.to_owned())));
+        return is_upload_id(last).then(|| (name, Place::Upload(last.to_owned())));
     }
     if let Some(name) = rest.strip_suffix("/blobs") {
         return Some((name, Place::Blob(last.parse().ok()?)));
@@ -67,6 +66,11 @@ fn place(path: &str) -> Option<(&str, Place)> {
         return Some((name, Place::Referrers));
     }
     None
+}
+
+/// Whether this can be the id of an upload.
+pub(super) fn is_upload_id(text: &str) -> bool {
+    (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
 }
 
 /// Every request below `/v2/`.
@@ -110,9 +114,10 @@ pub async fn handle(
                 r#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}"#,
             ))
         }
-        ("POST", Place::StartUpload) => write::start(&door, &req, &asked, body).await,
-        ("GET" | "HEAD", Place::Upload(id)) => pass_upload(&door, &req, &asked, &id).await,
-        ("PATCH" | "PUT", Place::Upload(id)) => write::append(&door, &req, &asked, &id, body).await,
+        ("POST", Place::StartUpload) => uploads::start(&door, &req, &asked, body).await,
+        ("GET" | "HEAD", Place::Upload(id)) => uploads::look(&door, &req, &asked, &id).await,
+        ("DELETE", Place::Upload(id)) => uploads::cancel(&door, &req, &asked, &id).await,
+        ("PATCH" | "PUT", Place::Upload(id)) => uploads::append(&door, &req, &asked, &id, body).await,
         ("PUT", Place::Manifest(reference)) => {
             write::put_manifest(&door, &req, &asked, &reference, body).await
         }
@@ -165,34 +170,6 @@ async fn list_tags(door: &FrontDoor, asked: &Asked) -> Result<HttpResponse, OciE
         return Err(OciError::unknown_name());
     }
     Ok(HttpResponse::Ok().json(json!({"name": asked.name, "tags": tags})))
-}
-
-async fn pass_upload(
-    door: &FrontDoor,
-    req: &HttpRequest,
-    asked: &Asked,
-    id: &str,
-) -> Result<HttpResponse, OciError> {
-    let rest = format!("blobs/uploads/{id}{}", state(req));
-    let answer = door
-        .registry
-        .request(
-            Method::GET.as_str().parse().map_err(|_| OciError::unsupported())?,
-            &asked.name,
-            &rest,
-            &["pull", "push"],
-        )?
-        .timeout(PATIENCE)
-        .send()
-        .await
-        .map_err(unreachable_registry)?;
-    Ok(relay(answer))
-}
-
-/// The registry's own upload state travels in the query of the address that it handed out.
-pub(super) fn state(req: &HttpRequest) -> String {
-    let query = req.query_string();
-    if query.is_empty() { String::new() } else { format!("?{query}") }
 }
 
 /// Passes a read on and streams the answer back.

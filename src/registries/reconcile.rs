@@ -6,7 +6,7 @@ use std::time::Duration;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
-use super::{Distribution, store};
+use super::{Distribution, collect, store};
 use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, TenantId, TenantName};
@@ -25,6 +25,9 @@ pub async fn sweep(pool: PgPool, registry: Distribution, stop: CancellationToken
         }
         if let Err(error) = clear_doomed(&pool, &registry).await {
             tracing::debug!(%error, "doomed manifests are removed later");
+        }
+        if let Err(error) = collect::settle_uploads(&pool, &registry).await {
+            tracing::debug!(%error, "uploads are settled later");
         }
         if let Err(error) = clear_blobs(&pool, &registry).await {
             tracing::debug!(%error, "loose blobs are cleared later");
@@ -60,6 +63,8 @@ pub(super) async fn remove_doomed(
 ) -> Result<(), Error> {
     registry.delete_manifest(&format!("{}/{repository}", tenant.1), digest).await?;
     fail::fail_point!("registries::manifest_deleted", |_| Err(Error::internal("failpoint")));
+    // Its bytes count until they are gone.
+    collect::collect(registry, digest).await?;
     let mut tx = db::begin(pool, tenant.0).await?;
     store::delete_manifest(&mut tx, tenant.0, repository, digest).await?;
     tx.commit().await?;
@@ -92,6 +97,7 @@ async fn clear_blobs(pool: &PgPool, registry: &Distribution) -> Result<(), Error
                 for repository in places {
                     registry.delete_blob(&format!("{name}/{repository}"), &digest).await?;
                 }
+                collect::collect(registry, &digest).await?;
                 let mut tx = pool.begin().await?;
                 store::delete_blob(&mut tx, tenant, &digest).await?;
                 tx.commit().await?;
@@ -136,9 +142,11 @@ impl Belongings for ImagesOfTenant {
 
     async fn remove(&self, tenant: TenantId, name: &TenantName) -> Result<Left, Failure> {
         let mut conn = self.pool.acquire().await?;
+        store::doom_all(&mut conn, tenant).await?;
         let manifests = store::list_all_manifests(&mut conn, tenant).await?;
         for (repository, digest) in &manifests {
             self.registry.delete_manifest(&format!("{name}/{repository}"), digest).await?;
+            collect::collect(&self.registry, digest).await?;
             store::delete_tags_of(&mut conn, tenant, repository, digest).await?;
             store::delete_manifest(&mut conn, tenant, repository, digest).await?;
         }
@@ -150,6 +158,7 @@ impl Belongings for ImagesOfTenant {
             for repository in places {
                 self.registry.delete_blob(&format!("{name}/{repository}"), digest).await?;
             }
+            collect::collect(&self.registry, digest).await?;
             store::delete_blob(&mut conn, tenant, digest).await?;
         }
         Ok(if blobs.is_empty() { Left::Nothing } else { Left::Some("layers are being deleted".into()) })

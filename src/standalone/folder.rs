@@ -49,7 +49,6 @@ pub struct User {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Ports {
     pull: u16,
-    registry: u16,
 }
 
 /// A data folder, locked: nobody else has it open.
@@ -161,12 +160,14 @@ impl Folder {
                 path.display()
             )));
         }
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(path.join("lock"))
-            .map_err(io("the data folder cannot be written"))?;
+        // Root's alone: a user who can open it could hold the lock for ever.
+        let lock = std::os::unix::fs::OpenOptionsExt::mode(
+            File::options().create(true).truncate(false).write(true),
+            0o600,
+        )
+        .open(path.join("lock"))
+        .map_err(io("the data folder cannot be written"))?;
+        lock.set_permissions(fs::Permissions::from_mode(0o600)).map_err(io("lock"))?;
         if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
             return Err(Failed(format!(
                 "`bulkhead up` runs on {}: stop it first (Ctrl-C there)",
@@ -193,7 +194,7 @@ impl Folder {
     fn lay_out(&self) -> Result<(), Failed> {
         let root = (0, 0);
         let (db, reg) = ((self.db.uid, self.db.gid), (self.registry.uid, self.registry.gid));
-        let layout: [(&str, (u32, u32), u32); 14] = [
+        let layout: [(&str, (u32, u32), u32); 15] = [
             ("", root, 0o711),
             ("postgres", db, 0o700),
             ("registry", reg, 0o700),
@@ -207,6 +208,8 @@ impl Folder {
             ("run/postgres", (self.db.uid, self.serve.gid), 0o750),
             ("run/agent", (0, self.serve.gid), 0o750),
             ("run/engine", root, 0o700),
+            // What is made in it belongs to the group of `serve`, which alone reaches it beside the registry.
+            ("run/registry", (self.registry.uid, self.serve.gid), 0o2750),
             ("run/prober", (self.prober.uid, self.prober.gid), 0o700),
         ];
         for (name, (uid, gid), mode) in layout {
@@ -246,10 +249,22 @@ impl Folder {
         self.path.join("secrets/signing-key.pem")
     }
 
-    /// Address of the registry.
+    /// The registry's socket: in a folder that no other user can put one into.
     #[must_use]
-    pub fn registry_port(&self) -> u16 {
-        self.ports.registry
+    pub fn registry_socket(&self) -> PathBuf {
+        self.path.join("run/registry/registry.sock")
+    }
+
+    /// The registry's address.
+    #[must_use]
+    pub fn registry_url(&self) -> String {
+        format!("unix://{}", self.registry_socket().display())
+    }
+
+    /// Where `serve` listens for the engine.
+    #[must_use]
+    pub fn pull_address(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.ports.pull))
     }
 
     /// The configuration of `serve`.
@@ -257,11 +272,12 @@ impl Folder {
     pub fn config(&self, listen: SocketAddr) -> Config {
         Config {
             installation: self.claim.installation.clone(),
-            server: Server::plain(listen, SocketAddr::from(([127, 0, 0, 1], self.ports.pull))),
+            server: Server::plain(listen, self.pull_address()),
             database: Database::on_socket(&self.path.join("run/postgres")),
             registry: Registry {
-                url: format!("http://127.0.0.1:{}", self.ports.registry),
+                url: self.registry_url(),
                 signing_key: self.signing_key(),
+                collector: Some(self.path.join("run/registry/collector.sock")),
             },
             agent: Agent { socket: self.path.join("run/agent/agent.sock") },
             access: Access::with(self.path.join("secrets/platform-key"), self.path.join("audit/heads")),
@@ -319,6 +335,9 @@ impl Folder {
                 database: self.db.name.clone(),
                 registry_settings: self.path.join("registry.yml"),
                 registry: self.registry.name.clone(),
+                registry_data: self.path.join("registry/data"),
+                collector_socket: self.path.join("run/registry/collector.sock"),
+                serve_uid: self.serve.uid,
             }),
         }
     }
@@ -367,15 +386,14 @@ fn ports(path: &Path, taken: Option<u16>) -> Result<Ports, Failed> {
     if let Ok(text) = fs::read_to_string(&file) {
         return serde_json::from_str(&text).map_err(|error| Failed::doing(file.display(), error));
     }
-    // Both are held while the other is chosen, and neither is the one that was asked for.
-    let mut chosen = Vec::new();
-    while chosen.len() < 2 {
-        let (listener, port) = free_port()?;
+    // Not the one that was asked for.
+    let pull = loop {
+        let (_held, port) = free_port()?;
         if Some(port) != taken {
-            chosen.push((listener, port));
+            break port;
         }
-    }
-    let ports = Ports { pull: chosen[0].1, registry: chosen[1].1 };
+    };
+    let ports = Ports { pull };
     let text = serde_json::to_string(&ports).map_err(|error| Failed(error.to_string()))?;
     fs::write(&file, text).map_err(io(file.display()))?;
     Ok(ports)

@@ -4,6 +4,7 @@
 mod claims;
 mod demo;
 pub mod doctor;
+mod doors;
 mod folder;
 mod postgres;
 mod processes;

@@ -84,6 +84,12 @@ pub struct OwnParts {
     pub registry_settings: PathBuf,
     /// Its user.
     pub registry: String,
+    /// Folder of its blobs and manifests.
+    pub registry_data: PathBuf,
+    /// The collector's socket.
+    pub collector_socket: PathBuf,
+    /// User id of `serve`, whom the collector answers.
+    pub serve_uid: u32,
 }
 
 fn show(path: &Path) -> String {
@@ -111,7 +117,8 @@ pub fn table(layout: &Layout) -> Vec<Process> {
         capability: None,
     };
     let (podman, args, environment) = engine::command(&layout.engine);
-    let mut table = layout.own.as_ref().map_or_else(Vec::new, |own| own_parts(own, &base));
+    let mut table =
+        layout.own.as_ref().map_or_else(Vec::new, |own| own_parts(own, &binary("bulkhead"), &base));
     table.extend([
         Process {
             name: "engine",
@@ -171,7 +178,7 @@ pub fn table(layout: &Layout) -> Vec<Process> {
     table
 }
 
-fn own_parts(own: &OwnParts, base: &Process) -> Vec<Process> {
+fn own_parts(own: &OwnParts, bulkhead: &str, base: &Process) -> Vec<Process> {
     vec![
         Process {
             name: "postgres",
@@ -194,8 +201,31 @@ fn own_parts(own: &OwnParts, base: &Process) -> Vec<Process> {
             name: "registry",
             purpose: "private registry",
             user: Some(own.registry.clone()),
-            command: texts(&["docker-registry", "serve", &show(&own.registry_settings)]),
+            // The mask lets the group of its folder, which is that of `serve`, reach its socket.
+            command: texts(&[
+                "sh",
+                "-c",
+                "umask 0007 && exec docker-registry serve \"$0\"",
+                &show(&own.registry_settings),
+            ]),
             files: Some(65_536),
+            ..base.clone()
+        },
+        Process {
+            name: "collector",
+            purpose: "bytes of the registry that no tenant holds",
+            user: Some(own.registry.clone()),
+            command: texts(&[
+                bulkhead,
+                "collector",
+                "--socket",
+                &show(&own.collector_socket),
+                "--registry",
+                &show(&own.registry_data),
+                "--peer-uid",
+                &own.serve_uid.to_string(),
+            ]),
+            memory: Some(256),
             ..base.clone()
         },
     ]

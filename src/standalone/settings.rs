@@ -139,6 +139,7 @@ fn serve_config(claim: &Claim, pull: SocketAddr, settings: &Path) -> Config {
         registry: Registry {
             url: "http://127.0.0.1:5000".into(),
             signing_key: settings.join("signing-key.pem"),
+            collector: None,
         },
         agent: Agent { socket: "/run/bulkhead/agent/agent.sock".into() },
         access: Access::with(settings.join("platform-key"), Path::new(units::AUDIT).join("heads")),

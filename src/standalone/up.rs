@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::processes::{self, Kept};
-use super::{Failed, Folder, demo, doctor, postgres};
+use super::{Failed, Folder, demo, doctor, doors, postgres};
 use crate::access;
 use crate::db::{self, Login};
 use crate::driver::podman::engine;
+use crate::registries::reach;
 use crate::registries::token::{ISSUER, SERVICE};
 use crate::{startup, telemetry};
 
@@ -66,9 +67,16 @@ pub async fn up(options: Options) -> Result<(), Failed> {
         process.end_leftover(&folder.path);
     }
     // A socket that was left lying would look like a process that is ready.
-    for socket in ["engine/podman.sock", "prober/prober.sock", "agent/agent.sock"] {
+    for socket in [
+        "engine/podman.sock",
+        "prober/prober.sock",
+        "agent/agent.sock",
+        "registry/registry.sock",
+        "registry/collector.sock",
+    ] {
         let _ = std::fs::remove_file(folder.path.join("run").join(socket));
     }
+    doors::require_free(&folder, options.listen)?;
     postgres::ensure(&folder, major, &bin)?;
     let mut running = Running(Vec::new());
     let stop = telemetry::asked_to_stop();
@@ -81,7 +89,10 @@ pub async fn up(options: Options) -> Result<(), Failed> {
         running.stop().await;
         return Err(error);
     }
-    stop.await;
+    tokio::select! {
+        () = &mut stop => {}
+        () = doors::watch(&folder, options.listen) => {}
+    }
     say("stopping; tenants' containers go on running");
     running.stop().await;
     say("stopped");
@@ -102,12 +113,12 @@ fn write_settings(folder: &Folder, options: &Options) -> Result<(), Failed> {
     let registry = format!(
         "version: 0.1\nlog:\n  level: warn\n  accesslog:\n    disabled: true\nstorage:\n  filesystem:\n    \
          rootdirectory: {root}/data\n  delete:\n    enabled: true\n  maintenance:\n    uploadpurging:\n      \
-         enabled: true\n      age: 1h\n      interval: 1h\n      dryrun: false\nhttp:\n  addr: 127.0.0.1:{port}\n  \
+         enabled: true\n      age: 1h\n      interval: 1h\n      dryrun: false\nhttp:\n  net: unix\n  addr: {socket}\n  \
          relativeurls: true\n  secret: {secret}\nauth:\n  token:\n    realm: http://127.0.0.1/auth/token\n    \
          service: {SERVICE}\n    issuer: {ISSUER}\n    rootcertbundle: {certificate}\n",
         root = folder.path.join("registry").display(),
         certificate = folder.path.join("registry-token.pem").display(),
-        port = folder.registry_port(),
+        socket = folder.registry_socket().display(),
         secret = http_secret(folder)?,
     );
     folder.write("registry.yml", &registry, (0, folder.registry.gid), 0o440)
@@ -171,15 +182,22 @@ async fn ready(folder: &Folder, options: &Options, name: &str) -> Result<(), Fai
             })?;
             Ok(())
         }
-        "registry" => {
-            wait_http(folder, name, &format!("http://127.0.0.1:{}/v2/", folder.registry_port()), 401).await
+        "registry" => wait_http(folder, name, &folder.registry_url(), "/v2/", 401).await,
+        "collector" => {
+            wait_for(folder, name, || folder.path.join("run/registry/collector.sock").exists()).await
         }
         "engine" => wait_for(folder, name, || folder.path.join("run/engine/podman.sock").exists()).await,
         "prober" => wait_for(folder, name, || folder.path.join("run/prober/prober.sock").exists()).await,
         "agent" => wait_for(folder, name, || folder.path.join("run/agent/agent.sock").exists()).await,
         // What asks for names asks again; nothing waits for it.
         "resolver" => Ok(()),
-        _ => wait_http(folder, name, &format!("http://{}/readyz", options.listen), 200).await,
+        _ => {
+            // Nothing is sent to a port before it is known to be serve's.
+            for door in [folder.pull_address(), options.listen] {
+                wait_for(folder, name, || doors::is_served(folder, door)).await?;
+            }
+            wait_http(folder, name, &format!("http://{}", options.listen), "/readyz", 200).await
+        }
     }
 }
 
@@ -201,10 +219,11 @@ async fn wait_for(folder: &Folder, name: &str, there: impl Fn() -> bool) -> Resu
     Err(not_ready(folder, name))
 }
 
-async fn wait_http(folder: &Folder, name: &str, url: &str, status: u16) -> Result<(), Failed> {
-    let client = crate::outgoing::client().build().map_err(|error| Failed(error.to_string()))?;
+async fn wait_http(folder: &Folder, name: &str, url: &str, path: &str, status: u16) -> Result<(), Failed> {
+    let (client, base) = reach(url);
+    let client = client.build().map_err(|error| Failed(error.to_string()))?;
     for _ in 0..400 {
-        let answer = client.get(url).timeout(Duration::from_secs(2)).send().await;
+        let answer = client.get(format!("{base}{path}")).timeout(Duration::from_secs(2)).send().await;
         if answer.is_ok_and(|answer| answer.status().as_u16() == status) {
             return Ok(());
         }

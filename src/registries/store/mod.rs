@@ -9,9 +9,10 @@ mod push;
 mod read;
 mod remove;
 mod robots;
+mod uploads;
 
 pub use read::are_manifests_there;
-pub(super) use {push::*, read::*, remove::*, robots::*};
+pub(super) use {push::*, read::*, remove::*, robots::*, uploads::*};
 
 pub(in crate::registries) async fn tenant_state(
     conn: &mut PgConnection,
@@ -20,6 +21,14 @@ pub(in crate::registries) async fn tenant_state(
     Ok(sqlx::query_scalar!("SELECT state FROM tenant WHERE name = $1", tenant.as_str())
         .fetch_optional(conn)
         .await?)
+}
+
+/// What a blob, a manifest and an open upload count at least: their files and folders take about so much.
+pub(in crate::registries) const FLOOR: u64 = 32 << 10;
+
+/// What a blob or a manifest of so many bytes counts.
+fn weight(size: u64) -> i64 {
+    signed(size.max(FLOOR))
 }
 
 fn positive(n: i64) -> u64 {
@@ -36,7 +45,7 @@ pub(in crate::registries) async fn registry_use(
     tenant: &TenantName,
 ) -> Result<(u64, u64), Error> {
     let row = sqlx::query!(
-        r#"SELECT (q.used + coalesce((SELECT sum(u.bytes) FROM upload u WHERE u.tenant_id = t.id
+        r#"SELECT (q.used + coalesce((SELECT sum(greatest(u.bytes, 32768)) FROM upload u WHERE u.tenant_id = t.id
                    AND u.changed_at > now() - interval '2 hours'), 0))::bigint AS "used!",
                   coalesce(q.limit_, d.limit_) AS "limit!"
            FROM tenant t JOIN quota q ON q.tenant_id = t.id JOIN quota_default d USING (resource)

@@ -1,77 +1,14 @@
-//! Rows of a push: uploads, blobs and manifests as they come, and what they take of the quota.
+//! Rows of a push: blobs and manifests as they come, and what they take of the quota.
 
 use sqlx::{PgConnection, PgPool};
 
-use super::{add_used, going, lock_project, registry_use, signed};
+use super::uploads::{enter_repository, lock_digest};
+use super::{add_used, going, lock_project, registry_use, signed, weight};
 use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
+use crate::quotas::{self, Resource};
 use crate::registries::proxy::Asked;
-
-/// What came of a reservation.
-pub(in crate::registries) enum Reserve {
-    /// So many bytes were taken.
-    Taken(u64),
-    /// Not even what is needed now is left.
-    Full { used: u64, limit: u64 },
-}
-
-/// Takes bytes of the quota for an upload: a whole step where it fits, else what is needed now. The
-/// lock on the quota's row keeps two uploads from taking the same bytes.
-pub(in crate::registries) async fn reserve_upload(
-    pool: &PgPool,
-    tenant: &TenantName,
-    id: &str,
-    step: u64,
-    needed: u64,
-) -> Result<Reserve, Error> {
-    let mut tx = db::begin(pool, tenant).await?;
-    let tenant_id = lock_project(&mut tx, tenant).await?;
-    let (used, limit) = registry_use(&mut tx, tenant).await?;
-    let left = limit.saturating_sub(used);
-    if needed > left {
-        return Ok(Reserve::Full { used, limit });
-    }
-    let taken = if step <= left { step } else { needed };
-    sqlx::query!(
-        "DELETE FROM upload WHERE tenant_id = $1 AND changed_at < now() - interval '2 hours'",
-        tenant_id
-    )
-    .execute(&mut *tx)
-    .await?;
-    sqlx::query!(
-        "INSERT INTO upload (tenant_id, id, bytes) VALUES ($1, $2, $3) \
-         ON CONFLICT (tenant_id, id) DO UPDATE SET bytes = upload.bytes + $3, changed_at = now()",
-        tenant_id,
-        id,
-        signed(taken)
-    )
-    .execute(&mut *tx)
-    .await?;
-    tx.commit().await?;
-    Ok(Reserve::Taken(taken))
-}
-
-/// Gives back what was reserved for an upload and not needed.
-pub(in crate::registries) async fn give_back(
-    pool: &PgPool,
-    tenant: &TenantName,
-    id: &str,
-    bytes: u64,
-) -> Result<(), Error> {
-    let mut tx = db::begin(pool, tenant).await?;
-    sqlx::query!(
-        "UPDATE upload u SET bytes = greatest(0, u.bytes - $3) FROM tenant t \
-         WHERE t.name = $1 AND u.tenant_id = t.id AND u.id = $2",
-        tenant.as_str(),
-        id,
-        signed(bytes)
-    )
-    .execute(&mut *tx)
-    .await?;
-    tx.commit().await?;
-    Ok(())
-}
 
 /// A blob is there: it counts once, its upload no more.
 pub(in crate::registries) async fn commit_blob(
@@ -94,6 +31,7 @@ pub(in crate::registries) async fn commit_blob(
     if doomed {
         return Err(going());
     }
+    enter_repository(&mut tx, tenant_id, repository).await?;
     let new = sqlx::query!(
         "INSERT INTO blob (tenant_id, digest, size) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
         tenant_id,
@@ -104,7 +42,7 @@ pub(in crate::registries) async fn commit_blob(
     .await?
     .rows_affected();
     if new == 1 {
-        add_used(&mut tx, TenantId(tenant_id), signed(size)).await?;
+        add_used(&mut tx, TenantId(tenant_id), weight(size)).await?;
     }
     sqlx::query!(
         "INSERT INTO blob_place (tenant_id, digest, repository) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
@@ -155,6 +93,7 @@ pub(in crate::registries) async fn insert_manifest(
     let parts: Vec<String> = new.parts.iter().map(|(digest, _)| digest.to_string()).collect();
     let blobs: Vec<bool> = new.parts.iter().map(|(_, blob)| *blob).collect();
     let mut tx = db::begin(pool, tenant).await?;
+    lock_digest(&mut tx, &new.digest).await?;
     let tenant_id = lock_project(&mut tx, tenant).await?;
     let state = sqlx::query!(
         r#"SELECT EXISTS (SELECT 1 FROM manifest WHERE tenant_id = $1 AND repository = $2 AND digest = $3
@@ -178,6 +117,11 @@ pub(in crate::registries) async fn insert_manifest(
     if state.lacks {
         return Ok(Noted::Unknown);
     }
+    enter_repository(&mut tx, tenant_id, repository).await?;
+    let count =
+        sqlx::query_scalar!(r#"SELECT count(*) AS "n!" FROM manifest WHERE tenant_id = $1"#, tenant_id)
+            .fetch_one(&mut *tx)
+            .await?;
     let inserted = sqlx::query!(
         "INSERT INTO manifest (tenant_id, repository, digest, media_type, size, total, pushed_by) \
          VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING",
@@ -193,11 +137,12 @@ pub(in crate::registries) async fn insert_manifest(
     .await?
     .rows_affected();
     if inserted == 1 {
+        quotas::check_count(&mut tx, TenantId(tenant_id), Resource::Manifests, count).await?;
         let (used, limit) = registry_use(&mut tx, tenant).await?;
-        if used.saturating_add(new.size) > limit {
+        if used.saturating_add(new.size.max(super::FLOOR)) > limit {
             return Ok(Noted::Full { used, limit });
         }
-        add_used(&mut tx, TenantId(tenant_id), signed(new.size)).await?;
+        add_used(&mut tx, TenantId(tenant_id), weight(new.size)).await?;
         sqlx::query!(
             "INSERT INTO manifest_part (tenant_id, repository, digest, part, is_blob) \
              SELECT $1, $2, $3, p, b FROM unnest($4::text[], $5::boolean[]) AS x (p, b) ON CONFLICT DO NOTHING",
@@ -259,17 +204,19 @@ pub(in crate::registries) async fn confirm_manifest(
     .await?
     .ok_or_else(going)?;
     if let Some(tag) = tag {
-        let count = sqlx::query_scalar!(
-            r#"SELECT count(*) AS "n!" FROM tag WHERE tenant_id = $1 AND repository = $2 AND name <> $3"#,
+        let count = sqlx::query!(
+            r#"SELECT count(*) AS "all!", count(*) FILTER (WHERE repository = $2) AS "here!" FROM tag
+               WHERE tenant_id = $1 AND NOT (repository = $2 AND name = $3)"#,
             tenant_id,
             asked.repository.as_str(),
             tag.as_str()
         )
         .fetch_one(&mut *tx)
         .await?;
-        if count >= TAGS {
+        if count.here >= TAGS {
             return Err(Error::Conflict(format!("a repository has at most {TAGS} tags; delete some")));
         }
+        quotas::check_count(&mut tx, TenantId(tenant_id), Resource::Tags, count.all).await?;
         sqlx::query!(
             "INSERT INTO tag (tenant_id, repository, name, digest, pushed_by) VALUES ($1, $2, $3, $4, $5) \
              ON CONFLICT (tenant_id, repository, name) DO UPDATE SET digest = $4, pushed_by = $5, pushed_at = now()",

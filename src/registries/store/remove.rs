@@ -2,7 +2,8 @@
 
 use sqlx::{PgConnection, PgPool};
 
-use super::{add_used, lock_project};
+use super::uploads::lock_digest;
+use super::{add_used, lock_project, positive, weight};
 use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
@@ -96,7 +97,7 @@ pub(in crate::registries) async fn delete_manifest(
     .fetch_optional(&mut *conn)
     .await?;
     if let Some(size) = size {
-        add_used(conn, tenant, -size).await?;
+        add_used(conn, tenant, -weight(positive(size))).await?;
     }
     Ok(())
 }
@@ -144,7 +145,7 @@ pub(in crate::registries) async fn delete_blob(
     .fetch_optional(&mut *conn)
     .await?;
     if let Some(size) = size {
-        add_used(conn, tenant, -size).await?;
+        add_used(conn, tenant, -weight(positive(size))).await?;
     }
     Ok(())
 }
@@ -219,4 +220,63 @@ pub(in crate::registries) async fn list_all_blobs(
     .fetch_all(conn)
     .await?;
     Ok(rows.into_iter().map(|row| (row.digest, row.places)).collect())
+}
+
+/// Dooms all that a tenant has: from then on none of it holds bytes in the registry.
+pub(in crate::registries) async fn doom_all(conn: &mut PgConnection, tenant: TenantId) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE manifest SET doomed_at = now() WHERE tenant_id = $1 AND doomed_at IS NULL",
+        tenant.0
+    )
+    .execute(&mut *conn)
+    .await?;
+    sqlx::query!("UPDATE blob SET doomed_at = now() WHERE tenant_id = $1 AND doomed_at IS NULL", tenant.0)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+/// Holds a digest until the transaction ends, and says whether any tenant still has it or pushes it. The transaction
+/// is a reconciler's: it sees every tenant.
+pub(in crate::registries) async fn hold_digest(
+    conn: &mut PgConnection,
+    digest: &Digest,
+) -> Result<bool, Error> {
+    lock_digest(conn, digest).await?;
+    let unknown = list_unknown(conn, &[digest.to_string()], Doomed::Forgotten).await?;
+    Ok(unknown.is_empty())
+}
+
+/// Whether what is doomed counts as known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::registries) enum Doomed {
+    /// It is on record until it is gone.
+    Known,
+    /// It holds nothing.
+    Forgotten,
+}
+
+/// Those of the digests that no record names: no blob, no manifest, no upload that is being committed.
+pub(in crate::registries) async fn list_unknown(
+    conn: &mut PgConnection,
+    digests: &[String],
+    doomed: Doomed,
+) -> Result<Vec<Digest>, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT d AS "digest!: Digest" FROM unnest($1::text[]) d
+           WHERE NOT EXISTS (SELECT 1 FROM blob b WHERE b.digest = d AND ($2 OR b.doomed_at IS NULL))
+             AND NOT EXISTS (SELECT 1 FROM manifest m WHERE m.digest = d AND ($2 OR m.doomed_at IS NULL))
+             AND NOT EXISTS (SELECT 1 FROM upload u WHERE u.digest = d)"#,
+        digests,
+        doomed == Doomed::Known
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// Takes a lease that lasts as long as the transaction; whether it was free.
+pub(in crate::registries) async fn take_lease(conn: &mut PgConnection, number: i64) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar!(r#"SELECT pg_try_advisory_xact_lock($1) AS "yes!""#, number)
+        .fetch_one(conn)
+        .await?)
 }

@@ -1,0 +1,178 @@
+//! Collection: bytes on the registry's disk that no tenant holds any more, and bytes that no record names. A digest is
+//! held under a lock while its bytes go, so that no push commits it at the same moment.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use actix_web::web;
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+
+use super::Distribution;
+use super::collector::Blob;
+use super::store::{self, Doomed};
+use crate::audit;
+use crate::db;
+use crate::error::Error;
+use crate::ids::{ActorId, Digest, RepositoryPath};
+use crate::telemetry::Metrics;
+
+/// How often the whole disk is compared with the record.
+const ROUND: Duration =
+    if cfg!(feature = "failpoints") { Duration::from_secs(4) } else { Duration::from_secs(600) };
+/// How old bytes without a record are before they are removed: whatever is in flight is younger.
+const GRACE: u64 = if cfg!(feature = "failpoints") { 8 } else { 3_600 };
+/// Most events of one round; the rest is counted together.
+const EVENTS: usize = 50;
+
+/// Removes the bytes of a digest that no tenant has any more; those that one has stay. Where there is no collector the
+/// registry's own garbage collection does it.
+pub(super) async fn collect(registry: &Distribution, digest: &Digest) -> Result<(), Error> {
+    let (Some(collector), Some(work)) = (registry.collector(), registry.work()) else { return Ok(()) };
+    let mut tx = work.begin().await?;
+    if !store::hold_digest(&mut tx, digest).await? {
+        collector.remove_blob(digest).await?;
+        fail::fail_point!("registries::collected", |_| Err(Error::internal("failpoint")));
+    }
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Compares the registry's disk with the record, again and again until `stop`; nothing where there is no collector.
+pub async fn watch(
+    pool: PgPool,
+    registry: Distribution,
+    metrics: web::Data<Metrics>,
+    stop: CancellationToken,
+) {
+    if registry.collector().is_none() {
+        tracing::info!("registry.collector is not set: the registry's disk is not compared with the record");
+        return;
+    }
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(ROUND) => {}
+        }
+        if let Err(error) = round(&pool, &registry, &metrics).await {
+            tracing::warn!(error = error.for_log(), "the registry's disk is compared with the record later");
+        }
+    }
+}
+
+/// One replica at a time; the others skip the round.
+const LEASE: i64 = 0x6275_6c6b_7265_6773;
+
+async fn round(pool: &PgPool, registry: &Distribution, metrics: &Metrics) -> Result<(), Error> {
+    let Some(collector) = registry.collector() else { return Ok(()) };
+    let mut lease = pool.begin().await?;
+    if !store::take_lease(&mut lease, LEASE).await? {
+        return Ok(());
+    }
+    let (mut strays, mut bytes) = (0, 0);
+    for prefix in 0..=255 {
+        for stray in unknown(pool, collector.list(prefix).await?).await? {
+            if remove_stray(pool, registry, &stray, strays < EVENTS).await? {
+                strays += 1;
+                bytes += stray.bytes;
+                Metrics::count(&metrics.strays);
+                metrics.stray_bytes.fetch_add(stray.bytes, Ordering::Relaxed);
+            }
+        }
+    }
+    if strays > 0 {
+        tracing::error!(
+            strays,
+            bytes,
+            "ALARM: the registry held bytes that no record names; they were removed"
+        );
+    }
+    lease.commit().await?;
+    Ok(())
+}
+
+/// Those that no record names and that are older than the grace.
+async fn unknown(pool: &PgPool, mut blobs: Vec<Blob>) -> Result<Vec<Blob>, Error> {
+    blobs.retain(|blob| blob.age >= GRACE);
+    let mut found = Vec::new();
+    let mut conn = pool.acquire().await?;
+    for some in blobs.chunks(1_000) {
+        let digests: Vec<String> = some.iter().map(|blob| blob.digest.to_string()).collect();
+        let unknown = store::list_unknown(&mut conn, &digests, Doomed::Known).await?;
+        found.extend(some.iter().filter(|blob| unknown.contains(&blob.digest)).cloned());
+    }
+    Ok(found)
+}
+
+/// Removes bytes without a record, unless there is one by now.
+async fn remove_stray(
+    pool: &PgPool,
+    registry: &Distribution,
+    stray: &Blob,
+    tell: bool,
+) -> Result<bool, Error> {
+    let Some(collector) = registry.collector() else { return Ok(false) };
+    let mut tx = pool.begin().await?;
+    if store::hold_digest(&mut tx, &stray.digest).await? {
+        return Ok(false);
+    }
+    collector.remove_blob(&stray.digest).await?;
+    if tell {
+        let actor = ActorId::new("platform");
+        let event = audit::Event {
+            tenant: None,
+            actor: &actor,
+            action: "registry.stray",
+            object: stray.digest.as_str(),
+            request_id: "registry-collector",
+            detail: serde_json::json!({"bytes": stray.bytes, "age_seconds": stray.age}),
+        };
+        audit::record(&mut tx, event).await?;
+    }
+    tx.commit().await?;
+    Ok(true)
+}
+
+/// Settles commits that a crash has left open, gives up uploads to which nothing comes any more, and removes the
+/// folders of repositories that hold nothing.
+pub(super) async fn settle_uploads(pool: &PgPool, registry: &Distribution) -> Result<(), Error> {
+    let mut conn = pool.acquire().await?;
+    let old = store::list_old_uploads(&mut conn).await?;
+    drop(conn);
+    for upload in old {
+        let Ok(repository) = upload.repository.parse::<RepositoryPath>() else { continue };
+        let name = format!("{}/{repository}", upload.tenant);
+        let size = match &upload.digest {
+            Some(digest) => registry.blob_size(&name, digest).await?,
+            None => None,
+        };
+        if let (Some(digest), Some(size)) = (&upload.digest, size) {
+            store::commit_blob(pool, &upload.tenant, &repository, digest, size, Some(&upload.id)).await?;
+            tracing::info!(%name, "a blob whose push was cut off at its end is on record now");
+        } else if upload.given_up {
+            if let Some(collector) = registry.collector() {
+                collector.remove_upload(&upload.tenant, &repository, &upload.id).await?;
+            }
+            store::not_committed(pool, &upload.tenant, &upload.id).await?;
+            store::delete_upload(pool, &upload.tenant, &repository, &upload.id).await?;
+        }
+    }
+    clear_repositories(pool, registry).await
+}
+
+async fn clear_repositories(pool: &PgPool, registry: &Distribution) -> Result<(), Error> {
+    let mut conn = pool.acquire().await?;
+    let empty = store::list_empty_repositories(&mut conn).await?;
+    drop(conn);
+    for (tenant, name, repository) in empty {
+        let mut tx = db::begin(pool, tenant).await?;
+        store::lock_project_of(&mut tx, tenant).await?;
+        if store::delete_repository(&mut tx, tenant, &repository).await?
+            && let Some(collector) = registry.collector()
+        {
+            collector.remove_repository(&name, &repository).await?;
+        }
+        tx.commit().await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,299 @@
+//! Rows of uploads and repositories: on record from the first request on, counted in number and in bytes.
+
+use sqlx::{PgConnection, PgPool};
+
+use super::{FLOOR, lock_project, registry_use, signed};
+use crate::db;
+use crate::error::Error;
+use crate::ids::{Digest, RepositoryPath, TenantId, TenantName};
+use crate::quotas::{self, Resource};
+
+/// What came of a reservation.
+pub(in crate::registries) enum Reserve {
+    /// So many bytes were taken.
+    Taken(u64),
+    /// Not even what is needed now is left.
+    Full { used: u64, limit: u64 },
+    /// The upload is not on record (any more).
+    Gone,
+}
+
+/// Puts a repository on record, as far as the tenant may have one more. The transaction holds the project's lock.
+pub(super) async fn enter_repository(
+    conn: &mut PgConnection,
+    tenant: i64,
+    repository: &RepositoryPath,
+) -> Result<(), Error> {
+    let known = sqlx::query!(
+        "UPDATE repository SET used_at = now() WHERE tenant_id = $1 AND name = $2",
+        tenant,
+        repository.as_str()
+    )
+    .execute(&mut *conn)
+    .await?
+    .rows_affected();
+    if known > 0 {
+        return Ok(());
+    }
+    let count =
+        sqlx::query_scalar!(r#"SELECT count(*) AS "n!" FROM repository WHERE tenant_id = $1"#, tenant)
+            .fetch_one(&mut *conn)
+            .await?;
+    quotas::check_count(conn, TenantId(tenant), Resource::Repositories, count).await?;
+    sqlx::query!("INSERT INTO repository (tenant_id, name) VALUES ($1, $2)", tenant, repository.as_str())
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+/// Whether one more upload fits; with an id it is on record from then on.
+pub(in crate::registries) async fn admit_upload(
+    pool: &PgPool,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    id: Option<&str>,
+) -> Result<Reserve, Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    let tenant_id = lock_project(&mut tx, tenant).await?;
+    // The registry has purged these an hour ago.
+    sqlx::query!(
+        "DELETE FROM upload WHERE tenant_id = $1 AND changed_at < now() - interval '2 hours'",
+        tenant_id
+    )
+    .execute(&mut *tx)
+    .await?;
+    let count = sqlx::query_scalar!(r#"SELECT count(*) AS "n!" FROM upload WHERE tenant_id = $1"#, tenant_id)
+        .fetch_one(&mut *tx)
+        .await?;
+    quotas::check_count(&mut tx, TenantId(tenant_id), Resource::OpenUploads, count).await?;
+    let (used, limit) = registry_use(&mut tx, tenant).await?;
+    if used.saturating_add(FLOOR) > limit {
+        return Ok(Reserve::Full { used, limit });
+    }
+    enter_repository(&mut tx, tenant_id, repository).await?;
+    if let Some(id) = id {
+        sqlx::query!(
+            "INSERT INTO upload (tenant_id, id, repository) VALUES ($1, $2, $3)",
+            tenant_id,
+            id,
+            repository.as_str()
+        )
+        .execute(&mut *tx)
+        .await?;
+    }
+    tx.commit().await?;
+    Ok(Reserve::Taken(0))
+}
+
+/// Begins a part of an upload: whether the upload is this repository's. With a digest it is on record that the
+/// registry is asked to commit it; what is being collected at the moment is waited for.
+pub(in crate::registries) async fn begin_part(
+    pool: &PgPool,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    id: &str,
+    digest: Option<&Digest>,
+) -> Result<bool, Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    if let Some(digest) = digest {
+        lock_digest(&mut tx, digest).await?;
+    }
+    let found = sqlx::query!(
+        "UPDATE upload u SET changed_at = now(), digest = coalesce($4, u.digest) FROM tenant t WHERE t.name = $1 \
+         AND u.tenant_id = t.id AND u.repository = $2 AND u.id = $3",
+        tenant.as_str(),
+        repository.as_str(),
+        id,
+        digest.map(Digest::as_str)
+    )
+    .execute(&mut *tx)
+    .await?
+    .rows_affected();
+    tx.commit().await?;
+    Ok(found == 1)
+}
+
+/// Holds a digest until the transaction ends: its bytes are collected or committed, never both at once. Taken before
+/// any lock of a quota.
+pub(super) async fn lock_digest(conn: &mut PgConnection, digest: &Digest) -> Result<(), Error> {
+    sqlx::query!("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", digest.as_str())
+        .fetch_one(conn)
+        .await?;
+    Ok(())
+}
+
+/// The registry has not committed it.
+pub(in crate::registries) async fn not_committed(
+    pool: &PgPool,
+    tenant: &TenantName,
+    id: &str,
+) -> Result<(), Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    sqlx::query!(
+        "UPDATE upload u SET digest = NULL FROM tenant t WHERE t.name = $1 AND u.tenant_id = t.id AND u.id = $2",
+        tenant.as_str(),
+        id
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Takes bytes of the quota for an upload: a whole step where it fits, else what is needed now. The lock on the quota's
+/// row keeps two uploads from taking the same bytes.
+pub(in crate::registries) async fn reserve_upload(
+    pool: &PgPool,
+    tenant: &TenantName,
+    id: &str,
+    step: u64,
+    needed: u64,
+) -> Result<Reserve, Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    let tenant_id = lock_project(&mut tx, tenant).await?;
+    let (used, limit) = registry_use(&mut tx, tenant).await?;
+    let left = limit.saturating_sub(used);
+    if needed > left {
+        return Ok(Reserve::Full { used, limit });
+    }
+    let taken = if step <= left { step } else { needed };
+    let found = sqlx::query!(
+        "UPDATE upload SET bytes = bytes + $3, changed_at = now() WHERE tenant_id = $1 AND id = $2",
+        tenant_id,
+        id,
+        signed(taken)
+    )
+    .execute(&mut *tx)
+    .await?
+    .rows_affected();
+    if found == 0 {
+        return Ok(Reserve::Gone);
+    }
+    tx.commit().await?;
+    Ok(Reserve::Taken(taken))
+}
+
+/// Gives back what was reserved for an upload and not needed.
+pub(in crate::registries) async fn give_back(
+    pool: &PgPool,
+    tenant: &TenantName,
+    id: &str,
+    bytes: u64,
+) -> Result<(), Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    sqlx::query!(
+        "UPDATE upload u SET bytes = greatest(0, u.bytes - $3), changed_at = now() FROM tenant t \
+         WHERE t.name = $1 AND u.tenant_id = t.id AND u.id = $2",
+        tenant.as_str(),
+        id,
+        signed(bytes)
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Whether an upload is on record and nothing is being committed of it.
+pub(in crate::registries) async fn is_upload_open(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    id: &str,
+) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT 1 FROM upload u JOIN tenant t ON t.id = u.tenant_id WHERE t.name = $1
+           AND u.repository = $2 AND u.id = $3 AND u.digest IS NULL) AS "yes!""#,
+        tenant.as_str(),
+        repository.as_str(),
+        id
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Forgets an upload of which nothing is being committed: its bytes count no more.
+pub(in crate::registries) async fn delete_upload(
+    pool: &PgPool,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    id: &str,
+) -> Result<(), Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    sqlx::query!(
+        "DELETE FROM upload u USING tenant t WHERE t.name = $1 AND u.tenant_id = t.id AND u.repository = $2 \
+         AND u.id = $3 AND u.digest IS NULL",
+        tenant.as_str(),
+        repository.as_str(),
+        id
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// An upload as the sweep finds it.
+pub(in crate::registries) struct OldUpload {
+    pub(in crate::registries) tenant: TenantName,
+    pub(in crate::registries) repository: String,
+    pub(in crate::registries) id: String,
+    /// What the registry was asked to commit.
+    pub(in crate::registries) digest: Option<Digest>,
+    /// Whether nothing has come for so long that it is given up.
+    pub(in crate::registries) given_up: bool,
+}
+
+/// Uploads whose commit nothing has settled for ten minutes, and those to which nothing was added for an hour.
+pub(in crate::registries) async fn list_old_uploads(
+    conn: &mut PgConnection,
+) -> Result<Vec<OldUpload>, Error> {
+    Ok(sqlx::query_as!(
+        OldUpload,
+        r#"SELECT t.name AS "tenant: TenantName", u.repository, u.id, u.digest AS "digest: Digest",
+           u.changed_at < now() - interval '1 hour' AS "given_up!"
+           FROM upload u JOIN tenant t ON t.id = u.tenant_id
+           WHERE u.changed_at < now() - interval '1 hour'
+              OR u.digest IS NOT NULL AND u.changed_at < now() - interval '10 minutes'
+           ORDER BY u.changed_at LIMIT 200"#
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// Repositories whose folder nothing needs: no manifest, no blob, no upload, for an hour.
+pub(in crate::registries) async fn list_empty_repositories(
+    conn: &mut PgConnection,
+) -> Result<Vec<(TenantId, TenantName, RepositoryPath)>, Error> {
+    let rows = sqlx::query!(
+        r#"SELECT r.tenant_id, t.name AS "tenant: TenantName", r.name AS "name: RepositoryPath"
+           FROM repository r JOIN tenant t ON t.id = r.tenant_id WHERE r.used_at < now() - interval '1 hour'
+           AND NOT EXISTS (SELECT 1 FROM manifest m WHERE m.tenant_id = r.tenant_id AND m.repository = r.name)
+           AND NOT EXISTS (SELECT 1 FROM blob_place p WHERE p.tenant_id = r.tenant_id AND p.repository = r.name)
+           AND NOT EXISTS (SELECT 1 FROM upload u WHERE u.tenant_id = r.tenant_id AND u.repository = r.name)
+           LIMIT 200"#
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (TenantId(row.tenant_id), row.tenant, row.name)).collect())
+}
+
+/// Forgets a repository that is still empty, within a transaction that holds the project's lock: whether it was.
+pub(in crate::registries) async fn delete_repository(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+) -> Result<bool, Error> {
+    let gone = sqlx::query!(
+        "DELETE FROM repository r WHERE r.tenant_id = $1 AND r.name = $2 AND r.used_at < now() - interval '1 hour' \
+         AND NOT EXISTS (SELECT 1 FROM manifest m WHERE m.tenant_id = r.tenant_id AND m.repository = r.name) \
+         AND NOT EXISTS (SELECT 1 FROM blob_place p WHERE p.tenant_id = r.tenant_id AND p.repository = r.name) \
+         AND NOT EXISTS (SELECT 1 FROM upload u WHERE u.tenant_id = r.tenant_id AND u.repository = r.name)",
+        tenant.0,
+        repository.as_str()
+    )
+    .execute(conn)
+    .await?
+    .rows_affected();
+    Ok(gone == 1)
+}

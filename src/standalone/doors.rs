@@ -1,0 +1,58 @@
+//! The two TCP ports of `serve`: that for clients and that for the engine's pulls. Both are fixed, so while `up` is down any
+//! user of the machine can take them. Before anything is sent there, the kernel says whose they are.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::{Failed, Folder};
+use crate::driver::listener::{self, Foreign};
+
+/// Refuses to start while another process listens on a port of `serve`.
+pub(super) fn require_free(folder: &Folder, listen: SocketAddr) -> Result<(), Failed> {
+    for (door, purpose) in [(folder.pull_address(), "pulls"), (listen, "clients")] {
+        let Some(found) = listener::at(door) else {
+            return Err(Failed("/proc/net/tcp cannot be read: whose the ports are is not known".into()));
+        };
+        if let Some(other) = found.first() {
+            let (port, uid) = (door.port(), other.uid);
+            let other = if purpose == "pulls" {
+                format!(
+                    "remove {}: the next start chooses another port",
+                    folder.path.join("ports.json").display()
+                )
+            } else {
+                "give --listen another port".into()
+            };
+            return Err(Failed(format!(
+                "port {port} for {purpose} is taken: a process of user id {uid} listens on it, and nothing was sent to \
+                 it. End that process (`ss -ltnp sport = :{port}` names it), or {other}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Whether `serve` listens there, and nobody else does.
+pub(super) fn is_served(folder: &Folder, door: SocketAddr) -> bool {
+    listener::require(door, folder.serve.uid).is_ok()
+}
+
+/// Says aloud when another user takes a port of `serve`, as long as `up` runs.
+pub(super) async fn watch(folder: &Folder, listen: SocketAddr) {
+    let mut told = None;
+    loop {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let taken = [folder.pull_address(), listen].into_iter().find_map(|door| {
+            match listener::require(door, folder.serve.uid) {
+                Err(Foreign::User(uid)) => Some((door.port(), uid)),
+                _ => None,
+            }
+        });
+        if taken != told
+            && let Some((port, uid)) = taken
+        {
+            tracing::error!(port, uid, "ALARM: another user listens on a port of serve; end that process");
+        }
+        told = taken;
+    }
+}

@@ -1,0 +1,1 @@
+INSERT INTO repository (tenant_id, name) SELECT id, 'empty' FROM tenant;
