@@ -27,6 +27,7 @@ pub const BOUNDS: &[(&str, &str)] = &[
     ("blob", "`registry_bytes`, with a least size for each"),
     ("blob_place", "`registry_bytes` times `repositories`"),
     ("upload", "`open_uploads`"),
+    ("repository", "`repositories`; a row goes an hour after the last manifest, blob and upload in it"),
     ("tenant_service", "the services of the catalogue; written by admins alone"),
     ("grant_offer", "open: `grants`; 1,000 new ones a day, withdrawn ones for 90 days"),
     ("grant_answer", "one for each offer that was made to the tenant, as long as the offer"),

@@ -23,7 +23,7 @@ async fn count(
     let names: Vec<String> = resources.iter().map(|resource| resource.name().to_owned()).collect();
     let rows = sqlx::query!(
         r#"SELECT r AS "resource!", (CASE r
-             WHEN 'repositories' THEN (SELECT count(DISTINCT repository) FROM manifest WHERE tenant_id = $1)
+             WHEN 'repositories' THEN (SELECT count(*) FROM repository WHERE tenant_id = $1)
              WHEN 'tags' THEN (SELECT count(*) FROM tag WHERE tenant_id = $1)
              WHEN 'manifests' THEN (SELECT count(*) FROM manifest WHERE tenant_id = $1)
              WHEN 'open_uploads' THEN (SELECT count(*) FROM upload WHERE tenant_id = $1
