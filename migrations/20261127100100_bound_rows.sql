@@ -9,8 +9,6 @@ GRANT DELETE ON api_token, service_account, invitation, robot, egress_target, re
 -- What the limits count. Zero stands for the platform.
 CREATE INDEX api_token_live ON api_token (coalesce(tenant_id, 0), expires_at) WHERE revoked_at IS NULL;
 CREATE INDEX grant_offer_by_day ON grant_offer (tenant_id, offered_at);
--- What housekeeping looks for.
-CREATE INDEX release_of_app ON release (app_id, revision);
 
 -- A release of 32 KB that is replaced 53 times a second has to be cleared away as fast.
 ALTER TABLE release SET (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0,

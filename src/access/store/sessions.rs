@@ -16,12 +16,15 @@ pub(in crate::access) struct NewSession<'a> {
     pub(in crate::access) agent: &'a str,
 }
 
+/// Begins a session. An account has 100 at a time: the oldest ones end.
 pub(in crate::access) async fn insert_session(
     conn: &mut PgConnection,
     new: &NewSession<'_>,
 ) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(
-        "INSERT INTO session (hash, account_id, method, place, agent) VALUES ($1, $2, $3, $4, $5) RETURNING id",
+        "WITH gone AS (DELETE FROM session WHERE id IN (SELECT id FROM session WHERE account_id = $2 \
+           ORDER BY id DESC OFFSET 99 LIMIT 20)) \
+         INSERT INTO session (hash, account_id, method, place, agent) VALUES ($1, $2, $3, $4, $5) RETURNING id",
         new.hash,
         new.account.0,
         new.method,

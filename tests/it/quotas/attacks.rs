@@ -329,3 +329,15 @@ async fn changes_of_a_day_have_a_limit_and_revoking_has_none(
     assert_eq!(app.ask(&owner, "POST", &format!("{BASE}/robots"), json!({"name": "again"})).await.0, 201);
     assert_eq!(used(&app, &owner, "changes_per_day").await, 1);
 }
+
+/// A person who signs in again and again has 100 sessions, the newest.
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn sessions_of_an_account_have_a_bound(options: PgPoolOptions, connect: PgConnectOptions) {
+    let (app, _, _) = start(options, connect).await;
+    let mut ann = app.member("ann", "acme", Role::Viewer).await;
+    app.sql("INSERT INTO session (hash, account_id, method, place, agent) SELECT sha256(n::text::bytea), account_id, 'password', 'x', 'x' FROM session, generate_series(1, 110) n").await;
+    assert_eq!(ann.sign_in(crate::support::PASSWORD).await, 303);
+    ann.page("/account").await;
+    let left = app.number("SELECT count(*) FROM session WHERE method = $1", "password").await;
+    assert!(left <= 100, "{left}");
+}
