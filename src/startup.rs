@@ -71,7 +71,8 @@ impl Platform {
         })?;
         let key = SigningKey::from_pem(&pem)?;
         let registry = Distribution::new(pool.clone(), &config.registry.url, key.clone())?
-            .with_collector(config.registry.collector.as_deref(), work.clone());
+            .with_collector(config.registry.collector.as_deref(), work.clone())
+            .on_disk(config.registry.disk.clone());
         let keys = Keys::load(&config.access.key)?;
         let desk = Desk {
             throttle: Throttle::new(pool.clone(), &keys),

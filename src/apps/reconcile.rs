@@ -16,7 +16,7 @@ use crate::driver::{Driver, Removal};
 use crate::error::Error;
 use crate::ids::{ActorId, AppId, TenantId, TenantName};
 use crate::reconcile::{Failure, Lease, Outcome, Reconciler, enqueue};
-use crate::registries::{Distribution, PullSecrets};
+use crate::registries::{self, Distribution, PullSecrets};
 use crate::tenants::{self, Belongings, Left};
 
 /// The reconciler of apps.
@@ -70,11 +70,13 @@ impl AppReconciler {
         let number = tenants::tenant_network(&mut conn, app.tenant_id).await?;
         let subnet = self.pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))?;
         let addresses = store::list_addresses(&mut conn, app.tenant_id, app.id, subnet).await?;
+        let bytes =
+            registries::image_bytes(&mut conn, app.tenant_id, &release.repository, &release.digest).await?;
         drop(conn);
         // A deployed digest is kept, whatever the tenant does to its tags.
         self.registry.put_keeper_tag(tenant, &release.repository, &release.index_digest).await?;
         fail::fail_point!("apps::kept", |_| Err(Failure::Transient("failpoint".into())));
-        let pull = self.secrets.mint(tenant, &release.repository)?;
+        let pull = self.secrets.mint(tenant, &release.repository)?.for_bytes(bytes);
         let id = |n: i64| u32::try_from(n).map_err(|_| Failure::Permanent("an id beyond its bounds".into()));
         let workload = release.workload(Place {
             tenant: tenant.clone(),

@@ -152,6 +152,7 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
         network_pool: subnet,
         subnet_prefix: subnet.prefix(),
         engine_storage: "/".into(),
+        engine_run: "/".into(),
         prober_socket: "/".into(),
         prober_uid: 0,
         resolver_socket: "/".into(),

@@ -75,7 +75,7 @@ const KEYS: &[(&str, &[&str])] = &[
             "connections",
         ],
     ),
-    ("registry", &["url", "signing_key", "collector"]),
+    ("registry", &["url", "signing_key", "disk", "collector"]),
     ("agent", &["socket"]),
     ("access", &["key", "audit_heads", "audit_months", "providers"]),
     ("pools", &["uid_start", "uid_end", "range_size", "block_size", "network", "subnet_prefix"]),

@@ -117,6 +117,9 @@ pub struct Registry {
     /// with the record, and what was deleted stays there until the registry's own garbage collection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collector: Option<PathBuf>,
+    /// A folder on its disk, for pushes to be refused before the disk is full. Not watched when it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<PathBuf>,
 }
 
 /// The root half on this machine.

@@ -13,6 +13,7 @@ use crate::policy::never::{self, Range};
 use crate::policy::{Cidr, Protocol, TenantFlows};
 
 pub mod agent;
+pub mod disk;
 pub mod listener;
 pub mod podman;
 pub mod workload;
@@ -37,19 +38,33 @@ pub enum Error {
 
 /// A short-lived credential for exactly one repository. Never stored, never printed.
 #[derive(Clone, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct PullSecret(String);
+#[serde(deny_unknown_fields)]
+pub struct PullSecret {
+    secret: String,
+    /// Bytes that the image takes on the disk; 0 when that is not known.
+    bytes: u64,
+}
 
 impl PullSecret {
     /// Wraps the secret.
     #[must_use]
     pub fn new(secret: String) -> Self {
-        Self(secret)
+        Self { secret, bytes: 0 }
+    }
+    /// The same, for an image that takes so many bytes on the disk.
+    #[must_use]
+    pub fn for_bytes(self, bytes: u64) -> Self {
+        Self { bytes, ..self }
+    }
+    /// Bytes that the image takes on the disk; 0 when that is not known.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
     /// The secret, for the one header that it goes into.
     #[must_use]
     pub fn expose(&self) -> &str {
-        &self.0
+        &self.secret
     }
 }
 

@@ -80,6 +80,16 @@ const OF_IMAGE: &[Explanation] = &[
         text: "Its manifest or config is malformed: the detail says how. Build and push it again with an up-to-date client.",
     },
     Explanation {
+        code: Code(204),
+        title: "A layer of the image is refused",
+        text: "The fault says why: /etc/passwd or /etc/group is not a regular file of at most 256 KiB, the layer cannot be unpacked (a path stands twice, a file lies below something that is not a directory), it unpacks to more than 200 times its size, or it is packed in another form than gzip. Change what builds the layer and push the image again.",
+    },
+    Explanation {
+        code: Code(205),
+        title: "The config of the image is refused",
+        text: "ENV entries are NAME=VALUE: the container engine would fill others from its own environment. WORKDIR is an absolute path without .. that is not in /proc, /sys or /dev. STOPSIGNAL is a signal such as SIGTERM or 15.",
+    },
+    Explanation {
         code: Code(210),
         title: "The image wants to be root",
         text: "No USER, or root: it runs as user 1000 inside, without privileges. Set USER to a number from 1 to 1023 (or 1000) in the Dockerfile and give that user the files that it must read.",

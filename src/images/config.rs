@@ -27,6 +27,14 @@ pub struct ImageConfig {
     pub exposed_ports: Vec<u16>,
     /// `VOLUME`.
     pub volumes: Vec<String>,
+    /// `ENV`.
+    pub env: Vec<String>,
+    /// `WORKDIR`.
+    pub working_dir: String,
+    /// `STOPSIGNAL`.
+    pub stop_signal: String,
+    /// Digests of the unpacked layers, from the bottom.
+    pub diff_ids: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -36,6 +44,14 @@ struct Raw {
     #[serde(default)]
     architecture: String,
     config: Option<RawConfig>,
+    #[serde(default)]
+    rootfs: RawLayers,
+}
+
+#[derive(Default, Deserialize)]
+struct RawLayers {
+    #[serde(default)]
+    diff_ids: Vec<String>,
 }
 
 #[derive(Default, Deserialize)]
@@ -48,11 +64,15 @@ struct RawConfig {
     volumes: Option<BTreeMap<String, serde_json::Value>>,
     labels: Option<BTreeMap<String, String>>,
     env: Option<Vec<String>>,
+    working_dir: Option<String>,
+    stop_signal: Option<String>,
 }
 
 /// Most bytes of labels, and of the environment, that an image brings: the engine gives both to each of
 /// its containers.
 const BROUGHT: usize = 64 << 10;
+/// Most words of a command, and most ports and volumes together.
+const LISTED: usize = 512;
 
 impl ImageConfig {
     /// Reads a config.
@@ -68,6 +88,16 @@ impl ImageConfig {
                 "the labels or the environment of the image are larger than 64 KiB".into(),
             ));
         }
+        let lists = [&config.entrypoint, &config.cmd].into_iter().flatten();
+        let (words, letters) = lists.flatten().fold((0, 0), |(n, sum), word| (n + 1, sum + word.len()));
+        let many =
+            [&config.exposed_ports, &config.volumes].into_iter().flatten().map(BTreeMap::len).sum::<usize>();
+        if words > LISTED || letters > BROUGHT || many > LISTED {
+            return Err(ManifestError(
+                "the command, the ports or the volumes of the image are more than 512 or longer than 64 KiB"
+                    .into(),
+            ));
+        }
         let port = |text: &String| text.strip_suffix("/tcp").unwrap_or(text).parse().ok();
         Ok(Self {
             os: raw.os,
@@ -77,6 +107,10 @@ impl ImageConfig {
             cmd: config.cmd.unwrap_or_default(),
             exposed_ports: config.exposed_ports.unwrap_or_default().keys().filter_map(port).collect(),
             volumes: config.volumes.unwrap_or_default().into_keys().collect(),
+            env: config.env.unwrap_or_default(),
+            working_dir: config.working_dir.unwrap_or_default(),
+            stop_signal: config.stop_signal.unwrap_or_default(),
+            diff_ids: raw.rootfs.diff_ids,
         })
     }
 }
@@ -94,6 +128,10 @@ mod tests {
         assert_eq!(config.volumes, ["/data"]);
         assert!(ImageConfig::parse(br#"{"os":"linux","OS":"windows"}"#).is_err());
         assert!(ImageConfig::parse(br#"{"config":{"User":5}}"#).is_err());
+        let volumes: serde_json::Map<String, serde_json::Value> =
+            (0..600).map(|n| (n.to_string(), serde_json::json!({}))).collect();
+        let long = serde_json::json!({"config": {"Volumes": volumes}}).to_string();
+        assert!(ImageConfig::parse(long.as_bytes()).unwrap_err().0.contains("512"));
         let large = serde_json::json!({"config": {"Labels": {"a": "x".repeat(70_000)}}}).to_string();
         assert!(ImageConfig::parse(large.as_bytes()).unwrap_err().0.contains("64 KiB"));
     }

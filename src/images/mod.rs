@@ -1,5 +1,6 @@
 //! Images: what a manifest and a config say, read strictly, and what that means for running it.
 
+use crate::driver::podman::dangers;
 use crate::driver::workload::InsideUser;
 use crate::fault::{Code, Fault, Kind};
 
@@ -41,6 +42,13 @@ pub fn needs_passwd(config: &ImageConfig) -> bool {
     is_name(user) && user != "root" || is_name(group)
 }
 
+/// The fault of an image whose layers are not taken.
+#[must_use]
+pub fn refused(why: &str) -> Fault {
+    Fault::new(Code(204), Kind::Invalid, "image", format!("the image is refused: {why}"))
+        .instead("change what builds the layer, and push the image again")
+}
+
 fn warning(code: u16, message: &str) -> Fault {
     Fault::new(Code(code), Kind::Warning, "image", message)
 }
@@ -53,6 +61,12 @@ pub fn preflight(
     command: SpecCommand,
 ) -> Result<Preflight, Vec<Fault>> {
     let mut faults = Vec::new();
+    if let Err(why) = dangers::of_config(&config.env, &config.working_dir, &config.stop_signal) {
+        faults.push(
+            Fault::new(Code(205), Kind::Invalid, "image", why)
+                .instead("change ENV, WORKDIR or STOPSIGNAL in the Dockerfile and push the image again"),
+        );
+    }
     if config.os != "linux" || config.architecture != "amd64" {
         faults.push(
             Fault::new(Code(201), Kind::Invalid, "image", "the image is not for linux/amd64")
@@ -177,6 +191,9 @@ mod tests {
             ImageConfig { architecture: "arm64".into(), os: "linux".into(), ..ImageConfig::default() };
         let faults = preflight(&other, None, None, SpecCommand::Absent).unwrap_err();
         assert_eq!(faults.iter().map(|f| f.code.0).collect::<Vec<_>>(), [201, 202]);
+        let danger = ImageConfig { working_dir: "/proc/self/fd/8".into(), ..config("1") };
+        let faults = preflight(&danger, None, None, SpecCommand::Absent).unwrap_err();
+        assert_eq!(faults.iter().map(|f| f.code.0).collect::<Vec<_>>(), [205]);
         assert!(preflight(&config("1"), None, None, SpecCommand::Given).is_ok());
     }
 }

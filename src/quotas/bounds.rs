@@ -25,6 +25,7 @@ pub const BOUNDS: &[(&str, &str)] = &[
     ("manifest_part", "`manifests`, each of a bounded size"),
     ("tag", "`tags`, 2,000 in a repository"),
     ("blob", "`registry_bytes`, with a least size for each"),
+    ("layer", "one row of each blob, of at most 64 KiB and the names of 64 KiB"),
     ("blob_place", "`registry_bytes` times `repositories`"),
     ("upload", "`open_uploads`"),
     ("repository", "`repositories`; a row goes an hour after the last manifest, blob and upload in it"),

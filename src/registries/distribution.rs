@@ -1,6 +1,7 @@
 //! The client of the registry behind the front door: for the platform's own reads and deletions,
 //! with tokens that it mints itself. It follows no redirect and reads no more than it must.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,16 +11,19 @@ use sqlx::PgPool;
 
 use super::collector::Collector;
 use super::known::Known;
+use super::measure::{Layer, Measured};
 use super::room::Room;
 use super::token::{Access, SigningKey};
 use super::{Reference, store};
 use crate::db;
+use crate::driver::disk::{self, Part};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::{Digest, RepositoryPath, TenantName};
+use crate::images::ImageConfig;
+use crate::images::layers::{self, Merged};
 use crate::images::manifest::{self, Manifest};
-use crate::images::names::{self, Found};
-use crate::images::{ImageConfig, Names};
+use crate::permits::FairPermits;
 
 /// An image as it was found.
 #[derive(Debug)]
@@ -30,29 +34,39 @@ pub struct ResolvedImage {
     pub manifest_digest: Digest,
     /// Its config.
     pub config: ImageConfig,
-    layers: Vec<Digest>,
+    layers: Vec<Layer>,
+}
+
+impl ResolvedImage {
+    pub(super) fn new(
+        index_digest: Digest,
+        manifest_digest: Digest,
+        config: ImageConfig,
+        layers: Vec<Layer>,
+    ) -> Self {
+        Self { index_digest, manifest_digest, config, layers }
+    }
 }
 
 /// The client.
 #[derive(Debug, Clone)]
 pub struct Distribution {
-    pool: PgPool,
     client: reqwest::Client,
     base: String,
     key: SigningKey,
-    searches: Arc<tokio::sync::Semaphore>,
+    disk: Option<PathBuf>,
+    pub(super) pool: PgPool,
+    pub(super) measures: FairPermits<TenantName>,
     known: Arc<Known>,
     room: Arc<Room>,
     collector: Option<Collector>,
     work: Option<PgPool>,
 }
 
-/// Most bytes of a layer, as stored, that are searched for names.
-const SEARCHED: u64 = 1 << 30;
-/// How long an image is searched for names.
-const SEARCH_TIME: Duration = Duration::from_secs(30);
+/// How many images of one tenant are measured at a time, and of all tenants.
+const MEASURES: (usize, usize) = (1, 2);
 
-fn away(error: impl std::fmt::Display) -> Error {
+pub(super) fn away(error: impl std::fmt::Display) -> Error {
     tracing::warn!(%error, "the registry does not answer");
     Error::Unavailable("the registry does not answer".into(), Duration::from_secs(3))
 }
@@ -79,9 +93,9 @@ impl Distribution {
             .read_timeout(Duration::from_secs(60))
             .build()
             .map_err(Error::internal)?;
-        let searches = Arc::new(tokio::sync::Semaphore::new(2));
         let (known, room) = (Arc::new(Known::new()), Arc::new(Room::new()));
-        Ok(Self { pool, client, base, key, searches, known, room, collector: None, work: None })
+        let measures = FairPermits::new(MEASURES.0, MEASURES.1);
+        Ok(Self { pool, client, base, key, disk: None, measures, known, room, collector: None, work: None })
     }
 
     /// With the collector beside the registry, and the database as reconcilers see it: whether any tenant holds a
@@ -101,6 +115,18 @@ impl Distribution {
 
     pub(super) fn room(&self) -> &Room {
         &self.room
+    }
+
+    /// The same, with a folder on the registry's disk to watch.
+    #[must_use]
+    pub fn on_disk(self, disk: Option<PathBuf>) -> Self {
+        Self { disk, ..self }
+    }
+
+    /// Whether the registry's disk has room for pushes beside what is kept free for the other parts.
+    pub(super) fn has_room(&self) -> bool {
+        let room = self.disk.as_deref().and_then(|place| disk::room(Part::Registry, place));
+        room.is_none_or(|room| room.has(0))
     }
 
     /// Whether the registry answers.
@@ -231,62 +257,33 @@ impl Distribution {
             .await?
             .ok_or_else(missing)?;
         let config = ImageConfig::parse(&bytes).map_err(|error| fault(203, &error.to_string()))?;
-        let layers: Vec<_> = layers.into_iter().map(|layer| layer.digest).collect();
-        let size = bytes.len() + layers.len() * std::mem::size_of::<Digest>() * 4;
-        let image = Arc::new(ResolvedImage { index_digest, manifest_digest, config, layers });
+        let layers: Vec<_> =
+            layers.into_iter().map(|layer| Layer { digest: layer.digest, size: layer.size }).collect();
+        let size = bytes.len() + layers.len() * std::mem::size_of::<Layer>() * 4;
+        let image = Arc::new(ResolvedImage::new(index_digest, manifest_digest, config, layers));
         self.known.keep_image(&name, &image, size);
         Ok(image)
     }
 
-    /// Users and groups of an image, by a bounded read of its layers from the top down. What cannot
-    /// be read reads as empty: the preflight then warns.
-    pub async fn read_names(
+    /// What the layers of an image are together. Measured when it was pushed; else now.
+    pub async fn merged(
         &self,
         tenant: &TenantName,
         repository: &RepositoryPath,
         image: &ResolvedImage,
-    ) -> Result<Arc<Names>, Error> {
-        let name = format!("{tenant}/{repository}");
-        if let Some(names) = self.known.names(&name, &image.manifest_digest) {
-            return Ok(names);
+    ) -> Result<Merged, Error> {
+        let Measured::Done(reports) = self.measure(tenant, repository, &image.layers).await? else {
+            return Err(Error::Unavailable(
+                "the image is still being measured; deploy it again in a minute".into(),
+                Duration::from_secs(30),
+            ));
+        };
+        let mut merged = layers::merge(&reports);
+        let told: Vec<&str> = reports.iter().map(|report| report.diff_id.as_str()).collect();
+        if merged.refused.is_none() && told != image.config.diff_ids {
+            merged.refused = Some("its layers are not those that its config names (rootfs.diff_ids)".into());
         }
-        // Few at a time: each may cost seconds of a processor.
-        let _turn = self.searches.acquire().await.map_err(Error::internal)?;
-        let mut found = Found::default();
-        let mut budget = names::UNPACKED;
-        let begun = std::time::Instant::now();
-        let mut seen = std::collections::HashSet::new();
-        let mut whole = true;
-        for layer in image.layers.iter().rev().filter(|layer| seen.insert(*layer)) {
-            if begun.elapsed() > SEARCH_TIME {
-                whole = false;
-                break;
-            }
-            let request = self.request(Method::GET, &name, &format!("blobs/{layer}"), &["pull"])?;
-            let answer = good(read(request).await.map_err(away)?)?;
-            let stream = answer.bytes_stream().map(|chunk| chunk.map_err(std::io::Error::other));
-            let reader = tokio_util::io::SyncIoBridge::new(tokio_util::io::StreamReader::new(stream));
-            let search = tokio::task::spawn_blocking(move || {
-                let found = names::search(std::io::Read::take(reader, SEARCHED), &mut budget);
-                (found, budget)
-            });
-            let Ok(Ok((Ok(lower), left))) = tokio::time::timeout(SEARCH_TIME, search).await else {
-                // Nothing further down may be believed when this layer could not be read.
-                whole = false;
-                break;
-            };
-            budget = left;
-            found.fill(lower);
-            if found.is_whole() {
-                break;
-            }
-        }
-        let (passwd, group) = (found.passwd.unwrap_or_default(), found.group.unwrap_or_default());
-        let names = Arc::new(Names::parse(&passwd, &group));
-        if whole {
-            self.known.keep_names(&name, &image.manifest_digest, &names, passwd.len() + group.len());
-        }
-        Ok(names)
+        Ok(merged)
     }
 
     /// Size of a blob as the registry has it.
@@ -371,6 +368,6 @@ pub(super) async fn read(request: reqwest::RequestBuilder) -> reqwest::Result<Re
     }
 }
 
-fn good(answer: Response) -> Result<Response, Error> {
+pub(super) fn good(answer: Response) -> Result<Response, Error> {
     if answer.status().is_success() { Ok(answer) } else { Err(away(answer.status())) }
 }

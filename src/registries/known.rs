@@ -8,9 +8,8 @@ use quick_cache::sync::Cache;
 
 use super::distribution::ResolvedImage;
 use crate::ids::Digest;
-use crate::images::Names;
 
-/// Most bytes that are kept of each kind, about.
+/// Most bytes that are kept, about.
 const BYTES: u64 = 4 << 20;
 /// Images that this holds, about.
 const IMAGES: usize = 2_000;
@@ -33,10 +32,9 @@ impl<T> Weighter<Key, Weighed<T>> for Bytes {
 
 type Shelf<T> = Cache<Key, Weighed<T>, Bytes>;
 
-/// Images and their names, by repository and digest.
+/// Images, by repository and digest.
 pub(super) struct Known {
     images: Shelf<ResolvedImage>,
-    names: Shelf<Names>,
 }
 
 impl std::fmt::Debug for Known {
@@ -47,10 +45,7 @@ impl std::fmt::Debug for Known {
 
 impl Known {
     pub(super) fn new() -> Self {
-        Self {
-            images: Cache::with_weighter(IMAGES, BYTES, Bytes),
-            names: Cache::with_weighter(IMAGES, BYTES, Bytes),
-        }
+        Self { images: Cache::with_weighter(IMAGES, BYTES, Bytes) }
     }
 
     /// The image that this digest of a tag stands for.
@@ -63,35 +58,27 @@ impl Known {
         let key = (name.to_owned(), image.index_digest.clone());
         self.images.insert(key, (Arc::clone(image), bytes as u64));
     }
-
-    /// The users and groups of the image with this manifest.
-    pub(super) fn names(&self, name: &str, manifest: &Digest) -> Option<Arc<Names>> {
-        self.names.get(&(name.to_owned(), manifest.clone())).map(|found| found.0)
-    }
-
-    /// Keeps users and groups that were read whole, from so many bytes.
-    pub(super) fn keep_names(&self, name: &str, manifest: &Digest, names: &Arc<Names>, bytes: usize) {
-        // A name in a map takes several times its text.
-        self.names.insert((name.to_owned(), manifest.clone()), (Arc::clone(names), 4 * bytes as u64));
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::images::ImageConfig;
 
     #[test]
     fn one_repository_knows_nothing_of_another_and_the_room_is_bounded() {
         let known = Known::new();
-        let names = Arc::new(Names::parse("app:x:7:8:", ""));
+        let image = |digest: Digest| {
+            Arc::new(ResolvedImage::new(digest.clone(), digest, ImageConfig::default(), Vec::new()))
+        };
         let digest = Digest::of(b"x");
-        known.keep_names("acme/web", &digest, &names, 10);
-        assert_eq!(known.names("acme/web", &digest).as_deref(), Some(&*names));
-        assert_eq!(known.names("acme/other", &digest), None);
-        assert_eq!(known.names("evil/web", &digest), None);
+        known.keep_image("acme/web", &image(digest.clone()), 10);
+        assert!(known.image("acme/web", &digest).is_some());
+        assert!(known.image("acme/other", &digest).is_none());
+        assert!(known.image("evil/web", &digest).is_none());
         for n in 0..1_000_u32 {
-            known.keep_names("acme/web", &Digest::of(&n.to_le_bytes()), &names, 10_000);
+            known.keep_image("acme/web", &image(Digest::of(&n.to_le_bytes())), 10_000);
         }
-        assert!(known.names.weight() <= BYTES, "{}", known.names.weight());
+        assert!(known.images.weight() <= BYTES, "{}", known.images.weight());
     }
 }

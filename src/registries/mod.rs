@@ -12,6 +12,7 @@ pub mod collector;
 pub mod distribution;
 pub mod front;
 mod known;
+mod measure;
 pub mod proxy;
 pub mod reconcile;
 pub mod robots;
@@ -22,7 +23,7 @@ mod uploads;
 mod write;
 
 pub use distribution::{Distribution, reach};
-pub use store::are_manifests_there;
+pub use store::{are_manifests_there, image_bytes};
 pub use token::SigningKey;
 
 /// A tag or a digest.

@@ -10,6 +10,7 @@ use futures_util::StreamExt;
 
 use super::body::Body;
 use super::front::{FrontDoor, OciError, PATIENCE};
+use super::measure;
 use super::proxy::{Asked, relay, unreachable_registry};
 use super::store::{self, NewManifest, Noted};
 use super::uploads::Work;
@@ -18,6 +19,13 @@ use crate::ids::{Digest, Tag};
 use crate::images::manifest::{self, Descriptor, Manifest};
 
 pub(super) async fn may_push(door: &FrontDoor, asked: &Asked) -> Result<(), OciError> {
+    if !door.registry.has_room() {
+        return Err(OciError::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "UNAVAILABLE",
+            "the registry's disk is nearly full; nothing can be pushed until an admin makes room",
+        ));
+    }
     let mut conn = db::begin(&door.pool, &asked.tenant).await?;
     match store::tenant_state(&mut conn, &asked.tenant).await?.as_deref() {
         Some("active") => Ok(()),
@@ -74,6 +82,7 @@ pub(super) async fn put_manifest(
         return Err(OciError::denied("tags that start with bulkhead- are the platform's"));
     }
     let (parts, total) = check_parts(door, asked, &parsed).await?;
+    measure::at_push(door, asked, &parsed).await?;
     let new = NewManifest {
         digest: digest.clone(),
         media_type: kind.clone(),

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use serde::Serialize;
 
 use super::{Folder, postgres, running, surroundings};
+use crate::driver::disk::{self, Part};
 use crate::driver::podman::engine::RUNTIME;
 use crate::uid_ranges::machine;
 
@@ -220,26 +221,24 @@ fn nftables() -> Finding {
 
 fn space(data: &Path) -> Finding {
     let place = data.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-    match rustix::fs::statvfs(place) {
-        Ok(stat) => {
-            let free = stat.f_bavail.saturating_mul(stat.f_frsize) >> 20;
-            if free < 1024 {
-                failed(
-                    "space",
-                    format!("{free} MiB are free at {}", place.display()),
-                    "free at least 1 GiB, or choose another --data",
-                )
-            } else if free < 10 * 1024 {
-                warning(
-                    "space",
-                    format!("{free} MiB are free at {}", place.display()),
-                    "images and logs need room",
-                )
-            } else {
-                good("space", format!("{} GiB are free", free >> 10))
-            }
-        }
-        Err(error) => failed("space", error.to_string(), "choose another --data"),
+    let rooms = (disk::room(Part::Registry, place), disk::room(Part::Engine, place));
+    let (Some(registry), Some(engine)) = rooms else {
+        return failed("space", "the free space cannot be told", "choose another --data");
+    };
+    let mebi = |bytes: u64| bytes >> 20;
+    let free = mebi(engine.free);
+    let kept = format!(
+        "pushes stop below {} MiB and fetches of images below {} MiB, so that the database can write",
+        mebi(registry.kept),
+        mebi(engine.kept)
+    );
+    let found = format!("{free} MiB are free at {}; {kept}", place.display());
+    if free < 1024 || !engine.has(0) {
+        failed("space", found, "free at least 1 GiB more than is kept, or choose another --data")
+    } else if free < 10 * 1024 || !registry.has(0) {
+        warning("space", found, "images and logs need room")
+    } else {
+        good("space", found)
     }
 }
 

@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::{Failed, Folder, claims, postgres, processes};
 use crate::driver::podman::client::Podman;
 use crate::driver::podman::firewall::kernel;
-use crate::driver::podman::{engine, ports};
+use crate::driver::podman::{engine, ports, pull};
 
 /// Removes an installation. `confirm` is its four letters.
 pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
@@ -100,10 +100,11 @@ const PATIENCE: usize = 20;
 /// Removes the cgroup that all containers were in, in each hierarchy. Monitors of containers end a moment after
 /// these, those of commands that were run in them sometimes not at all.
 async fn remove_cgroups(id: &str) {
-    let own = format!("bulkhead-{id}");
     let hierarchies = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
-    let mut places: Vec<PathBuf> = hierarchies.map(|entry| entry.path().join(&own)).collect();
-    places.push(Path::new("/sys/fs/cgroup").join(&own));
+    let roots = hierarchies.map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]);
+    let names = [format!("bulkhead-{id}"), pull::group(id)];
+    let mut places: Vec<PathBuf> =
+        roots.flat_map(|root| names.iter().map(move |name| root.join(name)).collect::<Vec<_>>()).collect();
     places.retain(|place| place.is_dir());
     for round in 0..2 * PATIENCE {
         places.retain(|place| !remove_cgroup(place));

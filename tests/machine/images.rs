@@ -155,6 +155,23 @@ fn traps() -> Vec<(&'static str, Vec<Vec<u8>>, &'static str)> {
     ]
 }
 
+/// Has the platform take layers for harmless that it would refuse: what is left is the agent's own look.
+fn trust(machine: &Machine, layers: &[Vec<u8>]) {
+    machine.sql("CREATE TABLE IF NOT EXISTS trusted (digest text PRIMARY KEY, diff text)");
+    machine.sql(
+        "CREATE OR REPLACE FUNCTION trust() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN \
+         NEW.report := NEW.report || (SELECT jsonb_build_object('refused', '', 'etc', 'nothing', 'passwd', 'nothing', \
+         'group', 'nothing', 'diff_id', t.diff) FROM trusted t WHERE t.digest = NEW.digest \
+         UNION ALL SELECT '{}' LIMIT 1); RETURN NEW; END $$",
+    );
+    machine
+        .sql("CREATE OR REPLACE TRIGGER trust BEFORE INSERT ON layer FOR EACH ROW EXECUTE FUNCTION trust()");
+    for plain in layers {
+        let (packed, diff) = (Digest::of(&gzip(plain)), Digest::of(plain));
+        machine.sql(&format!("INSERT INTO trusted VALUES ('{packed}', '{diff}') ON CONFLICT DO NOTHING"));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_with_a_trap_is_refused_before_the_engine_opens_it() {
     let machine = Machine::start().await;
@@ -163,7 +180,22 @@ async fn an_image_with_a_trap_is_refused_before_the_engine_opens_it() {
     let (status, body) = machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await;
     assert_eq!(status, 202, "{body}");
     machine.running("acme", "web").await;
+    // At the deploy, for every image, whether its user is a number or a name.
+    for (name, layers, why) in traps() {
+        let user = if name == "fifo" { "app" } else { "1000" };
+        let (good, text) = push(&machine, &evil, &format!("evil/{name}:1"), &layers, json!({"User": user}));
+        assert!(good != text.contains("trusted attributes"), "{name}: {text}");
+        if !good {
+            continue;
+        }
+        let (status, body) = machine.deploy("evil", name, &format!("image: {name}:1\nport: 8080\n")).await;
+        assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-204")), "{name}: {body}");
+        assert!(body.to_string().contains(why), "{name}: {body}");
+    }
+    // The agent looks for itself, whatever `serve` says.
+    machine.sql("DELETE FROM layer; UPDATE quota SET used = 0 WHERE resource = 'image_bytes'");
     for (name, layers, _) in traps() {
+        trust(&machine, &layers);
         let (good, text) = push(&machine, &evil, &format!("evil/{name}:1"), &layers, json!({}));
         assert!(good, "{name}: {text}");
         let (status, body) = machine.deploy("evil", name, &format!("image: {name}:1\nport: 8080\n")).await;
@@ -193,6 +225,92 @@ async fn an_image_with_a_trap_is_refused_before_the_engine_opens_it() {
     let overlay = format!(" {} ", machine.data.join("engine/storage/overlay").display());
     let left = mounts.lines().find(|line| line.contains(&overlay) && line.contains(" - overlay "));
     assert_eq!(left, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_can_never_run_is_refused_with_its_reason_and_fetched_by_nobody() {
+    let machine = Machine::start().await;
+    let acme = machine.tenant("acme").await;
+    let zeros = vec![0; 8 << 20];
+    let sparse = pax(&[("GNU.sparse.major", "1"), ("GNU.sparse.realsize", "1099511627776")]);
+    for (layer, why) in [
+        (layer(&[("a", FILE, "", b"x"), ("./a", FILE, "", b"y")]), "a path twice"),
+        (layer(&[("a", SYMBOLIC_LINK, "nowhere", b""), ("a/b", FILE, "", b"")]), "not a directory"),
+        (layer(&[("a", FILE, "", b""), ("a/b", FILE, "", b"")]), "not a directory"),
+        (layer(&[("a", HARD_LINK, "bin/busybox", b"")]), "hard link"),
+        (layer(&[("a", FILE, "", &zeros)]), "200 times"),
+        (layer(&[("h", PAX, "", &sparse), ("a", FILE, "", b"")]), "sparse"),
+        (b"no archive at all".repeat(100), "not a tar archive"),
+    ] {
+        let (good, text) = push(&machine, &acme, "acme/bad:1", &[layer], json!({}));
+        assert!(!good && text.contains(why) && text.contains("layer 2 of 2"), "{why}: {text}");
+    }
+    for own in [
+        json!({"StopSignal": "FOO"}),
+        json!({"WorkingDir": "/proc/self/fd/8"}),
+        json!({"WorkingDir": "relative"}),
+        json!({"Env": ["*"]}),
+        json!({"Env": ["CONTAINERS_CONF"]}),
+    ] {
+        let (good, text) = push(&machine, &acme, "acme/odd:1", &[], own.clone());
+        assert!(good, "{text}");
+        let (status, body) = machine.deploy("acme", "odd", "image: odd:1\nport: 8080\n").await;
+        assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-205")), "{own}: {body}");
+    }
+    // A config that names other layers than there are: the engine would fetch them in vain.
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), &[(b"another".to_vec(), gzip(&base()))], &config(json!({})));
+    let (good, text) = machine.copy(&acme, dir.path(), "acme/lie:1");
+    assert!(good, "{text}");
+    let (status, body) = machine.deploy("acme", "lie", "image: lie:1\nport: 8080\n").await;
+    assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-204")), "{body}");
+    // Nothing of all this was ever fetched.
+    let (good, images) = machine.podman(&["images", "-q"]);
+    assert!(good && images.trim().is_empty(), "{images}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unpacked_bytes_are_a_quota_and_come_back() {
+    let machine = Machine::start().await;
+    let acme = machine.tenant("acme").await;
+    let used =
+        || machine.sql("SELECT used FROM quota WHERE resource = 'image_bytes'").parse::<u64>().unwrap();
+    let (good, text) = push(&machine, &acme, "acme/web:1", &[], json!({}));
+    assert!(good, "{text}");
+    let first = used();
+    let busybox = fs::metadata("/bin/busybox").unwrap().len().next_multiple_of(4096);
+    // busybox and a page, and three folders.
+    assert_eq!(first, busybox + 3 * 4096);
+    // The same layers count once; ten thousand empty files take their room.
+    assert!(push(&machine, &acme, "acme/other:1", &[], json!({})).0);
+    assert_eq!(used(), first);
+    let names: Vec<String> = (0..10_000).map(|n| format!("f{n}")).collect();
+    let files: Vec<Entry<'_>> = names.iter().map(|name| (name.as_str(), FILE, "", &b""[..])).collect();
+    // Beside them something that does not compress, so that the ratio is not what refuses.
+    let noise: Vec<u8> = (0..1 << 16).flat_map(|_| rand::random::<u64>().to_le_bytes()).collect();
+    let mut all = files.clone();
+    all.push(("noise", FILE, "", &noise));
+    let many = layer(&all);
+    let (status, body) =
+        machine.send("PATCH", "/api/v1/tenants/acme", json!({"quota": {"image_bytes": "20Mi"}})).await;
+    assert_eq!(status, 202, "{body}");
+    let (good, text) = push(&machine, &acme, "acme/many:1", std::slice::from_ref(&many), json!({}));
+    assert!(!good && text.contains("image_bytes"), "{text}");
+    assert_eq!(used(), first);
+    machine.send("PATCH", "/api/v1/tenants/acme", json!({"quota": {"image_bytes": "1Gi"}})).await;
+    let (good, text) = push(&machine, &acme, "acme/many:1", &[many], json!({}));
+    assert!(good, "{text}");
+    assert_eq!(used(), first + 10_000 * 4096 + noise.len() as u64);
+    // The image goes, its blobs are loose for two hours, and its room comes back with them.
+    let (status, body) =
+        machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/acme/repositories/many/tags/1", None).await;
+    assert!(status < 300, "{body}");
+    machine.sql("UPDATE blob SET at = now() - interval '3 hours'");
+    let begun = std::time::Instant::now();
+    while used() != first {
+        assert!(begun.elapsed().as_secs() < 150, "{} of {first}", used());
+        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -228,4 +346,76 @@ async fn an_instance_knows_its_user_and_an_image_without_names_runs() {
             tokio::time::sleep(std::time::Duration::from_millis(300)).await;
         }
     }
+}
+
+/// Something that does not compress.
+fn noise(megabytes: usize) -> Vec<u8> {
+    (0..megabytes << 17).flat_map(|_| rand::random::<u64>().to_le_bytes()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fetch_has_its_own_bounds_and_leaves_nothing() {
+    let machine = Machine::start().await;
+    let acme = machine.tenant("acme").await;
+    let groups: Vec<_> = ["/sys/fs/cgroup", "/sys/fs/cgroup/memory", "/sys/fs/cgroup/pids"]
+        .iter()
+        .map(|root| Path::new(root).join(format!("bulkhead-{}-pulls", machine.id)))
+        .collect();
+    let within = || {
+        let inner = groups.iter().filter_map(|group| fs::read_dir(group).ok()).flatten().flatten();
+        inner
+            .filter_map(|entry| fs::read_to_string(entry.path().join("cgroup.procs")).ok())
+            .collect::<String>()
+    };
+    let big = layer(&[("noise", FILE, "", &noise(64))]);
+    let (good, text) = push(&machine, &acme, "acme/big:1", &[big], json!({}));
+    assert!(good, "{text}");
+    // Nothing is fetched where nothing is to run.
+    let spec = |instances: u32| format!("image: big:1\nport: 8080\ninstances: {instances}\n");
+    assert_eq!(machine.deploy("acme", "big", &spec(0)).await.0, 202);
+    machine.wait("acme", "big", 20, |app| app["observed"]["revision"] == app["revision"]).await;
+    let images = || machine.podman(&["images", "-q"]).1.trim().to_owned();
+    assert_eq!(images(), "");
+    // The fetch is seen in its cgroup. The agent dies in the middle of it, and the next one begins anew.
+    assert_eq!(machine.deploy("acme", "big", &spec(1)).await.0, 202);
+    let begun = std::time::Instant::now();
+    while within().is_empty() {
+        assert!(begun.elapsed().as_secs() < 20, "no fetch in {groups:?}\n{}", machine.tail("agent"));
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    machine.kill("agent");
+    machine.running("acme", "big").await;
+    let begun = std::time::Instant::now();
+    let pulls = machine.data.join("engine/pulls");
+    while !within().is_empty() || fs::read_dir(&pulls).is_ok_and(|mut list| list.next().is_some()) {
+        assert!(begun.elapsed().as_secs() < 20, "{}", within());
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    assert_ne!(images(), "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_engine_cannot_unpack_is_said_once_and_not_fetched_again() {
+    let machine = Machine::start().await;
+    let acme = machine.tenant("acme").await;
+    // A layer that slipped through, as one of an earlier version would.
+    let twice = layer(&[("a", FILE, "", b"x"), ("a", FILE, "", b"y")]);
+    trust(&machine, std::slice::from_ref(&twice));
+    let (good, text) = push(&machine, &acme, "acme/web:1", &[twice], json!({}));
+    assert!(good, "{text}");
+    let (status, body) = machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await;
+    assert_eq!(status, 202, "{body}");
+    machine.wait("acme", "web", 40, |app| app.to_string().contains("names a path twice")).await;
+    let tries = || {
+        let log = fs::read_to_string(machine.data.join("log/agent.log")).unwrap();
+        log.matches("an image was not fetched").count()
+    };
+    assert_eq!(tries(), 1);
+    tokio::time::sleep(std::time::Duration::from_secs(8)).await;
+    assert_eq!(tries(), 1);
+    // Another release is another try.
+    let (good, text) = push(&machine, &acme, "acme/web:2", &[], json!({}));
+    assert!(good, "{text}");
+    assert_eq!(machine.deploy("acme", "web", "image: web:2\nport: 8080\n").await.0, 202);
+    machine.running("acme", "web").await;
 }

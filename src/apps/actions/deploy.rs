@@ -102,16 +102,17 @@ impl Apps {
         let image = spec.image();
         let found =
             self.registry.resolve(&tenant.name, image.repository(), &reference(image.reference())).await?;
-        let names = if images::needs_passwd(&found.config) {
-            Some(self.registry.read_names(&tenant.name, image.repository(), &found).await?)
-        } else {
-            None
-        };
+        let merged = self.registry.merged(&tenant.name, image.repository(), &found).await?;
+        if let Some(why) = merged.refused {
+            return Err(Error::fault(images::refused(&why)));
+        }
+        let has_names = images::needs_passwd(&found.config);
+        let names = has_names.then(|| images::Names::parse(&merged.passwd, &merged.group));
         let has_command =
             spec.command().is_some_and(|c| !c.is_empty()) || spec.args().is_some_and(|a| !a.is_empty());
         let command = if has_command { images::SpecCommand::Given } else { images::SpecCommand::Absent };
-        let flight = images::preflight(&found.config, names.as_deref(), spec.port(), command)
-            .map_err(Error::Invalid)?;
+        let flight =
+            images::preflight(&found.config, names.as_ref(), spec.port(), command).map_err(Error::Invalid)?;
         Ok(Resolved {
             index_digest: found.index_digest.clone(),
             digest: found.manifest_digest.clone(),

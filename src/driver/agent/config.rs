@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::driver::podman::engine::EngineSettings;
 use crate::driver::workload::{IdRange, Subnet};
 use crate::ids::Installation;
 use crate::policy::Cidr;
@@ -34,6 +35,9 @@ pub struct AgentConfig {
     pub subnet_prefix: u8,
     /// A folder on the disk of the engine's storage.
     pub engine_storage: PathBuf,
+    /// The engine's folder of what is gone after a reboot.
+    #[serde(default = "usual_run")]
+    pub engine_run: PathBuf,
     /// Socket of the prober.
     pub prober_socket: PathBuf,
     /// User id of the prober: the only one that may connect from the host into the bridges.
@@ -66,7 +70,26 @@ pub fn usual_pace() -> u32 {
     1_000
 }
 
+/// Where the engine keeps what is gone after a reboot, in the shipped unit.
+#[must_use]
+pub fn usual_run() -> PathBuf {
+    "/run/bulkhead-engine".into()
+}
+
 impl AgentConfig {
+    /// The engine, as its own command line knows it.
+    #[must_use]
+    pub fn engine(&self) -> EngineSettings {
+        EngineSettings {
+            root: self.engine_storage.clone(),
+            run: self.engine_run.clone(),
+            socket: self.engine_socket.clone(),
+            registry_name: self.registry_name.clone(),
+            pull_host: self.pull_host.clone(),
+            may_raise_limits: false,
+        }
+    }
+
     /// Reads the file.
     pub fn load(path: &Path) -> Result<Self, String> {
         let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;

@@ -23,10 +23,12 @@ use crate::driver::podman::firewall;
 use crate::driver::podman::neighbours;
 use crate::driver::podman::oom::OutOfMemory;
 use crate::driver::podman::ports::Port;
+use crate::driver::podman::pull::Fetcher;
 use crate::driver::podman::render;
 use crate::driver::podman::seccomp;
 use crate::driver::{AppEvent, Error, InstanceState, Listener, Observed};
 use crate::ids::{AppId, TenantName};
+use crate::permits::FairPermits;
 use crate::policy::never;
 
 /// How often the engine is asked what there is.
@@ -37,6 +39,8 @@ const WATCH: Duration = Duration::from_secs(1);
 const SETS: u64 = 30;
 /// How often what must be open and closed is tried.
 const PROBE: Duration = Duration::from_secs(60);
+/// How many images of one tenant are fetched at a time, and of all tenants.
+const FETCHES: (usize, usize) = (1, 3);
 /// How often networks are looked at.
 const NETWORKS: Duration = Duration::from_secs(5);
 
@@ -97,6 +101,10 @@ pub(super) struct Agent {
     /// Held for reading while an image is fetched and not yet on record; for writing while images
     /// are removed.
     pub(super) images: tokio::sync::RwLock<()>,
+    /// Fetches images.
+    pub(super) fetcher: Fetcher,
+    /// Room for fetches: of one tenant, and of all.
+    pub(super) fetches: FairPermits<TenantName>,
     /// What was found in images, by identity.
     pub(super) looked: Mutex<HashMap<String, super::app::Looked>>,
     /// A release has taken over, or an app has gone: images may be left over.
@@ -165,6 +173,8 @@ impl Agent {
         let filter = seccomp::install(&config.state_dir)
             .map_err(|error| format!("the system call filter cannot be written: {error}"))?;
         let podman = Podman::new(&config.engine_socket).map_err(|error| error.to_string())?;
+        let fetcher = Fetcher::new(config.engine(), config.installation.as_str());
+        fetcher.sweep();
         let mut tries = 0;
         while let Err(error) = podman.ping().await {
             tries += 1;
@@ -201,6 +211,8 @@ impl Agent {
             version: Mutex::new(1),
             changed: Notify::new(),
             images: tokio::sync::RwLock::new(()),
+            fetcher,
+            fetches: FairPermits::new(FETCHES.0, FETCHES.1),
             looked: Mutex::default(),
             tidy: Notify::new(),
             readers: Mutex::new(HashMap::new()),

@@ -12,10 +12,11 @@ use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 use super::app::{App, discard};
 use super::check;
-use super::core::{Agent, lock};
+use super::core::{Agent, Gate, lock};
 use super::kept::Kept;
 use super::logs;
 use super::protocol::{MAX_FRAME, PROTOCOL, Reply, Request, split};
+use crate::driver::disk::{self, Part};
 use crate::driver::podman::{ports, render};
 use crate::driver::workload::{TenantGrant, Workload};
 use crate::driver::{Error, LogQuery, Probe, PullSecret, Removal, listener};
@@ -230,17 +231,9 @@ async fn ensure_app(agent: &Arc<Agent>, workload: Workload, pull: Option<&PullSe
     // Held until the app is on record: what is fetched now is not taken for left over.
     let _fetching = agent.images.read().await;
     let image = render::image(&agent.config, &workload);
-    if !agent.podman.has_image(&image).await? {
-        let secret =
-            pull.ok_or_else(|| Error::Transient("the image is not here and there is no credential".into()))?;
-        require_own_door(&agent.config.pull_host, agent.config.peer_uid)?;
-        tokio::select! {
-            done = agent.podman.pull(&image, &agent.config.pull_host, secret) => done?,
-            () = gate.leave.cancelled() => return Err(Error::Conflict("the app is being removed".into())),
-            () = no_room(&agent.config.engine_storage) => {
-                return Err(Error::Transient("the machine has no room to unpack this image".into()));
-            }
-        }
+    // Where nothing is to run, nothing is fetched.
+    if workload.instances > 0 && !agent.podman.has_image(&image).await? {
+        fetch(agent, &workload.tenant, &image, pull, &gate).await?;
         fail::fail_point!("agent::pulled", |_| Err(Error::Transient("failpoint".into())));
     }
     if gate.leave.is_cancelled() || lock(&agent.journal).is_removed(workload.app_id) {
@@ -329,17 +322,51 @@ fn clash<'a>(workload: &Workload, mut apps: impl Iterator<Item = &'a Arc<App>>) 
     Ok(())
 }
 
-/// Bytes that stay free on the disk of the engine's storage: an image is unpacked by root, and what it
-/// becomes is known only then.
-const ROOM: u64 = 1 << 30;
+/// How long a fetch waits for its turn.
+const TURN: Duration = Duration::from_secs(60);
 
-/// Returns when the disk runs full.
+/// Fetches an image: few at a time, one of each tenant, and only what the disk has room for.
+async fn fetch(
+    agent: &Agent,
+    tenant: &TenantName,
+    image: &str,
+    pull: Option<&PullSecret>,
+    gate: &Gate,
+) -> Result<(), Error> {
+    let secret =
+        pull.ok_or_else(|| Error::Transient("the image is not here and there is no credential".into()))?;
+    let waiting = agent.fetches.take(tenant, TURN);
+    let turn = tokio::select! {
+        turn = waiting => turn,
+        () = gate.leave.cancelled() => return Err(Error::Conflict("the app is being removed".into())),
+    };
+    let _turn = turn.map_err(|_| {
+        Error::Transient("other images are being fetched; this one has its turn after them".into())
+    })?;
+    // Another app of the tenant may have had the same image.
+    if agent.podman.has_image(image).await? {
+        return Ok(());
+    }
+    require_own_door(&agent.config.pull_host, agent.config.peer_uid)?;
+    // Packed and unpacked, it lies there twice for a moment.
+    let (storage, needed) = (&agent.config.engine_storage, secret.bytes().saturating_mul(2));
+    let full = || Error::Transient("the machine has no room to unpack this image".into());
+    if disk::room(Part::Engine, storage).is_some_and(|room| !room.has(needed)) {
+        tracing::error!(storage = %storage.display(), needed, "no image is fetched: the rest of the disk is kept free");
+        return Err(full());
+    }
+    tokio::select! {
+        done = agent.fetcher.fetch(image, secret) => done,
+        () = gate.leave.cancelled() => Err(Error::Conflict("the app is being removed".into())),
+        () = no_room(storage) => Err(full()),
+    }
+}
+
+/// Returns when the disk runs full: an image of an earlier version was never measured.
 async fn no_room(storage: &std::path::Path) {
     loop {
-        if let Ok(stat) = rustix::fs::statvfs(storage)
-            && stat.f_bavail.saturating_mul(stat.f_frsize) < ROOM
-        {
-            tracing::error!(storage = %storage.display(), "less than 1 GiB is free: no image is unpacked");
+        if disk::room(Part::Engine, storage).is_some_and(|room| !room.has(0)) {
+            tracing::error!(storage = %storage.display(), "the disk runs full: no image is unpacked");
             return;
         }
         tokio::time::sleep(Duration::from_millis(200)).await;

@@ -7,7 +7,7 @@ use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::driver::{Error, PullSecret};
+use crate::driver::Error;
 
 /// The engine.
 #[derive(Debug, Clone)]
@@ -214,45 +214,6 @@ impl Podman {
     pub async fn remove_image(&self, id: &str) -> Result<(), Error> {
         let path = format!("images/{}?force=false", escape(id));
         self.expect(Method::DELETE, &path, None, &[404, 409], 60).await.map(drop)
-    }
-
-    /// Fetches an image by digest.
-    ///
-    /// The credential is bound to the address that is really asked: one without an address would be
-    /// dropped when the engine's settings lead the image's name to another place (containers/image,
-    /// "we must not blindly send the credentials intended for the primary endpoint to mirrors").
-    pub async fn pull(&self, image: &str, host: &str, secret: &PullSecret) -> Result<(), Error> {
-        let auth = json!({host: {"username": "engine", "password": secret.expose()}}).to_string();
-        let answer = self
-            .client
-            .post(format!(
-                "http://engine/v4.0.0/libpod/images/pull?reference={}&quiet=true&policy=always",
-                escape(image)
-            ))
-            .header("X-Registry-Config", data_encoding::BASE64URL.encode(auth.as_bytes()))
-            .timeout(Duration::from_secs(1800))
-            .send()
-            .await
-            .map_err(away)?;
-        let text = answer.text().await.map_err(away)?;
-        // The answer is a row of JSON objects; the last one has the outcome.
-        let failed = text
-            .lines()
-            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-            .find_map(|line| line["error"].as_str().or(line["message"].as_str()).map(str::to_owned));
-        match failed {
-            None => Ok(()),
-            Some(error) => {
-                // The engine's text names our own address; people need to know only what it means.
-                tracing::warn!(error, "pull failed");
-                let gone = error.contains("manifest unknown") || error.contains("name unknown");
-                Err(if gone {
-                    Error::Rejected("the image is no longer in the registry".into())
-                } else {
-                    Error::Transient("the image could not be fetched; trying again".into())
-                })
-            }
-        }
     }
 
     /// Makes a container; one of that name that exists is not an error.

@@ -78,6 +78,15 @@ pub fn files(settings: &EngineSettings) -> Vec<(&'static str, String)> {
 /// The command that serves the API: program, arguments, environment.
 #[must_use]
 pub fn command(settings: &EngineSettings) -> (&'static str, Vec<String>, Vec<(String, String)>) {
+    let (program, mut args, env) = client(settings);
+    let socket = format!("unix://{}", settings.socket.display());
+    args.extend(["system", "service", "--time", "0", &socket].map(ToString::to_string));
+    (program, args, env)
+}
+
+/// The same engine on the command line, without a command: program, arguments, environment.
+#[must_use]
+pub fn client(settings: &EngineSettings) -> (&'static str, Vec<String>, Vec<(String, String)>) {
     let show = |path: &Path| path.display().to_string();
     let args = [
         "--root",
@@ -97,11 +106,6 @@ pub fn command(settings: &EngineSettings) -> (&'static str, Vec<String>, Vec<(St
         "overlay",
         "--log-level",
         "warn",
-        "system",
-        "service",
-        "--time",
-        "0",
-        &format!("unix://{}", settings.socket.display()),
     ]
     .iter()
     .map(ToString::to_string)

@@ -11,6 +11,7 @@ pub mod neighbours;
 pub mod oom;
 pub mod passwd;
 pub mod ports;
+pub mod pull;
 pub mod render;
 pub mod rootfs;
 pub mod seccomp;

@@ -20,7 +20,7 @@ use tree::{Node, Tree};
 /// Largest `etc/passwd` and `etc/group`, in bytes.
 const NAMES: u64 = 256 << 10;
 /// How much of them is kept to look names up in.
-const KEPT: usize = 64 << 10;
+const KEPT: usize = 32 << 10;
 /// Most files of a layer whose text is held while it is read.
 const HELD: usize = 64;
 /// Bytes that a file takes at least on the disk.
@@ -234,8 +234,7 @@ fn walk(input: &mut impl Read, bounds: Bounds) -> Result<LayerReport, Stop> {
     let files = tree.len() as u64;
     Ok(LayerReport {
         diff_id: Digest::of(b""),
-        // Folders that no entry names take their place too.
-        bytes: bytes.max(files * DISK_BLOCK),
+        bytes: bytes.saturating_add(tree.implied() * DISK_BLOCK),
         files,
         refused: String::new(),
         opaque: tree.is_opaque(),
@@ -295,12 +294,18 @@ pub struct Merged {
     pub group: String,
 }
 
+/// The first layer that is not taken, and why.
+#[must_use]
+pub fn refusal(layers: &[LayerReport]) -> Option<String> {
+    let (n, layer) = layers.iter().enumerate().find(|(_, layer)| !layer.refused.is_empty())?;
+    Some(format!("layer {} of {}: {}", n + 1, layers.len(), layer.refused))
+}
+
 /// Lays layers upon each other as the kernel does.
 #[must_use]
 pub fn merge(layers: &[LayerReport]) -> Merged {
-    if let Some((n, layer)) = layers.iter().enumerate().find(|(_, layer)| !layer.refused.is_empty()) {
-        let refused = Some(format!("layer {} of {}: {}", n + 1, layers.len(), layer.refused));
-        return Merged { refused, ..Merged::default() };
+    if let Some(why) = refusal(layers) {
+        return stopped(&why);
     }
     let (mut passwd, mut group) = (None, None);
     let mut is_directory = false;

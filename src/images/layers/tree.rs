@@ -37,6 +37,8 @@ pub(super) struct Tree {
     seen: HashSet<u64>,
     hasher: RandomState,
     steps: usize,
+    /// Folders that no entry names.
+    implied: u64,
 }
 
 const ROOT: u32 = 0;
@@ -87,12 +89,18 @@ impl Tree {
             seen: HashSet::new(),
             hasher: RandomState::new(),
             steps: 0,
+            implied: 0,
         }
     }
 
     /// How many files there are, the root left out.
     pub(super) fn len(&self) -> usize {
         self.nodes.len() - 1
+    }
+
+    /// How many folders there are that no entry names.
+    pub(super) fn implied(&self) -> u64 {
+        self.implied
     }
 
     fn child(&self, of: u32, name: &[u8]) -> Option<u32> {
@@ -161,6 +169,7 @@ impl Tree {
                     return Ok(None);
                 }
                 let fresh = self.put(here, &part, Node::Directory { opaque: false })?;
+                self.implied += 1;
                 way.push(fresh);
                 continue;
             };

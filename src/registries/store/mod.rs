@@ -5,14 +5,23 @@ use sqlx::PgConnection;
 use crate::error::Error;
 use crate::ids::{TenantId, TenantName};
 
+mod layers;
 mod push;
 mod read;
 mod remove;
 mod robots;
 mod uploads;
 
+pub use layers::image_bytes;
 pub use read::are_manifests_there;
-pub(super) use {push::*, read::*, remove::*, robots::*, uploads::*};
+pub(super) use {
+    layers::{image_use, insert_report, list_reports},
+    push::*,
+    read::*,
+    remove::*,
+    robots::*,
+    uploads::*,
+};
 
 pub(in crate::registries) async fn tenant_state(
     conn: &mut PgConnection,

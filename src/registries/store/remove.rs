@@ -7,6 +7,7 @@ use super::{add_used, lock_project, positive, weight};
 use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
+use crate::quotas::{self, Resource};
 
 /// Takes a tag away; the digest that it stood for.
 pub(in crate::registries) async fn delete_tag(
@@ -136,16 +137,20 @@ pub(in crate::registries) async fn delete_blob(
     tenant: TenantId,
     digest: &Digest,
 ) -> Result<(), Error> {
-    let size = sqlx::query_scalar!(
-        "DELETE FROM blob b WHERE tenant_id = $1 AND digest = $2 AND NOT EXISTS \
-         (SELECT 1 FROM manifest_part m WHERE m.tenant_id = b.tenant_id AND m.part = b.digest) RETURNING size",
+    // Its report goes with it. None is written any more: the blob is doomed.
+    let gone = sqlx::query!(
+        r#"DELETE FROM blob b WHERE tenant_id = $1 AND digest = $2 AND NOT EXISTS
+           (SELECT 1 FROM manifest_part m WHERE m.tenant_id = b.tenant_id AND m.part = b.digest) RETURNING size,
+           coalesce((SELECT l.bytes FROM layer l WHERE l.tenant_id = b.tenant_id AND l.digest = b.digest), 0)
+           AS "unpacked!""#,
         tenant.0,
         digest.as_str()
     )
     .fetch_optional(&mut *conn)
     .await?;
-    if let Some(size) = size {
-        add_used(conn, tenant, -weight(positive(size))).await?;
+    if let Some(gone) = gone {
+        add_used(conn, tenant, -weight(positive(gone.size))).await?;
+        quotas::release(conn, tenant, Resource::ImageBytes, gone.unpacked).await?;
     }
     Ok(())
 }

@@ -1,0 +1,76 @@
+//! Disk space that is kept free, part by part. Where the engine, the registry and the database share a file system,
+//! each has a reserve that the parts before it in this order cannot use: the registry stops first, so that apps can
+//! still be deployed; the engine stops next, so that the database can still write. A full disk stops nobody's app.
+
+use std::path::Path;
+
+/// A part of the platform that stops while there is still room for the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// Takes pushes.
+    Registry,
+    /// Fetches and unpacks images.
+    Engine,
+}
+
+/// The largest reserve of one part, in bytes; on a small disk it is a twentieth.
+const RESERVE: u64 = 1 << 30;
+
+/// Room on a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes that are free.
+    pub free: u64,
+    /// Bytes that stay free.
+    pub kept: u64,
+}
+
+impl Room {
+    /// Whether so many bytes more can be written.
+    #[must_use]
+    pub fn has(self, bytes: u64) -> bool {
+        self.free.saturating_sub(self.kept) >= bytes && self.free > self.kept
+    }
+}
+
+/// Bytes that a part leaves free on a disk of this size.
+#[must_use]
+pub fn kept(part: Part, size: u64) -> u64 {
+    let one = RESERVE.min(size / 20);
+    match part {
+        Part::Registry => 3 * one,
+        Part::Engine => 2 * one,
+    }
+}
+
+/// The room that a part has where `place` is; none when that cannot be told.
+#[must_use]
+pub fn room(part: Part, place: &Path) -> Option<Room> {
+    let stat = rustix::fs::statvfs(place).ok()?;
+    let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+    // A file system without files left is as full as one without bytes.
+    let free = if stat.f_files > 0 && stat.f_favail < stat.f_files / 50 { 0 } else { bytes(stat.f_bavail) };
+    Some(Room { free, kept: kept(part, bytes(stat.f_blocks)) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_registry_stops_before_the_engine_and_both_before_the_database() {
+        for size in [1 << 30, 20 << 30, 1 << 40] {
+            let (registry, engine) = (kept(Part::Registry, size), kept(Part::Engine, size));
+            assert!(registry > engine && engine > 0 && registry < size / 4, "{size}");
+        }
+        assert_eq!(kept(Part::Engine, 1 << 40), 2 << 30);
+        let room = Room { free: 10, kept: 4 };
+        assert!(room.has(6) && room.has(0) && !room.has(7));
+        assert!(!Room { free: 4, kept: 4 }.has(0), "at the reserve nothing starts");
+        assert!(room_here().is_some());
+    }
+
+    fn room_here() -> Option<Room> {
+        room(Part::Engine, Path::new("/"))
+    }
+}

@@ -1,0 +1,316 @@
+//! Fetching an image, in a process and a cgroup of its own. The engine itself unpacks nothing: what a layer costs in
+//! memory, processor time and processes is bounded, and what takes too long is ended with all that it started.
+//! The credential is in a file of root's, never among the arguments.
+
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+
+use super::engine::{self, EngineSettings};
+use crate::driver::{Error, PullSecret};
+
+/// The longest that a fetch takes.
+pub const LIMIT: Duration = Duration::from_secs(900);
+/// Memory of one fetch, and of all together, in bytes.
+const MEMORY: (u64, u64) = (768 << 20, 1536 << 20);
+/// Processes and threads, likewise.
+const PIDS: (u32, u32) = (256, 512);
+/// Processor time of one fetch, in microseconds of each period of 100,000.
+const CPU: u64 = 100_000;
+/// Most bytes of what the engine says about a failure that are read.
+const WORDS: u64 = 16 << 10;
+/// Puts itself into the cgroups that it is given, then becomes the engine.
+const ENTER: &str =
+    "while [ \"$1\" != -- ]; do echo $$ > \"$1/cgroup.procs\" || exit 97; shift; done; shift; exec \"$@\"";
+
+static NUMBER: AtomicU64 = AtomicU64::new(0);
+
+/// Where fetches run.
+#[derive(Debug)]
+pub struct Fetcher {
+    engine: EngineSettings,
+    /// Name of the cgroup above all fetches.
+    group: String,
+}
+
+/// Name of the cgroup of an installation's fetches.
+#[must_use]
+pub fn group(installation: &str) -> String {
+    format!("bulkhead-{installation}-pulls")
+}
+
+impl Fetcher {
+    /// For this engine.
+    #[must_use]
+    pub fn new(engine: EngineSettings, installation: &str) -> Self {
+        Self { engine, group: group(installation) }
+    }
+
+    /// Ends what an earlier run of the agent has left, with its files.
+    pub fn sweep(&self) {
+        for place in places(&self.group) {
+            clear(&place);
+        }
+        let _ = std::fs::remove_dir_all(self.folder());
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.engine.root.join("pulls")
+    }
+
+    /// Fetches an image by digest.
+    ///
+    /// The credential is bound to the address that is really asked: one without an address would be
+    /// dropped when the engine's settings lead the image's name to another place (containers/image,
+    /// "we must not blindly send the credentials intended for the primary endpoint to mirrors").
+    pub async fn fetch(&self, image: &str, secret: &PullSecret) -> Result<(), Error> {
+        let failed =
+            |error: std::io::Error| Error::Transient(format!("the image cannot be fetched: {error}"));
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let own = Own {
+            folder: self.folder().join(number.to_string()),
+            groups: places(&self.group).iter().map(|place| place.join(number.to_string())).collect(),
+        };
+        let auth = own.prepare(&self.engine.pull_host, secret).map_err(failed)?;
+        let groups = make_groups(&self.group, &own.groups);
+        if let Err(error) = &groups {
+            tracing::error!(%error, "an image is fetched without bounds of its own: its cgroup cannot be made");
+        }
+        let (program, args, environment) = engine::client(&self.engine);
+        let mut command = tokio::process::Command::new("sh");
+        command.args(["-c", ENTER, "pull"]);
+        if groups.is_ok() {
+            command.args(&own.groups);
+        }
+        command.args(["--", program]).args(args).args(["pull", "--quiet", "--authfile"]).arg(auth).arg(image);
+        let mut child = command
+            .env_clear()
+            .envs(environment)
+            .env("PATH", std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()))
+            .env("HOME", &own.folder)
+            // What is being fetched lies on the disk of the engine, and goes with this folder.
+            .env("TMPDIR", &own.folder)
+            .current_dir(&own.folder)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(failed)?;
+        let mut words = Vec::new();
+        let ended = async {
+            if let Some(mut errors) = child.stderr.take() {
+                (&mut errors).take(WORDS).read_to_end(&mut words).await?;
+                tokio::io::copy(&mut errors, &mut tokio::io::sink()).await?;
+            }
+            child.wait().await
+        };
+        match tokio::time::timeout(LIMIT, ended).await {
+            Err(_) => {
+                Err(Error::Rejected("the image takes longer than 15 minutes to fetch and unpack".into()))
+            }
+            Ok(Err(error)) => Err(failed(error)),
+            Ok(Ok(status)) if status.success() => Ok(()),
+            Ok(Ok(status)) => {
+                let words = String::from_utf8_lossy(&words);
+                tracing::warn!(%status, words = %words.trim(), "an image was not fetched");
+                let killed = std::os::unix::process::ExitStatusExt::signal(&status).is_some();
+                Err(classify(&words, killed))
+            }
+        }
+    }
+}
+
+/// What the engine says when an image can never be unpacked (Podman 4.3.1, as seen).
+const NEVER: [(&str, &str); 6] = [
+    ("duplicates of file paths not supported", "a layer of the image names a path twice"),
+    ("processing tar file", "a layer of the image cannot be unpacked"),
+    ("invalid header", "a layer of the image is not packed as it says"),
+    ("does not match config's DiffID", "the layers of the image are not those that its config names"),
+    ("unsupported MIME type", "the image is of a kind that the engine does not take"),
+    ("too many layers", "the image has too many layers"),
+];
+
+/// The engine's text names our own address; people need to know only what it means.
+fn classify(words: &str, killed: bool) -> Error {
+    if words.contains("manifest unknown") || words.contains("name unknown") {
+        return Error::Rejected("the image is no longer in the registry".into());
+    }
+    if words.contains("no space left on device") || words.contains("disk quota exceeded") {
+        return Error::Transient("the machine has no room to unpack this image".into());
+    }
+    // A process that was killed says nothing about the image, and neither does a line that broke.
+    let broken = ["connection reset", "connection refused", "signal: killed", "timeout", "unexpected EOF"];
+    if !killed
+        && !broken.iter().any(|sign| words.contains(sign))
+        && let Some((_, why)) = NEVER.iter().find(|(sign, _)| words.contains(sign))
+    {
+        return Error::Rejected((*why).into());
+    }
+    Error::Transient("the image could not be fetched; trying again".into())
+}
+
+/// What one fetch has of its own. Dropped, whatever happened, its processes and files go.
+struct Own {
+    folder: PathBuf,
+    groups: Vec<PathBuf>,
+}
+
+impl Own {
+    /// Its folder with the credential in it; the file's path.
+    fn prepare(&self, host: &str, secret: &PullSecret) -> std::io::Result<PathBuf> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
+        let login = data_encoding::BASE64.encode(format!("engine:{}", secret.expose()).as_bytes());
+        let file = self.folder.join("auth.json");
+        let mut out = std::fs::File::options().write(true).create_new(true).mode(0o600).open(&file)?;
+        std::io::Write::write_all(
+            &mut out,
+            json!({"auths": {host: {"auth": login}}}).to_string().as_bytes(),
+        )?;
+        Ok(file)
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        let (folder, groups) = (std::mem::take(&mut self.folder), std::mem::take(&mut self.groups));
+        // Processes take a moment to end; nothing waits for it.
+        std::thread::spawn(move || {
+            for place in groups {
+                clear(&place);
+            }
+            let _ = std::fs::remove_dir_all(folder);
+        });
+    }
+}
+
+/// Where a cgroup of this name is: in the one hierarchy of version 2, or in those of version 1 that matter.
+fn places(name: &str) -> Vec<PathBuf> {
+    let root = Path::new("/sys/fs/cgroup");
+    if root.join("cgroup.controllers").exists() {
+        return vec![root.join(name)];
+    }
+    ["memory", "pids", "cpu"].iter().map(|controller| root.join(controller).join(name)).collect()
+}
+
+/// The bounds of a cgroup: file and value, for version 2 and for each controller of version 1.
+fn bounds(place: &Path, memory: u64, pids: u32, cpu: Option<u64>) -> Vec<(&'static str, String)> {
+    let controller = |name: &str| place.starts_with(Path::new("/sys/fs/cgroup").join(name));
+    let cpu = cpu.map(|quota| quota.to_string());
+    if controller("memory") {
+        vec![("memory.limit_in_bytes", memory.to_string())]
+    } else if controller("pids") {
+        vec![("pids.max", pids.to_string())]
+    } else if controller("cpu") {
+        cpu.map(|quota| ("cpu.cfs_quota_us", quota))
+            .into_iter()
+            .chain([("cpu.shares", "256".into())])
+            .collect()
+    } else {
+        let cpu = cpu.map(|quota| ("cpu.max", format!("{quota} 100000")));
+        let rest = [
+            ("memory.max", memory.to_string()),
+            ("memory.swap.max", "0".to_owned()),
+            ("pids.max", pids.to_string()),
+            ("cpu.weight", "25".to_owned()),
+        ];
+        rest.into_iter().chain(cpu).collect()
+    }
+}
+
+fn make_groups(parent: &str, groups: &[PathBuf]) -> std::io::Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
+    for (above, own) in places(parent).iter().zip(groups) {
+        let controllers = "+memory +pids +cpu";
+        let version2 = Path::new("/sys/fs/cgroup/cgroup.subtree_control");
+        if version2.exists() {
+            // Where systemd is in charge it has done so.
+            let _ = std::fs::write(version2, controllers);
+        }
+        make(above, &bounds(above, MEMORY.1, PIDS.1, Some((cores * CPU / 2).max(CPU / 2))))?;
+        if version2.exists() {
+            std::fs::write(above.join("cgroup.subtree_control"), controllers)?;
+        }
+        make(own, &bounds(own, MEMORY.0, PIDS.0, None))?;
+    }
+    Ok(())
+}
+
+fn make(place: &Path, bounds: &[(&str, String)]) -> std::io::Result<()> {
+    std::fs::create_dir_all(place)?;
+    for (file, value) in bounds {
+        let path = place.join(file);
+        // Without swap there is no file for it.
+        if let Err(error) = std::fs::write(&path, value)
+            && !file.contains("swap")
+        {
+            return Err(std::io::Error::new(error.kind(), format!("{}: {error}", path.display())));
+        }
+    }
+    Ok(())
+}
+
+/// Ends all processes of a cgroup and those within it, and removes it.
+fn clear(place: &Path) {
+    for _ in 0..50 {
+        let inner = std::fs::read_dir(place).into_iter().flatten().flatten();
+        for entry in inner.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            clear(&entry.path());
+        }
+        if std::fs::remove_dir(place).is_ok() || !place.exists() {
+            return;
+        }
+        let list = std::fs::read_to_string(place.join("cgroup.procs")).unwrap_or_default();
+        for process in list.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)) {
+            let _ = kill_process(process, Signal::KILL);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    tracing::warn!(place = %place.display(), "a cgroup of a fetch is still in use");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_never_be_unpacked_is_told_from_what_may_work_later() {
+        let rejected = |words: &str| matches!(classify(words, false), Error::Rejected(_));
+        for words in [
+            "Error: writing blob: adding layer with blob \"sha256:c6\": processing tar file(): duplicates of file paths not supported",
+            "Error: writing blob: adding layer with blob \"sha256:f1\": processing tar file(open /a/b: not a directory): exit status 1",
+            "Error: writing blob: layer 1 does not match config's DiffID \"sha256:00\"",
+            "manifest unknown",
+        ] {
+            assert!(rejected(words), "{words}");
+        }
+        for words in [
+            "processing tar file(write /a: no space left on device): exit status 1",
+            "pinging container registry 127.0.0.1:1: connection refused",
+            "processing tar file(): signal: killed",
+            "processing tar file(unexpected EOF): exit status 1",
+            "",
+        ] {
+            assert!(!rejected(words), "{words}");
+        }
+        assert!(matches!(classify("processing tar file(): unexpected EOF", true), Error::Transient(_)));
+    }
+
+    #[test]
+    fn both_versions_of_cgroups_have_the_same_bounds() {
+        let of = |place: &str| bounds(Path::new(place), 7, 8, Some(9));
+        assert_eq!(of("/sys/fs/cgroup/memory/x"), [("memory.limit_in_bytes", "7".to_owned())]);
+        assert_eq!(of("/sys/fs/cgroup/pids/x"), [("pids.max", "8".to_owned())]);
+        assert_eq!(of("/sys/fs/cgroup/cpu/x")[0], ("cpu.cfs_quota_us", "9".to_owned()));
+        let two = of("/sys/fs/cgroup/bulkhead-x-pulls");
+        for bound in [("memory.max", "7"), ("pids.max", "8"), ("cpu.max", "9 100000")] {
+            assert!(two.contains(&(bound.0, bound.1.to_owned())), "{bound:?}");
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! Layers are measured as soon as a manifest names them, and once: by a bounded read of the registry's bytes, off the
+//! threads that answer requests, one image of a tenant at a time and few in all. What was found is on record, so that
+//! no deploy reads an image again.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use reqwest::{Method, StatusCode};
+
+use super::distribution::{away, good, read};
+use super::front::{FrontDoor, OciError};
+use super::proxy::Asked;
+use super::{Distribution, store};
+use crate::db;
+use crate::error::Error;
+use crate::ids::{Digest, RepositoryPath, TenantName};
+use crate::images::layers::{self, Bounds, LayerReport, Stop};
+use crate::images::manifest::Manifest;
+use crate::permits::Permit;
+use crate::quotas::{Resource, exceeded};
+
+/// How long a request waits for an image to be measured; the measuring goes on without it.
+const PATIENCE: Duration = Duration::from_secs(45);
+/// How long a request waits for its turn.
+const TURN: Duration = Duration::from_secs(20);
+/// How long one layer may take.
+const LAYER: Duration = Duration::from_secs(600);
+
+/// A layer of an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Layer {
+    pub(super) digest: Digest,
+    /// Bytes as stored.
+    pub(super) size: u64,
+}
+
+/// Whether an image was measured in time.
+#[derive(Debug)]
+pub(super) enum Measured {
+    /// Its layers, from the bottom.
+    Done(Vec<LayerReport>),
+    /// It goes on.
+    Underway,
+}
+
+/// Measures the image of a manifest that is being pushed. What can never be unpacked, or does not fit the quota, is
+/// refused; what takes longer than the client should wait is measured on, and a deploy waits for it.
+pub(super) async fn at_push(door: &FrontDoor, asked: &Asked, manifest: &Manifest) -> Result<(), OciError> {
+    let Manifest::Image { layers, .. } = manifest else { return Ok(()) };
+    let list: Vec<Layer> =
+        layers.iter().map(|layer| Layer { digest: layer.digest.clone(), size: layer.size }).collect();
+    match door.registry.measure(&asked.tenant, &asked.repository, &list).await? {
+        Measured::Underway => Ok(()),
+        Measured::Done(reports) => match layers::refusal(&reports) {
+            None => Ok(()),
+            Some(why) => Err(OciError::invalid(why)),
+        },
+    }
+}
+
+impl Distribution {
+    /// Sees to it that the layers of an image are measured.
+    pub(super) async fn measure(
+        &self,
+        tenant: &TenantName,
+        repository: &RepositoryPath,
+        image: &[Layer],
+    ) -> Result<Measured, Error> {
+        if let Some(done) = self.measured(tenant, image).await? {
+            return Ok(Measured::Done(done));
+        }
+        let turn = self.measures.take(tenant, TURN).await.map_err(|_| {
+            Error::Unavailable(
+                "other images are being measured; this one has its turn in a few seconds".into(),
+                Duration::from_secs(5),
+            )
+        })?;
+        // On its own from here on: a client that hangs up does not make the work vain.
+        let (registry, tenant_name, repository) = (self.clone(), tenant.clone(), repository.clone());
+        let list = image.to_vec();
+        let work =
+            tokio::spawn(
+                async move { registry.measure_missing(turn, &tenant_name, &repository, &list).await },
+            );
+        match tokio::time::timeout(PATIENCE, work).await {
+            Err(_) => return Ok(Measured::Underway),
+            Ok(done) => done.map_err(Error::internal)??,
+        }
+        self.measured(tenant, image).await?.map(Measured::Done).ok_or_else(|| {
+            Error::Unavailable("a layer of the image is being removed; push it again".into(), TURN)
+        })
+    }
+
+    /// The reports on all layers; none when one was not measured yet.
+    async fn measured(
+        &self,
+        tenant: &TenantName,
+        image: &[Layer],
+    ) -> Result<Option<Vec<LayerReport>>, Error> {
+        let known = self.reports(tenant, image).await?;
+        // Above one that is refused, none is read.
+        let refused = known.values().any(|report| !report.refused.is_empty());
+        let unread = || refused.then(|| LayerReport::refused(String::new()));
+        Ok(image.iter().map(|layer| known.get(&layer.digest).cloned().or_else(unread)).collect())
+    }
+
+    async fn reports(
+        &self,
+        tenant: &TenantName,
+        image: &[Layer],
+    ) -> Result<HashMap<Digest, LayerReport>, Error> {
+        let digests: Vec<String> = image.iter().map(|layer| layer.digest.to_string()).collect();
+        let mut conn = db::begin(&self.pool, tenant).await?;
+        Ok(store::list_reports(&mut conn, tenant, &digests).await?.into_iter().collect())
+    }
+
+    async fn measure_missing(
+        &self,
+        turn: Permit<TenantName>,
+        tenant: &TenantName,
+        repository: &RepositoryPath,
+        image: &[Layer],
+    ) -> Result<(), Error> {
+        // While it waited for its turn, another push may have measured the same layers.
+        let mut known = self.reports(tenant, image).await?;
+        for layer in image {
+            if known.contains_key(&layer.digest) {
+                continue;
+            }
+            let report = self.measure_layer(tenant, repository, layer).await?;
+            store::insert_report(&self.pool, tenant, &layer.digest, &report).await?;
+            fail::fail_point!("registries::layer_measured", |_| Err(Error::internal("failpoint")));
+            let is_refused = !report.refused.is_empty();
+            known.insert(layer.digest.clone(), report);
+            if is_refused {
+                break;
+            }
+        }
+        drop(turn);
+        Ok(())
+    }
+
+    async fn measure_layer(
+        &self,
+        tenant: &TenantName,
+        repository: &RepositoryPath,
+        layer: &Layer,
+    ) -> Result<LayerReport, Error> {
+        let mut conn = db::begin(&self.pool, tenant).await?;
+        let amount = store::image_use(&mut conn, tenant).await?;
+        drop(conn);
+        let name = format!("{tenant}/{repository}");
+        let request = self.request(Method::GET, &name, &format!("blobs/{}", layer.digest), &["pull"])?;
+        let answer = read(request).await.map_err(away)?;
+        if answer.status() == StatusCode::NOT_FOUND {
+            return Err(Error::Unavailable("a layer of the image is gone; push it again".into(), TURN));
+        }
+        let answer = good(answer)?;
+        let stream = answer.bytes_stream().map(|chunk| chunk.map_err(std::io::Error::other));
+        let reader = tokio_util::io::SyncIoBridge::new(tokio_util::io::StreamReader::new(stream));
+        let bounds = Bounds {
+            stored: layer.size,
+            budget: amount.left().unsigned_abs(),
+            until: Instant::now() + LAYER,
+        };
+        let outcome = tokio::task::spawn_blocking(move || layers::measure(reader, bounds)).await;
+        match outcome.map_err(Error::internal)? {
+            Ok(report) => Ok(report),
+            Err(Stop::Refused(why)) => Ok(LayerReport::refused(why)),
+            Err(Stop::Late) => Ok(LayerReport::refused("it takes longer than 10 minutes to read".into())),
+            Err(Stop::Quota) => Err(exceeded(Resource::ImageBytes, amount, amount.left().saturating_add(1))),
+            Err(Stop::Broken(error)) => Err(away(error)),
+        }
+    }
+}
