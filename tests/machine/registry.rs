@@ -142,7 +142,7 @@ async fn lies_and_full_quotas_are_refused() {
     let acme = machine.tenant("acme").await;
     let client = Client { machine: &machine, http: bulkhead::outgoing::client().build().unwrap() };
     let token = client.token(&acme, &["repository:acme/web:pull,push"]).await.unwrap();
-    let (config, layer) = (br#"{"os":"linux","architecture":"amd64"}"#.to_vec(), b"layer".to_vec());
+    let (config, layer) = (br#"{"os":"linux","architecture":"amd64"}"#.to_vec(), vec![0; 1024]);
     for bytes in [&config, &layer] {
         assert_eq!(client.upload(&token, "acme/web", bytes).await.0, 201);
     }

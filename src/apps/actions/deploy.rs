@@ -103,16 +103,19 @@ impl Apps {
         let found =
             self.registry.resolve(&tenant.name, image.repository(), &reference(image.reference())).await?;
         let merged = self.registry.merged(&tenant.name, image.repository(), &found).await?;
-        if let Some(why) = merged.refused {
-            return Err(Error::fault(images::refused(&why)));
-        }
         let has_names = images::needs_passwd(&found.config);
         let names = has_names.then(|| images::Names::parse(&merged.passwd, &merged.group));
         let has_command =
             spec.command().is_some_and(|c| !c.is_empty()) || spec.args().is_some_and(|a| !a.is_empty());
         let command = if has_command { images::SpecCommand::Given } else { images::SpecCommand::Absent };
-        let flight =
-            images::preflight(&found.config, names.as_ref(), spec.port(), command).map_err(Error::Invalid)?;
+        let flight = images::preflight(&found.config, names.as_ref(), spec.port(), command);
+        let refused = merged.refused.map(|why| images::refused(&why));
+        let flight = match (flight, refused) {
+            (Ok(flight), None) => flight,
+            (flight, refused) => {
+                return Err(Error::Invalid(flight.err().into_iter().flatten().chain(refused).collect()));
+            }
+        };
         Ok(Resolved {
             index_digest: found.index_digest.clone(),
             digest: found.manifest_digest.clone(),

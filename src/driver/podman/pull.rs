@@ -25,7 +25,7 @@ const PIDS: (u32, u32) = (256, 512);
 const CPU: u64 = 100_000;
 /// Most bytes of what the engine says about a failure that are read.
 const WORDS: u64 = 16 << 10;
-/// Puts itself into the cgroups that it is given, then becomes the engine.
+/// Puts itself into the cgroups that it is given, then becomes the engine, whose files others of the machine read.
 const ENTER: &str =
     "while [ \"$1\" != -- ]; do echo $$ > \"$1/cgroup.procs\" || exit 97; shift; done; shift; exec \"$@\"";
 

@@ -5,6 +5,8 @@ use std::os::unix::fs::{OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use tokio::sync::Semaphore;
+
 use super::super::core::{Agent, lock};
 use crate::driver::Error;
 use crate::driver::podman::client::ImageSeen;
@@ -17,6 +19,8 @@ pub(in crate::driver::agent) type Looked = Result<Arc<Names>, String>;
 
 /// Most images whose verdict is held.
 const HELD: usize = 256;
+/// Looks at a time: each is a process of a few milliseconds, bounded in time.
+static LOOKS: Semaphore = Semaphore::const_new(4);
 /// Names longer than this are looked up again each time.
 const SHORT: usize = 16 << 10;
 
@@ -44,6 +48,7 @@ pub(super) async fn write_names(
 }
 
 async fn look(agent: &Agent, seen: &ImageSeen) -> Result<Arc<Names>, Error> {
+    let _turn = LOOKS.acquire().await.map_err(|error| Error::Transient(error.to_string()))?;
     let found = rootfs::look(seen).await.map(Arc::new);
     let verdict = match &found {
         Ok(names) if names.passwd.len() + names.group.len() <= SHORT => Ok(Arc::clone(names)),
