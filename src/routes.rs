@@ -10,6 +10,7 @@ use askama::Template;
 
 use crate::access::extract::Authorizes;
 use crate::access::{self, Public};
+use crate::apps::sight::Sight;
 use crate::error::Error;
 use crate::fault::catalogue;
 use crate::http::html::{self, Frame};
@@ -353,15 +354,24 @@ async fn healthz(_: Public) -> HttpResponse {
     HttpResponse::Ok().content_type("text/plain").body("alive\n")
 }
 
-/// Whether requests can be served; what of the rest is there is said beside it.
+/// Whether requests can be served; the other parts stand beside it, with the time since when one cannot be seen. Only
+/// the database makes it 503: without an agent or an engine, requests are served all the same.
 async fn readyz(
     _: Public,
     pool: web::Data<sqlx::PgPool>,
     registry: web::Data<registries::Distribution>,
+    sight: web::Data<Sight>,
 ) -> HttpResponse {
     let database = db::ping(&pool).await.is_ok();
     let registry = registry.ping().await.is_ok();
-    let body = serde_json::json!({"database": database, "registry": registry});
+    let parts = sight.parts();
+    let degraded = !(registry && parts.agent && parts.engine);
+    let mut body = serde_json::json!({"database": database, "registry": registry, "degraded": degraded});
+    if let (Some(body), Ok(serde_json::Value::Object(parts))) =
+        (body.as_object_mut(), serde_json::to_value(&parts))
+    {
+        body.extend(parts);
+    }
     if database { HttpResponse::Ok().json(body) } else { HttpResponse::ServiceUnavailable().json(body) }
 }
 

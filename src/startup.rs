@@ -18,6 +18,7 @@ use crate::access::throttle::Throttle;
 use crate::apps::actions::Apps;
 use crate::apps::follow::follow;
 use crate::apps::reconcile::{AppReconciler, AppsOfTenant};
+use crate::apps::sight::Sight;
 use crate::audit::heads::Heads;
 use crate::config::Config;
 use crate::db::{self, Login};
@@ -61,6 +62,8 @@ pub struct Platform {
     pub waker: Waker,
     /// Counters.
     pub metrics: web::Data<Metrics>,
+    /// How fresh the picture of the running apps is.
+    pub sight: Sight,
 }
 
 impl Platform {
@@ -92,6 +95,7 @@ impl Platform {
             key,
             waker: Waker::default(),
             metrics: web::Data::new(Metrics::default()),
+            sight: Sight::default(),
         })
     }
 
@@ -162,6 +166,7 @@ impl Platform {
             registry: self.registry.clone(),
             waker: self.waker.clone(),
             connections: Arc::new(self.network(self.pool.clone())),
+            sight: self.sight.clone(),
         };
         cfg.app_data(
             web::QueryConfig::default().error_handler(|error, _| {
@@ -174,6 +179,7 @@ impl Platform {
         .app_data(self.config.clone())
         .app_data(web::Data::new(self.pool.clone()))
         .app_data(web::Data::new(self.waker.clone()))
+        .app_data(web::Data::new(self.sight.clone()))
         .app_data(web::Data::new(self.registry.clone()))
         .app_data(web::Data::<dyn Driver>::from(Arc::clone(&self.driver)))
         .app_data(web::Data::<dyn Holders>::from(holders))
@@ -182,8 +188,8 @@ impl Platform {
     }
 }
 
-async fn metrics(_: Public, metrics: web::Data<Metrics>) -> HttpResponse {
-    HttpResponse::Ok().content_type("text/plain; version=0.0.4").body(metrics.render())
+async fn metrics(_: Public, metrics: web::Data<Metrics>, sight: web::Data<Sight>) -> HttpResponse {
+    HttpResponse::Ok().content_type("text/plain; version=0.0.4").body(metrics.render() + &sight.render())
 }
 
 /// Brings the database to this version and sees to it that it belongs to this installation. It connects as a
@@ -247,6 +253,7 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
             platform.work.clone(),
             Arc::clone(&platform.driver),
             platform.waker.clone(),
+            platform.sight.clone(),
             halt.clone(),
         )),
         tokio::spawn(sweep(platform.work.clone(), platform.registry.clone(), halt.clone())),
@@ -304,8 +311,12 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
     tasks.push(tokio::spawn(async { drop(pull.await) }));
     if let Some(listen) = server.metrics_listen {
         let counters = platform.metrics.clone();
+        let sight = web::Data::new(platform.sight.clone());
         let own = HttpServer::new(move || {
-            App::new().app_data(counters.clone()).route("/metrics", web::get().to(metrics))
+            App::new()
+                .app_data(counters.clone())
+                .app_data(sight.clone())
+                .route("/metrics", web::get().to(metrics))
         })
         .workers(1)
         .disable_signals()

@@ -7,6 +7,7 @@ use serde_json::json;
 use sqlx::PgPool;
 
 use super::actions::{Apps, Deployed, Mode};
+use super::sight::Sight;
 use super::spec::{self, AppSpec, Format};
 use super::store;
 use super::view::{AppView, ReleaseView};
@@ -113,6 +114,7 @@ fn deployed(name: &AppName, done: &Deployed, mode: Mode) -> serde_json::Value {
 pub async fn list_apps(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
+    sight: web::Data<Sight>,
     query: web::Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
@@ -123,7 +125,7 @@ pub async fn list_apps(
         .into_iter()
         .map(|app| {
             let release = wanted.get(&app.id);
-            AppView::new((&scope.tenant.name, &scope.tenant.state), app, release, Vec::new())
+            AppView::new((&scope.tenant.name, &scope.tenant.state), app, release, Vec::new(), &sight)
         })
         .collect();
     Ok(HttpResponse::Ok().json(Page::new(views, limit, |view: &AppView| view.name().clone())))
@@ -146,8 +148,9 @@ pub async fn get_app(
         }
         None => Vec::new(),
     };
-    let view = AppView::new((&scope.tenant.name, &scope.tenant.state), app, release.as_ref(), events)
-        .connected(&missing);
+    let view =
+        AppView::new((&scope.tenant.name, &scope.tenant.state), app, release.as_ref(), events, &apps.sight)
+            .connected(&missing);
     Ok(HttpResponse::Ok().insert_header(etag(view.generation())).json(view))
 }
 

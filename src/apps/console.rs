@@ -5,11 +5,11 @@ use std::time::Duration;
 use actix_web::{HttpRequest, HttpResponse, web};
 use askama::Template;
 use futures_util::StreamExt;
-use sqlx::PgPool;
 use time::OffsetDateTime;
 
 use super::actions::Apps;
 use super::api::AppPath;
+use super::sight::Sight;
 use super::{App, Event, Release, logs, store, view};
 use crate::access::console::tenant_frame;
 use crate::access::{ReadTenant, TenantScope};
@@ -80,7 +80,7 @@ fn mark(state: &str) -> &'static str {
     match state {
         "running" => "running",
         "changing" | "deleting" => "changing",
-        "attention" => "attention",
+        "attention" | "unseen" => "attention",
         "failed" => "failed",
         _ => "stopped",
     }
@@ -137,12 +137,12 @@ pub async fn tenant_page(
     req: HttpRequest,
     own: web::Data<OwnAddress>,
     config: web::Data<Config>,
-    pool: web::Data<PgPool>,
+    apps: web::Data<Apps>,
     keys: web::Data<Keys>,
     query: web::Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
-    let mut conn = db::begin(&pool, scope.tenant.id).await?;
+    let mut conn = db::begin(&apps.pool, scope.tenant.id).await?;
     let tenant = tenants::find_for_console(&mut conn, scope.tenant.id).await?.ok_or(Error::NotFound)?;
     let rows = store::list_apps(&mut conn, tenant.id, &query.after_text()?, limit + 1).await?;
     let wanted = store::list_wanted(&mut conn, tenant.id, &rows).await?;
@@ -156,7 +156,7 @@ pub async fn tenant_page(
         frame: tenant_frame(&keys, &scope, "Apps"),
         platform: scope.actor.platform.is_some(),
         mark: tenant_mark(&tenant.state),
-        apps: page.items.into_iter().map(|app| app_row(app, &wanted, &tenant.state)).collect(),
+        apps: page.items.into_iter().map(|app| app_row(app, &wanted, &tenant.state, &apps.sight)).collect(),
         next: page.next.unwrap_or_default(),
         quota: bars(&quota),
         limits: limit_rows(&quota),
@@ -188,9 +188,10 @@ fn app_row(
     app: App,
     wanted: &std::collections::HashMap<crate::ids::AppId, Release>,
     tenant_state: &str,
+    sight: &Sight,
 ) -> AppRow {
     let release = wanted.get(&app.id);
-    let (state, summary) = view::state(&app, wanted_instances(release), tenant_state);
+    let (state, summary) = view::state(&app, wanted_instances(release), tenant_state, sight);
     AppRow {
         mark: mark(state),
         state,
@@ -282,7 +283,8 @@ pub async fn app_page(
     let missing = apps.connections.absent(&mut conn, &scope.tenant, spec.connects()).await?;
     drop(conn);
     let (log, log_note) = last_lines(&**driver, &scope, &app).await;
-    let (state, summary) = view::state(&app, spec.instances(), &scope.tenant.state);
+    let (state, summary) = view::state(&app, spec.instances(), &scope.tenant.state, &apps.sight);
+    let unseen = apps.sight.unseen().is_some();
     let connects = spec.connects();
     let names: Vec<String> = (connects.services.iter().map(ToString::to_string))
         .chain(connects.apps.iter().map(ToString::to_string))
@@ -303,7 +305,9 @@ pub async fn app_page(
                 format!("{}. {}.", text("message"), text("suggestion"))
             })
             .collect(),
-        instances: app.observed.iter().flat_map(|seen| seen.instances.iter()).map(instance_row).collect(),
+        instances: (app.observed.iter().flat_map(|seen| seen.instances.iter()))
+            .map(|instance| instance_row(instance, unseen))
+            .collect(),
         releases: releases.into_iter().map(|r| release_row(r, app.revision)).collect(),
         log,
         log_note,
@@ -323,8 +327,9 @@ pub async fn app_page(
     })
 }
 
-fn instance_row(i: &InstanceObserved) -> InstanceRow {
+fn instance_row(i: &InstanceObserved, unseen: bool) -> InstanceRow {
     let (state, mark) = match i.state {
+        _ if unseen => ("not seen", "stopped"),
         InstanceState::Preparing => ("preparing", "changing"),
         InstanceState::Starting => ("starting", "changing"),
         InstanceState::Running => ("running", "running"),

@@ -8,17 +8,24 @@ use std::time::Duration;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
+use super::sight::Sight;
 use super::{actions, store};
 use crate::driver::{AppObserved, Driver, Observed};
 use crate::error::Error;
 use crate::ids::{AppId, TenantId};
 use crate::reconcile::{Waker, bring_forward, enqueue};
 
-/// How long one question waits for something new.
-const WAIT: Duration = Duration::from_secs(20);
+/// How long one question waits for something new. An answer is also how it is known that the agent is there.
+const WAIT: Duration = Duration::from_secs(4);
 
 /// Follows until `stop`. A cut connection is taken up again, with everything from the start.
-pub async fn follow(pool: PgPool, driver: Arc<dyn Driver>, waker: Waker, stop: CancellationToken) {
+pub async fn follow(
+    pool: PgPool,
+    driver: Arc<dyn Driver>,
+    waker: Waker,
+    sight: Sight,
+    stop: CancellationToken,
+) {
     let mut cursor: Option<String> = None;
     let mut away = false;
     loop {
@@ -29,6 +36,7 @@ pub async fn follow(pool: PgPool, driver: Arc<dyn Driver>, waker: Waker, stop: C
         let failed = match answer {
             Ok(observed) => match record(&pool, &waker, &observed).await {
                 Ok(()) => {
+                    sight.saw(observed.engine);
                     cursor = Some(observed.cursor);
                     None
                 }

@@ -15,6 +15,7 @@ pub mod logs;
 pub mod reconcile;
 pub mod release;
 pub mod reservation;
+pub mod sight;
 pub mod spec;
 mod store;
 mod view;

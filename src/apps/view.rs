@@ -4,6 +4,7 @@ use serde::Serialize;
 use serde_json::Value;
 use time::OffsetDateTime;
 
+use super::sight::{Sight, clock};
 use super::{App, Event, Release};
 use crate::driver::{Cause, InstanceObserved, InstanceState};
 use crate::fault::Fault;
@@ -75,14 +76,40 @@ struct Condition {
 struct Observed {
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     at: Option<OffsetDateTime>,
+    /// While the agent does not answer, what follows is old: nobody knows what runs now.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    stale: bool,
+    /// The time of the agent's last answer, while it does not answer.
+    #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
+    seen_at: Option<OffsetDateTime>,
     revision: i64,
     settled: bool,
     instances: Vec<InstanceObserved>,
 }
 
-/// The state of an app in one word and in one sentence.
+/// The state of an app in one word and in one sentence. What cannot be seen is not called running.
 #[must_use]
-pub(super) fn state(app: &App, wanted: u32, tenant_state: &str) -> (&'static str, String) {
+pub(super) fn state(app: &App, wanted: u32, tenant_state: &str, sight: &Sight) -> (&'static str, String) {
+    let (state, summary) = last_state(app, wanted, tenant_state);
+    if matches!(state, "deleting" | "stopped") || app.observed.is_none() {
+        return (state, summary);
+    }
+    if let Some(unseen) = sight.unseen() {
+        return ("unseen", unseen.words(&summary));
+    }
+    match sight.engine_silent_since() {
+        Some(since) if state != "running" => {
+            let at = clock(since);
+            let summary =
+                format!("{summary} The container engine has not answered since {at}; the app waits for it.");
+            (state, summary)
+        }
+        _ => (state, summary),
+    }
+}
+
+/// The same by the last picture.
+fn last_state(app: &App, wanted: u32, tenant_state: &str) -> (&'static str, String) {
     if app.deleted_at.is_some() {
         return ("deleting", "It is being removed.".into());
     }
@@ -162,14 +189,17 @@ impl AppView {
         app: App,
         release: Option<&Release>,
         events: Vec<Event>,
+        sight: &Sight,
     ) -> Self {
         let wanted = release
             .and_then(|release| release.spec["instances"].as_u64())
             .and_then(|n| u32::try_from(n).ok());
-        let (state, summary) = state(&app, wanted.unwrap_or(1), tenant.1);
+        let (state, summary) = state(&app, wanted.unwrap_or(1), tenant.1, sight);
+        let unseen = sight.unseen();
         let ready = match state {
             "running" | "stopped" => ("true", "Settled"),
             "changing" | "deleting" => ("unknown", "Changing"),
+            "unseen" => ("unknown", "NotSeen"),
             _ => ("false", "NotRunning"),
         };
         let taken = if app.observed_generation >= app.generation {
@@ -210,6 +240,8 @@ impl AppView {
             conditions,
             observed: app.observed.map(|seen| Observed {
                 at: app.observed_at,
+                stale: unseen.is_some(),
+                seen_at: unseen.and_then(|unseen| unseen.since),
                 revision: seen.revision,
                 settled: seen.settled,
                 instances: seen.instances,

@@ -28,6 +28,9 @@ pub enum Error {
     /// It may work later: the engine or its agent is not there.
     #[error("{0}")]
     Transient(String),
+    /// The engine or its agent does not answer. Nothing is known of what was asked.
+    #[error("{0}")]
+    Away(String),
     /// It will never work as asked: shown to the tenant.
     #[error("{0}")]
     Rejected(String),
@@ -348,6 +351,16 @@ pub struct AppObserved {
     pub events: Vec<AppEvent>,
 }
 
+/// Whether the container engine answers its agent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineSeen {
+    /// Since when it does not answer; none while it does.
+    #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none", default)]
+    pub silent_since: Option<OffsetDateTime>,
+    /// Apps that hung it and were put aside.
+    pub put_aside: u32,
+}
+
 /// What has changed since a cursor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Observed {
@@ -360,6 +373,9 @@ pub struct Observed {
     pub apps: Vec<AppObserved>,
     /// Events of the machine itself: the table was flushed and loaded again, a bridge made anew.
     pub machine: Vec<AppEvent>,
+    /// The container engine, as the agent sees it now.
+    #[serde(default)]
+    pub engine: EngineSeen,
 }
 
 /// Which log to read.

@@ -61,7 +61,9 @@ impl ProbeReconciler {
                 (Some(probed), (some && young).then_some(AGAIN))
             }
             // Others are being tried, or the agent is away.
-            Err(driver::Error::Transient(_) | driver::Error::Conflict(_)) => (None, Some(AGAIN)),
+            Err(driver::Error::Transient(_) | driver::Error::Away(_) | driver::Error::Conflict(_)) => {
+                (None, Some(AGAIN))
+            }
             Err(driver::Error::Rejected(why)) => {
                 tracing::error!(tenant = %due.tenant, plan = due.number, why, "a plan cannot be tried");
                 (None, None)

@@ -52,9 +52,9 @@ impl From<sqlx::Error> for Failure {
 impl From<crate::driver::Error> for Failure {
     fn from(error: crate::driver::Error) -> Self {
         match error {
-            crate::driver::Error::Transient(text) | crate::driver::Error::Conflict(text) => {
-                Self::Transient(text)
-            }
+            crate::driver::Error::Transient(text)
+            | crate::driver::Error::Away(text)
+            | crate::driver::Error::Conflict(text) => Self::Transient(text),
             crate::driver::Error::Rejected(text) => Self::Permanent(text),
         }
     }

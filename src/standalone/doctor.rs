@@ -87,6 +87,7 @@ pub fn examine(data: &Path, listen: Option<SocketAddr>) -> Vec<Finding> {
         surroundings::host_from_within(data),
         space(data),
         running::processes(data),
+        running::engine(data),
         running::resolver_settings(data),
     ];
     findings.push(folder(data));

@@ -1,7 +1,10 @@
 //! What of the platform runs, and whether its own settings can be read.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use super::doctor::{Finding, good, warning};
 use super::processes::born;
@@ -39,6 +42,43 @@ fn runs(note: &str) -> bool {
     matches!((parts.next(), parts.next()), (Some(Ok(pid)), Some(Ok(own))) if born(pid) == Some(own))
 }
 
+/// How long the engine has for an answer.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Whether the container engine answers. A process that is there may hang.
+pub(super) fn engine(data: &Path) -> Finding {
+    let check = "container engine";
+    let socket = data.join("run/engine/podman.sock");
+    let Ok(note) = fs::read_to_string(data.join("run/engine.pid")) else {
+        return good(check, "does not run from this folder");
+    };
+    if !runs(&note) {
+        return good(check, "does not run now");
+    }
+    let asked = || {
+        let mut stream = UnixStream::connect(&socket)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.write_all(b"GET /_ping HTTP/1.0\r\nHost: engine\r\n\r\n")?;
+        let mut head = [0; 12];
+        stream.read_exact(&mut head)?;
+        Ok::<bool, std::io::Error>(head.ends_with(b"200"))
+    };
+    match asked() {
+        Ok(true) => good(check, "answers"),
+        answer => {
+            let why =
+                answer.map_or_else(|error| error.to_string(), |_| "an answer that is not 200".to_owned());
+            warning(
+                check,
+                format!("does not answer: {why}. Running containers go on; none is started or stopped"),
+                "the agent ends an engine that hangs, and `up` or systemd starts a fresh one: look again in a \
+                 minute; the agent's log names the app whose call hung",
+            )
+        }
+    }
+}
+
 fn last_line(data: &Path, name: &str) -> String {
     let log = fs::read(data.join(format!("log/{name}.log"))).unwrap_or_default();
     let text = String::from_utf8_lossy(&log[log.len().saturating_sub(4_096)..]).into_owned();
@@ -62,6 +102,32 @@ pub(super) fn resolver_settings(data: &Path) -> Finding {
 mod tests {
     use super::*;
     use crate::standalone::doctor::Status;
+
+    #[test]
+    fn an_engine_that_does_not_answer_is_told_from_one_that_does() {
+        let data = tempfile::tempdir().unwrap();
+        assert_eq!(engine(data.path()).status, Status::Ok, "nothing runs");
+        fs::create_dir_all(data.path().join("run/engine")).unwrap();
+        let own = u64::from(std::process::id());
+        fs::write(data.path().join("run/engine.pid"), format!("{own} {}", born(own).unwrap())).unwrap();
+        assert_eq!(engine(data.path()).status, Status::Warning, "no socket");
+        let listener =
+            std::os::unix::net::UnixListener::bind(data.path().join("run/engine/podman.sock")).unwrap();
+        let answers = std::thread::spawn(move || {
+            for answer in [&b"HTTP/1.0 200 OK\r\n\r\n"[..], b"HTTP/1.0 500 No\r\n\r\n"] {
+                let (mut stream, _) = listener.accept().unwrap();
+                let _ = stream.read(&mut [0; 512]);
+                stream.write_all(answer).unwrap();
+            }
+            // The last one is taken and not answered, as by a process that hangs.
+            let (_silent, _) = listener.accept().unwrap();
+            std::thread::sleep(PATIENCE + Duration::from_secs(1));
+        });
+        assert_eq!(engine(data.path()).status, Status::Ok);
+        assert_eq!(engine(data.path()).status, Status::Warning);
+        assert_eq!(engine(data.path()).status, Status::Warning);
+        answers.join().unwrap();
+    }
 
     #[test]
     fn what_has_ended_is_said_with_the_last_line_of_its_log() {

@@ -80,7 +80,7 @@ async fn remove_containers(folder: &Folder) -> Result<(), Failed> {
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
     let id = folder.claim.installation.as_str();
-    for container in podman.list(id).await.map_err(failed)? {
+    for container in podman.list(id, std::time::Duration::from_secs(20)).await.map_err(failed)? {
         podman.remove(container.name()).await.map_err(failed)?;
     }
     let prefix = format!("bk{id}");

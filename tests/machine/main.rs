@@ -6,6 +6,7 @@
 mod access;
 mod attacks;
 mod contained;
+mod engine;
 mod faults;
 mod images;
 mod kafka;

@@ -10,6 +10,7 @@ use sqlx::{PgPool, Postgres, Transaction};
 
 use super::connections::Connections;
 use super::reservation::Peak;
+use super::sight::Sight;
 use super::{App, Release, store};
 use crate::access::{By, TenantRef};
 use crate::config::Pools;
@@ -43,6 +44,8 @@ pub struct Apps {
     pub waker: Waker,
     /// What decides about connections.
     pub connections: Arc<dyn Connections>,
+    /// How fresh the picture of the running apps is.
+    pub sight: Sight,
 }
 
 impl Apps {

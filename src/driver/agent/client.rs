@@ -25,7 +25,7 @@ pub struct AgentClient {
 type Frames = Framed<UnixStream, tokio_util::codec::LengthDelimitedCodec>;
 
 fn away(error: impl std::fmt::Display) -> Error {
-    Error::Transient(format!("the agent does not answer: {error}"))
+    Error::Away(format!("the agent does not answer: {error}"))
 }
 
 impl AgentClient {
@@ -161,7 +161,7 @@ impl Driver for AgentClient {
         let mut frames = self.ask(&request).await?;
         let mut whole: Option<Observed> = None;
         loop {
-            match Self::next(&mut frames, wait + Duration::from_secs(15)).await? {
+            match Self::next(&mut frames, wait + Duration::from_secs(6)).await? {
                 Reply::Observed { observed, last } => {
                     match &mut whole {
                         None => whole = Some(observed),

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::app::App;
 use super::config::AgentConfig;
+use super::engine::Engine;
 use super::flows::Flows;
 use super::journal::Journal;
 use super::kept::Kept;
@@ -48,6 +49,8 @@ const NETWORKS: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, Default)]
 pub(super) struct Listing {
     pub(super) round: u64,
+    /// When it was made; none before the first.
+    pub(super) at: Option<tokio::time::Instant>,
     pub(super) containers: Arc<HashMap<String, Listed>>,
 }
 
@@ -55,6 +58,7 @@ pub(super) struct Listing {
 pub(super) struct Agent {
     pub(super) config: AgentConfig,
     pub(super) podman: Podman,
+    pub(super) engine: Engine,
     pub(super) oom: OutOfMemory,
     /// The file of the system call filter that every instance is under.
     pub(super) filter: PathBuf,
@@ -185,6 +189,7 @@ impl Agent {
         }
         Ok(Arc::new(Self {
             podman,
+            engine: Engine::new(),
             oom: OutOfMemory::open(),
             filter,
             journal: Mutex::new(journal),
@@ -309,29 +314,58 @@ impl Agent {
                 lock(&self.machine).iter().filter(|event| event.seq > after).cloned().collect();
             if since.is_none() || !apps.is_empty() || !machine.is_empty() {
                 let cursor = format!("{}:{version}", self.boot);
-                return Observed { cursor, complete: since.is_none(), apps, machine };
+                let engine = self.engine.seen();
+                return Observed { cursor, complete: since.is_none(), apps, machine, engine };
             }
             if tokio::time::timeout_at(deadline, notified).await.is_err() {
                 let cursor = format!("{}:{version}", self.boot);
-                return Observed { cursor, complete: false, apps, machine };
+                let engine = self.engine.seen();
+                return Observed { cursor, complete: false, apps, machine, engine };
             }
         }
     }
 }
 
-/// Asks the engine again and again what there is, and tells all apps.
+/// Asks the engine again and again for its containers, and tells all apps. While the engine does not answer, apps are
+/// told all the same: their processes are looked at without it.
 async fn looking(agent: Arc<Agent>) {
     let mut round = 0;
     loop {
-        match agent.podman.list(agent.config.installation.as_str()).await {
+        tokio::task::block_in_place(|| agent.oom.advance());
+        let asked = tokio::time::Instant::now();
+        let installation = agent.config.installation.clone();
+        let mut listing = std::pin::pin!(agent.podman.list(installation.as_str(), agent.engine.patience()));
+        let answer = loop {
+            tokio::select! {
+                answer = &mut listing => break answer,
+                () = tokio::time::sleep(LOOK) => {
+                    tokio::task::block_in_place(|| agent.oom.advance());
+                    agent.listing.send_modify(|_| {});
+                }
+            }
+        };
+        match answer {
             Ok(list) => {
+                if agent.engine.answered(asked.elapsed()) {
+                    agent.machine_event("engine_answers", "the container engine answers again".to_owned());
+                }
                 round += 1;
                 let containers = list.into_iter().map(|c| (c.name().to_owned(), c)).collect();
-                tokio::task::block_in_place(|| agent.oom.advance());
-                agent.listing.send_replace(Listing { round, containers: Arc::new(containers) });
+                let at = Some(tokio::time::Instant::now());
+                agent.listing.send_replace(Listing { round, at, containers: Arc::new(containers) });
             }
-            Err(error) => tracing::warn!(%error, "the engine cannot be asked"),
+            Err(error) => {
+                if agent.engine.silent() {
+                    tracing::warn!(%error, "the engine cannot be asked");
+                }
+                // Where nothing listens, its supervisor starts it: only what hangs is ended.
+                if asked.elapsed() >= agent.engine.patience() {
+                    agent.end_hung_engine(asked).await;
+                }
+                agent.listing.send_modify(|_| {});
+            }
         }
+        agent.count_put_aside();
         let _ = tokio::time::timeout(LOOK, agent.look.notified()).await;
     }
 }

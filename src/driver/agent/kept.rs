@@ -46,6 +46,12 @@ pub(super) struct Instance {
     pub(super) port: Option<Port>,
     /// Where the engine keeps its hosts file.
     pub(super) hosts: String,
+    /// The container's identity in the engine, and the file in which its monitor writes the exit code: how a run has
+    /// ended is known without the engine.
+    #[serde(default)]
+    pub(super) identity: String,
+    #[serde(default)]
+    pub(super) exit_file: String,
 }
 
 impl Instance {
@@ -69,6 +75,8 @@ impl Instance {
             sandbox: String::new(),
             port: None,
             hosts: String::new(),
+            identity: String::new(),
+            exit_file: String::new(),
         }
     }
 
@@ -94,6 +102,12 @@ pub(super) struct Kept {
     /// Whether the desired revision has been well once.
     pub(super) proven: bool,
     pub(super) message: Option<String>,
+    /// Times that a call for the desired revision hung the engine.
+    #[serde(default)]
+    pub(super) strikes: u32,
+    /// Why the desired revision is not started any more.
+    #[serde(default)]
+    pub(super) put_aside: Option<String>,
 }
 
 impl Kept {
@@ -108,6 +122,8 @@ impl Kept {
             events: VecDeque::new(),
             proven: false,
             message: None,
+            strikes: 0,
+            put_aside: None,
         }
     }
 
@@ -120,6 +136,11 @@ impl Kept {
         while self.events.len() > EVENTS {
             self.events.pop_front();
         }
+    }
+
+    /// Whether instances of the desired revision are started no more.
+    pub(super) fn is_put_aside(&self) -> bool {
+        self.put_aside.is_some()
     }
 
     /// Every address that belongs to it: of what it is and of what it was before.

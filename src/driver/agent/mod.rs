@@ -6,6 +6,7 @@ mod check;
 pub mod client;
 pub mod config;
 mod core;
+mod engine;
 mod flows;
 mod journal;
 mod kept;

@@ -208,6 +208,7 @@ pub fn split(observed: Observed) -> Vec<Reply> {
                 complete: observed.complete,
                 apps,
                 machine: if n + 1 == count { observed.machine.clone() } else { Vec::new() },
+                engine: observed.engine,
             },
             last: n + 1 == count,
         })

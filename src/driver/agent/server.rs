@@ -277,6 +277,9 @@ fn put_on_record(agent: &Arc<Agent>, workload: Workload, known: Option<Arc<App>>
                 next.previous = Some(next.workload.clone());
             }
             next.proven = false;
+            next.strikes = 0;
+            next.put_aside = None;
+            next.message = None;
             next.event("release", format!("release {} takes over", workload.revision));
         }
         next.workload = workload;
@@ -391,15 +394,27 @@ async fn remove_app(
     let gate = agent.gate(id);
     gate.leave.cancel();
     let Ok(_turn) = gate.turn.try_lock() else { return Ok(Removal::Underway) };
-    // From here on nobody can bring it back: its identity is never given again.
+    // From here on nobody can bring it back: its identity is never given again. On record before the engine is asked
+    // anything: an engine that hangs keeps no app.
     lock(&agent.journal).remove_app(id).map_err(Error::Transient)?;
-    let containers = agent.podman.list(agent.config.installation.as_str()).await?;
+    let app = agent.app(id);
+    if let Some(app) = &app {
+        let mut kept = lock(&app.kept);
+        if !kept.removing {
+            kept.removing = true;
+            kept.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
+        }
+        drop(kept);
+        app.wake.notify_one();
+    }
+    let installation = agent.config.installation.as_str();
+    let containers = agent.podman.list(installation, agent.engine.patience()).await?;
     let own: Vec<String> = containers
         .iter()
         .filter(|c| c.app() == Some(id.to_string().as_str()))
         .map(|c| c.name().to_owned())
         .collect();
-    let Some(app) = agent.app(id) else {
+    let Some(app) = app else {
         for name in &own {
             discard(agent, name).await?;
         }
@@ -409,15 +424,7 @@ async fn remove_app(
         lock(&agent.gates).remove(&id);
         return Ok(Removal::Gone);
     };
-    let empty = {
-        let mut kept = lock(&app.kept);
-        if !kept.removing {
-            kept.removing = true;
-            kept.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
-        }
-        kept.instances.is_empty()
-    };
-    app.wake.notify_one();
+    let empty = lock(&app.kept).instances.is_empty();
     if !empty || !own.is_empty() {
         return Ok(Removal::Underway);
     }

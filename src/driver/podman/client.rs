@@ -97,7 +97,7 @@ pub struct ImageSeen {
 }
 
 fn away(error: impl std::fmt::Display) -> Error {
-    Error::Transient(format!("the container engine does not answer: {error}"))
+    Error::Away(format!("the container engine does not answer: {error}"))
 }
 
 impl Podman {
@@ -151,12 +151,12 @@ impl Podman {
         self.expect(Method::GET, "_ping", None, &[], 5).await.map(drop)
     }
 
-    /// All containers of an installation.
-    pub async fn list(&self, installation: &str) -> Result<Vec<Listed>, Error> {
+    /// All containers of an installation. Waits at most for `patience`, the body included.
+    pub async fn list(&self, installation: &str, patience: Duration) -> Result<Vec<Listed>, Error> {
         let filter = json!({"label": [format!("bulkhead.installation={installation}")]}).to_string();
         let path = format!("containers/json?all=true&filters={}", escape(&filter));
         let request = self.client.get(format!("http://engine/v4.0.0/libpod/{path}"));
-        let answer = request.timeout(Duration::from_secs(20)).send().await.map_err(away)?;
+        let answer = request.timeout(patience).send().await.map_err(away)?;
         let answer = answer.error_for_status().map_err(away)?;
         // Read straight into what is needed: the answer holds every label of every image.
         let bytes = answer.bytes().await.map_err(away)?;
@@ -218,7 +218,7 @@ impl Podman {
 
     /// Makes a container; one of that name that exists is not an error.
     pub async fn create(&self, spec: &Value) -> Result<(), Error> {
-        match self.expect(Method::POST, "containers/create", Some(spec), &[], 60).await {
+        match self.expect(Method::POST, "containers/create", Some(spec), &[], 30).await {
             Ok(_) => Ok(()),
             Err(Error::Transient(text)) if text.contains("already in use") => Err(Error::Conflict(text)),
             Err(error) => Err(error),
@@ -227,12 +227,12 @@ impl Podman {
 
     /// Prepares a container: namespaces and network are there, its process is not.
     pub async fn init(&self, name: &str) -> Result<(), Error> {
-        self.expect(Method::POST, &format!("containers/{name}/init"), None, &[304], 60).await.map(drop)
+        self.expect(Method::POST, &format!("containers/{name}/init"), None, &[304], 30).await.map(drop)
     }
 
     /// Starts a prepared container.
     pub async fn start(&self, name: &str) -> Result<(), Error> {
-        self.expect(Method::POST, &format!("containers/{name}/start"), None, &[304], 60).await.map(drop)
+        self.expect(Method::POST, &format!("containers/{name}/start"), None, &[304], 30).await.map(drop)
     }
 
     /// Stops a container: SIGTERM, then SIGKILL after `grace` seconds.
@@ -250,7 +250,7 @@ impl Podman {
     /// Looks at one container; none when there is none of this name.
     pub async fn find(&self, name: &str) -> Result<Option<Inspected>, Error> {
         let (status, value) =
-            self.call(Method::GET, &format!("containers/{name}/json"), None, Duration::from_secs(20)).await?;
+            self.call(Method::GET, &format!("containers/{name}/json"), None, Duration::from_secs(10)).await?;
         if status == StatusCode::NOT_FOUND {
             return Ok(None);
         }

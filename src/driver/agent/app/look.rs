@@ -9,10 +9,13 @@ use time::OffsetDateTime;
 use super::super::core::{Agent, Listing, lock};
 use super::super::kept::Instance;
 use super::super::logs::{self, Tail};
-use super::{App, BACKOFF, LONG_RUN, SETTLE, born, discard, raw_log, short};
+use super::{App, BACKOFF, LONG_RUN, Look, SETTLE, born, discard, raw_log, short};
 use crate::driver::podman::ports::Seen;
 use crate::driver::podman::render;
 use crate::driver::{Cause, Ending, InstanceState};
+
+/// A listing older than this says nothing.
+const FRESH: Duration = Duration::from_secs(3);
 
 impl App {
     pub(super) fn read_log(&self, agent: &Agent, number: u32) {
@@ -30,34 +33,61 @@ impl App {
         }
     }
 
-    /// Holds one instance against what the engine lists and against /proc.
-    pub(super) async fn look(&self, agent: &Arc<Agent>, listing: &Listing, number: u32) {
-        if lock(&self.live).entry(number).or_default().valid_from > listing.round {
-            return;
-        }
-        let Some(instance) = self.instance(number) else { return };
+    /// Holds one instance against /proc, its monitor's word and a fresh listing. Asks the engine nothing.
+    pub(super) async fn look(&self, agent: &Arc<Agent>, listing: &Listing, number: u32) -> Look {
+        let Some(instance) = self.instance(number) else { return Look::Clear };
         let running = matches!(
             instance.state,
             InstanceState::Starting | InstanceState::Running | InstanceState::Unhealthy
         );
         if !running {
-            return;
+            return Look::Clear;
         }
-        let seen = listing.containers.get(&instance.container);
-        if seen.is_some_and(|c| c.state == "running") && is_alive(&instance) {
+        let says_something = lock(&self.live).entry(number).or_default().valid_from <= listing.round
+            && listing.at.is_some_and(|at| at.elapsed() < FRESH);
+        if is_alive(&instance) {
+            let listed = listing.containers.get(&instance.container);
+            if says_something && listed.is_none_or(|c| c.state != "running") {
+                return Look::Unclear;
+            }
             lock(&self.live).entry(number).or_default().odd = None;
-            self.look_at_port(agent, &instance).await;
+            if self.look_at_port(agent, &instance).await == Look::Unclear {
+                return Look::Unclear;
+            }
             self.note_running(number);
-            return;
+            return Look::Clear;
         }
-        // The listing may be older than what has just happened: only what is asked for now decides.
-        let now = match agent.podman.find(&instance.container).await {
+        if let Some(code) = exit_code(&instance) {
+            let hungry = code != 0 && agent.oom.killed(&instance.identity);
+            self.ended(agent, number, cause_of(code, hungry), Some(code), String::new());
+            return Look::Clear;
+        }
+        // A process that has just ended, and a monitor that is about to say so; not for ever.
+        if monitor_lives(&instance) && !self.is_odd_for_long(number) {
+            return Look::Clear;
+        }
+        Look::Unclear
+    }
+
+    /// Asks the engine about an instance that is not as it should be. Only its present word decides: a listing may be
+    /// older than what has just happened.
+    pub(super) async fn ask_engine(&self, agent: &Arc<Agent>, number: u32) {
+        let Some(instance) = self.instance(number) else { return };
+        let found = {
+            let _waiting = agent.engine.begin(self.id);
+            agent.podman.find(&instance.container).await
+        };
+        let now = match found {
             Ok(now) => now,
             Err(error) => {
                 tracing::warn!(%error, app = %self.name, "an instance cannot be looked at");
                 return;
             }
         };
+        // It may have been restarted or stopped meanwhile.
+        if self.instance(number).is_none_or(|i| i.pid != instance.pid || i.state == InstanceState::Stopping) {
+            return;
+        }
         match now {
             None => self.vanished(agent, number, "its container had been removed; it is made anew"),
             Some(now) if matches!(now.state.as_str(), "exited" | "stopped") => {
@@ -65,17 +95,29 @@ impl App {
                 let cause = cause_of(now.exit_code, hungry);
                 self.ended(agent, number, cause, Some(now.exit_code), String::new());
             }
-            Some(now) if now.state == "running" && is_alive(&instance) => self.note_running(number),
-            // A process that has just ended, and a monitor that is about to say so; not for ever.
+            Some(now) if now.state == "running" && is_alive(&instance) => {
+                let gone = instance.port.as_ref().is_some_and(|port| port.look() == Seen::Gone);
+                if gone {
+                    self.discard(agent, &instance.container).await;
+                    self.vanished(agent, number, "its network had been removed; it is made anew");
+                } else {
+                    self.note_running(number);
+                }
+            }
             Some(_) if monitor_lives(&instance) && !self.is_odd_for_long(number) => {}
             // The engine says "running" and nobody watches any more: nothing that it says about this
             // container can be relied on.
             Some(_) => {
-                let _ = discard(agent, &instance.container).await;
+                self.discard(agent, &instance.container).await;
                 let why = "its process or the process that watches it had ended; it is made anew";
                 self.vanished(agent, number, why);
             }
         }
+    }
+
+    async fn discard(&self, agent: &Agent, container: &str) {
+        let _waiting = agent.engine.begin(self.id);
+        let _ = discard(agent, container).await;
     }
 
     /// Whether an instance has been in a state that should last a moment only, for longer.
@@ -87,8 +129,8 @@ impl App {
 
     /// An instance whose port is gone reaches nobody and is reached by nobody: it is made anew. A port
     /// that somebody has opened is closed again.
-    async fn look_at_port(&self, agent: &Arc<Agent>, instance: &Instance) {
-        let Some(port) = &instance.port else { return };
+    async fn look_at_port(&self, agent: &Arc<Agent>, instance: &Instance) -> Look {
+        let Some(port) = &instance.port else { return Look::Clear };
         if lock(&agent.unsettled).contains(port) {
             let kept = lock(&self.kept).clone();
             if let Some(text) = agent.settle_again(&kept, instance).await {
@@ -110,11 +152,9 @@ impl App {
                 };
                 lock(&self.kept).event("repaired", format!("instance {}: its port {text}", instance.number));
             }
-            Seen::Gone => {
-                let _ = discard(agent, &instance.container).await;
-                self.vanished(agent, instance.number, "its network had been removed; it is made anew");
-            }
+            Seen::Gone => return Look::Unclear,
         }
+        Look::Clear
     }
 
     fn note_running(&self, number: u32) {
@@ -226,6 +266,14 @@ fn is_alive(instance: &Instance) -> bool {
     instance.pid > 0
         && born(instance.pid) == Some(instance.born)
         && (instance.conmon <= 0 || Path::new(&format!("/proc/{}", instance.conmon)).exists())
+}
+
+/// The exit code that the monitor has written down when the process had ended; none before.
+fn exit_code(instance: &Instance) -> Option<i32> {
+    if instance.exit_file.is_empty() {
+        return None;
+    }
+    std::fs::read_to_string(&instance.exit_file).ok()?.trim().parse().ok()
 }
 
 fn monitor_lives(instance: &Instance) -> bool {

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use tokio::sync::{Notify, broadcast};
 use tokio_util::sync::CancellationToken;
 
 use super::core::{Agent, Listing, lock};
+use super::engine::STRIKES;
 use super::kept::{Instance, Kept};
 use super::logs::Tail;
 use super::plan::{Part, Step, plan};
@@ -62,6 +63,8 @@ pub(super) struct App {
     pub(super) lines: broadcast::Sender<LogLine>,
     pub(super) wake: Notify,
     live: Mutex<HashMap<u32, Live>>,
+    /// Whether its acts are under way: they wait for the engine, its looks never do.
+    acting: AtomicBool,
     version: AtomicU64,
     stop: CancellationToken,
 }
@@ -77,6 +80,7 @@ impl App {
             lines: broadcast::Sender::new(1024),
             wake: Notify::new(),
             live: Mutex::new(HashMap::new()),
+            acting: AtomicBool::new(false),
             version: AtomicU64::new(0),
             stop: CancellationToken::new(),
         });
@@ -114,11 +118,10 @@ impl App {
         }
         loop {
             let now = listing.borrow_and_update().clone();
-            if now.round > 0 {
-                let before = serde_json::to_vec(&*lock(&self.kept)).unwrap_or_default();
-                self.step(&agent, &now).await;
-                self.record(&agent, &before);
-            }
+            let before = serde_json::to_vec(&*lock(&self.kept)).unwrap_or_default();
+            let unclear = self.look_at_all(&agent, &now).await;
+            self.record(&agent, &before);
+            self.act_beside(&agent, now, unclear);
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 () = self.wake.notified() => {}
@@ -127,8 +130,8 @@ impl App {
         }
     }
 
-    /// Writes the state down and tells, if anything changed.
-    fn record(&self, agent: &Agent, before: &[u8]) {
+    /// Writes the state down and tells, if anything changed; whether it did.
+    fn record(&self, agent: &Agent, before: &[u8]) -> bool {
         let kept = lock(&self.kept);
         let after = serde_json::to_vec(&*kept).unwrap_or_default();
         if after != before {
@@ -137,18 +140,52 @@ impl App {
             }
             drop(kept);
             agent.touch(&self.version);
+            return true;
         }
+        false
     }
 
-    /// One round: look at each instance, then plan, then act.
-    async fn step(self: &Arc<Self>, agent: &Arc<Agent>, listing: &Listing) {
+    /// Looks at each instance without the engine; those about which only the engine can say more.
+    async fn look_at_all(self: &Arc<Self>, agent: &Arc<Agent>, listing: &Listing) -> Vec<u32> {
         let numbers: Vec<u32> = lock(&self.kept).instances.iter().map(|i| i.number).collect();
+        let mut unclear = Vec::new();
         for number in numbers {
             tokio::task::block_in_place(|| self.read_log(agent, number));
-            self.look(agent, listing, number).await;
+            if self.look(agent, listing, number).await == Look::Unclear {
+                unclear.push(number);
+            }
             self.check_health(agent, number);
         }
-        self.sweep(agent, listing).await;
+        unclear
+    }
+
+    /// Acts in a task of its own, one at a time: an engine that does not come back from one instance of an app keeps
+    /// the others in sight.
+    fn act_beside(self: &Arc<Self>, agent: &Arc<Agent>, listing: Listing, unclear: Vec<u32>) {
+        if self.acting.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let (app, agent) = (Acting(Arc::clone(self)), Arc::clone(agent));
+        tokio::spawn(async move {
+            let before = serde_json::to_vec(&*lock(&app.0.kept)).unwrap_or_default();
+            for number in unclear {
+                app.0.ask_engine(&agent, number).await;
+            }
+            app.0.act(&agent, &listing).await;
+            let changed = app.0.record(&agent, &before);
+            let own = Arc::clone(&app.0);
+            drop(app);
+            if changed {
+                own.wake.notify_one();
+            }
+        });
+    }
+
+    /// Plans and acts.
+    async fn act(self: &Arc<Self>, agent: &Arc<Agent>, listing: &Listing) {
+        if listing.round > 0 {
+            self.sweep(agent, listing).await;
+        }
         let steps = {
             let mut kept = lock(&self.kept);
             if kept.removing {
@@ -159,7 +196,10 @@ impl App {
                     .collect()
             } else {
                 let parts: Vec<Part> = kept.instances.iter().map(part).collect();
-                let steps = plan(&kept.workload, &parts);
+                let mut steps = plan(&kept.workload, &parts);
+                if kept.is_put_aside() {
+                    steps.retain(|step| !matches!(step, Step::Create(_)));
+                }
                 if steps.is_empty() && !kept.proven && settled(&kept) {
                     kept.proven = true;
                     kept.previous = None;
@@ -181,6 +221,32 @@ impl App {
         }
         self.start_waiting(agent).await;
         self.write_hosts(agent);
+    }
+
+    /// A call for this app did not come back from an engine that hung. The second time, with no other app's call beside
+    /// it, the app's desired revision is put aside.
+    pub(super) fn struck(&self, agent: &Agent, alone: bool) {
+        let mut kept = lock(&self.kept);
+        if kept.is_put_aside() || kept.removing {
+            return;
+        }
+        kept.strikes += 1;
+        if kept.strikes >= STRIKES && alone {
+            let why = "the container engine does not come back from starting it; it is not tried again. Deploy another \
+                       image or another description";
+            kept.put_aside = Some(why.to_owned());
+            kept.message = Some(why.to_owned());
+            let text = format!("release {}: {why}", kept.workload.revision);
+            kept.event("put_aside", text);
+        } else {
+            let text = "the container engine hung while it worked for this app; it is tried again by itself";
+            kept.event("engine_hung", text);
+        }
+        if let Err(error) = kept.save(&agent.apps_dir()) {
+            tracing::error!(%error, app = %self.name, "the record cannot be written");
+        }
+        drop(kept);
+        agent.touch(&self.version);
     }
 
     fn instance(&self, number: u32) -> Option<Instance> {
@@ -222,6 +288,24 @@ impl App {
             events: kept.events.iter().cloned().collect(),
         }
     }
+}
+
+/// The acts of an app under way; they are over when this goes, also by a panic.
+struct Acting(Arc<App>);
+
+impl Drop for Acting {
+    fn drop(&mut self) {
+        self.0.acting.store(false, Ordering::Release);
+    }
+}
+
+/// What a look at an instance has shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Look {
+    /// All that matters.
+    Clear,
+    /// Something that only the engine can explain.
+    Unclear,
 }
 
 fn raw_log(dir: &Path, number: u32) -> std::path::PathBuf {

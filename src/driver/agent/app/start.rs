@@ -15,6 +15,9 @@ use crate::driver::workload::Workload;
 use crate::driver::{Cause, Error, InstanceState};
 use crate::policy::Target;
 
+/// How soon a start that the engine did not answer is tried again.
+const AGAIN: Duration = Duration::from_millis(300);
+
 impl App {
     pub(super) async fn create(&self, agent: &Arc<Agent>, slot: usize) {
         let number = {
@@ -38,9 +41,14 @@ impl App {
     /// Starts those whose time has come, and those that a crash left half-made.
     pub(super) async fn start_waiting(&self, agent: &Arc<Agent>) {
         let now = OffsetDateTime::now_utc();
+        let aside = {
+            let kept = lock(&self.kept);
+            kept.is_put_aside().then_some(kept.workload.revision)
+        };
         let due: Vec<u32> = lock(&self.kept)
             .instances
             .iter()
+            .filter(|i| aside != Some(i.revision))
             .filter(|i| match i.state {
                 InstanceState::Waiting | InstanceState::Failed => i.next_start.is_none_or(|at| at <= now),
                 InstanceState::Preparing => true,
@@ -67,7 +75,14 @@ impl App {
             (instance, workload)
         };
         let again = instance.last_end.is_some();
-        let result = self.bring_up(agent, &instance, &workload).await;
+        let struck = lock(&self.kept).strikes > 0;
+        let result = if struck {
+            let _alone = agent.engine.turn.write().await;
+            self.bring_up(agent, &instance, &workload).await
+        } else {
+            let _beside = agent.engine.turn.read().await;
+            self.bring_up(agent, &instance, &workload).await
+        };
         let valid_from = agent.listing.borrow().round + 2;
         agent.look.notify_one();
         {
@@ -84,14 +99,26 @@ impl App {
                 if let Some(i) = kept.instances.iter_mut().find(|i| i.number == number) {
                     (i.pid, i.born, i.conmon, i.uid, i.hosts) =
                         (up.pid, up.born, up.conmon, up.uid, up.hosts);
+                    (i.identity, i.exit_file) = (up.identity, up.exit_file);
                     i.port = Some(up.port);
                     i.started = Some(OffsetDateTime::now_utc());
                     i.next_start = None;
                     i.restarts += u32::from(again);
                     i.enter(InstanceState::Starting);
                 }
+                if instance.revision == kept.workload.revision {
+                    kept.strikes = 0;
+                }
                 let word = if again { "restarted" } else { "started" };
                 kept.event(word, format!("instance {number} of release {} {word}", instance.revision));
+            }
+            // The engine's fault is not held against the app: it is tried again as soon as the engine can.
+            Err(Error::Away(why)) => {
+                tracing::warn!(error = why, app = %self.name, "an instance waits for the engine");
+                self.with(number, |i| {
+                    i.next_start = Some(OffsetDateTime::now_utc() + AGAIN);
+                    i.enter(InstanceState::Waiting);
+                });
             }
             Err(error) => {
                 tracing::warn!(%error, app = %self.name, "an instance cannot be started");
@@ -109,6 +136,7 @@ impl App {
         workload: &Workload,
     ) -> Result<Up, Error> {
         let podman = &agent.podman;
+        let waiting = agent.engine.begin(self.id);
         if !agent.table_is_there().await {
             return Err(Error::Transient(
                 "the firewall table is not there; nothing starts without it".into(),
@@ -144,12 +172,18 @@ impl App {
                 names: [&passwd.to_string_lossy(), &group.to_string_lossy()],
             },
         );
+        waiting.next();
         fail::fail_point!("agent::create", |_| Err(Error::Transient("failpoint".into())));
+        #[cfg(feature = "failpoints")]
+        if fail::eval("agent::hang", |app| app.as_deref() == Some(self.name.as_str())) == Some(true) {
+            super::super::engine::hang(&agent.config.engine_socket);
+        }
         podman.create(&spec).await?;
         let made = podman.inspect(&instance.container).await?;
         render::check_made(&made.annotations, &made.healthcheck).map_err(Error::Rejected)?;
         // Its rules are in force before its first packet.
         agent.refresh_firewall().await?;
+        waiting.next();
         fail::fail_point!("agent::init", |_| Err(Error::Transient("failpoint".into())));
         podman.init(&instance.container).await?;
         let ready = podman.inspect(&instance.container).await?;
@@ -158,6 +192,7 @@ impl App {
         let port = ports::isolate(&bridge, &ready.sandbox, address).await?;
         ports::address(&bridge, &ready.sandbox, address, recorded.subnet).await?;
         write_in_place(Path::new(&ready.hosts), &self.hosts_text(agent, address));
+        waiting.next();
         fail::fail_point!("agent::start", |_| Err(Error::Transient("failpoint".into())));
         walls::close_user_namespaces(ready.pid).await?;
         podman.start(&instance.container).await?;
@@ -166,9 +201,12 @@ impl App {
             discard(agent, &instance.container).await?;
             return Err(error);
         }
+        drop(waiting);
         let born = born(up.pid).unwrap_or(0);
         let uid = owner(up.pid);
-        Ok(Up { pid: up.pid, born, conmon: up.conmon, uid, hosts: ready.hosts, port })
+        let exit_file = exit_file(up.conmon, &up.id).unwrap_or_default();
+        let (identity, hosts) = (up.id, ready.hosts);
+        Ok(Up { pid: up.pid, born, conmon: up.conmon, uid, hosts, port, identity, exit_file })
     }
 
     /// The names that an instance knows: itself, and what it may talk to. Another tenant's app `api` of `acme`
@@ -230,7 +268,9 @@ impl App {
         tokio::spawn(async move {
             loop {
                 fail::fail_point!("agent::stop");
-                let _ = agent.podman.stop(&container, grace).await;
+                if agent.podman.stop(&container, grace).await.is_err() {
+                    app.end_process(number);
+                }
                 if discard(&agent, &container).await.is_ok() {
                     break;
                 }
@@ -258,6 +298,19 @@ impl App {
         });
     }
 
+    /// Ends the process of an instance whose engine does not stop it: its grace is over by then. The number alone may
+    /// be another process's by now, so its time of birth is compared while a handle holds it.
+    fn end_process(&self, number: u32) {
+        use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+        let Some(instance) = self.instance(number).filter(|i| i.pid > 1) else { return };
+        let Some(pid) = Pid::from_raw(instance.pid) else { return };
+        let Ok(handle) = pidfd_open(pid, PidfdFlags::empty()) else { return };
+        if born(instance.pid) == Some(instance.born) {
+            tracing::warn!(app = %self.name, number, "the engine did not stop an instance; its process is ended");
+            let _ = pidfd_send_signal(handle, Signal::KILL);
+        }
+    }
+
     /// The bridge and the address of an instance.
     fn port_of(&self, agent: &Agent, number: u32) -> Option<(String, std::net::Ipv4Addr)> {
         let bridge = agent.bridge_of(&self.tenant)?;
@@ -283,6 +336,18 @@ struct Up {
     uid: Option<u32>,
     hosts: String,
     port: Port,
+    identity: String,
+    exit_file: String,
+}
+
+/// The file in which a monitor will write the exit code of its container. Its own command line names the folder; it is
+/// the engine's, and no tenant's.
+fn exit_file(monitor: i32, identity: &str) -> Option<String> {
+    let line = std::fs::read(format!("/proc/{monitor}/cmdline")).ok()?;
+    let mut words = line.split(|byte| *byte == 0).map(String::from_utf8_lossy);
+    words.find(|word| word == "--exit-dir")?;
+    let folder = words.next()?;
+    (folder.starts_with('/') && !identity.is_empty()).then(|| format!("{folder}/{identity}"))
 }
 
 fn owner(pid: i32) -> Option<u32> {

@@ -1,0 +1,296 @@
+//! The container engine as the agent sees it: which calls wait for it, whether it answers, and what happens when it
+//! does not. An engine that hangs is ended, so that its supervisor starts a fresh one; containers and their monitors
+//! go on. The app whose call hung it twice, the second time alone, is put aside.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use time::OffsetDateTime;
+use tokio::time::Instant;
+
+use super::core::{Agent, lock};
+use crate::driver::EngineSeen;
+use crate::ids::AppId;
+
+/// The shortest and the longest time that the engine has for a listing.
+const PATIENCE: (Duration, Duration) = (Duration::from_millis(1_500), Duration::from_secs(15));
+/// How much longer than the slowest listing of late it may take.
+const SLACK: u32 = 8;
+/// How many listings "of late" are.
+const LATELY: usize = 32;
+/// How long a fresh engine has to come up before it is judged again.
+const RECOVERY: Duration = Duration::from_secs(10);
+/// Times that an app's call may hang the engine; the last of them while no other app's call waited.
+pub(super) const STRIKES: u32 = 2;
+
+/// A call that waits for the engine.
+#[derive(Debug, Clone, Copy)]
+struct Call {
+    app: AppId,
+    since: Instant,
+}
+
+/// What is known of the engine.
+pub(super) struct Engine {
+    state: Mutex<State>,
+    /// Held for reading by every start of an instance, and for writing by the start of an app that may have hung the
+    /// engine before: if it hangs again, no other app is to blame.
+    pub(super) turn: tokio::sync::RwLock<()>,
+}
+
+struct State {
+    calls: BTreeMap<u64, Call>,
+    next: u64,
+    took: Vec<Duration>,
+    /// Since when it has not answered.
+    silent: Option<OffsetDateTime>,
+    answered: OffsetDateTime,
+    /// Not judged before.
+    judged_from: Instant,
+    put_aside: u32,
+}
+
+/// A call under way; it ends with this value.
+pub(super) struct Waiting<'a> {
+    engine: &'a Engine,
+    id: u64,
+}
+
+impl Waiting<'_> {
+    /// The same app's next call begins.
+    pub(super) fn next(&self) {
+        if let Some(call) = lock(&self.engine.state).calls.get_mut(&self.id) {
+            call.since = Instant::now();
+        }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        lock(&self.engine.state).calls.remove(&self.id);
+    }
+}
+
+impl Engine {
+    pub(super) fn new() -> Self {
+        let now = OffsetDateTime::now_utc();
+        Self {
+            state: Mutex::new(State {
+                calls: BTreeMap::new(),
+                next: 0,
+                took: Vec::new(),
+                silent: None,
+                answered: now,
+                judged_from: Instant::now() + RECOVERY,
+                put_aside: 0,
+            }),
+            turn: tokio::sync::RwLock::new(()),
+        }
+    }
+
+    /// A call for an app begins.
+    pub(super) fn begin(&self, app: AppId) -> Waiting<'_> {
+        let mut state = lock(&self.state);
+        let id = state.next;
+        state.next += 1;
+        state.calls.insert(id, Call { app, since: Instant::now() });
+        Waiting { engine: self, id }
+    }
+
+    /// How long a listing may take: by what the last ones took, so that a machine with many containers or much to do
+    /// is not taken for one that hangs.
+    pub(super) fn patience(&self) -> Duration {
+        let slowest = lock(&self.state).took.iter().max().copied().unwrap_or_default();
+        (slowest * SLACK).clamp(PATIENCE.0, PATIENCE.1)
+    }
+
+    /// It has answered; whether it had been silent.
+    pub(super) fn answered(&self, took: Duration) -> bool {
+        let mut state = lock(&self.state);
+        if state.took.len() >= LATELY {
+            state.took.remove(0);
+        }
+        state.took.push(took);
+        state.answered = OffsetDateTime::now_utc();
+        state.judged_from = Instant::now();
+        state.silent.take().is_some()
+    }
+
+    /// It has not answered; whether that is news.
+    pub(super) fn silent(&self) -> bool {
+        let mut state = lock(&self.state);
+        let news = state.silent.is_none();
+        if news {
+            state.silent = Some(state.answered);
+        }
+        news
+    }
+
+    /// What `serve` is told.
+    pub(super) fn seen(&self) -> EngineSeen {
+        let state = lock(&self.state);
+        EngineSeen { silent_since: state.silent, put_aside: state.put_aside }
+    }
+
+    fn count(&self, put_aside: u32) {
+        lock(&self.state).put_aside = put_aside;
+    }
+
+    /// Apps whose calls have waited since before `asked`.
+    fn suspects(&self, asked: Instant) -> Vec<AppId> {
+        let state = lock(&self.state);
+        let mut apps: Vec<AppId> =
+            state.calls.values().filter(|call| call.since <= asked).map(|call| call.app).collect();
+        apps.sort_unstable();
+        apps.dedup();
+        apps
+    }
+
+    /// Whether it may be judged now: a fresh engine has its time to come up.
+    fn is_due(&self) -> bool {
+        let mut state = lock(&self.state);
+        let due = Instant::now() >= state.judged_from;
+        if due {
+            state.judged_from = Instant::now() + RECOVERY;
+        }
+        due
+    }
+}
+
+impl Agent {
+    /// The engine has not answered a listing that was asked for at `asked`: it is ended, and the apps whose calls it
+    /// did not come back from are noted.
+    pub(super) async fn end_hung_engine(self: &Arc<Self>, asked: Instant) {
+        if !self.engine.is_due() {
+            return;
+        }
+        let suspects = self.engine.suspects(asked);
+        let socket = self.config.engine_socket.clone();
+        let ended = tokio::task::spawn_blocking(move || end(&socket)).await;
+        let what = match ended {
+            Ok(Ok(pid)) => format!("the agent ended its process {pid}; a fresh one is started"),
+            Ok(Err(why)) => format!("its process could not be ended: {why}"),
+            Err(error) => error.to_string(),
+        };
+        self.machine_event(
+            "engine_hung",
+            format!(
+                "the container engine did not answer: {what}. Running containers go on. Calls for {} app(s) waited",
+                suspects.len()
+            ),
+        );
+        for id in &suspects {
+            if let Some(app) = self.app(*id) {
+                app.struck(self, suspects.len() == 1);
+            }
+        }
+    }
+
+    /// Counts the apps that are put aside, for what is told about the engine.
+    pub(super) fn count_put_aside(&self) {
+        let apps: Vec<_> = lock(&self.apps).values().cloned().collect();
+        let count = apps.iter().filter(|app| lock(&app.kept).is_put_aside()).count();
+        self.engine.count(u32::try_from(count).unwrap_or(u32::MAX));
+    }
+}
+
+/// In builds for tests: stops the engine as a container that hangs it would.
+#[cfg(feature = "failpoints")]
+pub(super) fn hang(socket: &Path) {
+    let _ = signal(socket, Signal::STOP);
+}
+
+/// Ends the process that listens on the engine's socket.
+fn end(socket: &Path) -> Result<i32, String> {
+    signal(socket, Signal::KILL)
+}
+
+/// Sends a signal to the process that listens on the engine's socket. The kernel says which one it is; a process of another
+/// program there is left alone.
+fn signal(socket: &Path, what: Signal) -> Result<i32, String> {
+    let stream = rustix::net::socket_with(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::STREAM,
+        rustix::net::SocketFlags::CLOEXEC | rustix::net::SocketFlags::NONBLOCK,
+        None,
+    )
+    .map_err(|error| error.to_string())?;
+    let address = rustix::net::SocketAddrUnix::new(socket).map_err(|error| error.to_string())?;
+    // A full queue of connections is no answer either: then the kernel cannot be asked who listens.
+    rustix::net::connect(&stream, &address).map_err(|error| format!("its socket: {error}"))?;
+    let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|error| error.to_string())?;
+    let pid: Pid = peer.pid;
+    let number = pid.as_raw_nonzero().get();
+    let handle = pidfd_open(pid, PidfdFlags::empty()).map_err(|error| error.to_string())?;
+    // Looked at through the handle's own process: the number cannot have passed on while the handle is held.
+    let program = std::fs::read_link(format!("/proc/{number}/exe")).map_err(|error| error.to_string())?;
+    let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    if number == 1 || !name.starts_with("podman") {
+        return Err(format!("{} (process {number}) listens on its socket", program.display()));
+    }
+    pidfd_send_signal(handle, what).map_err(|error| error.to_string())?;
+    Ok(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_calls_that_wait_since_before_are_suspects() {
+        let engine = Engine::new();
+        let first = engine.begin(AppId(1));
+        let gone = engine.begin(AppId(2));
+        let renewed = engine.begin(AppId(3));
+        drop(gone);
+        std::thread::sleep(Duration::from_millis(2));
+        let asked = Instant::now();
+        std::thread::sleep(Duration::from_millis(2));
+        renewed.next();
+        let late = engine.begin(AppId(4));
+        assert_eq!(engine.suspects(asked), [AppId(1)]);
+        drop((first, renewed, late));
+        assert!(engine.suspects(Instant::now()).is_empty());
+    }
+
+    #[test]
+    fn patience_follows_what_listings_take_and_a_fresh_engine_has_its_time() {
+        let engine = Engine::new();
+        assert_eq!(engine.patience(), PATIENCE.0);
+        engine.answered(Duration::from_millis(500));
+        assert_eq!(engine.patience(), Duration::from_secs(4));
+        engine.answered(Duration::from_secs(60));
+        assert_eq!(engine.patience(), PATIENCE.1);
+        for _ in 0..LATELY {
+            engine.answered(Duration::from_millis(10));
+        }
+        assert_eq!(engine.patience(), PATIENCE.0);
+        assert!(!engine.is_due());
+        lock(&engine.state).judged_from = Instant::now();
+        assert!(engine.is_due() && !engine.is_due());
+        engine.answered(Duration::ZERO);
+        assert!(engine.is_due(), "one that has answered is judged at once");
+    }
+
+    #[test]
+    fn silence_is_told_once_and_ends_with_an_answer() {
+        let engine = Engine::new();
+        assert!(engine.seen().silent_since.is_none());
+        assert!(engine.silent() && !engine.silent());
+        assert!(engine.seen().silent_since.is_some());
+        assert!(engine.answered(Duration::ZERO) && !engine.answered(Duration::ZERO));
+        assert!(engine.seen().silent_since.is_none());
+    }
+
+    #[test]
+    fn another_program_on_the_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("engine.sock");
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert!(end(&path).unwrap_err().contains("listens on its socket"));
+        assert!(end(&dir.path().join("none")).is_err());
+    }
+}
