@@ -50,12 +50,27 @@ pub(super) async fn at_push(door: &FrontDoor, asked: &Asked, manifest: &Manifest
     let Manifest::Image { layers, .. } = manifest else { return Ok(()) };
     let list: Vec<Layer> =
         layers.iter().map(|layer| Layer { digest: layer.digest.clone(), size: layer.size }).collect();
-    match door.registry.measure(&asked.tenant, &asked.repository, &list).await? {
+    let measured = door.registry.measure(&asked.tenant, &asked.repository, &list).await;
+    match measured.map_err(with_numbers)? {
         Measured::Underway => Ok(()),
         Measured::Done(reports) => match layers::refusal(&reports) {
             None => Ok(()),
             Some(why) => Err(OciError::invalid(why)),
         },
+    }
+}
+
+/// A quota's numbers reach the client as they stand: they say what to free or to ask for.
+fn with_numbers(error: Error) -> OciError {
+    match error {
+        Error::QuotaExceeded(faults) if !faults.is_empty() => {
+            let texts = faults.into_iter().map(|fault| {
+                let (name, instead) = (fault.path, fault.suggestion.unwrap_or_default());
+                format!("{name}: {}; {instead}", fault.message)
+            });
+            OciError::denied(texts.collect::<Vec<_>>().join("; "))
+        }
+        other => other.into(),
     }
 }
 

@@ -419,3 +419,57 @@ async fn what_the_engine_cannot_unpack_is_said_once_and_not_fetched_again() {
     assert_eq!(machine.deploy("acme", "web", "image: web:2\nport: 8080\n").await.0, 202);
     machine.running("acme", "web").await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_push_that_dies_while_it_is_measured_is_counted_once() {
+    let machine = Machine::start().await;
+    let acme = machine.tenant("acme").await;
+    machine.arm("serve", "registries::layer_measured").await;
+    let top = layer(&[("etc/passwd", FILE, "", b"app:x:7:8::/:/bin/sh\n")]);
+    let (good, text) =
+        push(&machine, &acme, "acme/web:1", std::slice::from_ref(&top), json!({"User": "app"}));
+    assert!(machine.deaths("serve") > 0, "{good} {text}");
+    let begun = std::time::Instant::now();
+    while !push(&machine, &acme, "acme/web:1", std::slice::from_ref(&top), json!({"User": "app"})).0 {
+        assert!(begun.elapsed().as_secs() < 60, "{}", machine.tail("serve"));
+        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    }
+    let sum = "SELECT (SELECT sum(bytes) FROM layer) = used FROM quota WHERE resource = 'image_bytes'";
+    assert_eq!(machine.sql(sum), "t");
+    assert_eq!(machine.sql("SELECT count(*) FROM layer"), "2");
+    assert_eq!(machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await.0, 202);
+    let app = machine.running("acme", "web").await;
+    let uid = app["observed"]["instances"][0]["uid"].as_i64().unwrap();
+    assert_eq!(uid, app["uids"]["start"].as_i64().unwrap() + 7, "a name is found on record");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pushes_stop_first_and_what_was_pushed_can_be_deployed() {
+    let machine = Machine::on_a_disk_of("2200m").await;
+    let acme = machine.tenant("acme").await;
+    machine.push(&acme, "acme/web:1", &HTTPD);
+    // Less than the registry keeps free, more than the engine does: three and two twentieths.
+    let stat = rustix::fs::statvfs(&machine.data).unwrap();
+    let fill = stat.f_bavail * stat.f_frsize - stat.f_blocks * stat.f_frsize * 14 / 100;
+    let filler = machine.data.join("filler");
+    let (good, text) =
+        crate::support::run("fallocate", &["-l", &fill.to_string(), &filler.display().to_string()]);
+    assert!(good, "{text}");
+    let (good, text) = machine.try_push(&acme, "acme/other:1", &["/bin/busybox", "sleep", "9"]);
+    assert!(!good && text.contains("nearly full"), "{text}");
+    assert_eq!(machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await.0, 202);
+    machine.running("acme", "web").await;
+    // Below the engine's part nothing is fetched, the database still writes, and the app says why.
+    fs::remove_file(&filler).unwrap();
+    machine.push(&acme, "acme/late:1", &["/bin/busybox", "sleep", "99999"]);
+    let stat = rustix::fs::statvfs(&machine.data).unwrap();
+    let fill = stat.f_bavail * stat.f_frsize - stat.f_blocks * stat.f_frsize / 16;
+    assert!(
+        crate::support::run("fallocate", &["-l", &fill.to_string(), &filler.display().to_string()]).0,
+        "fallocate"
+    );
+    assert_eq!(machine.deploy("acme", "late", "image: late:1\n").await.0, 202);
+    machine.wait("acme", "late", 30, |app| app.to_string().contains("no room to unpack")).await;
+    fs::remove_file(&filler).unwrap();
+    machine.wait("acme", "late", 90, |app| app["state"] == "running").await;
+}
