@@ -1,11 +1,12 @@
 //! Puts the parts of `serve` together: pool, driver, reconcilers, listeners.
 
 use std::fs;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
 use actix_web::middleware::from_fn;
-use actix_web::{App, HttpResponse, HttpServer, web};
+use actix_web::{App, HttpResponse, web};
 use sqlx::{Connection, PgConnection, PgPool};
 use tokio_util::sync::CancellationToken;
 
@@ -15,6 +16,7 @@ use crate::access::oidc::Providers;
 use crate::access::passwords::Passwords;
 use crate::access::sessions::Desk;
 use crate::access::throttle::Throttle;
+use crate::access::turns::Turns;
 use crate::apps::actions::Apps;
 use crate::apps::follow::follow;
 use crate::apps::reconcile::{AppReconciler, AppsOfTenant};
@@ -25,7 +27,8 @@ use crate::db::{self, Login};
 use crate::driver::Driver;
 use crate::driver::agent::client::AgentClient;
 use crate::error::Error;
-use crate::http::{self, OwnAddress};
+use crate::http::front::{self, Bounds, Front};
+use crate::http::{self, OwnAddress, Proxies};
 use crate::keys::{Keys, Purpose};
 use crate::networks::connections::Network;
 use crate::networks::probe::ProbeReconciler;
@@ -40,6 +43,11 @@ use crate::telemetry::Metrics;
 use crate::tenants::Belongings;
 use crate::tenants::reconcile::TenantReconciler;
 use crate::{audit, quotas, routes, uid_ranges};
+
+/// Connections of the engine, which come from this machine alone.
+const PULLS: Bounds = Bounds { all: 512, per_source: 512 };
+/// Connections of those that read metrics.
+const METRICS: Bounds = Bounds { all: 64, per_source: 64 };
 
 /// Everything that handlers share, made once.
 #[derive(Clone)]
@@ -58,6 +66,8 @@ pub struct Platform {
     pub registry: Distribution,
     /// Key of the registry's tokens.
     pub key: SigningKey,
+    /// Room and pace of requests.
+    pub turns: Turns,
     /// Wakes the runner.
     pub waker: Waker,
     /// Counters.
@@ -86,6 +96,7 @@ impl Platform {
             keys,
         };
         Ok(Self {
+            turns: Turns::new(&config.limits, config.database.connections),
             config: web::Data::new(config),
             desk,
             pool,
@@ -139,7 +150,7 @@ impl Platform {
     pub fn configure(&self, door: Door, cfg: &mut web::ServiceConfig) {
         let own = OwnAddress {
             external: self.config.server.external_url.clone(),
-            behind_proxy: self.config.server.behind_proxy,
+            proxies: Proxies::of(&self.config.server),
         };
         let engine = door != Door::Tenants;
         let holders: Arc<dyn Holders> = Arc::new(AppsOfTenant { pool: self.pool.clone() });
@@ -155,6 +166,7 @@ impl Platform {
             .app_data(web::FormConfig::default().limit(4096))
             .app_data(web::Data::new(front))
             .app_data(web::Data::new(own))
+            .app_data(web::Data::new(self.turns.clone()))
             .app_data(self.metrics.clone());
         if engine {
             cfg.configure(routes::registry);
@@ -239,6 +251,10 @@ fn check_ids(config: &Config) -> Result<(), Error> {
     )))
 }
 
+fn bind(listen: SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(listen).map_err(|error| Error::internal(format!("{listen}: {error}")))
+}
+
 async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), Error> {
     let halt = CancellationToken::new();
     let mut tasks = vec![
@@ -275,54 +291,42 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
     ];
     let server = platform.config.server.clone();
     let tenants = platform.clone();
-    let front = HttpServer::new(move || {
+    let bounds = front::bounds(&platform.config);
+    tracing::info!(all = bounds.all, per_source = bounds.per_source, "connections");
+    let mut public = Front::new("front", bind(server.listen)?, server.workers, bounds);
+    public.tls = tls(&platform.config)?;
+    public.proxies = Proxies::of(&server);
+    let public = public.serve(move || {
         let platform = tenants.clone();
         App::new().wrap(from_fn(http::outermost)).configure(|cfg| platform.configure(Door::Tenants, cfg))
-    })
-    .workers(server.workers)
-    .client_request_timeout(Duration::from_secs(10))
-    // Whoever hangs up is gone: a stream to nobody holds room at the agent.
-    .h1_allow_half_closed(false)
-    .shutdown_timeout(5)
-    .disable_signals();
-    let front = match tls(&platform.config)? {
-        Some(tls) => front.bind_rustls_0_23(server.listen, tls),
-        None => front.bind(server.listen),
-    }
-    .map_err(|error| Error::internal(format!("{}: {error}", server.listen)))?;
+    });
+    let public = public.map_err(Error::internal)?;
     let engine = platform.clone();
-    let pull = HttpServer::new(move || {
+    let pull = Front::new("pull", bind(server.pull_listen)?, 1, PULLS);
+    let pull = pull.serve(move || {
         let platform = engine.clone();
         let address = platform.config.server.pull_listen.to_string();
         App::new()
             .wrap(from_fn(http::outermost))
             .configure(|cfg| platform.configure(Door::Engine(address), cfg))
-    })
-    .workers(1)
-    .shutdown_timeout(5)
-    .disable_signals()
-    .bind(server.pull_listen)
-    .map_err(|error| Error::internal(format!("{}: {error}", server.pull_listen)))?;
+    });
+    let pull = pull.map_err(Error::internal)?;
     let mut handles = Vec::new();
-    let (front, pull) = (front.run(), pull.run());
-    handles.push(front.handle());
+    handles.push(public.handle());
     handles.push(pull.handle());
-    tasks.push(tokio::spawn(async { drop(front.await) }));
+    tasks.push(tokio::spawn(async { drop(public.await) }));
     tasks.push(tokio::spawn(async { drop(pull.await) }));
     if let Some(listen) = server.metrics_listen {
         let counters = platform.metrics.clone();
         let sight = web::Data::new(platform.sight.clone());
-        let own = HttpServer::new(move || {
+        let own = Front::new("metrics", bind(listen)?, 1, METRICS).serve(move || {
             App::new()
+                .wrap(from_fn(http::outermost))
                 .app_data(counters.clone())
                 .app_data(sight.clone())
                 .route("/metrics", web::get().to(metrics))
-        })
-        .workers(1)
-        .disable_signals()
-        .bind(listen)
-        .map_err(|error| Error::internal(format!("{listen}: {error}")))?
-        .run();
+        });
+        let own = own.map_err(Error::internal)?;
         handles.push(own.handle());
         tasks.push(tokio::spawn(async { drop(own.await) }));
     }

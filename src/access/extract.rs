@@ -7,7 +7,7 @@ use std::pin::Pin;
 
 use actix_web::dev::Payload;
 use actix_web::http::{Method, header};
-use actix_web::{FromRequest, HttpRequest, web};
+use actix_web::{FromRequest, HttpMessage, HttpRequest, web};
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as FormError, MapDeserializer};
 use sqlx::PgPool;
@@ -15,15 +15,16 @@ use subtle::ConstantTimeEq;
 
 use super::denials::Denials;
 use super::store::{Asks, Facts};
-use super::throttle::network;
+use super::turns::{Allowance, Payer, Turns};
 use super::{
     Actor, By, Effect, Means, Permission, PlatformRole, Role, TenantRef, credentials, includes, store,
 };
 use crate::audit::Refusal;
 use crate::error::Error;
-use crate::http::{OwnAddress, RequestId, request_id};
+use crate::http::{OwnAddress, RateLimit, RequestId, network, request_id};
 use crate::ids::{ActorId, TenantName};
 use crate::keys::{Keys, Purpose, mac};
+use crate::permits::Permit;
 
 /// Cookie of a session where the address is https.
 const COOKIE_SECURE: &str = "__Host-bulkhead";
@@ -168,22 +169,50 @@ async fn authenticate(req: &HttpRequest, wanted: Option<&TenantName>) -> Result<
     fail::fail_point!("access::authenticate", |_| Err(Error::internal("failpoint")));
     let found = match credential(req) {
         Some(Credential::Token(token)) => {
+            let hash = credentials::hash(&token);
+            let _room = lookup(req, &hash).await?;
             let mut conn = part::<PgPool>(req)?.acquire().await?;
-            store::find_token(&mut conn, &credentials::hash(&token), wanted).await?
+            store::find_token(&mut conn, &hash, wanted).await?
         }
         Some(Credential::Session(session)) => {
             if !matches!(*req.method(), Method::GET | Method::HEAD) {
                 require_own_page(req)?;
             }
+            let hash = credentials::hash(&session);
+            let _room = lookup(req, &hash).await?;
             let mut conn = part::<PgPool>(req)?.acquire().await?;
-            store::find_session(&mut conn, &credentials::hash(&session), wanted, Asks::Person).await?
+            store::find_session(&mut conn, &hash, wanted, Asks::Person).await?
         }
         None => return Err(Error::Unauthenticated),
     };
-    found.ok_or_else(|| {
+    let Some(facts) = found else {
         refuse(req, None, None, "the credential is not good");
-        Error::Unauthenticated
-    })
+        return Err(Error::Unauthenticated);
+    };
+    let (Means::Session { hash, .. } | Means::Token { hash, .. }) = &facts.actor.means;
+    part::<Turns>(req)?.remember(hash, facts.actor.payer());
+    Ok(facts)
+}
+
+/// Room to ask who a credential belongs to, given back once that is known.
+async fn lookup(req: &HttpRequest, hash: &[u8]) -> Result<Permit<Payer>, Error> {
+    let network = network(part::<OwnAddress>(req)?.client(req));
+    part::<Turns>(req)?.lookup(hash, network).await
+}
+
+/// The request's turn, held until the request is over, and what it costs.
+async fn enter(req: &HttpRequest, actor: &Actor, tenant: Option<&TenantRef>) -> Result<(), Error> {
+    let turns = part::<Turns>(req)?;
+    let turn = turns.enter(actor, tenant, part::<PgPool>(req)?).await?;
+    let paid = turns.pay(actor, tenant);
+    let (Ok(allowance) | Err((allowance, _))) = paid;
+    req.extensions_mut().insert(rate_limit(allowance));
+    req.extensions_mut().insert(turn);
+    paid.map(drop).map_err(|(_, after)| Error::Throttled(after))
+}
+
+fn rate_limit(allowance: Allowance) -> RateLimit {
+    RateLimit { limit: allowance.limit, remaining: allowance.remaining, reset: allowance.reset }
 }
 
 /// Notes a refusal for the audit.
@@ -250,11 +279,31 @@ pub async fn still_reads_platform(pool: &PgPool, means: &Means) -> Result<bool, 
 
 type Extracted<T> = Pin<Box<dyn Future<Output = Result<T, Error>>>>;
 
+/// Addresses that ask nothing of the database, or have rooms of their own.
+const APART: &[&str] = &["/v2/", "/static/", "/healthz", "/readyz", "/docs/"];
+
+/// A stranger's turn, held until the request is over.
+async fn as_stranger(req: &HttpRequest) -> Result<(), Error> {
+    if APART.iter().any(|start| req.path().starts_with(start)) {
+        return Ok(());
+    }
+    let network = network(part::<OwnAddress>(req)?.client(req));
+    if let Some(turns) = req.app_data::<web::Data<Turns>>() {
+        let turn = turns.stranger(network).await?;
+        req.extensions_mut().insert(turn);
+    }
+    Ok(())
+}
+
 impl FromRequest for Public {
     type Error = Error;
-    type Future = std::future::Ready<Result<Self, Error>>;
+    type Future = Extracted<Self>;
     fn from_request(req: &HttpRequest, _: &mut Payload) -> Self::Future {
-        std::future::ready(Ok(Self { request_id: request_id(req) }))
+        let req = req.clone();
+        Box::pin(async move {
+            as_stranger(&req).await?;
+            Ok(Self { request_id: request_id(&req) })
+        })
     }
 }
 
@@ -264,7 +313,9 @@ impl FromRequest for SignedIn {
     fn from_request(req: &HttpRequest, _: &mut Payload) -> Self::Future {
         let req = req.clone();
         Box::pin(async move {
-            Ok(Self { actor: authenticate(&req, None).await?.actor, request_id: request_id(&req) })
+            let actor = authenticate(&req, None).await?.actor;
+            enter(&req, &actor, None).await?;
+            Ok(Self { actor, request_id: request_id(&req) })
         })
     }
 }
@@ -280,6 +331,10 @@ impl FromRequest for Perhaps {
                 Err(Error::Unauthenticated) => None,
                 Err(other) => return Err(other),
             };
+            match &actor {
+                Some(actor) => enter(&req, actor, None).await?,
+                None => as_stranger(&req).await?,
+            }
             Ok(Self { actor, request_id: request_id(&req) })
         })
     }
@@ -292,6 +347,7 @@ impl<P: Permission> FromRequest for PlatformScope<P> {
         let req = req.clone();
         Box::pin(async move {
             let actor = authenticate(&req, None).await?.actor;
+            enter(&req, &actor, None).await?;
             match actor.platform {
                 Some(role) if role >= P::PLATFORM => {
                     Ok(Self { actor, request_id: request_id(&req), permission: PhantomData })
@@ -318,6 +374,9 @@ impl<P: Permission> FromRequest for TenantScope<P> {
         Box::pin(async move {
             let name: Option<TenantName> = req.match_info().query("tenant").parse().ok();
             let Facts { actor, tenant } = authenticate(&req, name.as_ref()).await?;
+            // Only a member's requests are the tenant's: no stranger uses up its room.
+            let own = tenant.as_ref().filter(|(_, role)| role.is_some()).map(|(tenant, _)| tenant);
+            enter(&req, &actor, own).await?;
             let (tenant, role) = tenant.ok_or(Error::NotFound)?;
             if actor.platform.is_none() && role.is_none() {
                 // On the platform's record: who is not of the tenant is none of its people's business.

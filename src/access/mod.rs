@@ -27,6 +27,7 @@ pub mod sessions;
 mod store;
 pub mod throttle;
 pub mod tokens;
+pub mod turns;
 
 pub use extract::{PlatformScope, Public, SignedIn, TenantScope};
 pub use store::{actor_of, has_admin, prune, registry_role};
@@ -127,6 +128,16 @@ pub struct Actor {
 }
 
 impl Actor {
+    /// Who pays for its requests.
+    #[must_use]
+    pub fn payer(&self) -> turns::Payer {
+        match (&self.means, self.account) {
+            (Means::Token { id, .. }, _) => turns::Payer::Token(*id),
+            (Means::Session { .. }, Some(account)) => turns::Payer::Account(account.0),
+            (Means::Session { id, .. }, None) => turns::Payer::Account(-*id),
+        }
+    }
+
     /// For what matters most: a session must have been confirmed within ten minutes. A token has no
     /// person behind it that could be asked; what it may do is bounded by its scope.
     pub fn require_recent(&self) -> Result<(), Error> {

@@ -10,6 +10,7 @@ use subtle::ConstantTimeEq;
 
 use super::store;
 use crate::error::Error;
+pub use crate::http::network;
 use crate::ids::AccountId;
 use crate::keys::{Keys, Purpose, mac};
 
@@ -31,18 +32,6 @@ pub const NAME: Limit = Limit { burst: 100, every: 30 };
 
 /// Guesses at one second factor, from wherever: whoever makes them has the password already.
 pub const FACTOR: Limit = Limit { burst: 20, every: 900 };
-
-/// The network that an address stands for: one IPv4 address, or the /64 that one IPv6 customer has.
-#[must_use]
-pub fn network(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(v6) => {
-            let s = v6.segments();
-            IpAddr::V6(std::net::Ipv6Addr::new(s[0], s[1], s[2], s[3], 0, 0, 0, 0))
-        }
-        v4 @ IpAddr::V4(_) => v4,
-    }
-}
 
 /// Keeps watch over guesses.
 #[derive(Debug, Clone)]

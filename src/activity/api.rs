@@ -5,10 +5,12 @@ use bytes::Bytes;
 use sqlx::PgPool;
 
 use super::{ActivityQuery, read};
+use crate::access::turns::{Payer, Turns};
 use crate::access::{Means, PlatformScope, ReadActivity, ReadPlatform, TenantScope};
 use crate::audit::Filter;
 use crate::db::Page;
 use crate::error::Error;
+use crate::permits::Permit;
 
 /// Rows that an export reads at once.
 const PART: i64 = 500;
@@ -83,6 +85,8 @@ fn export(pool: PgPool, filter: Filter, watch: Watch) -> HttpResponse {
 struct Watch {
     means: Means,
     tenant: Option<crate::ids::TenantName>,
+    /// Held as long as the export goes on.
+    _room: Permit<Payer>,
 }
 
 impl Watch {
@@ -101,10 +105,12 @@ pub async fn export_tenant(
     scope: TenantScope<ReadActivity>,
     pool: web::Data<PgPool>,
     query: web::Query<ActivityQuery>,
+    turns: web::Data<Turns>,
 ) -> Result<HttpResponse, Error> {
     let mut filter = query.filter(&pool, Some(scope.tenant.id)).await?;
     filter.limit = PART;
-    let watch = Watch { means: scope.actor.means, tenant: Some(scope.tenant.name) };
+    let room = turns.stream(&scope.actor, Some(&scope.tenant))?;
+    let watch = Watch { means: scope.actor.means, tenant: Some(scope.tenant.name), _room: room };
     Ok(export(pool.get_ref().clone(), filter, watch))
 }
 
@@ -113,8 +119,11 @@ pub async fn export_platform(
     scope: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
     query: web::Query<ActivityQuery>,
+    turns: web::Data<Turns>,
 ) -> Result<HttpResponse, Error> {
     let mut filter = query.filter(&pool, None).await?;
     filter.limit = PART;
-    Ok(export(pool.get_ref().clone(), filter, Watch { means: scope.actor.means, tenant: None }))
+    let room = turns.stream(&scope.actor, None)?;
+    let watch = Watch { means: scope.actor.means, tenant: None, _room: room };
+    Ok(export(pool.get_ref().clone(), filter, watch))
 }

@@ -12,6 +12,7 @@ use sqlx::PgPool;
 use super::api::AppPath;
 use super::store;
 use crate::access::extract::still_may;
+use crate::access::turns::Turns;
 use crate::access::{Means, ReadTenant, TenantScope};
 use crate::db;
 use crate::driver::{Driver, LogLine, LogQuery, LogStream, LogStreamName};
@@ -71,7 +72,9 @@ pub async fn get_logs(
     driver: web::Data<dyn Driver>,
     path: web::Path<AppPath>,
     query: web::Query<LogsQuery>,
+    turns: web::Data<Turns>,
 ) -> Result<HttpResponse, Error> {
+    let room = turns.stream(&scope.actor, Some(&scope.tenant))?;
     if !(1..=10_000).contains(&query.tail) {
         return Err(Error::Malformed("tail is 1 to 10000".into()));
     }
@@ -95,14 +98,17 @@ pub async fn get_logs(
         .and_then(|accept| accept.to_str().ok())
         .is_some_and(|accept| accept.contains("application/x-ndjson"));
     let body = watched(lines, pool.get_ref().clone(), (scope.actor.means, scope.tenant.name));
-    let body = body.map(move |line| match line {
-        Ok(line) if json => {
-            let mut text = serde_json::to_vec(&line).map_err(Error::internal)?;
-            text.push(b'\n');
-            Ok(Bytes::from(text))
+    let body = body.map(move |line| {
+        let _held = &room;
+        match line {
+            Ok(line) if json => {
+                let mut text = serde_json::to_vec(&line).map_err(Error::internal)?;
+                text.push(b'\n');
+                Ok(Bytes::from(text))
+            }
+            Ok(line) => Ok(Bytes::from(line_for_people(&line))),
+            Err(error) => Err(unavailable(error)),
         }
-        Ok(line) => Ok(Bytes::from(line_for_people(&line))),
-        Err(error) => Err(unavailable(error)),
     });
     let kind = if json { "application/x-ndjson" } else { "text/plain; charset=utf-8" };
     Ok(HttpResponse::Ok().content_type(kind).streaming(body))

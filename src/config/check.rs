@@ -44,6 +44,15 @@ impl Config {
         if server.workers == 0 || server.workers > 64 {
             faults.push("server.workers is 1 to 64".into());
         }
+        if server.connections.is_some_and(|most| !(64..=1_000_000).contains(&most)) {
+            faults.push("server.connections is 64 to 1000000".into());
+        }
+        if !(8..=1_000_000).contains(&server.connections_per_source) {
+            faults.push("server.connections_per_source is 8 to 1000000".into());
+        }
+        if !server.trusted_proxies.is_empty() && !server.behind_proxy {
+            faults.push("server.trusted_proxies needs server.behind_proxy = true".into());
+        }
         if self.database.connections < 4 {
             faults.push("database.connections is at least 4".into());
         }

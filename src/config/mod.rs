@@ -10,10 +10,12 @@ use crate::ids::Installation;
 
 mod check;
 mod limits;
+mod proxies;
 mod sections;
 
 pub use check::is_loopback;
 pub use limits::Limits;
+pub use proxies::Cidr;
 pub use sections::{
     Access, Agent, BLOCK_SIZE, Database, Log, LogFormat, Pools, Provider, RANGE_SIZE, Registry, RoleMapping,
     SUBNET_PREFIX, Server,
@@ -57,7 +59,10 @@ const KEYS: &[(&str, &[&str])] = &[
             "tls_certificate",
             "tls_key",
             "behind_proxy",
+            "trusted_proxies",
             "workers",
+            "connections",
+            "connections_per_source",
         ],
     ),
     (

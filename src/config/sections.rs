@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::proxies::Cidr;
 use crate::driver::workload::{IdRange, Subnet};
 
 /// Listeners and what they are called from outside.
@@ -31,9 +32,19 @@ pub struct Server {
     /// A proxy in front ends TLS; then plain text beyond loopback is allowed.
     #[serde(default)]
     pub behind_proxy: bool,
+    /// Networks of proxies whose `X-Forwarded-For` counts. Without any, `behind_proxy` trusts the last entry of each
+    /// peer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trusted_proxies: Vec<Cidr>,
     /// Threads that answer requests.
     #[serde(default = "two")]
     pub workers: usize,
+    /// Connections in all; when absent, as many as memory and descriptors bear.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connections: Option<usize>,
+    /// Connections of one source: an IPv4 address, or a /64 of IPv6.
+    #[serde(default = "per_source")]
+    pub connections_per_source: usize,
 }
 
 impl Server {
@@ -48,7 +59,10 @@ impl Server {
             tls_certificate: None,
             tls_key: None,
             behind_proxy: false,
+            trusted_proxies: Vec::new(),
             workers: two(),
+            connections: None,
+            connections_per_source: per_source(),
         }
     }
 }
@@ -274,6 +288,9 @@ pub enum LogFormat {
 
 fn two() -> usize {
     2
+}
+fn per_source() -> usize {
+    512
 }
 fn postgres_port() -> u16 {
     5432

@@ -18,7 +18,11 @@ use crate::fault::{Code, Fault, Kind};
 use crate::telemetry::Metrics;
 
 pub mod error;
+pub mod front;
 pub mod html;
+mod source;
+
+pub use source::{Proxies, network};
 
 /// Largest body of a JSON or YAML request, in bytes.
 pub const BODY_LIMIT: usize = 64 * 1024;
@@ -39,6 +43,30 @@ impl FromRequest for RequestId {
 #[must_use]
 pub fn request_id(req: &HttpRequest) -> RequestId {
     req.extensions().get::<RequestId>().cloned().unwrap_or_else(|| RequestId(Rc::from("none")))
+}
+
+/// What remains of the rate of the request's payer: set by the extractor, told in the answer
+/// (draft-ietf-httpapi-ratelimit-headers-03).
+#[derive(Debug, Clone, Copy)]
+pub struct RateLimit {
+    /// Requests at once.
+    pub limit: u64,
+    /// Of these, what remains.
+    pub remaining: u64,
+    /// Seconds until all of them are back.
+    pub reset: u64,
+}
+
+impl RateLimit {
+    fn tell(self, headers: &mut header::HeaderMap) {
+        for (name, value) in [
+            ("ratelimit-limit", self.limit),
+            ("ratelimit-remaining", self.remaining),
+            ("ratelimit-reset", self.reset),
+        ] {
+            headers.insert(HeaderName::from_static(name), HeaderValue::from(value));
+        }
+    }
 }
 
 /// A random text of 16 lower-case letters and digits.
@@ -74,6 +102,10 @@ pub async fn outermost<B: MessageBody + 'static>(
         Metrics::count(&metrics.requests[class]);
     }
     headers(response.headers_mut(), &id, secure);
+    let rate = response.request().extensions().get::<RateLimit>().copied();
+    if let Some(rate) = rate {
+        rate.tell(response.headers_mut());
+    }
     let pattern = response.request().match_pattern().unwrap_or_default();
     tracing::debug!(request_id = id, %method, pattern, status = response.status().as_u16(), "answered");
     Ok(response)
@@ -125,8 +157,8 @@ fn headers(headers: &mut header::HeaderMap, id: &str, secure: bool) {
 pub struct OwnAddress {
     /// Configured address without a trailing slash.
     pub external: Option<String>,
-    /// Whether a proxy of ours stands in front: then, and only then, its word about the client is taken.
-    pub behind_proxy: bool,
+    /// Whose word about the client is taken.
+    pub proxies: Proxies,
 }
 
 impl OwnAddress {
@@ -147,21 +179,17 @@ impl OwnAddress {
     pub fn is_secure(&self, req: &HttpRequest) -> bool {
         match &self.external {
             Some(external) => external.starts_with("https://"),
-            None => req.app_config().secure(),
+            None => front::is_secure(req),
         }
     }
 
-    /// Where a request comes from: the peer, or what our own proxy says of it (the last entry: those
-    /// before it are the client's own).
+    /// Where a request comes from: the peer, or what a trusted proxy says of its client.
     #[must_use]
     pub fn client(&self, req: &HttpRequest) -> IpAddr {
-        let said = || {
-            let value = req.headers().get_all("x-forwarded-for").last()?.to_str().ok()?;
-            value.rsplit(',').next()?.trim().parse().ok()
-        };
-        let peer = || req.peer_addr().map(|peer| peer.ip());
-        let known = if self.behind_proxy { said().or_else(peer) } else { peer() };
-        known.unwrap_or(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED))
+        let Some(peer) = req.peer_addr() else { return IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED) };
+        let lines = req.headers().get_all("x-forwarded-for").filter_map(|value| value.to_str().ok());
+        let lines: Vec<&str> = lines.collect();
+        self.proxies.client(peer.ip(), lines.into_iter())
     }
 
     /// Whether a request that changes something comes from our own pages: browsers send `Origin`

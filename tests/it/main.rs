@@ -5,6 +5,7 @@
 
 mod access;
 mod command_line;
+mod front;
 mod quotas;
 mod render;
 mod support;

@@ -6,14 +6,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use actix_web::App;
 use actix_web::middleware::from_fn;
-use actix_web::{App, HttpServer};
 use bulkhead::access::{Authority, PlatformRole, Role, tokens};
 use bulkhead::audit::{heads::Heads, seal};
 use bulkhead::config::Config;
 use bulkhead::db::{self, Within};
 use bulkhead::driver::agent::client::AgentClient;
-use bulkhead::http;
+use bulkhead::http::front::{self, Front};
+use bulkhead::http::{self, Proxies};
 use bulkhead::ids::{ActorId, TenantId};
 use bulkhead::keys::{Keys, Purpose};
 use bulkhead::registries::SigningKey;
@@ -96,15 +97,14 @@ async fn replica(config: &Config, connect: &PgConnectOptions) -> Replica {
     drop(conn);
     let platform = Platform::build(config, driver, pool, work).unwrap();
     let inner = platform.clone();
-    let server = HttpServer::new(move || {
-        let platform = inner.clone();
-        App::new().wrap(from_fn(http::outermost)).configure(|cfg| platform.configure(Door::Tenants, cfg))
-    })
-    .workers(2)
-    .disable_signals()
-    .listen(listener)
-    .unwrap()
-    .run();
+    let mut front = Front::new("test", listener, 2, front::bounds(&platform.config));
+    front.proxies = Proxies::of(&platform.config.server);
+    let server = front
+        .serve(move || {
+            let platform = inner.clone();
+            App::new().wrap(from_fn(http::outermost)).configure(|cfg| platform.configure(Door::Tenants, cfg))
+        })
+        .unwrap();
     let handle = server.handle();
     tokio::spawn(server);
     Replica { address: format!("http://{address}"), platform, handle }

@@ -1,0 +1,309 @@
+//! Who holds a connection. A bound in all and one per source; when the whole is full, a connection that waits for
+//! its client makes room for a newcomer: the one that has waited longest, of the source that holds most. So silent
+//! connections, however many and from however many addresses, never lock a client out that has something to say.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+
+use futures_util::task::AtomicWaker;
+
+/// How many connections there may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    /// In all.
+    pub all: usize,
+    /// Of one source.
+    pub per_source: usize,
+}
+
+/// Why a connection is not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Full {
+    /// Its source has as many as it may.
+    Source,
+    /// There are as many as there may be, and all are being answered.
+    All,
+}
+
+/// The table of connections. Clones share it.
+#[derive(Clone)]
+pub(super) struct Admissions(Arc<Table>);
+
+struct Table {
+    bounds: Bounds,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    seats: HashMap<u64, Held>,
+    sources: HashMap<IpAddr, Own>,
+    /// Sources with a connection that waits for its client: by how many they hold, then by how long it waits.
+    order: BTreeSet<(usize, Reverse<u64>, IpAddr)>,
+    next: u64,
+    closed: bool,
+}
+
+struct Held {
+    source: IpAddr,
+    line: Arc<Line>,
+    /// When it began to wait for its client.
+    since: Option<u64>,
+}
+
+#[derive(Default)]
+struct Own {
+    held: usize,
+    waiting: BTreeMap<u64, u64>,
+}
+
+/// Tells the task of a connection that it has to end.
+#[derive(Default)]
+struct Line {
+    cut: AtomicBool,
+    waker: AtomicWaker,
+}
+
+impl Line {
+    fn cut(&self) {
+        self.cut.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+}
+
+/// A connection's place in the table; given back when it is dropped.
+pub(super) struct Seat {
+    table: Arc<Table>,
+    id: u64,
+    line: Arc<Line>,
+}
+
+impl Admissions {
+    /// An empty table.
+    #[must_use]
+    pub(super) fn new(bounds: Bounds) -> Self {
+        Self(Arc::new(Table { bounds, state: Mutex::default() }))
+    }
+
+    /// A place for a connection of this source, which waits for its client from now on. A source that is not
+    /// `counted` (a trusted proxy) is bound by the whole only.
+    pub(super) fn admit(&self, source: IpAddr, counted: bool) -> Result<Seat, Full> {
+        let bounds = self.0.bounds;
+        let mut state = self.0.lock();
+        if state.closed {
+            return Err(Full::All);
+        }
+        let own = state.sources.get(&source).map_or(0, |own| own.held);
+        if counted && own >= bounds.per_source && !state.evict(source) {
+            return Err(Full::Source);
+        }
+        if state.seats.len() >= bounds.all {
+            let own = state.sources.get(&source).map_or(0, |own| own.held);
+            let largest = state.order.last().map(|(held, _, source)| (*held, *source));
+            match largest {
+                // Never at the cost of a source that holds less.
+                Some((held, largest)) if largest == source || held > own => state.evict(largest),
+                _ => return Err(Full::All),
+            };
+        }
+        let line = Arc::new(Line::default());
+        let id = state.number();
+        state.unlist(source);
+        state.sources.entry(source).or_default().held += 1;
+        state.list(source);
+        state.seats.insert(id, Held { source, line: Arc::clone(&line), since: None });
+        state.wait(id, true);
+        drop(state);
+        Ok(Seat { table: Arc::clone(&self.0), id, line })
+    }
+
+    /// No connection is taken any more; those that wait for their clients end, now and later.
+    pub(super) fn close(&self) {
+        let mut state = self.0.lock();
+        state.closed = true;
+        while let Some(source) = state.order.last().map(|(.., source)| *source) {
+            state.evict(source);
+        }
+    }
+}
+
+impl Table {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn place(&self, source: IpAddr) -> Option<(usize, Reverse<u64>, IpAddr)> {
+        let own = self.sources.get(&source)?;
+        own.waiting.first_key_value().map(|(since, _)| (own.held, Reverse(*since), source))
+    }
+
+    /// Around each change of a source: off the order, and on it again.
+    fn unlist(&mut self, source: IpAddr) {
+        if let Some(place) = self.place(source) {
+            self.order.remove(&place);
+        }
+    }
+    fn list(&mut self, source: IpAddr) {
+        if let Some(place) = self.place(source) {
+            self.order.insert(place);
+        }
+    }
+
+    /// Ends the connection of a source that has waited longest for its client.
+    fn evict(&mut self, source: IpAddr) -> bool {
+        let first = self.sources.get(&source).and_then(|own| own.waiting.values().next().copied());
+        let Some(id) = first else { return false };
+        if let Some(line) = self.seats.get(&id).map(|held| Arc::clone(&held.line)) {
+            line.cut();
+        }
+        self.remove(id);
+        true
+    }
+
+    fn remove(&mut self, id: u64) {
+        let Some(held) = self.seats.remove(&id) else { return };
+        self.unlist(held.source);
+        if let Some(own) = self.sources.get_mut(&held.source) {
+            own.held -= 1;
+            if let Some(since) = held.since {
+                own.waiting.remove(&since);
+            }
+            if own.held == 0 {
+                self.sources.remove(&held.source);
+            }
+        }
+        self.list(held.source);
+    }
+
+    fn wait(&mut self, id: u64, waits: bool) {
+        let since = self.number();
+        let Some(held) = self.seats.get_mut(&id) else { return };
+        if held.since.is_some() == waits {
+            return;
+        }
+        let (source, before) = (held.source, held.since);
+        held.since = waits.then_some(since);
+        self.unlist(source);
+        if let Some(own) = self.sources.get_mut(&source) {
+            if waits {
+                own.waiting.insert(since, id);
+            } else if let Some(before) = before {
+                own.waiting.remove(&before);
+            }
+        }
+        self.list(source);
+        if waits && self.closed {
+            self.evict(source);
+        }
+    }
+}
+
+impl Seat {
+    /// Whether the connection waits for its client: it may then be ended for a newcomer.
+    pub(super) fn waits(&self, waits: bool) {
+        self.table.lock().wait(self.id, waits);
+    }
+
+    /// Ready once the connection has to make room.
+    pub(super) fn poll_cut(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.line.waker.register(cx.waker());
+        if self.line.cut.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.table.lock().remove(self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ip(n: u32) -> IpAddr {
+        std::net::Ipv4Addr::from(n).into()
+    }
+
+    impl Admissions {
+        fn held(&self) -> usize {
+            self.0.lock().seats.len()
+        }
+    }
+
+    fn is_cut(seat: &Seat) -> bool {
+        seat.line.cut.load(Ordering::Acquire)
+    }
+
+    #[test]
+    fn a_newcomer_takes_the_place_of_the_silent_one_of_the_largest_source() {
+        let table = Admissions::new(Bounds { all: 10, per_source: 6 });
+        let crowd: Vec<Seat> = (0..6).map(|_| table.admit(ip(1), true).unwrap()).collect();
+        let few: Vec<Seat> = (0..4).map(|_| table.admit(ip(2), true).unwrap()).collect();
+        let newcomer = table.admit(ip(3), true).unwrap();
+        assert_eq!(table.held(), 10);
+        assert!(is_cut(&crowd[0]) && !is_cut(&crowd[1]));
+        assert!(few.iter().chain([&newcomer]).all(|seat| !is_cut(seat)));
+    }
+
+    #[test]
+    fn thirty_thousand_silent_sources_lock_no_one_out() {
+        let table = Admissions::new(Bounds { all: 1000, per_source: 10 });
+        let silent: Vec<Seat> = (0..30_000).map(|n| table.admit(ip(n), true).unwrap()).collect();
+        assert_eq!(table.held(), 1000);
+        let newcomer = table.admit(ip(99_999), true).unwrap();
+        newcomer.waits(false);
+        // Being answered, it is ended for none of those that come after.
+        let more: Vec<Seat> = (50_000..60_000).map(|n| table.admit(ip(n), true).unwrap()).collect();
+        assert!(!is_cut(&newcomer));
+        drop((silent, more, newcomer));
+        assert_eq!(table.held(), 0);
+        let state = table.0.lock();
+        assert!(state.sources.is_empty() && state.order.is_empty());
+    }
+
+    #[test]
+    fn a_source_at_its_bound_ends_its_own_silent_ones_or_is_refused() {
+        let table = Admissions::new(Bounds { all: 100, per_source: 3 });
+        let seats: Vec<Seat> = (0..3).map(|_| table.admit(ip(1), true).unwrap()).collect();
+        for seat in &seats[1..] {
+            seat.waits(false);
+        }
+        let fourth = table.admit(ip(1), true).unwrap();
+        assert!(is_cut(&seats[0]));
+        fourth.waits(false);
+        assert_eq!(table.admit(ip(1), true).err(), Some(Full::Source));
+        assert!(table.admit(ip(2), true).is_ok());
+        // A trusted proxy is no source.
+        assert!(table.admit(ip(1), false).is_ok());
+    }
+
+    #[test]
+    fn what_is_being_answered_is_never_ended() {
+        let table = Admissions::new(Bounds { all: 3, per_source: 3 });
+        let seats: Vec<Seat> = (0..3).map(|n| table.admit(ip(n), true).unwrap()).collect();
+        for seat in &seats {
+            seat.waits(false);
+        }
+        assert_eq!(table.admit(ip(9), true).err(), Some(Full::All));
+        seats[1].waits(true);
+        assert!(table.admit(ip(9), true).is_ok());
+        assert!(is_cut(&seats[1]));
+        table.close();
+        assert!(!is_cut(&seats[0]));
+        seats[0].waits(true);
+        assert!(is_cut(&seats[0]));
+        assert!(table.admit(ip(1), true).is_err());
+    }
+}

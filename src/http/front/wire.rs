@@ -1,0 +1,519 @@
+//! One connection as the HTTP dispatcher sees it: a stream that hands on whole heads of bounded size, that ends when
+//! a head or a body takes too long, and that gives up on clients which do not read. The dispatcher never meets a head
+//! that it would refuse by itself, so that every answer is ours and bears our headers.
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use actix_http::ServiceConfig;
+use actix_http::h1::{Codec, Message, MessageType};
+use actix_web::http::StatusCode;
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::time::{Instant, Sleep, sleep_until};
+use tokio_util::codec::Decoder;
+
+use super::Times;
+use super::admit::Seat;
+
+/// Largest head of a request, in bytes.
+pub(super) const HEAD_LIMIT: usize = 16 << 10;
+/// Bytes that are read at once.
+const READ: usize = 8 << 10;
+/// Most bytes and time that the end of a refused connection waits for its client to stop sending.
+const DRAIN: usize = 256 << 10;
+
+/// A byte stream of either sort.
+pub(super) trait Io: AsyncRead + AsyncWrite + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Unpin> Io for T {}
+
+/// What the stream and the service of a connection tell each other.
+pub(super) struct Conn {
+    /// Its place among the connections.
+    pub(super) seat: Seat,
+    /// Whether it came over TLS.
+    pub(super) secure: bool,
+    /// Whether a request is being answered.
+    pub(super) busy: Cell<bool>,
+    refusal: Cell<Option<StatusCode>>,
+    waker: RefCell<Option<Waker>>,
+    reads: Cell<bool>,
+    writes: Cell<bool>,
+}
+
+impl Conn {
+    /// A connection that waits for its first head.
+    #[must_use]
+    pub(super) fn new(seat: Seat, secure: bool) -> Rc<Self> {
+        Rc::new(Self {
+            seat,
+            secure,
+            busy: Cell::new(false),
+            refusal: Cell::new(None),
+            waker: RefCell::new(None),
+            reads: Cell::new(true),
+            writes: Cell::new(false),
+        })
+    }
+
+    /// What has to be answered instead of the request, once.
+    pub(super) fn take_refusal(&self) -> Option<StatusCode> {
+        self.refusal.take()
+    }
+
+    /// The request has been answered.
+    pub(super) fn answered(&self) {
+        self.busy.set(false);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = self.waker.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+
+    /// Notes whether the client lets us wait, in either direction.
+    fn waits(&self, reads: Option<bool>, writes: Option<bool>) {
+        let before = self.reads.get() || self.writes.get();
+        self.reads.set(reads.unwrap_or_else(|| self.reads.get()));
+        self.writes.set(writes.unwrap_or_else(|| self.writes.get()));
+        let now = self.reads.get() || self.writes.get();
+        if now != before {
+            self.seat.waits(now);
+        }
+    }
+}
+
+/// A clock that is made when it is first needed.
+#[derive(Default)]
+struct Clock(Option<Pin<Box<Sleep>>>);
+
+impl Clock {
+    fn poll(&mut self, cx: &mut Context<'_>, deadline: Instant) -> Poll<()> {
+        let sleep = self.0.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
+        if sleep.deadline() != deadline {
+            sleep.as_mut().reset(deadline);
+        }
+        sleep.as_mut().poll(cx)
+    }
+}
+
+/// How long a client may still let us wait: it earns time by what it sends or takes, and keeps no more than twice the
+/// grace, or what the kernel's buffers took at once would buy it an hour.
+#[derive(Clone, Copy)]
+struct Pace {
+    left: Duration,
+    since: Option<Instant>,
+}
+
+impl Pace {
+    fn new(times: &Times) -> Self {
+        Self { left: times.grace, since: None }
+    }
+
+    fn moved(&mut self, bytes: usize, times: &Times) {
+        let waited = self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        let earned = Duration::from_millis((bytes as u64).saturating_mul(1000) / times.rate.max(1));
+        self.left = (self.left.saturating_sub(waited) + earned).min(times.grace * 2);
+    }
+
+    /// When the client will have been too slow.
+    fn deadline(&mut self) -> Instant {
+        *self.since.get_or_insert_with(Instant::now) + self.left
+    }
+}
+
+enum Phase {
+    /// The next head has not arrived whole.
+    Head,
+    /// The body is being read.
+    Body,
+    /// The request is whole and is being answered.
+    Busy,
+    /// Something was refused: the connection ends after the answer.
+    Refused,
+}
+
+/// The stream.
+pub(super) struct Wire {
+    io: Box<dyn Io>,
+    /// What it shares with the service.
+    pub(super) conn: Rc<Conn>,
+    times: Times,
+    /// Reads the same bytes as the dispatcher, to know where a request ends.
+    tee: Codec,
+    phase: Phase,
+    /// Read, and not handed on yet.
+    held: BytesMut,
+    /// How far `held` was searched for the end of a head.
+    searched: usize,
+    /// Handed on next.
+    out: BytesMut,
+    /// When the wait for this head began, and when its first byte came.
+    idle: Instant,
+    begun: Option<Instant>,
+    /// When the body of a request has to be whole.
+    body_by: Option<Instant>,
+    reading: Pace,
+    writing: Pace,
+    read_clock: Clock,
+    write_clock: Clock,
+    drained: usize,
+    drain_by: Option<Instant>,
+}
+
+/// What came of the wait for a head.
+pub(super) enum Begun {
+    /// A whole head is there.
+    Head,
+    /// The client has gone.
+    Gone,
+    /// It is refused.
+    Refused(StatusCode),
+}
+
+impl Wire {
+    /// A stream whose head has to be whole within the limits, counted from `accepted`.
+    pub(super) fn new(
+        io: Box<dyn Io>,
+        conn: Rc<Conn>,
+        times: Times,
+        config: ServiceConfig,
+        accepted: Instant,
+    ) -> Self {
+        Self {
+            io,
+            conn,
+            reading: Pace::new(&times),
+            writing: Pace::new(&times),
+            times,
+            tee: Codec::new(config),
+            phase: Phase::Head,
+            held: BytesMut::new(),
+            searched: 0,
+            out: BytesMut::new(),
+            idle: accepted,
+            begun: Some(accepted),
+            body_by: None,
+            read_clock: Clock::default(),
+            write_clock: Clock::default(),
+            drained: 0,
+            drain_by: None,
+        }
+    }
+
+    /// Waits for the first head, before anything is set up to answer it.
+    pub(super) fn poll_first(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Begun>> {
+        self.poll_head(cx)
+    }
+
+    /// Writes an answer and ends the connection, without a dispatcher.
+    pub(super) async fn say_farewell(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.phase = Phase::Refused;
+        self.write_all(bytes).await?;
+        self.shutdown().await
+    }
+
+    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Begun>> {
+        loop {
+            while let Some(b'\r' | b'\n') = self.held.first() {
+                self.held.advance(1);
+            }
+            if let Some(end) = head_end(&self.held, self.searched.saturating_sub(3)) {
+                self.searched = 0;
+                return Poll::Ready(Ok(if end > HEAD_LIMIT {
+                    Begun::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE)
+                } else {
+                    self.take_head(end)
+                }));
+            }
+            self.searched = self.held.len();
+            if self.held.len() >= HEAD_LIMIT {
+                return Poll::Ready(Ok(Begun::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE)));
+            }
+            match self.fill(cx) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Ok(Begun::Gone)),
+                Poll::Ready(Ok(_)) => {
+                    self.begun.get_or_insert_with(Instant::now);
+                }
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => {
+                    self.conn.waits(Some(true), None);
+                    let deadline = match self.begun {
+                        Some(begun) => begun + self.times.head,
+                        None => self.idle + self.times.idle,
+                    };
+                    std::task::ready!(self.read_clock.poll(cx, deadline));
+                    return Poll::Ready(Ok(if self.begun.is_some() {
+                        Begun::Refused(StatusCode::REQUEST_TIMEOUT)
+                    } else {
+                        Begun::Gone
+                    }));
+                }
+            }
+        }
+    }
+
+    /// Reads into `held`.
+    fn fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut room = [std::mem::MaybeUninit::uninit(); READ];
+        let mut buffer = ReadBuf::uninit(&mut room);
+        std::task::ready!(Pin::new(&mut self.io).poll_read(cx, &mut buffer))?;
+        self.held.extend_from_slice(buffer.filled());
+        Poll::Ready(Ok(buffer.filled().len()))
+    }
+
+    /// The head is parsed by the dispatcher's own parser: what that refuses is refused here.
+    fn take_head(&mut self, end: usize) -> Begun {
+        let head = self.held.split_to(end);
+        if self.held.is_empty() {
+            // Nothing is kept for a connection that holds nothing.
+            self.held = BytesMut::new();
+        }
+        let mut copy = BytesMut::from(&head[..]);
+        let request = match self.tee.decode(&mut copy) {
+            Ok(Some(Message::Item(request))) if copy.is_empty() => request,
+            Err(actix_http::error::ParseError::TooLarge) => {
+                return Begun::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
+            }
+            _ => return Begun::Refused(StatusCode::BAD_REQUEST),
+        };
+        let body = match self.tee.message_type() {
+            MessageType::None => false,
+            MessageType::Payload => true,
+            // What comes after an upgrade or a CONNECT has no end that we know.
+            MessageType::Stream => return Begun::Refused(StatusCode::BAD_REQUEST),
+        };
+        let now = Instant::now();
+        let long = request.path().starts_with("/v2/");
+        self.body_by = (!long).then(|| now + self.times.body);
+        self.reading = Pace::new(&self.times);
+        self.writing = self.reading;
+        self.begun = None;
+        self.out = head;
+        self.conn.busy.set(true);
+        self.conn.waits(Some(false), None);
+        self.phase = if body { Phase::Body } else { Phase::Busy };
+        if body {
+            let ahead = self.held.split();
+            if let Err(status) = self.body(&ahead) {
+                return Begun::Refused(status);
+            }
+        }
+        Begun::Head
+    }
+
+    /// Bytes of a body: those that belong to it are handed on, the others belong to the next head.
+    fn body(&mut self, bytes: &[u8]) -> Result<(), StatusCode> {
+        let mut rest = BytesMut::from(bytes);
+        loop {
+            match self.tee.decode(&mut rest) {
+                Ok(Some(Message::Chunk(None))) => {
+                    self.phase = Phase::Busy;
+                    break;
+                }
+                Ok(Some(_)) => {}
+                // An incomplete chunk header stays within the parser: the dispatcher's has the same.
+                Ok(None) => {
+                    rest.clear();
+                    break;
+                }
+                Err(_) => return Err(StatusCode::BAD_REQUEST),
+            }
+        }
+        self.out.extend_from_slice(&bytes[..bytes.len() - rest.len()]);
+        self.held.extend_from_slice(&rest);
+        self.reading.moved(bytes.len(), &self.times);
+        Ok(())
+    }
+
+    /// The answer is now this. Between two requests the dispatcher is handed one that the service answers so; while a
+    /// request is under way, the service ends it.
+    fn refuse(&mut self, status: StatusCode) {
+        if !self.conn.busy.replace(true) {
+            self.out = BytesMut::from(&b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n"[..]);
+        }
+        self.conn.refusal.set(Some(status));
+        self.phase = Phase::Refused;
+    }
+
+    fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        match self.fill(cx) {
+            Poll::Ready(Ok(0)) => return Poll::Ready(Ok(false)),
+            Poll::Ready(Ok(_)) => {
+                self.conn.waits(Some(false), None);
+                let bytes = self.held.split();
+                if let Err(status) = self.body(&bytes) {
+                    self.refuse_body(cx, status);
+                }
+                return Poll::Ready(Ok(true));
+            }
+            Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+            Poll::Pending => {}
+        }
+        self.conn.waits(Some(true), None);
+        let slow = self.reading.deadline();
+        let deadline = self.body_by.map_or(slow, |by| by.min(slow));
+        std::task::ready!(self.read_clock.poll(cx, deadline));
+        if !self.conn.busy.get() {
+            // It was answered already, and the rest is waited for in vain.
+            return Poll::Ready(Ok(false));
+        }
+        self.refuse_body(cx, StatusCode::REQUEST_TIMEOUT);
+        Poll::Ready(Ok(true))
+    }
+
+    fn refuse_body(&mut self, cx: &mut Context<'_>, status: StatusCode) {
+        self.refuse(status);
+        cx.waker().wake_by_ref();
+    }
+}
+
+/// Where the head in these bytes ends: after its first empty line.
+fn head_end(bytes: &[u8], mut from: usize) -> Option<usize> {
+    while let Some(at) = bytes[from..].iter().position(|byte| *byte == b'\n') {
+        let after = from + at + 1;
+        match bytes[after..] {
+            [b'\n', ..] => return Some(after + 1),
+            [b'\r', b'\n', ..] => return Some(after + 2),
+            _ => from = after,
+        }
+    }
+    None
+}
+
+impl AsyncRead for Wire {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let wire = self.get_mut();
+        loop {
+            if !wire.out.is_empty() {
+                let n = wire.out.len().min(buffer.remaining());
+                buffer.put_slice(&wire.out.split_to(n));
+                return Poll::Ready(Ok(()));
+            }
+            match wire.phase {
+                Phase::Head => match std::task::ready!(wire.poll_head(cx))? {
+                    Begun::Head => {}
+                    Begun::Gone => return Poll::Ready(Ok(())),
+                    Begun::Refused(status) => wire.refuse(status),
+                },
+                Phase::Body => {
+                    if !std::task::ready!(wire.poll_body(cx))? {
+                        return Poll::Ready(Ok(()));
+                    }
+                }
+                Phase::Busy if !wire.conn.busy.get() => {
+                    wire.phase = Phase::Head;
+                    wire.idle = Instant::now();
+                    wire.begun = (!wire.held.is_empty()).then_some(wire.idle);
+                }
+                // A client that hangs up is heard; what it sends ahead is bounded.
+                Phase::Busy => {
+                    *wire.conn.waker.borrow_mut() = Some(cx.waker().clone());
+                    if wire.held.len() >= HEAD_LIMIT {
+                        return Poll::Pending;
+                    }
+                    if std::task::ready!(wire.fill(cx))? == 0 {
+                        return Poll::Ready(Ok(()));
+                    }
+                }
+                Phase::Refused => return Poll::Pending,
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Wire {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let wire = self.get_mut();
+        match Pin::new(&mut wire.io).poll_write(cx, bytes) {
+            Poll::Ready(outcome) => {
+                wire.conn.waits(None, Some(false));
+                wire.writing.moved(*outcome.as_ref().unwrap_or(&0), &wire.times);
+                Poll::Ready(outcome)
+            }
+            Poll::Pending => {
+                wire.conn.waits(None, Some(true));
+                let deadline = wire.writing.deadline();
+                std::task::ready!(wire.write_clock.poll(cx, deadline));
+                Poll::Ready(Err(io::Error::from(io::ErrorKind::TimedOut)))
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().io).poll_flush(cx)
+    }
+
+    /// Half closed first, and what the client still sends is read for a moment: an answer that is followed by a reset
+    /// would be lost.
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let wire = self.get_mut();
+        if wire.drain_by.is_none() {
+            std::task::ready!(Pin::new(&mut wire.io).poll_shutdown(cx))?;
+            if !matches!(wire.phase, Phase::Refused | Phase::Body) {
+                return Poll::Ready(Ok(()));
+            }
+            wire.drain_by = Some(Instant::now() + wire.times.drain);
+            wire.conn.waits(Some(true), None);
+        }
+        let by = wire.drain_by.unwrap_or_else(Instant::now);
+        while wire.drained < DRAIN {
+            match wire.fill(cx) {
+                Poll::Ready(Ok(n)) if n > 0 => {
+                    wire.held.clear();
+                    wire.drained += n;
+                }
+                Poll::Ready(_) => return Poll::Ready(Ok(())),
+                Poll::Pending => {
+                    std::task::ready!(wire.read_clock.poll(cx, by));
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_ends_at_its_first_empty_line() {
+        assert_eq!(head_end(b"GET / HTTP/1.1\r\nhost: x\r\n\r\nrest", 0), Some(27));
+        assert_eq!(head_end(b"GET / HTTP/1.1\nhost: x\n\nrest", 0), Some(24));
+        assert_eq!(head_end(b"GET / HTTP/1.1\r\n\nrest", 0), Some(17));
+        assert_eq!(head_end(b"GET / HTTP/1.1\r\nhost: x\r\n", 0), None);
+        assert_eq!(head_end(b"", 0), None);
+    }
+
+    #[test]
+    fn a_client_earns_time_by_what_it_moves() {
+        let times = Times { rate: 1000, grace: Duration::from_secs(10), ..Times::default() };
+        let left = |pace: &Pace| (pace.left + Duration::from_millis(500)).as_secs();
+        let mut pace = Pace::new(&times);
+        assert_eq!(left(&pace), 10);
+        pace.since = Instant::now().checked_sub(Duration::from_secs(4));
+        pace.moved(2000, &times);
+        assert_eq!(left(&pace), 10 + 2 - 4);
+        // Our own work costs the client nothing: only a wait that has begun counts.
+        pace.moved(0, &times);
+        assert_eq!(left(&pace), 8);
+        // A burst that buffers took buys no hour.
+        pace.moved(100_000_000, &times);
+        assert_eq!(left(&pace), 20);
+        pace.since = Instant::now().checked_sub(Duration::from_secs(60));
+        assert!(pace.deadline() < Instant::now());
+    }
+}
