@@ -5,15 +5,23 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sqlx::PgPool;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::{Failure, Lease, Outcome, Reconciler, Waker, store};
+use crate::permits::FairPermits;
 use crate::telemetry::Metrics;
 
 /// How many objects are worked on at once, in all and of one tenant.
 const AT_ONCE: usize = 16;
 const PER_TENANT: i64 = 4;
+/// Slots that only tenants get of which nothing is worked on.
+const RESERVE: i64 = 4;
+/// Work that takes longer (a pull, a hung engine) leaves its slot to others, and goes on in the slow lane.
+const SLOW: Duration = Duration::from_secs(2);
+/// Room in the slow lane. Of one tenant there is no more than of all its work.
+const SLOW_AT_ONCE: usize = 128;
 /// How often other replicas' work is looked for.
 const POLL: Duration = Duration::from_millis(250);
 /// How often a claim is renewed; well within its length, with room for a slow database.
@@ -31,6 +39,8 @@ pub async fn run(
         reconcilers.into_iter().map(|r| (r.kind(), r)).collect();
     let room = Arc::new(Semaphore::new(AT_ONCE));
     let busy: Arc<Mutex<HashMap<i64, i64>>> = Arc::default();
+    let slow = FairPermits::new(usize::try_from(PER_TENANT).unwrap_or(4), SLOW_AT_ONCE);
+    let under_way = TaskTracker::new();
     let mut down = false;
     while !stop.is_cancelled() {
         let free = i64::try_from(room.available_permits()).unwrap_or(0);
@@ -38,7 +48,8 @@ pub async fn run(
             Ok(Vec::new())
         } else {
             let now = lock(&busy).clone();
-            store::claim(&pool, free, PER_TENANT, &now).await
+            let (most, per_tenant) = if free > RESERVE { (free - RESERVE, PER_TENANT) } else { (free, 1) };
+            store::claim(&pool, most, per_tenant, &now).await
         };
         let claimed = match claimed {
             Ok(claimed) => {
@@ -65,9 +76,11 @@ pub async fn run(
             };
             let (pool, metrics, waker) = (pool.clone(), metrics.clone(), waker.clone());
             let turn = Turn::take(&busy, claim.tenant);
-            tokio::spawn(async move {
-                work(&pool, &*reconciler, claim.lease, &metrics).await;
-                drop((turn, permit));
+            let lane =
+                Lane { slot: Some(permit), slow: slow.clone(), tenant: claim.tenant, waker: waker.clone() };
+            under_way.spawn(async move {
+                lane.run(work(&pool, &*reconciler, claim.lease, &metrics)).await;
+                drop(turn);
                 waker.wake();
             });
         }
@@ -79,9 +92,45 @@ pub async fn run(
             }
         }
     }
-    // All permits back: nothing is under way any more.
-    let all = u32::try_from(AT_ONCE).unwrap_or(u32::MAX);
-    let _ = tokio::time::timeout(Duration::from_secs(15), room.acquire_many(all)).await;
+    under_way.close();
+    let _ = tokio::time::timeout(Duration::from_secs(15), under_way.wait()).await;
+}
+
+/// The slot that a piece of work holds, and its way into the slow lane.
+struct Lane {
+    slot: Option<OwnedSemaphorePermit>,
+    slow: FairPermits<i64>,
+    tenant: i64,
+    waker: Waker,
+}
+
+impl Lane {
+    /// Runs the work. After a while it gives its slot back, as soon as the slow lane has room.
+    async fn run(mut self, work: impl Future<Output = ()>) {
+        let (slow, tenant) = (self.slow.clone(), self.tenant);
+        let moved = async move {
+            tokio::time::sleep(SLOW).await;
+            loop {
+                if let Ok(permit) = slow.take(&tenant, Duration::from_secs(3600)).await {
+                    return permit;
+                }
+                tokio::time::sleep(SLOW).await;
+            }
+        };
+        let (mut work, mut moved) = (std::pin::pin!(work), std::pin::pin!(moved));
+        let mut place = None;
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut work => return,
+                permit = &mut moved, if place.is_none() => {
+                    place = Some(permit);
+                    self.slot = None;
+                    self.waker.wake();
+                }
+            }
+        }
+    }
 }
 
 fn lock(busy: &Mutex<HashMap<i64, i64>>) -> std::sync::MutexGuard<'_, HashMap<i64, i64>> {

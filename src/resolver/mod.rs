@@ -3,10 +3,10 @@
 //! app that sends from that address. A domain is looked up outside only if the app may talk to it, and the
 //! question is answered only once the addresses that were found are open for it, and no longer than they are.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
@@ -16,11 +16,13 @@ use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::proto::rr::{RData, RecordType};
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream, UdpSocket, UnixStream};
-use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
+mod rooms;
 mod wire;
+
+use rooms::Rooms;
 
 /// What the resolver asks the root half.
 #[derive(Debug, Serialize, Deserialize)]
@@ -107,39 +109,23 @@ impl Settings {
     }
 }
 
-/// Most questions at once, in all and from one address.
-const AT_ONCE: usize = 512;
-const FROM_ONE: usize = 32;
 /// How often it is asked where to listen.
 const LOOK: Duration = Duration::from_millis(500);
 /// How long the root half may take.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Largest message over TCP, in bytes.
 const LARGEST: usize = 4096;
+/// How long a connection may be silent, or leave an answer unread.
+const SILENCE: Duration = Duration::from_secs(2);
+/// How long a connection may stand.
+const STANDS: Duration = Duration::from_secs(30);
 /// Most addresses of a domain that are used.
 const ADDRESSES: usize = 16;
 
 struct Resolver {
     agent: PathBuf,
     outside: TokioResolver,
-    room: Arc<Semaphore>,
-    busy: Mutex<HashMap<Ipv4Addr, usize>>,
-}
-
-/// Somebody whose question is being answered; counted while it lives.
-struct Turn<'a> {
-    resolver: &'a Resolver,
-    source: Ipv4Addr,
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        let mut busy = self.resolver.busy.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        match busy.get_mut(&self.source) {
-            Some(count) if *count > 1 => *count -= 1,
-            _ => drop(busy.remove(&self.source)),
-        }
-    }
+    rooms: Rooms,
 }
 
 /// Answers until the process ends.
@@ -164,12 +150,7 @@ pub async fn serve(agent: &Path, settings: &Settings) -> Result<(), String> {
     options.positive_max_ttl = Some(Duration::from_secs(3600));
     options.negative_max_ttl = Some(Duration::from_secs(30));
     let outside = builder.build().map_err(|error| error.to_string())?;
-    let resolver = Arc::new(Resolver {
-        agent: agent.to_owned(),
-        outside,
-        room: Arc::new(Semaphore::new(AT_ONCE)),
-        busy: Mutex::default(),
-    });
+    let resolver = Arc::new(Resolver { agent: agent.to_owned(), outside, rooms: Rooms::new() });
     let mut listening: BTreeMap<Ipv4Addr, [JoinHandle<()>; 2]> = BTreeMap::new();
     loop {
         if let Some(Answer::Gateways { gateways }) = resolver.ask(&Question::Gateways {}).await {
@@ -227,14 +208,10 @@ impl Resolver {
         tokio::time::timeout(PATIENCE, asked).await.ok().flatten()
     }
 
-    fn turn(&self, source: Ipv4Addr) -> Option<Turn<'_>> {
-        let mut busy = self.busy.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let count = busy.entry(source).or_default();
-        if *count >= FROM_ONE {
-            return None;
-        }
-        *count += 1;
-        Some(Turn { resolver: self, source })
+    /// The same on behalf of a tenant.
+    async fn ask_for(&self, gateway: Ipv4Addr, question: &Question) -> Option<Answer> {
+        let _room = self.rooms.agent(gateway).await?;
+        self.ask(question).await
     }
 
     async fn udp(self: Arc<Self>, socket: UdpSocket, gateway: Ipv4Addr) {
@@ -250,16 +227,13 @@ impl Resolver {
                 }
             };
             let IpAddr::V4(source) = from.ip() else { continue };
-            // Whoever asks faster than can be answered is not queued: it asks again by itself.
-            let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() else { continue };
+            let Some(place) = self.rooms.question((gateway, source)) else { continue };
             let (own, socket, message) = (Arc::clone(&self), Arc::clone(&socket), buffer[..length].to_vec());
             tokio::spawn(async move {
-                if let Some(_turn) = own.turn(source)
-                    && let Some(answer) = own.answer(&message, source, gateway, wire::Over::Udp).await
-                {
+                if let Some(answer) = own.answer(&message, source, gateway, wire::Over::Udp).await {
                     let _ = socket.send_to(&answer, from).await;
                 }
-                drop(permit);
+                drop(place);
             });
         }
     }
@@ -271,14 +245,11 @@ impl Resolver {
                 continue;
             };
             let IpAddr::V4(source) = from.ip() else { continue };
-            let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() else { continue };
+            let Some(place) = self.rooms.connection((gateway, source)) else { continue };
             let own = Arc::clone(&self);
             tokio::spawn(async move {
-                if let Some(_turn) = own.turn(source) {
-                    let patience = Duration::from_secs(10);
-                    let _ = tokio::time::timeout(patience, own.stream(stream, source, gateway)).await;
-                }
-                drop(permit);
+                let _ = tokio::time::timeout(STANDS, own.stream(stream, source, gateway)).await;
+                drop(place);
             });
         }
     }
@@ -287,9 +258,13 @@ impl Resolver {
         let codec =
             LengthDelimitedCodec::builder().length_field_length(2).max_frame_length(LARGEST).new_codec();
         let mut frames = Framed::new(stream, codec);
-        while let Some(Ok(message)) = frames.next().await {
+        while let Ok(Some(Ok(message))) = tokio::time::timeout(SILENCE, frames.next()).await {
+            // Room is held for the question alone.
+            let Some(place) = self.rooms.question((gateway, source)) else { return };
             let Some(answer) = self.answer(&message, source, gateway, wire::Over::Tcp).await else { return };
-            if frames.send(bytes::Bytes::from(answer)).await.is_err() {
+            drop(place);
+            let sent = frames.send(bytes::Bytes::from(answer));
+            if !matches!(tokio::time::timeout(SILENCE, sent).await, Ok(Ok(()))) {
                 return;
             }
         }
@@ -308,7 +283,7 @@ impl Resolver {
             Err(refusal) => return refusal,
         };
         let name = question.name.clone();
-        let first = self.ask(&Question::Name { source, gateway, name: name.clone() }).await;
+        let first = self.ask_for(gateway, &Question::Name { source, gateway, name: name.clone() }).await;
         let outcome = match first {
             Some(Answer::Outside {}) if question.wants_addresses() => {
                 self.look_outside(&name, source, gateway).await
@@ -322,6 +297,7 @@ impl Resolver {
     }
 
     async fn look_outside(&self, domain: &str, source: Ipv4Addr, gateway: Ipv4Addr) -> Answer {
+        let Some(_room) = self.rooms.outside(gateway).await else { return Answer::Failed {} };
         let found = match self.outside.lookup(format!("{domain}."), RecordType::A).await {
             Ok(found) => found,
             Err(error) if error.is_no_records_found() => {
@@ -346,6 +322,114 @@ impl Resolver {
         }
         addresses.truncate(ADDRESSES);
         let found = Question::Found { source, gateway, domain: domain.to_owned(), addresses, ttl };
-        self.ask(&found).await.unwrap_or(Answer::Failed {})
+        self.ask_for(gateway, &found).await.unwrap_or(Answer::Failed {})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpSocket;
+
+    /// A question for `web.`, type A, with the length before it.
+    fn question() -> Vec<u8> {
+        let mut message = vec![0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 3];
+        message.extend_from_slice(b"web");
+        message.extend_from_slice(&[0, 0, 1, 0, 1]);
+        let mut framed = u16::try_from(message.len()).unwrap().to_be_bytes().to_vec();
+        framed.extend(message);
+        framed
+    }
+
+    async fn from(source: [u8; 4], to: SocketAddr) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind((source, 0).into()).unwrap();
+        socket.connect(to).await.unwrap()
+    }
+
+    async fn is_answered(stream: &mut TcpStream) -> bool {
+        let mut answer = [0; 64];
+        let asked = async {
+            stream.write_all(&question()).await?;
+            stream.read(&mut answer).await
+        };
+        tokio::time::timeout(Duration::from_secs(3), asked).await.is_ok_and(|n| n.is_ok_and(|n| n > 12))
+    }
+
+    /// A resolver with a bridge for each of two tenants, and an agent that knows every name.
+    async fn two_bridges(folder: &Path) -> [SocketAddr; 2] {
+        let agent = folder.join("agent.sock");
+        let listener = tokio::net::UnixListener::bind(&agent).unwrap();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let mut frames = Framed::new(stream, LengthDelimitedCodec::new());
+                    let _ = frames.next().await;
+                    let known = Answer::Known { addresses: vec![Ipv4Addr::LOCALHOST], ttl: 5 };
+                    let _ = frames.send(bytes::Bytes::from(serde_json::to_vec(&known).unwrap())).await;
+                });
+            }
+        });
+        let outside =
+            TokioResolver::builder_with_config(ResolverConfig::default(), TokioRuntimeProvider::default());
+        let outside = outside.build().unwrap();
+        let resolver = Arc::new(Resolver { agent, outside, rooms: Rooms::new() });
+        let mut bridges = Vec::new();
+        for gateway in [[127, 31, 0, 1], [127, 32, 0, 1]] {
+            let listener = TcpListener::bind((Ipv4Addr::from(gateway), 0)).await.unwrap();
+            bridges.push(listener.local_addr().unwrap());
+            tokio::spawn(Arc::clone(&resolver).tcp(listener, gateway.into()));
+        }
+        [bridges[0], bridges[1]]
+    }
+
+    #[tokio::test]
+    async fn idle_connections_of_one_tenant_cost_another_no_answer() {
+        let folder = tempfile::tempdir().unwrap();
+        let [attacker, victim] = two_bridges(folder.path()).await;
+        // Sixteen instances with 32 idle connections each, some with half a question.
+        let mut idle = Vec::new();
+        for instance in 2..18 {
+            for n in 0..32 {
+                let mut stream = from([127, 31, 0, instance], attacker).await;
+                if n % 2 == 0 {
+                    let _ = stream.write_all(&question()[..5]).await;
+                }
+                idle.push(stream);
+            }
+        }
+        for _ in 0..12 {
+            assert!(is_answered(&mut from([127, 32, 0, 2], victim).await).await);
+        }
+        // Also a neighbour of the same tenant is answered once the silent ones have had their time.
+        tokio::time::sleep(SILENCE + Duration::from_millis(500)).await;
+        assert!(is_answered(&mut from([127, 31, 0, 30], attacker).await).await);
+        drop(idle);
+    }
+
+    #[tokio::test]
+    async fn one_instance_does_not_take_its_tenants_room() {
+        let rooms = Rooms::new();
+        let (gateway, other) = (Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 4, 1));
+        let greedy: Vec<_> =
+            (0..100).filter_map(|_| rooms.question((gateway, Ipv4Addr::new(10, 0, 0, 2)))).collect();
+        assert_eq!(greedy.len(), 32);
+        assert!(rooms.question((gateway, Ipv4Addr::new(10, 0, 0, 3))).is_some());
+        // Many tenants at their bounds leave room for one more.
+        let many: Vec<_> = (0..2000_u32)
+            .filter_map(|n| rooms.question((Ipv4Addr::from((11 << 24) | (n % 20)), Ipv4Addr::from(n))))
+            .collect();
+        assert!(rooms.question((other, Ipv4Addr::new(10, 0, 4, 2))).is_some());
+        // Look-ups outside have rooms of their own.
+        let mut outside = Vec::new();
+        while let Ok(Some(room)) =
+            tokio::time::timeout(Duration::from_millis(20), rooms.outside(gateway)).await
+        {
+            outside.push(room);
+        }
+        assert_eq!(outside.len(), 16);
+        assert!(rooms.outside(other).await.is_some());
+        drop((greedy, many));
     }
 }

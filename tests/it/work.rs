@@ -201,3 +201,41 @@ async fn failures_are_tried_again_or_parked_until_something_changes(pool: PgPool
     assert_eq!(left, 0, "what is gone has no row");
     runner.end().await;
 }
+
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn slow_work_of_many_tenants_leaves_slots_for_others(pool: PgPool) {
+    // Pulls that take long: those of objects below 1000.
+    let scribe = Scribe::new(|lease| {
+        let takes = if lease.object_id < 1000 { Duration::from_secs(9) } else { Duration::ZERO };
+        (takes, Ok(Outcome::Settled))
+    });
+    let mut slow = Vec::new();
+    for n in 0..6_i64 {
+        let tenant = tenant(&pool, &format!("slow{n}")).await;
+        for object in 0..10 {
+            enqueue(&pool, n * 100 + object, tenant).await;
+        }
+        slow.push(n);
+    }
+    let victim = tenant(&pool, "victim").await;
+    let runner = run(&pool, &scribe);
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    // Whenever the other one comes: while all is new, and when everything is stuck.
+    for round in 0..3 {
+        let asked = std::time::Instant::now();
+        enqueue(&pool, 1000 + round, victim).await;
+        until("the victim's work", || scribe.times(1000 + round) == 1).await;
+        assert!(asked.elapsed() < Duration::from_secs(3), "{:?}", asked.elapsed());
+        // No tenant has more under way than it may.
+        let now = scribe.now.lock().unwrap().clone();
+        for n in &slow {
+            let own = now.range(n * 100..n * 100 + 100).count();
+            assert!(own <= 4, "{own} of one tenant");
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    // The slow ones got out of the slots: more than sixteen are under way.
+    assert!(scribe.now.lock().unwrap().len() > 16);
+    runner.end().await;
+    assert_eq!(scribe.doubles.load(Ordering::SeqCst), 0);
+}
