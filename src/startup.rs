@@ -161,6 +161,7 @@ impl Platform {
             own: own.clone(),
             door,
             denials: self.desk.denials.clone(),
+            turns: self.turns.clone(),
         };
         cfg.app_data(web::PayloadConfig::new(http::BODY_LIMIT))
             .app_data(web::FormConfig::default().limit(4096))

@@ -16,7 +16,7 @@ use super::{Actor, TenantRef};
 use crate::config::Limits;
 use crate::db;
 use crate::error::Error;
-use crate::ids::TenantId;
+use crate::ids::{TenantId, TenantName};
 use crate::permits::{Busy, FairPermits, Permit};
 use crate::quotas::{self, Resource};
 
@@ -36,6 +36,8 @@ const STREAMS: (usize, usize) = (16, 256);
 pub enum Payer {
     /// A tenant.
     Tenant(TenantId),
+    /// A tenant as the registry's tokens name it.
+    Named(TenantName),
     /// An account, whatever its sessions.
     Account(i64),
     /// An API token.
@@ -195,6 +197,11 @@ impl Turns {
             Some(payer) => self.0.lookups.take(&payer, PATIENCE).await.map_err(busy),
             None => self.stranger(network).await,
         }
+    }
+
+    /// Room in the database for a request whose signed token names a tenant.
+    pub async fn signed(&self, tenant: &TenantName) -> Result<Permit<Payer>, Error> {
+        self.0.lookups.take(&Payer::Named(tenant.clone()), PATIENCE).await.map_err(busy)
     }
 
     /// Room for what a stranger asks of the database.

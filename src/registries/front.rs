@@ -1,6 +1,7 @@
 //! The front door's shared parts: who stands behind a request, and the error form of OCI
 //! (distribution specification 1.1, "Error codes").
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use actix_web::http::{StatusCode, header};
@@ -14,6 +15,7 @@ use super::token::{Access, Claims, Holder, Push, Right, SERVICE, SigningKey, gra
 use super::{Distribution, store};
 use crate::access::denials::Denials;
 use crate::access::throttle::network;
+use crate::access::turns::{Payer, Turns};
 use crate::access::{self, Public, PullImages, PushImages, credentials, includes};
 use crate::audit::Refusal;
 use crate::db;
@@ -45,6 +47,8 @@ pub struct FrontDoor {
     pub door: Door,
     /// Refusals, for the audit.
     pub denials: Denials,
+    /// Room in the database.
+    pub turns: Turns,
 }
 
 /// An error as registries' clients read it.
@@ -115,6 +119,15 @@ impl actix_web::ResponseError for OciError {
     }
 }
 
+/// No room in the database within the time that a request waits for it.
+fn later(_: crate::error::Error) -> OciError {
+    OciError::new(
+        StatusCode::TOO_MANY_REQUESTS,
+        "TOOMANYREQUESTS",
+        "too many requests are under way; try again in a moment",
+    )
+}
+
 impl FrontDoor {
     fn realm(&self, req: &HttpRequest) -> Option<String> {
         let own = match &self.door {
@@ -140,6 +153,7 @@ impl FrontDoor {
             req.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()?.strip_prefix("Bearer "));
         let Some(claims) = token.and_then(|token| self.key.verify(token)) else { return Ok(None) };
         let Some((kind, id, tenant)) = claims.holder() else { return Ok(Some(claims)) };
+        let _room = self.turns.signed(&tenant).await.map_err(later)?;
         // The token is good for minutes; whoever holds it may have been shut out since, or have less.
         let mut conn = db::begin(&self.pool, &tenant).await?;
         let good = if kind == Holder::Robot {
@@ -157,7 +171,12 @@ impl FrontDoor {
     }
 
     /// The right behind a user name and password.
-    async fn right(&self, user: &str, password: &str) -> Result<Option<(String, Right)>, OciError> {
+    async fn right(
+        &self,
+        user: &str,
+        password: &str,
+        place: IpAddr,
+    ) -> Result<Option<(String, Right)>, OciError> {
         if user == "engine" {
             let one = self.key.verify_pull(password).map(Right::One);
             return Ok(one.map(|right| ("engine".to_owned(), right)));
@@ -168,6 +187,7 @@ impl FrontDoor {
         let (tenant, name) = user.split_once('+').unwrap_or((user, ""));
         let Ok(tenant) = tenant.parse::<TenantName>() else { return Ok(None) };
         let hash = credentials::hash(password);
+        let _room = self.turns.lookup(&hash, place).await.map_err(later)?;
         let mut conn = db::begin(&self.pool, &tenant).await?;
         let found = if password.starts_with(credentials::TOKEN_PREFIX) {
             // An API token opens the registry with the tenant's name as the user, as far as its role goes.
@@ -183,6 +203,9 @@ impl FrontDoor {
             robot.map(|robot| (format!("robot:{}", robot.id), robot.push))
         };
         conn.commit().await?;
+        if found.is_some() {
+            self.turns.remember(&hash, Payer::Named(tenant.clone()));
+        }
         Ok(found.map(|(subject, push)| {
             let push = if push { Push::Yes } else { Push::No };
             (format!("{subject}@{tenant}"), Right::Tenant(tenant, push))
@@ -232,7 +255,8 @@ pub async fn get_token(
     };
     let pair = pair.ok_or_else(wrong)?;
     let (user, password) = pair.split_once(':').ok_or_else(wrong)?;
-    let Some((subject, right)) = door.right(user, password).await? else {
+    let place = network(door.own.client(&req));
+    let Some((subject, right)) = door.right(user, password, place).await? else {
         tracing::info!("registry credentials refused");
         door.denials.note(Refusal {
             tenant: None,
@@ -240,7 +264,7 @@ pub async fn get_token(
             via: None,
             object: "registry".into(),
             reason: "the user name or secret is wrong",
-            place: network(door.own.client(&req)).to_string(),
+            place: place.to_string(),
         });
         return Err(wrong());
     };

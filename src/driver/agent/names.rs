@@ -16,6 +16,7 @@ use super::core::{Agent, lock};
 use super::server::codec;
 use crate::driver::podman::firewall::{kernel, seconds};
 use crate::ids::{AppId, DomainName, TenantName};
+use crate::permits::FairPermits;
 use crate::policy::never::{self, Range};
 use crate::policy::{Cidr, Target};
 use crate::resolver::{Answer, Question};
@@ -48,6 +49,8 @@ pub(super) fn serve(agent: Arc<Agent>) -> Result<JoinHandle<()>, String> {
     std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666))
         .map_err(|error| error.to_string())?;
     let room = Arc::new(Semaphore::new(256));
+    // Of one tenant, known by its bridge, and of all; the rest is for the question where to listen.
+    let tenants = FairPermits::new(48, 224);
     Ok(tokio::spawn(async move {
         loop {
             let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
@@ -59,19 +62,27 @@ pub(super) fn serve(agent: Arc<Agent>) -> Result<JoinHandle<()>, String> {
                 tracing::warn!("somebody who is not the resolver knocked and was not answered");
                 continue;
             }
-            let agent = Arc::clone(&agent);
+            let (agent, tenants) = (Arc::clone(&agent), tenants.clone());
             tokio::spawn(async move {
-                let _ = tokio::time::timeout(Duration::from_secs(5), answer(&agent, stream)).await;
+                let _ = tokio::time::timeout(Duration::from_secs(5), answer(&agent, &tenants, stream)).await;
                 drop(permit);
             });
         }
     }))
 }
 
-async fn answer(agent: &Agent, stream: UnixStream) {
+async fn answer(agent: &Agent, tenants: &FairPermits<Ipv4Addr>, stream: UnixStream) {
     let mut frames = Framed::new(stream, codec());
     let Some(Ok(frame)) = frames.next().await else { return };
-    let answer = match serde_json::from_slice(&frame) {
+    let question = serde_json::from_slice(&frame);
+    let _room = match &question {
+        Ok(Question::Name { gateway, .. } | Question::Found { gateway, .. }) => {
+            let Ok(room) = tenants.take(gateway, Duration::from_secs(1)).await else { return };
+            Some(room)
+        }
+        _ => None,
+    };
+    let answer = match question {
         Ok(Question::Gateways {}) => Answer::Gateways { gateways: agent.gateways() },
         Ok(Question::Name { source, gateway, name }) => agent.name(source, gateway, &name),
         Ok(Question::Found { source, gateway, domain, addresses, ttl }) => {

@@ -4,6 +4,7 @@ mod activity;
 mod audit;
 mod browser;
 mod every_route;
+mod flood;
 mod invitations;
 mod oidc;
 mod roles;

@@ -117,7 +117,7 @@ fn settings(dir: &std::path::Path) -> Config {
     let place = dir.display();
     let text = format!(
         "installation = \"demo\"\n[server]\nlisten = \"127.0.0.1:1\"\npull_listen = \"127.0.0.1:2\"\n\
-         [database]\nhost = \"/run/x\"\nname = \"x\"\nuser = \"bulkhead\"\n\
+         [database]\nhost = \"/run/x\"\nname = \"x\"\nuser = \"bulkhead\"\nconnections = 8\n\
          [registry]\nurl = \"http://127.0.0.1:9\"\nsigning_key = \"{place}/signing-key.pem\"\n\
          [agent]\nsocket = \"{place}/agent.sock\"\n\
          [access]\nkey = \"{place}/platform-key\"\naudit_heads = \"{place}/heads\"\n\
