@@ -15,6 +15,7 @@ mod main_job;
 mod network;
 mod outside;
 mod production;
+mod quotas;
 mod registry;
 mod secrets;
 mod side_by_side;
