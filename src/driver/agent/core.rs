@@ -109,6 +109,8 @@ pub(super) struct Agent {
     pub(super) fetcher: Fetcher,
     /// Room for fetches: of one tenant, and of all.
     pub(super) fetches: FairPermits<TenantName>,
+    /// Room for requests of `serve`, by tenant.
+    pub(super) turns: FairPermits<Option<TenantName>>,
     /// What was found in images, by identity.
     pub(super) looked: Mutex<HashMap<String, super::app::Looked>>,
     /// A release has taken over, or an app has gone: images may be left over.
@@ -218,6 +220,7 @@ impl Agent {
             images: tokio::sync::RwLock::new(()),
             fetcher,
             fetches: FairPermits::new(FETCHES.0, FETCHES.1),
+            turns: server::turns(),
             looked: Mutex::default(),
             tidy: Notify::new(),
             readers: Mutex::new(HashMap::new()),

@@ -268,6 +268,7 @@ mod tests {
             engine.answered(Duration::from_millis(10));
         }
         assert_eq!(engine.patience(), PATIENCE.0);
+        lock(&engine.state).judged_from = Instant::now() + RECOVERY;
         assert!(!engine.is_due());
         lock(&engine.state).judged_from = Instant::now();
         assert!(engine.is_due() && !engine.is_due());

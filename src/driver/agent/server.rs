@@ -21,10 +21,14 @@ use crate::driver::podman::{ports, render};
 use crate::driver::workload::{TenantGrant, Workload};
 use crate::driver::{Error, LogQuery, Probe, PullSecret, Removal, listener};
 use crate::ids::{AppId, AppName, TenantId, TenantName};
+use crate::permits::FairPermits;
 
-/// Most connections at once; more have to wait. Logs have room of their own, so that whoever reads
-/// them holds up nothing else.
-const CONNECTIONS: usize = 64;
+/// Most connections at once; more have to wait. What waits long (logs, probes, `Observe`) has room of its own.
+const CONNECTIONS: usize = 256;
+/// Most requests that are worked on at once, of one tenant and in all. Requests of no tenant count as one more tenant.
+const WORKED_ON: (usize, usize) = (16, 128);
+/// How long a request waits for its turn.
+const ROOM: Duration = Duration::from_secs(20);
 /// Most readers of logs at once, in all and of one tenant.
 const READERS: usize = 128;
 const READERS_OF_TENANT: usize = 16;
@@ -116,12 +120,43 @@ async fn answer(agent: &Arc<Agent>, mut frames: Frames, permit: OwnedSemaphorePe
             }
             return;
         }
-        Ok(request) => match handle(agent, request).await {
+        Ok(request) => match handle_in_turn(agent, request).await {
             Ok(reply) => reply,
             Err(error) => Reply::Failed { error },
         },
     };
     let _ = send(&mut frames, &reply).await;
+}
+
+/// Works on a request once its tenant has room: one tenant's requests that wait for the engine hold up no other's.
+async fn handle_in_turn(agent: &Arc<Agent>, request: Request) -> Result<Reply, Error> {
+    let tenant = tenant_of(&request).cloned();
+    let _turn = agent.turns.take(&tenant, ROOM).await.map_err(|busy| Error::Transient(busy.to_string()))?;
+    handle(agent, request).await
+}
+
+fn tenant_of(request: &Request) -> Option<&TenantName> {
+    match request {
+        Request::EnsureTenant { grant } => Some(&grant.tenant),
+        Request::EnsureApp { workload, .. } => Some(&workload.tenant),
+        Request::EnsureFlows { flows } => Some(&flows.tenant),
+        Request::RemoveTenant { tenant, .. }
+        | Request::RemoveApp { tenant, .. }
+        | Request::Denied { tenant, .. }
+        | Request::ProbeTenant { tenant } => Some(tenant),
+        Request::Permits { probe } | Request::Probe { probe } => Some(&probe.tenant),
+        Request::Logs { query } => Some(&query.tenant),
+        Request::Hello {}
+        | Request::Walls {}
+        | Request::Used {}
+        | Request::Listeners {}
+        | Request::Observe { .. } => None,
+    }
+}
+
+/// Room for requests.
+pub(super) fn turns() -> FairPermits<Option<TenantName>> {
+    FairPermits::new(WORKED_ON.0, WORKED_ON.1)
 }
 
 /// Somebody who reads a log; counted while it lives.
