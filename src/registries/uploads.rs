@@ -250,8 +250,9 @@ pub(super) async fn cancel(
     Ok(HttpResponse::NoContent().insert_header(("Docker-Distribution-Api-Version", "registry/2.0")).finish())
 }
 
-/// Cancels an upload in the registry. One that was cut off in the middle of a part the registry (Distribution 2.8) does
-/// not take up again, not even to cancel it; its files then go by the collector.
+/// Cancels an upload in the registry. The registry (Distribution 2.8) writes a part of an upload's folder again after it
+/// has removed it, and does not take up again, not even to cancel it, an upload that was cut off in the middle of a part:
+/// what is left in both cases the collector removes.
 async fn cancel_there(
     registry: &Distribution,
     asked: &Asked,
@@ -263,16 +264,16 @@ async fn cancel_there(
     let request =
         registry.request(reqwest::Method::DELETE, &asked.name, &rest, &["pull", "push", "delete"])?;
     let answer = request.timeout(PATIENCE).send().await.map_err(unreachable_registry)?;
+    if let Some(collector) = registry.collector() {
+        return Ok(collector.remove_upload(&asked.tenant, &asked.repository, id).await?);
+    }
     match status(&answer) {
         StatusCode::NO_CONTENT | StatusCode::ACCEPTED | StatusCode::OK | StatusCode::NOT_FOUND => Ok(()),
-        other => match registry.collector() {
-            Some(collector) => Ok(collector.remove_upload(&asked.tenant, &asked.repository, id).await?),
-            None => Err(OciError::new(
-                other,
-                "BLOB_UPLOAD_INVALID",
-                "the registry does not take this upload up again; its bytes count until it purges them",
-            )),
-        },
+        other => Err(OciError::new(
+            other,
+            "BLOB_UPLOAD_INVALID",
+            "the registry does not take this upload up again; its bytes count until it purges them",
+        )),
     }
 }
 

@@ -5,14 +5,14 @@ use serde_json::{Value, json};
 
 use crate::support::{HTTPD, Image, Machine};
 
-struct Client<'m> {
-    machine: &'m Machine,
-    http: reqwest::Client,
+pub(crate) struct Client<'m> {
+    pub(crate) machine: &'m Machine,
+    pub(crate) http: reqwest::Client,
 }
 
 impl Client<'_> {
     /// A token for these scopes, with a robot's credential.
-    async fn token(&self, robot: &(String, String), scopes: &[&str]) -> Result<String, u16> {
+    pub(crate) async fn token(&self, robot: &(String, String), scopes: &[&str]) -> Result<String, u16> {
         let query: String = scopes
             .iter()
             .map(|scope| format!("&scope={}", scope.replace(':', "%3A").replace('/', "%2F")))
@@ -26,7 +26,7 @@ impl Client<'_> {
         Ok(answer.json::<Value>().await.unwrap()["token"].as_str().unwrap().to_owned())
     }
 
-    async fn call(
+    pub(crate) async fn call(
         &self,
         token: &str,
         method: &str,
@@ -55,7 +55,7 @@ impl Client<'_> {
         (status, location, answer.text().await.unwrap_or_default())
     }
 
-    async fn upload(&self, token: &str, name: &str, bytes: &[u8]) -> (u16, String) {
+    pub(crate) async fn upload(&self, token: &str, name: &str, bytes: &[u8]) -> (u16, String) {
         let (status, location, text) = self
             .call(token, "POST", &format!("/v2/{name}/blobs/uploads/"), "application/octet-stream", vec![])
             .await;
@@ -76,7 +76,7 @@ impl Client<'_> {
     }
 }
 
-const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(crate) const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_tenants_project_is_out_of_reach() {
