@@ -7,6 +7,7 @@ mod access;
 mod command_line;
 mod front;
 mod quotas;
+mod registry;
 mod render;
 mod support;
 mod uid_ranges;
