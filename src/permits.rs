@@ -242,7 +242,8 @@ impl<K: Eq + Hash + Clone> FairPermits<K> {
         let outcome = tokio::time::timeout(patience, given).await;
         let why = {
             let state = lock(&self.shared);
-            state.admits(state.held(key), units).err().unwrap_or(Busy::All)
+            // If there is room by now, it was the key's own queue that took the time.
+            state.admits(state.held(key), units).err().unwrap_or(Busy::Key)
         };
         drop(waiting);
         match outcome {

@@ -289,7 +289,7 @@ async fn as_stranger(req: &HttpRequest) -> Result<(), Error> {
     }
     let network = network(part::<OwnAddress>(req)?.client(req));
     if let Some(turns) = req.app_data::<web::Data<Turns>>() {
-        let turn = turns.stranger(network).await?;
+        let turn = turns.visitor(network).await?;
         req.extensions_mut().insert(turn);
     }
     Ok(())

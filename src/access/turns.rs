@@ -152,6 +152,7 @@ struct Inner {
     known: Mutex<Recent<Vec<u8>, Payer>>,
     lookups: FairPermits<Payer>,
     strangers: FairPermits<Payer>,
+    visitors: FairPermits<Payer>,
     tenants: FairPermits<Payer>,
     own: FairPermits<Payer>,
     streams: FairPermits<Payer>,
@@ -168,6 +169,12 @@ fn busy(why: Busy) -> Error {
     }
 }
 
+/// A stranger is told to come later, whatever is full.
+async fn strangers(room: &FairPermits<Payer>, network: IpAddr) -> Result<Permit<Payer>, Error> {
+    let place = room.take(&Payer::Network(network), PATIENCE).await;
+    place.map_err(|_| Error::Throttled(Duration::from_secs(1)))
+}
+
 impl Turns {
     /// Turns over a pool of so many database connections.
     #[must_use]
@@ -180,7 +187,9 @@ impl Turns {
             known: Mutex::default(),
             // One key at most a quarter, all lookups together at most three quarters: work that has begun goes on.
             lookups: queued((pool / 4).max(1), (pool * 3 / 4).max(2)),
-            strangers: queued(2, (pool / 4).max(2)),
+            strangers: queued(2, (pool / 4).max(4)),
+            // A visitor's request may compute a password for a while, and asks the database in between.
+            visitors: queued(4, (pool / 2).max(8)),
             tenants: queued((pool / 2).max(2), pool * 4),
             own: queued((pool * 3 / 8).max(2), pool * 4),
             streams: FairPermits::new(STREAMS.0, STREAMS.1),
@@ -195,7 +204,7 @@ impl Turns {
         let known = self.0.known.lock().unwrap_or_else(PoisonError::into_inner).get(&hash.to_vec()).cloned();
         match known {
             Some(payer) => self.0.lookups.take(&payer, PATIENCE).await.map_err(busy),
-            None => self.stranger(network).await,
+            None => strangers(&self.0.strangers, network).await,
         }
     }
 
@@ -204,9 +213,9 @@ impl Turns {
         self.0.lookups.take(&Payer::Named(tenant.clone()), PATIENCE).await.map_err(busy)
     }
 
-    /// Room for what a stranger asks of the database.
-    pub async fn stranger(&self, network: IpAddr) -> Result<Permit<Payer>, Error> {
-        self.0.strangers.take(&Payer::Network(network), PATIENCE).await.map_err(busy)
+    /// Room for a request of a stranger, such as a sign-in.
+    pub async fn visitor(&self, network: IpAddr) -> Result<Permit<Payer>, Error> {
+        strangers(&self.0.visitors, network).await
     }
 
     /// A credential was good, and belongs to this payer.

@@ -318,6 +318,7 @@ network = "10.64.0.0/12"
         config.database.reconciler_password_file = Some("x".into());
         config.database.admin_password_file = Some("x".into());
         config.registry.collector = Some("x".into());
+        config.registry.disk = Some("x".into());
         config.access.audit_heads = Some("x".into());
         config.access.providers = vec![provider("id", "https://id.example")];
         let toml::Value::Table(table) = toml::Value::try_from(&config).unwrap() else { panic!() };

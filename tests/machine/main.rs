@@ -21,5 +21,6 @@ mod quotas;
 mod registry;
 mod secrets;
 mod side_by_side;
+mod strangers;
 mod support;
 mod walls;
