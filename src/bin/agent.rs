@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use bulkhead::config::Log;
 use bulkhead::driver::agent::config::AgentConfig;
-use bulkhead::driver::podman::rootfs;
+use bulkhead::driver::podman::{pull, rootfs};
 use clap::Parser;
 
 /// The root half of Bulkhead: runs tenants' containers and keeps them apart.
@@ -18,6 +18,10 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == pull::ENTER) {
+        return pull::enter(arguments);
+    }
     // In a mount namespace of its own, for one look at one image; it reads no settings.
     if std::env::args_os().skip(1).eq([rootfs::ARGUMENT]) {
         return rootfs::answer();

@@ -2,12 +2,15 @@
 //! memory, processor time and processes is bounded, and what takes too long is ended with all that it started.
 //! The credential is in a file of root's, never among the arguments.
 
+use std::ffi::OsString;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitCode, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use rustix::fs::Mode;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use tokio::io::AsyncReadExt;
@@ -25,9 +28,8 @@ const PIDS: (u32, u32) = (256, 512);
 const CPU: u64 = 100_000;
 /// Most bytes of what the engine says about a failure that are read.
 const WORDS: u64 = 16 << 10;
-/// Puts itself into the cgroups that it is given, then becomes the engine, whose files others of the machine read.
-const ENTER: &str =
-    "while [ \"$1\" != -- ]; do echo $$ > \"$1/cgroup.procs\" || exit 97; shift; done; shift; exec \"$@\"";
+/// The argument that makes the agent's program enter cgroups and become another program.
+pub const ENTER: &str = "--enter-cgroups";
 
 static NUMBER: AtomicU64 = AtomicU64::new(0);
 
@@ -83,8 +85,9 @@ impl Fetcher {
             tracing::error!(%error, "an image is fetched without bounds of its own: its cgroup cannot be made");
         }
         let (program, args, environment) = engine::client(&self.engine);
-        let mut command = tokio::process::Command::new("sh");
-        command.args(["-c", ENTER, "pull"]);
+        let own_program = std::env::current_exe().map_err(failed)?;
+        let mut command = tokio::process::Command::new(own_program);
+        command.arg(ENTER);
         if groups.is_ok() {
             command.args(&own.groups);
         }
@@ -125,6 +128,24 @@ impl Fetcher {
             }
         }
     }
+}
+
+/// The child's part: enters the cgroups that it is given, up to `--`, then becomes the program behind that.
+#[must_use]
+pub fn enter(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    for place in arguments.by_ref().take_while(|argument| argument != "--") {
+        // 0 stands for the process that writes.
+        if let Err(error) = std::fs::write(Path::new(&place).join("cgroup.procs"), "0") {
+            eprintln!("{}: {error}", place.display());
+            return ExitCode::FAILURE;
+        }
+    }
+    // What the engine writes is read by users of containers.
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    if let Some(program) = arguments.next() {
+        eprintln!("{}", std::process::Command::new(program).args(arguments).exec());
+    }
+    ExitCode::FAILURE
 }
 
 /// What the engine says when an image can never be unpacked (Podman 4.3.1, as seen).
