@@ -456,7 +456,7 @@ async fn pushes_stop_first_and_what_was_pushed_can_be_deployed() {
         crate::support::run("fallocate", &["-l", &fill.to_string(), &filler.display().to_string()]);
     assert!(good, "{text}");
     let (good, text) = machine.try_push(&acme, "acme/other:1", &["/bin/busybox", "sleep", "9"]);
-    assert!(!good && text.contains("nearly full"), "{text}");
+    assert!(!good && text.contains("503"), "{text}");
     assert_eq!(machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await.0, 202);
     machine.running("acme", "web").await;
     // Below the engine's part nothing is fetched, the database still writes, and the app says why.
