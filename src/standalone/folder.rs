@@ -330,6 +330,7 @@ impl Folder {
             resolver_socket: self.path.join("run/names/names.sock"),
             resolver_settings: self.path.join("resolver.toml"),
             engine: self.engine(),
+            engine_cgroup: Some(self.engine_cgroup()),
             own: Some(OwnParts {
                 postgres: postgres.to_owned(),
                 cluster: self.path.join("postgres/data"),
@@ -342,6 +343,11 @@ impl Folder {
                 serve_uid: self.serve.uid,
             }),
         }
+    }
+
+    /// Name of the engine's own cgroup, beside that of the containers.
+    pub(super) fn engine_cgroup(&self) -> String {
+        format!("bulkhead-{}-engine", self.claim.installation)
     }
 
     fn pull_host(&self) -> String {

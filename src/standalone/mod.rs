@@ -1,6 +1,7 @@
 //! `bulkhead up`: everything on one machine, each part under its own user, nothing of it known to
 //! another installation.
 
+mod bounds;
 mod claims;
 mod demo;
 pub mod doctor;

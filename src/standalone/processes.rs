@@ -11,11 +11,15 @@ use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
 use tokio_util::sync::CancellationToken;
 
 use super::Failed;
+use super::bounds::{self, Bounds, CGROUPS};
 use crate::driver::podman::engine::{self, EngineSettings};
 
 /// The longest that a process which ends again and again has to wait. Tests end them on purpose.
 const LONGEST_PAUSE: Duration =
     if cfg!(feature = "failpoints") { Duration::from_millis(400) } else { Duration::from_secs(15) };
+
+/// Processes and threads of a process that names no number of its own.
+pub(super) const TASKS: u32 = 256;
 
 /// A process of the platform.
 #[derive(Debug, Clone)]
@@ -38,6 +42,10 @@ pub struct Process {
     pub files: Option<u64>,
     /// Memory that it may have, in MiB; held by systemd where that is in charge.
     pub memory: Option<u32>,
+    /// Processes and threads that it may have; 256 when none.
+    pub tasks: Option<u32>,
+    /// The cgroup in which `up` holds both limits, if it does.
+    pub cgroup: Option<String>,
     /// The one capability that it has, by the name that `setpriv` knows, if it has one.
     pub capability: Option<&'static str>,
 }
@@ -65,6 +73,8 @@ pub struct Layout {
     pub resolver_settings: PathBuf,
     /// The engine.
     pub engine: EngineSettings,
+    /// Name of the engine's own cgroup; none where systemd makes one.
+    pub engine_cgroup: Option<String>,
     /// The database and the registry, where they are the installation's own.
     pub own: Option<OwnParts>,
 }
@@ -114,6 +124,8 @@ pub fn table(layout: &Layout) -> Vec<Process> {
         after: &[],
         files: Some(4_096),
         memory: None,
+        tasks: None,
+        cgroup: None,
         capability: None,
     };
     let (podman, args, environment) = engine::command(&layout.engine);
@@ -126,6 +138,10 @@ pub fn table(layout: &Layout) -> Vec<Process> {
             command: std::iter::once(podman.to_owned()).chain(args).collect(),
             environment,
             files: None,
+            // Pulls and starts of all tenants are within; instances and their monitors are not.
+            memory: Some(1_024),
+            tasks: Some(1_024),
+            cgroup: layout.engine_cgroup.clone(),
             ..base.clone()
         },
         Process {
@@ -239,7 +255,7 @@ impl Process {
         }
         let failed = |error: std::io::Error| Failed::doing(format!("{} cannot be started", self.name), error);
         let out = File::options().create(true).append(true).open(&log).map_err(failed)?;
-        let mut line = Vec::new();
+        let mut line = self.enclosed();
         if let Some(files) = self.files {
             // Without CAP_SYS_RESOURCE nothing goes above this process' own limit. No core is ever
             // written: it would hold secrets.
@@ -281,6 +297,23 @@ impl Process {
             .map_err(failed)
     }
 
+    fn bounds(&self) -> Option<Bounds<'_>> {
+        Some(Bounds {
+            name: self.cgroup.as_deref()?,
+            memory: self.memory?,
+            tasks: self.tasks.unwrap_or(TASKS),
+        })
+    }
+
+    /// The words that put it into its own cgroup. Where the machine has none, it runs without: the doctor says so.
+    fn enclosed(&self) -> Vec<String> {
+        let Some(bounds) = self.bounds() else { return Vec::new() };
+        bounds.prepare(Path::new(CGROUPS)).unwrap_or_else(|error| {
+            tracing::warn!(process = self.name, %error, "runs without a limit of memory and tasks");
+            Vec::new()
+        })
+    }
+
     /// In builds for tests: what the next start of this process, and only that, is armed with.
     fn failpoints(&self, folder: &Path) -> Option<(&'static str, String)> {
         if !cfg!(feature = "failpoints") {
@@ -308,6 +341,9 @@ impl Process {
             stop_pid(pid, self.stop, own);
         }
         let _ = fs::remove_file(file);
+        if let Some(name) = &self.cgroup {
+            bounds::release(Path::new(CGROUPS), name);
+        }
     }
 }
 

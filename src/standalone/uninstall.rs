@@ -89,7 +89,7 @@ async fn remove_containers(folder: &Folder) -> Result<(), Failed> {
         ports::remove_bridge(network).await.map_err(failed)?;
     }
     let _ = service.kill().await;
-    remove_cgroups(id).await;
+    remove_cgroups(id, &folder.engine_cgroup()).await;
     unmount_below(&folder.path);
     Ok(())
 }
@@ -97,12 +97,12 @@ async fn remove_containers(folder: &Folder) -> Result<(), Failed> {
 /// How long the monitors of containers that are gone may take to end by themselves, in tenths of a second.
 const PATIENCE: usize = 20;
 
-/// Removes the cgroup that all containers were in, in each hierarchy. Monitors of containers end a moment after
-/// these, those of commands that were run in them sometimes not at all.
-async fn remove_cgroups(id: &str) {
+/// Removes the cgroup that all containers were in, in each hierarchy, and the engine's own. Monitors of containers end
+/// a moment after these, those of commands that were run in them sometimes not at all.
+async fn remove_cgroups(id: &str, engine: &str) {
     let hierarchies = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
     let roots = hierarchies.map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]);
-    let names = [format!("bulkhead-{id}"), pull::group(id)];
+    let names = [format!("bulkhead-{id}"), pull::group(id), engine.to_owned()];
     let mut places: Vec<PathBuf> =
         roots.flat_map(|root| names.iter().map(move |name| root.join(name)).collect::<Vec<_>>()).collect();
     places.retain(|place| place.is_dir());

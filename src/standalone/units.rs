@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use rustix::process::Signal;
 
-use super::processes::{Layout, Process, table};
+use super::processes::{Layout, Process, TASKS, table};
 use crate::driver::podman::engine::EngineSettings;
 
 /// Where settings lie when systemd is in charge.
@@ -50,6 +50,7 @@ pub fn layout(registry_name: &str, pull_host: &str, may_raise_limits: bool) -> L
             pull_host: pull_host.into(),
             may_raise_limits,
         },
+        engine_cgroup: None,
         own: None,
     }
 }
@@ -140,7 +141,7 @@ fn unit(process: &Process) -> String {
         let _ = writeln!(out, "LimitNOFILE={files}\nLimitCORE=0");
     }
     if let Some(memory) = process.memory {
-        let _ = writeln!(out, "MemoryMax={memory}M\nTasksMax=256");
+        let _ = writeln!(out, "MemoryMax={memory}M\nTasksMax={}", process.tasks.unwrap_or(TASKS));
     }
     own_rules(process, &mut out);
     let _ = writeln!(out, "\n[Install]\nWantedBy=bulkhead.target");
@@ -151,8 +152,10 @@ fn own_rules(process: &Process, out: &mut String) {
     let folder =
         |mode: &str| format!("RuntimeDirectory=bulkhead/{}\nRuntimeDirectoryMode={mode}\n", process.name);
     match process.name {
-        // Containers and what watches them outlive the engine's service, a restart and an upgrade of it.
+        // Containers and their monitors outlive the engine's service, a restart and an upgrade of it. The engine
+        // leaves a monitor in its own cgroup, and so under its own limits, where it sees this variable.
         "engine" => {
+            *out += "UnsetEnvironment=INVOCATION_ID\nOOMPolicy=continue\n";
             *out +=
                 "KillMode=process\nDelegate=yes\nStateDirectory=bulkhead/engine\nStateDirectoryMode=0700\n";
             *out += &folder("0700");

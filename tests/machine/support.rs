@@ -397,8 +397,10 @@ impl Drop for Machine {
             eprintln!("uninstall: {text}");
         }
         let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
-        let own = format!("bulkhead-{}", self.id);
-        let left: Vec<_> = hierarchies.map(|at| at.path().join(&own)).filter(|at| at.exists()).collect();
+        let own = ["", "-engine"].map(|part| format!("bulkhead-{}{part}", self.id));
+        let left: Vec<_> = (hierarchies.flat_map(|at| own.clone().map(|own| at.path().join(own))))
+            .filter(|at| at.exists())
+            .collect();
         assert!(left.is_empty() || std::thread::panicking(), "left by uninstall: {left:?}");
     }
 }
