@@ -5,6 +5,7 @@
 
 mod access;
 mod attacks;
+mod bounds;
 mod contained;
 mod engine;
 mod faults;
