@@ -316,9 +316,6 @@ pub(super) async fn append(
         })?),
     };
     let place = door.registry.room().streams.take(&asked.tenant).await?;
-    if !store::begin_part(&door.pool, &asked.tenant, &asked.repository, id, query.digest.as_ref()).await? {
-        return Err(unknown_upload());
-    }
     let method = if last { reqwest::Method::PUT } else { reqwest::Method::PATCH };
     let rest = format!("blobs/uploads/{id}{}", query.rebuild());
     let mut upstream = door
@@ -372,6 +369,18 @@ impl Upload {
         upstream: reqwest::RequestBuilder,
         receiver: mpsc::Receiver<Part>,
     ) -> Result<reqwest::Response, OciError> {
+        let asked = &self.work.asked;
+        // Within the task: what it writes down it also settles.
+        let known = store::begin_part(
+            &self.work.pool,
+            &asked.tenant,
+            &asked.repository,
+            &self.id,
+            self.digest.as_ref(),
+        );
+        if !known.await? {
+            return Err(unknown_upload());
+        }
         let whole = Arc::new(AtomicBool::new(false));
         let (seen, length) = (Arc::clone(&whole), self.length);
         let stream = futures_util::stream::unfold(Some((receiver, 0)), move |state| {
