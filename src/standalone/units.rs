@@ -103,12 +103,32 @@ SystemCallErrorNumber=EPERM
 /// may give it mounts of its own. Images are unpacked by a child of it: files with the bits of set-user-id are in most
 /// of them (no container gains anything by these), so that making such files cannot be forbidden.
 const ROOT_HALF: &str = "NoNewPrivileges=yes
-RestrictRealtime=yes
-LockPersonality=yes
 MemoryDenyWriteExecute=yes
-SystemCallArchitectures=native
 RestrictAddressFamilies=AF_UNIX AF_NETLINK AF_INET AF_INET6
+CapabilityBoundingSet=~CAP_SYS_MODULE CAP_SYS_RAWIO CAP_SYS_BOOT CAP_SYS_TIME CAP_SYS_TTY_CONFIG CAP_MAC_ADMIN \
+CAP_MAC_OVERRIDE CAP_WAKE_ALARM CAP_BLOCK_SUSPEND CAP_AUDIT_CONTROL CAP_AUDIT_READ CAP_LEASE CAP_SYS_PACCT \
+CAP_LINUX_IMMUTABLE CAP_BPF CAP_CHECKPOINT_RESTORE
 ";
+
+/// What root's two processes have in common. ProtectSystem, ProtectHome, PrivateTmp and their like are not here: each
+/// gives a unit mounts of its own, and then the engine's namespaces and file systems are no longer the agent's and the
+/// machine's (systemd.exec(5), MountFlags). System calls that are closed here are closed for containers too, which
+/// have none of them anyway.
+const ROOT: &str = "RestrictRealtime=yes
+LockPersonality=yes
+KeyringMode=private
+SystemCallArchitectures=native
+SystemCallFilter=~@clock @cpu-emulation @module @obsolete @raw-io @reboot @swap
+SystemCallErrorNumber=EPERM
+";
+
+/// The engine loads AppArmor's profile and makes containers.
+const ENGINE: &str = "CapabilityBoundingSet=~CAP_SYS_MODULE CAP_SYS_RAWIO CAP_SYS_BOOT CAP_SYS_TIME CAP_SYS_TTY_CONFIG CAP_SYSLOG \
+CAP_WAKE_ALARM CAP_BLOCK_SUSPEND CAP_AUDIT_CONTROL CAP_AUDIT_READ CAP_LEASE CAP_SYS_PACCT CAP_LINUX_IMMUTABLE
+";
+
+/// The kernel ends an instance before a part of the platform.
+const LAST_TO_GO: &str = "OOMScoreAdjust=-900\n";
 
 fn unit(process: &Process) -> String {
     let mut out = String::from(
@@ -143,6 +163,7 @@ fn unit(process: &Process) -> String {
     if let Some(memory) = process.memory {
         let _ = writeln!(out, "MemoryMax={memory}M\nTasksMax={}", process.tasks.unwrap_or(TASKS));
     }
+    out.push_str(LAST_TO_GO);
     own_rules(process, &mut out);
     let _ = writeln!(out, "\n[Install]\nWantedBy=bulkhead.target");
     out
@@ -159,11 +180,14 @@ fn own_rules(process: &Process, out: &mut String) {
             *out +=
                 "KillMode=process\nDelegate=yes\nStateDirectory=bulkhead/engine\nStateDirectoryMode=0700\n";
             *out += &folder("0700");
+            *out += ROOT;
+            *out += ENGINE;
         }
         "agent" => {
             // The group reaches the socket; whoever asks there is checked by user id.
             let _ = writeln!(out, "Group={SERVE}\nStateDirectory=bulkhead/agent\nStateDirectoryMode=0700");
             *out += &folder("0750");
+            *out += ROOT;
             *out += ROOT_HALF;
         }
         "prober" => {
