@@ -80,6 +80,18 @@ async fn an_engine_that_hangs_is_ended_and_instances_are_restarted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_starts_beside_an_engine_that_hangs_watches_all_the_same() {
+    let machine = Machine::start().await;
+    two_tenants(&machine).await;
+    machine.signal("engine", "-STOP");
+    machine.kill("agent");
+    let took = restarts(&machine, "web", 30).await;
+    println!("with an agent that has just started and an engine that hangs: {took:.1} s");
+    event(&machine, "engine_hung").await;
+    machine.running("acme", "web").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_app_that_hangs_the_engine_is_put_aside_and_the_others_run() {
     let machine = Machine::start().await;
     two_tenants(&machine).await;

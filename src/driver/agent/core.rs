@@ -42,6 +42,8 @@ const SETS: u64 = 30;
 const PROBE: Duration = Duration::from_secs(60);
 /// How many images of one tenant are fetched at a time, and of all tenants.
 const FETCHES: (usize, usize) = (1, 3);
+/// How long an engine has to come up before the agent starts without it.
+const START: Duration = Duration::from_secs(10);
 /// How often networks are looked at.
 const NETWORKS: Duration = Duration::from_secs(5);
 
@@ -181,14 +183,7 @@ impl Agent {
         let podman = Podman::new(&config.engine_socket).map_err(|error| error.to_string())?;
         let fetcher = Fetcher::new(config.engine(), config.installation.as_str());
         fetcher.sweep();
-        let mut tries = 0;
-        while let Err(error) = podman.ping().await {
-            tries += 1;
-            if tries > 100 {
-                return Err(error.to_string());
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        await_engine(&podman).await;
         Ok(Arc::new(Self {
             podman,
             engine: Engine::new(),
@@ -327,6 +322,24 @@ impl Agent {
             }
         }
     }
+}
+
+/// Waits a while for an engine that is only just starting. One that hangs is not waited for: instances are watched
+/// without it, and it is ended.
+async fn await_engine(podman: &Podman) {
+    let begun = tokio::time::Instant::now();
+    while begun.elapsed() < START {
+        let asked = tokio::time::Instant::now();
+        match podman.ping().await {
+            Ok(()) => return,
+            Err(error) if asked.elapsed() > Duration::from_secs(1) => {
+                tracing::warn!(%error, "the engine hangs; the agent starts without it");
+                return;
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+    tracing::warn!("no engine answers; the agent starts without it");
 }
 
 /// Asks the engine again and again for its containers, and tells all apps. While the engine does not answer, apps are

@@ -84,7 +84,7 @@ impl Engine {
                 took: Vec::new(),
                 silent: None,
                 answered: now,
-                judged_from: Instant::now() + RECOVERY,
+                judged_from: Instant::now(),
                 put_aside: 0,
             }),
             turn: tokio::sync::RwLock::new(()),

@@ -148,7 +148,7 @@ impl Podman {
 
     /// Whether the engine answers.
     pub async fn ping(&self) -> Result<(), Error> {
-        self.expect(Method::GET, "_ping", None, &[], 5).await.map(drop)
+        self.expect(Method::GET, "_ping", None, &[], 2).await.map(drop)
     }
 
     /// All containers of an installation. Waits at most for `patience`, the body included.
