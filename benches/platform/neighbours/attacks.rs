@@ -7,7 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::{Digest, HTTPD, Machine, Value, crowd, json, layer_with, of, run, within};
+use flate2::Compression;
+use flate2::write::GzEncoder;
+
+use super::{Digest, HTTPD, Machine, Value, crowd, json, layer_with, of, within};
 use crate::support::Image;
 
 type Running = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -38,7 +41,11 @@ pub(crate) const ATTACKS: [Attack; 13] = [
         words: "12 dry runs at a time that search for a user's name",
         begin: searches,
     },
-    Attack { name: "pulls", words: "four tenants that deploy images of 2 GiB of zeros", begin: pulls },
+    Attack {
+        name: "pulls",
+        words: "four tenants that deploy images of 512 MiB, five apps each",
+        begin: pulls,
+    },
     Attack { name: "releases", words: "releases of one app, 16 at once", begin: releases },
     Attack { name: "rows", words: "registry credentials without end, 16 at once", begin: rows },
     Attack { name: "logs", words: "8 instances that write lines without end", begin: logs },
@@ -300,58 +307,60 @@ fn searches(own: Arc<Attackers>, stop: Arc<AtomicBool>) -> Running {
 fn pulls(own: Arc<Attackers>, stop: Arc<AtomicBool>) -> Running {
     Box::pin(async move {
         for tenant in 0..4 {
-            zeros(&own, tenant).await;
+            blow_up(&own, tenant).await;
             for n in 0..5 {
-                put_app(&own, tenant, &format!("zero-{n}"), "", "image: zeros:1\n").await;
+                put_app(&own, tenant, &format!("large-{n}"), "", "image: large:1\n").await;
             }
         }
         until(&stop).await;
     })
 }
 
-/// Pushes 2 GiB of zeros in 2 MB.
-async fn zeros(own: &Arc<Attackers>, tenant: usize) {
+/// Pushes an image that unpacks to 512 MiB, a hundred times its size.
+async fn blow_up(own: &Arc<Attackers>, tenant: usize) {
     let own = Arc::clone(own);
-    let _ = tokio::task::spawn_blocking(move || {
+    let pushed = tokio::task::spawn_blocking(move || {
         let dir = tempfile::tempdir().unwrap();
         let blobs = dir.path().join("image/blobs/sha256");
         std::fs::create_dir_all(&blobs).unwrap();
-        let script = format!(
-            "d=$(mktemp -d) && cd $d && mkdir z && truncate -s 2G z/{tenant} && tar --format=ustar -cf - z | gzip -1 > layer.gz \
-             && sha256sum layer.gz | cut -d' ' -f1 && mv layer.gz {}/layer && rm -r $d",
-            blobs.display()
-        );
-        let (good, text) = run("sh", &["-c", &script]);
-        assert!(good, "{text}");
-        let hex = text.trim();
-        std::fs::rename(blobs.join("layer"), blobs.join(hex)).unwrap();
-        let size = std::fs::metadata(blobs.join(hex)).unwrap().len();
-        let digest: Digest = format!("sha256:{hex}").parse().unwrap();
-        Image::of(&HTTPD).write(dir.path(), &digest, size);
-        // The kind of this layer, and of its bytes once unpacked, is in the manifest that is written by hand.
-        let index = dir.path().join("image");
-        for file in std::fs::read_dir(index.join("blobs/sha256")).unwrap().flatten() {
-            if file.metadata().unwrap().len() > 65_536 {
-                continue;
-            }
-            let text = std::fs::read_to_string(file.path()).unwrap_or_default();
-            if text.contains("image.layer.v1.tar\"") {
-                let text = text.replace("image.layer.v1.tar\"", "image.layer.v1.tar+gzip\"");
-                let own = Digest::of(text.as_bytes());
-                std::fs::write(blobs.join(&own.as_str()[7..]), &text).unwrap();
-                let list = json!({"schemaVersion": 2, "manifests": [{
-                    "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": own, "size": text.len()}]});
-                std::fs::write(index.join("index.json"), list.to_string()).unwrap();
-                std::fs::remove_file(file.path()).unwrap();
-            }
+        let mut layer = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
+        let mut piece = vec![0; 64 << 10];
+        for n in 0..8192 {
+            piece[..500].fill_with(rand::random);
+            let mut header = tar::Header::new_ustar();
+            header.set_size(piece.len() as u64);
+            header.set_mode(0o644);
+            header.set_cksum();
+            layer.append_data(&mut header, format!("data/{tenant}/{n}"), piece.as_slice()).unwrap();
         }
+        let layer = layer.into_inner().unwrap().finish().unwrap();
+        let mut plain = Vec::new();
+        flate2::read::GzDecoder::new(layer.as_slice()).read_to_end(&mut plain).unwrap();
+        let (digest, unpacked) = (Digest::of(&layer), Digest::of(&plain));
+        std::fs::write(blobs.join(&digest.as_str()[7..]), &layer).unwrap();
+        let put = |text: String, kind: &str| {
+            let digest = Digest::of(text.as_bytes());
+            std::fs::write(blobs.join(&digest.as_str()[7..]), &text).unwrap();
+            json!({"mediaType": format!("application/vnd.oci.image.{kind}"), "digest": digest, "size": text.len()})
+        };
+        let config = json!({
+            "architecture": "amd64", "os": "linux", "config": {"User": "1000", "Cmd": ["/bin/none"]},
+            "rootfs": {"type": "layers", "diff_ids": [unpacked]},
+        });
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": put(config.to_string(), "config.v1+json"),
+            "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": digest, "size": layer.len()}],
+        });
+        let index = json!({"schemaVersion": 2, "manifests": [put(manifest.to_string(), "manifest.v1+json")]});
+        std::fs::write(dir.path().join("image/index.json"), index.to_string()).unwrap();
+        std::fs::write(dir.path().join("image/oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
         let (name, robot, _) = &own.tenants[tenant];
-        let (good, text) = own.machine.copy(robot, dir.path(), &format!("{name}/zeros:1"));
-        if !good {
-            eprintln!("zeros were refused: {}", text.lines().last().unwrap_or_default());
-        }
-    })
-    .await;
+        own.machine.copy(robot, dir.path(), &format!("{name}/large:1"))
+    });
+    if let Ok((false, text)) = pushed.await {
+        eprintln!("a large image was refused: {}", text.lines().last().unwrap_or_default());
+    }
 }
 
 fn releases(own: Arc<Attackers>, stop: Arc<AtomicBool>) -> Running {

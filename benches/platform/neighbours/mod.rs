@@ -112,7 +112,7 @@ impl Victim {
             assert!(begun.elapsed() < Duration::from_secs(60), "the name is not known");
         }
         Self {
-            http: bulkhead::outgoing::client().pool_max_idle_per_host(0).build().unwrap(),
+            http: client(),
             token: token["token"].as_str().unwrap().to_owned(),
             robot,
             place,
@@ -253,6 +253,12 @@ impl Victim {
         }
         f64::INFINITY
     }
+}
+
+/// The client of the tenant has an address of its own, as it would have on a network, and no connection is kept.
+fn client() -> reqwest::Client {
+    let own = std::net::Ipv4Addr::new(127, 200, 0, 1);
+    bulkhead::outgoing::client().local_address(Some(own.into())).pool_max_idle_per_host(0).build().unwrap()
 }
 
 /// Whether the name server tells an address for `app-1`, asked from within the namespace.
