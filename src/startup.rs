@@ -10,7 +10,6 @@ use actix_web::{App, HttpResponse, web};
 use sqlx::{Connection, PgConnection, PgPool};
 use tokio_util::sync::CancellationToken;
 
-use crate::access::Public;
 use crate::access::denials::Denials;
 use crate::access::oidc::Providers;
 use crate::access::passwords::Passwords;
@@ -201,7 +200,7 @@ impl Platform {
     }
 }
 
-async fn metrics(_: Public, metrics: web::Data<Metrics>, sight: web::Data<Sight>) -> HttpResponse {
+async fn metrics(metrics: web::Data<Metrics>, sight: web::Data<Sight>) -> HttpResponse {
     HttpResponse::Ok().content_type("text/plain; version=0.0.4").body(metrics.render() + &sight.render())
 }
 

@@ -66,7 +66,13 @@ const WIDE: Bounds = Bounds { all: 1000, per_source: 1000 };
 
 /// From an address of loopback of one's own.
 fn connect_from(source: [u8; 4], to: SocketAddr) -> TcpStream {
-    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    let socket = rustix::net::socket_with(
+        AddressFamily::INET,
+        SocketType::STREAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )
+    .unwrap();
     let own = SocketAddr::from((source, 0));
     rustix::net::bind(&socket, &own).unwrap();
     rustix::net::connect(&socket, &to).unwrap();

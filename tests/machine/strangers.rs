@@ -10,7 +10,13 @@ use rustix::net::{AddressFamily, SocketType};
 use crate::support::{HTTPD, Machine};
 
 fn connect_from(source: [u8; 4], to: SocketAddr) -> Option<TcpStream> {
-    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).ok()?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::INET,
+        SocketType::STREAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )
+    .ok()?;
     rustix::net::bind(&socket, &SocketAddr::from((source, 0))).ok()?;
     rustix::net::connect(&socket, &to).ok()?;
     let stream = TcpStream::from(socket);

@@ -129,6 +129,13 @@ impl Files {
             }
             return;
         }
+        // Programs name their libraries as "lib/../bin/x" too, which is no path for an archive.
+        let plain = if path.components().any(|part| part.as_os_str() == "..") {
+            path.canonicalize().unwrap()
+        } else {
+            path.to_owned()
+        };
+        let path = plain.as_path();
         if !path.is_file() || !self.known.insert(path.to_owned()) {
             return;
         }

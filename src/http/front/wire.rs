@@ -225,6 +225,10 @@ impl Wire {
             while let Some(b'\r' | b'\n') = self.held.first() {
                 self.held.advance(1);
             }
+            // No request begins with it: a client that tries TLS first on a plain port goes on at once, and others do.
+            if self.held.first().is_some_and(|byte| !byte.is_ascii_graphic()) {
+                return Poll::Ready(Ok(Begun::Refused(StatusCode::BAD_REQUEST)));
+            }
             if let Some(end) = head_end(&self.held, self.searched.saturating_sub(3)) {
                 self.searched = 0;
                 return Poll::Ready(Ok(if end > HEAD_LIMIT {
