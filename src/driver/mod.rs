@@ -19,7 +19,7 @@ pub mod podman;
 pub mod workload;
 
 pub use podman::host::Listener;
-pub use workload::{TenantGrant, Workload};
+pub use workload::{TenantGrant, TenantLimits, Workload};
 
 /// Why a driver did not do what it was asked. The loop chooses by the variant.
 #[derive(Debug, thiserror::Error, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -143,6 +143,20 @@ pub struct TenantGrant {
     pub network: u32,
     /// Its subnet.
     pub subnet: Subnet,
+    /// What it may use of the machine; a later grant may change it.
+    pub limits: TenantLimits,
+}
+
+/// What all instances of a tenant together may use of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TenantLimits {
+    /// Thousandths of a core.
+    pub cpu_millis: u64,
+    /// Bytes.
+    pub memory: u64,
+    /// Processes and threads.
+    pub pids: u64,
 }
 
 /// The image to run: always of the tenant's own project, always by digest.

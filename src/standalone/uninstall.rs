@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::{Failed, Folder, claims, postgres, processes};
+use crate::driver::podman::cgroups;
 use crate::driver::podman::client::Podman;
 use crate::driver::podman::firewall::kernel;
 use crate::driver::podman::{engine, ports, pull};
@@ -107,7 +108,7 @@ async fn remove_cgroups(id: &str, engine: &str) {
         roots.flat_map(|root| names.iter().map(move |name| root.join(name)).collect::<Vec<_>>()).collect();
     places.retain(|place| place.is_dir());
     for round in 0..2 * PATIENCE {
-        places.retain(|place| !remove_cgroup(place));
+        places.retain(|place| !cgroups::remove(place));
         if places.is_empty() {
             return;
         }
@@ -119,14 +120,6 @@ async fn remove_cgroups(id: &str, engine: &str) {
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
     tracing::warn!(?places, "these cgroups are still in use");
-}
-
-/// Removes a cgroup and those within it; whether it is gone.
-fn remove_cgroup(place: &Path) -> bool {
-    for inner in folders(place) {
-        remove_cgroup(&inner);
-    }
-    std::fs::remove_dir(place).is_ok() || !place.exists()
 }
 
 fn end_processes(place: &Path) {

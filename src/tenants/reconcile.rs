@@ -4,13 +4,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 
 use super::{Belongings, Left, Tenant, actions, store};
 use crate::config::Pools;
-use crate::driver::{Driver, Removal, TenantGrant};
+use crate::driver::{Driver, Removal, TenantGrant, TenantLimits};
 use crate::error::Error;
 use crate::ids::{TenantId, TenantName};
+use crate::quotas::{self, Resource};
 use crate::reconcile::{Failure, Lease, Outcome, Reconciler};
 use crate::uid_ranges;
 
@@ -146,5 +147,17 @@ pub async fn grant(
         ranges: ranges.iter().map(uid_ranges::UidRange::ids).collect(),
         network,
         subnet,
+        limits: TenantLimits {
+            cpu_millis: limit(&mut conn, id, Resource::Cpu).await?,
+            memory: limit(&mut conn, id, Resource::Memory).await?,
+            pids: limit(&mut conn, id, Resource::Pids).await?,
+        },
     })
+}
+
+/// A limit as the driver is told it. Nothing at all is not a bound that a kernel takes: the least one is.
+async fn limit(conn: &mut PgConnection, id: TenantId, resource: Resource) -> Result<u64, Error> {
+    let (least, _) = resource.definition().range;
+    let limit = quotas::limit(conn, id, resource).await?.max(least);
+    u64::try_from(limit).map_err(Error::internal)
 }

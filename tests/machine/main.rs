@@ -24,4 +24,5 @@ mod secrets;
 mod side_by_side;
 mod strangers;
 mod support;
+mod tenants_bounds;
 mod walls;

@@ -2,7 +2,7 @@
 //! networks as they must be, and what it tells about it.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -11,14 +11,17 @@ use time::OffsetDateTime;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::app::App;
+use super::app::{self, App};
 use super::config::AgentConfig;
 use super::engine::Engine;
 use super::flows::Flows;
 use super::journal::Journal;
 use super::kept::Kept;
+use super::limits::LimitBook;
 use super::network::{Denials, Depth, Gone, InForce, minding};
+use super::pace::Pace;
 use super::{names, server};
+use crate::driver::podman::cgroups::{self, Groups};
 use crate::driver::podman::client::{Listed, Podman};
 use crate::driver::podman::firewall;
 use crate::driver::podman::neighbours;
@@ -65,6 +68,10 @@ pub(super) struct Agent {
     /// The file of the system call filter that every instance is under.
     pub(super) filter: PathBuf,
     pub(super) journal: Mutex<Journal>,
+    /// What each tenant may use of the machine.
+    pub(super) limits: Mutex<LimitBook>,
+    /// The control groups that hold it to that.
+    pub(super) groups: Groups,
     pub(super) apps: Mutex<HashMap<AppId, Arc<App>>>,
     pub(super) listing: watch::Sender<Listing>,
     /// Rises when a listing is asked for out of turn.
@@ -117,6 +124,10 @@ pub(super) struct Agent {
     pub(super) looked: Mutex<HashMap<String, super::app::Looked>>,
     /// A release has taken over, or an app has gone: images may be left over.
     pub(super) tidy: Notify,
+    /// Pipes of logs that were there when the agent started, until their instance's reader takes them.
+    pub(super) pipes: Mutex<app::Pipes>,
+    /// How fast logs are read: those of each tenant, and all.
+    pub(super) log_paces: Mutex<(HashMap<TenantName, Pace>, Pace)>,
     /// How many read logs of a tenant.
     pub(super) readers: Mutex<HashMap<TenantName, usize>>,
     /// Who may change an app's record.
@@ -176,8 +187,11 @@ impl Agent {
             let path = config.state_dir.join(folder);
             std::fs::create_dir_all(&path).map_err(|error| format!("{}: {error}", path.display()))?;
         }
+        // First of all: a monitor that waits for its log's reader holds up the engine.
+        let pipes = app::open_all(&config.state_dir.join("logs"));
         let journal = Journal::open(&config.state_dir.join("journal"))?;
         let flows = Flows::open(&config.state_dir.join("flows")).map_err(|error| error.to_string())?;
+        let limits = LimitBook::open(&config.state_dir.join("limits")).map_err(|error| error.to_string())?;
         let filter = seccomp::install(&config.state_dir)
             .map_err(|error| format!("the system call filter cannot be written: {error}"))?;
         let podman = Podman::new(&config.engine_socket).map_err(|error| error.to_string())?;
@@ -190,6 +204,8 @@ impl Agent {
             oom: OutOfMemory::open(),
             filter,
             journal: Mutex::new(journal),
+            limits: Mutex::new(limits),
+            groups: Groups::below(Path::new(cgroups::ROOT)),
             apps: Mutex::new(HashMap::new()),
             listing: watch::Sender::new(Listing::default()),
             look: Notify::new(),
@@ -218,6 +234,8 @@ impl Agent {
             turns: server::turns(),
             looked: Mutex::default(),
             tidy: Notify::new(),
+            pipes: Mutex::new(pipes),
+            log_paces: Mutex::new((HashMap::new(), Pace::new(app::ALL))),
             readers: Mutex::new(HashMap::new()),
             gates: Mutex::new(HashMap::new()),
             boot: data_encoding::HEXLOWER.encode(&rand::random::<[u8; 8]>()),
@@ -454,6 +472,7 @@ async fn watching(agent: Arc<Agent>) {
             tracing::warn!(%error, "the machine's new addresses are closed later");
         }
         agent.keep_networks().await;
+        agent.keep_groups();
     }
 }
 

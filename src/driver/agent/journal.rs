@@ -319,6 +319,7 @@ mod tests {
             ranges: vec![IdRange { start: 1_879_048_192 + n * 65_536, size: 65_536 }],
             network: n,
             subnet: format!("10.64.{}.0/22", n * 4).parse().unwrap(),
+            limits: crate::driver::TenantLimits { cpu_millis: 2000, memory: 1 << 30, pids: 4096 },
         }
     }
 

@@ -1,6 +1,6 @@
-//! Logs of instances. The engine's file driver truncates where it should rotate, so the agent reads
-//! along and keeps two bounded segments of its own per instance; where the engine was faster, the
-//! gap is shown. Memory holds one chunk.
+//! Logs of instances: two bounded segments per instance, of what the engine's monitor writes into a pipe that the
+//! agent reads (`app/reading.rs`). An instance of an earlier version writes into a file, which the engine truncates
+//! where it should rotate: that one is read along, and the gap is shown. Memory holds one chunk.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -64,18 +64,29 @@ impl Tail {
             file.seek(SeekFrom::Start(self.offset))?;
             let mut chunk = Vec::new();
             self.offset += file.take(CHUNK).read_to_end(&mut chunk)? as u64;
-            for piece in chunk.split_inclusive(|b| *b == b'\n') {
-                if self.partial.len() < LINE + 128 {
-                    self.partial.extend_from_slice(&piece[..piece.len().min(LINE + 128)]);
-                }
-                if piece.ends_with(b"\n") {
-                    let whole = std::mem::take(&mut self.partial);
-                    lines.extend(parse(&whole, self.instance));
-                }
-            }
+            self.split(&chunk, &mut lines);
         }
         self.write(&lines)?;
         Ok(lines)
+    }
+
+    /// Takes over what was read elsewhere; returns the lines for whoever follows.
+    pub(super) fn take(&mut self, bytes: &[u8]) -> std::io::Result<Vec<LogLine>> {
+        let mut lines = Vec::new();
+        self.split(bytes, &mut lines);
+        self.write(&lines)?;
+        Ok(lines)
+    }
+
+    fn split(&mut self, bytes: &[u8], lines: &mut Vec<LogLine>) {
+        for piece in bytes.split_inclusive(|b| *b == b'\n') {
+            let room = (LINE + 128).saturating_sub(self.partial.len());
+            self.partial.extend_from_slice(&piece[..piece.len().min(room)]);
+            if piece.ends_with(b"\n") {
+                let whole = std::mem::take(&mut self.partial);
+                lines.extend(parse(&whole, self.instance));
+            }
+        }
     }
 
     /// A line of the platform itself.
@@ -120,13 +131,6 @@ impl Tail {
         file.write_all(bytes)?;
         self.written += bytes.len() as u64;
         Ok(())
-    }
-
-    /// Forgets the raw log; the next one starts anew.
-    pub(super) fn restart(&mut self) {
-        let _ = std::fs::remove_file(&self.raw);
-        self.offset = 0;
-        self.partial.clear();
     }
 }
 
@@ -179,7 +183,7 @@ pub(super) fn prune(dir: &Path, there: &[u32]) {
     ended.sort_unstable_by(|a, b| b.cmp(a));
     ended.dedup();
     for number in ended.into_iter().skip(ENDED) {
-        for rest in ["log", "log.1", "offset", "raw", "passwd", "group"] {
+        for rest in ["log", "log.1", "offset", "raw", "pipe", "passwd", "group"] {
             let _ = std::fs::remove_file(dir.join(format!("{number}.{rest}")));
         }
     }

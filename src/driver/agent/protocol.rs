@@ -15,7 +15,7 @@ use crate::policy::TenantFlows;
 pub const MAX_FRAME: usize = 4 * 1024 * 1024;
 
 /// Version of the messages. Another one is refused at `Hello`.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// What `serve` may ask.
 #[derive(Debug, Serialize, Deserialize)]

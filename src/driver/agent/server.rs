@@ -221,6 +221,8 @@ async fn handle(agent: &Arc<Agent>, request: Request) -> Result<Reply, Error> {
 async fn ensure_tenant(agent: &Agent, grant: &TenantGrant) -> Result<(), Error> {
     fail::fail_point!("agent::journal", |_| Err(Error::Transient("failpoint".into())));
     lock(&agent.journal).claim_tenant(&agent.config, grant).map_err(Error::Rejected)?;
+    lock(&agent.limits).take(&grant.tenant, &grant.limits)?;
+    agent.ensure_group(&grant.tenant)?;
     agent.ensure_network(&grant.tenant).await
 }
 
@@ -240,6 +242,7 @@ async fn remove_tenant(agent: &Agent, tenant: &TenantName, id: TenantId) -> Resu
     }
     lock(&agent.journal).retire(tenant).map_err(Error::Transient)?;
     lock(&agent.flows).forget(tenant);
+    agent.forget_group(tenant);
     lock(&agent.denials).remove(tenant);
     Ok(Removal::Gone)
 }

@@ -1,5 +1,6 @@
 //! Podman and nftables: what the root half drives.
 
+pub mod cgroups;
 pub mod client;
 pub mod dangers;
 pub mod ear;

@@ -3,6 +3,7 @@
 
 use serde_json::{Value, json};
 
+use super::cgroups;
 use crate::driver::agent::config::AgentConfig;
 use crate::driver::workload::Workload;
 
@@ -11,8 +12,6 @@ pub const PIDS: u32 = 512;
 /// Bytes of `/dev/shm`; they count within memory.
 const SHM: u64 = 1 << 20;
 const SHM_PATH: &str = "/dev/shm";
-/// Bytes that the engine keeps of a raw log before it truncates; the agent reads faster.
-pub const RAW_LOG: u64 = 16 << 20;
 /// How much sooner than other processes the kernel ends an instance when the machine's memory is short.
 const OOM_SCORE: i32 = 500;
 /// What tells of the machine and of its other tenants, beside what the engine hides by itself.
@@ -172,7 +171,7 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
         "mask": MASKED,
         "read_only_filesystem": true,
         "mounts": mounts,
-        "cgroup_parent": format!("/bulkhead-{}", config.installation),
+        "cgroup_parent": cgroups::parent(&config.installation, &w.tenant),
         "resource_limits": {
             "cpu": {"quota": quota, "period": PERIOD},
             "memory": {"limit": w.memory, "swap": w.memory},
@@ -189,7 +188,8 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
         "healthconfig": {"Test": ["NONE"]},
         "systemd": "false",
         "sdnotifyMode": "ignore",
-        "log_configuration": {"driver": "k8s-file", "path": instance.log, "size": RAW_LOG},
+        // A pipe: a bound of its size would make the engine's monitor put a file in its place.
+        "log_configuration": {"driver": "k8s-file", "path": instance.log},
     });
     if let Some(command) = &w.command {
         spec["entrypoint"] = json!(command);

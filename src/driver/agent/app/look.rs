@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use super::super::core::{Agent, Listing, lock};
 use super::super::kept::Instance;
 use super::super::logs::{self, Tail};
-use super::{App, BACKOFF, LONG_RUN, Look, SETTLE, born, discard, raw_log, short};
+use super::{App, BACKOFF, LONG_RUN, Look, SETTLE, born, discard, raw_log, reading, short};
 use crate::driver::podman::ports::Seen;
 use crate::driver::podman::render;
 use crate::driver::{Cause, Ending, InstanceState};
@@ -18,9 +18,23 @@ use crate::driver::{Cause, Ending, InstanceState};
 const FRESH: Duration = Duration::from_secs(3);
 
 impl App {
-    pub(super) fn read_log(&self, agent: &Agent, number: u32) {
+    /// Reads the last words of an instance that has ended, whatever the pace.
+    pub(super) fn read_last_words(&self, agent: &Agent, number: u32) {
+        if let Some(reader) = lock(&self.live).get(&number).and_then(|live| live.reader.as_ref()) {
+            reader.drain(&self.lines);
+            return;
+        }
+        self.read_file(agent, number);
+    }
+
+    /// Reads on in the log file of an instance that an earlier version has started. Of all others a reader of their own
+    /// takes care.
+    pub(super) fn read_file(&self, agent: &Agent, number: u32) {
         let mut live = lock(&self.live);
         let entry = live.entry(number).or_default();
+        if entry.reader.is_some() {
+            return;
+        }
         let dir = agent.logs_dir(self.id);
         let tail = entry.tail.get_or_insert_with(|| Tail::new(raw_log(&dir, number), dir.clone(), number));
         match tail.advance() {
@@ -183,7 +197,7 @@ impl App {
 
     /// An instance has ended by itself: why is written down, and when it starts again.
     pub(super) fn ended(&self, agent: &Agent, number: u32, cause: Cause, code: Option<i32>, detail: String) {
-        tokio::task::block_in_place(|| self.read_log(agent, number));
+        tokio::task::block_in_place(|| self.read_last_words(agent, number));
         let last_lines: Vec<String> = logs::last(&agent.logs_dir(self.id), Some(number), 5)
             .iter()
             .filter(|line| line.stream != crate::driver::LogStreamName::Platform)
@@ -239,6 +253,7 @@ impl App {
         lock(&self.live).remove(&number);
         let dir = agent.logs_dir(self.id);
         let _ = std::fs::remove_file(raw_log(&dir, number));
+        let _ = std::fs::remove_file(reading::pipe_path(&dir, number));
         for file in super::image::files(&dir, number) {
             let _ = std::fs::remove_file(file);
         }

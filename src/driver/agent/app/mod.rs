@@ -17,14 +17,17 @@ use super::logs::Tail;
 use super::plan::{Part, Step, plan};
 use crate::driver::{AppObserved, InstanceObserved, InstanceState, LogLine};
 use crate::ids::{AppId, AppName, TenantName};
+use reading::Reader;
 
 mod health;
 mod image;
 mod look;
+mod reading;
 mod start;
 mod walls;
 
 pub(super) use image::Looked;
+pub(super) use reading::{ALL, Pipes, open_all};
 pub(super) use start::discard;
 
 /// The longest that a restart waits, in seconds.
@@ -40,6 +43,9 @@ const FAILURES: u32 = 3;
 /// What is known of an instance while this process lives.
 #[derive(Default)]
 struct Live {
+    /// Reads what it says.
+    reader: Option<Reader>,
+    /// Reads the file that an instance of an earlier version writes.
     tail: Option<Tail>,
     /// A listing older than this says nothing about the instance any more.
     valid_from: u64,
@@ -113,6 +119,14 @@ impl App {
             .filter(|i| i.state == InstanceState::Stopping)
             .map(|i| i.number)
             .collect();
+        for number in self.numbers() {
+            // What an earlier version has started writes into a file until its next start.
+            if reading::pipe_path(&agent.logs_dir(self.id), number).exists()
+                && let Err(error) = self.read_along(&agent, number)
+            {
+                tracing::warn!(%error, app = %self.name, "a log is not read");
+            }
+        }
         for number in stopping {
             self.begin_stop(&agent, number);
         }
@@ -150,7 +164,7 @@ impl App {
         let numbers: Vec<u32> = lock(&self.kept).instances.iter().map(|i| i.number).collect();
         let mut unclear = Vec::new();
         for number in numbers {
-            tokio::task::block_in_place(|| self.read_log(agent, number));
+            tokio::task::block_in_place(|| self.read_file(agent, number));
             if self.look(agent, listing, number).await == Look::Unclear {
                 unclear.push(number);
             }
@@ -247,6 +261,10 @@ impl App {
         }
         drop(kept);
         agent.touch(&self.version);
+    }
+
+    fn numbers(&self) -> Vec<u32> {
+        lock(&self.kept).instances.iter().map(|i| i.number).collect()
     }
 
     fn instance(&self, number: u32) -> Option<Instance> {

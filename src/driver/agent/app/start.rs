@@ -19,7 +19,7 @@ use crate::policy::Target;
 const AGAIN: Duration = Duration::from_millis(300);
 
 impl App {
-    pub(super) async fn create(&self, agent: &Arc<Agent>, slot: usize) {
+    pub(super) async fn create(self: &Arc<Self>, agent: &Arc<Agent>, slot: usize) {
         let number = {
             let mut kept = lock(&self.kept);
             let number = kept.next_number;
@@ -39,7 +39,7 @@ impl App {
     }
 
     /// Starts those whose time has come, and those that a crash left half-made.
-    pub(super) async fn start_waiting(&self, agent: &Arc<Agent>) {
+    pub(super) async fn start_waiting(self: &Arc<Self>, agent: &Arc<Agent>) {
         let now = OffsetDateTime::now_utc();
         let aside = {
             let kept = lock(&self.kept);
@@ -62,7 +62,7 @@ impl App {
     }
 
     /// Makes and starts an instance's container: create, attach the network, close its port, start.
-    async fn start(&self, agent: &Arc<Agent>, number: u32) {
+    async fn start(self: &Arc<Self>, agent: &Arc<Agent>, number: u32) {
         let (instance, workload) = {
             let kept = lock(&self.kept);
             let Some(instance) = kept.instances.iter().find(|i| i.number == number).cloned() else { return };
@@ -130,7 +130,7 @@ impl App {
     }
 
     async fn bring_up(
-        &self,
+        self: &Arc<Self>,
         agent: &Arc<Agent>,
         instance: &Instance,
         workload: &Workload,
@@ -150,15 +150,17 @@ impl App {
             .addresses
             .get(instance.slot)
             .ok_or_else(|| Error::Rejected("there is no address for this instance".into()))?;
+        agent.ensure_group(&self.tenant)?;
         discard(agent, &instance.container).await?;
         ports::release(&instance.sandbox).await;
         ports::clear(&bridge, address).await?;
         let dir = agent.logs_dir(self.id);
         std::fs::create_dir_all(&dir).map_err(|error| Error::Transient(error.to_string()))?;
-        if let Some(tail) = lock(&self.live).entry(instance.number).or_default().tail.as_mut() {
-            tail.restart();
-        }
-        let raw = raw_log(&dir, instance.number);
+        // What the run before has left is read; a file of an earlier version goes.
+        tokio::task::block_in_place(|| self.read_last_words(agent, instance.number));
+        let _ = std::fs::remove_file(raw_log(&dir, instance.number));
+        let pipe =
+            self.read_along(agent, instance.number).map_err(|error| Error::Transient(error.to_string()))?;
         let [passwd, group] = image::write_names(agent, &dir, instance.number, workload).await?;
         let spec = render::create(
             &agent.config,
@@ -167,7 +169,7 @@ impl App {
                 number: instance.number,
                 gateway: recorded.subnet.gateway(),
                 network: &bridge,
-                log: &raw.to_string_lossy(),
+                log: &pipe.to_string_lossy(),
                 filter: &agent.filter.to_string_lossy(),
                 names: [&passwd.to_string_lossy(), &group.to_string_lossy()],
             },
@@ -282,7 +284,7 @@ impl App {
             {
                 tracing::warn!(%error, container, "a port was left");
             }
-            tokio::task::block_in_place(|| app.read_log(&agent, number));
+            tokio::task::block_in_place(|| app.read_last_words(&agent, number));
             let before = serde_json::to_vec(&*lock(&app.kept)).unwrap_or_default();
             {
                 let mut kept = lock(&app.kept);

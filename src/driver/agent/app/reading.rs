@@ -1,0 +1,218 @@
+//! The way of an instance's output into its log: a pipe that the engine's monitor writes into and the agent reads. The
+//! reader sets the pace. Where an app writes faster, the pipe fills, the monitor waits, and the app waits in its own
+//! write: nothing is lost, nothing is written to the disk, and no processor works on what would be thrown away.
+//!
+//! The agent holds the pipe open for reading and writing, and opens every pipe first of all when it starts: a monitor
+//! that waits for a reader would hold up the engine. While the agent is away monitors drop what apps write; apps go on.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use tokio::net::unix::pipe::{OpenOptions, Receiver};
+use tokio::sync::broadcast;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::super::core::{Agent, lock};
+use super::super::logs::Tail;
+use super::super::pace::{Pace, Rate};
+use super::{App, raw_log};
+use crate::driver::LogLine;
+
+/// What one instance's log takes: 1 MiB and 5,000 lines a second, 16 MiB and 20,000 lines at once.
+const INSTANCE: Rate = Rate { bytes: 1 << 20, lines: 5_000, burst_bytes: 16 << 20, burst_lines: 20_000 };
+/// All logs of a tenant.
+const TENANT: Rate = Rate { bytes: 4 << 20, lines: 20_000, burst_bytes: 32 << 20, burst_lines: 80_000 };
+/// All logs.
+pub(in crate::driver::agent) const ALL: Rate =
+    Rate { bytes: 16 << 20, lines: 60_000, burst_bytes: 64 << 20, burst_lines: 240_000 };
+/// The longest sleep of a reader: after each it looks whether the instance has ended.
+const SLICE: Duration = Duration::from_millis(100);
+/// How often an instance's log says that the app waits for its reader.
+const TOLD: Duration = Duration::from_secs(60);
+/// Most bytes that are read at once when an instance has ended: what pipes and monitor can hold is less.
+const REST: usize = 8 << 20;
+
+/// The reader of one instance.
+pub(super) struct Reader {
+    pipe: Arc<Receiver>,
+    tail: Arc<Mutex<Tail>>,
+    _end: DropGuard,
+}
+
+impl Reader {
+    /// Reads on now, as far as something is there: for the last lines of an instance that has ended.
+    pub(super) fn drain(&self, lines: &broadcast::Sender<LogLine>) {
+        let mut left = REST;
+        while left > 0 {
+            match take(&self.pipe, &self.tail, lines) {
+                Ok((bytes @ 1.., _)) => left = left.saturating_sub(bytes),
+                _ => return,
+            }
+        }
+    }
+
+    pub(super) fn note(&self, text: &str, lines: &broadcast::Sender<LogLine>) {
+        let mut tail = lock(&self.tail);
+        let line = tail.note(text);
+        if tail.write(std::slice::from_ref(&line)).is_ok() {
+            let _ = lines.send(line);
+        }
+    }
+}
+
+/// Takes over what is there, at most one buffer; how many bytes and lines.
+fn take(
+    pipe: &Receiver,
+    tail: &Mutex<Tail>,
+    lines: &broadcast::Sender<LogLine>,
+) -> io::Result<(usize, usize)> {
+    let mut buffer = vec![0; 64 << 10];
+    // Held over both: two readers never change the order of lines.
+    let mut tail = lock(tail);
+    let bytes = pipe.try_read(&mut buffer)?;
+    let fresh = tail.take(&buffer[..bytes])?;
+    let count = fresh.len();
+    for line in fresh {
+        let _ = lines.send(line);
+    }
+    Ok((bytes, count))
+}
+
+/// Opens a pipe, and makes it where there is none.
+fn open(path: &Path) -> io::Result<Receiver> {
+    match std::fs::symlink_metadata(path) {
+        Ok(there) if there.file_type().is_fifo() => {}
+        Ok(_) => std::fs::remove_file(path).and_then(|()| make(path))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => make(path)?,
+        Err(error) => return Err(error),
+    }
+    OpenOptions::new().read_write(true).open_receiver(path)
+}
+
+fn make(path: &Path) -> io::Result<()> {
+    Ok(mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?)
+}
+
+/// Pipes that an earlier process of the agent has left.
+pub(in crate::driver::agent) type Pipes = HashMap<PathBuf, Receiver>;
+
+/// Opens every pipe below a folder of logs, before anything is asked of the engine.
+pub(in crate::driver::agent) fn open_all(logs: &Path) -> Pipes {
+    let entries = |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries(logs)
+        .flat_map(|app| entries(&app.path()).map(|entry| entry.path()).collect::<Vec<_>>())
+        .filter(|path| path.extension().is_some_and(|e| e == "pipe"))
+        .filter_map(|path| match open(&path) {
+            Ok(pipe) => Some((path, pipe)),
+            Err(error) => {
+                tracing::warn!(%error, path = %path.display(), "the pipe of a log cannot be opened");
+                None
+            }
+        })
+        .collect()
+}
+
+/// Where the engine's monitor writes what an instance says.
+pub(super) fn pipe_path(dir: &Path, number: u32) -> PathBuf {
+    dir.join(format!("{number}.pipe"))
+}
+
+impl App {
+    /// Sees to it that an instance's output is read before its monitor writes any. Returns the pipe's path.
+    pub(super) fn read_along(self: &Arc<Self>, agent: &Arc<Agent>, number: u32) -> io::Result<PathBuf> {
+        let dir = agent.logs_dir(self.id);
+        let path = pipe_path(&dir, number);
+        let known = lock(&self.live).get(&number).is_some_and(|live| live.reader.is_some());
+        if known && std::fs::symlink_metadata(&path).is_ok_and(|there| there.file_type().is_fifo()) {
+            return Ok(path);
+        }
+        let left = lock(&agent.pipes).remove(&path);
+        let resumed = left.is_some();
+        let pipe = Arc::new(left.map_or_else(|| open(&path), Ok)?);
+        let tail = Arc::new(Mutex::new(Tail::new(raw_log(&dir, number), dir, number)));
+        let end = CancellationToken::new();
+        let reader =
+            Reader { pipe: Arc::clone(&pipe), tail: Arc::clone(&tail), _end: end.clone().drop_guard() };
+        if resumed {
+            let text = "the platform began to read this log anew: lines from while it was away are missing";
+            reader.note(text, &self.lines);
+        }
+        lock(&self.live).entry(number).or_default().reader = Some(reader);
+        let (app, agent) = (Arc::clone(self), Arc::clone(agent));
+        tokio::spawn(async move {
+            tokio::select! {
+                () = end.cancelled() => {}
+                () = app.leaving().cancelled_owned() => {}
+                () = app.read(&agent, number, &pipe, &tail) => {}
+            }
+        });
+        Ok(path)
+    }
+
+    async fn read(&self, agent: &Agent, number: u32, pipe: &Receiver, tail: &Mutex<Tail>) {
+        let mut own = Pace::new(INSTANCE);
+        let mut told: Option<Instant> = None;
+        loop {
+            if pipe.readable().await.is_err() {
+                return;
+            }
+            let wait = own.wait().max(agent.log_pace(&self.tenant, None));
+            // An instance that has ended leaves what its pipes hold; its monitor waits until that is read.
+            if !wait.is_zero() && self.is_alive(number) {
+                if told.is_none_or(|at| at.elapsed() > TOLD) {
+                    told = Some(Instant::now());
+                    self.tell_slow(number);
+                }
+                tokio::time::sleep(wait.min(SLICE)).await;
+                continue;
+            }
+            match tokio::task::block_in_place(|| take(pipe, tail, &self.lines)) {
+                Ok((bytes, lines)) => {
+                    own.spend(bytes, lines);
+                    agent.log_pace(&self.tenant, Some((bytes, lines)));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => {
+                    tracing::warn!(%error, app = %self.name, "a log cannot be kept");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        }
+    }
+
+    fn tell_slow(&self, number: u32) {
+        let text = "output comes faster than 1 MiB or 5,000 lines a second (or than all apps' logs may): \
+                    the app waits in its writes until it is read";
+        if let Some(reader) = lock(&self.live).get(&number).and_then(|live| live.reader.as_ref()) {
+            reader.note(text, &self.lines);
+        }
+    }
+
+    fn is_alive(&self, number: u32) -> bool {
+        let Some(instance) = self.instance(number) else { return false };
+        instance.pid > 0 && super::born(instance.pid) == Some(instance.born)
+    }
+}
+
+impl Agent {
+    /// How long logs of a tenant have to wait, after what was read of one is counted.
+    fn log_pace(&self, tenant: &crate::ids::TenantName, read: Option<(usize, usize)>) -> Duration {
+        let mut paces = lock(&self.log_paces);
+        let (tenants, all) = &mut *paces;
+        if !tenants.contains_key(tenant) {
+            // Those that are full again are as good as none.
+            tenants.retain(|_, pace| !pace.is_full());
+        }
+        let own = tenants.entry(tenant.clone()).or_insert_with(|| Pace::new(TENANT));
+        if let Some((bytes, lines)) = read {
+            own.spend(bytes, lines);
+            all.spend(bytes, lines);
+        }
+        own.wait().max(all.wait())
+    }
+}

@@ -1,0 +1,174 @@
+//! What each tenant may use of the machine, as `serve` last said: root's own copy, one file a tenant, so that after a
+//! reboot instances start within their tenant's bounds before `serve` is there. The bounds of all tenants together are
+//! the machine's and not for `serve` to say.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use super::core::{Agent, lock};
+use crate::driver::Error;
+use crate::driver::podman::cgroups::{self, Bounds, Capacity};
+use crate::driver::workload::TenantLimits;
+use crate::ids::TenantName;
+
+/// All tenants' limits.
+#[derive(Debug)]
+pub(super) struct LimitBook {
+    folder: PathBuf,
+    by_tenant: HashMap<TenantName, TenantLimits>,
+    /// Bounds that this process has set, by group: another value there is not ours.
+    set: HashMap<String, Bounds>,
+}
+
+impl LimitBook {
+    /// Reads what is on record. A file that cannot be read is said; `serve` says its limits again.
+    pub(super) fn open(folder: &Path) -> std::io::Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let mut by_tenant = HashMap::new();
+        for entry in std::fs::read_dir(folder)? {
+            let path = entry?.path();
+            let name = path.file_stem().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
+            let (Some(name), true) = (name, path.extension().is_some_and(|e| e == "json")) else { continue };
+            let read = std::fs::read(&path).map_err(|error| error.to_string());
+            match read.and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string())) {
+                Ok(limits) => drop(by_tenant.insert(name, limits)),
+                Err(error) => tracing::error!(path = %path.display(), error, "these limits cannot be read"),
+            }
+        }
+        Ok(Self { folder: folder.to_owned(), by_tenant, set: HashMap::new() })
+    }
+
+    /// Takes over a tenant's limits, on the disk before they are believed.
+    pub(super) fn take(&mut self, tenant: &TenantName, limits: &TenantLimits) -> Result<(), Error> {
+        check(limits).map_err(|why| Error::Rejected(why.into()))?;
+        if self.by_tenant.get(tenant) == Some(limits) {
+            return Ok(());
+        }
+        self.save(tenant, limits).map_err(|error| Error::Transient(error.to_string()))?;
+        self.by_tenant.insert(tenant.clone(), *limits);
+        Ok(())
+    }
+
+    fn save(&self, tenant: &TenantName, limits: &TenantLimits) -> std::io::Result<()> {
+        let fresh = self.folder.join(format!("{tenant}.new"));
+        let mut file = std::fs::File::create(&fresh)?;
+        file.write_all(&serde_json::to_vec(limits)?)?;
+        file.sync_data()?;
+        std::fs::rename(fresh, self.folder.join(format!("{tenant}.json")))
+    }
+
+    fn forget(&mut self, tenant: &TenantName, group: &str) {
+        self.by_tenant.remove(tenant);
+        self.set.remove(group);
+        let _ = std::fs::remove_file(self.folder.join(format!("{tenant}.json")));
+    }
+}
+
+/// What is wrong with limits, if anything.
+fn check(limits: &TenantLimits) -> Result<(), &'static str> {
+    let good = (10..=10_000_000).contains(&limits.cpu_millis)
+        && ((8 << 20)..=(1 << 50)).contains(&limits.memory)
+        && (16..=4_000_000).contains(&limits.pids);
+    if good { Ok(()) } else { Err("a tenant's limits are out of bounds") }
+}
+
+impl Agent {
+    /// Makes a tenant's group and the one above it where they are missing, and sets their bounds, before anything
+    /// starts in them. Bounds that were changed from outside come back, and an event says so.
+    ///
+    /// # Errors
+    /// [`Error::Transient`] where the kernel refuses.
+    pub(super) fn ensure_group(&self, tenant: &TenantName) -> Result<(), Error> {
+        let id = &self.config.installation;
+        let limits = lock(&self.limits).by_tenant.get(tenant).copied();
+        // Of a tenant that an earlier version has left nothing is known until `serve` says it: the bound of all holds.
+        let own =
+            limits.map_or_else(Bounds::default, |limits| cgroups::of_tenant(&self.widened(tenant, limits)));
+        self.set_group(cgroups::of_all(id), Capacity::of_this_machine().of_all_tenants())?;
+        self.set_group(cgroups::parent(id, tenant), own)
+    }
+
+    /// Limits that were lowered below what runs wait until it is gone: they refuse what is new, and end nothing.
+    fn widened(&self, tenant: &TenantName, mut limits: TenantLimits) -> TenantLimits {
+        let (mut cpu, mut memory) = (0_u64, 0_u64);
+        let apps: Vec<_> = lock(&self.apps).values().filter(|app| app.tenant == *tenant).cloned().collect();
+        for app in apps {
+            let kept = lock(&app.kept);
+            let count = kept.instances.len() as u64;
+            cpu = cpu.saturating_add(count.saturating_mul(kept.workload.cpu_millis.into()));
+            memory = memory.saturating_add(count.saturating_mul(kept.workload.memory));
+        }
+        limits.cpu_millis = limits.cpu_millis.max(cpu);
+        limits.memory = limits.memory.max(memory);
+        limits
+    }
+
+    fn set_group(&self, group: String, bounds: Bounds) -> Result<(), Error> {
+        let changed = self
+            .groups
+            .ensure(&group, &bounds)
+            .map_err(|error| Error::Transient(format!("control group: {error}")))?;
+        let known = lock(&self.limits).set.insert(group, bounds) == Some(bounds);
+        if known && !changed.is_empty() {
+            let text = format!("bounds were changed from outside and are set again: {}", changed.join("; "));
+            self.machine_event("bounds_repaired", text);
+        }
+        Ok(())
+    }
+
+    /// Repairs the bounds of all tenants that have apps here, and removes groups of tenants that have left: the last
+    /// process of an instance may outlive its tenant's offboarding by moments.
+    pub(super) fn keep_groups(&self) {
+        let tenants: BTreeSet<TenantName> = lock(&self.apps).values().map(|app| app.tenant.clone()).collect();
+        for tenant in &tenants {
+            if let Err(error) = self.ensure_group(tenant) {
+                tracing::warn!(%error, %tenant, "a tenant's bounds cannot be set");
+            }
+        }
+        let id = &self.config.installation;
+        for tenant in self.groups.tenants(id) {
+            // The journal's lock is held: no new claim of the same name comes in between.
+            let journal = lock(&self.journal);
+            if journal.tenant(&tenant).is_none() && !tenants.contains(&tenant) {
+                let _ = self.groups.remove(&cgroups::parent(id, &tenant));
+            }
+        }
+    }
+
+    /// Removes what a tenant that has left had.
+    pub(super) fn forget_group(&self, tenant: &TenantName) {
+        let group = cgroups::parent(&self.config.installation, tenant);
+        lock(&self.limits).forget(tenant, &group);
+        if !self.groups.remove(&group) {
+            tracing::info!(%tenant, "the control group of a tenant that has left is still in use");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_checked_and_outlive_the_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let acme: TenantName = "acme".parse().unwrap();
+        let limits = TenantLimits { cpu_millis: 2000, memory: 1 << 30, pids: 4096 };
+        let mut book = LimitBook::open(dir.path()).unwrap();
+        book.take(&acme, &limits).unwrap();
+        for wrong in [
+            TenantLimits { cpu_millis: 0, ..limits },
+            TenantLimits { memory: u64::MAX, ..limits },
+            TenantLimits { pids: 1, ..limits },
+        ] {
+            assert!(matches!(book.take(&acme, &wrong), Err(Error::Rejected(_))));
+        }
+        std::fs::write(dir.path().join("evil.json"), "{").unwrap();
+        let again = LimitBook::open(dir.path()).unwrap();
+        assert_eq!(again.by_tenant, HashMap::from([(acme.clone(), limits)]));
+        let mut again = again;
+        again.forget(&acme, "/bulkhead-abcd/t-acme");
+        assert!(LimitBook::open(dir.path()).unwrap().by_tenant.is_empty());
+    }
+}
