@@ -89,7 +89,7 @@ async fn memory_of_many_instances_is_their_tenants_and_bounds_are_repaired() {
         machine.send("PATCH", "/api/v1/tenants/evil", json!({"quota": {"memory": "96Mi"}})).await;
     assert_eq!(status, 202, "{body}");
     let watchers = 256_u64 << 20;
-    becomes(&memory, &(watchers + (4 * 64 << 20)).to_string()).await;
+    becomes(&memory, &(watchers + ((4 * 64) << 20)).to_string()).await;
     let begun = app["observed"]["instances"][0]["started"].clone();
     assert_eq!(machine.running("evil", "fat").await["observed"]["instances"][0]["started"], begun);
     let (status, _) = machine.send("DELETE", "/api/v1/tenants/evil/apps/fat", json!(null)).await;
