@@ -11,7 +11,7 @@ use sqlx::PgPool;
 
 use super::collector::Collector;
 use super::known::Known;
-use super::measure::{Layer, Measured};
+use super::measure::{self, Layer, Measured};
 use super::room::Room;
 use super::token::{Access, SigningKey};
 use super::{Reference, store};
@@ -63,8 +63,8 @@ pub struct Distribution {
     work: Option<PgPool>,
 }
 
-/// How many images of one tenant are measured at a time, and of all tenants.
-const MEASURES: (usize, usize) = (1, 2);
+/// How many layers of one tenant are measured at a time, and of all tenants.
+const MEASURES: (usize, usize) = (1, 4);
 
 pub(super) fn away(error: impl std::fmt::Display) -> Error {
     tracing::warn!(%error, "the registry does not answer");
@@ -257,8 +257,7 @@ impl Distribution {
             .await?
             .ok_or_else(missing)?;
         let config = ImageConfig::parse(&bytes).map_err(|error| fault(203, &error.to_string()))?;
-        let layers: Vec<_> =
-            layers.into_iter().map(|layer| Layer { digest: layer.digest, size: layer.size }).collect();
+        let layers: Vec<_> = layers.iter().map(Layer::from).collect();
         let size = bytes.len() + layers.len() * std::mem::size_of::<Layer>() * 4;
         let image = Arc::new(ResolvedImage::new(index_digest, manifest_digest, config, layers));
         self.known.keep_image(&name, &image, size);
@@ -279,6 +278,7 @@ impl Distribution {
             ));
         };
         let mut merged = layers::merge(&reports);
+        merged.refused = measure::refusal(&reports, &image.layers).or(merged.refused);
         let told: Vec<&str> = reports.iter().map(|report| report.diff_id.as_str()).collect();
         if merged.refused.is_none() && told != image.config.diff_ids {
             merged.refused = Some("its layers are not those that its config names (rootfs.diff_ids)".into());

@@ -16,16 +16,15 @@ use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, TenantName};
 use crate::images::layers::{self, Bounds, LayerReport, Stop};
-use crate::images::manifest::Manifest;
-use crate::permits::Permit;
+use crate::images::manifest::{Descriptor, Manifest};
 use crate::quotas::{Resource, exceeded};
 
 /// How long a request waits for an image to be measured; the measuring goes on without it.
 const PATIENCE: Duration = Duration::from_secs(45);
 /// How long a request waits for its turn.
 const TURN: Duration = Duration::from_secs(20);
-/// How long one layer may take.
-const LAYER: Duration = Duration::from_secs(600);
+/// How long one image may take, with the turns that it waits for between its layers.
+const IMAGE: Duration = Duration::from_secs(600);
 
 /// A layer of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +32,14 @@ pub(super) struct Layer {
     pub(super) digest: Digest,
     /// Bytes as stored.
     pub(super) size: u64,
+    /// What its manifest says of it.
+    pub(super) media_type: String,
+}
+
+impl From<&Descriptor> for Layer {
+    fn from(from: &Descriptor) -> Self {
+        Self { digest: from.digest.clone(), size: from.size, media_type: from.media_type.clone() }
+    }
 }
 
 /// Whether an image was measured in time.
@@ -48,16 +55,21 @@ pub(super) enum Measured {
 /// refused; what takes longer than the client should wait is measured on, and a deploy waits for it.
 pub(super) async fn at_push(door: &FrontDoor, asked: &Asked, manifest: &Manifest) -> Result<(), OciError> {
     let Manifest::Image { layers, .. } = manifest else { return Ok(()) };
-    let list: Vec<Layer> =
-        layers.iter().map(|layer| Layer { digest: layer.digest.clone(), size: layer.size }).collect();
+    let list: Vec<Layer> = layers.iter().map(Layer::from).collect();
     let measured = door.registry.measure(&asked.tenant, &asked.repository, &list).await;
     match measured.map_err(with_numbers)? {
         Measured::Underway => Ok(()),
-        Measured::Done(reports) => match layers::refusal(&reports) {
+        Measured::Done(reports) => match refusal(&reports, &list) {
             None => Ok(()),
             Some(why) => Err(OciError::invalid(why)),
         },
     }
+}
+
+/// Why an image of these layers is not taken.
+pub(super) fn refusal(reports: &[LayerReport], image: &[Layer]) -> Option<String> {
+    let media_types = image.iter().map(|layer| layer.media_type.as_str());
+    layers::refusal(reports).or_else(|| layers::mislabelled(reports, media_types))
 }
 
 /// A quota's numbers reach the client as they stand: they say what to free or to ask for.
@@ -85,19 +97,11 @@ impl Distribution {
         if let Some(done) = self.measured(tenant, image).await? {
             return Ok(Measured::Done(done));
         }
-        let turn = self.measures.take(tenant, TURN).await.map_err(|_| {
-            Error::Unavailable(
-                "other images are being measured; this one has its turn in a few seconds".into(),
-                Duration::from_secs(5),
-            )
-        })?;
         // On its own from here on: a client that hangs up does not make the work vain.
         let (registry, tenant_name, repository) = (self.clone(), tenant.clone(), repository.clone());
         let list = image.to_vec();
         let work =
-            tokio::spawn(
-                async move { registry.measure_missing(turn, &tenant_name, &repository, &list).await },
-            );
+            tokio::spawn(async move { registry.measure_missing(&tenant_name, &repository, &list).await });
         match tokio::time::timeout(PATIENCE, work).await {
             Err(_) => return Ok(Measured::Underway),
             Ok(done) => done.map_err(Error::internal)??,
@@ -130,29 +134,38 @@ impl Distribution {
         Ok(store::list_reports(&mut conn, tenant, &digests).await?.into_iter().collect())
     }
 
+    /// Each layer waits for a turn of its own: an image of many layers holds up nobody else's for longer than one.
     async fn measure_missing(
         &self,
-        turn: Permit<TenantName>,
         tenant: &TenantName,
         repository: &RepositoryPath,
         image: &[Layer],
     ) -> Result<(), Error> {
-        // While it waited for its turn, another push may have measured the same layers.
-        let mut known = self.reports(tenant, image).await?;
+        let until = Instant::now() + IMAGE;
+        let mut patience = TURN;
         for layer in image {
-            if known.contains_key(&layer.digest) {
+            if !self.reports(tenant, std::slice::from_ref(layer)).await?.is_empty() {
                 continue;
             }
-            let report = self.measure_layer(tenant, repository, layer).await?;
+            let turn = self.measures.take(tenant, patience).await.map_err(|_| {
+                Error::Unavailable(
+                    "other images are being measured; this one has its turn in a few seconds".into(),
+                    Duration::from_secs(5),
+                )
+            })?;
+            patience = until.saturating_duration_since(Instant::now());
+            // While it waited for its turn, another push may have measured the same layer.
+            if !self.reports(tenant, std::slice::from_ref(layer)).await?.is_empty() {
+                continue;
+            }
+            let report = self.measure_layer(tenant, repository, layer, until).await?;
             store::insert_report(&self.pool, tenant, &layer.digest, &report).await?;
             fail::fail_point!("registries::layer_measured", |_| Err(Error::internal("failpoint")));
-            let is_refused = !report.refused.is_empty();
-            known.insert(layer.digest.clone(), report);
-            if is_refused {
+            drop(turn);
+            if !report.refused.is_empty() {
                 break;
             }
         }
-        drop(turn);
         Ok(())
     }
 
@@ -161,6 +174,7 @@ impl Distribution {
         tenant: &TenantName,
         repository: &RepositoryPath,
         layer: &Layer,
+        until: Instant,
     ) -> Result<LayerReport, Error> {
         let mut conn = db::begin(&self.pool, tenant).await?;
         let amount = store::image_use(&mut conn, tenant).await?;
@@ -174,16 +188,28 @@ impl Distribution {
         let answer = good(answer)?;
         let stream = answer.bytes_stream().map(|chunk| chunk.map_err(std::io::Error::other));
         let reader = tokio_util::io::SyncIoBridge::new(tokio_util::io::StreamReader::new(stream));
-        let bounds = Bounds {
-            stored: layer.size,
-            budget: amount.left().unsigned_abs(),
-            until: Instant::now() + LAYER,
-        };
-        let outcome = tokio::task::spawn_blocking(move || layers::measure(reader, bounds)).await;
+        let bounds = Bounds { stored: layer.size, budget: amount.left().unsigned_abs(), until };
+        let digest = layer.digest.clone();
+        let outcome = tokio::task::spawn_blocking(move || layers::measure(reader, &digest, bounds)).await;
         match outcome.map_err(Error::internal)? {
             Ok(report) => Ok(report),
             Err(Stop::Refused(why)) => Ok(LayerReport::refused(why)),
-            Err(Stop::Late) => Ok(LayerReport::refused("it takes longer than 10 minutes to read".into())),
+            // No verdict: a machine that is busy today reads it tomorrow.
+            Err(Stop::Late) => Err(Error::Unavailable(
+                "the image takes longer than 10 minutes to read; what was read of it is kept: push it again, \
+                 or build it with smaller layers"
+                    .into(),
+                TURN,
+            )),
+            Err(Stop::Altered) => {
+                tracing::error!(%tenant, %repository, digest = %layer.digest,
+                    "ALARM: the registry's bytes of a layer are not those that its digest names");
+                Err(Error::Unavailable(
+                    "the registry's copy of a layer is damaged; ask the operator to look at the registry's disk"
+                        .into(),
+                    TURN,
+                ))
+            }
             Err(Stop::Quota) => Err(exceeded(Resource::ImageBytes, amount, amount.left().saturating_add(1))),
             Err(Stop::Broken(error)) => Err(away(error)),
         }

@@ -48,6 +48,10 @@ pub(super) struct Archive<R> {
     /// Bytes of the entry's content, with its padding, that were not read yet.
     left: u64,
     padding: u64,
+    /// Bytes that were read.
+    taken: u64,
+    /// Bytes of the headers that stand for themselves.
+    globals: u64,
 }
 
 #[derive(Default)]
@@ -63,7 +67,12 @@ fn refuse<T>(why: &str) -> Result<T, Stop> {
 
 impl<R: Read> Archive<R> {
     pub(super) fn new(input: R) -> Self {
-        Self { input, left: 0, padding: 0 }
+        Self { input, left: 0, padding: 0, taken: 0, globals: 0 }
+    }
+
+    /// Bytes that were read.
+    pub(super) fn taken(&self) -> u64 {
+        self.taken
     }
 
     /// The next entry; none at the end.
@@ -79,9 +88,13 @@ impl<R: Read> Archive<R> {
             let size = header.size()?;
             match header.kind() {
                 kind @ (b'x' | b'g' | b'L' | b'K') => {
-                    extended += size;
-                    if extended > EXTENSION {
-                        return refuse("the headers of an entry are larger than 1 MiB");
+                    // A global header stands for itself; those of an archive have one bound together.
+                    let sum = if kind == b'g' { &mut self.globals } else { &mut extended };
+                    *sum = sum.saturating_add(size).saturating_add(BLOCK as u64);
+                    if *sum > EXTENSION {
+                        return refuse(
+                            "the headers of an entry, or those for all entries, are larger than 1 MiB",
+                        );
                     }
                     let bytes = self.bytes(size)?;
                     match kind {
@@ -89,12 +102,6 @@ impl<R: Read> Archive<R> {
                         b'g' => global(&bytes)?,
                         b'L' => extension.path = Some(text(&bytes).to_vec()),
                         _ => extension.link = Some(text(&bytes).to_vec()),
-                    }
-                    // A global header stands for itself.
-                    if kind == b'g' {
-                        extended = 0;
-                    } else {
-                        extended = extended.max(1);
                     }
                 }
                 kind => return self.entry(&header, kind, size, extension).map(Some),
@@ -139,12 +146,14 @@ impl<R: Read> Archive<R> {
         let mut bytes = Vec::new();
         let read = (&mut self.input).take(self.left.min(most)).read_to_end(&mut bytes)?;
         self.left -= read as u64;
+        self.taken += read as u64;
         Ok(bytes)
     }
 
     fn skip(&mut self) -> Result<(), Stop> {
         let left = self.left + self.padding;
         let skipped = std::io::copy(&mut (&mut self.input).take(left), &mut std::io::sink())?;
+        self.taken += skipped;
         // The last file may lack its padding.
         if skipped < self.left {
             return refuse("it is cut off");
@@ -189,7 +198,10 @@ impl<R: Read> Archive<R> {
         while filled < BLOCK {
             match self.input.read(&mut block[filled..]) {
                 Ok(0) => break,
-                Ok(read) => filled += read,
+                Ok(read) => {
+                    filled += read;
+                    self.taken += read as u64;
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
             }
@@ -197,10 +209,10 @@ impl<R: Read> Archive<R> {
         Ok(filled)
     }
 
-    /// Reads on to the end of the input.
-    pub(super) fn finish(mut self) -> Result<(), Stop> {
+    /// Reads on to the end of the input: how many bytes there were in all.
+    pub(super) fn finish(mut self) -> Result<u64, Stop> {
         let behind = std::io::copy(&mut (&mut self.input).take(BEHIND + 1), &mut std::io::sink())?;
-        if behind > BEHIND { refuse("more than 1 MiB follows its end") } else { Ok(()) }
+        if behind > BEHIND { refuse("more than 1 MiB follows its end") } else { Ok(self.taken + behind) }
     }
 }
 

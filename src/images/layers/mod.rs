@@ -3,7 +3,7 @@
 //!
 //! The engine (Podman 4.3 with containers/storage) decides what can be unpacked; its rules are those of `tree.rs`.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufReader, Cursor, Read};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,10 @@ use sha2::{Digest as _, Sha256};
 use crate::ids::Digest;
 
 mod archive;
+mod packing;
 mod tree;
+
+pub use packing::Packing;
 
 use archive::{Archive, Entry, Type};
 use tree::{Node, Tree};
@@ -40,6 +43,8 @@ pub enum Stop {
     Quota,
     /// It took too long.
     Late,
+    /// Other bytes came than its digest names.
+    Altered,
     /// It could not be read.
     Broken(std::io::Error),
 }
@@ -51,6 +56,7 @@ impl From<std::io::Error> for Stop {
             Ok(Bound::Ratio) => Self::Refused(format!("it unpacks to more than {RATIO} times its size")),
             Ok(Bound::Size) => Self::Refused("it unpacks to more than 32 GiB".into()),
             Ok(Bound::Late) => Self::Late,
+            Ok(Bound::Altered) => Self::Altered,
             Ok(Bound::Away(error)) => Self::Broken(error),
             Err(error) => match error.kind() {
                 std::io::ErrorKind::InvalidData
@@ -71,6 +77,8 @@ enum Bound {
     Size,
     #[error("late")]
     Late,
+    #[error("altered")]
+    Altered,
     #[error("away")]
     Away(std::io::Error),
 }
@@ -103,6 +111,9 @@ pub struct LayerReport {
     pub bytes: u64,
     /// Files and directories in it.
     pub files: u64,
+    /// How it is packed; not known of a layer that is not taken.
+    #[serde(default)]
+    pub packing: Option<Packing>,
     /// Why it is not taken; empty when it is.
     #[serde(default)]
     pub refused: String,
@@ -125,6 +136,7 @@ impl LayerReport {
             diff_id: Digest::of(b""),
             bytes: 0,
             files: 0,
+            packing: None,
             refused: why,
             opaque: false,
             etc: There::Nothing,
@@ -145,32 +157,73 @@ pub struct Bounds {
     pub until: Instant,
 }
 
-/// Measures one layer: gzip (all its members) or a plain archive, told apart by its first bytes.
-pub fn measure(layer: impl Read, bounds: Bounds) -> Result<LayerReport, Stop> {
-    let mut layer = BufReader::with_capacity(64 << 10, Stored { input: layer });
-    let magic = layer.fill_buf()?;
-    if magic.starts_with(&[0x1f, 0x8b]) {
-        let mut unpacked = Unpacked::new(flate2::bufread::MultiGzDecoder::new(layer), bounds);
-        walk(&mut unpacked, bounds).and_then(|report| unpacked.end(report))
-    } else if magic.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
-        Err(Stop::Refused("it is packed with zstd, which is not taken: push it packed with gzip".into()))
-    } else {
-        let mut unpacked = Unpacked::new(layer, bounds);
-        walk(&mut unpacked, bounds).and_then(|report| unpacked.end(report))
+/// Measures one layer: gzip (all its members) or a plain archive, told apart by its first bytes. A verdict is given
+/// only on the very bytes that the digest names: what was not needed for it is read to its end, too.
+pub fn measure(layer: impl Read, digest: &Digest, bounds: Bounds) -> Result<LayerReport, Stop> {
+    let mut stored = Stored { input: layer, hash: Sha256::new(), read: 0, bounds };
+    let outcome = unpack(&mut stored, bounds);
+    if matches!(outcome, Ok(_) | Err(Stop::Refused(_))) {
+        stored.check(digest)?;
     }
+    outcome
+}
+
+fn unpack(stored: &mut impl Read, bounds: Bounds) -> Result<LayerReport, Stop> {
+    let mut layer = BufReader::with_capacity(64 << 10, stored);
+    let mut head = Vec::with_capacity(packing::HEAD);
+    (&mut layer).take(packing::HEAD as u64).read_to_end(&mut head)?;
+    let packing = Packing::of(&head)?;
+    let layer = BufReader::with_capacity(64 << 10, Cursor::new(head).chain(layer));
+    let report = match packing {
+        Packing::Gzip => read(flate2::bufread::MultiGzDecoder::new(layer), bounds),
+        Packing::Plain => read(layer, bounds),
+    }?;
+    Ok(LayerReport { packing: Some(packing), ..report })
+}
+
+fn read(archive: impl Read, bounds: Bounds) -> Result<LayerReport, Stop> {
+    let mut unpacked = Unpacked::new(archive, bounds);
+    walk(&mut unpacked, bounds).and_then(|report| unpacked.end(report))
+}
+
+fn digest_of(hash: Sha256) -> Option<Digest> {
+    format!("sha256:{}", data_encoding::HEXLOWER.encode(&hash.finalize())).parse().ok()
 }
 
 /// The layer as it is stored: what goes wrong here is not the layer's fault.
 struct Stored<R> {
     input: R,
+    hash: Sha256,
+    read: u64,
+    bounds: Bounds,
+}
+
+impl<R: Read> Stored<R> {
+    /// Reads on to the end, and holds all that came against the digest and the size.
+    fn check(mut self, digest: &Digest) -> Result<(), Stop> {
+        std::io::copy(&mut self, &mut std::io::sink())?;
+        if self.read == self.bounds.stored && digest_of(self.hash).as_ref() == Some(digest) {
+            return Ok(());
+        }
+        Err(Stop::Altered)
+    }
 }
 
 impl<R: Read> Read for Stored<R> {
     fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
-        self.input.read(into).map_err(|error| match error.kind() {
+        let read = self.input.read(into).map_err(|error| match error.kind() {
             std::io::ErrorKind::Interrupted => error,
             _ => std::io::Error::other(Bound::Away(error)),
-        })
+        })?;
+        self.hash.update(&into[..read]);
+        self.read += read as u64;
+        if self.read > self.bounds.stored {
+            return Err(std::io::Error::other(Bound::Altered));
+        }
+        if Instant::now() > self.bounds.until {
+            return Err(std::io::Error::other(Bound::Late));
+        }
+        Ok(read)
     }
 }
 
@@ -192,8 +245,7 @@ impl<R: Read> Unpacked<R> {
     }
 
     fn end(self, report: LayerReport) -> Result<LayerReport, Stop> {
-        let text = format!("sha256:{}", data_encoding::HEXLOWER.encode(&self.hash.finalize()));
-        let diff_id = text.parse().map_err(|_| Stop::Refused("it has no digest".into()))?;
+        let diff_id = digest_of(self.hash).ok_or_else(|| Stop::Refused("it has no digest".into()))?;
         Ok(LayerReport { diff_id, ..report })
     }
 }
@@ -219,23 +271,25 @@ fn walk(input: &mut impl Read, bounds: Bounds) -> Result<LayerReport, Stop> {
     let (mut bytes, mut held) = (0_u64, 0);
     while let Some(entry) = archive.next()? {
         bytes = bytes.saturating_add(entry.size.next_multiple_of(DISK_BLOCK).max(DISK_BLOCK));
-        if bytes > bounds.budget {
+        // Bytes that become no file count as they are: the engine reads them, too.
+        if bytes.max(archive.taken()) > bounds.budget {
             return Err(Stop::Quota);
         }
         let text = if held < HELD && may_be_names(&entry) {
             held += 1;
-            Some(kept(archive.content(NAMES)?))
+            Some(kept(&archive.content(NAMES)?))
         } else {
             None
         };
         tree.add(&entry, text)?;
     }
-    archive.finish()?;
+    let taken = archive.finish()?;
     let files = tree.len() as u64;
     Ok(LayerReport {
         diff_id: Digest::of(b""),
-        bytes: bytes.saturating_add(tree.implied() * DISK_BLOCK),
+        bytes: bytes.saturating_add(tree.implied() * DISK_BLOCK).max(taken),
         files,
+        packing: None,
         refused: String::new(),
         opaque: tree.is_opaque(),
         etc: folder(tree.at(&["etc"])),
@@ -250,12 +304,14 @@ fn may_be_names(entry: &Entry) -> bool {
 }
 
 /// Whole lines of a file, as far as they are kept. No NUL: the database takes none.
-fn kept(mut bytes: Vec<u8>) -> Box<str> {
-    if bytes.len() > KEPT {
-        let end = bytes[..KEPT].iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
-        bytes.truncate(end);
+fn kept(bytes: &[u8]) -> Box<str> {
+    let mut text = String::from_utf8_lossy(bytes).replace('\0', "");
+    // What replaces bytes that are no text is longer than they are.
+    if text.len() > KEPT {
+        let end = text.as_bytes()[..KEPT].iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+        text.truncate(end);
     }
-    String::from_utf8_lossy(&bytes).replace('\0', "").into()
+    text.into()
 }
 
 fn folder(node: Option<&Node>) -> There {
@@ -299,6 +355,18 @@ pub struct Merged {
 pub fn refusal(layers: &[LayerReport]) -> Option<String> {
     let (n, layer) = layers.iter().enumerate().find(|(_, layer)| !layer.refused.is_empty())?;
     Some(format!("layer {} of {}: {}", n + 1, layers.len(), layer.refused))
+}
+
+/// The first layer that is packed in another way than its media type says, and how.
+pub fn mislabelled<'a>(
+    layers: &[LayerReport],
+    media_types: impl IntoIterator<Item = &'a str>,
+) -> Option<String> {
+    let mut all = layers.iter().zip(media_types).enumerate();
+    all.find_map(|(n, (layer, media_type))| {
+        let why = layer.packing?.against(media_type)?;
+        Some(format!("layer {} of {}: {why}", n + 1, layers.len()))
+    })
 }
 
 /// Lays layers upon each other as the kernel does.

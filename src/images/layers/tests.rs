@@ -46,11 +46,11 @@ fn bounds(stored: usize) -> Bounds {
 }
 
 fn report(bytes: &[u8]) -> LayerReport {
-    measure(bytes, bounds(bytes.len())).unwrap()
+    measure(bytes, &Digest::of(bytes), bounds(bytes.len())).unwrap()
 }
 
 fn why(bytes: &[u8]) -> String {
-    match measure(bytes, bounds(bytes.len())) {
+    match measure(bytes, &Digest::of(bytes), bounds(bytes.len())) {
         Err(Stop::Refused(why)) => why,
         other => panic!("{other:?}"),
     }
@@ -70,10 +70,10 @@ fn a_layer_is_measured_as_it_lies_on_the_disk() {
     assert_eq!((found.files, found.bytes), (5, 6 * 4096));
     assert_eq!(found.diff_id, Digest::of(&plain));
     let packed = report(&gzip(&plain));
-    assert_eq!(packed, found);
+    assert_eq!(packed, LayerReport { packing: Some(Packing::Gzip), ..found.clone() });
     // Members of gzip are one stream.
     let (first, second) = plain.split_at(700);
-    assert_eq!(report(&[gzip(first), gzip(second)].concat()), found);
+    assert_eq!(report(&[gzip(first), gzip(second)].concat()), packed);
     let many: Vec<u8> =
         (0..2000_u32).flat_map(|n| layer(&[(&format!("f{n}"), b'0', "", b"")])[..512].to_vec()).collect();
     assert_eq!(report(&many).bytes, 2000 * 4096);
@@ -125,7 +125,7 @@ fn what_the_engine_cannot_unpack_is_refused_and_nothing_else() {
     ];
     for (entries, good) in cases {
         let bytes = layer(entries);
-        let outcome = measure(&bytes[..], bounds(bytes.len()));
+        let outcome = measure(&bytes[..], &Digest::of(&bytes[..]), bounds(bytes.len()));
         assert_eq!(outcome.is_ok(), *good, "{entries:?}: {outcome:?}");
     }
 }
@@ -214,25 +214,99 @@ fn bombs_cost_what_their_bounds_say() {
     // A claim of 2 GiB, and nothing behind it.
     assert!(why(header(b"a", b'0', "", 2 << 30).as_bytes()).contains("cut off"));
     let quota = Bounds { budget: 1 << 20, ..bounds(8 << 20) };
-    assert!(matches!(measure(&zeros[..], quota), Err(Stop::Quota)));
+    assert!(matches!(measure(&zeros[..], &Digest::of(&zeros[..]), quota), Err(Stop::Quota)));
     let late = Bounds { until: Instant::now(), ..bounds(zeros.len()) };
-    assert!(matches!(measure(&zeros[..], late), Err(Stop::Late)));
+    assert!(matches!(measure(&zeros[..], &Digest::of(&zeros[..]), late), Err(Stop::Late)));
     // What follows the end of the archive is held in memory by the engine.
     let mut behind = layer(&[("a", b'0', "", b"")]);
     behind.resize(behind.len() + (2 << 20), 1);
     assert!(why(&behind).contains("follows its end"));
     assert!(why(b"\x28\xb5\x2f\xfd....").contains("zstd"));
-    assert!(why(b"\xfd7zXZ\0 and so on").contains("cut off"));
+    assert!(why(b"\xfd7zXZ\0 and so on").contains("xz"));
     assert!(why(&[b'x'; 2048]).contains("not a tar archive"));
     let packed = gzip(&layer(&[("a", b'0', "", b"")]));
     assert!(why(&packed[..packed.len() - 4]).contains("damaged"));
     assert!(why(&[&packed[..], b"rest"].concat()).contains("damaged"));
     assert!(
-        matches!(measure(Away, bounds(1)), Err(Stop::Broken(_))),
+        matches!(measure(Away, &Digest::of(b""), bounds(1)), Err(Stop::Broken(_))),
         "the registry's fault is not the layer's"
     );
     // Deep paths and circles of links end.
     let deep = "d/".repeat(49) + "x";
     let many: Vec<Given<'_>> = vec![("l", b'2', "l/l/l/l", b""), (&deep, b'0', "", b"")];
     assert_eq!(report(&layer(&many)).files, 51);
+}
+
+/// Gives one byte at a time.
+struct Slow<'a>(&'a [u8]);
+impl Read for Slow<'_> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        let most = into.len().min(1);
+        self.0.read(&mut into[..most])
+    }
+}
+
+/// One reader takes it for an archive, the engine for something packed: two file trees in one layer.
+#[test]
+fn a_layer_of_two_forms_is_refused() {
+    let inner = b"what the engine would find";
+    for magic in [&b"\xfd7zXZ\0\0\x01"[..], b"BZh91AY&SY", b"\x28\xb5\x2f\xfd", b"\x53\x2a\x4d\x18"] {
+        let mut bytes = header(magic, b'0', "", inner.len() as u64).as_bytes().to_vec();
+        bytes.extend_from_slice(inner);
+        bytes.resize(bytes.len().next_multiple_of(512) + 1024, 0);
+        assert_eq!(tar::Archive::new(&bytes[..]).entries().unwrap().count(), 1, "a plain archive to others");
+        assert!(why(&bytes).contains("is packed with"), "{magic:?}");
+    }
+    // The first bytes come one by one: the form is still told from all of them.
+    let packed = gzip(&layer(&[("a", b'0', "", b"x")]));
+    let found = measure(Slow(&packed), &Digest::of(&packed), bounds(packed.len())).unwrap();
+    assert_eq!((found.files, found.packing), (1, Some(Packing::Gzip)));
+    assert_eq!(report(&layer(&[("a", b'0', "", b"x")])).packing, Some(Packing::Plain));
+}
+
+#[test]
+fn a_verdict_is_only_given_on_the_bytes_of_the_digest() {
+    let good = layer(&[("a", b'0', "", b"x")]);
+    let bad = layer(&[("a", b'0', "", b"x"), ("a", b'0', "", b"x")]);
+    for bytes in [&good, &bad, &gzip(&good)] {
+        let other = measure(&bytes[..], &Digest::of(b"other"), bounds(bytes.len()));
+        assert!(matches!(other, Err(Stop::Altered)), "{other:?}");
+        for size in [bytes.len() - 1, bytes.len() + 1] {
+            let other = measure(&bytes[..], &Digest::of(bytes), bounds(size));
+            assert!(matches!(other, Err(Stop::Altered)), "{other:?}");
+        }
+        // Cut off on its way, before and behind the place where the verdict falls.
+        for cut in [1, 600, bytes.len() - 1] {
+            let other = measure(&bytes[..cut.min(bytes.len() - 1)], &Digest::of(bytes), bounds(bytes.len()));
+            assert!(matches!(other, Err(Stop::Altered)), "{cut}: {other:?}");
+        }
+    }
+}
+
+#[test]
+fn what_becomes_no_file_counts_as_it_is_read() {
+    let global = extended(b'g', b"13 comment=x\n", &header(b"a", b'0', "", 0));
+    let globals = |count: usize| [&global[..1024].repeat(count), &global[1024..]].concat();
+    assert_eq!(report(&globals(900)).files, 1);
+    assert!(why(&globals(2_100)).contains("1 MiB"));
+    // Headers without content, before one entry.
+    let empty = header(b"x", b'x', "", 0).as_bytes().repeat(3_000);
+    assert!(why(&empty).contains("1 MiB"));
+    // Headers of entries: each within its bound, and all of them count.
+    let comment = format!("{} comment={}\n", 100_000 + 16, "x".repeat(100_000));
+    assert_eq!(comment.len(), 100_016);
+    let fat: Vec<u8> = (0..20)
+        .flat_map(|n| extended(b'x', comment.as_bytes(), &header(format!("d{n}").as_bytes(), b'5', "", 0)))
+        .collect();
+    assert!(report(&fat).bytes >= fat.len() as u64, "{}", report(&fat).bytes);
+    let small = Bounds { budget: 1 << 20, ..bounds(fat.len()) };
+    assert!(matches!(measure(&fat[..], &Digest::of(&fat), small), Err(Stop::Quota)));
+}
+
+#[test]
+fn text_that_is_kept_is_bounded_after_it_was_read_as_text() {
+    let bytes = [&[0xff; 200][..], b"\n"].concat().repeat(1_000);
+    let found = report(&layer(&[("etc", b'5', "", b""), ("etc/passwd", b'0', "", &bytes)]));
+    let There::File(text) = found.passwd else { panic!("{:?}", found.passwd) };
+    assert!(text.len() <= KEPT && text.ends_with('\n'), "{}", text.len());
 }

@@ -14,9 +14,11 @@ pub(super) const ENTRIES: usize = 500_000;
 const LINKS: usize = 40;
 /// Most steps that all paths of a layer take together.
 const STEPS: usize = 50_000_000;
+/// Most bytes of a layer's links and lists of names that are held together.
+const TEXT: usize = 8 << 20;
 
 /// A file of a layer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) enum Node {
     Directory {
         opaque: bool,
@@ -37,6 +39,10 @@ pub(super) struct Tree {
     seen: HashSet<u64>,
     hasher: RandomState,
     steps: usize,
+    /// Files and directories, each name of a hard link by itself.
+    made: usize,
+    /// Bytes of text that nodes hold.
+    held: usize,
     /// Folders that no entry names.
     implied: u64,
 }
@@ -89,13 +95,15 @@ impl Tree {
             seen: HashSet::new(),
             hasher: RandomState::new(),
             steps: 0,
+            made: 0,
+            held: 0,
             implied: 0,
         }
     }
 
     /// How many files there are, the root left out.
     pub(super) fn len(&self) -> usize {
-        self.nodes.len() - 1
+        self.made
     }
 
     /// How many folders there are that no entry names.
@@ -108,17 +116,40 @@ impl Tree {
     }
 
     fn put(&mut self, parent: u32, name: &[u8], node: Node) -> Result<u32, Stop> {
-        if self.nodes.len() > ENTRIES {
+        self.held += match &node {
+            Node::SymbolicLink(target) => target.len(),
+            Node::File(_, Some(text)) => text.len(),
+            _ => 0,
+        };
+        if self.held > TEXT {
+            return Err(Stop::Refused("its symbolic links are longer than 8 MiB together".into()));
+        }
+        let id =
+            u32::try_from(self.nodes.len()).map_err(|_| Stop::Refused("it has too many files".into()))?;
+        self.name(parent, name, id)?;
+        self.nodes.push(node);
+        Ok(id)
+    }
+
+    /// Gives a node a name; hard links are several names of one node.
+    fn name(&mut self, parent: u32, name: &[u8], id: u32) -> Result<(), Stop> {
+        if self.made >= ENTRIES {
             return Err(Stop::Refused(format!("it has more than {ENTRIES} files")));
         }
         if name.len() > 255 {
             return refuse("a name is longer than 255 bytes");
         }
-        let id =
-            u32::try_from(self.nodes.len()).map_err(|_| Stop::Refused("it has too many files".into()))?;
-        self.nodes.push(node);
+        self.made += 1;
         self.links.insert((parent, self.hasher.hash_one(name)), id);
-        Ok(id)
+        Ok(())
+    }
+
+    fn step(&mut self, steps: usize) -> Result<(), Stop> {
+        self.steps += steps;
+        if self.steps > STEPS {
+            return Err(Stop::Refused("its paths are too long together".into()));
+        }
+        Ok(())
     }
 
     fn is_directory(&self, id: u32) -> bool {
@@ -137,7 +168,7 @@ impl Tree {
             _ => false,
         });
         let known = straight.count();
-        self.steps += known;
+        self.step(known)?;
         if known == path.len() {
             return Ok(Some(here));
         }
@@ -149,10 +180,7 @@ impl Tree {
         while let Some(part) = open.pop() {
             let from_link = linked > 0;
             linked = linked.saturating_sub(1);
-            self.steps += 1;
-            if self.steps > STEPS {
-                return Err(Stop::Refused("its paths are too long together".into()));
-            }
+            self.step(1)?;
             let here = way.last().copied().unwrap_or(ROOT);
             match part.as_slice() {
                 b"" | b"." => continue,
@@ -200,6 +228,9 @@ impl Tree {
     pub(super) fn add(&mut self, entry: &Entry, text: Option<Box<str>>) -> Result<(), Stop> {
         if !self.seen.insert(self.hasher.hash_one(clean(&entry.path))) {
             return refuse("it names a path twice");
+        }
+        if self.seen.len() > ENTRIES {
+            return Err(Stop::Refused(format!("it has more than {ENTRIES} files")));
         }
         let path = parts(&entry.path);
         let Some((name, above)) = path.split_last() else {
@@ -259,8 +290,7 @@ impl Tree {
             return refuse("a hard link leads to a file that is not in the same layer, or to a directory");
         };
         // The very file: an entry that replaces one of its names leaves the other.
-        let node = self.nodes[found as usize].clone();
-        self.put(parent, name, node).map(drop)
+        self.name(parent, name, found)
     }
 
     /// What is at the path of one or two names; none when nothing is.
@@ -278,5 +308,45 @@ impl Tree {
     /// Whether the layer hides all that lies below it.
     pub(super) fn is_opaque(&self) -> bool {
         self.nodes[ROOT as usize] == Node::Directory { opaque: true }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(path: &str, kind: Type, link: &str) -> Entry {
+        Entry { path: path.as_bytes().to_vec(), link: link.as_bytes().to_vec(), kind, size: 1 }
+    }
+
+    #[test]
+    fn names_of_one_file_hold_its_text_once() {
+        let mut tree = Tree::new();
+        let text = "a:x:1:1::/:\n".repeat(2_000);
+        tree.add(&entry("etc/passwd", Type::File, ""), Some(text.clone().into())).unwrap();
+        for n in 0..50_000 {
+            tree.add(&entry(&format!("h{n}"), Type::HardLink, "etc/passwd"), None).unwrap();
+        }
+        assert_eq!((tree.len(), tree.nodes.len(), tree.held), (50_002, 3, text.len()));
+        // One name that is replaced leaves the others.
+        tree.add(&entry("/h0", Type::Fifo, ""), None).unwrap();
+        assert_eq!(tree.at(&["h0"]), Some(&Node::Fifo));
+        assert!(matches!(tree.at(&["h1"]), Some(Node::File(1, Some(kept))) if **kept == *text));
+    }
+
+    #[test]
+    fn links_and_steps_have_a_bound_together() {
+        let mut tree = Tree::new();
+        let long = "x/".repeat(2_000);
+        let outcome =
+            (0..5_000).try_for_each(|n| tree.add(&entry(&format!("s{n}"), Type::SymbolicLink, &long), None));
+        assert!(matches!(outcome, Err(Stop::Refused(why)) if why.contains("8 MiB")));
+        assert!(tree.held <= TEXT + long.len() && tree.len() > 2_000, "{} {}", tree.held, tree.len());
+        // Paths of folders that are there already count like others.
+        let mut tree = Tree::new();
+        tree.add(&entry("a/b/c", Type::File, ""), None).unwrap();
+        tree.steps = STEPS - 1;
+        let outcome = tree.add(&entry("a/b/d", Type::File, ""), None);
+        assert!(matches!(outcome, Err(Stop::Refused(why)) if why.contains("too long")));
     }
 }
