@@ -38,9 +38,9 @@ pub enum Error {
     /// The state of the object stands against it.
     #[error("{0}")]
     Conflict(String),
-    /// `If-Match` did not hold.
-    #[error("the object has changed: its generation is {0}")]
-    PreconditionFailed(i64),
+    /// `If-Match` or `If-None-Match` did not hold; the generation, 0 while there is no object.
+    #[error("{1}")]
+    PreconditionFailed(i64, String),
     /// It would exceed the quota: one fault for each resource.
     #[error("it does not fit into the quota")]
     QuotaExceeded(Vec<Fault>),
@@ -87,7 +87,7 @@ impl Error {
             Self::Unconfirmed => 407,
             Self::AlreadyExists(_) => 409,
             Self::Conflict(_) => 410,
-            Self::PreconditionFailed(_) => 412,
+            Self::PreconditionFailed(..) => 412,
             Self::TooLarge(_) => 413,
             Self::Invalid(_) => 422,
             Self::QuotaExceeded(_) => 423,

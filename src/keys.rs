@@ -16,6 +16,8 @@ use crate::error::Error;
 pub enum Purpose {
     /// Sealing second factors.
     SecondFactor,
+    /// Answers that are kept for an `Idempotency-Key`.
+    Answers,
     /// The chain of the audit.
     Audit,
     /// Tokens of forms.

@@ -9,10 +9,12 @@ use actix_web::{FromRequest, Handler, HttpRequest, HttpResponse, Responder, web}
 use askama::Template;
 
 use crate::access::extract::Authorizes;
+use crate::access::idempotency::{Begun, Repeatable, Wish};
 use crate::access::{self, Public};
 use crate::apps::sight::Sight;
 use crate::error::Error;
 use crate::fault::catalogue;
+use crate::http::asked;
 use crate::http::html::{self, Frame};
 use crate::{activity, apps, db, networks, registries, tenants, uid_ranges};
 
@@ -52,8 +54,13 @@ authorized!(B C D E F);
 authorized!(B C D E F G);
 
 /// Arguments that are taken from a request one after another: nothing of it is read, no body and no form,
-/// before it is known that whoever sent it may do this.
-struct Gated<Args>(Args);
+/// before it is known that whoever sent it may do this. What of a request to the API no argument takes, is refused.
+enum Gated<Args> {
+    /// The handler answers; with a key, its answer is kept.
+    Open(Args, Option<Repeatable>),
+    /// The same request was answered before.
+    Answered(HttpResponse),
+}
 
 impl<Args: Authorized> FromRequest for Gated<Args> {
     type Error = actix_web::Error;
@@ -62,24 +69,35 @@ impl<Args: Authorized> FromRequest for Gated<Args> {
         let (req, mut payload) = (req.clone(), payload.take());
         Box::pin(async move {
             let first = Args::First::from_request(&req, &mut payload).await.map_err(Into::into)?;
-            if req.method() != Method::GET && !req.query_string().is_empty() && !is_asked_with(&req) {
-                let why = "this takes nothing in the query: what it does, it does in any case";
-                return Err(Error::Malformed(why.into()).into());
+            if !req.match_pattern().is_some_and(|path| path.starts_with("/api/")) {
+                let rest = Args::Rest::from_request(&req, &mut payload).await.map_err(Into::into)?;
+                return Ok(Self::Open(Args::join(first, rest), None));
             }
+            asked::check_head(&req)?;
+            let wish = if req.headers().contains_key(asked::IDEMPOTENCY_KEY) {
+                let body = web::Bytes::from_request(&req, &mut payload).await?;
+                let (_, mut whole) = actix_http::h1::Payload::create(true);
+                whole.unread_data(body.clone());
+                payload = Payload::from(whole);
+                Wish::of(&req, &body)?
+            } else {
+                None
+            };
             let rest = Args::Rest::from_request(&req, &mut payload).await.map_err(Into::into)?;
-            Ok(Self(Args::join(first, rest)))
+            asked::check_rest(&req, &mut payload).await?;
+            let begun = match (wish, first.actor()) {
+                (Some(wish), Some(actor)) if !asked::has_taken_key(&req) => {
+                    Some(wish.begin(&req, actor).await?)
+                }
+                _ => None,
+            };
+            Ok(match begun {
+                Some(Begun::Answered(answer)) => Self::Answered(answer),
+                Some(Begun::First(repeatable)) => Self::Open(Args::join(first, rest), Some(repeatable)),
+                None => Self::Open(Args::join(first, rest), None),
+            })
         })
     }
-}
-
-/// Whether a change reads its query; others refuse one, so that nobody takes it for obeyed.
-fn is_asked_with(req: &HttpRequest) -> bool {
-    const READ: [(Method, &str); 2] = [
-        (Method::PUT, "/api/v1/tenants/{tenant}/apps/{app}"),
-        (Method::POST, "/api/v1/tenants/{tenant}/apps/{app}/reach"),
-    ];
-    let reads = |path: &str| READ.iter().any(|(method, known)| *method == req.method() && *known == path);
-    req.match_pattern().is_none_or(|path| !path.starts_with("/api/") || reads(&path))
 }
 
 fn on<F, Args>(method: Method, handler: F) -> actix_web::Route
@@ -88,7 +106,20 @@ where
     Args: Authorized,
     F::Output: Responder + 'static,
 {
-    web::method(method).to(move |Gated(args): Gated<Args>| handler.call(args))
+    web::method(method).to(move |req: HttpRequest, gated: Gated<Args>| {
+        let handler = handler.clone();
+        async move {
+            match gated {
+                Gated::Answered(answer) => answer,
+                Gated::Open(args, None) => handler.call(args).await.respond_to(&req).map_into_boxed_body(),
+                Gated::Open(args, Some(repeatable)) => {
+                    let answer =
+                        async move { handler.call(args).await.respond_to(&req).map_into_boxed_body() };
+                    repeatable.run(answer).await
+                }
+            }
+        }
+    })
 }
 
 /// Every address and what it answers to: the table of documentation and tests. It is made from the very

@@ -32,7 +32,10 @@ const COOKIE_SECURE: &str = "__Host-bulkhead";
 const COOKIE_PLAIN: &str = "bulkhead-loopback";
 
 /// Marks an extractor that decides about authority.
-pub trait Authorizes {}
+pub trait Authorizes {
+    /// Who acts, where that is known.
+    fn actor(&self) -> Option<&Actor>;
+}
 
 /// Open to everybody, on purpose.
 #[derive(Debug, Clone)]
@@ -119,11 +122,35 @@ pub struct Perhaps {
     pub request_id: RequestId,
 }
 
-impl Authorizes for Public {}
-impl Authorizes for Perhaps {}
-impl<P> Authorizes for PlatformScope<P> {}
-impl<P> Authorizes for TenantScope<P> {}
-impl Authorizes for SignedIn {}
+impl Authorizes for Public {
+    fn actor(&self) -> Option<&Actor> {
+        None
+    }
+}
+
+impl Authorizes for Perhaps {
+    fn actor(&self) -> Option<&Actor> {
+        self.actor.as_ref()
+    }
+}
+
+impl<P> Authorizes for PlatformScope<P> {
+    fn actor(&self) -> Option<&Actor> {
+        Some(&self.actor)
+    }
+}
+
+impl<P> Authorizes for TenantScope<P> {
+    fn actor(&self) -> Option<&Actor> {
+        Some(&self.actor)
+    }
+}
+
+impl Authorizes for SignedIn {
+    fn actor(&self) -> Option<&Actor> {
+        Some(&self.actor)
+    }
+}
 
 /// The name of the session cookie for this request.
 #[must_use]

@@ -1,12 +1,54 @@
-//! `Idempotency-Key`: a POST that is sent again is answered again and not done again.
+//! `Idempotency-Key`: a change that is sent again is answered again and not done again. Most handlers know nothing of
+//! it: [`Repeatable`] keeps their answers, sealed, because some hold a secret that is shown once. A handler that takes
+//! [`Key`] keeps its answer itself, within its own transaction, by [`Once`].
 
-use actix_web::HttpRequest;
-use actix_web::http::StatusCode;
+use std::future::{Ready, ready};
+
+use actix_web::body::to_bytes_limited;
+use actix_web::dev::Payload;
+use actix_web::http::{StatusCode, header};
+use actix_web::{FromRequest, HttpRequest, HttpResponse, ResponseError, web};
+use data_encoding::BASE64;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sqlx::PgConnection;
+use sqlx::{PgConnection, PgPool};
 
 use super::{Actor, credentials, store};
 use crate::error::Error;
+use crate::http::asked::{self, IDEMPOTENCY_KEY};
+use crate::keys::{Keys, Purpose, mac};
+
+/// Largest answer that is kept.
+const ANSWER: usize = 256 << 10;
+
+/// Addresses whose answer cannot be given twice, and why.
+const NOT_KEPT: &[(&str, &str)] = &[(
+    "/api/v1/me/confirmation",
+    "the answer is a new cookie for this session; confirm again if it was lost",
+)];
+
+/// The key of a request, for a handler that keeps its answer itself.
+#[derive(Debug, Default)]
+pub struct Key(Option<String>);
+
+impl FromRequest for Key {
+    type Error = Error;
+    type Future = Ready<Result<Self, Error>>;
+    fn from_request(req: &HttpRequest, _: &mut Payload) -> Self::Future {
+        asked::takes_key(req);
+        ready(key_of(req).map(Self))
+    }
+}
+
+fn key_of(req: &HttpRequest) -> Result<Option<String>, Error> {
+    let mut values = req.headers().get_all(IDEMPOTENCY_KEY);
+    let Some(value) = values.next() else { return Ok(None) };
+    let text = value.to_str().ok().filter(|key| (1..=200).contains(&key.len()));
+    match (text, values.next()) {
+        (Some(key), None) => Ok(Some(key.to_owned())),
+        _ => Err(Error::Malformed("Idempotency-Key has 1 to 200 visible characters, once".into())),
+    }
+}
 
 /// A request as far as repetition is concerned.
 #[derive(Debug)]
@@ -29,29 +71,32 @@ fn holder(actor: &Actor) -> String {
     format!("{} {}", actor.id.as_str(), actor.id.via().unwrap_or_default())
 }
 
+fn another() -> Error {
+    Error::Conflict(
+        "this Idempotency-Key was used with another request; use a new key for each request".into(),
+    )
+}
+
+fn unfinished() -> Error {
+    Error::Conflict(
+        "a request with this Idempotency-Key was begun and its answer is not known: ask again in a few seconds. If \
+         this stays, the request was cut off: list what is there, delete or revoke what it may have made (a secret \
+         that was not shown cannot be shown any more), and send it again with a new key"
+            .into(),
+    )
+}
+
 impl Once {
-    /// From the header and the request itself.
-    pub fn of(req: &HttpRequest, body: &[u8]) -> Result<Self, Error> {
-        let key = match req.headers().get("idempotency-key") {
-            None => None,
-            Some(value) => Some(
-                value
-                    .to_str()
-                    .ok()
-                    .filter(|key| (1..=200).contains(&key.len()))
-                    .ok_or_else(|| {
-                        Error::Malformed("Idempotency-Key has 1 to 200 visible characters".into())
-                    })?
-                    .to_owned(),
-            ),
-        };
+    /// From the key and the request itself.
+    #[must_use]
+    pub fn of(key: Key, req: &HttpRequest, body: &[u8]) -> Self {
         let hash = credentials::hash(&format!(
             "{} {} {}",
             req.method(),
             req.path(),
             data_encoding::HEXLOWER.encode(&credentials::hash(&String::from_utf8_lossy(body)))
         ));
-        Ok(Self { key, hash })
+        Self { key: key.0, hash }
     }
 
     /// The answer that this very request got before; another request under the same key is refused.
@@ -61,7 +106,7 @@ impl Once {
             return Ok(None);
         };
         if hash != self.hash {
-            return Err(Error::Conflict("this Idempotency-Key was used with another request".into()));
+            return Err(another());
         }
         let status = u16::try_from(status).ok().and_then(|s| StatusCode::from_u16(s).ok());
         Ok(Some(Kept { status: status.unwrap_or(StatusCode::OK), body }))
@@ -84,4 +129,151 @@ impl Once {
             Err(Error::Conflict("the same request is being answered right now; ask again".into()))
         }
     }
+}
+
+/// What of an answer is sealed.
+#[derive(Serialize, Deserialize)]
+struct Sealed {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    etag: Option<String>,
+    /// Nothing for an answer without a body.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    body: Option<Value>,
+}
+
+/// A request with a key: its hash knows everything that the request says.
+#[derive(Debug)]
+pub struct Wish {
+    key: String,
+    hash: Vec<u8>,
+}
+
+impl Wish {
+    /// From a request with an `Idempotency-Key`; none without one.
+    pub fn of(req: &HttpRequest, body: &[u8]) -> Result<Option<Self>, Error> {
+        let Some(key) = key_of(req)? else { return Ok(None) };
+        let pattern = req.match_pattern().unwrap_or_default();
+        if let Some((_, why)) = NOT_KEPT.iter().find(|(path, _)| *path == pattern) {
+            return Err(Error::Malformed(format!("Idempotency-Key is not supported here: {why}")));
+        }
+        let header = |name: &str| req.headers().get(name).map_or(&[][..], |value| value.as_bytes());
+        // Keyed: a body may hold a password, and a thief of the database shall not guess it.
+        let keys = part::<Keys>(req)?.of(Purpose::Answers);
+        let parts = [
+            req.method().as_str().as_bytes(),
+            req.path().as_bytes(),
+            req.query_string().as_bytes(),
+            header("content-type"),
+            header("if-match"),
+            header("if-none-match"),
+            body,
+        ];
+        Ok(Some(Self { key, hash: mac(&keys, &parts).to_vec() }))
+    }
+
+    /// Begins the request, or finds the answer that it got before.
+    pub async fn begin(self, req: &HttpRequest, actor: &Actor) -> Result<Begun, Error> {
+        let (pool, keys) = (part::<PgPool>(req)?.clone(), part::<Keys>(req)?.clone());
+        let holder = holder(actor);
+        let place = format!("{holder} {}", self.key);
+        let mut tx = pool.begin().await?;
+        if let Some((hash, status, response)) = store::find_answer(&mut tx, &holder, &self.key).await? {
+            if hash != self.hash {
+                return Err(another());
+            }
+            let status = u16::try_from(status).ok().and_then(|s| StatusCode::from_u16(s).ok());
+            let (Some(status), Value::String(sealed)) = (status, response) else { return Err(unfinished()) };
+            let sealed = BASE64.decode(sealed.as_bytes()).map_err(Error::internal)?;
+            let opened = keys.open(Purpose::Answers, &place, &sealed)?;
+            return Ok(Begun::Answered(again(status, &opened)?));
+        }
+        // Status 0: begun. A crash leaves it, and a repeated request is told so.
+        if !store::insert_answer(&mut tx, &holder, &self.key, &self.hash, (0, &Value::Null)).await? {
+            return Err(unfinished());
+        }
+        tx.commit().await?;
+        Ok(Begun::First(Repeatable { pool, keys, holder, place, wish: self }))
+    }
+}
+
+fn again(status: StatusCode, opened: &[u8]) -> Result<HttpResponse, Error> {
+    let Sealed { etag, body } = serde_json::from_slice(opened).map_err(Error::internal)?;
+    let mut answer = HttpResponse::build(status);
+    answer.insert_header(("idempotency-replayed", "true"));
+    if let Some(etag) = etag {
+        answer.insert_header((header::ETAG, etag));
+    }
+    Ok(match body {
+        Some(body) => answer.json(body),
+        None => answer.finish(),
+    })
+}
+
+/// What came of the beginning of a request with a key.
+pub enum Begun {
+    /// It was answered before.
+    Answered(HttpResponse),
+    /// It is the first one.
+    First(Repeatable),
+}
+
+/// A request that was begun, whose answer is to be kept.
+pub struct Repeatable {
+    pool: web::Data<PgPool>,
+    keys: web::Data<Keys>,
+    holder: String,
+    place: String,
+    wish: Wish,
+}
+
+impl Repeatable {
+    /// Answers the request and keeps the answer. It goes on when the client has gone: the answer that a client has
+    /// lost is the one that it asks for again.
+    pub async fn run(self, answer: impl Future<Output = HttpResponse> + 'static) -> HttpResponse {
+        let task = actix_web::rt::spawn(async move {
+            let response = answer.await;
+            self.keep(response).await
+        });
+        task.await.unwrap_or_else(|_| Error::internal("a handler panicked").error_response())
+    }
+
+    async fn keep(self, response: HttpResponse) -> HttpResponse {
+        let status = response.status();
+        let (head, body) = response.into_parts();
+        let etag = head.headers().get(header::ETAG).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let Ok(Ok(bytes)) = to_bytes_limited(body, ANSWER).await else {
+            return Error::internal("an answer cannot be kept").error_response();
+        };
+        // After a 500 nobody knows what was done: the key stays begun.
+        let written = if status.is_success() {
+            let body = (!bytes.is_empty()).then(|| serde_json::from_slice(&bytes).unwrap_or(Value::Null));
+            self.finish(status, &Sealed { etag, body }).await
+        } else if status == StatusCode::INTERNAL_SERVER_ERROR {
+            Ok(())
+        } else {
+            self.forget().await
+        };
+        if let Err(error) = written {
+            tracing::warn!(error = error.for_log(), "an answer was not kept for its Idempotency-Key");
+        }
+        head.set_body(bytes).map_into_boxed_body()
+    }
+
+    async fn finish(&self, status: StatusCode, answer: &Sealed) -> Result<(), Error> {
+        let text = serde_json::to_vec(answer).map_err(Error::internal)?;
+        let sealed = self.keys.seal(Purpose::Answers, &self.place, &text)?;
+        let response = Value::String(BASE64.encode(&sealed));
+        let mut conn = self.pool.acquire().await?;
+        let answer = (i32::from(status.as_u16()), &response);
+        store::finish_answer(&mut conn, &self.holder, &self.wish.key, &self.wish.hash, answer).await
+    }
+
+    async fn forget(&self) -> Result<(), Error> {
+        let mut conn = self.pool.acquire().await?;
+        store::forget_answer(&mut conn, &self.holder, &self.wish.key, &self.wish.hash).await
+    }
+}
+
+fn part<T: 'static>(req: &HttpRequest) -> Result<&web::Data<T>, Error> {
+    req.app_data::<web::Data<T>>().ok_or_else(|| Error::internal("a part of the platform is not wired"))
 }

@@ -10,6 +10,7 @@ use crate::access::{Means, PlatformScope, ReadActivity, ReadPlatform, TenantScop
 use crate::audit::Filter;
 use crate::db::Page;
 use crate::error::Error;
+use crate::http::asked::Query;
 use crate::permits::Permit;
 
 /// Rows that an export reads at once.
@@ -24,7 +25,7 @@ async fn page(pool: &PgPool, filter: &Filter) -> Result<HttpResponse, Error> {
 pub async fn list_tenant(
     scope: TenantScope<ReadActivity>,
     pool: web::Data<PgPool>,
-    query: web::Query<ActivityQuery>,
+    query: Query<ActivityQuery>,
 ) -> Result<HttpResponse, Error> {
     let filter = query.filter(&pool, Some(scope.tenant.id)).await?;
     page(&pool, &filter).await
@@ -34,7 +35,7 @@ pub async fn list_tenant(
 pub async fn list_platform(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
-    query: web::Query<ActivityQuery>,
+    query: Query<ActivityQuery>,
 ) -> Result<HttpResponse, Error> {
     let filter = query.filter(&pool, None).await?;
     page(&pool, &filter).await
@@ -104,7 +105,7 @@ impl Watch {
 pub async fn export_tenant(
     scope: TenantScope<ReadActivity>,
     pool: web::Data<PgPool>,
-    query: web::Query<ActivityQuery>,
+    query: Query<ActivityQuery>,
     turns: web::Data<Turns>,
 ) -> Result<HttpResponse, Error> {
     let mut filter = query.filter(&pool, Some(scope.tenant.id)).await?;
@@ -118,7 +119,7 @@ pub async fn export_tenant(
 pub async fn export_platform(
     scope: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
-    query: web::Query<ActivityQuery>,
+    query: Query<ActivityQuery>,
     turns: web::Data<Turns>,
 ) -> Result<HttpResponse, Error> {
     let mut filter = query.filter(&pool, None).await?;

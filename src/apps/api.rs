@@ -11,14 +11,16 @@ use super::sight::Sight;
 use super::spec::{self, AppSpec, Format};
 use super::store;
 use super::view::{AppView, ReleaseView};
-use crate::access::idempotency::Once;
+use crate::access::idempotency::{Key, Once};
 use crate::access::{Deploy, Public, ReadTenant, TenantScope};
+use crate::db::expected::Expected;
 use crate::db::{self, Page, PageQuery};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
+use crate::http::asked::{Body, Query};
 use crate::http::parse_json;
 use crate::ids::AppName;
-use crate::tenants::api::{etag, if_match};
+use crate::tenants::api::etag;
 
 /// The app that the address names.
 #[derive(Deserialize)]
@@ -57,9 +59,10 @@ pub async fn put_app(
     scope: TenantScope<Deploy>,
     req: HttpRequest,
     path: web::Path<AppPath>,
-    query: web::Query<PutQuery>,
+    query: Query<PutQuery>,
     apps: web::Data<Apps>,
-    body: web::Bytes,
+    expected: Expected,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let name = path.name()?;
     let spec = match AppSpec::parse(&body, format(&req)?) {
@@ -82,7 +85,7 @@ pub async fn put_app(
     }
     let by = scope.by();
     let mode = if query.dry_run { Mode::DryRun } else { Mode::Apply };
-    let done = apps.deploy(by, &scope.tenant, &spec, if_match(&req)?, mode).await?;
+    let done = apps.deploy(by, &scope.tenant, &spec, &expected, mode).await?;
     let status = if done.changed && mode == Mode::Apply { StatusCode::ACCEPTED } else { StatusCode::OK };
     Ok(HttpResponse::build(status).insert_header(etag(done.generation)).json(deployed(&name, &done, mode)))
 }
@@ -115,7 +118,7 @@ pub async fn list_apps(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
     sight: web::Data<Sight>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let mut conn = db::begin(&pool, scope.tenant.id).await?;
@@ -157,13 +160,13 @@ pub async fn get_app(
 /// DELETE /api/v1/tenants/{tenant}/apps/{app}
 pub async fn delete_app(
     scope: TenantScope<Deploy>,
-    req: HttpRequest,
     path: web::Path<AppPath>,
     apps: web::Data<Apps>,
+    expected: Expected,
 ) -> Result<HttpResponse, Error> {
     let by = scope.by();
     let name = path.name()?;
-    let generation = apps.delete(by, &scope.tenant, &name, if_match(&req)?).await?;
+    let generation = apps.delete(by, &scope.tenant, &name, &expected).await?;
     Ok(HttpResponse::Accepted().json(json!({"name": name, "generation": generation})))
 }
 
@@ -172,7 +175,7 @@ pub async fn list_releases(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
     path: web::Path<AppPath>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let mut conn = db::begin(&pool, scope.tenant.id).await?;
@@ -195,17 +198,20 @@ pub async fn roll_back(
     req: HttpRequest,
     path: web::Path<AppPath>,
     apps: web::Data<Apps>,
-    body: web::Bytes,
+    asked: (Expected, Key),
+    body: Body,
 ) -> Result<HttpResponse, Error> {
+    let (expected, key) = asked;
     let input: RollBackBody = parse_json(&req, &body)?;
     let name = path.name()?;
-    let once = Once::of(&req, &body)?;
+    let once = Once::of(key, &req, &body);
     let mut tx = db::begin(&apps.pool, scope.tenant.id).await?;
     if let Some(kept) = once.kept(&mut tx, &scope.actor).await? {
         return Ok(HttpResponse::build(kept.status).json(kept.body));
     }
     let by = scope.by();
-    let (generation, revision) = apps.roll_back(&mut tx, by, &scope.tenant, &name, input.revision).await?;
+    let (generation, revision) =
+        apps.roll_back(&mut tx, by, &scope.tenant, &name, (input.revision, &expected)).await?;
     let answer = json!({
         "name": name, "generation": generation, "revision": revision, "rolled_back_to": input.revision,
     });

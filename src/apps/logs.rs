@@ -18,6 +18,7 @@ use crate::db;
 use crate::driver::{Driver, LogLine, LogQuery, LogStream, LogStreamName};
 use crate::error::Error;
 use crate::fault::plain;
+use crate::http::asked::Query;
 use crate::ids::TenantName;
 
 /// `?instance=&tail=&follow=`
@@ -71,7 +72,7 @@ pub async fn get_logs(
     pool: web::Data<PgPool>,
     driver: web::Data<dyn Driver>,
     path: web::Path<AppPath>,
-    query: web::Query<LogsQuery>,
+    query: Query<LogsQuery>,
     turns: web::Data<Turns>,
 ) -> Result<HttpResponse, Error> {
     let room = turns.stream(&scope.actor, Some(&scope.tenant))?;

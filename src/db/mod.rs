@@ -11,6 +11,7 @@ use crate::config::Database;
 use crate::error::Error;
 use crate::ids::{TenantId, TenantName};
 
+pub mod expected;
 mod migrate;
 
 pub use migrate::migrate;

@@ -20,7 +20,7 @@ fn status(error: &Error) -> StatusCode {
         Error::Throttled(_) => StatusCode::TOO_MANY_REQUESTS,
         Error::NotFound => StatusCode::NOT_FOUND,
         Error::AlreadyExists(_) | Error::Conflict(_) => StatusCode::CONFLICT,
-        Error::PreconditionFailed(_) => StatusCode::PRECONDITION_FAILED,
+        Error::PreconditionFailed(..) => StatusCode::PRECONDITION_FAILED,
         Error::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
         Error::Invalid(_) | Error::QuotaExceeded(_) => StatusCode::UNPROCESSABLE_ENTITY,
         Error::Unavailable(..) => StatusCode::SERVICE_UNAVAILABLE,
@@ -58,7 +58,7 @@ impl ResponseError for Error {
             Self::Unauthenticated => {
                 response.insert_header((header::WWW_AUTHENTICATE, "Bearer realm=\"bulkhead\""));
             }
-            Self::PreconditionFailed(generation) => {
+            Self::PreconditionFailed(generation, _) if *generation > 0 => {
                 response.insert_header((header::ETAG, format!("\"{generation}\"")));
             }
             _ => {}

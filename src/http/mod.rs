@@ -17,6 +17,7 @@ use crate::error::Error as PlatformError;
 use crate::fault::{Code, Fault, Kind};
 use crate::telemetry::Metrics;
 
+pub mod asked;
 pub mod error;
 pub mod front;
 pub mod html;

@@ -9,13 +9,14 @@ use super::{Distribution, Holders, store};
 use crate::access::{Deploy, ReadTenant, TenantScope};
 use crate::db::{self, Page, PageQuery};
 use crate::error::Error;
+use crate::http::asked::Query;
 use crate::ids::{RepositoryPath, Tag, TenantId, TenantName};
 
 /// GET /api/v1/tenants/{tenant}/repositories: by name.
 pub async fn list_repositories(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let mut conn = db::begin(&pool, scope.tenant.id).await?;
@@ -50,7 +51,7 @@ pub async fn list_tags(
     pool: web::Data<PgPool>,
     holders: web::Data<dyn Holders>,
     path: web::Path<RepositoryParam>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let repository = path.repository()?;

@@ -11,6 +11,7 @@ use crate::access::{ManageCredentials, ReadTenant, TenantScope};
 use crate::db::{self, Page, PageQuery, constraint};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
+use crate::http::asked::{Body, Query};
 use crate::http::{OwnAddress, parse_json};
 use crate::quotas::{self, Resource};
 
@@ -59,7 +60,7 @@ pub async fn create_robot(
     req: HttpRequest,
     own: web::Data<OwnAddress>,
     pool: web::Data<PgPool>,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let robot = check(parse_json(&req, &body)?)?;
     scope.tenant.require_active()?;
@@ -97,7 +98,7 @@ pub async fn create_robot(
 pub async fn list_robots(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let mut conn = db::begin(&pool, scope.tenant.id).await?;

@@ -10,6 +10,7 @@ use crate::access::idempotency::{Kept, Once};
 use crate::access::{By, TenantRef};
 use crate::audit;
 use crate::config::Pools;
+use crate::db::expected::Expected;
 use crate::db::{self, Within};
 use crate::error::Error;
 use crate::ids::{ActorId, TenantId, TenantName};
@@ -107,11 +108,11 @@ pub async fn change(
     tenant: &TenantRef,
     display_name: Option<&str>,
     limits: &Limits,
-    expected: Option<i64>,
+    expected: &Expected,
 ) -> Result<i64, Error> {
     let mut tx = db::begin(pool, tenant.id).await?;
     let (generation, state) = store::lock_tenant(&mut tx, tenant.id).await?;
-    check_generation(expected, generation)?;
+    expected.check(Some(generation))?;
     if state.starts_with("offboard") {
         return Err(Error::Conflict(format!("the tenant is {state}; nothing of it can change any more")));
     }
@@ -125,14 +126,6 @@ pub async fn change(
     enqueue(&mut tx, WORK, tenant.id.0, tenant.id).await?;
     tx.commit().await?;
     Ok(generation)
-}
-
-/// Refuses when `If-Match` names another generation.
-pub fn check_generation(expected: Option<i64>, generation: i64) -> Result<(), Error> {
-    match expected {
-        Some(expected) if expected != generation => Err(Error::PreconditionFailed(generation)),
-        _ => Ok(()),
-    }
 }
 
 /// What a suspension does.

@@ -9,12 +9,14 @@ use sqlx::PgPool;
 use super::actions::{self, NewTenant, Suspension};
 use super::store::Condition;
 use super::{Tenant, store};
-use crate::access::idempotency::Once;
+use crate::access::idempotency::{Key, Once};
 use crate::access::{ManageTenants, PlatformScope, ReadPlatform, ReadTenant, TenantScope};
 use crate::config::{Config, Pools};
+use crate::db::expected::Expected;
 use crate::db::{self, Page, PageQuery, Within};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind, plain};
+use crate::http::asked::{Body, Query};
 use crate::http::parse_json;
 use crate::ids::TenantName;
 use crate::quotas::{self, Quota, QuotaInput};
@@ -49,7 +51,8 @@ pub async fn onboard(
     pool: web::Data<PgPool>,
     config: web::Data<Config>,
     waker: web::Data<Waker>,
-    body: web::Bytes,
+    key: Key,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: OnboardBody = parse_json(&req, &body)?;
     let mut faults = Vec::new();
@@ -61,7 +64,7 @@ pub async fn onboard(
     let mut limits = input.quota.parse(&mut faults);
     let (Ok(name), true) = (name, faults.is_empty()) else { return Err(Error::Invalid(faults)) };
     actions::fill_limits(&mut limits);
-    let once = Once::of(&req, &body)?;
+    let once = Once::of(key, &req, &body);
     let by = scope.by();
     let new = NewTenant { name, display_name, limits };
     let kept = actions::onboard(&pool, &config.pools, &waker, by, &once, new).await?;
@@ -108,7 +111,7 @@ impl TenantView {
 pub async fn list_tenants(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let mut conn = db::begin(&pool, Within::Platform).await?;
@@ -131,17 +134,6 @@ async fn view(pool: &PgPool, pools: &Pools, id: crate::ids::TenantId) -> Result<
 #[must_use]
 pub fn etag(generation: i64) -> (header::HeaderName, String) {
     (header::ETAG, format!("\"{generation}\""))
-}
-
-/// The generation that `If-Match` names.
-pub fn if_match(req: &HttpRequest) -> Result<Option<i64>, Error> {
-    let Some(value) = req.headers().get(header::IF_MATCH) else { return Ok(None) };
-    value
-        .to_str()
-        .ok()
-        .and_then(|text| text.trim().trim_matches('"').parse().ok())
-        .map(Some)
-        .ok_or_else(|| Error::Malformed("If-Match takes the ETag of one answer, such as \"3\"".into()))
 }
 
 /// GET /api/v1/tenants/{tenant}
@@ -177,7 +169,8 @@ pub async fn change_tenant(
     scope: TenantScope<ManageTenants>,
     req: HttpRequest,
     pool: web::Data<PgPool>,
-    body: web::Bytes,
+    expected: Expected,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: ChangeBody = parse_json(&req, &body)?;
     let mut faults = Vec::new();
@@ -190,7 +183,7 @@ pub async fn change_tenant(
     }
     let by = scope.by();
     let name = input.display_name.as_deref();
-    let generation = actions::change(&pool, by, &scope.tenant, name, &limits, if_match(&req)?).await?;
+    let generation = actions::change(&pool, by, &scope.tenant, name, &limits, &expected).await?;
     Ok(HttpResponse::Accepted()
         .insert_header(etag(generation))
         .json(json!({"name": scope.tenant.name, "generation": generation})))
@@ -241,7 +234,7 @@ pub async fn begin_offboarding(
     req: HttpRequest,
     pool: web::Data<PgPool>,
     waker: web::Data<Waker>,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: OffboardBody = parse_json(&req, &body)?;
     scope.actor.require_recent()?;

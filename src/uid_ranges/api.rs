@@ -10,6 +10,7 @@ use crate::access::{PlatformScope, ReadPlatform};
 use crate::config::Config;
 use crate::db::{self, Page, PageQuery, Within};
 use crate::error::Error;
+use crate::http::asked::Query;
 
 #[derive(Serialize)]
 struct OwnerView {
@@ -77,7 +78,7 @@ pub async fn list_uid_ranges(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
     config: web::Data<Config>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let mut conn = db::begin(&pool, Within::Platform).await?;

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on panics")]
 
 mod access;
+mod asked;
 mod command_line;
 mod front;
 mod quotas;

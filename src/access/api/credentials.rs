@@ -13,6 +13,7 @@ use crate::access::tokens::{Made, NewToken};
 use crate::access::{ManageCredentials, ReadActivity, store};
 use crate::db::{self, Page, PageQuery};
 use crate::error::Error;
+use crate::http::asked::{Body, Query};
 use crate::http::parse_json;
 
 /// Days of a token unless said otherwise.
@@ -32,7 +33,7 @@ pub(super) fn token_made(name: &str, made: &Made) -> HttpResponse {
 pub async fn list_services(
     scope: TenantScope<ReadActivity>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let mut conn = db::begin(&pool, scope.tenant.id).await?;
@@ -52,7 +53,7 @@ pub async fn create_service(
     scope: TenantScope<ManageCredentials>,
     req: HttpRequest,
     desk: DeskData,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: ServiceBody = parse_json(&req, &body)?;
     scope.tenant.require_active()?;
@@ -81,7 +82,7 @@ pub async fn delete_service(
 pub async fn list_tokens(
     scope: TenantScope<ReadActivity>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let (limit, after) = (query.limit()?, query.after_number(0)?);
     let mut conn = db::begin(&pool, scope.tenant.id).await?;
@@ -103,7 +104,7 @@ pub async fn create_token(
     scope: TenantScope<ManageCredentials>,
     req: HttpRequest,
     desk: DeskData,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: TokenBody = parse_json(&req, &body)?;
     scope.tenant.require_active()?;

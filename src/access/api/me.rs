@@ -12,6 +12,7 @@ use crate::access::sessions::{Client, DeskData};
 use crate::access::tokens::NewToken;
 use crate::access::{Means, PlatformRole, ReadTenant, accounts, members, store};
 use crate::error::Error;
+use crate::http::asked::Body;
 use crate::http::{OwnAddress, parse_json};
 
 /// GET /api/v1/me
@@ -73,7 +74,7 @@ pub async fn set_password(
     req: HttpRequest,
     own: web::Data<OwnAddress>,
     desk: DeskData,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: PasswordBody = parse_json(&req, &body)?;
     desk.change_password(&Client::of(&req, &own), &scope.actor, &input.current, &input.new).await?;
@@ -94,7 +95,7 @@ pub async fn confirm(
     req: HttpRequest,
     own: web::Data<OwnAddress>,
     desk: DeskData,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: ConfirmBody = parse_json(&req, &body)?;
     let client = Client::of(&req, &own);
@@ -123,7 +124,7 @@ pub async fn confirm_second_factor(
     req: HttpRequest,
     own: web::Data<OwnAddress>,
     desk: DeskData,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: CodeBody = parse_json(&req, &body)?;
     let codes = desk.confirm_second_factor(&Client::of(&req, &own), &scope.actor, &input.code).await?;
@@ -175,7 +176,7 @@ pub async fn create_token(
     scope: SignedIn,
     req: HttpRequest,
     desk: DeskData,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: TokenBody = parse_json(&req, &body)?;
     let new = NewToken::check(&scope.actor, &input.name, input.days)?;

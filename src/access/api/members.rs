@@ -13,13 +13,14 @@ use crate::access::sessions::DeskData;
 use crate::access::{ManageMembers, ReadActivity, ReadTenant, Role, accounts, members, store};
 use crate::db::{self, Page, PageQuery};
 use crate::error::Error;
+use crate::http::asked::{Body, Query};
 use crate::http::{OwnAddress, parse_json};
 
 /// GET /api/v1/tenants/{tenant}/members: by name.
 pub async fn list_members(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let mut conn = db::begin(&pool, scope.tenant.id).await?;
@@ -51,7 +52,7 @@ pub async fn change_member(
     req: HttpRequest,
     pool: web::Data<PgPool>,
     path: web::Path<MemberPath>,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: RoleBody = parse_json(&req, &body)?;
     let wanted = role(&input.role)?;
@@ -91,7 +92,7 @@ pub async fn reset_member(
 pub async fn list_invitations(
     scope: TenantScope<ReadActivity>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let (limit, after) = (query.limit()?, query.after_number(0)?);
     let mut conn = db::begin(&pool, scope.tenant.id).await?;
@@ -119,7 +120,7 @@ pub async fn invite(
     req: HttpRequest,
     own: web::Data<OwnAddress>,
     desk: DeskData,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: InvitationBody = parse_json(&req, &body)?;
     scope.tenant.require_active()?;

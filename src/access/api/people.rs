@@ -12,13 +12,14 @@ use crate::access::sessions::DeskData;
 use crate::access::{ManagePeople, PlatformRole, ReadPlatform, accounts, store};
 use crate::db::{self, Page, PageQuery, Within};
 use crate::error::Error;
+use crate::http::asked::{Body, Query};
 use crate::http::{OwnAddress, parse_json};
 
 /// GET /api/v1/accounts: by name.
 pub async fn list_accounts(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let mut conn = pool.acquire().await?;
@@ -83,7 +84,7 @@ pub async fn change_account(
     req: HttpRequest,
     desk: DeskData,
     path: web::Path<AccountPath>,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: ChangeBody = parse_json(&req, &body)?;
     let role = match &input.platform_role {
@@ -132,7 +133,7 @@ pub async fn unlink_account(
 pub async fn list_invitations(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let (limit, after) = (query.limit()?, query.after_number(0)?);
     let mut conn = db::begin(&pool, Within::Platform).await?;
@@ -155,7 +156,7 @@ pub async fn invite(
     req: HttpRequest,
     own: web::Data<OwnAddress>,
     desk: DeskData,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: InvitationBody = parse_json(&req, &body)?;
     let name = accounts::account_name("name", &input.name)?;
@@ -178,7 +179,7 @@ pub async fn revoke_invitation(
 pub async fn list_tokens(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let (limit, after) = (query.limit()?, query.after_number(0)?);
     let mut conn = db::begin(&pool, Within::Platform).await?;

@@ -65,3 +65,43 @@ pub(in crate::access) async fn insert_answer(
     .await?;
     Ok(done.rows_affected() == 1)
 }
+
+/// Writes the answer of a request that was begun.
+pub(in crate::access) async fn finish_answer(
+    conn: &mut PgConnection,
+    actor: &str,
+    key: &str,
+    request_hash: &[u8],
+    answer: (i32, &serde_json::Value),
+) -> Result<(), Error> {
+    sqlx::query!(
+        "UPDATE idempotency SET status = $4, response = $5 \
+         WHERE actor = $1 AND key = $2 AND request_hash = $3 AND status = 0",
+        actor,
+        key,
+        request_hash,
+        answer.0,
+        answer.1
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Removes a request that was begun and changed nothing: the same key may be used again.
+pub(in crate::access) async fn forget_answer(
+    conn: &mut PgConnection,
+    actor: &str,
+    key: &str,
+    request_hash: &[u8],
+) -> Result<(), Error> {
+    sqlx::query!(
+        "DELETE FROM idempotency WHERE actor = $1 AND key = $2 AND request_hash = $3 AND status = 0",
+        actor,
+        key,
+        request_hash
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}

@@ -9,6 +9,7 @@ use crate::apps::reservation::{self, Asked, Peak, Reserved};
 use crate::apps::spec::{AppSpec, ImageReference};
 use crate::apps::{Release, store};
 use crate::db;
+use crate::db::expected::Expected;
 use crate::driver::workload::InsideUser;
 use crate::error::Error;
 use crate::fault::Fault;
@@ -16,7 +17,6 @@ use crate::ids::{AppName, Digest};
 use crate::images;
 use crate::reconcile::enqueue;
 use crate::registries;
-use crate::tenants::actions::check_generation;
 use crate::uid_ranges;
 
 /// New apps of a tenant within 24 hours.
@@ -67,13 +67,16 @@ impl Apps {
         by: By<'_>,
         tenant: &TenantRef,
         spec: &AppSpec,
-        expected: Option<i64>,
+        expected: &Expected,
         mode: Mode,
     ) -> Result<Deployed, Error> {
         tenant.require_active()?;
         // Everything that can be wrong is told together: the image, the names, the quota.
         let mut faults = Vec::new();
         let mut conn = db::begin(&self.pool, tenant.id).await?;
+        // Held against the app again under the lock; here it spares the registry a question.
+        let known = store::find_app(&mut conn, tenant.id, spec.name()).await?;
+        expected.check(known.map(|app| app.generation))?;
         faults.extend(self.connections.missing(&mut conn, tenant, spec.connects()).await?);
         drop(conn);
         let resolved = match self.resolve(tenant, spec).await {
@@ -135,20 +138,20 @@ impl Apps {
         spec: &AppSpec,
         resolved: Option<Resolved>,
         mut faults: Vec<Fault>,
-        (expected, mode): (Option<i64>, Mode),
+        (expected, mode): (&Expected, Mode),
     ) -> Result<Deployed, Error> {
         let (quota, state) = store::lock_quota(tx, tenant.id).await?;
         TenantRef { state, ..tenant.clone() }.require_active()?;
         let existing = store::find_app(tx, tenant.id, spec.name()).await?;
         if let Some(app) = &existing {
-            check_generation(expected, app.generation)?;
+            expected.check(Some(app.generation))?;
             if app.deleted_at.is_some() {
                 return Err(Error::Conflict(
                     "the app is being deleted; deploy it again when it is gone".into(),
                 ));
             }
-        } else if expected.is_some_and(|expected| expected != 0) {
-            return Err(Error::PreconditionFailed(0));
+        } else {
+            expected.check(None)?;
         }
         let wanted = Peak::of(spec);
         let peak = existing.as_ref().map_or(wanted, |app| app.peak.max(wanted));

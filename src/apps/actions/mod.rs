@@ -15,13 +15,13 @@ use super::{App, Release, store};
 use crate::access::{By, TenantRef};
 use crate::config::Pools;
 use crate::db;
+use crate::db::expected::Expected;
 use crate::driver::workload::Subnet;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::{AppId, AppName, Digest, RepositoryPath};
 use crate::reconcile::{Waker, enqueue};
 use crate::registries::{self, Distribution};
-use crate::tenants::actions::check_generation;
 
 mod deploy;
 mod roll_back;
@@ -102,12 +102,12 @@ impl Apps {
         by: By<'_>,
         tenant: &TenantRef,
         name: &AppName,
-        expected: Option<i64>,
+        expected: &Expected,
     ) -> Result<i64, Error> {
         let mut tx = db::begin(&self.pool, tenant.id).await?;
         store::lock_quota(&mut tx, tenant.id).await?;
         let app = store::find_app(&mut tx, tenant.id, name).await?.ok_or(Error::NotFound)?;
-        check_generation(expected, app.generation)?;
+        expected.check(Some(app.generation))?;
         if app.deleted_at.is_some() {
             return Ok(app.generation);
         }

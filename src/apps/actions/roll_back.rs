@@ -6,6 +6,7 @@ use super::{Apps, image_is_gone, is_image_there};
 use crate::access::{By, TenantRef};
 use crate::apps::reservation::{self, Asked, Peak};
 use crate::apps::store;
+use crate::db::expected::Expected;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::AppName;
@@ -18,12 +19,13 @@ impl Apps {
         by: By<'_>,
         tenant: &TenantRef,
         name: &AppName,
-        revision: i64,
+        (revision, expected): (i64, &Expected),
     ) -> Result<(i64, i64), Error> {
         tenant.require_active()?;
         let (quota, state) = store::lock_quota(tx, tenant.id).await?;
         TenantRef { state, ..tenant.clone() }.require_active()?;
         let app = store::find_app(tx, tenant.id, name).await?.ok_or(Error::NotFound)?;
+        expected.check(Some(app.generation))?;
         if app.deleted_at.is_some() {
             return Err(Error::Conflict("the app is being deleted".into()));
         }

@@ -4,6 +4,7 @@ use serde_json::json;
 use sqlx::{PgConnection, PgPool};
 
 use crate::access::{By, TenantRef};
+use crate::db::expected::Expected;
 use crate::db::{self, Within, constraint};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
@@ -13,7 +14,6 @@ use crate::networks::rollouts::{self, Staging};
 use crate::networks::store::{NewRollout, Rollout};
 use crate::networks::{Endpoint, store};
 use crate::reconcile::{Waker, enqueue};
-use crate::tenants::actions::check_generation;
 
 /// What became of a service that was put in or changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,21 +43,19 @@ pub async fn put_service(
     name: &ServiceName,
     what: (&str, &[Endpoint]),
     staging: &Staging,
-    expected: Option<i64>,
+    expected: &Expected,
 ) -> Result<Put, Error> {
     let (description, endpoints) = what;
     let mut tx = db::begin(pool, Within::Platform).await?;
     let Some((id, _)) = store::find_service(&mut tx, name).await? else {
-        if expected.is_some_and(|expected| expected != 0) {
-            return Err(Error::PreconditionFailed(0));
-        }
+        expected.check(None)?;
         refuse_first(staging)?;
         return put_now(tx, by, name, what, true).await;
     };
     // Held: nobody is given it meanwhile, and no other change comes between.
     store::lock_service(&mut tx, id).await?;
     let (_, known) = store::find_service(&mut tx, name).await?.ok_or(Error::NotFound)?;
-    check_generation(expected, known.generation)?;
+    expected.check(Some(known.generation))?;
     if let Some(under_way) = store::find_under_way(&mut tx, id).await? {
         let same = *under_way.endpoints == endpoints
             && under_way.description == description

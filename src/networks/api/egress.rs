@@ -12,6 +12,7 @@ use crate::db::{self, Page, PageQuery, Within};
 use crate::driver::Driver;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
+use crate::http::asked::{Body, Query};
 use crate::http::parse_json;
 use crate::ids::EgressName;
 use crate::networks::actions::{self, Decision};
@@ -98,7 +99,7 @@ pub async fn ask(
     pool: web::Data<PgPool>,
     places: (web::Data<Config>, web::Data<dyn Driver>),
     path: web::Path<NamePath>,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: WishBody = parse_json(&req, &body)?;
     let wish = check_wish(path.parse()?, input, (&places.0, &**places.1)).await?;
@@ -113,7 +114,7 @@ pub async fn ask(
 pub async fn list_targets(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let (limit, before) = (query.limit()?, query.after_number(i64::MAX)?);
     let mut conn = db::begin(&pool, scope.tenant.id).await?;
@@ -148,7 +149,7 @@ pub async fn decide(
     pool: web::Data<PgPool>,
     waker: web::Data<Waker>,
     path: web::Path<NamePath>,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let DecisionBody { id, approved, note, days } = parse_json(&req, &body)?;
     let mut faults = Vec::new();
@@ -169,7 +170,7 @@ pub async fn decide(
 pub async fn list_waiting(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let (limit, after) = (query.limit()?, query.after_number(0)?);
     let mut conn = db::begin(&pool, Within::Platform).await?;

@@ -6,10 +6,11 @@ use serde_json::json;
 use sqlx::PgPool;
 
 use super::NumberPath;
-use crate::access::idempotency::Once;
+use crate::access::idempotency::{Key, Once};
 use crate::access::{ManageConnections, ReadTenant, TenantScope};
 use crate::db::{self, Page, PageQuery};
 use crate::error::Error;
+use crate::http::asked::{Body, Query};
 use crate::http::parse_json;
 use crate::networks::actions::{self, Offer};
 use crate::networks::store;
@@ -49,11 +50,12 @@ pub async fn offer(
     scope: TenantScope<ManageConnections>,
     req: HttpRequest,
     pool: web::Data<PgPool>,
-    body: web::Bytes,
+    key: Key,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: OfferBody = parse_json(&req, &body)?;
     let offer = check_offer(&input.app, &input.tenant, input.to_app.as_deref(), input.days)?;
-    let once = Once::of(&req, &body)?;
+    let once = Once::of(key, &req, &body);
     let kept = actions::offer(&pool, scope.by(), &once, &scope.tenant, &offer).await?;
     Ok(HttpResponse::build(kept.status).json(kept.body))
 }
@@ -62,7 +64,7 @@ pub async fn offer(
 pub async fn list_given(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let (limit, after) = (query.limit()?, query.after_number(0)?);
     let mut conn = db::begin(&pool, scope.tenant.id).await?;
@@ -74,7 +76,7 @@ pub async fn list_given(
 pub async fn list_received(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let (limit, after) = (query.limit()?, query.after_number(0)?);
     let mut conn = db::begin(&pool, scope.tenant.id).await?;

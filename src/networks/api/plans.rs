@@ -8,13 +8,14 @@ use crate::access::{PlatformScope, ReadPlatform, ReadTenant, TenantScope};
 use crate::apps::list_machine_events;
 use crate::db::{self, Page, PageQuery, Within};
 use crate::error::Error;
+use crate::http::asked::Query;
 use crate::networks::store;
 
 /// GET /api/v1/network/plans: of all tenants, the newest first.
 pub async fn list_all(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let (limit, before) = (query.limit()?, query.after_number(i64::MAX)?);
     let mut conn = db::begin(&pool, Within::Platform).await?;
@@ -26,7 +27,7 @@ pub async fn list_all(
 pub async fn list_events(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let (limit, before) = (query.limit()?, query.after_number(i64::MAX)?);
     let mut conn = db::begin(&pool, Within::Platform).await?;
@@ -49,7 +50,7 @@ pub async fn get_any(
 pub async fn list_plans(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let (limit, before) = (query.limit()?, query.after_number(i64::MAX)?);
     let mut conn = db::begin(&pool, scope.tenant.id).await?;

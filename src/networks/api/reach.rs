@@ -17,6 +17,7 @@ use crate::db;
 use crate::driver::workload::Subnet;
 use crate::driver::{Denied, Driver, Probe, ProbeOutcome, ProbeTarget};
 use crate::error::Error;
+use crate::http::asked::Query;
 use crate::ids::{AppId, AppName, DomainName};
 use crate::networks::explain::{self, Closed, Known, To};
 use crate::networks::{AppPlan, connections, store};
@@ -218,7 +219,7 @@ pub async fn get_reach(
     config: web::Data<Config>,
     driver: web::Data<dyn Driver>,
     path: web::Path<AppPath>,
-    query: web::Query<ReachQuery>,
+    query: Query<ReachQuery>,
 ) -> Result<HttpResponse, Error> {
     let place = (&config.pools, &**driver);
     let asked = resolve(&scope.tenant, &pool, place, &path.name()?, &query).await?;
@@ -241,7 +242,7 @@ pub async fn post_reach(
     config: web::Data<Config>,
     driver: web::Data<dyn Driver>,
     path: web::Path<AppPath>,
-    query: web::Query<ReachQuery>,
+    query: Query<ReachQuery>,
 ) -> Result<HttpResponse, Error> {
     let Asked { app, protocol, port, reach, target } =
         resolve(&scope.tenant, &pool, (&config.pools, &**driver), &path.name()?, &query).await?;

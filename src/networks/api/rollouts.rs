@@ -10,6 +10,7 @@ use crate::access::{ManageNetwork, PlatformScope, ReadPlatform};
 use crate::db::{self, Page, PageQuery, Within};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
+use crate::http::asked::{Body, Query};
 use crate::http::parse_json;
 use crate::ids::TenantName;
 use crate::networks::rollouts::Staging;
@@ -61,7 +62,7 @@ impl StagingBody {
 pub async fn list_rollouts(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let (limit, before) = (query.limit()?, query.after_number(i64::MAX)?);
     let mut conn = db::begin(&pool, Within::Platform).await?;
@@ -93,7 +94,7 @@ struct ReasonBody {
     reason: String,
 }
 
-fn reason(req: &HttpRequest, body: &web::Bytes) -> Result<String, Error> {
+fn reason(req: &HttpRequest, body: &[u8]) -> Result<String, Error> {
     let ReasonBody { reason } = if body.is_empty() { ReasonBody::default() } else { parse_json(req, body)? };
     check_reason(&reason)
 }
@@ -113,7 +114,7 @@ pub async fn pause(
     req: HttpRequest,
     pool: web::Data<PgPool>,
     path: web::Path<NumberPath>,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     actions::pause(&pool, scope.by(), path.id, &reason(&req, &body)?).await?;
     Ok(HttpResponse::NoContent().finish())
@@ -126,7 +127,7 @@ pub async fn resume(
     pool: web::Data<PgPool>,
     waker: web::Data<Waker>,
     path: web::Path<NumberPath>,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     actions::resume(&pool, &waker, scope.by(), path.id, &reason(&req, &body)?).await?;
     Ok(HttpResponse::Accepted().finish())
@@ -139,7 +140,7 @@ pub async fn end_window(
     pool: web::Data<PgPool>,
     waker: web::Data<Waker>,
     path: web::Path<NumberPath>,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     actions::end_window(&pool, &waker, scope.by(), path.id, &reason(&req, &body)?).await?;
     Ok(HttpResponse::Accepted().finish())
@@ -152,7 +153,7 @@ pub async fn abort(
     pool: web::Data<PgPool>,
     waker: web::Data<Waker>,
     path: web::Path<NumberPath>,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     actions::abort(&pool, &waker, scope.by(), path.id, &reason(&req, &body)?).await?;
     Ok(HttpResponse::Accepted().finish())

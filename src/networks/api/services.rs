@@ -9,10 +9,12 @@ use super::NamePath;
 use super::rollouts::StagingBody;
 use crate::access::{ManageNetwork, PlatformScope, ReadPlatform, ReadTenant, TenantScope};
 use crate::config::Config;
+use crate::db::expected::Expected;
 use crate::db::{self, Page, PageQuery, Within};
 use crate::driver::Driver;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
+use crate::http::asked::{Body, Query};
 use crate::http::parse_json;
 use crate::ids::ServiceName;
 use crate::networks::actions::Put;
@@ -20,7 +22,7 @@ use crate::networks::rollouts::Staging;
 use crate::networks::{Endpoint, actions, check_network, store};
 use crate::policy::never::against_service;
 use crate::reconcile::Waker;
-use crate::tenants::api::{etag, if_match};
+use crate::tenants::api::etag;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -74,14 +76,15 @@ pub async fn put_service(
     waker: web::Data<Waker>,
     places: (web::Data<Config>, web::Data<dyn Driver>),
     path: web::Path<NamePath>,
-    body: web::Bytes,
+    asked: (Expected, Body),
 ) -> Result<HttpResponse, Error> {
     let (config, driver) = places;
+    let (expected, body) = asked;
     let name: ServiceName = path.checked()?;
     let ServiceBody { description, mut endpoints, rollout } = parse_json(&req, &body)?;
     let staging = check_service(&description, &mut endpoints, rollout, (&config, &**driver)).await?;
     let what = (description.as_str(), endpoints.as_slice());
-    let put = actions::put_service(&pool, &waker, scope.by(), &name, what, &staging, if_match(&req)?).await?;
+    let put = actions::put_service(&pool, &waker, scope.by(), &name, what, &staging, &expected).await?;
     let (mut answer, generation, rollout) = match put {
         Put::Done { generation, new: true } => (HttpResponse::Created(), generation, None),
         Put::Done { generation, new: false } => (HttpResponse::Ok(), generation, None),
@@ -95,7 +98,7 @@ pub async fn put_service(
 pub async fn list_services(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let mut conn = db::begin(&pool, Within::Platform).await?;
@@ -128,7 +131,7 @@ pub async fn delete_service(
 pub async fn list_given(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
-    query: web::Query<PageQuery>,
+    query: Query<PageQuery>,
 ) -> Result<HttpResponse, Error> {
     let limit = query.limit()?;
     let mut conn = db::begin(&pool, scope.tenant.id).await?;

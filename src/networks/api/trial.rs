@@ -10,6 +10,7 @@ use crate::access::{ManageNetwork, ReadTenant, TenantScope};
 use crate::db;
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
+use crate::http::asked::Body;
 use crate::http::parse_json;
 use crate::networks::{actions, store};
 use crate::reconcile::Waker;
@@ -26,7 +27,7 @@ pub async fn begin(
     req: HttpRequest,
     pool: web::Data<PgPool>,
     waker: web::Data<Waker>,
-    body: web::Bytes,
+    body: Body,
 ) -> Result<HttpResponse, Error> {
     let TrialBody { hours } = parse_json(&req, &body)?;
     scope.actor.require_recent()?;

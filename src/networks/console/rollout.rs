@@ -12,6 +12,7 @@ use crate::access::console::{after, platform_frame, when, who};
 use crate::access::extract::{PlatformScope, Posted};
 use crate::access::{Actor, ManageNetwork, ReadPlatform, includes};
 use crate::config::Config;
+use crate::db::expected::Expected;
 use crate::db::{self, Page, PageQuery, Within};
 use crate::driver::Driver;
 use crate::error::Error;
@@ -324,7 +325,7 @@ pub async fn put_service(
         };
         let staging = check_service(&description, &mut endpoints, staging, (&config, &**driver)).await?;
         let what = (description.as_str(), endpoints.as_slice());
-        actions::put_service(&pool, &waker, scope.by(), &name, what, &staging, None).await
+        actions::put_service(&pool, &waker, scope.by(), &name, what, &staging, &Expected::default()).await
     };
     let (place, outcome) = match make.await {
         Ok(Put::Begun { rollout, .. }) => (format!("/network/rollouts/{rollout}"), Ok(())),

@@ -7,6 +7,7 @@ mod every_route;
 mod flood;
 mod invitations;
 mod oidc;
+mod repeated;
 mod roles;
 mod sign_in;
 mod tenancy;
