@@ -25,6 +25,8 @@ pub struct Release {
     pub digest: Digest,
     /// User inside.
     pub user: InsideUser,
+    /// Its supplementary groups inside.
+    pub groups: Vec<u16>,
     /// What the preflight said.
     pub warnings: Value,
     /// The revision that this one brings back.
@@ -95,6 +97,7 @@ impl Release {
             command: spec.command().map(<[String]>::to_vec),
             args: spec.args().map(<[String]>::to_vec),
             user: self.user,
+            groups: self.groups.clone(),
             block: place.block,
             cpu_millis: spec.cpu_millis(),
             memory: spec.memory(),
@@ -114,7 +117,7 @@ impl Release {
 /// without a platform.
 pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error> {
     use crate::driver::agent::config::AgentConfig;
-    use crate::driver::podman::render;
+    use crate::driver::podman::{inside, render};
     let subnet: crate::driver::workload::Subnet = "10.64.0.0/22".parse().map_err(Error::internal)?;
     let address = subnet.nth(2).ok_or_else(|| Error::internal("an example"))?;
     let release = Release {
@@ -125,6 +128,7 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
         index_digest: Digest::of(b""),
         digest: Digest::of(b""),
         user: InsideUser { uid: 1000, gid: 1000 },
+        groups: Vec::new(),
         warnings: Value::Array(Vec::new()),
         rolled_back_to: None,
         actor: String::new(),
@@ -163,6 +167,14 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
         registry_name: "demo.bulkhead.internal".into(),
         pull_host: "127.0.0.1:1".into(),
     };
+    let scratch: Vec<render::Mount> = (workload.scratch.iter())
+        .map(|(path, scratch)| render::Mount {
+            path: path.clone(),
+            size: scratch.size,
+            exec: scratch.exec,
+            mode: inside::mode(path, None),
+        })
+        .collect();
     let instance = render::Instance {
         number: 1,
         gateway: subnet.gateway(),
@@ -170,6 +182,7 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
         log: "/var/lib/bulkhead/agent/logs/1/1.raw",
         filter: "/var/lib/bulkhead/agent/seccomp.json",
         names: ["/var/lib/bulkhead/agent/logs/1/1.passwd", "/var/lib/bulkhead/agent/logs/1/1.group"],
+        scratch: &scratch,
     };
     Ok(render::create(&config, &workload, &instance))
 }

@@ -174,6 +174,7 @@ fn trouble(instance: &InstanceObserved) -> Option<String> {
         Cause::Removed => "It was removed from outside".to_owned(),
     };
     let detail = ending.detail.trim_start_matches("its health check fails: ");
+    let detail = detail.trim_start_matches("it cannot be started: ");
     let line = ending.last_lines.last().map(|line| format!("; last line: {line}")).unwrap_or_default();
     Some(format!("{what} ({detail}){line}"))
 }

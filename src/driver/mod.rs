@@ -16,6 +16,7 @@ pub mod agent;
 pub mod disk;
 pub mod listener;
 pub mod podman;
+pub mod scratch;
 pub mod workload;
 
 pub use podman::host::Listener;

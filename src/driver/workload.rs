@@ -169,7 +169,8 @@ pub struct WorkloadImage {
     pub digest: Digest,
 }
 
-/// User and group inside the container, within the app's block: 1 to 1023.
+/// User and group inside the container, within the app's block: 1 to 1023; the group may be 0, which owns nothing on
+/// the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct InsideUser {
@@ -217,6 +218,50 @@ pub enum Update {
     Replace,
 }
 
+/// A memory-backed writable folder of an instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "ScratchForm", into = "ScratchForm")]
+pub struct Scratch {
+    /// Bytes.
+    pub size: u64,
+    /// Whether files in it may be executed.
+    pub exec: bool,
+}
+
+impl Scratch {
+    /// A folder of this size in which nothing is executed.
+    #[must_use]
+    pub fn of(size: u64) -> Self {
+        Self { size, exec: false }
+    }
+}
+
+/// The written form: records of earlier versions hold a number alone.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged, deny_unknown_fields)]
+enum ScratchForm {
+    Size(u64),
+    Full { size: u64, exec: bool },
+}
+
+impl From<ScratchForm> for Scratch {
+    fn from(form: ScratchForm) -> Self {
+        match form {
+            ScratchForm::Size(size) => Self::of(size),
+            ScratchForm::Full { size, exec } => Self { size, exec },
+        }
+    }
+}
+
+impl From<Scratch> for ScratchForm {
+    fn from(scratch: Scratch) -> Self {
+        match scratch {
+            Scratch { size, exec: false } => Self::Size(size),
+            Scratch { size, exec } => Self::Full { size, exec },
+        }
+    }
+}
+
 /// One app as a driver is told to run it: every field that matters is here, nothing is copied
 /// through from what the tenant wrote.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -242,6 +287,9 @@ pub struct Workload {
     pub args: Option<Vec<String>>,
     /// User inside.
     pub user: InsideUser,
+    /// Its supplementary groups inside, as the image's `/etc/group` has them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<u16>,
     /// The app's block of host ids.
     pub block: IdRange,
     /// Thousandths of a core, the limit.
@@ -258,8 +306,8 @@ pub struct Workload {
     pub port: Option<u16>,
     /// Health check.
     pub health: Option<Health>,
-    /// Memory-backed writable paths and their sizes in bytes; `/tmp` is always among them.
-    pub scratch: BTreeMap<String, u64>,
+    /// Memory-backed writable folders by path; `/tmp` is always among them, `/dev/shm` in new releases.
+    pub scratch: BTreeMap<String, Scratch>,
     /// Seconds between SIGTERM and SIGKILL.
     pub stop_grace: u16,
     /// Addresses of the tenant's subnet that belong to this app: one per instance and, for

@@ -114,6 +114,16 @@ const OF_IMAGE: &[Explanation] = &[
         title: "The image exposes another port",
         text: "EXPOSE names ports, none of which is the spec's port. Probably one of both is wrong.",
     },
+    Explanation {
+        code: Code(215),
+        title: "Groups of the image are dropped",
+        text: "Inside, the groups 0 to 1023 exist. The app runs with the group of USER or of its line in /etc/passwd and with the groups of /etc/group that name it as a member, without those that the warning names. Give them numbers from 0 to 1023 in the Dockerfile.",
+    },
+    Explanation {
+        code: Code(216),
+        title: "The image's own health check is not used",
+        text: "HEALTHCHECK would run a program beside the app; the platform asks over the network instead. Write health with http or tcp in the spec, or health: none if no check is wanted.",
+    },
 ];
 
 const OF_REQUEST: &[Explanation] = &[

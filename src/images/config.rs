@@ -33,6 +33,8 @@ pub struct ImageConfig {
     pub working_dir: String,
     /// `STOPSIGNAL`.
     pub stop_signal: String,
+    /// Whether it has a `HEALTHCHECK`.
+    pub healthcheck: bool,
     /// Digests of the unpacked layers, from the bottom.
     pub diff_ids: Vec<String>,
 }
@@ -66,6 +68,7 @@ struct RawConfig {
     env: Option<Vec<String>>,
     working_dir: Option<String>,
     stop_signal: Option<String>,
+    healthcheck: Option<serde_json::Value>,
 }
 
 /// Most bytes of labels, and of the environment, that an image brings: the engine gives both to each of
@@ -110,6 +113,10 @@ impl ImageConfig {
             env: config.env.unwrap_or_default(),
             working_dir: config.working_dir.unwrap_or_default(),
             stop_signal: config.stop_signal.unwrap_or_default(),
+            healthcheck: config.healthcheck.is_some_and(|check| {
+                let first = check["Test"][0].as_str();
+                first.is_some_and(|word| !word.is_empty() && word != "NONE")
+            }),
             diff_ids: raw.rootfs.diff_ids,
         })
     }
@@ -126,6 +133,12 @@ mod tests {
         let config = ImageConfig::parse(text).unwrap();
         assert_eq!((config.user.as_str(), config.exposed_ports.as_slice()), ("app", [8080].as_slice()));
         assert_eq!(config.volumes, ["/data"]);
+        let check = |test: &str| {
+            let text = format!(r#"{{"config":{{"Healthcheck":{test}}}}}"#);
+            ImageConfig::parse(text.as_bytes()).unwrap().healthcheck
+        };
+        assert!(check(r#"{"Test":["CMD","true"],"Interval":1}"#) && check(r#"{"Test":["CMD-SHELL","x"]}"#));
+        assert!(!check(r#"{"Test":["NONE"]}"#) && !check(r#"{"Test":[]}"#) && !check("null"));
         assert!(ImageConfig::parse(br#"{"os":"linux","OS":"windows"}"#).is_err());
         assert!(ImageConfig::parse(br#"{"config":{"User":5}}"#).is_err());
         let volumes: serde_json::Map<String, serde_json::Value> =

@@ -16,13 +16,29 @@ pub use names::Names;
 /// User and group for an image that names none that is possible.
 const FALLBACK: InsideUser = InsideUser { uid: 1000, gid: 1000 };
 
+/// Most supplementary groups that an app has.
+const GROUPS: usize = 32;
+
 /// What the preflight found.
 #[derive(Debug)]
 pub struct Preflight {
     /// User inside.
     pub user: InsideUser,
+    /// Its supplementary groups inside.
+    pub groups: Vec<u16>,
     /// Warnings.
     pub warnings: Vec<Fault>,
+}
+
+/// What a spec says that the image is held against.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked {
+    /// The port that it serves on.
+    pub port: Option<u16>,
+    /// Whether it says what to run.
+    pub command: SpecCommand,
+    /// Whether it says how it is checked, or that it is not.
+    pub health: bool,
 }
 
 /// Whether the spec itself says what to run.
@@ -32,14 +48,6 @@ pub enum SpecCommand {
     Given,
     /// It leaves it to the image.
     Absent,
-}
-
-/// Whether the image's own files have to be asked who its user is.
-#[must_use]
-pub fn needs_passwd(config: &ImageConfig) -> bool {
-    let (user, group) = config.user.split_once(':').unwrap_or((&config.user, ""));
-    let is_name = |text: &str| !text.is_empty() && !text.bytes().all(|b| b.is_ascii_digit());
-    is_name(user) && user != "root" || is_name(group)
 }
 
 /// The fault of an image whose layers are not taken.
@@ -54,12 +62,7 @@ fn warning(code: u16, message: &str) -> Fault {
 }
 
 /// Holds an image against what will be done with it. Faults refuse the release, warnings go with it.
-pub fn preflight(
-    config: &ImageConfig,
-    names: Option<&Names>,
-    port: Option<u16>,
-    command: SpecCommand,
-) -> Result<Preflight, Vec<Fault>> {
+pub fn preflight(config: &ImageConfig, names: &Names, asked: Asked) -> Result<Preflight, Vec<Fault>> {
     let mut faults = Vec::new();
     if let Err(why) = dangers::of_config(&config.env, &config.working_dir, &config.stop_signal) {
         faults.push(
@@ -73,7 +76,7 @@ pub fn preflight(
                 .instead("build it with --platform linux/amd64"),
         );
     }
-    if command == SpecCommand::Absent && config.entrypoint.is_empty() && config.cmd.is_empty() {
+    if asked.command == SpecCommand::Absent && config.entrypoint.is_empty() && config.cmd.is_empty() {
         faults.push(
             Fault::new(
                 Code(202),
@@ -88,23 +91,32 @@ pub fn preflight(
         return Err(faults);
     }
     let mut warnings = Vec::new();
-    let user = user(config, names, &mut warnings);
+    let (user, groups) = user(config, names, &mut warnings);
     if !config.volumes.is_empty() {
         warnings.push(
             warning(213, "the image declares volumes, which give nothing here")
                 .instead("name the paths under scratch if the app writes to them"),
         );
     }
-    if let Some(port) = port
+    if config.healthcheck && !asked.health {
+        warnings.push(
+            warning(216, "the image's HEALTHCHECK is not used")
+                .because("the platform asks over the network and runs no program beside the app")
+                .instead("write health: {http: {path: /healthz}} or {tcp: {}} in the spec, or health: none"),
+        );
+    }
+    if let Some(port) = asked.port
         && !config.exposed_ports.is_empty()
         && !config.exposed_ports.contains(&port)
     {
         warnings.push(warning(214, "none of the ports that the image exposes is the port of the spec"));
     }
-    Ok(Preflight { user, warnings })
+    Ok(Preflight { user, groups, warnings })
 }
 
-fn user(config: &ImageConfig, names: Option<&Names>, warnings: &mut Vec<Fault>) -> InsideUser {
+/// User, group and supplementary groups, as an engine without limits would give them: a user that the image does not
+/// know has group 0, and a group in `USER` stands for all.
+fn user(config: &ImageConfig, names: &Names, warnings: &mut Vec<Fault>) -> (InsideUser, Vec<u16>) {
     let (user, group) = config.user.split_once(':').unwrap_or((&config.user, ""));
     let root = || {
         warning(210, "the image wants to run as root; it runs as user 1000 inside")
@@ -113,12 +125,12 @@ fn user(config: &ImageConfig, names: Option<&Names>, warnings: &mut Vec<Fault>) 
     };
     if user.is_empty() || user == "root" {
         warnings.push(root());
-        return FALLBACK;
+        return (FALLBACK, Vec::new());
     }
     let number = |text: &str| text.parse::<u32>().ok();
     let found = match number(user) {
-        Some(uid) => Some((uid, names.and_then(|names| names.group_of(uid)))),
-        None => names.and_then(|names| names.user(user)).map(|(uid, gid)| (uid, Some(gid))),
+        Some(uid) => Some((uid, names.group_of(uid))),
+        None => names.user(user).map(|(uid, gid)| (uid, Some(gid))),
     };
     let Some((uid, own_group)) = found else {
         warnings.push(
@@ -128,15 +140,11 @@ fn user(config: &ImageConfig, names: Option<&Names>, warnings: &mut Vec<Fault>) 
             )
             .instead("write a number from 1 to 1023 after USER in the Dockerfile"),
         );
-        return FALLBACK;
-    };
-    let gid = match group {
-        "" => own_group,
-        group => number(group).or_else(|| names.and_then(|names| names.group(group))),
+        return (FALLBACK, Vec::new());
     };
     if uid == 0 {
         warnings.push(root());
-        return FALLBACK;
+        return (FALLBACK, Vec::new());
     }
     let fit = |id: u32| u16::try_from(id).ok().filter(|id| (1..=1023).contains(id));
     let Some(uid) = fit(uid) else {
@@ -144,15 +152,59 @@ fn user(config: &ImageConfig, names: Option<&Names>, warnings: &mut Vec<Fault>) 
             warning(211, "the image's user is beyond the ids of its block; it runs as user 1000 inside")
                 .instead("write a number from 1 to 1023 after USER in the Dockerfile"),
         );
-        return FALLBACK;
+        return (FALLBACK, Vec::new());
     };
-    // A group that is root's or beyond the block is not needed to run; the user's own number is one.
-    InsideUser { uid, gid: gid.and_then(fit).unwrap_or(uid) }
+    let asked = match group {
+        "" => Some(own_group.unwrap_or(0)),
+        group => number(group).or_else(|| names.group(group)),
+    };
+    let mut dropped = Vec::new();
+    if asked.is_none() {
+        dropped.push(group.to_owned());
+    }
+    let mut hold = |name: &str, gid: u32| {
+        let held = u16::try_from(gid).ok().filter(|gid| *gid <= 1023);
+        if held.is_none() {
+            dropped.push(if name.is_empty() { gid.to_string() } else { format!("{name} ({gid})") });
+        }
+        held
+    };
+    let gid = asked.and_then(|gid| hold("", gid));
+    let mut groups = Vec::new();
+    if group.is_empty() {
+        groups = names.groups_of(uid.into()).into_iter().filter_map(|(name, gid)| hold(name, gid)).collect();
+        groups.retain(|group| Some(*group) != gid);
+        groups.sort_unstable();
+        groups.dedup();
+        groups.truncate(GROUPS);
+    }
+    if !dropped.is_empty() {
+        let dropped: String = dropped.join(", ").chars().filter(|c| !c.is_control()).take(200).collect();
+        warnings.push(
+            warning(215, &format!("the app runs without these groups of the image: {dropped}"))
+                .because("an app's block holds the groups 0 to 1023, and a group without a number in /etc/group is none")
+                .instead("give the groups numbers from 0 to 1023 in the Dockerfile"),
+        );
+    }
+    (InsideUser { uid, gid: gid.unwrap_or(uid) }, groups)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const ASKED: Asked = Asked { port: None, command: SpecCommand::Absent, health: false };
+
+    #[test]
+    fn a_health_check_of_the_image_that_is_not_used_is_said() {
+        let image = ImageConfig { healthcheck: true, ..config("1") };
+        let codes = |asked| {
+            let flight = preflight(&image, &Names::default(), asked).unwrap();
+            flight.warnings.iter().map(|w| w.code.0).collect::<Vec<_>>()
+        };
+        assert_eq!(codes(ASKED), [216]);
+        assert!(codes(Asked { health: true, ..ASKED }).is_empty());
+    }
 
     fn config(user: &str) -> ImageConfig {
         ImageConfig {
@@ -164,36 +216,61 @@ mod tests {
         }
     }
 
-    fn run(user: &str, names: Option<&Names>) -> (u16, u16, Vec<u16>) {
-        let flight = preflight(&config(user), names, None, SpecCommand::Absent).unwrap();
+    fn run(user: &str, names: &Names) -> (u16, u16, Vec<u16>) {
+        let flight = preflight(&config(user), names, ASKED).unwrap();
         (flight.user.uid, flight.user.gid, flight.warnings.iter().map(|w| w.code.0).collect())
     }
 
     #[test]
     fn the_images_own_user_is_kept_where_the_block_holds_it() {
         let names = Names::parse("root:x:0:0\napp:x:101:102\nbig:x:5000:5000\n", "app:x:102:\nweb:x:33:\n");
-        assert_eq!(run("101:33", None), (101, 33, vec![]));
-        assert_eq!(run("101", None), (101, 101, vec![]));
-        assert_eq!(run("app", Some(&names)), (101, 102, vec![]));
-        assert_eq!(run("app:web", Some(&names)), (101, 33, vec![]));
-        assert_eq!(run("", None), (1000, 1000, vec![210]));
-        assert_eq!(run("0:5", None), (1000, 1000, vec![210]));
-        assert_eq!(run("root", None), (1000, 1000, vec![210]));
-        assert_eq!(run("2147483648", None), (1000, 1000, vec![211]));
-        assert_eq!(run("big", Some(&names)), (1000, 1000, vec![211]));
-        assert_eq!(run("99999999999", None), (1000, 1000, vec![212]));
-        assert_eq!(run("who", Some(&names)), (1000, 1000, vec![212]));
+        let none = Names::default();
+        assert_eq!(run("101:33", &none), (101, 33, vec![]));
+        assert_eq!(run("101", &none), (101, 0, vec![]), "as everywhere, one without a line has group 0");
+        assert_eq!(run("101:0", &none), (101, 0, vec![]));
+        assert_eq!(run("101", &names), (101, 102, vec![]));
+        assert_eq!(run("app", &names), (101, 102, vec![]));
+        assert_eq!(run("app:web", &names), (101, 33, vec![]));
+        assert_eq!(run("", &none), (1000, 1000, vec![210]));
+        assert_eq!(run("0:5", &none), (1000, 1000, vec![210]));
+        assert_eq!(run("root", &none), (1000, 1000, vec![210]));
+        assert_eq!(run("2147483648", &none), (1000, 1000, vec![211]));
+        assert_eq!(run("big", &names), (1000, 1000, vec![211]));
+        assert_eq!(run("99999999999", &none), (1000, 1000, vec![212]));
+        assert_eq!(run("who", &names), (1000, 1000, vec![212]));
+    }
+
+    #[test]
+    fn groups_are_the_images_own_and_each_that_is_dropped_is_named() {
+        let names = Names::parse(
+            "app:x:101:0:\nfar:x:102:70000:\n",
+            "root:x:0:\ndata:x:50:app\nbig:x:65534:app,far\nmore:x:7:app\n",
+        );
+        let flight = |user: &str| preflight(&config(user), &names, ASKED).unwrap();
+        let app = flight("app");
+        assert_eq!((app.user, app.groups), (InsideUser { uid: 101, gid: 0 }, vec![7, 50]));
+        assert!(app.warnings[0].message.contains("big (65534)"), "{:?}", app.warnings);
+        assert_eq!(flight("101").groups, [7, 50], "by number too");
+        let alone = flight("101:50");
+        assert_eq!((alone.user.gid, alone.groups.len(), alone.warnings.len()), (50, 0, 0));
+        let far = flight("far");
+        assert_eq!((far.user.gid, far.groups.len()), (102, 0));
+        assert!(far.warnings[0].message.ends_with("70000, big (65534)"), "{:?}", far.warnings);
+        assert!(flight("101:crew").warnings[0].message.contains("crew"));
     }
 
     #[test]
     fn another_platform_and_a_missing_command_refuse_together() {
         let other =
             ImageConfig { architecture: "arm64".into(), os: "linux".into(), ..ImageConfig::default() };
-        let faults = preflight(&other, None, None, SpecCommand::Absent).unwrap_err();
+        let faults = preflight(&other, &Names::default(), ASKED).unwrap_err();
         assert_eq!(faults.iter().map(|f| f.code.0).collect::<Vec<_>>(), [201, 202]);
         let danger = ImageConfig { working_dir: "/proc/self/fd/8".into(), ..config("1") };
-        let faults = preflight(&danger, None, None, SpecCommand::Absent).unwrap_err();
+        let faults = preflight(&danger, &Names::default(), ASKED).unwrap_err();
         assert_eq!(faults.iter().map(|f| f.code.0).collect::<Vec<_>>(), [205]);
-        assert!(preflight(&config("1"), None, None, SpecCommand::Given).is_ok());
+        assert!(
+            preflight(&config("1"), &Names::default(), Asked { command: SpecCommand::Given, ..ASKED })
+                .is_ok()
+        );
     }
 }

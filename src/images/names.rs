@@ -6,7 +6,13 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Names {
     users: BTreeMap<String, (u32, u32)>,
-    groups: BTreeMap<String, u32>,
+    groups: BTreeMap<String, Group>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Group {
+    id: u32,
+    members: Vec<String>,
 }
 
 impl Names {
@@ -24,10 +30,12 @@ impl Names {
         }
         for line in group.lines() {
             let fields: Vec<&str> = line.split(':').collect();
-            if let [name, _, gid, ..] = fields[..]
-                && let Ok(gid) = gid.parse()
+            if let [name, _, gid, ref members @ ..] = fields[..]
+                && let Ok(id) = gid.parse()
             {
-                names.groups.entry(name.to_owned()).or_insert(gid);
+                let members = members.first().into_iter().flat_map(|list| list.split(','));
+                let members = members.filter(|name| !name.is_empty()).map(str::to_owned).collect();
+                names.groups.entry(name.to_owned()).or_insert(Group { id, members });
             }
         }
         names
@@ -41,12 +49,19 @@ impl Names {
     /// Id of a group.
     #[must_use]
     pub fn group(&self, name: &str) -> Option<u32> {
-        self.groups.get(name).copied()
+        self.groups.get(name).map(|group| group.id)
     }
     /// The group of a user with this number.
     #[must_use]
     pub fn group_of(&self, uid: u32) -> Option<u32> {
         self.users.values().find(|(own, _)| *own == uid).map(|(_, gid)| *gid)
+    }
+    /// The groups that have a user of this number among their members: name and id.
+    #[must_use]
+    pub fn groups_of(&self, uid: u32) -> Vec<(&str, u32)> {
+        let own = |member: &String| self.users.get(member).is_some_and(|(id, _)| *id == uid);
+        let groups = self.groups.iter().filter(|(_, group)| group.members.iter().any(own));
+        groups.map(|(name, group)| (name.as_str(), group.id)).collect()
     }
 }
 
@@ -60,5 +75,7 @@ mod tests {
         assert_eq!(names.user("app"), Some((7, 8)));
         assert_eq!(names.group_of(7), Some(8));
         assert_eq!((names.group("crew"), names.group("other")), (Some(8), None));
+        let names = Names::parse("app:x:7:8:\nalso:x:7:8:\n", "a:x:20:app\nb:x:21:x,also\nc:x:22:\nd:x:23");
+        assert_eq!(names.groups_of(7), [("a", 20), ("b", 21)]);
     }
 }

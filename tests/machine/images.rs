@@ -10,18 +10,18 @@ use serde_json::{Value, json};
 use crate::support::{HTTPD, Machine};
 
 /// One entry of a layer: path, type, link, bytes.
-type Entry<'a> = (&'a str, u8, &'a str, &'a [u8]);
+pub(crate) type Entry<'a> = (&'a str, u8, &'a str, &'a [u8]);
 
-const DIRECTORY: u8 = b'5';
+pub(crate) const DIRECTORY: u8 = b'5';
 const FIFO: u8 = b'6';
-const FILE: u8 = b'0';
+pub(crate) const FILE: u8 = b'0';
 const HARD_LINK: u8 = b'1';
-const SYMBOLIC_LINK: u8 = b'2';
+pub(crate) const SYMBOLIC_LINK: u8 = b'2';
 const DEVICE: u8 = b'3';
 const PAX: u8 = b'x';
 
 /// A layer of these entries, exactly as they are given.
-fn layer(entries: &[Entry<'_>]) -> Vec<u8> {
+pub(crate) fn layer(entries: &[Entry<'_>]) -> Vec<u8> {
     let mut out = Vec::new();
     for (path, kind, link, bytes) in entries {
         let mut header = tar::Header::new_ustar();
@@ -47,7 +47,7 @@ fn layer(entries: &[Entry<'_>]) -> Vec<u8> {
 }
 
 /// The records of a PAX header.
-fn pax(records: &[(&str, &str)]) -> Vec<u8> {
+pub(crate) fn pax(records: &[(&str, &str)]) -> Vec<u8> {
     let mut out = Vec::new();
     for (key, value) in records {
         let rest = format!(" {key}={value}\n");
@@ -106,7 +106,7 @@ fn config(more: Value) -> Value {
 }
 
 /// Pushes busybox with more layers on top.
-fn push(
+pub(crate) fn push(
     machine: &Machine,
     robot: &(String, String),
     name: &str,

@@ -10,6 +10,7 @@ mod contained;
 mod engine;
 mod faults;
 mod images;
+mod inside;
 mod kafka;
 mod kills;
 mod main_job;

@@ -57,6 +57,7 @@ struct Resolved {
     index_digest: Digest,
     digest: Digest,
     user: InsideUser,
+    groups: Vec<u16>,
     warnings: Vec<Fault>,
 }
 
@@ -106,12 +107,12 @@ impl Apps {
         let found =
             self.registry.resolve(&tenant.name, image.repository(), &reference(image.reference())).await?;
         let merged = self.registry.merged(&tenant.name, image.repository(), &found).await?;
-        let has_names = images::needs_passwd(&found.config);
-        let names = has_names.then(|| images::Names::parse(&merged.passwd, &merged.group));
+        let names = images::Names::parse(&merged.passwd, &merged.group);
         let has_command =
             spec.command().is_some_and(|c| !c.is_empty()) || spec.args().is_some_and(|a| !a.is_empty());
         let command = if has_command { images::SpecCommand::Given } else { images::SpecCommand::Absent };
-        let flight = images::preflight(&found.config, names.as_ref(), spec.port(), command);
+        let asked = images::Asked { port: spec.port(), command, health: spec.health().is_some() };
+        let flight = images::preflight(&found.config, &names, asked);
         let refused = merged.refused.map(|why| images::refused(&why));
         let flight = match (flight, refused) {
             (Ok(flight), None) => flight,
@@ -123,6 +124,7 @@ impl Apps {
             index_digest: found.index_digest.clone(),
             digest: found.manifest_digest.clone(),
             user: flight.user,
+            groups: flight.groups,
             warnings: flight.warnings,
         })
     }
@@ -186,6 +188,7 @@ impl Apps {
             index_digest: resolved.index_digest,
             digest: resolved.digest,
             user: resolved.user,
+            groups: resolved.groups,
             warnings: json!(resolved.warnings),
             rolled_back_to: None,
             actor: by.actor.id.as_str().to_owned(),

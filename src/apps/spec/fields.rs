@@ -29,6 +29,8 @@ pub(super) const HEALTH: &[&str] = &["http", "tcp", "grace"];
 pub(super) const HTTP: &[&str] = &["path", "port"];
 /// Fields of `health.tcp`.
 pub(super) const TCP: &[&str] = &["port"];
+/// Fields of a scratch that says more than its size.
+pub(super) const SCRATCH: &[&str] = &["size", "exec"];
 /// Fields of `connects`.
 pub(super) const CONNECTS: &[&str] = &["services", "apps", "egress"];
 /// Most names in each of them.
@@ -44,6 +46,8 @@ pub const GRACE_DEFAULT: u16 = 10;
 pub const STOP_GRACE: (u16, u16) = (120, 30);
 /// Size of `/tmp` unless given.
 pub const TMP: u64 = 16 << 20;
+/// Size of `/dev/shm` unless given; the limit of memory bounds what is in it.
+pub const SHM: u64 = 16 << 20;
 /// Smallest memory, and what scratch must leave for the process.
 pub const LEAST_MEMORY: u64 = 8 << 20;
 pub(super) const MOST_MEMORY: u64 = 1024 << 30;
@@ -165,20 +169,4 @@ pub(super) fn print_size(bytes: u64) -> String {
         }
     }
     format!("{}Ki", bytes >> 10)
-}
-
-/// Whether a scratch path is possible by itself.
-pub(super) fn scratch_path(path: &str) -> bool {
-    const CLOSED: [&str; 5] = ["/dev", "/proc", "/sys", "/run", "/etc"];
-    path.len() > 1
-        && path.len() <= 128
-        && path.starts_with('/')
-        && path[1..].split('/').all(|part| !part.is_empty() && part != "." && part != "..")
-        && !path.chars().any(|c| c.is_control() || c == '\\' || c == ':' || c == ',')
-        && !CLOSED.iter().any(|closed| path == *closed || within(path, closed))
-}
-
-/// Whether `path` lies below `other`.
-pub(super) fn within(path: &str, other: &str) -> bool {
-    path.strip_prefix(other).is_some_and(|rest| rest.starts_with('/'))
 }

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::driver::workload::Health;
+use crate::driver::workload::{Health, Scratch};
 use crate::fault::{Fault, Kind, catalogue};
 use crate::ids::{AppName, AppRef, EgressName, ServiceName};
 
@@ -17,11 +17,14 @@ mod json;
 mod print;
 mod read;
 mod schema;
+mod scratch;
 mod show;
 mod tree;
 mod yaml;
 
-pub use fields::{GRACE, GRACE_DEFAULT, INSTANCES, ImageRef, ImageReference, LEAST_MEMORY, STOP_GRACE, TMP};
+pub use fields::{
+    GRACE, GRACE_DEFAULT, INSTANCES, ImageRef, ImageReference, LEAST_MEMORY, SHM, STOP_GRACE, TMP,
+};
 pub use schema::schema;
 pub use show::{Colour, show};
 
@@ -72,7 +75,7 @@ pub struct AppSpec {
     env: BTreeMap<String, String>,
     port: Option<u16>,
     health: Option<Health>,
-    scratch: BTreeMap<String, u64>,
+    scratch: BTreeMap<String, Scratch>,
     stop_grace: u16,
     connects: Connects,
 }
@@ -163,9 +166,9 @@ impl AppSpec {
     pub fn health(&self) -> Option<&Health> {
         self.health.as_ref()
     }
-    /// Writable paths and their sizes in bytes; `/tmp` is always among them.
+    /// Writable folders by path; `/tmp` and `/dev/shm` are always among them.
     #[must_use]
-    pub fn scratch(&self) -> &BTreeMap<String, u64> {
+    pub fn scratch(&self) -> &BTreeMap<String, Scratch> {
         &self.scratch
     }
     /// Seconds between the request to stop and the end.

@@ -3,7 +3,8 @@
 use serde_json::{Map, Value, json};
 
 use super::{AppSpec, fields};
-use crate::driver::workload::HealthCheck;
+use crate::driver::scratch::SHM;
+use crate::driver::workload::{HealthCheck, Scratch};
 
 impl AppSpec {
     /// As JSON, without what is the default.
@@ -45,11 +46,23 @@ impl AppSpec {
                 out.insert("health".into(), check);
             }
         }
+        let others = self.scratch.iter().filter(|(path, _)| *path != SHM);
+        let others = others.fold(0_u64, |sum, (_, scratch)| sum.saturating_add(scratch.size));
+        let shm = super::scratch::default_shm(self.memory, others);
+        let usual = |path: &str| match path {
+            "/tmp" => Some(Scratch::of(fields::TMP)),
+            SHM => Some(Scratch::of(shm)),
+            _ => None,
+        };
         let scratch: Map<String, Value> = self
             .scratch
             .iter()
-            .filter(|(path, size)| *path != "/tmp" || **size != fields::TMP)
-            .map(|(path, size)| (path.clone(), json!(fields::print_size(*size))))
+            .filter(|(path, scratch)| usual(path) != Some(**scratch))
+            .map(|(path, scratch)| {
+                let size = fields::print_size(scratch.size);
+                let value = if scratch.exec { json!({"size": size, "exec": true}) } else { json!(size) };
+                (path.clone(), value)
+            })
             .collect();
         if !scratch.is_empty() {
             out.insert("scratch".into(), Value::Object(scratch));

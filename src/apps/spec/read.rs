@@ -31,7 +31,7 @@ pub(super) fn get<'n, 'a>(entries: Entries<'n, 'a>, name: &str) -> Option<&'n No
 }
 
 impl Walk<'_, '_> {
-    fn add(&mut self, at: At, fault: Fault) {
+    pub(super) fn add(&mut self, at: At, fault: Fault) {
         // A document of nothing but faults is not worth more work than its first ones.
         if self.faults.len() >= MANY {
             if self.faults.len() == MANY {
@@ -226,7 +226,7 @@ impl Walk<'_, '_> {
         }
     }
 
-    fn boolean(&mut self, node: &Node<'_>, path: &str) -> Option<bool> {
+    pub(super) fn boolean(&mut self, node: &Node<'_>, path: &str) -> Option<bool> {
         if let Value::Bool(value) = node.value {
             return Some(value);
         }
@@ -246,7 +246,7 @@ impl Walk<'_, '_> {
         millis
     }
 
-    fn size(&mut self, node: &Node<'_>, path: impl Fn() -> String, least: u64) -> Option<u64> {
+    pub(super) fn size(&mut self, node: &Node<'_>, path: impl Fn() -> String, least: u64) -> Option<u64> {
         let (Value::Text(text) | Value::Number(text)) = &node.value else {
             self.wrong(node, &path(), "a size such as 256Mi");
             return None;
@@ -392,70 +392,6 @@ impl Walk<'_, '_> {
             self.bad(node.at, code::HEALTH, "health.http.path", message, "such as /healthz");
         }
         good.then(|| path.to_owned())
-    }
-
-    fn scratch(
-        &mut self,
-        node: Option<&Node<'_>>,
-        memory: Option<u64>,
-        memory_at: At,
-    ) -> Option<BTreeMap<String, u64>> {
-        let mut scratch = BTreeMap::new();
-        let at = node.map_or(memory_at, |node| node.at);
-        if let Some(node) = node {
-            let Value::Map(entries) = &node.value else {
-                self.wrong(node, "scratch", "a group of PATH: size");
-                return None;
-            };
-            for (key, value) in entries {
-                let path = || below("scratch", &key.name);
-                if !fields::scratch_path(&key.name) {
-                    let message =
-                        "an absolute path without . and .., not /, /dev, /proc, /sys, /run, /etc or below";
-                    self.bad(key.at, code::SCRATCH_PATH, &path(), message, "such as /var/cache/app");
-                }
-                if entries.iter().any(|(other, _)| fields::within(&key.name, &other.name)) {
-                    self.bad(key.at, code::SCRATCH_PATH, &path(), "lies within another scratch path", "");
-                }
-                if let Some(size) = self.size(value, path, 4 << 10) {
-                    scratch.insert(key.name.clone().into_owned(), size);
-                }
-            }
-            if entries.len() > 16 {
-                self.bad(node.at, code::SCRATCH_PATH, "scratch", "has at most 16 paths", "");
-            }
-        }
-        let below_tmp = scratch.keys().any(|path| fields::within(path, "/tmp"));
-        if below_tmp {
-            self.bad(
-                at,
-                code::SCRATCH_PATH,
-                "scratch",
-                "/tmp is scratch already; nothing can lie within it",
-                "",
-            );
-        }
-        // A memory too small for the default alone gets a smaller /tmp only if it says so itself.
-        scratch.entry("/tmp".to_owned()).or_insert(fields::TMP);
-        let sum = scratch.values().fold(0_u64, |sum, size| sum.saturating_add(*size));
-        if memory.is_some_and(|memory| sum.saturating_add(fields::LEAST_MEMORY) > memory) {
-            let fault = Fault::new(
-                code::SCRATCH_SIZE,
-                Kind::Conflict,
-                "scratch",
-                format!(
-                    "scratch takes {} of memory and at least 8Mi must be left for the process",
-                    fields::print_size(sum)
-                ),
-            );
-            self.add(
-                at,
-                fault
-                    .because("scratch lives in memory and counts within it; /tmp has 16Mi unless given")
-                    .instead("more memory, or a smaller scratch such as scratch: {/tmp: 1Mi}"),
-            );
-        }
-        Some(scratch)
     }
 }
 

@@ -65,7 +65,24 @@ pub fn schema() -> Value {
                 "type": "object",
                 "maxProperties": 16,
                 "propertyNames": {"pattern": "^/"},
-                "additionalProperties": size("Memory-backed."),
+                "description": "Writable folders in memory, counted within it; /tmp and /dev/shm have 16Mi unless given.",
+                "additionalProperties": {
+                    "oneOf": [
+                        size("Memory-backed."),
+                        {
+                            "type": "object",
+                            "additionalProperties": false,
+                            "required": ["size"],
+                            "properties": {
+                                "size": size("Memory-backed."),
+                                "exec": {
+                                    "type": "boolean", "default": false,
+                                    "description": "Files in it may be executed: libraries that a program unpacks.",
+                                },
+                            },
+                        },
+                    ],
+                },
             },
             "stop_grace": {
                 "type": "integer", "minimum": 0, "maximum": fields::STOP_GRACE.0, "default": fields::STOP_GRACE.1,
@@ -113,6 +130,8 @@ mod tests {
         assert_eq!(keys(&properties["health"]), sorted(fields::HEALTH));
         assert_eq!(keys(&properties["health"]["properties"]["http"]), sorted(fields::HTTP));
         assert_eq!(keys(&properties["health"]["properties"]["tcp"]), sorted(fields::TCP));
+        let scratch = &properties["scratch"]["additionalProperties"]["oneOf"][1];
+        assert_eq!(keys(scratch), sorted(fields::SCRATCH));
         assert_eq!(keys(&properties["connects"]), sorted(fields::CONNECTS));
     }
 }

@@ -41,8 +41,9 @@ fn a_good_spec_is_read_as_written() {
     assert_eq!(spec.env()["java.home"], "/opt");
     let check = crate::driver::workload::HealthCheck::Http { path: "/healthz".into(), port: 8080 };
     assert_eq!(spec.health().unwrap().check, check);
-    assert_eq!(spec.scratch()["/tmp"], TMP);
-    assert_eq!(spec.scratch()["/var/cache"], 64 << 20);
+    assert_eq!(spec.scratch()["/tmp"], Scratch::of(TMP));
+    assert_eq!(spec.scratch()["/dev/shm"], Scratch::of(SHM));
+    assert_eq!(spec.scratch()["/var/cache"], Scratch::of(64 << 20));
     assert_eq!(spec.connects().apps[0].to_string(), "api");
 }
 
@@ -57,6 +58,24 @@ fn defaults_are_those_of_the_documentation() {
     let health = spec.health().unwrap();
     assert_eq!(health.check, crate::driver::workload::HealthCheck::Tcp { port: 9000 });
     assert_eq!(health.grace, GRACE_DEFAULT);
+}
+
+#[test]
+fn scratch_has_a_size_a_use_and_room_for_shared_memory() {
+    let given = with(
+        "scratch",
+        "scratch: {/run: 1Mi, /tmp: {size: 32Mi, exec: true}, /var/lib/pg: 2Mi, /dev/shm: 64Mi}",
+    );
+    let spec = yaml(&given).unwrap();
+    assert_eq!(spec.scratch()["/tmp"], Scratch { size: 32 << 20, exec: true });
+    assert_eq!(spec.scratch()["/dev/shm"].size, 64 << 20);
+    assert!(spec.scratch().contains_key("/run") && !spec.scratch()["/run"].exec);
+    assert_eq!(AppSpec::from_stored(&spec.to_json()).unwrap(), spec);
+    let plain = yaml(&with("scratch", "scratch: {/tmp: {size: 16Mi, exec: false}}")).unwrap();
+    assert!(plain.to_json().get("scratch").is_none(), "the default is not printed");
+    // A release of an earlier version that has no room for the default stays one without a fault.
+    let small = with("memory", "memory: 25Mi").replace("scratch: { /var/cache: 64Mi }\n", "");
+    assert_eq!(yaml(&small).unwrap().scratch()["/dev/shm"].size, 1 << 20);
 }
 
 #[test]
@@ -174,6 +193,14 @@ fn each_rule_has_its_code() {
         ("scratch", "scratch: {/a: 1Mi, /a/b: 1Mi}", 127),
         ("scratch", "scratch: {/tmp/a: 1Mi}", 127),
         ("scratch", "scratch: {/a: 250Mi}", 128),
+        ("scratch", "scratch: {/dev/shm: 250Mi}", 128),
+        ("scratch", "scratch: {/dev/shm/x: 1Mi}", 127),
+        ("scratch", "scratch: {/run/secrets: 1Mi}", 127),
+        ("scratch", "scratch: {/var/run/secrets/x: 1Mi}", 127),
+        ("scratch", "scratch: {/run: 1Mi, /run/a: 1Mi}", 127),
+        ("scratch", "scratch: {/a: {exec: true}}", 115),
+        ("scratch", "scratch: {/a: {size: 1Mi, exec: yes}}", 114),
+        ("scratch", "scratch: {/a: {size: 1Mi, mode: 0777}}", 106),
         ("stop_grace", "stop_grace: 121", 121),
         ("connects", "connects: {apps: [web]}", 130),
         ("connects", "connects: {apps: [a, a]}", 130),
@@ -259,6 +286,9 @@ fn the_schema_and_the_parser_agree() {
         ("/health", serde_json::json!({"tcp": {}, "http": {"path": "/"}})),
         ("/health", serde_json::json!({"tcp": {}, "grace": 601})),
         ("/scratch", serde_json::json!({"x": "1Mi"})),
+        ("/scratch", serde_json::json!({"/x": {"exec": true}})),
+        ("/scratch", serde_json::json!({"/x": {"size": "1Mi", "exec": "true"}})),
+        ("/scratch", serde_json::json!({"/x": {"size": "1Mi", "uid": 0}})),
         ("/stop_grace", serde_json::json!(121)),
         ("/connects", serde_json::json!({"apps": ["a", "a"]})),
         ("/connects", serde_json::json!({"apps": ["a/b"]})),
@@ -355,7 +385,10 @@ fn spec_strategy() -> impl Strategy<Value = AppSpec> {
                 "spec": "v1", "name": name, "image": image, "cpu": format!("{cpu}m"),
                 "memory": format!("{memory}Mi"), "instances": if singleton { instances.min(1) } else { instances },
                 "singleton": singleton, "env": env, "stop_grace": grace,
-                "scratch": scratch.into_iter().map(|(k, v)| (k, format!("{}Ki", v >> 10))).collect::<BTreeMap<_, _>>(),
+                "scratch": scratch.into_iter().map(|(k, v)| {
+                    let size = format!("{}Ki", v >> 10);
+                    (k, if v % 3 == 0 { serde_json::json!({"size": size, "exec": v % 2 == 0}) } else { serde_json::json!(size) })
+                }).collect::<BTreeMap<_, _>>(),
                 "connects": {
                     "apps": connects.iter().filter(|c| **c != name).map(|c| if c.len() > 6 { format!("other/{c}") } else { c.clone() }).collect::<Vec<_>>(),
                     "services": connects.iter().map(|c| format!("s{c}")).collect::<Vec<_>>(),

@@ -27,8 +27,8 @@ pub(in crate::apps) async fn insert_release(
                               jsonb_build_object('r', r.revision)), false) ORDER BY r.revision LIMIT 20), \
          gone AS (DELETE FROM release r USING old WHERE r.tenant_id = $1 AND r.app_id = $2 AND r.revision = old.revision) \
          INSERT INTO release (tenant_id, app_id, revision, spec, repository, tag, index_digest, digest, \
-         inside_uid, inside_gid, warnings, rolled_back_to, actor) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+         inside_uid, inside_gid, inside_groups, warnings, rolled_back_to, actor) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
         tenant.0,
         app.0,
         release.revision,
@@ -39,6 +39,7 @@ pub(in crate::apps) async fn insert_release(
         release.digest.as_str(),
         i32::from(release.user.uid),
         i32::from(release.user.gid),
+        &release.groups.iter().map(|group| i32::from(*group)).collect::<Vec<_>>(),
         release.warnings,
         release.rolled_back_to,
         release.actor
@@ -57,6 +58,7 @@ struct ReleaseRow {
     digest: Digest,
     inside_uid: i32,
     inside_gid: i32,
+    inside_groups: Vec<i32>,
     warnings: Value,
     rolled_back_to: Option<i64>,
     actor: String,
@@ -76,6 +78,7 @@ impl From<ReleaseRow> for Release {
                 uid: u16::try_from(row.inside_uid).unwrap_or(1000),
                 gid: u16::try_from(row.inside_gid).unwrap_or(1000),
             },
+            groups: row.inside_groups.iter().filter_map(|group| u16::try_from(*group).ok()).collect(),
             warnings: row.warnings,
             rolled_back_to: row.rolled_back_to,
             actor: row.actor,
@@ -128,7 +131,7 @@ pub(in crate::apps) async fn find_release(
     let row = sqlx::query_as!(
         ReleaseRow,
         r#"SELECT revision, spec, repository AS "repository: RepositoryPath", tag AS "tag: Tag",
-           index_digest AS "index_digest: Digest", digest AS "digest: Digest", inside_uid, inside_gid, warnings,
+           index_digest AS "index_digest: Digest", digest AS "digest: Digest", inside_uid, inside_gid, inside_groups, warnings,
            rolled_back_to, actor, created_at
            FROM release WHERE tenant_id = $1 AND app_id = $2 AND revision = $3"#,
         tenant.0,
@@ -150,7 +153,7 @@ pub(in crate::apps) async fn list_wanted(
     let revisions: Vec<i64> = apps.iter().map(|app| app.revision).collect();
     let rows = sqlx::query!(
         r#"SELECT r.app_id, r.revision, r.spec, r.repository AS "repository: RepositoryPath", r.tag AS "tag: Tag",
-           r.index_digest AS "index_digest: Digest", r.digest AS "digest: Digest", r.inside_uid, r.inside_gid,
+           r.index_digest AS "index_digest: Digest", r.digest AS "digest: Digest", r.inside_uid, r.inside_gid, r.inside_groups,
            r.warnings, r.rolled_back_to, r.actor, r.created_at
            FROM unnest($2::bigint[], $3::bigint[]) AS w (app_id, revision)
            JOIN release r ON r.tenant_id = $1 AND r.app_id = w.app_id AND r.revision = w.revision"#,
@@ -172,6 +175,7 @@ pub(in crate::apps) async fn list_wanted(
                 digest: row.digest,
                 inside_uid: row.inside_uid,
                 inside_gid: row.inside_gid,
+                inside_groups: row.inside_groups,
                 warnings: row.warnings,
                 rolled_back_to: row.rolled_back_to,
                 actor: row.actor,
@@ -193,7 +197,7 @@ pub(in crate::apps) async fn list_releases(
     let rows = sqlx::query_as!(
         ReleaseRow,
         r#"SELECT revision, spec, repository AS "repository: RepositoryPath", tag AS "tag: Tag",
-           index_digest AS "index_digest: Digest", digest AS "digest: Digest", inside_uid, inside_gid, warnings,
+           index_digest AS "index_digest: Digest", digest AS "digest: Digest", inside_uid, inside_gid, inside_groups, warnings,
            rolled_back_to, actor, created_at
            FROM release WHERE tenant_id = $1 AND app_id = $2 AND revision < $3 ORDER BY revision DESC LIMIT $4"#,
         tenant.0,

@@ -4,20 +4,11 @@
 use crate::driver::workload::{HealthCheck, Update, Workload};
 
 use super::journal::Recorded;
+use crate::driver::scratch::{SHM, closed, is_path};
 
 /// Most instances, with the one for updates.
 const INSTANCES: usize = 101;
 const MEMORY: u64 = 1 << 40;
-
-fn path_is_good(path: &str) -> bool {
-    const CLOSED: [&str; 5] = ["/dev", "/proc", "/sys", "/run", "/etc"];
-    path.len() > 1
-        && path.len() <= 128
-        && path.starts_with('/')
-        && path[1..].split('/').all(|part| !part.is_empty() && part != "." && part != "..")
-        && !path.chars().any(|c| c.is_control() || matches!(c, '\\' | ':' | ','))
-        && !CLOSED.iter().any(|closed| path == *closed || path.starts_with(&format!("{closed}/")))
-}
 
 /// What is wrong with a workload, if anything.
 pub(super) fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String> {
@@ -27,8 +18,13 @@ pub(super) fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String
         return no("a block has 16 to 65536 ids");
     }
     let inside = |id: u16| id >= 1 && u32::from(id) < w.block.size;
-    if !inside(w.user.uid) || !inside(w.user.gid) {
-        return no("the user inside is not in the block, or is root");
+    let group = |id: u16| u32::from(id) < w.block.size;
+    if !inside(w.user.uid)
+        || !group(w.user.gid)
+        || w.groups.len() > 64
+        || !w.groups.iter().all(|id| group(*id))
+    {
+        return no("the user inside or a group of it is not in the block, or the user is root");
     }
     if !(10..=1_000_000).contains(&w.cpu_millis) || !((8 << 20)..=MEMORY).contains(&w.memory) {
         return no("cpu or memory is out of bounds");
@@ -45,14 +41,20 @@ pub(super) fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String
             return no("an address is not a host of the tenant's subnet, or stands twice");
         }
     }
-    if w.scratch.len() > 17
-        || !w.scratch.keys().all(|path| path_is_good(path))
+    if w.scratch.len() > 18
+        || !w.scratch.keys().all(|path| is_path(path) && closed(path).is_none())
         || !w.scratch.contains_key("/tmp")
     {
         return no("a scratch path is not possible");
     }
-    let scratch = w.scratch.values().fold(0_u64, |sum, size| sum.saturating_add(*size));
-    if scratch.saturating_add(8 << 20) > w.memory || w.scratch.values().any(|size| *size < 4096) {
+    // Shared memory has a default that a small app never fills; the limit of memory bounds it all the same.
+    let counted = w.scratch.iter().filter(|(path, _)| *path != SHM);
+    let scratch = counted.fold(0_u64, |sum, (_, scratch)| sum.saturating_add(scratch.size));
+    let shm = w.scratch.get(SHM).map_or(0, |shm| shm.size);
+    if scratch.saturating_add(8 << 20) > w.memory
+        || shm > w.memory
+        || w.scratch.values().any(|scratch| scratch.size < 4096)
+    {
         return no("scratch does not fit into memory");
     }
     let texts = w.command.iter().flatten().chain(w.args.iter().flatten());

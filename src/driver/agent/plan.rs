@@ -104,6 +104,7 @@ mod tests {
             command: None,
             args: None,
             user: InsideUser { uid: 1000, gid: 1000 },
+            groups: Vec::new(),
             block: IdRange { start: 1 << 30, size: 1024 },
             cpu_millis: 10,
             memory: 64 << 20,

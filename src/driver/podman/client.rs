@@ -94,6 +94,10 @@ pub struct ImageSeen {
     pub working_dir: String,
     /// `STOPSIGNAL`.
     pub stop_signal: String,
+    /// `ENTRYPOINT`.
+    pub entrypoint: Vec<String>,
+    /// `CMD`.
+    pub cmd: Vec<String>,
 }
 
 fn away(error: impl std::fmt::Display) -> Error {
@@ -192,6 +196,8 @@ impl Podman {
             env: config["Env"].as_array().into_iter().flatten().map(text).collect(),
             working_dir: text(&config["WorkingDir"]),
             stop_signal: text(&config["StopSignal"]),
+            entrypoint: config["Entrypoint"].as_array().into_iter().flatten().map(text).collect(),
+            cmd: config["Cmd"].as_array().into_iter().flatten().map(text).collect(),
         }))
     }
 

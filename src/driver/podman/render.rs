@@ -5,13 +5,13 @@ use serde_json::{Value, json};
 
 use super::cgroups;
 use crate::driver::agent::config::AgentConfig;
+use crate::driver::scratch;
 use crate::driver::workload::Workload;
 
 /// Processes and threads of an instance.
 pub const PIDS: u32 = 512;
-/// Bytes of `/dev/shm`; they count within memory.
+/// Bytes of `/dev/shm` of a release that is older than its own field.
 const SHM: u64 = 1 << 20;
-const SHM_PATH: &str = "/dev/shm";
 /// How much sooner than other processes the kernel ends an instance when the machine's memory is short.
 const OOM_SCORE: i32 = 500;
 /// What tells of the machine and of its other tenants, beside what the engine hides by itself.
@@ -85,6 +85,21 @@ pub struct Instance<'a> {
     pub filter: &'a str,
     /// Its `/etc/passwd` and `/etc/group`, as the platform wrote them.
     pub names: [&'a str; 2],
+    /// Its writable folders.
+    pub scratch: &'a [Mount],
+}
+
+/// A writable folder in memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// Where, without links.
+    pub path: String,
+    /// Bytes.
+    pub size: u64,
+    /// Whether files in it may be executed.
+    pub exec: bool,
+    /// The mode that the agent gives it before the instance starts.
+    pub mode: u32,
 }
 
 /// Where an instance has the two files.
@@ -112,15 +127,17 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
     let map = json!([{"container_id": 0, "host_id": w.block.start, "size": w.block.size}]);
     // The engine's own /dev/shm is a mount on the host that it fails to take down after an instance
     // has ended by itself ("device or resource busy"); this one lives and dies with the instance.
-    let shm = (&SHM_PATH.to_owned(), &SHM);
-    let mounts: Vec<Value> = w
+    let old_shm = Mount { path: scratch::SHM.to_owned(), size: SHM, exec: false, mode: 0o1777 };
+    let has_shm = instance.scratch.iter().any(|mount| mount.path == scratch::SHM);
+    let mounts: Vec<Value> = instance
         .scratch
         .iter()
-        .chain(std::iter::once(shm))
-        .map(|(path, size)| {
+        .chain((!has_shm).then_some(&old_shm))
+        .map(|mount| {
+            let exec = if mount.exec { "exec" } else { "noexec" };
             json!({
-                "destination": path, "type": "tmpfs", "source": "tmpfs",
-                "options": [format!("size={size}"), "mode=1777", "noexec", "nosuid", "nodev", "rw"],
+                "destination": mount.path, "type": "tmpfs", "source": "tmpfs",
+                "options": [format!("size={}", mount.size), "mode=1777", exec, "nosuid", "nodev", "rw"],
             })
         })
         .chain(NAMES.iter().zip(instance.names).map(|(path, source)| {
@@ -146,7 +163,7 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
             "bulkhead.number": instance.number.to_string(),
         },
         "user": format!("{}:{}", w.user.uid, w.user.gid),
-        "groups": [],
+        "groups": w.groups.iter().map(ToString::to_string).collect::<Vec<_>>(),
         // The engine neither reads nor copies the image's own.
         "manage_password": false,
         "userns": {"nsmode": "private"},

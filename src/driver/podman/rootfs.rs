@@ -19,7 +19,9 @@ use tokio::io::AsyncWriteExt;
 
 use super::client::ImageSeen;
 use super::dangers;
-use crate::driver::Error;
+use super::program::{self, Program};
+use super::tree::{self, Person};
+use crate::driver::{Error, scratch};
 
 /// Largest `etc/passwd` and `etc/group` of an image, in bytes.
 pub const NAMES: u64 = 256 << 10;
@@ -42,14 +44,54 @@ struct Question {
     layers: Vec<String>,
     /// The image's working directory.
     working_dir: String,
+    /// What the instance asks of the image.
+    wanted: Wanted,
+}
+
+/// What an instance asks of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wanted {
+    /// Writable folders, as the spec names them.
+    pub scratch: Vec<String>,
+    /// Those in which files may be executed.
+    pub exec: Vec<String>,
+    /// The first word of the command.
+    pub word: String,
+    /// `PATH` of the program.
+    pub path: Option<String>,
+    /// Who runs it.
+    pub person: Person,
+}
+
+/// A writable folder, where the image's own links lead to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Folder {
+    /// The path without links.
+    pub path: String,
+    /// The mode of the folder that the image has there.
+    pub mode: Option<u32>,
+}
+
+/// What a look found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Found {
+    /// The two files.
+    pub names: Names,
+    /// Each writable folder, in the order of the question.
+    pub scratch: Vec<Folder>,
+    /// Why the instance cannot start, with what to change.
+    pub trouble: Option<String>,
 }
 
 /// What a look found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Verdict {
-    /// Both files are harmless; their bytes.
-    Fine(Names),
+    /// Nothing of it is harmful.
+    Fine(Found),
     /// The image is refused, and why.
     Refused(String),
     /// It could not be looked at.
@@ -67,9 +109,10 @@ pub struct Names {
 }
 
 /// Looks at an image of the engine: its config, then its files.
-pub async fn look(image: &ImageSeen) -> Result<Names, Error> {
+pub async fn look(image: &ImageSeen, wanted: &Wanted) -> Result<Found, Error> {
     dangers::of_config(&image.env, &image.working_dir, &image.stop_signal).map_err(Error::Rejected)?;
-    let question = question(image).map_err(|why| Error::Transient(format!("the image's layers: {why}")))?;
+    let question =
+        question(image, wanted).map_err(|why| Error::Transient(format!("the image's layers: {why}")))?;
     let failed = |error: std::io::Error| Error::Transient(format!("the image cannot be looked at: {error}"));
     let program = std::env::current_exe().map_err(failed)?;
     let mut child = tokio::process::Command::new("unshare")
@@ -95,7 +138,7 @@ pub async fn look(image: &ImageSeen) -> Result<Names, Error> {
         return Err(Error::Transient("the image could not be looked at in time".into()));
     };
     match serde_json::from_slice(&done.map_err(failed)?.stdout) {
-        Ok(Verdict::Fine(names)) => Ok(names),
+        Ok(Verdict::Fine(found)) => Ok(found),
         Ok(Verdict::Refused(why)) => Err(Error::Rejected(why)),
         Ok(Verdict::Failed(why)) => Err(Error::Transient(format!("the image cannot be looked at: {why}"))),
         Err(_) => Err(Error::Transient("the look at the image gave no answer".into())),
@@ -103,7 +146,7 @@ pub async fn look(image: &ImageSeen) -> Result<Names, Error> {
 }
 
 /// From the folders that the engine names: `.../overlay/IDENTITY/diff`.
-fn question(image: &ImageSeen) -> Result<Question, String> {
+fn question(image: &ImageSeen, wanted: &Wanted) -> Result<Question, String> {
     let mut overlay = None;
     let mut layers = Vec::new();
     for folder in &image.layers {
@@ -124,7 +167,7 @@ fn question(image: &ImageSeen) -> Result<Question, String> {
     if layers.len() > LAYERS {
         return Err("there are too many".into());
     }
-    Ok(Question { overlay, layers, working_dir: image.working_dir.clone() })
+    Ok(Question { overlay, layers, working_dir: image.working_dir.clone(), wanted: wanted.clone() })
 }
 
 /// The child's part: reads the question, mounts, looks, answers. Its mount namespace is its own.
@@ -143,7 +186,7 @@ fn ask() -> Result<Verdict, String> {
     std::io::stdin().take(1 << 20).read_to_end(&mut text).map_err(|error| error.to_string())?;
     let question: Question = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
     let root = open_root(&question)?;
-    Ok(examine(root.as_fd(), &question.working_dir))
+    Ok(examine(root.as_fd(), &question.working_dir, &question.wanted))
 }
 
 /// The image as the kernel shows it.
@@ -173,7 +216,7 @@ fn open_root(question: &Question) -> Result<OwnedFd, String> {
 }
 
 /// Looks at a file tree. Nothing is opened but regular files of bounded size.
-fn examine(root: BorrowedFd<'_>, working_dir: &str) -> Verdict {
+fn examine(root: BorrowedFd<'_>, working_dir: &str, wanted: &Wanted) -> Verdict {
     match open_in(root, "etc") {
         Ok(None) => {}
         Ok(Some(etc)) if kind(&etc) == Some(FileType::Directory) => {}
@@ -187,7 +230,77 @@ fn examine(root: BorrowedFd<'_>, working_dir: &str) -> Verdict {
     if let Err(why) = examine_working_dir(root, working_dir) {
         return refused(why);
     }
-    Verdict::Fine(Names { passwd, group })
+    let names = Names { passwd, group };
+    let (scratch, trouble) = match folders(root, &wanted.scratch) {
+        Ok(scratch) => (scratch, None),
+        Err(why) => (Vec::new(), Some(why)),
+    };
+    let is_closed = |(_, asked): &(&Folder, &String)| !wanted.exec.contains(asked);
+    let program = Program {
+        word: wanted.word.clone(),
+        path: wanted.path.clone(),
+        working_dir: if working_dir.is_empty() { "/".to_owned() } else { working_dir.to_owned() },
+        person: wanted.person.clone(),
+        closed: scratch
+            .iter()
+            .zip(&wanted.scratch)
+            .filter(is_closed)
+            .map(|(folder, _)| folder.path.clone())
+            .collect(),
+    };
+    let trouble = trouble.or_else(|| program::check(root, &program).err());
+    Verdict::Fine(Found { names, scratch, trouble })
+}
+
+/// Where the writable folders lie, by the image's own links; the error is a sentence that names the one that cannot be.
+fn folders(root: BorrowedFd<'_>, asked: &[String]) -> Result<Vec<Folder>, String> {
+    let mut all: Vec<Folder> = Vec::new();
+    for path in asked {
+        // The kernel's own folder is not the image's.
+        let folder = if path == scratch::SHM {
+            Folder { path: path.clone(), mode: None }
+        } else {
+            let place =
+                tree::follow(root, path).map_err(|why| format!("the scratch {path} {why} in the image"))?;
+            let mode = match place.kind() {
+                None => None,
+                Some(FileType::Directory) => place.there.as_ref().map(|(_, stat)| stat.st_mode & 0o7777),
+                Some(_) => {
+                    let instead = "name a folder that is none in the image, or the folder above it";
+                    return Err(format!("the scratch {path} is a file in the image; {instead}"));
+                }
+            };
+            Folder { path: place.path, mode }
+        };
+        let leads = if folder.path == *path {
+            String::new()
+        } else {
+            format!(" leads to {} in the image and", folder.path)
+        };
+        if !scratch::is_path(&folder.path) {
+            return Err(format!(
+                "the scratch {path}{leads} cannot be a folder of its own; name another folder"
+            ));
+        }
+        if let Some(closed) = scratch::closed(&folder.path) {
+            return Err(format!(
+                "the scratch {path}{leads} lies in {closed}, which the platform fills itself; name another folder"
+            ));
+        }
+        let meets = |other: &Folder| {
+            other.path == folder.path
+                || scratch::is_within(&other.path, &folder.path)
+                || scratch::is_within(&folder.path, &other.path)
+        };
+        if let Some(n) = all.iter().position(meets) {
+            return Err(format!(
+                "the scratch {path}{leads} lies in or around the scratch {}; name one of both",
+                asked[n]
+            ));
+        }
+        all.push(folder);
+    }
+    Ok(all)
 }
 
 fn refused(why: &str) -> Verdict {
@@ -274,7 +387,17 @@ mod tests {
 
     fn verdict(dir: &Path, working_dir: &str) -> Verdict {
         let flags = OFlags::PATH | OFlags::DIRECTORY;
-        examine(openat(CWD, dir, flags, Mode::empty()).unwrap().as_fd(), working_dir)
+        examine(openat(CWD, dir, flags, Mode::empty()).unwrap().as_fd(), working_dir, &wanted(&[]))
+    }
+
+    fn wanted(scratch: &[&str]) -> Wanted {
+        Wanted {
+            scratch: scratch.iter().map(ToString::to_string).collect(),
+            exec: Vec::new(),
+            word: String::new(),
+            path: None,
+            person: Person { uid: 1, gid: 1, groups: Vec::new() },
+        }
     }
 
     fn why(dir: &Path, working_dir: &str) -> String {
@@ -288,11 +411,11 @@ mod tests {
     fn only_regular_files_are_opened() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
-        assert_eq!(verdict(root, ""), Verdict::Fine(Names::default()));
+        assert_eq!(verdict(root, ""), Verdict::Fine(Found::default()));
         fs::create_dir(root.join("etc")).unwrap();
         fs::write(root.join("etc/passwd"), "app:x:1:1::/:/bin/sh\n").unwrap();
-        let Verdict::Fine(names) = verdict(root, "/") else { panic!() };
-        assert_eq!(names.passwd, b"app:x:1:1::/:/bin/sh\n");
+        let Verdict::Fine(found) = verdict(root, "/") else { panic!() };
+        assert_eq!(found.names.passwd, b"app:x:1:1::/:/bin/sh\n");
         // Opened, this would block for ever.
         let fifo = root.join("etc/group");
         rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o644), 0).unwrap();
@@ -327,6 +450,67 @@ mod tests {
         }
         for bad in ["/bad", "/worse", "/dangling", "/file", "/file/x", "/bad/../bad"] {
             assert!(matches!(verdict(root, bad), Verdict::Refused(_)), "{bad}");
+        }
+    }
+
+    #[test]
+    fn scratch_lies_where_the_images_links_lead_and_never_in_the_platforms_folders() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        for folder in ["run", "var/lib/db", "data"] {
+            fs::create_dir_all(root.join(folder)).unwrap();
+        }
+        fs::set_permissions(root.join("data"), std::os::unix::fs::PermissionsExt::from_mode(0o2750)).unwrap();
+        for (name, target) in [
+            ("var/run", "/run"),
+            ("kernel", "/proc"),
+            ("sys-link", "../../sys/fs"),
+            ("secret", "/run/secrets"),
+            ("config", "etc"),
+            ("top", "/"),
+            ("shm", "/dev/shm/x"),
+            ("same", "var/../data"),
+        ] {
+            symlink(target, root.join(name)).unwrap();
+        }
+        fs::write(root.join("file"), "").unwrap();
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        let top = openat(CWD, root, flags, Mode::empty()).unwrap();
+        let look = |asked: &[&str]| match examine(top.as_fd(), "", &wanted(asked)) {
+            Verdict::Fine(Found { trouble: Some(why), .. }) => Err(why),
+            Verdict::Fine(found) => {
+                Ok(found.scratch.into_iter().map(|f| (f.path, f.mode)).collect::<Vec<_>>())
+            }
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(
+            look(&["/var/run/nginx", "/data", "/var/lib/db/x", "/dev/shm", "/tmp"]).unwrap(),
+            [
+                ("/run/nginx".into(), None),
+                ("/data".into(), Some(0o2750)),
+                ("/var/lib/db/x".into(), None),
+                ("/dev/shm".into(), None),
+                ("/tmp".into(), None)
+            ]
+        );
+        assert_eq!(look(&["/var/run"]).unwrap()[0].0, "/run");
+        for (bad, sign) in [
+            ("/kernel", "/proc"),
+            ("/kernel/x", "/proc"),
+            ("/sys-link/x", "/sys"),
+            ("/secret", "/run/secrets"),
+            ("/config", "/etc"),
+            ("/config/x", "/etc"),
+            ("/shm", "/dev"),
+            ("/top", "cannot be a folder"),
+            ("/file", "is a file"),
+            ("/file/x", "no folder"),
+        ] {
+            let why = look(&[bad]).unwrap_err();
+            assert!(why.contains(sign) && why.contains(bad), "{bad}: {why}");
+        }
+        for twice in [["/data", "/same"], ["/run", "/var/run/x"], ["/var/run/x/y", "/run/x"]] {
+            assert!(look(&twice).unwrap_err().contains("one of both"), "{twice:?}");
         }
     }
 }

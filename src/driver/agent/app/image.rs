@@ -10,12 +10,15 @@ use tokio::sync::Semaphore;
 use super::super::core::{Agent, lock};
 use crate::driver::Error;
 use crate::driver::podman::client::ImageSeen;
-use crate::driver::podman::rootfs::{self, Names};
-use crate::driver::podman::{passwd, render};
+use crate::driver::podman::render::Mount;
+use crate::driver::podman::rootfs::{self, Found, Wanted};
+use crate::driver::podman::tree::Person;
+use crate::driver::podman::{inside, passwd, render};
 use crate::driver::workload::Workload;
+use crate::ids::Digest;
 
 /// What was found in an image while this process lives: an identity stands for the same bytes for ever.
-pub(in crate::driver::agent) type Looked = Result<Arc<Names>, String>;
+pub(in crate::driver::agent) type Looked = Result<Arc<Found>, String>;
 
 /// Most images whose verdict is held.
 const HELD: usize = 256;
@@ -24,34 +27,78 @@ static LOOKS: Semaphore = Semaphore::const_new(4);
 /// Names longer than this are looked up again each time.
 const SHORT: usize = 16 << 10;
 
-/// Writes an instance's `/etc/passwd` and `/etc/group`, after a look at its image; their paths.
-pub(super) async fn write_names(
+/// What of an instance comes from its image: its two files, and where its writable folders lie.
+pub(super) struct Prepared {
+    /// `/etc/passwd` and `/etc/group`.
+    pub(super) names: [PathBuf; 2],
+    /// Its writable folders.
+    pub(super) scratch: Vec<Mount>,
+}
+
+/// Looks at an instance's image, writes its `/etc/passwd` and `/etc/group`, and finds its writable folders.
+pub(super) async fn prepare(
     agent: &Agent,
     dir: &Path,
     number: u32,
     workload: &Workload,
-) -> Result<[PathBuf; 2], Error> {
+) -> Result<Prepared, Error> {
     let image = render::image(&agent.config, workload);
     let seen = agent.podman.image(&image).await?;
     let seen = seen.ok_or_else(|| Error::Transient("no such image in the engine's store".into()))?;
-    let held = lock(&agent.looked).get(&seen.id).cloned();
-    let names = match held {
+    let wanted = wanted(workload, &seen);
+    let asked = serde_json::to_vec(&wanted).map_err(|error| Error::Transient(error.to_string()))?;
+    let key = format!("{} {}", seen.id, Digest::of(&asked));
+    let held = lock(&agent.looked).get(&key).cloned();
+    let found = match held {
         Some(held) => held.map_err(Error::Rejected)?,
-        None => look(agent, &seen).await?,
+        None => look(agent, &seen, &wanted, key).await?,
     };
-    let names = passwd::write(&names, workload.user, &seen.working_dir);
+    if let Some(why) = &found.trouble {
+        return Err(Error::Rejected(why.clone()));
+    }
+    let names = passwd::write(&found.names, workload.user, &seen.working_dir);
     let [first, second] = files(dir, number);
     for (path, bytes) in [(&first, &names.passwd), (&second, &names.group)] {
         write(path, bytes, workload.block.start).map_err(|error| Error::Transient(error.to_string()))?;
     }
-    Ok([first, second])
+    let scratch = workload.scratch.iter().zip(&found.scratch);
+    let scratch = scratch.map(|((path, scratch), folder)| Mount {
+        path: folder.path.clone(),
+        size: scratch.size,
+        exec: scratch.exec,
+        mode: inside::mode(path, folder.mode),
+    });
+    Ok(Prepared { names: [first, second], scratch: scratch.collect() })
 }
 
-async fn look(agent: &Agent, seen: &ImageSeen) -> Result<Arc<Names>, Error> {
+fn wanted(workload: &Workload, seen: &ImageSeen) -> Wanted {
+    let path =
+        |list: &[String]| list.iter().rev().find_map(|entry| entry.strip_prefix("PATH=")).map(str::to_owned);
+    let words = match (&workload.command, &workload.args) {
+        (Some(command), _) => [command.as_slice(), &[]],
+        (None, Some(args)) => [seen.entrypoint.as_slice(), args],
+        (None, None) => [seen.entrypoint.as_slice(), &seen.cmd],
+    };
+    let person = Person {
+        uid: workload.user.uid.into(),
+        gid: workload.user.gid.into(),
+        groups: workload.groups.iter().map(|group| u32::from(*group)).collect(),
+    };
+    let exec = workload.scratch.iter().filter(|(_, scratch)| scratch.exec);
+    Wanted {
+        scratch: workload.scratch.keys().cloned().collect(),
+        exec: exec.map(|(path, _)| path.clone()).collect(),
+        word: words.concat().first().cloned().unwrap_or_default(),
+        path: workload.env.get("PATH").cloned().or_else(|| path(&seen.env)),
+        person,
+    }
+}
+
+async fn look(agent: &Agent, seen: &ImageSeen, wanted: &Wanted, key: String) -> Result<Arc<Found>, Error> {
     let _turn = LOOKS.acquire().await.map_err(|error| Error::Transient(error.to_string()))?;
-    let found = rootfs::look(seen).await.map(Arc::new);
+    let found = rootfs::look(seen, wanted).await.map(Arc::new);
     let verdict = match &found {
-        Ok(names) if names.passwd.len() + names.group.len() <= SHORT => Ok(Arc::clone(names)),
+        Ok(found) if found.names.passwd.len() + found.names.group.len() <= SHORT => Ok(Arc::clone(found)),
         Err(Error::Rejected(why)) => Err(why.clone()),
         _ => return found,
     };
@@ -59,7 +106,7 @@ async fn look(agent: &Agent, seen: &ImageSeen) -> Result<Arc<Names>, Error> {
     if looked.len() >= HELD {
         looked.clear();
     }
-    looked.insert(seen.id.clone(), verdict);
+    looked.insert(key, verdict);
     found
 }
 

@@ -10,7 +10,7 @@ use super::super::core::{Agent, lock};
 use super::super::kept::Instance;
 use super::{App, born, image, raw_log, short, walls};
 use crate::driver::podman::ports::Port;
-use crate::driver::podman::{ports, render};
+use crate::driver::podman::{inside, ports, render};
 use crate::driver::workload::Workload;
 use crate::driver::{Cause, Error, InstanceState};
 use crate::policy::Target;
@@ -161,7 +161,8 @@ impl App {
         let _ = std::fs::remove_file(raw_log(&dir, instance.number));
         let pipe =
             self.read_along(agent, instance.number).map_err(|error| Error::Transient(error.to_string()))?;
-        let [passwd, group] = image::write_names(agent, &dir, instance.number, workload).await?;
+        let prepared = image::prepare(agent, &dir, instance.number, workload).await?;
+        let [passwd, group] = &prepared.names;
         let spec = render::create(
             &agent.config,
             workload,
@@ -172,6 +173,7 @@ impl App {
                 log: &pipe.to_string_lossy(),
                 filter: &agent.filter.to_string_lossy(),
                 names: [&passwd.to_string_lossy(), &group.to_string_lossy()],
+                scratch: &prepared.scratch,
             },
         );
         waiting.next();
@@ -197,6 +199,7 @@ impl App {
         waiting.next();
         fail::fail_point!("agent::start", |_| Err(Error::Transient("failpoint".into())));
         walls::close_user_namespaces(ready.pid).await?;
+        tokio::task::block_in_place(|| inside::settle(ready.pid, workload, &prepared.scratch))?;
         podman.start(&instance.container).await?;
         let up = podman.inspect(&instance.container).await?;
         if let Err(error) = walls::require_filter(up.pid).await {
