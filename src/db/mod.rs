@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, Transaction};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, PgConnection, PgPool, Postgres, Transaction};
 
 use crate::config::Database;
 use crate::error::Error;
@@ -53,6 +53,10 @@ pub fn options(database: &Database, login: Login) -> std::io::Result<PgConnectOp
     };
     if let Some(file) = password_file {
         options = options.password(std::fs::read_to_string(file)?.trim_end_matches('\n'));
+    }
+    // A migration on a slow disk is a slow statement of thousands of lines, which nobody reads.
+    if matches!(login, Login::Admin) {
+        options = options.disable_statement_logging();
     }
     Ok(options)
 }

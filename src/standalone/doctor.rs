@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 
-use super::{Folder, postgres, running, surroundings};
+use super::{Folder, numbers, postgres, running, surroundings};
 use crate::driver::disk::{self, Part};
 use crate::driver::podman::engine::RUNTIME;
 use crate::uid_ranges::machine;
@@ -83,6 +83,7 @@ pub fn examine(data: &Path, listen: Option<SocketAddr>) -> Vec<Finding> {
         cgroups(),
         nftables(),
         surroundings::firewalls(),
+        numbers::numbers(Path::new("/proc")),
         surroundings::connections(),
         surroundings::host_from_within(data),
         space(data),

@@ -7,6 +7,7 @@ mod demo;
 pub mod doctor;
 mod doors;
 mod folder;
+mod numbers;
 mod postgres;
 mod processes;
 mod running;

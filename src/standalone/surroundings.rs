@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use super::doctor::{Finding, failed, good, program, warning};
 use crate::driver::podman::firewall::kernel;
+use crate::driver::podman::foreign::{self, Author, Wall};
 use crate::driver::podman::host;
 
 /// Firewalls of others: their accepts open nothing of ours, their drops close what we open.
@@ -18,27 +19,11 @@ pub(super) fn firewalls() -> Finding {
         let done = Command::new(&nft).arg("-j").arg("list").args(args).stderr(Stdio::null()).output();
         done.map(|done| done.stdout).unwrap_or_default()
     };
-    let walls = host::dropping(&ask(&["chains"]));
-    if !walls.is_empty() {
-        return warning(
-            check,
-            format!("drop what they do not know, where packets are forwarded: {}", walls.join(", ")),
-            "what Bulkhead opens for apps stays closed there: allow forwarding from and to bk* interfaces in that firewall \
-             (Docker: chain DOCKER-USER; ufw: ufw route allow; firewalld: a zone for the bridges with forwarding)",
-        );
-    }
     let tables = host::foreign_tables(&ask(&["tables"]));
-    let rules: Vec<String> = tables
-        .iter()
-        .flat_map(|(family, name)| host::naming_bridges(&ask(&["table", family, name])))
-        .collect();
-    if !rules.is_empty() {
-        return warning(
-            check,
-            format!("somebody else's rules name bridges of tenants: {}", rules.join(", ")),
-            "what they drop stays closed whatever Bulkhead opens, what they accept opens nothing: take them out unless \
-             they are meant",
-        );
+    let listings: Vec<Vec<u8>> = tables.iter().map(|(family, name)| ask(&["table", family, name])).collect();
+    let walls = foreign::walls(listings.iter().map(Vec::as_slice));
+    if !walls.is_empty() {
+        return blocked(check, &walls);
     }
     let flushes = fs::read_to_string("/etc/nftables.conf").is_ok_and(|text| text.contains("flush ruleset"));
     let enabled = Path::new("/etc/systemd/system/sysinit.target.wants/nftables.service").exists();
@@ -51,6 +36,44 @@ pub(super) fn firewalls() -> Finding {
         );
     }
     good(check, "none stands in the way")
+}
+
+/// Each wall with what it stops, and the commands that take it down.
+fn blocked(check: &'static str, walls: &[Wall]) -> Finding {
+    let list: Vec<String> =
+        walls.iter().map(|wall| format!("{} stops {}", wall.chain, wall.stops.join(", "))).collect();
+    let mut authors: Vec<Author> = Vec::new();
+    for wall in walls {
+        if !authors.contains(&wall.author) {
+            authors.push(wall.author);
+        }
+    }
+    let remedies: Vec<&str> = authors.into_iter().map(remedy).collect();
+    warning(
+        check,
+        list.join("; "),
+        format!("{}. Bulkhead's own table goes on to close all that apps may not reach", remedies.join("; ")),
+    )
+}
+
+/// What opens a firewall for the bridges of apps.
+fn remedy(author: Author) -> &'static str {
+    match author {
+        Author::Firewalld => {
+            "firewall-cmd --permanent --new-zone=bulkhead && firewall-cmd --permanent --zone=bulkhead \
+             --set-target=ACCEPT && firewall-cmd --permanent --zone=bulkhead --add-interface=bk+ && firewall-cmd --reload"
+        }
+        Author::Ufw => {
+            "ufw route allow in on bk+ && ufw route allow out on bk+ && ufw allow in on bk+ to any port 53"
+        }
+        Author::Docker => {
+            "iptables -I DOCKER-USER -i bk+ -j ACCEPT && iptables -I DOCKER-USER -o bk+ -j ACCEPT, at each start of Docker"
+        }
+        Author::Other => {
+            "accept, before the rule or policy that drops them, what comes from and goes to interfaces bk* where packets \
+             are forwarded, and port 53 from bk* at the input"
+        }
+    }
 }
 
 /// How full the table is that all connections of the machine share.
@@ -125,6 +148,20 @@ pub(super) fn host_from_within(data: &Path) -> Finding {
 mod tests {
     use super::*;
     use crate::standalone::doctor::Status;
+
+    #[test]
+    fn each_firewall_is_named_once_with_what_opens_it() {
+        let wall =
+            |chain: &str, author| Wall { chain: chain.into(), stops: vec!["traffic between apps"], author };
+        let finding = blocked(
+            "other firewalls",
+            &[wall("ip filter INPUT", Author::Ufw), wall("ip filter FORWARD", Author::Ufw)],
+        );
+        assert_eq!(finding.status, Status::Warning);
+        assert!(finding.finding.contains("ip filter FORWARD stops traffic between apps"), "{finding:?}");
+        assert_eq!(finding.remedy.matches("ufw route allow in on bk+").count(), 1, "{finding:?}");
+        assert!(!finding.remedy.contains("firewall-cmd"), "{finding:?}");
+    }
 
     #[test]
     fn a_table_of_connections_that_is_nearly_full_is_said() {

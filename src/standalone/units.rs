@@ -209,13 +209,14 @@ fn own_rules(process: &Process, out: &mut String) {
         }
         _ => {
             let user = process.user.as_deref().unwrap_or("root");
-            // The list of processes stays visible: the pool of user ids is held against their owners.
+            // The list of processes stays visible, and their owners as they are: the pool of user ids is held against
+            // them. In a user namespace all others would seem to be one user.
             let _ = writeln!(
                 out,
                 "User={user}\nGroup={user}\nStateDirectory=bulkhead/audit\nStateDirectoryMode=0700"
             );
             *out += "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n";
-            *out += UNPRIVILEGED;
+            *out += &UNPRIVILEGED.replace("PrivateUsers=yes\n", "");
         }
     }
 }

@@ -35,3 +35,13 @@ fn what_is_not_root_is_closed() {
         assert!(done.status.success(), "{text}");
     }
 }
+
+/// In a user namespace all foreign users are one: `serve` would not see who uses ids of its pool.
+#[test]
+fn serve_sees_whose_processes_the_machine_has() {
+    for (name, text) in units() {
+        if text.contains("bulkhead serve") {
+            assert!(!text.contains("PrivateUsers=yes") && !text.contains("ProtectProc="), "{name}");
+        }
+    }
+}

@@ -52,6 +52,9 @@ pub(super) struct Instance {
     pub(super) identity: String,
     #[serde(default)]
     pub(super) exit_file: String,
+    /// The boot of the machine in which its process was started: after another one, no process is left.
+    #[serde(default)]
+    pub(super) boot: String,
 }
 
 impl Instance {
@@ -77,6 +80,7 @@ impl Instance {
             hosts: String::new(),
             identity: String::new(),
             exit_file: String::new(),
+            boot: String::new(),
         }
     }
 

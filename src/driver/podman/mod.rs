@@ -6,6 +6,7 @@ pub mod dangers;
 pub mod ear;
 pub mod engine;
 pub mod firewall;
+pub mod foreign;
 pub mod host;
 pub mod inside;
 pub mod namespace;

@@ -18,7 +18,7 @@ use crate::driver::workload::Subnet;
 use crate::driver::{Denied, Driver, Probe, ProbeOutcome, ProbeTarget};
 use crate::error::Error;
 use crate::http::asked::Query;
-use crate::ids::{AppId, AppName, DomainName};
+use crate::ids::{AppId, AppName, DomainName, TenantName};
 use crate::networks::explain::{self, Closed, Known, To};
 use crate::networks::{AppPlan, connections, store};
 use crate::policy::never::Range;
@@ -77,6 +77,14 @@ struct Reach {
     closed: Option<Closed>,
 }
 
+/// A name as `connects` has it: an own app bears no tenant there, and is meant with it too.
+fn own_name(tenant: &TenantName, to: &str) -> String {
+    match to.split_once('/') {
+        Some((prefix, app)) if prefix == tenant.as_str() => app.to_owned(),
+        _ => to.to_owned(),
+    }
+}
+
 /// What was asked for, resolved.
 pub(in crate::networks) struct Asked {
     app: AppId,
@@ -103,7 +111,7 @@ pub(in crate::networks) async fn resolve(
     let port = query.port;
     let to = match query.to.parse::<Ipv4Addr>() {
         Ok(address) => To::Address(address),
-        Err(_) if query.to.len() <= 100 => To::Name(query.to.clone()),
+        Err(_) if query.to.len() <= 100 => To::Name(own_name(&tenant.name, &query.to)),
         Err(_) => return Err(Error::Malformed("to is a name of connects, or an IPv4 address".into())),
     };
     let configured = match to {
@@ -367,4 +375,23 @@ pub(in crate::networks) async fn denials(
         items.push(DeniedView { denied, closed });
     }
     Ok(items)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_own_tenant_before_a_name_is_the_same_as_none() {
+        let tenant = "acme".parse().unwrap();
+        for (to, name) in [
+            ("web", "web"),
+            ("acme/web", "web"),
+            ("globex/web", "globex/web"),
+            ("acme-2/web", "acme-2/web"),
+            ("pay.example.org", "pay.example.org"),
+        ] {
+            assert_eq!(own_name(&tenant, to), name);
+        }
+    }
 }

@@ -55,6 +55,10 @@ async fn another_tenants_app_is_reached_only_while_both_agree() {
     };
     let (code, words) = ask("beta/api", "8080");
     assert!(code == Some(0) && words.contains("tried: reached"), "{words}");
+    for (to, open) in [("web", 0), ("acme/web", 0), ("beta/web", 1)] {
+        let (code, words) = ask(to, "8080");
+        assert_eq!(code, Some(open), "{to}: {words}");
+    }
     let (code, words) = ask("169.254.169.254", "80");
     assert!(code == Some(1) && words.contains("link-local"), "{words}");
     let (own, _) = instance(&machine, "acme", "web").await;

@@ -123,8 +123,7 @@ impl App {
             // container can be relied on.
             Some(_) => {
                 self.discard(agent, &instance.container).await;
-                let why = "its process or the process that watches it had ended; it is made anew";
-                self.vanished(agent, number, why);
+                self.vanished(agent, number, why_gone(&instance, &boot_id()));
             }
         }
     }
@@ -277,7 +276,22 @@ impl App {
     }
 }
 
-fn is_alive(instance: &Instance) -> bool {
+/// The kernel's name for the time since the machine started; empty where it cannot be read.
+pub(super) fn boot_id() -> String {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    text.trim().to_owned()
+}
+
+/// Why the process of an instance that nobody has stopped is gone.
+fn why_gone(instance: &Instance, boot: &str) -> &'static str {
+    if !instance.boot.is_empty() && !boot.is_empty() && instance.boot != boot {
+        "the machine was restarted; it is made anew"
+    } else {
+        "its process or the process that watches it had ended; it is made anew"
+    }
+}
+
+pub(in crate::driver::agent) fn is_alive(instance: &Instance) -> bool {
     instance.pid > 0
         && born(instance.pid) == Some(instance.born)
         && (instance.conmon <= 0 || Path::new(&format!("/proc/{}", instance.conmon)).exists())
@@ -312,5 +326,38 @@ fn describe(cause: Cause, code: Option<i32>) -> String {
         (Cause::Killed, _) => "killed (137) by a signal; who sent it is not known".into(),
         (_, Some(code)) => format!("it exited with code {code}"),
         _ => "it ended".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reboot_is_named_and_nothing_else_is_taken_for_one() {
+        let mut instance = Instance::new(1, 1, 0, "bk-x".into());
+        // On record from an earlier version.
+        assert!(why_gone(&instance, "b").starts_with("its process"));
+        instance.boot = "a".into();
+        assert!(why_gone(&instance, "a").starts_with("its process"));
+        assert!(why_gone(&instance, "").starts_with("its process"), "it cannot be told");
+        assert_eq!(why_gone(&instance, "b"), "the machine was restarted; it is made anew");
+        assert_eq!(boot_id().len(), 36);
+    }
+
+    #[test]
+    fn a_process_that_has_ended_is_not_alive_nor_is_another_with_its_id() {
+        let mut instance = Instance::new(1, 1, 0, "bk-x".into());
+        assert!(!is_alive(&instance), "it was never started");
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        instance.pid = i32::try_from(child.id()).unwrap();
+        instance.born = born(instance.pid).unwrap();
+        assert!(is_alive(&instance));
+        instance.born += 1;
+        assert!(!is_alive(&instance));
+        instance.born -= 1;
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!is_alive(&instance));
     }
 }

@@ -21,7 +21,7 @@ use reading::Reader;
 
 mod health;
 mod image;
-mod look;
+pub(in crate::driver::agent) mod look;
 mod reading;
 mod start;
 mod walls;

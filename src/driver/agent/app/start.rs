@@ -100,6 +100,7 @@ impl App {
                     (i.pid, i.born, i.conmon, i.uid, i.hosts) =
                         (up.pid, up.born, up.conmon, up.uid, up.hosts);
                     (i.identity, i.exit_file) = (up.identity, up.exit_file);
+                    i.boot = super::look::boot_id();
                     i.port = Some(up.port);
                     i.started = Some(OffsetDateTime::now_utc());
                     i.next_start = None;

@@ -7,6 +7,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::app::look::is_alive;
 use super::core::{Agent, lock};
 use crate::driver::podman::firewall::Allowed;
 use crate::driver::podman::{host, namespace};
@@ -33,6 +34,8 @@ struct Place {
 }
 
 impl Agent {
+    ///
+    /// A process that has just ended counts as gone, though its instance is still on record as running.
     fn places(&self, tenant: &TenantName, app: AppId) -> Vec<Place> {
         let Some(app) = self.app(app).filter(|app| app.tenant == *tenant) else { return Vec::new() };
         let Some(network) = lock(&self.journal).ever(tenant).map(|own| own.network) else {
@@ -42,7 +45,7 @@ impl Agent {
         let up = |state| {
             matches!(state, InstanceState::Starting | InstanceState::Running | InstanceState::Unhealthy)
         };
-        let running = kept.instances.iter().filter(|i| up(i.state) && !i.sandbox.is_empty());
+        let running = kept.instances.iter().filter(|i| up(i.state) && !i.sandbox.is_empty() && is_alive(i));
         running
             .filter_map(|i| {
                 let address = kept.address_of(i)?;

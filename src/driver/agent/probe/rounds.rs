@@ -106,6 +106,7 @@ impl Agent {
         }
         tries.extend(self.must_open(&from));
         let (name, server) = (from.app.name.to_string(), from.gateway);
+        let name_again = name.clone();
         self.note_tried(from.place.address, server, 53);
         let outcomes = self.outcomes(&from, tries).await?;
         let asked = within(&from.place, move || {
@@ -113,18 +114,40 @@ impl Agent {
             let own = (0..3).map(|_| ask(server, &name)).find(|told| *told != Told::Silence);
             (own.unwrap_or(Told::Silence), ask(server, NO_NAME))
         });
-        let (own, foreign) = asked.await.ok()?;
+        let (mut own, foreign) = asked.await.ok()?;
         if (own == Told::Silence || foreign == Told::Silence) && self.is_hurried(from.place.network).await {
             return None;
         }
         let (good, bad): (Vec<_>, Vec<_>) =
             outcomes.into_iter().partition(|(to, outcome)| !to.is_bad(*outcome));
-        let bad = if bad.is_empty() { bad } else { self.confirmed(app, bad).await };
+        let bad = if bad.is_empty() { bad } else { self.confirmed(Arc::clone(&app), bad).await };
+        if own != Told::Address {
+            own = self.own_name_again(&from, name_again).await?;
+        }
+        // An instance that ended meanwhile could be told anything.
+        if (!bad.is_empty() || own != Told::Address) && !self.still_there(&from) {
+            return None;
+        }
         let (probed, events) = tally(&from, &good, &bad, own, foreign);
         for (kind, text) in events {
             self.tell(kind, text);
         }
         Some(probed)
+    }
+
+    fn still_there(&self, from: &From) -> bool {
+        let places = self.places(&from.app.tenant, from.app.id);
+        places.iter().any(|place| place.address == from.place.address)
+    }
+
+    /// Asks for an app's own name once more. None while none of its instances runs: then the name leads nowhere, as
+    /// it must.
+    async fn own_name_again(&self, from: &From, name: String) -> Option<Told> {
+        tokio::time::sleep(CONFIRM).await;
+        let server = from.gateway;
+        let told = within(&from.place, move || ask(server, &name)).await.ok()?;
+        let runs = !self.running(&from.app.tenant, from.app.id).is_empty();
+        (runs || told == Told::Address).then_some(told)
     }
 
     async fn outcomes(&self, from: &From, tries: Vec<Try>) -> Option<Vec<(Try, ProbeOutcome)>> {

@@ -1,0 +1,351 @@
+//! Firewalls of others on the machine: whether their rules let an app's packets pass. The rules are followed as the
+//! kernel follows them, for a few packets that every app sends. A default zone of firewalld ends in a reject under a
+//! policy of accept, so a look at policies alone is not enough.
+
+use serde_json::Value;
+
+/// Longest chain of jumps; the kernel itself stops at 16.
+const DEPTH: usize = 32;
+
+/// A packet of an app, as far as other firewalls may ask.
+#[derive(Debug, Clone, Copy)]
+struct Packet {
+    words: &'static str,
+    hook: &'static str,
+    incoming: &'static str,
+    outgoing: &'static str,
+    protocol: &'static str,
+    port: u64,
+    state: &'static str,
+}
+
+/// Bridges of tenants are called `bk`, the installation's letters, and a number.
+const BRIDGE: &str = "bkaaaa1";
+const OTHER_BRIDGE: &str = "bkaaaa2";
+/// No rule names this interface: it stands for the way out.
+const OUTSIDE: &str = "outside0";
+
+const fn forwarded(
+    words: &'static str,
+    incoming: &'static str,
+    outgoing: &'static str,
+    state: &'static str,
+) -> Packet {
+    Packet { words, hook: "forward", incoming, outgoing, protocol: "tcp", port: 8080, state }
+}
+
+const fn names(words: &'static str, protocol: &'static str) -> Packet {
+    Packet { words, hook: "input", incoming: BRIDGE, outgoing: "", protocol, port: 53, state: "new" }
+}
+
+const PACKETS: [Packet; 5] = [
+    forwarded("traffic between apps", BRIDGE, OTHER_BRIDGE, "new"),
+    forwarded("traffic of apps to services and egress targets", BRIDGE, OUTSIDE, "new"),
+    forwarded("answers to apps from services and egress targets", OUTSIDE, BRIDGE, "established"),
+    names("names asked for over UDP", "udp"),
+    names("names asked for over TCP", "tcp"),
+];
+
+/// Who wrote the rules, which decides what the remedy says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Author {
+    /// firewalld.
+    Firewalld,
+    /// ufw.
+    Ufw,
+    /// Docker.
+    Docker,
+    /// Rules written by hand, or by a program that is not known.
+    Other,
+}
+
+/// A chain that stops packets of apps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wall {
+    /// Family, table and chain.
+    pub chain: String,
+    /// What it stops.
+    pub stops: Vec<&'static str>,
+    /// Who wrote it.
+    pub author: Author,
+}
+
+/// What a rule, or a chain, does with a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Accept,
+    Drop,
+    /// Back to the chain before.
+    Return,
+    /// No word: on with the next rule.
+    Continue,
+}
+
+/// Whether a rule is about a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fits {
+    Yes,
+    No,
+    /// It depends on what is not known here, such as an address.
+    Perhaps,
+}
+
+struct Rules {
+    chains: Vec<Value>,
+    rules: Vec<Value>,
+}
+
+fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value[key].as_str().unwrap_or_default()
+}
+
+/// Walls for apps, from what `nft -j list ruleset` (or of several tables, one after another) says.
+#[must_use]
+pub fn walls<'a>(listings: impl IntoIterator<Item = &'a [u8]>) -> Vec<Wall> {
+    let mut all = Rules { chains: Vec::new(), rules: Vec::new() };
+    for json in listings {
+        let value: Value = serde_json::from_slice(json).unwrap_or_default();
+        for part in value["nftables"].as_array().into_iter().flatten() {
+            let own = |part: &Value| text(part, "table").starts_with("bulkhead_");
+            if part["chain"].is_object() && !own(&part["chain"]) {
+                all.chains.push(part["chain"].clone());
+            } else if part["rule"].is_object() && !own(&part["rule"]) {
+                all.rules.push(part["rule"].clone());
+            }
+        }
+    }
+    let based = all.chains.iter().filter(|chain| ["ip", "inet", "bridge"].contains(&text(chain, "family")));
+    based.filter_map(|chain| all.wall(chain)).collect()
+}
+
+impl Rules {
+    fn wall(&self, chain: &Value) -> Option<Wall> {
+        let hook = chain["hook"].as_str()?;
+        // Packets between two bridges are not bridged: what a bridge's own table says is about one tenant's apps.
+        let bridged = text(chain, "family") == "bridge";
+        let stops: Vec<&str> = PACKETS
+            .iter()
+            .filter(|packet| packet.hook == hook && !(bridged && packet.outgoing != OTHER_BRIDGE))
+            .filter(|packet| match self.follow(chain, packet, 0) {
+                Verdict::Accept => false,
+                Verdict::Drop => true,
+                Verdict::Return | Verdict::Continue => chain["policy"] == "drop",
+            })
+            .map(|packet| packet.words)
+            .collect();
+        if stops.is_empty() {
+            return None;
+        }
+        let (family, table) = (text(chain, "family"), text(chain, "table"));
+        let chain = format!("{family} {table} {}", text(chain, "name"));
+        Some(Wall { chain, stops, author: self.author(family, table) })
+    }
+
+    fn author(&self, family: &str, table: &str) -> Author {
+        let within = |chain: &&Value| text(chain, "family") == family && text(chain, "table") == table;
+        let has =
+            |prefix: &str| self.chains.iter().filter(within).any(|c| text(c, "name").starts_with(prefix));
+        match table {
+            "firewalld" => Author::Firewalld,
+            _ if has("ufw-") => Author::Ufw,
+            _ if has("DOCKER") => Author::Docker,
+            _ => Author::Other,
+        }
+    }
+
+    fn follow(&self, chain: &Value, packet: &Packet, depth: usize) -> Verdict {
+        if depth > DEPTH {
+            return Verdict::Continue;
+        }
+        let own = self.rules.iter().filter(|rule| {
+            ["family", "table"].iter().all(|key| rule[key] == chain[key]) && rule["chain"] == chain["name"]
+        });
+        for rule in own {
+            match self.decide(rule, packet, depth) {
+                Verdict::Continue => {}
+                verdict => return verdict,
+            }
+        }
+        Verdict::Continue
+    }
+
+    fn decide(&self, rule: &Value, packet: &Packet, depth: usize) -> Verdict {
+        let mut fits = Fits::Yes;
+        for part in rule["expr"].as_array().into_iter().flatten() {
+            match fits_one(part, packet) {
+                Fits::No => return Verdict::Continue,
+                Fits::Perhaps => fits = Fits::Perhaps,
+                Fits::Yes => {}
+            }
+            let Some(word) = verdict_of(part, packet) else { continue };
+            let verdict = self.carry_out(rule, &word, packet, depth);
+            // Of a rule that may not be about this packet, nothing is taken for sure. `nft` cannot print what iptables
+            // asks of a connection or of an address: rules that accept answers, and those that go on with what is for
+            // the machine itself (ufw), are taken at their word.
+            let sure = match verdict {
+                _ if fits == Fits::Yes => true,
+                Verdict::Accept => packet.state == "established",
+                Verdict::Return => packet.hook == "input" && asks_of_address(rule),
+                Verdict::Drop | Verdict::Continue => false,
+            };
+            return if sure { verdict } else { Verdict::Continue };
+        }
+        Verdict::Continue
+    }
+
+    fn carry_out(&self, rule: &Value, word: &Value, packet: &Packet, depth: usize) -> Verdict {
+        let target = |part: &Value| {
+            self.chains.iter().find(|chain| {
+                ["family", "table"].iter().all(|key| rule[key] == chain[key])
+                    && chain["name"] == part["target"]
+            })
+        };
+        let Some((kind, part)) = word.as_object().and_then(|object| object.iter().next()) else {
+            return Verdict::Continue;
+        };
+        match kind.as_str() {
+            "accept" => Verdict::Accept,
+            "drop" | "reject" => Verdict::Drop,
+            "return" => Verdict::Return,
+            "jump" => match target(part).map(|chain| self.follow(chain, packet, depth + 1)) {
+                Some(Verdict::Return) | None => Verdict::Continue,
+                Some(verdict) => verdict,
+            },
+            // A chain that was gone to does not come back: its end is the end of the one before.
+            "goto" => match target(part).map(|chain| self.follow(chain, packet, depth + 1)) {
+                Some(Verdict::Continue) => Verdict::Return,
+                Some(verdict) => verdict,
+                None => Verdict::Continue,
+            },
+            _ => Verdict::Continue,
+        }
+    }
+}
+
+fn asks_of_address(rule: &Value) -> bool {
+    rule["expr"].as_array().into_iter().flatten().any(|part| part["xt"]["name"] == "addrtype")
+}
+
+/// The verdict that an expression is, or chooses for a packet.
+fn verdict_of(part: &Value, packet: &Packet) -> Option<Value> {
+    let object = part.as_object()?;
+    if let Some(map) = object.get("vmap") {
+        let pairs = map["data"]["set"].as_array()?;
+        let chosen = pairs.iter().find(|pair| compare(&map["key"], &pair[0], packet) == Fits::Yes);
+        return chosen.map(|pair| pair[1].clone());
+    }
+    if let Some(extension) = object.get("xt") {
+        let refuses = extension["type"] == "target" && extension["name"] == "REJECT";
+        return refuses.then(|| serde_json::json!({"reject": null}));
+    }
+    ["accept", "drop", "reject", "return", "jump", "goto"]
+        .iter()
+        .find(|kind| object.contains_key(**kind))
+        .map(|_| part.clone())
+}
+
+fn fits_one(part: &Value, packet: &Packet) -> Fits {
+    if let Some(matched) = part.get("match") {
+        let fits = compare(&matched["left"], &matched["right"], packet);
+        return match (text(matched, "op"), fits) {
+            ("!=", Fits::Yes) => Fits::No,
+            ("!=", Fits::No) => Fits::Yes,
+            ("<" | ">" | "<=" | ">=", _) => Fits::Perhaps,
+            (_, fits) => fits,
+        };
+    }
+    let extension = part.get("xt").is_some_and(|xt| xt["type"] == "match");
+    if extension || part.get("limit").is_some() || part.get("quota").is_some() {
+        return Fits::Perhaps;
+    }
+    Fits::Yes
+}
+
+/// What a packet has at a place that rules ask for; none where it is not known.
+fn seen(left: &Value, packet: &Packet) -> Option<Value> {
+    if let Some(key) = left["meta"]["key"].as_str() {
+        return match key {
+            "iifname" | "iif" => Some(packet.incoming.into()),
+            "oifname" | "oif" => Some(packet.outgoing.into()),
+            "ibrname" | "obrname" => Some(BRIDGE.into()),
+            "l4proto" => Some(packet.protocol.into()),
+            "nfproto" => Some("ipv4".into()),
+            "protocol" => Some("ip".into()),
+            _ => None,
+        };
+    }
+    if let Some(key) = left["ct"]["key"].as_str() {
+        return match key {
+            "state" => Some(packet.state.into()),
+            // Nobody forwards ports to apps.
+            "status" => Some("confirmed".into()),
+            _ => None,
+        };
+    }
+    if left["fib"]["result"] == "type" && left["fib"]["flags"] == "daddr" {
+        return Some(if packet.hook == "input" { "local" } else { "unicast" }.into());
+    }
+    let field = &left["payload"];
+    match (text(field, "protocol"), text(field, "field")) {
+        ("ip", "protocol") => Some(packet.protocol.into()),
+        ("ip6" | "icmp" | "icmpv6" | "igmp" | "esp" | "ah" | "sctp", _) => Some(Value::Null),
+        (protocol @ ("tcp" | "udp" | "th"), field) => {
+            if protocol != "th" && protocol != packet.protocol {
+                return Some(Value::Null);
+            }
+            (field == "dport").then(|| packet.port.into())
+        }
+        _ => None,
+    }
+}
+
+fn compare(left: &Value, right: &Value, packet: &Packet) -> Fits {
+    let Some(seen) = seen(left, packet) else { return Fits::Perhaps };
+    // It is no such packet at all.
+    if seen.is_null() {
+        return Fits::No;
+    }
+    holds(&seen, right)
+}
+
+fn holds(seen: &Value, right: &Value) -> Fits {
+    let among = |list: &Vec<Value>| {
+        let each: Vec<Fits> = list.iter().map(|one| holds(seen, one)).collect();
+        if each.contains(&Fits::Yes) {
+            Fits::Yes
+        } else if each.contains(&Fits::Perhaps) {
+            Fits::Perhaps
+        } else {
+            Fits::No
+        }
+    };
+    match right {
+        Value::Array(list) => among(list),
+        Value::Object(object) => match (object.get("set"), object.get("range")) {
+            (Some(Value::Array(list)), _) => among(list),
+            (_, Some(range)) => match (seen.as_u64(), range[0].as_u64(), range[1].as_u64()) {
+                (Some(seen), Some(from), Some(to)) => yes((from..=to).contains(&seen)),
+                _ => Fits::Perhaps,
+            },
+            _ => Fits::Perhaps,
+        },
+        // A set of its own, by name.
+        Value::String(name) if name.starts_with('@') => Fits::Perhaps,
+        Value::String(name) => match (name.strip_suffix('*'), seen.as_str()) {
+            // One installation's bridges by name: they are among those that this packet stands for.
+            (_, Some(BRIDGE | OTHER_BRIDGE)) if name.starts_with("bk") => Fits::Yes,
+            (Some(start), Some(seen)) => yes(seen.starts_with(start)),
+            (None, Some(seen)) => yes(seen == name),
+            // A service by its name, where a number was seen.
+            _ => yes(name == "domain" && seen.as_u64() == Some(53)),
+        },
+        _ => yes(seen == right),
+    }
+}
+
+const fn yes(holds: bool) -> Fits {
+    if holds { Fits::Yes } else { Fits::No }
+}
+
+#[cfg(test)]
+mod tests;
