@@ -23,6 +23,7 @@ pub mod permits;
 pub mod policy;
 pub mod prober;
 pub mod quotas;
+pub mod readiness;
 pub mod reconcile;
 pub mod registries;
 pub mod resolver;

@@ -9,7 +9,7 @@ use bulkhead::apps::spec::{AppSpec, Colour, Format, show};
 use bulkhead::config::Config;
 use bulkhead::ids::TenantName;
 use bulkhead::registries::collector;
-use bulkhead::standalone::{self, doctor, uninstall, units};
+use bulkhead::standalone::{self, doctor, service, uninstall, units};
 use bulkhead::{prober, resolver, startup, telemetry};
 use clap::{Parser, Subcommand, ValueEnum};
 
@@ -152,6 +152,25 @@ enum Command {
         /// Settings (TOML); need not be there
         #[arg(long)]
         settings: PathBuf,
+    },
+    /// Make the platform a service of this machine (systemd), or upgrade it: run it again with a new version
+    Install {
+        /// Data folder, which may be one of `up`; by default the one that is installed, or /var/lib/bulkhead
+        #[arg(long)]
+        data: Option<PathBuf>,
+        /// Address of a new installation; later it stands in settings.toml of the data folder
+        #[arg(long)]
+        listen: Option<SocketAddr>,
+    },
+    /// Make a data folder ready (started by the service's units)
+    #[command(hide = true)]
+    Prepare {
+        /// Data folder
+        #[arg(long)]
+        data: PathBuf,
+        /// The database instead, once Postgres runs
+        #[arg(long)]
+        database: bool,
     },
     /// Remove an installation with everything in it
     Uninstall {
@@ -344,6 +363,16 @@ fn run(command: Command) -> Result<ExitCode, String> {
             telemetry::start(&bulkhead::config::Log::default());
             let settings = resolver::Settings::load(&settings)?;
             block_on(async { resolver::serve(&agent, &settings).await })?;
+        }
+        Command::Install { data, listen } => {
+            telemetry::start(&bulkhead::config::Log { level: "warn".into(), ..Default::default() });
+            block_on(async { service::install(data, listen).await.map_err(|error| error.to_string()) })?;
+        }
+        Command::Prepare { data, database: false } => {
+            service::prepare(&data).map_err(|error| error.to_string())?;
+        }
+        Command::Prepare { data, database: true } => {
+            block_on(async { service::prepare_database(&data).await.map_err(|error| error.to_string()) })?;
         }
         Command::Uninstall { data, confirm } => {
             block_on(async {

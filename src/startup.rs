@@ -41,7 +41,7 @@ use crate::registries::{Distribution, Holders, PullSecrets, SigningKey};
 use crate::telemetry::Metrics;
 use crate::tenants::Belongings;
 use crate::tenants::reconcile::TenantReconciler;
-use crate::{audit, quotas, routes, uid_ranges};
+use crate::{audit, quotas, readiness, routes, uid_ranges};
 
 /// Connections of the engine, which come from this machine alone.
 const PULLS: Bounds = Bounds { all: 512, per_source: 512 };
@@ -331,6 +331,7 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
         tasks.push(tokio::spawn(async { drop(own.await) }));
     }
     tracing::info!(listen = %server.listen, "ready");
+    readiness::ready();
     stop.await;
     tracing::info!("stopping: what has begun is finished");
     halt.cancel();

@@ -15,6 +15,7 @@ const ORDER: &[&str] = &[
     "error",
     "outgoing",
     "keys",
+    "readiness",
     "prober",
     "policy",
     "resolver",

@@ -45,6 +45,7 @@ const READ: u64 = 4096;
 pub async fn serve(socket: &Path) -> std::io::Result<()> {
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket)?;
+    crate::readiness::ready();
     let own = rustix::process::getuid().as_raw();
     let room = Arc::new(Semaphore::new(AT_ONCE));
     loop {

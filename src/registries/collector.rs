@@ -146,6 +146,7 @@ pub async fn serve(socket: &Path, root: &Path, peer: u32) -> io::Result<()> {
     let listener = UnixListener::bind(socket)?;
     // The folder decides who reaches the socket, the peer's id who is answered.
     std::fs::set_permissions(socket, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
+    crate::readiness::ready();
     let own = rustix::process::getuid().as_raw();
     let room = Arc::new(Semaphore::new(AT_ONCE));
     let disk = Disk(root.to_owned());

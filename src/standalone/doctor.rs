@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 
-use super::{Folder, numbers, postgres, running, surroundings};
+use super::{Folder, numbers, postgres, running, service, surroundings, units};
 use crate::driver::disk::{self, Part};
 use crate::driver::podman::engine::RUNTIME;
 use crate::uid_ranges::machine;
@@ -269,6 +269,11 @@ fn folder(data: &Path) -> Finding {
     }
     if Folder::exists(data) {
         good("data folder", format!("{} is there", data.display()))
+    } else if service::is_given(data) {
+        good(
+            "data folder",
+            format!("{} is the state of the units, with settings in {}", data.display(), units::SETTINGS),
+        )
     } else if data.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
         failed(
             "data folder",
@@ -315,7 +320,7 @@ fn id_maps() -> Finding {
 }
 
 fn user_ids(data: &Path) -> Finding {
-    let Some(pool) = super::claims::prospect(data) else {
+    let Some(pool) = super::claims::prospect(&service::settings_folder(data)) else {
         return failed(
             "user ids",
             "every share of 1879048192 to 2147352575 is claimed or used",
@@ -323,7 +328,7 @@ fn user_ids(data: &Path) -> Finding {
         );
     };
     // An installation's own containers are the processes that may have ids of its share.
-    let own = super::claims::installation_of(data);
+    let own = super::claims::installation_of(&service::settings_folder(data));
     let found = machine::look(Path::new("/"), pool, own.as_ref());
     if let Some(clash) = found.clashes.first() {
         return failed(

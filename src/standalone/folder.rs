@@ -170,7 +170,8 @@ impl Folder {
         lock.set_permissions(fs::Permissions::from_mode(0o600)).map_err(io("lock"))?;
         if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
             return Err(Failed(format!(
-                "`bulkhead up` runs on {}: stop it first (Ctrl-C there)",
+                "the platform runs on {}: stop it first (Ctrl-C where `bulkhead up` runs, or systemctl stop \
+                 bulkhead.target where it is a service)",
                 path.display()
             )));
         }
@@ -341,6 +342,8 @@ impl Folder {
                 registry_data: self.path.join("registry/data"),
                 collector_socket: self.path.join("run/registry/collector.sock"),
                 serve_uid: self.serve.uid,
+                has_database: true,
+                has_registry: true,
             }),
         }
     }

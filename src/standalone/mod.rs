@@ -11,7 +11,9 @@ mod numbers;
 mod postgres;
 mod processes;
 mod running;
+pub mod service;
 pub mod settings;
+mod settings_file;
 mod surroundings;
 pub mod uninstall;
 pub mod units;
@@ -19,7 +21,7 @@ mod up;
 
 pub use claims::Claim;
 pub use folder::Folder;
-pub use processes::{Layout, Process, table};
+pub use processes::{Layout, OwnParts, Process, table};
 pub use up::{Options, up};
 
 /// What went wrong on the way up, with the remedy, for people.

@@ -83,9 +83,9 @@ fn write_access(folder: &Folder, data: &Path) -> Result<(), Failed> {
 }
 
 /// Waits until it answers, then sees to the database. Its roles and tables are `migrate`'s.
-pub(super) async fn prepare(folder: &Folder) -> Result<(), Failed> {
+pub(super) async fn prepare(data: &Path) -> Result<(), Failed> {
     let options = PgConnectOptions::new_without_pgpass()
-        .socket(folder.path.join("run/postgres"))
+        .socket(data.join("run/postgres"))
         .username("postgres")
         .database("postgres");
     let mut tries = 0;

@@ -100,6 +100,10 @@ pub struct OwnParts {
     pub collector_socket: PathBuf,
     /// User id of `serve`, whom the collector answers.
     pub serve_uid: u32,
+    /// Whether the database is the installation's own.
+    pub has_database: bool,
+    /// Whether the registry is.
+    pub has_registry: bool,
 }
 
 fn show(path: &Path) -> String {
@@ -195,7 +199,7 @@ pub fn table(layout: &Layout) -> Vec<Process> {
 }
 
 fn own_parts(own: &OwnParts, bulkhead: &str, base: &Process) -> Vec<Process> {
-    vec![
+    let all = [
         Process {
             name: "postgres",
             purpose: "private database",
@@ -244,7 +248,11 @@ fn own_parts(own: &OwnParts, bulkhead: &str, base: &Process) -> Vec<Process> {
             memory: Some(256),
             ..base.clone()
         },
-    ]
+    ];
+    let is_own = |process: &Process| {
+        if process.name == "postgres" { own.has_database } else { own.has_registry }
+    };
+    all.into_iter().filter(is_own).collect()
 }
 
 impl Process {

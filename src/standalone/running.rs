@@ -8,10 +8,14 @@ use std::time::Duration;
 
 use super::doctor::{Finding, good, warning};
 use super::processes::born;
+use super::service;
 use crate::resolver;
 
-/// Whether each process that `up` has started is still there.
+/// Whether each process is still there that `up`, or the service, has started.
 pub(super) fn processes(data: &Path) -> Finding {
+    if service::serves(data) {
+        return active(service::not_active().map_err(|error| error.0), service::own_units().len());
+    }
     let check = "processes";
     let files = fs::read_dir(data.join("run")).into_iter().flatten().flatten().map(|entry| entry.path());
     let (mut alive, mut ended) = (0, Vec::new());
@@ -36,6 +40,26 @@ pub(super) fn processes(data: &Path) -> Finding {
     }
 }
 
+/// Of units: all are active, or each that is not is named.
+fn active(inactive: Result<Vec<(String, String)>, String>, count: usize) -> Finding {
+    let check = "processes";
+    match inactive {
+        Err(error) => warning(check, error, "is systemd in charge of this machine?"),
+        Ok(list) if list.is_empty() => good(check, format!("all {count} units are active")),
+        Ok(list) if list.len() == count => {
+            good(check, "the service is stopped: systemctl start bulkhead.target starts it")
+        }
+        Ok(list) => {
+            let list: Vec<String> = list.iter().map(|(name, state)| format!("{name} is {state}")).collect();
+            warning(
+                check,
+                list.join(", "),
+                "journalctl -n 20 -u NAME says why; systemd starts it again and again",
+            )
+        }
+    }
+}
+
 /// Whether the process of a note is there: its id, and when it was born.
 fn runs(note: &str) -> bool {
     let mut parts = note.split_whitespace().map(str::parse::<u64>);
@@ -48,15 +72,23 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// Whether the container engine answers. A process that is there may hang.
 pub(super) fn engine(data: &Path) -> Finding {
     let check = "container engine";
-    let socket = data.join("run/engine/podman.sock");
-    let Ok(note) = fs::read_to_string(data.join("run/engine.pid")) else {
-        return good(check, "does not run from this folder");
-    };
-    if !runs(&note) {
+    let socket = service::engine_socket(data);
+    if !service::serves(data) {
+        let Ok(note) = fs::read_to_string(data.join("run/engine.pid")) else {
+            return good(check, "does not run from this folder");
+        };
+        if !runs(&note) {
+            return good(check, "does not run now");
+        }
+    } else if !socket.exists() {
         return good(check, "does not run now");
     }
+    ping(check, &socket)
+}
+
+fn ping(check: &'static str, socket: &Path) -> Finding {
     let asked = || {
-        let mut stream = UnixStream::connect(&socket)?;
+        let mut stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         stream.write_all(b"GET /_ping HTTP/1.0\r\nHost: engine\r\n\r\n")?;
@@ -88,7 +120,7 @@ fn last_line(data: &Path, name: &str) -> String {
 
 /// Whether the file that a person may write for the resolver can be read: with a bad one apps get no names.
 pub(super) fn resolver_settings(data: &Path) -> Finding {
-    match resolver::Settings::load(&data.join("resolver.toml")) {
+    match resolver::Settings::load(&service::settings_folder(data).join("resolver.toml")) {
         Ok(_) => good("resolver settings", "can be read, or are not there"),
         Err(error) => warning(
             "resolver settings",
@@ -127,6 +159,16 @@ mod tests {
         assert_eq!(engine(data.path()).status, Status::Warning);
         assert_eq!(engine(data.path()).status, Status::Warning);
         answers.join().unwrap();
+    }
+
+    #[test]
+    fn units_that_are_not_active_are_named_and_a_stopped_service_is_no_fault() {
+        let one = || vec![("bulkhead-serve.service".to_owned(), "failed".to_owned())];
+        assert_eq!(active(Ok(Vec::new()), 8).finding, "all 8 units are active");
+        let finding = active(Ok(one()), 8);
+        assert!(finding.status == Status::Warning && finding.finding.contains("serve.service is failed"));
+        assert_eq!(active(Ok(one()), 1).status, Status::Ok);
+        assert_eq!(active(Err("no systemctl".into()), 8).status, Status::Warning);
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
     if !Folder::exists(data) {
         return Err(Failed(format!("{} is no data folder of Bulkhead", data.display())));
     }
-    let folder = Folder::open(data, None)?;
+    let folder = super::service::open_to_remove(data, confirm)?;
     let id = folder.claim.installation.clone();
     if confirm != id.as_str() {
         return Err(Failed(format!(

@@ -2,7 +2,7 @@
 //! this text.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::process::Signal;
 
@@ -55,20 +55,67 @@ pub fn layout(registry_name: &str, pull_host: &str, may_raise_limits: bool) -> L
     }
 }
 
+/// The target that is all of the platform.
+pub const TARGET: &str = "bulkhead.target";
+/// What a target says before the path of the data folder that its units are for.
+pub(super) const DATA_MARK: &str = "# Data folder: ";
+
 /// All units: file name and text.
 #[must_use]
 pub fn units() -> Vec<(String, String)> {
     let table = table(&layout("x", "x", true));
-    let names: Vec<String> = table.iter().map(|process| file(process.name)).collect();
-    let target = format!(
-        "[Unit]\nDescription=Bulkhead\nWants={names}\n\n[Install]\nWantedBy=multi-user.target\n",
-        names = names.join(" ")
-    );
-    let units = table.iter().map(|process| (file(process.name), unit(process)));
-    units.chain([("bulkhead.target".to_owned(), target)]).collect()
+    let units = table.iter().map(|process| (file(process.name), unit(process, None)));
+    units.chain([(TARGET.to_owned(), target(table.iter().map(|process| process.name), None))]).collect()
 }
 
-fn file(name: &str) -> String {
+/// All units of an installation in a data folder: `program` is the one that prepares it at each start.
+#[must_use]
+pub fn units_of(layout: &Layout, data: &Path, program: &Path) -> Vec<(String, String)> {
+    let table = table(layout);
+    let names: Vec<&str> = table.iter().map(|process| process.name).collect();
+    let own = Own { data, program, names: &names };
+    let mut units: Vec<_> =
+        table.iter().map(|process| (file(process.name), unit(process, Some(&own)))).collect();
+    units.push((file(PREPARE), prepare(&own)));
+    units.push((TARGET.to_owned(), target(names.iter().copied().chain([PREPARE]), Some(data))));
+    units
+}
+
+/// The unit that makes the data folder ready before all others.
+const PREPARE: &str = "prepare";
+
+/// Of an installation in a data folder.
+struct Own<'a> {
+    data: &'a Path,
+    program: &'a Path,
+    /// Names of all its processes.
+    names: &'a [&'a str],
+}
+
+fn target<'a>(names: impl Iterator<Item = &'a str>, data: Option<&Path>) -> String {
+    let names: Vec<String> = names.map(file).collect();
+    let head = data.map(|data| format!("{DATA_MARK}{}\n", data.display())).unwrap_or_default();
+    format!(
+        "{head}[Unit]\nDescription=Bulkhead\nWants={names}\n\n[Install]\nWantedBy=multi-user.target\n",
+        names = names.join(" ")
+    )
+}
+
+fn prepare(own: &Own<'_>) -> String {
+    // It waits for nothing but the disk. A foreground `up` has the folder locked, and then nothing is started.
+    format!(
+        "# Written by `bulkhead install`: do not edit.\n[Unit]\nDescription=Bulkhead: data folder\nPartOf={TARGET}\n\
+         After=local-fs.target\n\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart={}\nTimeoutStartSec=300\n\
+         UMask=0077\n\n[Install]\nWantedBy={TARGET}\n",
+        words(&[show(own.program), "prepare".into(), "--data".into(), show(own.data)])
+    )
+}
+
+fn show(path: &Path) -> String {
+    path.display().to_string()
+}
+
+pub(super) fn file(name: &str) -> String {
     format!("bulkhead-{name}.service")
 }
 
@@ -130,11 +177,16 @@ CAP_WAKE_ALARM CAP_BLOCK_SUSPEND CAP_AUDIT_CONTROL CAP_AUDIT_READ CAP_LEASE CAP_
 /// The kernel ends an instance before a part of the platform.
 const LAST_TO_GO: &str = "OOMScoreAdjust=-900\n";
 
-fn unit(process: &Process) -> String {
-    let mut out = String::from(
-        "# Written by `bulkhead units` from the table of processes that `bulkhead up` runs: do not edit.\n",
+fn unit(process: &Process, own: Option<&Own<'_>>) -> String {
+    let writer = if own.is_some() { "bulkhead install" } else { "bulkhead units" };
+    let mut out = format!(
+        "# Written by `{writer}` from the table of processes that `bulkhead up` runs: do not edit.\n"
     );
-    let after: Vec<String> = process.after.iter().map(|name| file(name)).collect();
+    let mut after: Vec<String> = process.after.iter().map(|name| file(name)).collect();
+    if let Some(own) = own.filter(|_| process.name == "serve") {
+        let private = ["postgres", "registry", "collector"].iter().filter(|name| own.names.contains(name));
+        after.extend(private.map(|name| file(name)));
+    }
     let _ = writeln!(out, "[Unit]\nDescription=Bulkhead: {}\nPartOf=bulkhead.target", process.purpose);
     let mut order = after.clone();
     if process.name == "serve" {
@@ -146,16 +198,24 @@ fn unit(process: &Process) -> String {
     if !order.is_empty() {
         let _ = writeln!(out, "After={}", order.join(" "));
     }
-    let _ = writeln!(out, "StartLimitIntervalSec=0\n\n[Service]\nExecStart={}", command(process));
+    if own.is_some() {
+        let _ = writeln!(out, "Requires={0}\nAfter={0}", file(PREPARE));
+    }
+    out.push_str("StartLimitIntervalSec=0\n\n[Service]\n");
+    readiness(process, own, &mut out);
+    let _ = writeln!(out, "ExecStart={}", command(process, own));
     for (name, value) in &process.environment {
-        let _ = writeln!(out, "Environment={name}={value}");
+        let _ = writeln!(out, "Environment={}", word(&format!("{name}={value}")));
     }
     if process.stop != Signal::TERM {
         let _ = writeln!(out, "KillSignal={}", process.stop.as_raw());
     }
     out.push_str("Restart=always\nRestartSec=1\nTimeoutStopSec=20\n");
-    if process.name != "engine" {
-        out.push_str("UMask=0077\n");
+    // The group of the registry's folder, which is that of `serve`, reaches its socket.
+    match process.name {
+        "engine" => {}
+        "registry" => out.push_str("UMask=0007\n"),
+        _ => out.push_str("UMask=0077\n"),
     }
     if let Some(files) = process.files {
         let _ = writeln!(out, "LimitNOFILE={files}\nLimitCORE=0");
@@ -164,7 +224,10 @@ fn unit(process: &Process) -> String {
         let _ = writeln!(out, "MemoryMax={memory}M\nTasksMax={}", process.tasks.unwrap_or(TASKS));
     }
     out.push_str(LAST_TO_GO);
-    own_rules(process, &mut out);
+    match own {
+        Some(own) => folder_rules(process, own.data, &mut out),
+        None => own_rules(process, &mut out),
+    }
     let _ = writeln!(out, "\n[Install]\nWantedBy=bulkhead.target");
     out
 }
@@ -199,13 +262,7 @@ fn own_rules(process: &Process, out: &mut String) {
         "resolver" => {
             let _ = writeln!(out, "User={RESOLVER}\nGroup={RESOLVER}\nProtectProc=invisible");
             *out += "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n";
-            // The one capability of all that is not root: to listen where names are asked for.
-            *out += &UNPRIVILEGED
-                .replace(
-                    "CapabilityBoundingSet=\nAmbientCapabilities=\n",
-                    "CapabilityBoundingSet=CAP_NET_BIND_SERVICE\nAmbientCapabilities=CAP_NET_BIND_SERVICE\n",
-                )
-                .replace("PrivateUsers=yes\n", "");
+            *out += &resolver_rules();
         }
         _ => {
             let user = process.user.as_deref().unwrap_or("root");
@@ -221,11 +278,113 @@ fn own_rules(process: &Process, out: &mut String) {
     }
 }
 
-fn command(process: &Process) -> String {
-    let mut words = process.command.clone();
+/// What tells systemd that a process does its work, and what goes before it.
+fn readiness(process: &Process, own: Option<&Own<'_>>, out: &mut String) {
+    let (kind, seconds) = match process.name {
+        // A cluster that was not stopped replays its log first.
+        "postgres" => ("notify", 1800),
+        // It brings the database to its version first.
+        "serve" if own.is_some() => ("notify", 1800),
+        "agent" | "prober" | "collector" | "serve" => ("notify", 300),
+        _ => ("exec", 90),
+    };
+    let _ = writeln!(out, "Type={kind}\nTimeoutStartSec={seconds}");
+    if let Some(own) = own.filter(|_| process.name == "serve") {
+        let prepare =
+            [show(own.program), "prepare".into(), "--database".into(), "--data".into(), show(own.data)];
+        // With root's rights, outside of the sandbox: `serve` itself may not change tables.
+        let _ = writeln!(out, "ExecStartPre=+{}", words(&prepare));
+    }
+}
+
+/// The same rules for an installation in a data folder, whose owners and modes are the folder's.
+fn folder_rules(process: &Process, data: &Path, out: &mut String) {
+    if let Some(user) = &process.user {
+        let _ = writeln!(out, "User={user}\nGroup={user}");
+    }
+    let writes = |places: &[&str]| {
+        let places: Vec<String> = places.iter().map(|place| word(&show(&data.join(place)))).collect();
+        format!("ReadWritePaths={}\n", places.join(" "))
+    };
+    match process.name {
+        "engine" => {
+            *out += "UnsetEnvironment=INVOCATION_ID\nOOMPolicy=continue\nKillMode=process\nDelegate=yes\n";
+            *out += ROOT;
+            *out += ENGINE;
+        }
+        "agent" => {
+            *out += ROOT;
+            *out += ROOT_HALF;
+        }
+        "prober" => {
+            *out += &writes(&["run/prober"]);
+            *out += "ProtectProc=invisible\nRestrictAddressFamilies=AF_UNIX AF_INET\n";
+            *out += UNPRIVILEGED;
+        }
+        "resolver" => {
+            *out += "ProtectProc=invisible\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n";
+            *out += &resolver_rules();
+        }
+        // It holds who is at the other end of its socket against its own list of users; its compiler of queries writes
+        // programs into memory.
+        "postgres" => {
+            *out += &writes(&["postgres", "run/postgres"]);
+            *out +=
+                "KillMode=mixed\nProtectProc=invisible\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n";
+            *out += &UNPRIVILEGED
+                .replace("PrivateUsers=yes\n", "")
+                .replace("MemoryDenyWriteExecute=yes\n", "")
+                .replace("RemoveIPC=yes\n", "");
+        }
+        "registry" | "collector" => {
+            *out += &writes(&["registry", "run/registry"]);
+            *out += "ProtectProc=invisible\nRestrictAddressFamilies=AF_UNIX\n";
+            // The folder of the socket hands its group on; the collector knows `serve` by its user id.
+            *out += &UNPRIVILEGED.replace("PrivateUsers=yes\n", "").replace("RestrictSUIDSGID=yes\n", "");
+        }
+        _ => {
+            *out += &writes(&["audit"]);
+            *out += "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n";
+            *out += &UNPRIVILEGED.replace("PrivateUsers=yes\n", "");
+        }
+    }
+}
+
+fn resolver_rules() -> String {
+    // The one capability of all that is not root: to listen where names are asked for.
+    UNPRIVILEGED
+        .replace(
+            "CapabilityBoundingSet=\nAmbientCapabilities=\n",
+            "CapabilityBoundingSet=CAP_NET_BIND_SERVICE\nAmbientCapabilities=CAP_NET_BIND_SERVICE\n",
+        )
+        .replace("PrivateUsers=yes\n", "")
+}
+
+fn command(process: &Process, own: Option<&Own<'_>>) -> String {
+    let mut all = process.command.clone();
     // systemd wants whole paths.
-    if let Some(first) = words.first_mut().filter(|first| !first.starts_with('/')) {
+    if let Some(first) = all.first_mut().filter(|first| !first.starts_with('/')) {
         *first = format!("/usr/bin/{first}");
     }
-    words.join(" ")
+    // The lock of the data folder is held as long as the agent runs: no `up` takes the folder meanwhile.
+    if let Some(own) = own.filter(|_| process.name == "agent") {
+        let lock = show(&own.data.join("lock"));
+        let flock = ["/usr/bin/flock", "--no-fork", "--shared", "--nonblock", &lock];
+        all.splice(0..0, flock.map(str::to_owned));
+    }
+    words(&all)
+}
+
+fn words(all: &[String]) -> String {
+    all.iter().map(|one| word(one)).collect::<Vec<_>>().join(" ")
+}
+
+/// A word as systemd reads it back (systemd.service(5), quoting): `%` and `$` stand for themselves.
+fn word(text: &str) -> String {
+    let plain = text.replace('%', "%%").replace('$', "$$");
+    let bare = |c: char| c.is_ascii_alphanumeric() || "-_./:=@,+%$".contains(c);
+    if !plain.is_empty() && plain.chars().all(bare) {
+        return plain;
+    }
+    format!("\"{}\"", plain.replace('\\', "\\\\").replace('"', "\\\""))
 }

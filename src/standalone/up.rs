@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::processes::{self, Kept};
-use super::{Failed, Folder, demo, doctor, doors, postgres};
+use super::{Failed, Folder, demo, doctor, doors, postgres, service, units};
 use crate::access;
 use crate::db::{self, Login};
 use crate::driver::podman::engine;
@@ -57,7 +57,16 @@ pub async fn up(options: Options) -> Result<(), Failed> {
     let folder = Folder::open(&options.data, Some(options.listen))?;
     let (major, bin) = postgres::programs().ok_or_else(|| Failed("Postgres is not installed".into()))?;
     say(format!("installation {} in {}", folder.claim.installation, folder.path.display()));
-    write_settings(&folder, &options)?;
+    if service::installed() == service::Installed::Folder(folder.path.clone()) {
+        say(format!(
+            "note: this folder is the service's too, which takes it back at the next start of the machine (systemctl \
+             disable {} keeps it here)",
+            units::TARGET
+        ));
+    }
+    let config = folder.config(options.listen);
+    let serve = toml::to_string(&config).map_err(|error| Failed(error.to_string()))?;
+    write_settings(&folder, &serve)?;
     let binaries = std::env::current_exe()
         .ok()
         .and_then(|path| path.parent().map(Path::to_path_buf))
@@ -66,16 +75,7 @@ pub async fn up(options: Options) -> Result<(), Failed> {
     for process in table.iter().rev() {
         process.end_leftover(&folder.path);
     }
-    // A socket that was left lying would look like a process that is ready.
-    for socket in [
-        "engine/podman.sock",
-        "prober/prober.sock",
-        "agent/agent.sock",
-        "registry/registry.sock",
-        "registry/collector.sock",
-    ] {
-        let _ = std::fs::remove_file(folder.path.join("run").join(socket));
-    }
+    remove_sockets(&folder);
     doors::require_free(&folder, options.listen)?;
     postgres::ensure(&folder, major, &bin)?;
     let mut running = Running(Vec::new());
@@ -99,10 +99,23 @@ pub async fn up(options: Options) -> Result<(), Failed> {
     Ok(())
 }
 
-fn write_settings(folder: &Folder, options: &Options) -> Result<(), Failed> {
+/// A socket that was left lying would look like a process that is ready.
+pub(super) fn remove_sockets(folder: &Folder) {
+    for socket in [
+        "engine/podman.sock",
+        "prober/prober.sock",
+        "agent/agent.sock",
+        "registry/registry.sock",
+        "registry/collector.sock",
+    ] {
+        let _ = std::fs::remove_file(folder.path.join("run").join(socket));
+    }
+}
+
+/// Writes the settings of all parts; those of `serve` are given.
+pub(super) fn write_settings(folder: &Folder, serve: &str) -> Result<(), Failed> {
     let toml = |text: Result<String, toml::ser::Error>| text.map_err(|error| Failed(error.to_string()));
-    let serve = toml(toml::to_string(&folder.config(options.listen)))?;
-    folder.write("serve.toml", &serve, (0, folder.serve.gid), 0o440)?;
+    folder.write("serve.toml", serve, (0, folder.serve.gid), 0o440)?;
     let mut agent = folder.agent_config();
     agent.keep_from(&folder.path.join("agent.toml")).map_err(Failed)?;
     let agent = toml(toml::to_string(&agent))?;
@@ -174,7 +187,7 @@ async fn start(
 async fn ready(folder: &Folder, options: &Options, name: &str) -> Result<(), Failed> {
     match name {
         "postgres" => {
-            postgres::prepare(folder).await?;
+            postgres::prepare(&folder.path).await?;
             let config = folder.config(options.listen);
             startup::migrate(&config).await.map_err(|error| {
                 let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();

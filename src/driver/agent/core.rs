@@ -34,6 +34,7 @@ use crate::driver::{AppEvent, Error, InstanceState, Listener, Observed};
 use crate::ids::{AppId, TenantName};
 use crate::permits::FairPermits;
 use crate::policy::never;
+use crate::readiness;
 
 /// How often the engine is asked what there is.
 const LOOK: Duration = Duration::from_millis(400);
@@ -170,6 +171,7 @@ pub async fn run(config: AgentConfig, stop: impl Future<Output = ()>) -> Result<
     let serving = server::serve(Arc::clone(&agent))?;
     let naming = names::serve(Arc::clone(&agent))?;
     tracing::info!(installation = %agent.config.installation, "the agent is ready");
+    readiness::ready();
     stop.await;
     for task in [looking, watching, tidying, hearing, minding, probing, cutting, naming, serving] {
         task.abort();

@@ -1,0 +1,425 @@
+//! `bulkhead install`: the platform as a service of the machine, from the same data folder that `up` uses. Either can
+//! take the folder over from the other: the units are stopped, or `up` is, and the other one starts.
+
+use std::fs;
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::settings_file::{self, Overlay};
+use super::{Failed, Folder, claims, doctor, postgres, processes, units, up};
+use crate::access;
+use crate::config::Config;
+use crate::db::{self, Login};
+use crate::registries::token::{ISSUER, SERVICE};
+use crate::startup;
+
+/// Where the machine's own units lie.
+const UNITS: &str = "/etc/systemd/system";
+/// Folders that a unit's sandbox hides or replaces.
+const HIDDEN: [&str; 5] = ["/tmp", "/var/tmp", "/home", "/root", "/run"];
+
+fn say(text: impl std::fmt::Display) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{text}");
+    let _ = out.flush();
+}
+
+/// Whose units are on this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Installed {
+    /// None.
+    Nothing,
+    /// Those of a data folder.
+    Folder(PathBuf),
+    /// Those for a given database and registry (`deploy/systemd`).
+    Given,
+}
+
+/// Whose units are on this machine.
+#[must_use]
+pub fn installed() -> Installed {
+    installed_in(Path::new(UNITS))
+}
+
+/// Whether systemd runs the platform from this data folder.
+pub(super) fn serves(data: &Path) -> bool {
+    is_of(&installed(), data)
+}
+
+fn is_of(installed: &Installed, data: &Path) -> bool {
+    let data = data.canonicalize().unwrap_or_else(|_| data.to_owned());
+    match installed {
+        Installed::Nothing => false,
+        Installed::Folder(own) => *own == data,
+        Installed::Given => data == Path::new(units::STATE),
+    }
+}
+
+/// Whether a folder is the state of units for a given database and registry.
+pub(super) fn is_given(data: &Path) -> bool {
+    installed() == Installed::Given && serves(data)
+}
+
+/// Where the engine of a data folder listens.
+pub(super) fn engine_socket(data: &Path) -> PathBuf {
+    if is_given(data) {
+        units::layout("", "", true).engine.socket
+    } else {
+        data.join("run/engine/podman.sock")
+    }
+}
+
+/// Where the settings of a data folder's parts lie.
+pub(super) fn settings_folder(data: &Path) -> PathBuf {
+    if is_given(data) { units::SETTINGS.into() } else { data.to_owned() }
+}
+
+fn installed_in(folder: &Path) -> Installed {
+    let Ok(text) = fs::read_to_string(folder.join(units::TARGET)) else { return Installed::Nothing };
+    let data = text.lines().find_map(|line| line.strip_prefix(units::DATA_MARK));
+    data.map_or(Installed::Given, |data| Installed::Folder(data.into()))
+}
+
+/// Names of the units of this platform that lie in a folder.
+pub(super) fn unit_files(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| name.starts_with("bulkhead-") && name.ends_with(".service"))
+        .collect();
+    names.sort();
+    names
+}
+
+/// The units on this machine, without the target.
+pub(super) fn own_units() -> Vec<String> {
+    unit_files(Path::new(UNITS))
+}
+
+fn systemctl(args: &[&str]) -> Result<(), Failed> {
+    let done = Command::new("systemctl")
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| Failed::doing("systemctl", error))?;
+    if done.status.success() {
+        return Ok(());
+    }
+    Err(Failed::doing(format!("systemctl {}", args.join(" ")), String::from_utf8_lossy(&done.stderr).trim()))
+}
+
+/// Refuses what the units could not serve.
+fn require_folder(data: &Path) -> Result<(), Failed> {
+    if let Some(hidden) = HIDDEN.iter().find(|hidden| data.starts_with(hidden)) {
+        return Err(Failed(format!(
+            "{} is below {hidden}, which the service's sandbox hides: choose a --data such as /var/lib/bulkhead",
+            data.display()
+        )));
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/-_.".contains(c);
+    if !data.is_absolute() || !data.to_str().is_some_and(|text| text.chars().all(plain)) {
+        return Err(Failed(format!(
+            "{} cannot stand in a unit: choose a --data that starts with / and has letters, digits, - _ and . only",
+            data.display()
+        )));
+    }
+    Ok(())
+}
+
+/// The data folder that is meant: the one asked for, or the one that is installed, or the usual one.
+fn choose(asked: Option<PathBuf>, installed: Installed) -> Result<PathBuf, Failed> {
+    match (asked, installed) {
+        (_, Installed::Given) => Err(Failed(format!(
+            "{UNITS} has units for a database and registry of your own: upgrade them with deploy/systemd/install, or \
+             take them away first (systemctl disable --now {0}; rm {UNITS}/bulkhead-*.service {UNITS}/{0})",
+            units::TARGET
+        ))),
+        (Some(asked), Installed::Folder(own)) if asked != own => Err(Failed(format!(
+            "the service of this machine uses {}: leave --data out, or uninstall that installation first",
+            own.display()
+        ))),
+        (_, Installed::Folder(own)) => Ok(own),
+        (asked, Installed::Nothing) => Ok(asked.unwrap_or_else(|| units::STATE.into())),
+    }
+}
+
+fn program() -> Result<PathBuf, Failed> {
+    std::env::current_exe().map_err(|error| Failed::doing("the place of this program is not known", error))
+}
+
+/// Makes the platform a service, or brings it to this version: folder, settings, units, database; then it runs.
+pub async fn install(asked: Option<PathBuf>, listen: Option<SocketAddr>) -> Result<(), Failed> {
+    let data = choose(asked, installed())?;
+    require_folder(&data)?;
+    if !Path::new("/run/systemd/system").exists() {
+        return Err(Failed("systemd does not run this machine: use `bulkhead up`, which needs none".into()));
+    }
+    let findings = doctor::examine(&data, None);
+    let bad: Vec<String> = findings
+        .iter()
+        .filter(|finding| finding.status == doctor::Status::Failed)
+        .map(|finding| format!("  {}: {}\n    {}", finding.check, finding.finding, finding.remedy))
+        .collect();
+    if !bad.is_empty() {
+        return Err(Failed(format!("this machine is not ready:\n{}", bad.join("\n"))));
+    }
+    for finding in findings.iter().filter(|finding| finding.status == doctor::Status::Warning) {
+        say(format!("note: {}: {}\n  {}", finding.check, finding.finding, finding.remedy));
+    }
+    if installed() != Installed::Nothing {
+        say("stopping the platform; apps go on running");
+        systemctl(&["stop", units::TARGET])?;
+    }
+    let folder = Folder::open(&data, Some(listen.unwrap_or(settings_file::LISTEN)))?;
+    write_listen(&folder, listen)?;
+    let config = make_ready(&folder)?;
+    write_units(&folder)?;
+    let id = folder.claim.installation.clone();
+    // The units lock the folder themselves.
+    drop(folder);
+    say(format!("installation {id} in {}; starting", data.display()));
+    systemctl(&["enable", "--quiet", units::TARGET])?;
+    systemctl(&["start", units::TARGET])?;
+    require_active()?;
+    tell(&data, &config, id.as_str()).await
+}
+
+/// The first settings of a folder, or the address that was asked for now.
+fn write_listen(folder: &Folder, listen: Option<SocketAddr>) -> Result<(), Failed> {
+    let path = settings_file::place(&folder.path);
+    match (fs::read_to_string(&path), listen) {
+        (Err(_), listen) => {
+            let listen = listen.unwrap_or(settings_file::LISTEN);
+            let text = format!(
+                "# What differs from the defaults; `serve.toml` beside it is made from it at each start.\n\
+                 # Then: systemctl restart {}\n\n[server]\nlisten = \"{listen}\"\n",
+                units::TARGET
+            );
+            super::folder::write_file(&path, &text, (0, folder.serve.gid), 0o640)
+        }
+        (Ok(text), Some(listen)) if !text.contains(&format!("\"{listen}\"")) => Err(Failed(format!(
+            "{} holds for this folder: write listen = \"{listen}\" into its [server] and leave --listen out",
+            path.display()
+        ))),
+        (Ok(_), _) => Ok(()),
+    }
+}
+
+/// `bulkhead prepare`: what the first unit does at each start. Fails while a foreground `up` has the folder.
+pub fn prepare(data: &Path) -> Result<(), Failed> {
+    if !Folder::exists(data) {
+        return Err(Failed(format!("{} is no data folder of Bulkhead", data.display())));
+    }
+    let folder = Folder::open(data, None)?;
+    make_ready(&folder).map(drop)
+}
+
+fn make_ready(folder: &Folder) -> Result<Config, Failed> {
+    let overlay = Overlay::load(&folder.path)?;
+    let (text, config) = overlay.over(folder)?;
+    for process in table(folder, &overlay)?.iter().rev() {
+        process.end_leftover(&folder.path);
+    }
+    up::write_settings(folder, &text)?;
+    if !overlay.database() {
+        let (major, bin) = postgres::programs().ok_or_else(|| Failed("Postgres is not installed".into()))?;
+        postgres::ensure(folder, major, &bin)?;
+    }
+    up::remove_sockets(folder);
+    Ok(config)
+}
+
+/// `bulkhead prepare --database`: brings the database to this version, before `serve` starts.
+pub async fn prepare_database(data: &Path) -> Result<(), Failed> {
+    if !Overlay::load(data)?.database() {
+        postgres::prepare(data).await?;
+    }
+    let config = Config::load(&data.join("serve.toml"), &[]).map_err(|error| Failed(error.to_string()))?;
+    startup::migrate(&config).await.map_err(|error| {
+        let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+        Failed(format!("the database cannot be brought to this version: {error} {cause}"))
+    })
+}
+
+fn layout(folder: &Folder, overlay: &Overlay) -> Result<processes::Layout, Failed> {
+    let bin = postgres::programs().map(|(_, bin)| bin).unwrap_or_default();
+    let binaries = program()?.parent().map(Path::to_path_buf).unwrap_or_default();
+    let mut layout = folder.layout(&bin, &binaries);
+    // systemd makes a cgroup for each unit.
+    layout.engine_cgroup = None;
+    if let Some(own) = &mut layout.own {
+        own.has_database = !overlay.database();
+        own.has_registry = !overlay.registry();
+    }
+    Ok(layout)
+}
+
+fn table(folder: &Folder, overlay: &Overlay) -> Result<Vec<processes::Process>, Failed> {
+    Ok(processes::table(&layout(folder, overlay)?))
+}
+
+fn write_units(folder: &Folder) -> Result<(), Failed> {
+    let overlay = Overlay::load(&folder.path)?;
+    let fresh = units::units_of(&layout(folder, &overlay)?, &folder.path, &program()?);
+    for (name, text) in &fresh {
+        super::folder::write_file(&Path::new(UNITS).join(name), text, (0, 0), 0o644)?;
+    }
+    // A part that this version, or these settings, have no more.
+    for name in own_units().iter().filter(|name| !fresh.iter().any(|(fresh, _)| fresh == *name)) {
+        let _ = systemctl(&["disable", "--quiet", "--now", name]);
+        let _ = fs::remove_file(Path::new(UNITS).join(name));
+    }
+    systemctl(&["daemon-reload"])
+}
+
+/// The state of units, as `systemctl show` tells it: name and state of each that is not active.
+fn inactive(text: &str) -> Vec<(String, String)> {
+    let value = |block: &str, key: &str| {
+        let line = block.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        line.unwrap_or_default().to_owned()
+    };
+    text.split("\n\n")
+        .filter(|block| !block.trim().is_empty())
+        .map(|block| (value(block, "Id"), value(block, "ActiveState")))
+        .filter(|(_, state)| state != "active")
+        .collect()
+}
+
+/// Units of the platform that are not active, each with its state.
+pub(super) fn not_active() -> Result<Vec<(String, String)>, Failed> {
+    let units = own_units();
+    let done = Command::new("systemctl")
+        .args(["show", "--property=Id,ActiveState"])
+        .args(&units)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| Failed::doing("systemctl", error))?;
+    Ok(inactive(&String::from_utf8_lossy(&done.stdout)))
+}
+
+fn require_active() -> Result<(), Failed> {
+    let bad = not_active()?;
+    let Some((first, _)) = bad.first() else { return Ok(()) };
+    let list: Vec<String> = bad.iter().map(|(name, state)| format!("{name} is {state}")).collect();
+    Err(Failed(format!("{}. Its last words: journalctl -n 20 -u {first}", list.join(", "))))
+}
+
+/// Says where the platform is and, while it has no admin, how the first one gets in.
+async fn tell(data: &Path, config: &Config, id: &str) -> Result<(), Failed> {
+    let scheme = if config.server.tls_certificate.is_some() { "https" } else { "http" };
+    let address =
+        config.server.external_url.clone().unwrap_or_else(|| format!("{scheme}://{}", config.server.listen));
+    say(format!("Bulkhead is at {address}, and starts with the machine."));
+    let login = db::options(&config.database, Login::Runtime).map_err(|error| Failed(error.to_string()))?;
+    let pool = db::pool(login, 1);
+    let failed = |error: crate::error::Error| Failed(error.to_string());
+    let mut conn = pool.acquire().await.map_err(|error| Failed::doing("the database", error))?;
+    if !access::has_admin(&mut conn).await.map_err(failed)? {
+        let link = format!("{address}{}", access::first_admin::make_link(&pool).await.map_err(failed)?);
+        let file = data.join("secrets/first-admin-link");
+        super::folder::write_file(&file, &format!("{link}\n"), (0, 0), 0o400)?;
+        say(format!("First admin (works once, for a day): {link}\nIt is also in {}", file.display()));
+    }
+    drop(conn);
+    pool.close().await;
+    say(format!("Settings: {}. Logs: journalctl -u 'bulkhead-*'", settings_file::place(data).display()));
+    if Overlay::load(data)?.registry() {
+        say(format!(
+            "Your registry must say: auth.token: realm {address}/auth/token, service {SERVICE}, issuer {ISSUER}, \
+             rootcertbundle {}; storage.delete.enabled: true; http.relativeurls: true",
+            data.join("registry-token.pem").display()
+        ));
+    }
+    say(format!(
+        "Upgrade: install the new version and run this again. Remove: bulkhead uninstall --confirm {id}"
+    ));
+    Ok(())
+}
+
+/// Opens the folder of an installation that is to be removed. The units stop once the letters are right, not before.
+pub(super) fn open_to_remove(data: &Path, confirm: &str) -> Result<Folder, Failed> {
+    if let Some(id) = claims::installation_of(data) {
+        if id.as_str() != confirm {
+            return Err(Failed(format!(
+                "this removes the installation {id} with all its tenants, apps and images: say --confirm {id}"
+            )));
+        }
+        remove(data)?;
+    }
+    Folder::open(data, None)
+}
+
+/// Stops the units of a data folder and takes them away; nothing where it has none.
+fn remove(data: &Path) -> Result<(), Failed> {
+    let data = data.canonicalize().unwrap_or_else(|_| data.to_owned());
+    if installed() != Installed::Folder(data) {
+        return Ok(());
+    }
+    systemctl(&["disable", "--quiet", "--now", units::TARGET])?;
+    for name in own_units() {
+        // One that is starting again right now has left the target's hold.
+        let _ = systemctl(&["stop", &name]);
+        let _ = fs::remove_file(Path::new(UNITS).join(name));
+    }
+    let _ = fs::remove_file(Path::new(UNITS).join(units::TARGET));
+    systemctl(&["daemon-reload"])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_of_a_folder_are_told_from_those_for_given_parts() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(installed_in(folder.path()), Installed::Nothing);
+        let target = folder.path().join(units::TARGET);
+        fs::write(&target, "# Data folder: /srv/bulkhead\n[Unit]\n").unwrap();
+        assert_eq!(installed_in(folder.path()), Installed::Folder("/srv/bulkhead".into()));
+        fs::write(&target, "[Unit]\nDescription=Bulkhead\n").unwrap();
+        assert_eq!(installed_in(folder.path()), Installed::Given);
+        for name in ["bulkhead-serve.service", "bulkhead-agent.service", "other.service", "bulkhead-x.timer"]
+        {
+            fs::write(folder.path().join(name), "").unwrap();
+        }
+        assert_eq!(unit_files(folder.path()), ["bulkhead-agent.service", "bulkhead-serve.service"]);
+    }
+
+    #[test]
+    fn a_folder_of_up_is_not_the_service_s() {
+        let own = Installed::Folder("/srv/b".into());
+        assert!(is_of(&own, Path::new("/srv/b")) && !is_of(&own, Path::new("/var/lib/bulkhead")));
+        assert!(is_of(&Installed::Given, Path::new("/var/lib/bulkhead")));
+        assert!(!is_of(&Installed::Given, Path::new("/srv/b")));
+        assert!(!is_of(&Installed::Nothing, Path::new("/var/lib/bulkhead")));
+    }
+
+    #[test]
+    fn one_folder_is_the_service_of_a_machine() {
+        let own = || Installed::Folder("/var/lib/bulkhead".into());
+        assert_eq!(choose(None, Installed::Nothing).unwrap(), Path::new("/var/lib/bulkhead"));
+        assert_eq!(choose(Some("/srv/b".into()), Installed::Nothing).unwrap(), Path::new("/srv/b"));
+        assert_eq!(choose(None, own()).unwrap(), Path::new("/var/lib/bulkhead"));
+        assert!(choose(Some("/srv/b".into()), own()).unwrap_err().0.contains("uninstall"));
+        assert!(choose(None, Installed::Given).unwrap_err().0.contains("deploy/systemd/install"));
+    }
+
+    #[test]
+    fn folders_that_a_unit_could_not_serve_are_refused() {
+        for good in ["/var/lib/bulkhead", "/srv/b_1.x", "/tmpfiles"] {
+            assert!(require_folder(Path::new(good)).is_ok(), "{good}");
+        }
+        for bad in ["/tmp/x", "/home/ada/b", "/root", "relative", "/srv/a b", "/srv/%h", "/srv/$x"] {
+            assert!(require_folder(Path::new(bad)).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_unit_that_is_not_active_is_named_with_its_state() {
+        let text = "Id=bulkhead-agent.service\nActiveState=active\n\nId=bulkhead-serve.service\nActiveState=activating\n";
+        assert_eq!(inactive(text), [("bulkhead-serve.service".to_owned(), "activating".to_owned())]);
+        assert!(inactive("").is_empty());
+    }
+}
