@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     bulkhead::telemetry::arm_failpoints();
     let outcome = AgentConfig::load(&arguments.config).and_then(|config| {
         let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
+            .worker_threads(4)
             .enable_all()
             .build()
             .map_err(|error| error.to_string())?;

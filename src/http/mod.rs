@@ -188,8 +188,8 @@ impl OwnAddress {
     #[must_use]
     pub fn client(&self, req: &HttpRequest) -> IpAddr {
         let Some(peer) = req.peer_addr() else { return IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED) };
-        let lines = req.headers().get_all("x-forwarded-for").filter_map(|value| value.to_str().ok());
-        let lines: Vec<&str> = lines.collect();
+        let lines: Vec<&[u8]> =
+            req.headers().get_all("x-forwarded-for").map(header::HeaderValue::as_bytes).collect();
         self.proxies.client(peer.ip(), lines.into_iter())
     }
 

@@ -52,16 +52,17 @@ impl Proxies {
     /// The client behind a peer: with named proxies the right-most entry that is none of them. The entries left of it
     /// are the client's own words.
     ///
-    /// `forwarded`: the values of `X-Forwarded-For`, in order.
+    /// `forwarded`: the values of `X-Forwarded-For`, in order. They are bytes: what a client has written left of a
+    /// proxy's own entry need not be text.
     #[must_use]
-    pub fn client<'a>(&self, peer: IpAddr, forwarded: impl DoubleEndedIterator<Item = &'a str>) -> IpAddr {
+    pub fn client<'a>(&self, peer: IpAddr, forwarded: impl DoubleEndedIterator<Item = &'a [u8]>) -> IpAddr {
         if !self.trusts(peer) {
             return peer;
         }
         let mut nearest = peer;
-        for entry in forwarded.rev().flat_map(|line| line.rsplit(',')) {
+        for entry in forwarded.rev().flat_map(|line| line.rsplit(|byte| *byte == b',')) {
             // What cannot be read was not written by a proxy of ours: the hop before it is all that is known.
-            let Ok(address) = entry.trim().parse::<IpAddr>() else { return nearest };
+            let Some(address) = address(entry) else { return nearest };
             nearest = address.to_canonical();
             if !matches!(self, Self::Named(_)) || !self.trusts(nearest) {
                 return nearest;
@@ -71,12 +72,16 @@ impl Proxies {
     }
 }
 
+fn address(entry: &[u8]) -> Option<IpAddr> {
+    std::str::from_utf8(entry).ok()?.trim().parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn client(proxies: &Proxies, peer: &str, lines: &[&str]) -> String {
-        proxies.client(peer.parse().unwrap(), lines.iter().copied()).to_string()
+        proxies.client(peer.parse().unwrap(), lines.iter().map(|line| line.as_bytes())).to_string()
     }
 
     #[test]
@@ -89,6 +94,15 @@ mod tests {
         assert_eq!(client(&named, "10.0.0.1", &["6.6.6.6, 198.51.100.1", "10.0.0.9"]), "198.51.100.1");
         assert_eq!(client(&named, "10.0.0.1", &["6.6.6.6, nonsense, 10.0.0.9"]), "10.0.0.9");
         assert_eq!(client(&named, "10.0.0.1", &[]), "10.0.0.1");
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_hide_no_client() {
+        let line: &[u8] = b"\xff, 198.51.100.1";
+        for proxies in [Proxies::EachPeer, Proxies::Named(vec!["10.0.0.0/8".parse().unwrap()])] {
+            let client = proxies.client("10.0.0.1".parse().unwrap(), std::iter::once(line));
+            assert_eq!(client.to_string(), "198.51.100.1");
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use super::app::{self, App};
 use super::config::AgentConfig;
 use super::engine::Engine;
 use super::flows::Flows;
+use super::images::{self, Images};
 use super::journal::Journal;
 use super::kept::Kept;
 use super::limits::LimitBook;
@@ -28,9 +29,8 @@ use crate::driver::podman::neighbours;
 use crate::driver::podman::oom::OutOfMemory;
 use crate::driver::podman::ports::Port;
 use crate::driver::podman::pull::Fetcher;
-use crate::driver::podman::render;
 use crate::driver::podman::seccomp;
-use crate::driver::{AppEvent, Error, InstanceState, Listener, Observed};
+use crate::driver::{AppEvent, InstanceState, Listener, Observed};
 use crate::ids::{AppId, TenantName};
 use crate::permits::FairPermits;
 use crate::policy::never;
@@ -114,7 +114,11 @@ pub(super) struct Agent {
     changed: Notify,
     /// Held for reading while an image is fetched and not yet on record; for writing while images
     /// are removed.
-    pub(super) images: tokio::sync::RwLock<()>,
+    pub(super) images: Images,
+    /// Held while an app is put on record.
+    pub(super) recording: tokio::sync::Mutex<()>,
+    /// Who reads stored lines of logs.
+    pub(super) stored: FairPermits<TenantName>,
     /// Fetches images.
     pub(super) fetcher: Fetcher,
     /// Room for fetches: of one tenant, and of all.
@@ -160,7 +164,8 @@ pub async fn run(config: AgentConfig, stop: impl Future<Output = ()>) -> Result<
     agent.adopt().await?;
     let looking = tokio::spawn(looking(Arc::clone(&agent)));
     let watching = tokio::spawn(watching(Arc::clone(&agent)));
-    let tidying = tokio::spawn(tidying(Arc::clone(&agent)));
+    let keeping = tokio::spawn(keeping(Arc::clone(&agent)));
+    let tidying = tokio::spawn(images::tidying(Arc::clone(&agent)));
     let hearing = tokio::spawn(hearing(Arc::clone(&agent)));
     let minding = match ear {
         Ok(ear) => tokio::spawn(minding(Arc::clone(&agent), ear)),
@@ -173,7 +178,7 @@ pub async fn run(config: AgentConfig, stop: impl Future<Output = ()>) -> Result<
     tracing::info!(installation = %agent.config.installation, "the agent is ready");
     readiness::ready();
     stop.await;
-    for task in [looking, watching, tidying, hearing, minding, probing, cutting, naming, serving] {
+    for task in [looking, watching, keeping, tidying, hearing, minding, probing, cutting, naming, serving] {
         task.abort();
     }
     let apps: Vec<_> = lock(&agent.apps).values().cloned().collect();
@@ -230,7 +235,9 @@ impl Agent {
             denials: Mutex::default(),
             version: Mutex::new(1),
             changed: Notify::new(),
-            images: tokio::sync::RwLock::new(()),
+            images: Images::default(),
+            recording: tokio::sync::Mutex::new(()),
+            stored: FairPermits::new(server::STORED.0, server::STORED.1),
             fetcher,
             fetches: FairPermits::new(FETCHES.0, FETCHES.1),
             turns: server::turns(),
@@ -259,7 +266,9 @@ impl Agent {
     async fn adopt(self: &Arc<Self>) -> Result<(), String> {
         let all = Kept::load_all(&self.apps_dir()).map_err(|error| error.to_string())?;
         self.settle(&all).await;
-        for kept in all {
+        for mut kept in all {
+            // A power failure may have kept the file of an app that had gone: its identity is never used again.
+            kept.removing |= lock(&self.journal).is_removed(kept.workload.app_id);
             let app = App::spawn(Arc::clone(self), kept);
             lock(&self.apps).insert(app.id, app);
         }
@@ -406,18 +415,6 @@ async fn looking(agent: Arc<Agent>) {
     }
 }
 
-/// Removes images that no app needs any more, when something has changed and once an hour.
-async fn tidying(agent: Arc<Agent>) {
-    loop {
-        let _ = tokio::time::timeout(Duration::from_secs(3600), agent.tidy.notified()).await;
-        if let Err(error) = agent.remove_unused_images().await {
-            tracing::warn!(%error, "unused images cannot be removed");
-        }
-        // A burst of changes is one occasion.
-        tokio::time::sleep(Duration::from_secs(5)).await;
-    }
-}
-
 /// Repairs the table as soon as the kernel tells that somebody else has been at it.
 async fn hearing(agent: Arc<Agent>) {
     let ear = match firewall::watch::open() {
@@ -453,7 +450,15 @@ async fn probing(agent: Arc<Agent>) {
     }
 }
 
-/// Keeps the table and the networks as they must be.
+/// Keeps the tenants' networks as they must be: beside all else, since the engine may let it wait.
+async fn keeping(agent: Arc<Agent>) {
+    loop {
+        tokio::time::sleep(NETWORKS).await;
+        agent.keep_networks().await;
+    }
+}
+
+/// Keeps the table as it must be.
 async fn watching(agent: Arc<Agent>) {
     let mut networks_at = tokio::time::Instant::now();
     let mut round = 0_u64;
@@ -473,35 +478,6 @@ async fn watching(agent: Arc<Agent>) {
         if let Err(error) = agent.refresh_firewall().await {
             tracing::warn!(%error, "the machine's new addresses are closed later");
         }
-        agent.keep_networks().await;
-        agent.keep_groups();
-    }
-}
-
-impl Agent {
-    /// Images of neither the desired nor the former release of any app. A rollback fetches its image
-    /// again: the registry keeps what was deployed.
-    async fn remove_unused_images(&self) -> Result<(), Error> {
-        // While something is being fetched it comes again later, so that no fetch waits for it.
-        let Ok(_alone) = self.images.try_write() else {
-            self.tidy.notify_one();
-            return Ok(());
-        };
-        let apps: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
-        let wanted: HashSet<String> = apps
-            .iter()
-            .flat_map(|app| {
-                let kept = lock(&app.kept);
-                let both = std::iter::once(&kept.workload).chain(&kept.previous);
-                both.map(|workload| render::image(&self.config, workload)).collect::<Vec<_>>()
-            })
-            .collect();
-        for (id, names) in self.podman.images().await? {
-            if !names.iter().any(|name| wanted.contains(name)) {
-                self.podman.remove_image(&id).await?;
-                tracing::info!(id, "an image that no app needs was removed");
-            }
-        }
-        Ok(())
+        tokio::task::block_in_place(|| agent.keep_groups());
     }
 }

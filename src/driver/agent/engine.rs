@@ -23,13 +23,20 @@ const SLACK: u32 = 8;
 const LATELY: usize = 32;
 /// How long a fresh engine has to come up before it is judged again.
 const RECOVERY: Duration = Duration::from_secs(10);
-/// Times that an app's call may hang the engine; the last of them while no other app's call waited.
+/// A start that takes longer while listings are answered fails by itself, not by the engine.
+const SLOW: time::Duration = time::Duration::seconds(20);
+/// Times that an app's call may hang the engine, the last of them while no other call waited.
 pub(super) const STRIKES: u32 = 2;
+/// Times after which it is put aside although others waited too: their calls may be there all the time.
+pub(super) const MOST_STRIKES: u32 = 6;
+/// The longest that the start of an app that is tried alone keeps the others waiting.
+pub(super) const ALONE: Duration = Duration::from_secs(20);
 
 /// A call that waits for the engine.
 #[derive(Debug, Clone, Copy)]
 struct Call {
-    app: AppId,
+    /// None where the call is for no start: a stop, a removal, tidying up.
+    app: Option<AppId>,
     since: Instant,
 }
 
@@ -93,6 +100,21 @@ impl Engine {
 
     /// A call for an app begins.
     pub(super) fn begin(&self, app: AppId) -> Waiting<'_> {
+        self.enter(Some(app))
+    }
+
+    /// A call begins that no app is blamed for: while it waits, no other one is to blame alone.
+    pub(super) fn beside(&self) -> Waiting<'_> {
+        self.enter(None)
+    }
+
+    /// Whether a start that began then failed by its own length: it waited as long as calls may, and the engine has
+    /// answered listings meanwhile.
+    pub(super) fn is_slow_with(&self, begun: OffsetDateTime) -> bool {
+        OffsetDateTime::now_utc() - begun > SLOW && lock(&self.state).answered - begun > SLOW
+    }
+
+    fn enter(&self, app: Option<AppId>) -> Waiting<'_> {
         let mut state = lock(&self.state);
         let id = state.next;
         state.next += 1;
@@ -139,14 +161,16 @@ impl Engine {
         lock(&self.state).put_aside = put_aside;
     }
 
-    /// Apps whose calls have waited since before `asked`.
-    fn suspects(&self, asked: Instant) -> Vec<AppId> {
+    /// Apps whose calls have waited since before `asked`, and whether there is one of them and no other call.
+    fn suspects(&self, asked: Instant) -> (Vec<AppId>, bool) {
         let state = lock(&self.state);
-        let mut apps: Vec<AppId> =
+        let waiting: Vec<Option<AppId>> =
             state.calls.values().filter(|call| call.since <= asked).map(|call| call.app).collect();
+        let mut apps: Vec<AppId> = waiting.iter().copied().flatten().collect();
         apps.sort_unstable();
         apps.dedup();
-        apps
+        let alone = apps.len() == 1 && !waiting.contains(&None);
+        (apps, alone)
     }
 
     /// Whether it may be judged now: a fresh engine has its time to come up.
@@ -167,7 +191,7 @@ impl Agent {
         if !self.engine.is_due() {
             return;
         }
-        let suspects = self.engine.suspects(asked);
+        let (suspects, alone) = self.engine.suspects(asked);
         let socket = self.config.engine_socket.clone();
         let ended = tokio::task::spawn_blocking(move || end(&socket)).await;
         let what = match ended {
@@ -184,7 +208,7 @@ impl Agent {
         );
         for id in &suspects {
             if let Some(app) = self.app(*id) {
-                app.struck(self, suspects.len() == 1);
+                app.struck(self, alone);
             }
         }
     }
@@ -251,9 +275,17 @@ mod tests {
         std::thread::sleep(Duration::from_millis(2));
         renewed.next();
         let late = engine.begin(AppId(4));
-        assert_eq!(engine.suspects(asked), [AppId(1)]);
-        drop((first, renewed, late));
-        assert!(engine.suspects(Instant::now()).is_empty());
+        assert_eq!(engine.suspects(asked), (vec![AppId(1)], true));
+        let stopping = engine.beside();
+        assert_eq!(engine.suspects(asked), (vec![AppId(1)], true), "it began after");
+        std::thread::sleep(Duration::from_millis(2));
+        assert!(!engine.suspects(Instant::now()).1);
+        drop((late, renewed));
+        assert_eq!(engine.suspects(Instant::now()), (vec![AppId(1)], false), "another call may be to blame");
+        drop(stopping);
+        assert_eq!(engine.suspects(Instant::now()), (vec![AppId(1)], true));
+        drop(first);
+        assert_eq!(engine.suspects(Instant::now()), (vec![], false));
     }
 
     #[test]

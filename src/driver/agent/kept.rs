@@ -15,6 +15,9 @@ use crate::driver::{AppEvent, Ending, InstanceState};
 /// Most events that are kept.
 const EVENTS: usize = 50;
 
+/// How long an app is put aside whose calls hung the engine.
+const ASIDE: time::Duration = time::Duration::hours(1);
+
 /// An instance.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Instance {
@@ -112,6 +115,9 @@ pub(super) struct Kept {
     /// Why the desired revision is not started any more.
     #[serde(default)]
     pub(super) put_aside: Option<String>,
+    /// Since when.
+    #[serde(default)]
+    pub(super) put_aside_at: Option<OffsetDateTime>,
 }
 
 impl Kept {
@@ -128,6 +134,7 @@ impl Kept {
             message: None,
             strikes: 0,
             put_aside: None,
+            put_aside_at: None,
         }
     }
 
@@ -145,6 +152,18 @@ impl Kept {
     /// Whether instances of the desired revision are started no more.
     pub(super) fn is_put_aside(&self) -> bool {
         self.put_aside.is_some()
+    }
+
+    /// Ends the time for which it is put aside; whether it has come to its end.
+    pub(super) fn take_up_again(&mut self, now: OffsetDateTime) -> bool {
+        if self.put_aside.is_none() || *self.put_aside_at.get_or_insert(now) + ASIDE > now {
+            return false;
+        }
+        (self.put_aside, self.put_aside_at, self.message) = (None, None, None);
+        // The next time that it hangs the engine is the last one.
+        self.strikes = self.strikes.min(1);
+        self.event("taken_up", "it is tried again after an hour");
+        true
     }
 
     /// Every address that belongs to it: of what it is and of what it was before.

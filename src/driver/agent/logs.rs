@@ -190,7 +190,7 @@ pub(super) fn prune(dir: &Path, there: &[u32]) {
 }
 
 /// Bytes of all segments together that are read for one question.
-const READ: u64 = 16 << 20;
+const READ: u64 = 4 << 20;
 
 /// The last lines of an app's instances, oldest first, as far as a bounded read goes back.
 pub(super) fn last(dir: &Path, instance: Option<u32>, count: usize) -> Vec<LogLine> {
@@ -198,7 +198,7 @@ pub(super) fn last(dir: &Path, instance: Option<u32>, count: usize) -> Vec<LogLi
     files.retain(|(number, ..)| instance.is_none_or(|wanted| wanted == *number));
     // Rotated segments first, so that each instance's lines are in order before the sort by time.
     files.sort_by_key(|(number, rotated, _)| (*number, !rotated));
-    let share = (READ / (files.len() as u64).max(1)).max(256 << 10);
+    let share = READ / (files.len() as u64).max(1);
     let mut lines: Vec<LogLine> = Vec::new();
     for (_, _, path) in files {
         let Ok(mut file) = File::open(path) else { continue };

@@ -8,6 +8,7 @@ pub mod config;
 mod core;
 mod engine;
 mod flows;
+mod images;
 mod journal;
 mod kept;
 mod limits;

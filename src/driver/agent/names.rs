@@ -27,6 +27,9 @@ const OWN: u32 = 5;
 /// were told longer than they were told to.
 const FLOOR: u32 = 60;
 const GRACE: u64 = 15 * 60;
+/// Seconds that an address may close earlier than the latest answer would have it, within the grace: a question that
+/// changes nothing else leaves the firewall alone.
+const SLACK: u64 = 60;
 /// The longest that an address is good for.
 const CEILING: u32 = 3600;
 /// Most addresses of one domain that are open for an app at a time.
@@ -108,7 +111,13 @@ impl Agent {
     }
 
     /// Who asks: the app that has an instance at this address, behind this bridge.
+    ///
+    /// A record may be locked while it is written to the disk: other work goes on beside.
     fn asker(&self, source: Ipv4Addr, gateway: Ipv4Addr) -> Option<(TenantName, AppId)> {
+        tokio::task::block_in_place(|| self.asker_of(source, gateway))
+    }
+
+    fn asker_of(&self, source: Ipv4Addr, gateway: Ipv4Addr) -> Option<(TenantName, AppId)> {
         let apps: Vec<_> = lock(&self.apps).values().cloned().collect();
         apps.into_iter().find_map(|app| {
             let subnet = lock(&self.journal).ever(&app.tenant)?.subnet;
@@ -175,19 +184,23 @@ impl Agent {
         addresses.retain(|address| is_outside(*address, pool, &own));
         if addresses.len() < before {
             // A name that leads inside is somebody's attempt, or somebody's mistake; neither gets anywhere.
-            self.machine_event(
-                "name_refused",
-                format!("{domain} was found at an address that nobody reaches; {tenant} was not given it"),
-            );
+            let text =
+                format!("{domain} was found at an address that nobody reaches; {tenant} was not given it");
+            self.tell("name_refused", text);
         }
         if addresses.is_empty() {
             return if before == 0 { Answer::Known { addresses, ttl: OWN } } else { Answer::Failed {} };
         }
         let ttl = ttl.min(CEILING);
         let end = seconds() + u64::from(ttl.max(FLOOR)) + GRACE;
-        {
+        let key = (app, domain);
+        let before = {
             let mut found = lock(&self.found);
-            let open = found.entry((app, domain)).or_default();
+            let open = found.entry(key.clone()).or_default();
+            if addresses.iter().all(|address| open.get(address).is_some_and(|until| until + SLACK >= end)) {
+                return Answer::Known { addresses, ttl };
+            }
+            let before = open.clone();
             for address in &addresses {
                 let until = open.entry(*address).or_default();
                 *until = end.max(*until);
@@ -199,11 +212,14 @@ impl Agent {
                 };
                 open.remove(&oldest);
             }
-        }
+            before
+        };
         match self.refresh_firewall().await {
             Ok(()) => Answer::Known { addresses, ttl },
             Err(error) => {
                 tracing::warn!(%error, "an address is not open, so it is not told");
+                // Not taken for open by the next question.
+                lock(&self.found).insert(key, before);
                 Answer::Failed {}
             }
         }

@@ -32,6 +32,9 @@ const ROOM: Duration = Duration::from_secs(20);
 /// Most readers of logs at once, in all and of one tenant.
 const READERS: usize = 128;
 const READERS_OF_TENANT: usize = 16;
+/// Readers whose stored lines are held at once, of one tenant and in all, and how long they are.
+pub(super) const STORED: (usize, usize) = (2, 32);
+const STORED_WITHIN: Duration = Duration::from_secs(300);
 /// How long the one request of a connection may take to arrive.
 const ARRIVE: Duration = Duration::from_secs(5);
 
@@ -266,9 +269,9 @@ async fn ensure_app(agent: &Arc<Agent>, workload: Workload, pull: Option<&PullSe
     if let Some(app) = &known {
         fence(&workload, &lock(&app.kept))?;
     }
-    // Held until the app is on record: what is fetched now is not taken for left over.
-    let _fetching = agent.images.read().await;
     let image = render::image(&agent.config, &workload);
+    // Held until the app is on record: what is fetched now is not taken for left over.
+    let _held = agent.images.hold(&image).await;
     // Where nothing is to run, nothing is fetched.
     if workload.instances > 0 && !agent.podman.has_image(&image).await? {
         fetch(agent, &workload.tenant, &image, pull, &gate).await?;
@@ -277,7 +280,7 @@ async fn ensure_app(agent: &Arc<Agent>, workload: Workload, pull: Option<&PullSe
     if gate.leave.is_cancelled() || lock(&agent.journal).is_removed(workload.app_id) {
         return Err(Error::Conflict("the app is being removed".into()));
     }
-    put_on_record(agent, workload, known)?;
+    put_on_record(agent, workload, known).await?;
     agent.refresh_firewall().await
 }
 
@@ -295,15 +298,18 @@ fn require_own_door(host: &str, uid: u32) -> Result<(), Error> {
 
 /// Writes down what shall run, on the disk before it is believed: a full disk must not leave the two
 /// apart.
-fn put_on_record(agent: &Arc<Agent>, workload: Workload, known: Option<Arc<App>>) -> Result<(), Error> {
-    // Two apps of one tenant never have one address, and no second app has this one's name.
-    let mut apps = lock(&agent.apps);
-    clash(&workload, apps.values())?;
+async fn put_on_record(agent: &Arc<Agent>, workload: Workload, known: Option<Arc<App>>) -> Result<(), Error> {
+    // Two apps of one tenant never have one address, and no second app has this one's name: one after another. The
+    // table of apps itself is not locked while the disk is waited for.
+    let _turn = agent.recording.lock().await;
+    clash(&workload, lock(&agent.apps).values())?;
     let Some(app) = known else {
         let kept = Kept::new(workload);
-        kept.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
+        tokio::task::block_in_place(|| kept.save(&agent.apps_dir()))
+            .map_err(|error| Error::Transient(error.to_string()))?;
         let id = kept.workload.app_id;
-        apps.insert(id, App::spawn(Arc::clone(agent), kept));
+        let app = App::spawn(Arc::clone(agent), kept);
+        lock(&agent.apps).insert(id, app);
         return Ok(());
     };
     let mut kept = lock(&app.kept);
@@ -317,11 +323,13 @@ fn put_on_record(agent: &Arc<Agent>, workload: Workload, known: Option<Arc<App>>
             next.proven = false;
             next.strikes = 0;
             next.put_aside = None;
+            next.put_aside_at = None;
             next.message = None;
             next.event("release", format!("release {} takes over", workload.revision));
         }
         next.workload = workload;
-        next.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
+        tokio::task::block_in_place(|| next.save(&agent.apps_dir()))
+            .map_err(|error| Error::Transient(error.to_string()))?;
         *kept = next;
     }
     drop(kept);
@@ -440,7 +448,8 @@ async fn remove_app(
         let mut kept = lock(&app.kept);
         if !kept.removing {
             kept.removing = true;
-            kept.save(&agent.apps_dir()).map_err(|error| Error::Transient(error.to_string()))?;
+            tokio::task::block_in_place(|| kept.save(&agent.apps_dir()))
+                .map_err(|error| Error::Transient(error.to_string()))?;
         }
         drop(kept);
         app.wake.notify_one();
@@ -452,6 +461,7 @@ async fn remove_app(
         .filter(|c| c.app() == Some(id.to_string().as_str()))
         .map(|c| c.name().to_owned())
         .collect();
+    let _waiting = agent.engine.beside();
     let Some(app) = app else {
         for name in &own {
             discard(agent, name).await?;
@@ -470,6 +480,7 @@ async fn remove_app(
     lock(&app.kept).delete(&agent.apps_dir());
     let _ = std::fs::remove_dir_all(agent.logs_dir(id));
     lock(&agent.apps).remove(&id);
+    lock(&agent.gates).remove(&id);
     agent.tidy.notify_one();
     agent.refresh_firewall().await?;
     Ok(Removal::Gone)
@@ -485,14 +496,25 @@ async fn stream_logs(agent: &Arc<Agent>, frames: &mut Frames, query: &LogQuery) 
     let mut live = app.lines.subscribe();
     let dir = agent.logs_dir(app.id);
     let (instance, count) = (query.instance, query.tail.clamp(1, 10_000) as usize);
+    // What is stored is held in memory until it is sent: few at a time, and not for long.
+    let Ok(room) = agent.stored.take(&query.tenant, ROOM).await else {
+        let error = Error::Transient("many logs are being read; ask again in a moment".into());
+        let _ = send(frames, &Reply::Failed { error }).await;
+        return;
+    };
     let stored =
         tokio::task::spawn_blocking(move || logs::last(&dir, instance, count)).await.unwrap_or_default();
     let newest = stored.last().map(|line| line.at);
-    for line in stored {
-        if send(frames, &Reply::Log { line }).await.is_err() {
-            return;
+    let sending = async {
+        for line in stored {
+            send(frames, &Reply::Log { line }).await?;
         }
+        Ok::<_, ()>(())
+    };
+    if !matches!(tokio::time::timeout(STORED_WITHIN, sending).await, Ok(Ok(()))) {
+        return;
     }
+    drop(room);
     if !query.follow {
         let _ = send(frames, &Reply::Done {}).await;
         return;

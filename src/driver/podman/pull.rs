@@ -18,8 +18,11 @@ use tokio::io::AsyncReadExt;
 use super::engine::{self, EngineSettings};
 use crate::driver::{Error, PullSecret};
 
-/// The longest that a fetch takes.
-pub const LIMIT: Duration = Duration::from_secs(900);
+/// The longest that a fetch takes, and the least that each has.
+const LIMIT: Duration = Duration::from_secs(900);
+const LEAST: Duration = Duration::from_secs(120);
+/// Bytes of an image for which it has one more second.
+const BYTES_A_SECOND: u64 = 4 << 20;
 /// Memory of one fetch, and of all together, in bytes.
 const MEMORY: (u64, u64) = (768 << 20, 1536 << 20);
 /// Processes and threads, likewise.
@@ -80,17 +83,14 @@ impl Fetcher {
             groups: places(&self.group).iter().map(|place| place.join(number.to_string())).collect(),
         };
         let auth = own.prepare(&self.engine.pull_host, secret).map_err(failed)?;
-        let groups = make_groups(&self.group, &own.groups);
-        if let Err(error) = &groups {
-            tracing::error!(%error, "an image is fetched without bounds of its own: its cgroup cannot be made");
+        if let Err(error) = make_groups(&self.group, &own.groups) {
+            tracing::error!(%error, "no image is fetched: its cgroup cannot be made, and without bounds none is");
+            return Err(failed(error));
         }
         let (program, args, environment) = engine::client(&self.engine);
         let own_program = std::env::current_exe().map_err(failed)?;
         let mut command = tokio::process::Command::new(own_program);
-        command.arg(ENTER);
-        if groups.is_ok() {
-            command.args(&own.groups);
-        }
+        command.arg(ENTER).args(&own.groups);
         command.args(["--", program]).args(args).args(["pull", "--quiet", "--authfile"]).arg(auth).arg(image);
         let mut child = command
             .env_clear()
@@ -114,10 +114,12 @@ impl Fetcher {
             }
             child.wait().await
         };
-        match tokio::time::timeout(LIMIT, ended).await {
-            Err(_) => {
-                Err(Error::Rejected("the image takes longer than 15 minutes to fetch and unpack".into()))
-            }
+        let limit = limit(secret.bytes());
+        match tokio::time::timeout(limit, ended).await {
+            Err(_) => Err(Error::Rejected(format!(
+                "the image takes longer than {} s to fetch and unpack, which is the limit for its size",
+                limit.as_secs()
+            ))),
             Ok(Err(error)) => Err(failed(error)),
             Ok(Ok(status)) if status.success() => Ok(()),
             Ok(Ok(status)) => {
@@ -128,6 +130,11 @@ impl Fetcher {
             }
         }
     }
+}
+
+/// How long an image of so many bytes, unpacked, may take.
+fn limit(bytes: u64) -> Duration {
+    (LEAST + Duration::from_secs(bytes / BYTES_A_SECOND)).min(LIMIT)
 }
 
 /// The child's part: enters the cgroups that it is given, up to `--`, then becomes the program behind that.
@@ -149,24 +156,47 @@ pub fn enter(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 /// What the engine says when an image can never be unpacked (Podman 4.3.1, as seen).
-const NEVER: [(&str, &str); 6] = [
+const NEVER: [(&str, &str); 5] = [
     ("duplicates of file paths not supported", "a layer of the image names a path twice"),
-    ("processing tar file", "a layer of the image cannot be unpacked"),
     ("invalid header", "a layer of the image is not packed as it says"),
     ("does not match config's DiffID", "the layers of the image are not those that its config names"),
     ("unsupported MIME type", "the image is of a kind that the engine does not take"),
     ("too many layers", "the image has too many layers"),
 ];
 
-/// The engine's text names our own address; people need to know only what it means.
+/// The engine's text names our own address; people need to know only what it means. It names paths of the image too:
+/// what a tenant has written is never taken for the engine's own words.
 fn classify(words: &str, killed: bool) -> Error {
+    let later = || Error::Transient("the image could not be fetched; trying again".into());
+    let full = || Error::Transient("the machine has no room to unpack this image".into());
+    if let Some((_, unpacked)) = words.split_once("processing tar file(") {
+        let (inside, outcome) = unpacked.rsplit_once("): ").unwrap_or((unpacked.trim_end_matches(')'), ""));
+        // A process that was killed says nothing about the image.
+        if killed || outcome.starts_with("signal: ") {
+            return later();
+        }
+        // `OPERATION PATH: REASON`, or the reason alone.
+        let told = if inside.is_empty() { outcome } else { inside };
+        if told.starts_with("lsetxattr ") {
+            return Error::Rejected(
+                "a layer of the image sets extended attributes that the machine's file system does not take"
+                    .into(),
+            );
+        }
+        return match told.rsplit(": ").next().unwrap_or_default().trim() {
+            "no space left on device" | "disk quota exceeded" => full(),
+            "unexpected EOF" | "input/output error" | "cannot allocate memory" => later(),
+            "duplicates of file paths not supported" => Error::Rejected(NEVER[0].1.into()),
+            _ => Error::Rejected("a layer of the image cannot be unpacked".into()),
+        };
+    }
     if words.contains("manifest unknown") || words.contains("name unknown") {
         return Error::Rejected("the image is no longer in the registry".into());
     }
     if words.contains("no space left on device") || words.contains("disk quota exceeded") {
-        return Error::Transient("the machine has no room to unpack this image".into());
+        return full();
     }
-    // A process that was killed says nothing about the image, and neither does a line that broke.
+    // A line that broke says nothing about the image either.
     let broken = ["connection reset", "connection refused", "signal: killed", "timeout", "unexpected EOF"];
     if !killed
         && !broken.iter().any(|sign| words.contains(sign))
@@ -174,7 +204,7 @@ fn classify(words: &str, killed: bool) -> Error {
     {
         return Error::Rejected((*why).into());
     }
-    Error::Transient("the image could not be fetched; trying again".into())
+    later()
 }
 
 /// What one fetch has of its own. Dropped, whatever happened, its processes and files go.
@@ -202,12 +232,16 @@ impl Drop for Own {
     fn drop(&mut self) {
         let (folder, groups) = (std::mem::take(&mut self.folder), std::mem::take(&mut self.groups));
         // Processes take a moment to end; nothing waits for it.
-        std::thread::spawn(move || {
+        let ended = std::thread::Builder::new().spawn(move || {
             for place in groups {
                 clear(&place);
             }
             let _ = std::fs::remove_dir_all(folder);
         });
+        if let Err(error) = ended {
+            // The next start of the agent sweeps it.
+            tracing::error!(%error, "what a fetch has left stays for now");
+        }
     }
 }
 
@@ -253,8 +287,13 @@ fn make_groups(parent: &str, groups: &[PathBuf]) -> std::io::Result<()> {
         if version2.exists() {
             // Where systemd is in charge it has done so.
             let _ = std::fs::write(version2, controllers);
+            // Not every machine can weigh disk access; where it can, unpacking gives way.
+            let _ = std::fs::write(version2, "+io");
         }
         make(above, &bounds(above, MEMORY.1, PIDS.1, Some((cores * CPU / 2).max(CPU / 2))))?;
+        if version2.exists() {
+            let _ = std::fs::write(above.join("io.weight"), "10");
+        }
         if version2.exists() {
             std::fs::write(above.join("cgroup.subtree_control"), controllers)?;
         }
@@ -308,6 +347,11 @@ mod tests {
             "Error: writing blob: adding layer with blob \"sha256:f1\": processing tar file(open /a/b: not a directory): exit status 1",
             "Error: writing blob: layer 1 does not match config's DiffID \"sha256:00\"",
             "manifest unknown",
+            // Paths are the tenant's own words.
+            "Error: writing blob: processing tar file(lsetxattr /timeout: operation not permitted): exit status 1",
+            "Error: writing blob: processing tar file(lsetxattr /big: no space left on device): exit status 1",
+            "Error: processing tar file(open /x: connection refused: not a directory): exit status 1",
+            "Error: processing tar file(mkdir /): signal: killed: file exists): exit status 1",
         ] {
             assert!(rejected(words), "{words}");
         }
@@ -321,6 +365,13 @@ mod tests {
             assert!(!rejected(words), "{words}");
         }
         assert!(matches!(classify("processing tar file(): unexpected EOF", true), Error::Transient(_)));
+    }
+
+    #[test]
+    fn an_image_has_the_time_that_its_size_needs() {
+        assert_eq!(limit(0), Duration::from_secs(120));
+        assert_eq!(limit(400 << 20), Duration::from_secs(220));
+        assert_eq!(limit(u64::MAX), LIMIT);
     }
 
     #[test]

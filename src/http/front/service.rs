@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
-use actix_http::header::HeaderName;
+use actix_http::header::{HeaderName, HeaderValue};
 use actix_http::{HttpMessage, Request, Response};
 use actix_service::{Service, ServiceFactory};
 use actix_web::HttpResponse;
@@ -114,10 +114,11 @@ impl<S> Fronted<S> {
         if !proxies.trusts(peer) {
             return Ok(None);
         }
-        let lines: Vec<&str> = req.headers().get_all(FORWARDED).filter_map(|v| v.to_str().ok()).collect();
+        let lines: Vec<&[u8]> = req.headers().get_all(FORWARDED).map(HeaderValue::as_bytes).collect();
+        let own = lines.is_empty();
         let source = network(proxies.client(peer, lines.into_iter()));
         // The proxy's own requests (its health checks) are bounded by its connections.
-        if source == network(peer) {
+        if own && source == network(peer) {
             return Ok(None);
         }
         match self.shared.behind.try_take(&source) {

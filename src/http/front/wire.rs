@@ -379,6 +379,22 @@ impl Wire {
     }
 }
 
+impl Wire {
+    /// Holds a flush or a shutdown to the time that the client has: with TLS both wait for it to read, since what was
+    /// written stands in a buffer of our own.
+    fn bound(&mut self, cx: &mut Context<'_>, outcome: Poll<io::Result<()>>) -> Poll<io::Result<()>> {
+        if outcome.is_ready() {
+            self.conn.waits(None, Some(false));
+            self.writing.moved(0, &self.times);
+            return outcome;
+        }
+        self.conn.waits(None, Some(true));
+        let deadline = self.writing.deadline();
+        std::task::ready!(self.write_clock.poll(cx, deadline));
+        Poll::Ready(Err(io::Error::from(io::ErrorKind::TimedOut)))
+    }
+}
+
 /// Where the head in these bytes ends: after its first empty line.
 fn head_end(bytes: &[u8], mut from: usize) -> Option<usize> {
     while let Some(at) = bytes[from..].iter().position(|byte| *byte == b'\n') {
@@ -456,7 +472,9 @@ impl AsyncWrite for Wire {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_flush(cx)
+        let wire = self.get_mut();
+        let outcome = Pin::new(&mut wire.io).poll_flush(cx);
+        wire.bound(cx, outcome)
     }
 
     /// Half closed first, and what the client still sends is read for a moment: an answer that is followed by a reset
@@ -464,7 +482,8 @@ impl AsyncWrite for Wire {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let wire = self.get_mut();
         if wire.drain_by.is_none() {
-            std::task::ready!(Pin::new(&mut wire.io).poll_shutdown(cx))?;
+            let outcome = Pin::new(&mut wire.io).poll_shutdown(cx);
+            std::task::ready!(wire.bound(cx, outcome))?;
             if !matches!(wire.phase, Phase::Refused | Phase::Body) {
                 return Poll::Ready(Ok(()));
             }
@@ -491,6 +510,7 @@ impl AsyncWrite for Wire {
 
 #[cfg(test)]
 mod tests {
+    use super::super::admit::{Admissions, Bounds};
     use super::*;
 
     #[test]
@@ -500,6 +520,47 @@ mod tests {
         assert_eq!(head_end(b"GET / HTTP/1.1\r\n\nrest", 0), Some(17));
         assert_eq!(head_end(b"GET / HTTP/1.1\r\nhost: x\r\n", 0), None);
         assert_eq!(head_end(b"", 0), None);
+    }
+
+    /// A client over TLS that reads nothing: what is written is buffered, and no flush comes to its end.
+    struct Unread;
+
+    impl AsyncRead for Unread {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    impl AsyncWrite for Unread {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(bytes.len()))
+        }
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    #[actix_web::test]
+    async fn a_client_that_lets_a_flush_wait_makes_room_and_is_given_up() {
+        let address = |text: &str| text.parse().unwrap();
+        for shut in [false, true] {
+            let all = Admissions::new(Bounds { all: 1, per_source: 1 });
+            let seat = all.admit(address("192.0.2.1"), true).ok().unwrap();
+            let conn = Conn::new(seat, true);
+            conn.waits(Some(false), Some(false));
+            assert!(all.admit(address("192.0.2.2"), true).is_err(), "a request is being answered");
+            let times = Times { grace: Duration::from_millis(50), ..Times::default() };
+            let mut wire = Wire::new(Box::new(Unread), conn, times, ServiceConfig::default(), Instant::now());
+            wire.write_all(b"HTTP/1.1 200 OK").await.unwrap();
+            let mut end = Box::pin(async { if shut { wire.shutdown().await } else { wire.flush().await } });
+            assert!(futures_util::poll!(&mut end).is_pending());
+            let newcomer = all.admit(address("192.0.2.2"), true);
+            assert!(newcomer.is_ok(), "the client is waited for, and makes room");
+            assert_eq!(end.await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        }
     }
 
     #[test]

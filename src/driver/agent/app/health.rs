@@ -96,6 +96,7 @@ impl App {
         let grace = lock(&self.kept).workload.stop_grace;
         let agent = Arc::clone(agent);
         tokio::spawn(async move {
+            let _waiting = agent.engine.beside();
             let _ = agent.podman.stop(&container, grace).await;
         });
     }

@@ -268,6 +268,7 @@ impl App {
         for (name, container) in listing.containers.iter() {
             if container.app() == Some(id.as_str()) && !known.contains(name) {
                 let fresh = lock(&self.live).values().any(|live| live.valid_from > listing.round);
+                let _waiting = agent.engine.beside();
                 if !fresh && discard(agent, name).await.is_ok() {
                     tracing::info!(name, "a container that belongs to no instance was removed");
                 }

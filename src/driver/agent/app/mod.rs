@@ -7,11 +7,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use time::OffsetDateTime;
 use tokio::sync::{Notify, broadcast};
 use tokio_util::sync::CancellationToken;
 
 use super::core::{Agent, Listing, lock};
-use super::engine::STRIKES;
+use super::engine::{MOST_STRIKES, STRIKES};
 use super::kept::{Instance, Kept};
 use super::logs::Tail;
 use super::plan::{Part, Step, plan};
@@ -149,7 +150,7 @@ impl App {
         let kept = lock(&self.kept);
         let after = serde_json::to_vec(&*kept).unwrap_or_default();
         if after != before {
-            if let Err(error) = kept.save(&agent.apps_dir()) {
+            if let Err(error) = tokio::task::block_in_place(|| kept.save(&agent.apps_dir())) {
                 tracing::error!(%error, app = %self.name, "the record cannot be written");
             }
             drop(kept);
@@ -202,6 +203,7 @@ impl App {
         }
         let steps = {
             let mut kept = lock(&self.kept);
+            kept.take_up_again(OffsetDateTime::now_utc());
             if kept.removing {
                 kept.instances
                     .iter()
@@ -245,10 +247,11 @@ impl App {
             return;
         }
         kept.strikes += 1;
-        if kept.strikes >= STRIKES && alone {
-            let why = "the container engine does not come back from starting it; it is not tried again. Deploy another \
-                       image or another description";
+        if kept.strikes >= MOST_STRIKES || kept.strikes >= STRIKES && alone {
+            let why = "the container engine does not come back from starting it; it is tried again in an hour. Deploy \
+                       another image or another description";
             kept.put_aside = Some(why.to_owned());
+            kept.put_aside_at = Some(OffsetDateTime::now_utc());
             kept.message = Some(why.to_owned());
             let text = format!("release {}: {why}", kept.workload.revision);
             kept.event("put_aside", text);
@@ -256,7 +259,7 @@ impl App {
             let text = "the container engine hung while it worked for this app; it is tried again by itself";
             kept.event("engine_hung", text);
         }
-        if let Err(error) = kept.save(&agent.apps_dir()) {
+        if let Err(error) = tokio::task::block_in_place(|| kept.save(&agent.apps_dir())) {
             tracing::error!(%error, app = %self.name, "the record cannot be written");
         }
         drop(kept);

@@ -7,6 +7,7 @@ use std::time::Duration;
 use time::OffsetDateTime;
 
 use super::super::core::{Agent, lock};
+use super::super::engine::ALONE;
 use super::super::kept::Instance;
 use super::{App, born, image, raw_log, short, walls};
 use crate::driver::podman::ports::Port;
@@ -28,7 +29,7 @@ impl App {
             let revision = kept.workload.revision;
             kept.instances.push(Instance::new(number, revision, slot, name));
             // On record before the container exists: a crash in between leaves nothing unknown.
-            if let Err(error) = kept.save(&agent.apps_dir()) {
+            if let Err(error) = tokio::task::block_in_place(|| kept.save(&agent.apps_dir())) {
                 tracing::error!(%error, "the record cannot be written");
                 kept.instances.pop();
                 return;
@@ -76,9 +77,11 @@ impl App {
         };
         let again = instance.last_end.is_some();
         let struck = lock(&self.kept).strikes > 0;
+        let begun = OffsetDateTime::now_utc();
         let result = if struck {
             let _alone = agent.engine.turn.write().await;
-            self.bring_up(agent, &instance, &workload).await
+            let up = tokio::time::timeout(ALONE, self.bring_up(agent, &instance, &workload)).await;
+            up.unwrap_or_else(|_| Err(Error::Transient("the engine takes too long to start it".into())))
         } else {
             let _beside = agent.engine.turn.read().await;
             self.bring_up(agent, &instance, &workload).await
@@ -114,7 +117,7 @@ impl App {
                 kept.event(word, format!("instance {number} of release {} {word}", instance.revision));
             }
             // The engine's fault is not held against the app: it is tried again as soon as the engine can.
-            Err(Error::Away(why)) => {
+            Err(Error::Away(why)) if !agent.engine.is_slow_with(begun) => {
                 tracing::warn!(error = why, app = %self.name, "an instance waits for the engine");
                 self.with(number, |i| {
                     i.next_start = Some(OffsetDateTime::now_utc() + AGAIN);
@@ -274,6 +277,7 @@ impl App {
         tokio::spawn(async move {
             loop {
                 fail::fail_point!("agent::stop");
+                let _waiting = agent.engine.beside();
                 if agent.podman.stop(&container, grace).await.is_err() {
                     app.end_process(number);
                 }

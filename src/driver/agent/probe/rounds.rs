@@ -194,7 +194,7 @@ impl Agent {
     }
 
     /// Tells something as an event, and the same again only after a while.
-    fn tell(&self, kind: &str, text: String) {
+    pub(in crate::driver::agent) fn tell(&self, kind: &str, text: String) {
         let now = std::time::Instant::now();
         let mut told = lock(&self.told);
         told.retain(|_, at| now.duration_since(*at) < TOLD);

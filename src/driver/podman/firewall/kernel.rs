@@ -3,7 +3,8 @@
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
-use std::process::Stdio;
+use std::process::{Output, Stdio};
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
@@ -14,6 +15,9 @@ use crate::driver::Error;
 use crate::policy::proof::Proven;
 use crate::policy::read::Set;
 use crate::policy::{Cidr, Protocol};
+
+/// How long a program may take: others wait for the table meanwhile.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Puts in force what was proven: wholly, or not at all.
 pub async fn apply(proven: &Proven) -> Result<(), Error> {
@@ -29,10 +33,17 @@ pub async fn apply(proven: &Proven) -> Result<(), Error> {
     if let Some(pid) = child.id() {
         super::watch::note_own(pid);
     }
-    if let Some(mut input) = child.stdin.take() {
-        input.write_all(proven.text().as_bytes()).await.map_err(|error| failed(error.to_string()))?;
-    }
-    let done = child.wait_with_output().await.map_err(|error| failed(error.to_string()))?;
+    let input = child.stdin.take();
+    let load = async {
+        if let Some(mut input) = input {
+            input.write_all(proven.text().as_bytes()).await?;
+        }
+        child.wait_with_output().await
+    };
+    let done = tokio::time::timeout(PATIENCE, load)
+        .await
+        .map_err(|_| failed("nft does not end".into()))?
+        .map_err(|error| failed(error.to_string()))?;
     if done.status.success() {
         return Ok(());
     }
@@ -42,9 +53,26 @@ pub async fn apply(proven: &Proven) -> Result<(), Error> {
 }
 
 async fn nft(args: &[&str]) -> Option<String> {
-    let done =
-        Command::new("nft").args(args).stdin(Stdio::null()).stderr(Stdio::null()).output().await.ok()?;
-    done.status.success().then(|| String::from_utf8_lossy(&done.stdout).into_owned())
+    said("nft", args).await.filter(|done| done.status.success()).map(text)
+}
+
+/// What a program writes, for as long as it may take; nothing where it does not end.
+async fn said(program: &str, args: &[&str]) -> Option<Output> {
+    let run = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    if let Ok(done) = tokio::time::timeout(PATIENCE, run).await {
+        return done.ok();
+    }
+    tracing::warn!(program, "a program does not end");
+    None
+}
+
+fn text(done: Output) -> String {
+    String::from_utf8_lossy(&done.stdout).into_owned()
 }
 
 /// The table's chains and the heads of its sets, as the kernel has them; none when there is no table.
@@ -189,13 +217,8 @@ fn refusal(element: &Value) -> Option<Refusal> {
 
 /// Source and target of every TCP connection that is established, as it began.
 pub async fn connected() -> Vec<(Ipv4Addr, Ipv4Addr)> {
-    let done = Command::new("conntrack")
-        .args(["-L", "-p", "tcp", "--state", "ESTABLISHED"])
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output()
-        .await;
-    let text = done.map(|done| String::from_utf8_lossy(&done.stdout).into_owned()).unwrap_or_default();
+    let done = said("conntrack", &["-L", "-p", "tcp", "--state", "ESTABLISHED"]).await;
+    let text = done.map(text).unwrap_or_default();
     let field = |line: &str, key: &str| {
         line.split_whitespace().find_map(|word| word.strip_prefix(key))?.parse::<Ipv4Addr>().ok()
     };
@@ -221,26 +244,15 @@ pub fn is_crowded((count, most): (u64, u64)) -> bool {
 
 /// Connections that are tracked and were begun from these addresses: protocol, source, target, port there.
 pub async fn tracked(from: Cidr) -> Vec<(Protocol, Ipv4Addr, Ipv4Addr, u16)> {
-    let done = Command::new("conntrack")
-        .args(["-L", "-s", &from.to_string()])
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output()
-        .await;
-    let text = done.map(|done| String::from_utf8_lossy(&done.stdout).into_owned()).unwrap_or_default();
+    let done = said("conntrack", &["-L", "-s", &from.to_string()]).await;
+    let text = done.map(text).unwrap_or_default();
     text.lines().filter_map(connection).collect()
 }
 
 /// Forgets the connections that were begun from these addresses. One that lives is known again if its client speaks
 /// next; what its server says until then is refused as what nobody asked for, and may end it.
 pub async fn forget(from: Cidr) {
-    let _ = Command::new("conntrack")
-        .args(["-D", "-s", &from.to_string()])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .await;
+    said("conntrack", &["-D", "-s", &from.to_string()]).await;
 }
 
 fn connection(line: &str) -> Option<(Protocol, Ipv4Addr, Ipv4Addr, u16)> {
@@ -258,22 +270,9 @@ fn connection(line: &str) -> Option<(Protocol, Ipv4Addr, Ipv4Addr, u16)> {
 
 /// Ends the tracked connections of what is no longer allowed.
 pub async fn cut(gone: &Allowed) {
-    let _ = Command::new("conntrack")
-        .args([
-            "-D",
-            "-p",
-            gone.protocol.as_str(),
-            "-s",
-            &gone.source.to_string(),
-            "-d",
-            &gone.target.to_string(),
-        ])
-        .args(["--dport", &gone.port.to_string()])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .await;
+    let (source, target, port) = (gone.source.to_string(), gone.target.to_string(), gone.port.to_string());
+    let args = ["-D", "-p", gone.protocol.as_str(), "-s", &source, "-d", &target, "--dport", &port];
+    said("conntrack", &args).await;
 }
 
 #[cfg(test)]
