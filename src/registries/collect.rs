@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Distribution;
 use super::collector::Blob;
-use super::store::{self, Doomed};
+use super::store::{self, Doomed, OldUpload};
 use crate::audit;
 use crate::db;
 use crate::error::Error;
@@ -71,7 +71,9 @@ async fn round(pool: &PgPool, registry: &Distribution, metrics: &Metrics) -> Res
     }
     let (mut strays, mut bytes) = (0, 0);
     for prefix in 0..=255 {
-        for stray in unknown(pool, collector.list(prefix).await?).await? {
+        let blobs = collector.list(prefix).await?;
+        tell_altered(pool, &blobs).await?;
+        for stray in unknown(pool, blobs).await? {
             if remove_stray(pool, registry, &stray, strays < EVENTS).await? {
                 strays += 1;
                 bytes += stray.bytes;
@@ -88,6 +90,17 @@ async fn round(pool: &PgPool, registry: &Distribution, metrics: &Metrics) -> Res
         );
     }
     lease.commit().await?;
+    Ok(())
+}
+
+/// Tells of bytes that are more or fewer than were committed: nothing of the platform changes them.
+async fn tell_altered(pool: &PgPool, blobs: &[Blob]) -> Result<(), Error> {
+    let mut conn = pool.acquire().await?;
+    for some in blobs.chunks(1_000) {
+        for digest in store::list_altered(&mut conn, some).await? {
+            tracing::error!(%digest, "ALARM: the registry holds a blob of another size than was committed");
+        }
+    }
     Ok(())
 }
 
@@ -140,24 +153,36 @@ pub(super) async fn settle_uploads(pool: &PgPool, registry: &Distribution) -> Re
     let old = store::list_old_uploads(&mut conn).await?;
     drop(conn);
     for upload in old {
-        let Ok(repository) = upload.repository.parse::<RepositoryPath>() else { continue };
-        let name = format!("{}/{repository}", upload.tenant);
-        let size = match &upload.digest {
-            Some(digest) => registry.blob_size(&name, digest).await?,
-            None => None,
-        };
-        if let (Some(digest), Some(size)) = (&upload.digest, size) {
-            store::commit_blob(pool, &upload.tenant, &repository, digest, size, Some(&upload.id)).await?;
-            tracing::info!(%name, "a blob whose push was cut off at its end is on record now");
-        } else if upload.given_up {
-            if let Some(collector) = registry.collector() {
-                collector.remove_upload(&upload.tenant, &repository, &upload.id).await?;
-            }
-            store::not_committed(pool, &upload.tenant, &upload.id).await?;
-            store::delete_upload(pool, &upload.tenant, &repository, &upload.id).await?;
+        // One that cannot be settled does not hold up the others.
+        if let Err(error) = settle_upload(pool, registry, &upload).await {
+            tracing::warn!(error = error.for_log(), tenant = %upload.tenant, "an upload is settled later");
         }
     }
     clear_repositories(pool, registry).await
+}
+
+async fn settle_upload(pool: &PgPool, registry: &Distribution, upload: &OldUpload) -> Result<(), Error> {
+    let Some(part) = store::claim_old_upload(pool, upload).await? else { return Ok(()) };
+    let tenant = &upload.tenant;
+    // No request can go on with an upload without a repository.
+    let Ok(repository) = upload.repository.parse::<RepositoryPath>() else {
+        return store::delete_upload(pool, tenant, &part).await;
+    };
+    let name = format!("{tenant}/{repository}");
+    let size = match &upload.digest {
+        Some(digest) => registry.blob_size(&name, digest).await?,
+        None => None,
+    };
+    if let (Some(digest), Some(size)) = (&upload.digest, size) {
+        store::commit_blob(pool, tenant, &repository, digest, size, Some(&upload.id)).await?;
+        tracing::info!(%name, "a blob whose push was cut off at its end is on record now");
+    } else if upload.given_up {
+        if let Some(collector) = registry.collector() {
+            collector.remove_upload(tenant, &repository, &upload.id).await?;
+        }
+        store::delete_upload(pool, tenant, &part).await?;
+    }
+    Ok(())
 }
 
 async fn clear_repositories(pool: &PgPool, registry: &Distribution) -> Result<(), Error> {

@@ -13,6 +13,7 @@ pub mod distribution;
 pub mod front;
 mod known;
 mod measure;
+mod parts;
 pub mod proxy;
 pub mod reconcile;
 pub mod robots;

@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 use actix_web::http::{Method, StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
 use bytes::Bytes;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::body::{Body, cut};
 use super::front::{FrontDoor, OciError, PATIENCE};
+use super::parts::{Claim, Lost};
 use super::proxy::{Asked, relay, unreachable_registry};
-use super::store::{self, Reserve};
+use super::store::{self, Ends, Reserve};
 use super::write::{full, may_push};
 use super::{Distribution, collect};
 use crate::db;
@@ -86,7 +87,7 @@ impl Query {
     }
 }
 
-fn unknown_upload() -> OciError {
+pub(super) fn unknown_upload() -> OciError {
     OciError::new(StatusCode::NOT_FOUND, "BLOB_UPLOAD_UNKNOWN", "there is no such upload; start a new one")
 }
 
@@ -239,12 +240,16 @@ pub(super) async fn cancel(
     id: &str,
 ) -> Result<HttpResponse, OciError> {
     let query = Query::parse(req.query_string(), &["_state"])?;
-    require_open(door, asked, id).await?;
     let (work, id) = (Work::of(door, asked), id.to_owned());
     Work::finish(async move {
-        cancel_there(&work.registry, &work.asked, &id, &query).await?;
-        store::delete_upload(&work.pool, &work.asked.tenant, &work.asked.repository, &id).await?;
-        Ok(())
+        let claim = Claim::take(&work.pool, &work.asked, &id, None).await?;
+        match cancel_there(&work.registry, &work.asked, &id, &query).await {
+            Ok(()) => claim.delete().await,
+            Err(refused) => {
+                claim.release(Ends::Cut).await?;
+                Err(refused)
+            }
+        }
     })
     .await?;
     Ok(HttpResponse::NoContent().insert_header(("Docker-Distribution-Api-Version", "registry/2.0")).finish())
@@ -331,8 +336,12 @@ pub(super) async fn append(
     // Payload is bound to its thread; a channel of two chunks carries the bytes over.
     let (sender, receiver) = mpsc::channel::<Part>(2);
     let part = Upload { work: Work::of(door, asked), id: id.to_owned(), digest: query.digest, length };
-    let sending = tokio::spawn(part.send(upstream, receiver));
-    pump(door, asked, id, body, sender).await?;
+    let (claimed, ready) = oneshot::channel();
+    let sending = tokio::spawn(part.send(upstream, receiver, claimed));
+    // Nothing is read or reserved before the upload is this request's.
+    if ready.await.is_ok() {
+        pump(door, asked, id, body, sender).await?;
+    }
     drop(place);
     let answer = sending.await.map_err(|error| OciError::from(crate::error::Error::internal(error)))??;
     Ok(relay(answer))
@@ -368,19 +377,11 @@ impl Upload {
         self,
         upstream: reqwest::RequestBuilder,
         receiver: mpsc::Receiver<Part>,
+        claimed: oneshot::Sender<()>,
     ) -> Result<reqwest::Response, OciError> {
-        let asked = &self.work.asked;
         // Within the task: what it writes down it also settles.
-        let known = store::begin_part(
-            &self.work.pool,
-            &asked.tenant,
-            &asked.repository,
-            &self.id,
-            self.digest.as_ref(),
-        );
-        if !known.await? {
-            return Err(unknown_upload());
-        }
+        let claim = Claim::take(&self.work.pool, &self.work.asked, &self.id, self.digest.as_ref()).await?;
+        let _ = claimed.send(());
         let whole = Arc::new(AtomicBool::new(false));
         let (seen, length) = (Arc::clone(&whole), self.length);
         let stream = futures_util::stream::unfold(Some((receiver, 0)), move |state| {
@@ -403,27 +404,32 @@ impl Upload {
                 }
             }
         });
-        let answer = upstream.body(reqwest::Body::wrap_stream(stream)).send().await;
-        let Some(digest) = &self.digest else { return answer.map_err(unreachable_registry) };
-        let (tenant, pool) = (&self.work.asked.tenant, &self.work.pool);
-        match answer {
-            Ok(answer) if status(&answer) == StatusCode::CREATED => {
-                self.check(&answer, digest).await?;
-                commit(&self.work, Some(&self.id), digest).await?;
-                Ok(answer)
-            }
-            Ok(answer) => {
-                store::not_committed(pool, tenant, &self.id).await?;
-                Ok(answer)
-            }
+        let sending = upstream.body(reqwest::Body::wrap_stream(stream)).send();
+        let answer = match claim.hold(sending).await {
+            Ok(answer) => answer.map_err(unreachable_registry),
+            Err(Lost) => Err(cut()),
+        };
+        let answer = match answer {
+            Ok(answer) => answer,
             Err(error) => {
                 // Nothing is committed of a body that did not come whole. What else is not known, the sweep settles.
-                if !whole.load(Ordering::SeqCst) {
-                    store::not_committed(pool, tenant, &self.id).await?;
+                if self.digest.is_none() || !whole.load(Ordering::SeqCst) {
+                    claim.release(Ends::Cut).await?;
                 }
-                Err(unreachable_registry(error))
+                return Err(error);
             }
+        };
+        match &self.digest {
+            Some(digest) if status(&answer) == StatusCode::CREATED => {
+                if let Err(error) = self.check(&answer, digest).await {
+                    claim.release(Ends::Answered).await?;
+                    return Err(error);
+                }
+                commit(&self.work, Some(&self.id), digest).await?;
+            }
+            _ => claim.release(Ends::Answered).await?,
         }
+        Ok(answer)
     }
 
     /// The registry has committed what it was asked to, or that goes again.
@@ -443,7 +449,6 @@ impl Upload {
                 collect::collect(registry, &other).await?;
             }
         }
-        store::not_committed(pool, &asked.tenant, &self.id).await?;
         Err(unreachable_answer("it has committed other bytes than it was asked to"))
     }
 }

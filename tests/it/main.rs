@@ -13,4 +13,5 @@ mod render;
 mod support;
 mod uid_ranges;
 mod units;
+mod uploads;
 mod work;

@@ -465,3 +465,71 @@ async fn manifests_that_stall_or_cost_hold_up_nobody_else() {
     let answer = raw(&machine, &text, Duration::from_secs(20));
     assert!(answer.starts_with("HTTP/1.1 413"), "{answer}");
 }
+
+/// A request that holds its upload's file open: its head and some bytes.
+fn held(machine: &Machine, token: &str, method: &str, path: &str, bytes: &[u8]) -> TcpStream {
+    let mut stream = TcpStream::connect(("127.0.0.1", machine.port)).unwrap();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Type: {OCTETS}\r\n\
+         Content-Length: 1048576\r\n\r\n"
+    );
+    stream.write_all(&[head.as_bytes(), bytes].concat()).unwrap();
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_committed_is_never_written_to_again() {
+    let machine = Machine::start().await;
+    let (acme, victim) = (machine.tenant("acme").await, machine.tenant("victim").await);
+    let client = client(&machine);
+    let token = client.token(&acme, &["repository:acme/web:pull,push"]).await.unwrap();
+    let good = b"8 good b".to_vec();
+    let digest = Digest::of(&good);
+    let mut taken = 0;
+    for (n, first) in [&b"E"[..], b"", &noise(5_000, 9)].into_iter().enumerate() {
+        let (status, location, text) = client.call(&token, "POST", START, OCTETS, vec![]).await;
+        assert_eq!(status, 202, "{text}");
+        let mut open = held(&machine, &token, "PATCH", &location, first);
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let path = with(&location, &format!("digest={digest}"));
+        assert_eq!(client.call(&token, "PUT", &path, OCTETS, good.clone()).await.0, 409, "round {n}");
+        assert_eq!(client.call(&token, "DELETE", &location, OCTETS, vec![]).await.0, 409, "round {n}");
+        // The rest of the first one comes, or it is cut off: then the same state is committed as soon as may be.
+        if n == 0 {
+            let _ = open.write_all(&noise(1_048_576 - first.len(), 3));
+            let _ = open.read(&mut [0; 512]);
+        }
+        drop(open);
+        let begun = Instant::now();
+        loop {
+            let (status, _, text) = client.call(&token, "PUT", &path, OCTETS, good.clone()).await;
+            if status != 409 {
+                taken += usize::from(status == 201);
+                break;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(20), "{text}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        for name in stored(&machine) {
+            let hex = &name[7..];
+            let file = disk(&machine).join("blobs/sha256").join(&hex[..2]).join(hex).join("data");
+            assert_eq!(Digest::of(&std::fs::read(file).unwrap()).to_string(), name, "round {n}");
+        }
+    }
+    println!("{taken} of 3 were committed after the cut");
+    let own = client.token(&victim, &["repository:victim/w:pull,push"]).await.unwrap();
+    assert_eq!(client.upload(&own, "victim/w", &good).await.0, 201);
+    let path = format!("/v2/victim/w/blobs/{digest}");
+    let (status, _, text) = client.call(&own, "GET", &path, "", vec![]).await;
+    assert_eq!((status, text.as_bytes()), (200, &good[..]));
+    // Bytes that change nevertheless are told.
+    let hex = &digest.as_str()[7..];
+    let file = disk(&machine).join("blobs/sha256").join(&hex[..2]).join(hex).join("data");
+    std::fs::write(file, b"other bytes, and more").unwrap();
+    let begun = Instant::now();
+    while !machine.tail("serve").contains("another size than was committed") {
+        assert!(begun.elapsed() < Duration::from_secs(40), "{}", machine.tail("serve"));
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+}

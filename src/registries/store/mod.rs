@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::ids::{TenantId, TenantName};
 
 mod layers;
+mod parts;
 mod push;
 mod read;
 mod remove;
@@ -16,6 +17,7 @@ pub use layers::image_bytes;
 pub use read::are_manifests_there;
 pub(super) use {
     layers::{image_use, insert_report, list_reports},
+    parts::*,
     push::*,
     read::*,
     remove::*,

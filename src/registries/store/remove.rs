@@ -3,11 +3,12 @@
 use sqlx::{PgConnection, PgPool};
 
 use super::uploads::lock_digest;
-use super::{add_used, lock_project, positive, weight};
+use super::{add_used, lock_project, positive, signed, weight};
 use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
 use crate::quotas::{self, Resource};
+use crate::registries::collector::Blob;
 
 /// Takes a tag away; the digest that it stood for.
 pub(in crate::registries) async fn delete_tag(
@@ -274,6 +275,24 @@ pub(in crate::registries) async fn list_unknown(
              AND NOT EXISTS (SELECT 1 FROM upload u WHERE u.digest = d)"#,
         digests,
         doomed == Doomed::Known
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// Those of the blobs on the disk whose size is not the one on record.
+pub(in crate::registries) async fn list_altered(
+    conn: &mut PgConnection,
+    blobs: &[Blob],
+) -> Result<Vec<Digest>, Error> {
+    let digests: Vec<String> = blobs.iter().map(|blob| blob.digest.to_string()).collect();
+    let sizes: Vec<i64> = blobs.iter().map(|blob| signed(blob.bytes)).collect();
+    Ok(sqlx::query_scalar!(
+        r#"SELECT d AS "digest!: Digest" FROM unnest($1::text[], $2::bigint[]) AS x (d, size)
+           WHERE EXISTS (SELECT 1 FROM blob b WHERE b.digest = d AND b.size <> x.size)
+              OR EXISTS (SELECT 1 FROM manifest m WHERE m.digest = d AND m.size <> x.size)"#,
+        &digests,
+        &sizes
     )
     .fetch_all(conn)
     .await?)

@@ -85,58 +85,12 @@ pub(in crate::registries) async fn admit_upload(
     Ok(Reserve::Taken(0))
 }
 
-/// Begins a part of an upload: whether the upload is this repository's. With a digest it is on record that the
-/// registry is asked to commit it; what is being collected at the moment is waited for.
-pub(in crate::registries) async fn begin_part(
-    pool: &PgPool,
-    tenant: &TenantName,
-    repository: &RepositoryPath,
-    id: &str,
-    digest: Option<&Digest>,
-) -> Result<bool, Error> {
-    let mut tx = db::begin(pool, tenant).await?;
-    if let Some(digest) = digest {
-        lock_digest(&mut tx, digest).await?;
-    }
-    let found = sqlx::query!(
-        "UPDATE upload u SET changed_at = now(), digest = coalesce($4, u.digest) FROM tenant t WHERE t.name = $1 \
-         AND u.tenant_id = t.id AND u.repository = $2 AND u.id = $3",
-        tenant.as_str(),
-        repository.as_str(),
-        id,
-        digest.map(Digest::as_str)
-    )
-    .execute(&mut *tx)
-    .await?
-    .rows_affected();
-    tx.commit().await?;
-    Ok(found == 1)
-}
-
 /// Holds a digest until the transaction ends: its bytes are collected or committed, never both at once. Taken before
 /// any lock of a quota.
 pub(super) async fn lock_digest(conn: &mut PgConnection, digest: &Digest) -> Result<(), Error> {
     sqlx::query!("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", digest.as_str())
         .fetch_one(conn)
         .await?;
-    Ok(())
-}
-
-/// The registry has not committed it.
-pub(in crate::registries) async fn not_committed(
-    pool: &PgPool,
-    tenant: &TenantName,
-    id: &str,
-) -> Result<(), Error> {
-    let mut tx = db::begin(pool, tenant).await?;
-    sqlx::query!(
-        "UPDATE upload u SET digest = NULL FROM tenant t WHERE t.name = $1 AND u.tenant_id = t.id AND u.id = $2",
-        tenant.as_str(),
-        id
-    )
-    .execute(&mut *tx)
-    .await?;
-    tx.commit().await?;
     Ok(())
 }
 
@@ -212,27 +166,6 @@ pub(in crate::registries) async fn is_upload_open(
     .await?)
 }
 
-/// Forgets an upload of which nothing is being committed: its bytes count no more.
-pub(in crate::registries) async fn delete_upload(
-    pool: &PgPool,
-    tenant: &TenantName,
-    repository: &RepositoryPath,
-    id: &str,
-) -> Result<(), Error> {
-    let mut tx = db::begin(pool, tenant).await?;
-    sqlx::query!(
-        "DELETE FROM upload u USING tenant t WHERE t.name = $1 AND u.tenant_id = t.id AND u.repository = $2 \
-         AND u.id = $3 AND u.digest IS NULL",
-        tenant.as_str(),
-        repository.as_str(),
-        id
-    )
-    .execute(&mut *tx)
-    .await?;
-    tx.commit().await?;
-    Ok(())
-}
-
 /// An upload as the sweep finds it.
 pub(in crate::registries) struct OldUpload {
     pub(in crate::registries) tenant: TenantName,
@@ -244,7 +177,8 @@ pub(in crate::registries) struct OldUpload {
     pub(in crate::registries) given_up: bool,
 }
 
-/// Uploads whose commit nothing has settled for ten minutes, and those to which nothing was added for an hour.
+/// Uploads whose commit nothing has settled for ten minutes, and those to which nothing was added for an hour; none that
+/// a request has.
 pub(in crate::registries) async fn list_old_uploads(
     conn: &mut PgConnection,
 ) -> Result<Vec<OldUpload>, Error> {
@@ -253,8 +187,9 @@ pub(in crate::registries) async fn list_old_uploads(
         r#"SELECT t.name AS "tenant: TenantName", u.repository, u.id, u.digest AS "digest: Digest",
            u.changed_at < now() - interval '1 hour' AS "given_up!"
            FROM upload u JOIN tenant t ON t.id = u.tenant_id
-           WHERE u.changed_at < now() - interval '1 hour'
-              OR u.digest IS NOT NULL AND u.changed_at < now() - interval '10 minutes'
+           WHERE (u.changed_at < now() - interval '1 hour'
+              OR u.digest IS NOT NULL AND u.changed_at < now() - interval '10 minutes')
+             AND (u.part IS NULL OR u.part_until < now())
            ORDER BY u.changed_at LIMIT 200"#
     )
     .fetch_all(conn)

@@ -1,0 +1,82 @@
+//! One request of an upload at a time. The registry opens the upload's file for each request by itself: of two at once
+//! the slower one would go on writing into what the faster one has committed.
+
+use std::time::{Duration, Instant};
+
+use actix_web::http::StatusCode;
+use sqlx::PgPool;
+
+use super::front::OciError;
+use super::proxy::Asked;
+use super::store::{self, Claimed, Ends};
+use super::uploads::unknown_upload;
+use crate::ids::{Digest, TenantName};
+
+/// How often a claim is renewed. It lasts for 60 seconds.
+const RENEW: Duration = Duration::from_secs(15);
+/// After so long without renewal the request is given up, before another one may claim the upload.
+const LOST: Duration = Duration::from_secs(45);
+
+/// A claim on an upload.
+pub(super) struct Claim {
+    pool: PgPool,
+    tenant: TenantName,
+    pub(super) part: String,
+}
+
+/// The claim is lost, and the request was given up.
+pub(super) struct Lost;
+
+impl Claim {
+    /// Claims an upload; refuses where another request has it.
+    pub(super) async fn take(
+        pool: &PgPool,
+        asked: &Asked,
+        id: &str,
+        digest: Option<&Digest>,
+    ) -> Result<Self, OciError> {
+        match store::claim_part(pool, &asked.tenant, &asked.repository, id, digest).await? {
+            Claimed::Taken(part) => Ok(Self { pool: pool.clone(), tenant: asked.tenant.clone(), part }),
+            Claimed::Unknown => Err(unknown_upload()),
+            Claimed::Busy => Err(OciError::new(
+                StatusCode::CONFLICT,
+                "BLOB_UPLOAD_INVALID",
+                "another request on this upload is under way, or was cut off seconds ago: wait for its answer and \
+                 go on where it ended, or start a new upload",
+            )),
+        }
+    }
+
+    /// Runs a request as long as the claim stands.
+    pub(super) async fn hold<T>(&self, request: impl Future<Output = T>) -> Result<T, Lost> {
+        tokio::select! {
+            answer = request => Ok(answer),
+            () = self.renew() => Err(Lost),
+        }
+    }
+
+    /// Renews the claim; ends when it is lost.
+    async fn renew(&self) {
+        let mut renewed = Instant::now();
+        loop {
+            tokio::time::sleep(RENEW).await;
+            let renewing = store::renew_part(&self.pool, &self.tenant, &self.part);
+            match tokio::time::timeout(RENEW, renewing).await {
+                Ok(Ok(true)) => renewed = Instant::now(),
+                Ok(Ok(false)) => return,
+                _ if renewed.elapsed() + RENEW > LOST => return,
+                _ => {}
+            }
+        }
+    }
+
+    /// Gives the upload to the next request; nothing was committed.
+    pub(super) async fn release(self, ends: Ends) -> Result<(), OciError> {
+        Ok(store::release_part(&self.pool, &self.tenant, &self.part, ends).await?)
+    }
+
+    /// The upload is gone.
+    pub(super) async fn delete(self) -> Result<(), OciError> {
+        Ok(store::delete_upload(&self.pool, &self.tenant, &self.part).await?)
+    }
+}

@@ -1,0 +1,161 @@
+//! Claims on uploads: one request at a time writes to an upload, cancels it or commits it.
+
+use sqlx::{PgConnection, PgPool};
+
+use super::uploads::{OldUpload, lock_digest};
+use crate::db;
+use crate::error::Error;
+use crate::ids::{Digest, RepositoryPath, TenantName};
+
+/// What came of asking for an upload.
+#[derive(Debug, PartialEq, Eq)]
+pub(in crate::registries) enum Claimed {
+    /// The upload is this request's, under this number.
+    Taken(String),
+    /// Another request writes to it, or its commit is not settled yet.
+    Busy,
+    /// There is no such upload in this repository.
+    Unknown,
+}
+
+/// Claims an upload for a minute. With a digest it is on record that the registry is asked to commit it; what is being
+/// collected at the moment is waited for.
+pub(in crate::registries) async fn claim_part(
+    pool: &PgPool,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    id: &str,
+    digest: Option<&Digest>,
+) -> Result<Claimed, Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    if let Some(digest) = digest {
+        lock_digest(&mut tx, digest).await?;
+    }
+    let part = sqlx::query_scalar!(
+        r#"UPDATE upload u SET changed_at = now(), digest = $4, part = gen_random_uuid()::text,
+           part_until = now() + interval '60 seconds' FROM tenant t WHERE t.name = $1 AND u.tenant_id = t.id
+           AND u.repository = $2 AND u.id = $3 AND u.digest IS NULL AND (u.part IS NULL OR u.part_until < now())
+           RETURNING u.part AS "part!""#,
+        tenant.as_str(),
+        repository.as_str(),
+        id,
+        digest.map(Digest::as_str)
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let claimed = match part {
+        Some(part) => Claimed::Taken(part),
+        None if is_on_record(&mut tx, tenant, repository, id).await? => Claimed::Busy,
+        None => Claimed::Unknown,
+    };
+    tx.commit().await?;
+    Ok(claimed)
+}
+
+async fn is_on_record(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    id: &str,
+) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT 1 FROM upload u JOIN tenant t ON t.id = u.tenant_id WHERE t.name = $1
+           AND u.repository = $2 AND u.id = $3) AS "yes!""#,
+        tenant.as_str(),
+        repository.as_str(),
+        id
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Claims an upload that the sweep has found, unless a request has it, or something came since.
+pub(in crate::registries) async fn claim_old_upload(
+    pool: &PgPool,
+    old: &OldUpload,
+) -> Result<Option<String>, Error> {
+    let mut tx = db::begin(pool, &old.tenant).await?;
+    let part = sqlx::query_scalar!(
+        r#"UPDATE upload u SET part = gen_random_uuid()::text, part_until = now() + interval '60 seconds'
+           FROM tenant t WHERE t.name = $1 AND u.tenant_id = t.id AND u.id = $2
+           AND u.digest IS NOT DISTINCT FROM $3 AND u.changed_at < now() - interval '10 minutes'
+           AND (u.part IS NULL OR u.part_until < now()) RETURNING u.part AS "part!""#,
+        old.tenant.as_str(),
+        old.id,
+        old.digest.as_ref().map(Digest::as_str)
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(part)
+}
+
+/// Renews a claim; whether it still stands.
+pub(in crate::registries) async fn renew_part(
+    pool: &PgPool,
+    tenant: &TenantName,
+    part: &str,
+) -> Result<bool, Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    let renewed = sqlx::query!(
+        "UPDATE upload u SET changed_at = now(), part_until = now() + interval '60 seconds' FROM tenant t \
+         WHERE t.name = $1 AND u.tenant_id = t.id AND u.part = $2",
+        tenant.as_str(),
+        part
+    )
+    .execute(&mut *tx)
+    .await?
+    .rows_affected();
+    tx.commit().await?;
+    Ok(renewed == 1)
+}
+
+/// What a request that ends leaves of its upload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::registries) enum Ends {
+    /// The registry has answered: the next request may come.
+    Answered,
+    /// The connection to the registry was cut: it may still write what is on its way, so the next request waits a few
+    /// seconds.
+    Cut,
+}
+
+/// Gives a claim back. Nothing was committed: that the registry was asked to is forgotten.
+pub(in crate::registries) async fn release_part(
+    pool: &PgPool,
+    tenant: &TenantName,
+    part: &str,
+    ends: Ends,
+) -> Result<(), Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    sqlx::query!(
+        "UPDATE upload u SET digest = NULL, part = CASE WHEN $3 THEN NULL ELSE u.part END, \
+         part_until = CASE WHEN $3 THEN NULL ELSE now() + interval '5 seconds' END FROM tenant t \
+         WHERE t.name = $1 AND u.tenant_id = t.id AND u.part = $2",
+        tenant.as_str(),
+        part,
+        ends == Ends::Answered
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Forgets the upload of a claim: its bytes count no more.
+pub(in crate::registries) async fn delete_upload(
+    pool: &PgPool,
+    tenant: &TenantName,
+    part: &str,
+) -> Result<(), Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    sqlx::query!(
+        "DELETE FROM upload u USING tenant t WHERE t.name = $1 AND u.tenant_id = t.id AND u.part = $2",
+        tenant.as_str(),
+        part
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(())
+}

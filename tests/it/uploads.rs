@@ -1,0 +1,206 @@
+//! Uploads before a registry that writes whatever it is sent, as fast or slowly as it comes: no two requests of one
+//! upload ever reach it at the same time.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use actix_web::dev::ServerHandle;
+use actix_web::{App, HttpRequest, HttpResponse, HttpServer, web};
+use bulkhead::access::{Authority, Role};
+use bulkhead::ids::Digest;
+use serde_json::Value;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+use crate::support::TestApp;
+
+/// What the registry has seen.
+#[derive(Default)]
+pub(crate) struct Seen {
+    /// Bodies that it reads at this moment, and the most there ever were.
+    now: AtomicUsize,
+    most: AtomicUsize,
+    /// What it answers to PUT in place of 201.
+    refuses: Mutex<Option<u16>>,
+    /// Method and path of each request.
+    pub(crate) asked: Mutex<Vec<(String, String)>>,
+}
+
+async fn answer(req: HttpRequest, mut body: web::Payload, seen: web::Data<Arc<Seen>>) -> HttpResponse {
+    let method = req.method().as_str().to_owned();
+    seen.asked.lock().unwrap().push((method.clone(), req.path().to_owned()));
+    if matches!(method.as_str(), "PATCH" | "PUT" | "DELETE") && req.path().contains("/uploads/") {
+        let now = seen.now.fetch_add(1, Ordering::SeqCst) + 1;
+        seen.most.fetch_max(now, Ordering::SeqCst);
+    }
+    while let Some(Ok(_)) = futures_util::StreamExt::next(&mut body).await {}
+    if matches!(method.as_str(), "PATCH" | "PUT" | "DELETE") && req.path().contains("/uploads/") {
+        seen.now.fetch_sub(1, Ordering::SeqCst);
+    }
+    match method.as_str() {
+        "POST" => {
+            let id = format!("up-{}", seen.asked.lock().unwrap().len());
+            let location = format!("/v2/acme/web/blobs/uploads/{id}?_state=abc%3D");
+            HttpResponse::Accepted()
+                .insert_header(("Docker-Upload-UUID", id))
+                .insert_header(("Location", location))
+                .finish()
+        }
+        "PUT" => {
+            let refuses = *seen.refuses.lock().unwrap();
+            if let Some(status) = refuses {
+                return HttpResponse::build(status.try_into().unwrap()).finish();
+            }
+            let query = req.query_string().replace("%3A", ":");
+            let digest = query.split("digest=").nth(1).unwrap_or_default().to_owned();
+            HttpResponse::Created().insert_header(("Docker-Content-Digest", digest)).finish()
+        }
+        "HEAD" => HttpResponse::Ok().no_chunking(8).body("12345678"),
+        _ => HttpResponse::Accepted().finish(),
+    }
+}
+
+/// A platform before such a registry.
+pub(crate) struct Before {
+    pub(crate) app: TestApp,
+    pub(crate) seen: Arc<Seen>,
+    pub(crate) token: String,
+    pub(crate) http: reqwest::Client,
+    handle: ServerHandle,
+}
+
+pub(crate) const UPLOADS: &str = "/v2/acme/web/blobs/uploads/";
+
+impl Before {
+    pub(crate) async fn start(options: PgPoolOptions, connect: PgConnectOptions) -> Self {
+        let seen = Arc::new(Seen::default());
+        let data = web::Data::new(Arc::clone(&seen));
+        let server =
+            HttpServer::new(move || App::new().app_data(data.clone()).default_service(web::to(answer)))
+                .workers(1)
+                .disable_signals()
+                .bind("127.0.0.1:0")
+                .unwrap();
+        let registry = format!("http://{}", server.addrs()[0]);
+        let server = server.run();
+        let handle = server.handle();
+        tokio::spawn(server);
+        let app = TestApp::with(options, connect, |config| config.registry.url = registry).await;
+        let acme = app.tenant("acme").await;
+        app.sql("UPDATE tenant SET state = 'active'").await;
+        let secret = app.token(Authority::Tenant(acme, Role::Deployer)).await;
+        let http = bulkhead::outgoing::client().build().unwrap();
+        let scope = "repository%3Aacme%2Fweb%3Apull%2Cpush&scope=repository%3Aacme%2Fother%3Apull%2Cpush";
+        let url = format!("{}/auth/token?service=bulkhead-registry&scope={scope}", app.one.address);
+        let answer: Value =
+            http.get(url).basic_auth("acme", Some(&secret)).send().await.unwrap().json().await.unwrap();
+        let token = answer["token"].as_str().unwrap().to_owned();
+        Self { app, seen, token, http, handle }
+    }
+
+    pub(crate) async fn send(&self, method: &str, path: &str, body: &'static [u8]) -> (u16, String, String) {
+        let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
+        let url = format!("{}{path}", self.app.one.address);
+        let answer = self.http.request(method, url).bearer_auth(&self.token).body(body).send().await.unwrap();
+        let header = answer.headers().get("location").and_then(|value| value.to_str().ok());
+        let (status, location) = (answer.status().as_u16(), header.unwrap_or_default().to_owned());
+        (status, location, answer.text().await.unwrap_or_default())
+    }
+
+    /// A new upload: its path with its state.
+    async fn begin(&self) -> String {
+        let (status, location, text) = self.send("POST", UPLOADS, b"").await;
+        assert_eq!(status, 202, "{text}");
+        location
+    }
+
+    /// A request that has sent the first of its bytes and waits.
+    async fn held(&self, method: &str, path: &str) -> TcpStream {
+        let before = self.seen.now.load(Ordering::SeqCst);
+        let at = self.app.one.address.strip_prefix("http://").unwrap();
+        let mut stream = TcpStream::connect(at).await.unwrap();
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: {at}\r\nAuthorization: Bearer {}\r\n\
+             Content-Type: application/octet-stream\r\nContent-Length: 1048576\r\n\r\nE",
+            self.token
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let begun = Instant::now();
+        while self.seen.now.load(Ordering::SeqCst) == before {
+            assert!(begun.elapsed() < Duration::from_secs(10), "the registry does not see it");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        stream
+    }
+
+    /// How long it takes until this is no longer refused because another request has the upload.
+    async fn freed(&self, method: &str, path: &str) -> (Duration, u16) {
+        let begun = Instant::now();
+        loop {
+            let (status, _, text) = self.send(method, path, b"12345678").await;
+            if status != 409 {
+                return (begun.elapsed(), status);
+            }
+            assert!(text.contains("another request on this upload"), "{text}");
+            assert!(begun.elapsed() < Duration::from_secs(20), "{text}");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    pub(crate) async fn stop(self) {
+        self.handle.stop(false).await;
+    }
+}
+
+fn with(location: &str, digest: &Digest) -> String {
+    format!("{location}&digest={}", digest.as_str().replace(':', "%3A"))
+}
+
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn one_request_at_a_time_writes_to_an_upload(options: PgPoolOptions, connect: PgConnectOptions) {
+    let before = Before::start(options, connect).await;
+    let good = Digest::of(b"12345678");
+    // A PATCH has sent one byte and waits; the same state is committed, cancelled and written to by others.
+    let upload = before.begin().await;
+    let open = before.held("PATCH", &upload).await;
+    for (method, path) in
+        [("PUT", with(&upload, &good)), ("DELETE", upload.clone()), ("PATCH", upload.clone())]
+    {
+        let (status, _, text) = before.send(method, &path, b"12345678").await;
+        assert_eq!(status, 409, "{method}: {text}");
+    }
+    assert_eq!(before.app.number("SELECT count(*) FROM upload WHERE part IS NOT NULL", "").await, 1);
+    assert!(before.app.number("SELECT sum(bytes)::bigint FROM upload", "").await > 0, "it counts on");
+    // It is cut off: what is on its way to the registry may still be written, so the next one waits.
+    drop(open);
+    let (waited, status) = before.freed("PUT", &with(&upload, &good)).await;
+    assert_eq!(status, 201);
+    assert!(waited > Duration::from_secs(3), "{waited:?}");
+    // A PUT that waits, beside another PUT: the second one changes nothing of what the first has written down.
+    let upload = before.begin().await;
+    let open = before.held("PUT", &with(&upload, &good)).await;
+    let (status, _, _) = before.send("PUT", &with(&upload, &Digest::of(b"other")), b"other").await;
+    assert_eq!(status, 409);
+    let digest = "SELECT count(*) FROM upload WHERE digest = $1";
+    assert_eq!(before.app.number(digest, good.as_str()).await, 1);
+    drop(open);
+    assert_eq!(before.freed("DELETE", &upload).await.1, 204);
+    assert_eq!(before.app.number("SELECT count(*) FROM upload", "").await, 0);
+    // An answer frees it at once, also a refusal; so does the end of a claim that a crash has left.
+    let upload = before.begin().await;
+    *before.seen.refuses.lock().unwrap() = Some(400);
+    assert_eq!(before.send("PUT", &with(&upload, &good), b"12345678").await.0, 400);
+    *before.seen.refuses.lock().unwrap() = None;
+    assert_eq!(before.send("PATCH", &upload, b"1234").await.0, 202);
+    before.app.sql("UPDATE upload SET part = 'x', part_until = now() + interval '1 second'").await;
+    assert_eq!(before.freed("PUT", &with(&upload, &good)).await.1, 201);
+    // One whose commit is not settled takes nothing more.
+    let upload = before.begin().await;
+    before.app.sql(&format!("UPDATE upload SET digest = '{good}'")).await;
+    assert_eq!(before.send("PUT", &with(&upload, &good), b"12345678").await.0, 409);
+    assert_eq!(before.send("DELETE", &upload, b"").await.0, 409);
+    assert_eq!(before.seen.most.load(Ordering::SeqCst), 1, "never two at once");
+    before.stop().await;
+}
