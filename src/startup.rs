@@ -35,7 +35,7 @@ use crate::networks::reconcile::{ConnectionsOfTenant, NetworkReconciler};
 use crate::networks::rollouts::advance::RolloutReconciler;
 use crate::reconcile::{self, Reconciler, Waker};
 use crate::registries::collect::watch;
-use crate::registries::front::{Door, FrontDoor};
+use crate::registries::front::{Door, FrontDoor, ImageHolders};
 use crate::registries::reconcile::{ImagesOfTenant, RobotsOfTenant, sweep};
 use crate::registries::{Distribution, Holders, PullSecrets, SigningKey};
 use crate::telemetry::Metrics;
@@ -159,6 +159,7 @@ impl Platform {
             registry: self.registry.clone(),
             own: own.clone(),
             door,
+            holders: ImageHolders(Arc::clone(&holders)),
             denials: self.desk.denials.clone(),
             turns: self.turns.clone(),
         };

@@ -1,26 +1,27 @@
-//! Manifests, read strictly (OCI image specification 1.1 and Docker's schema 2). The registry's own
-//! parser takes the last of two equal keys and folds case; ours refuses both, so that what was
-//! checked is what every other reader sees.
+//! Manifests as they are stored: whatever OCI knows (image specification 1.1, Docker's schema 2), read strictly. The
+//! registry's own parser takes the last of two equal keys and folds case; ours refuses both, so that what was checked
+//! is what every other reader sees. Whether a manifest is an image that can run is asked when it is deployed.
 
-use std::fmt;
-use std::marker::PhantomData;
+use std::collections::BTreeMap;
 
-use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::DeserializeSeed;
 
-use super::strict::{Atom, AtomSeed, Budget, Keys, read};
-use crate::driver::podman::render::is_harmless_annotation;
+use super::seeds::{Annotations, ObjectSeed, Raw, RawDescriptor};
+use super::strict::{Atom, read};
 use crate::ids::Digest;
 
-/// Largest manifest, in bytes.
-pub const LIMIT: usize = 1 << 20;
-/// Most layers of an image and most images of an index.
-const LAYERS: usize = 127;
-const CHILDREN: usize = 64;
+/// Largest manifest, in bytes: the most that the specification asks registries to take.
+pub const LIMIT: usize = 4 << 20;
+/// Most layers and most manifests of one manifest.
+pub(super) const PARTS: usize = 512;
 /// Largest layer, in bytes.
 const LAYER: u64 = 10 << 30;
+/// Most bytes of annotations of a manifest with a subject: they are listed with it.
+const LISTED: usize = 64 << 10;
 
 const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+/// Type of an OCI index, which is also the form of a list of referrers.
+pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 
@@ -29,17 +30,7 @@ pub const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, applicatio
     application/vnd.docker.distribution.manifest.v2+json, \
     application/vnd.docker.distribution.manifest.list.v2+json";
 
-const CONFIG_TYPES: [&str; 2] =
-    ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
-const LAYER_TYPES: [&str; 5] = [
-    "application/vnd.oci.image.layer.v1.tar",
-    "application/vnd.oci.image.layer.v1.tar+gzip",
-    "application/vnd.oci.image.layer.v1.tar+zstd",
-    "application/vnd.docker.image.rootfs.diff.tar.gzip",
-    "application/vnd.docker.image.rootfs.diff.tar",
-];
-
-/// A reference to a blob.
+/// A reference to a blob or a manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Descriptor {
     /// Type.
@@ -50,7 +41,7 @@ pub struct Descriptor {
     pub size: u64,
 }
 
-/// An image of an index.
+/// A manifest of an index.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Child {
     /// Its manifest.
@@ -61,30 +52,51 @@ pub struct Child {
     pub architecture: String,
 }
 
-/// A manifest.
+/// What a manifest is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Manifest {
-    /// One image.
+pub enum Parts {
+    /// One image, or an artifact in the form of one.
     Image {
         /// Its config.
         config: Descriptor,
         /// Its layers, from the bottom.
         layers: Vec<Descriptor>,
     },
-    /// Images for several platforms.
+    /// Manifests, for several platforms or of several kinds.
     Index {
-        /// The images.
+        /// The manifests.
         children: Vec<Child>,
     },
 }
 
-/// Why a manifest is refused. The text never holds anything of the manifest but names of fields.
+/// A manifest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Manifest {
+    /// What it is made of.
+    pub parts: Parts,
+    /// The kind of artifact that it says it is.
+    pub artifact_type: Option<String>,
+    /// The manifest that it is attached to; that one may be missing.
+    pub subject: Option<Descriptor>,
+    /// Its annotations.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// Why a manifest is refused. Of what the manifest holds, the text shows printable ASCII alone, and little of it.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{0}")]
 pub struct ManifestError(pub String);
 
-fn no<T>(why: impl Into<String>) -> Result<T, ManifestError> {
+pub(super) fn no<T>(why: impl Into<String>) -> Result<T, ManifestError> {
     Err(ManifestError(why.into()))
+}
+
+/// A text that came from outside, as a message may show it.
+#[must_use]
+pub fn shown(text: &str) -> String {
+    let plain: String =
+        text.chars().take(120).map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' }).collect();
+    if plain.is_empty() { "(empty)".to_owned() } else { plain }
 }
 
 /// Most values of a manifest, and how deep they lie at most.
@@ -94,7 +106,7 @@ impl Manifest {
     /// Reads a manifest that was sent as `content_type`.
     pub fn parse(bytes: &[u8], content_type: &str) -> Result<Self, ManifestError> {
         if bytes.len() > LIMIT {
-            return no("the manifest is larger than 1 MiB");
+            return no("the manifest is larger than 4 MiB");
         }
         if bytes.iter().find(|byte| !byte.is_ascii_whitespace()) != Some(&b'{') {
             return no("the manifest is not JSON of an object");
@@ -102,7 +114,7 @@ impl Manifest {
         let raw = read(bytes, BOUNDS, |budget, deserializer| {
             ObjectSeed::<Raw>::new(budget).deserialize(deserializer)
         })?;
-        let Some(raw) = raw else { return no("the manifest is not JSON of an object") };
+        let Some(mut raw) = raw else { return no("the manifest is not JSON of an object") };
         if raw.schema_version != Some(Atom::Number(2)) {
             return no("schemaVersion is not 2");
         }
@@ -112,318 +124,120 @@ impl Manifest {
             None if content_type.starts_with("application/vnd.oci.") => {}
             _ => return no("mediaType in the manifest is not its Content-Type"),
         }
-        match content_type {
-            OCI_MANIFEST | DOCKER_MANIFEST => image(raw),
-            OCI_INDEX | DOCKER_INDEX => index(raw),
-            _ => no("this type of manifest is not taken; an OCI or Docker (schema 2) image or index is"),
+        let artifact_type = artifact_type(raw.artifact_type.take())?;
+        let subject = match raw.subject.take() {
+            Some(subject) => Some(descriptor(subject, "subject")?),
+            None => None,
+        };
+        let annotations = annotations(raw.annotations.take())?;
+        let listed: usize = annotations.iter().map(|(key, value)| key.len() + value.len()).sum();
+        if subject.is_some() && listed > LISTED {
+            return no("the annotations of a manifest with a subject are larger than 64 KiB");
         }
-    }
-}
-
-/// What is kept of a manifest.
-#[derive(Default)]
-struct Raw {
-    schema_version: Option<Atom>,
-    media_type: Option<Atom>,
-    config: Option<Option<RawDescriptor>>,
-    layers: Option<Listed>,
-    manifests: Option<Listed>,
-}
-
-/// What is kept of a descriptor.
-#[derive(Default)]
-struct RawDescriptor {
-    media_type: Option<Atom>,
-    digest: Option<Atom>,
-    size: Option<Atom>,
-    urls: bool,
-    data: Option<Atom>,
-    platform: Option<Platform>,
-}
-
-#[derive(Default)]
-struct Platform {
-    os: Option<String>,
-    architecture: Option<String>,
-}
-
-/// Annotations are texts for people; others reach the container runtime, where they are orders.
-#[derive(Default)]
-struct Annotations;
-
-/// A list of descriptors; an entry that is no object, or no list at all, is none.
-type Listed = Option<Vec<Option<RawDescriptor>>>;
-
-/// An object of which known fields are kept.
-trait Fields: Default {
-    /// Reads the value of one key.
-    fn field<'de, A: MapAccess<'de>>(
-        &mut self,
-        key: &str,
-        map: &mut A,
-        budget: Budget<'_>,
-    ) -> Result<(), A::Error>;
-}
-
-impl Fields for Raw {
-    fn field<'de, A: MapAccess<'de>>(
-        &mut self,
-        key: &str,
-        map: &mut A,
-        budget: Budget<'_>,
-    ) -> Result<(), A::Error> {
-        match key {
-            "schemaVersion" => self.schema_version = Some(map.next_value_seed(AtomSeed(budget))?),
-            "mediaType" => self.media_type = Some(map.next_value_seed(AtomSeed(budget))?),
-            "config" => self.config = Some(map.next_value_seed(ObjectSeed::new(budget))?),
-            "layers" => {
-                self.layers =
-                    Some(map.next_value_seed(ListSeed(budget, LAYERS, "an image has 1 to 127 layers"))?);
-            }
-            "manifests" => {
-                let list = ListSeed(budget, CHILDREN, "an index has 1 to 64 manifests");
-                self.manifests = Some(map.next_value_seed(list)?);
-            }
-            "annotations" => match map.next_value_seed(ObjectSeed::<Annotations>::or_null(budget))? {
-                Some(Annotations) => {}
-                None => return Err(budget.refuse(ANNOTATION)),
-            },
-            _ => drop(map.next_value_seed(AtomSeed(budget))?),
-        }
-        Ok(())
-    }
-}
-
-const ANNOTATION: &str =
-    "an annotation is not one of org.opencontainers.image.*, com.docker.* or vnd.docker.*";
-
-impl Fields for Annotations {
-    fn field<'de, A: MapAccess<'de>>(
-        &mut self,
-        key: &str,
-        map: &mut A,
-        budget: Budget<'_>,
-    ) -> Result<(), A::Error> {
-        if !is_harmless_annotation(key) {
-            return Err(budget.refuse(ANNOTATION));
-        }
-        map.next_value_seed(AtomSeed(budget)).map(drop)
-    }
-}
-
-impl Fields for RawDescriptor {
-    fn field<'de, A: MapAccess<'de>>(
-        &mut self,
-        key: &str,
-        map: &mut A,
-        budget: Budget<'_>,
-    ) -> Result<(), A::Error> {
-        match key {
-            "mediaType" => self.media_type = Some(map.next_value_seed(AtomSeed(budget))?),
-            "digest" => self.digest = Some(map.next_value_seed(AtomSeed(budget))?),
-            "size" => self.size = Some(map.next_value_seed(AtomSeed(budget))?),
-            "data" => self.data = Some(map.next_value_seed(AtomSeed(budget))?),
-            "platform" => self.platform = map.next_value_seed(ObjectSeed::new(budget))?,
+        let parts = match content_type {
+            OCI_MANIFEST | DOCKER_MANIFEST => image(raw)?,
+            OCI_INDEX | DOCKER_INDEX => index(raw)?,
             other => {
-                self.urls |= other == "urls";
-                map.next_value_seed(AtomSeed(budget))?;
+                return no(format!(
+                    "a manifest of the type {} is not stored; an OCI or Docker (schema 2) manifest or index is",
+                    shown(other)
+                ));
             }
+        };
+        Ok(Self { parts, artifact_type, subject, annotations })
+    }
+
+    /// The kind that a list of referrers shows: its own, else that of its config.
+    #[must_use]
+    pub fn kind(&self) -> &str {
+        match (&self.artifact_type, &self.parts) {
+            (Some(own), _) => own,
+            (None, Parts::Image { config, .. }) => &config.media_type,
+            (None, Parts::Index { .. }) => "",
         }
-        Ok(())
     }
 }
 
-impl Fields for Platform {
-    fn field<'de, A: MapAccess<'de>>(
-        &mut self,
-        key: &str,
-        map: &mut A,
-        budget: Budget<'_>,
-    ) -> Result<(), A::Error> {
-        let value = map.next_value_seed(AtomSeed(budget))?;
-        match key {
-            "os" => self.os = value.text(),
-            "architecture" => self.architecture = value.text(),
-            _ => {}
-        }
-        Ok(())
+fn artifact_type(raw: Option<Atom>) -> Result<Option<String>, ManifestError> {
+    match raw {
+        None => Ok(None),
+        Some(Atom::Text(text)) if text.is_empty() => Ok(None),
+        Some(Atom::Text(text)) if is_media_type(&text) => Ok(Some(text)),
+        Some(_) => no("artifactType is not a media type"),
     }
 }
 
-/// Reads an object; none for any other value.
-struct ObjectSeed<'a, T> {
-    budget: Budget<'a>,
-    null: bool,
-    kind: PhantomData<T>,
+/// A media type as RFC 6838 has it, in its form alone.
+fn is_media_type(text: &str) -> bool {
+    (1..=255).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic()) && text.contains('/')
 }
 
-impl<'a, T> ObjectSeed<'a, T> {
-    fn new(budget: Budget<'a>) -> Self {
-        Self { budget, null: false, kind: PhantomData }
-    }
-    /// `null` reads as an empty object.
-    fn or_null(budget: Budget<'a>) -> Self {
-        Self { budget, null: true, kind: PhantomData }
-    }
-}
-
-impl<'de, T: Fields> DeserializeSeed<'de> for ObjectSeed<'_, T> {
-    type Value = Option<T>;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<T>, D::Error> {
-        deserializer.deserialize_any(self)
+fn annotations(raw: Option<Option<Annotations>>) -> Result<BTreeMap<String, String>, ManifestError> {
+    match raw {
+        None => Ok(BTreeMap::new()),
+        Some(None) => no("annotations is not an object"),
+        Some(Some(Annotations(map))) => map
+            .into_iter()
+            .map(|(key, value)| match value {
+                Some(value) => Ok((key, value)),
+                None => no(format!("annotations: the value of {} is not a text", shown(&key))),
+            })
+            .collect(),
     }
 }
 
-impl<'de, T: Fields> Visitor<'de> for ObjectSeed<'_, T> {
-    type Value = Option<T>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("JSON")
-    }
-    fn visit_bool<E>(self, _: bool) -> Result<Option<T>, E> {
-        Ok(None)
-    }
-    fn visit_i64<E>(self, _: i64) -> Result<Option<T>, E> {
-        Ok(None)
-    }
-    fn visit_u64<E>(self, _: u64) -> Result<Option<T>, E> {
-        Ok(None)
-    }
-    fn visit_f64<E>(self, _: f64) -> Result<Option<T>, E> {
-        Ok(None)
-    }
-    fn visit_str<E>(self, _: &str) -> Result<Option<T>, E> {
-        Ok(None)
-    }
-    fn visit_unit<E>(self) -> Result<Option<T>, E> {
-        Ok(self.null.then(T::default))
-    }
-    fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Option<T>, A::Error> {
-        AtomSeed(self.budget).visit_seq(list).map(|_| None)
-    }
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Option<T>, A::Error> {
-        let inner = self.budget.within()?;
-        let (mut read, mut keys) = (T::default(), Keys::new(inner));
-        while let Some(key) = keys.next(&mut map)? {
-            read.field(&key, &mut map, inner)?;
-        }
-        Ok(Some(read))
-    }
-}
-
-/// Reads a list of at most so many descriptors; none for any other value.
-struct ListSeed<'a>(Budget<'a>, usize, &'static str);
-
-impl<'de> DeserializeSeed<'de> for ListSeed<'_> {
-    type Value = Listed;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Listed, D::Error> {
-        deserializer.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for ListSeed<'_> {
-    type Value = Listed;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("JSON")
-    }
-    fn visit_bool<E>(self, _: bool) -> Result<Listed, E> {
-        Ok(None)
-    }
-    fn visit_i64<E>(self, _: i64) -> Result<Listed, E> {
-        Ok(None)
-    }
-    fn visit_u64<E>(self, _: u64) -> Result<Listed, E> {
-        Ok(None)
-    }
-    fn visit_f64<E>(self, _: f64) -> Result<Listed, E> {
-        Ok(None)
-    }
-    fn visit_str<E>(self, _: &str) -> Result<Listed, E> {
-        Ok(None)
-    }
-    fn visit_unit<E>(self) -> Result<Listed, E> {
-        Ok(None)
-    }
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Listed, A::Error> {
-        let inner = self.0.within()?;
-        let mut read = Vec::new();
-        while let Some(item) = list.next_element_seed(ObjectSeed::new(inner))? {
-            if read.len() == self.1 {
-                return Err(inner.refuse(self.2));
-            }
-            read.push(item);
-        }
-        Ok(Some(read))
-    }
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Listed, A::Error> {
-        AtomSeed(self.0).visit_map(map).map(|_| None)
-    }
-}
-
-fn image(raw: Raw) -> Result<Manifest, ManifestError> {
+fn image(raw: Raw) -> Result<Parts, ManifestError> {
     if raw.manifests.is_some() {
         return no("a manifest of an image has no manifests");
     }
-    let config = descriptor(raw.config.flatten(), "config", &CONFIG_TYPES)?;
-    if config.size > super::config::LIMIT as u64 {
-        return no("the config is larger than 4 MiB");
-    }
+    let config = descriptor(raw.config.flatten(), "config")?;
     let Some(Some(list)) = raw.layers else { return no("layers is missing") };
-    if list.is_empty() {
-        return no("an image has 1 to 127 layers");
-    }
     let layers = list
         .into_iter()
-        .map(|layer| descriptor(layer, "layers", &LAYER_TYPES))
+        .enumerate()
+        .map(|(n, layer)| descriptor(layer, &format!("layers[{n}]")))
         .collect::<Result<Vec<_>, _>>()?;
-    // Builders repeat the empty layer; more than that is made to be read again and again.
-    let different: std::collections::HashSet<&Digest> = layers.iter().map(|layer| &layer.digest).collect();
-    if layers.len() - different.len() > 32 {
-        return no("the same layer stands there too often");
-    }
-    Ok(Manifest::Image { config, layers })
+    Ok(Parts::Image { config, layers })
 }
 
-fn index(raw: Raw) -> Result<Manifest, ManifestError> {
+fn index(raw: Raw) -> Result<Parts, ManifestError> {
     if raw.config.is_some() || raw.layers.is_some() {
         return no("an index has no config and no layers");
     }
     let Some(Some(list)) = raw.manifests else { return no("manifests is missing") };
-    if list.is_empty() {
-        return no("an index has 1 to 64 manifests");
-    }
     let mut children = Vec::with_capacity(list.len());
-    for mut child in list {
+    for (n, mut child) in list.into_iter().enumerate() {
         let platform = child.as_mut().and_then(|child| child.platform.take()).unwrap_or_default();
-        let descriptor = descriptor(child, "manifests", &[OCI_MANIFEST, DOCKER_MANIFEST])?;
+        let descriptor = descriptor(child, &format!("manifests[{n}]"))?;
         let known = |text: Option<String>| text.unwrap_or_else(|| "unknown".to_owned());
         let (os, architecture) = (known(platform.os), known(platform.architecture));
         children.push(Child { descriptor, os, architecture });
     }
-    Ok(Manifest::Index { children })
+    Ok(Parts::Index { children })
 }
 
-fn descriptor(raw: Option<RawDescriptor>, place: &str, types: &[&str]) -> Result<Descriptor, ManifestError> {
+fn descriptor(raw: Option<RawDescriptor>, place: &str) -> Result<Descriptor, ManifestError> {
     let Some(raw) = raw else { return no(format!("{place} is not a descriptor")) };
     if raw.urls {
-        return no(format!("{place} has urls: content from elsewhere is not taken"));
+        return no(format!(
+            "{place}.urls: content that lies elsewhere (non-distributable layers) is not stored; push the content itself"
+        ));
     }
-    let media_type = raw.media_type.and_then(Atom::text).unwrap_or_default();
-    if !types.contains(&media_type.as_str()) {
-        return no(format!("a mediaType in {place} is not taken"));
-    }
-    let Some(digest) = raw.digest.and_then(Atom::text).and_then(|text| text.parse::<Digest>().ok()) else {
-        return no(format!("a digest in {place} is not sha256"));
+    let Some(media_type) = raw.media_type.and_then(Atom::text).filter(|text| is_media_type(text)) else {
+        return no(format!("{place}.mediaType is not a media type"));
+    };
+    let text = raw.digest.and_then(Atom::text).unwrap_or_default();
+    let Ok(digest) = text.parse::<Digest>() else {
+        return no(format!("{place}.digest is {}; digests are sha256: and 64 hex digits here", shown(&text)));
     };
     let size = match raw.size {
         Some(Atom::Number(size)) if size <= LAYER => size,
-        _ => return no(format!("a size in {place} is not a number of bytes up to 10 GiB")),
+        _ => return no(format!("{place}.size is not a number of bytes up to 10 GiB")),
     };
     if let Some(data) = raw.data {
         let bytes = data.text().and_then(|text| data_encoding::BASE64.decode(text.as_bytes()).ok());
         if bytes.is_none_or(|bytes| Digest::of(&bytes) != digest || bytes.len() as u64 != size) {
-            return no(format!("data in {place} is not what its digest says"));
+            return no(format!("{place}.data is not what its digest says"));
         }
     }
     Ok(Descriptor { media_type, digest, size })
@@ -433,14 +247,14 @@ fn descriptor(raw: Option<RawDescriptor>, place: &str, types: &[&str]) -> Result
 mod tests {
     use super::super::strict::TWICE;
     use super::*;
-    use serde_json::Value;
+    use serde_json::{Value, json};
 
     fn image_json(edit: impl Fn(&mut Value)) -> String {
         let digest = Digest::of(b"x");
-        let mut value = serde_json::json!({
+        let mut value = json!({
             "schemaVersion": 2, "mediaType": OCI_MANIFEST,
-            "config": {"mediaType": CONFIG_TYPES[0], "digest": digest, "size": 1},
-            "layers": [{"mediaType": LAYER_TYPES[1], "digest": digest, "size": 1}],
+            "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest, "size": 1},
+            "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": digest, "size": 1}],
         });
         edit(&mut value);
         value.to_string()
@@ -454,7 +268,7 @@ mod tests {
     fn a_good_manifest_is_read() {
         assert!(matches!(
             Manifest::parse(image_json(|_| ()).as_bytes(), OCI_MANIFEST),
-            Ok(Manifest::Image { layers, .. }) if layers.len() == 1
+            Ok(Manifest { parts: Parts::Image { layers, .. }, .. }) if layers.len() == 1
         ));
         let bare = image_json(|v| {
             v.as_object_mut().unwrap().remove("mediaType");
@@ -466,45 +280,34 @@ mod tests {
     #[test]
     fn lies_are_refused() {
         let good = image_json(|_| ());
-        assert_eq!(refused(&good.replacen('{', "{\"Layers\":[],", 1)), TWICE);
+        assert!(refused(&good.replacen('{', "{\"Layers\":[],", 1)).contains("not written so"));
         assert_eq!(refused(&good.replacen('{', "{\"layers\":[],", 1)), TWICE);
         assert!(refused(&format!("{good} x")).contains("after the manifest"));
         assert!(refused(&format!("\u{feff}{good}")).contains("not JSON"));
         assert!(refused(&good.replace(OCI_MANIFEST, OCI_INDEX)).contains("Content-Type"));
-        assert!(
-            refused(&image_json(|v| v["layers"][0]["urls"] = serde_json::json!(["http://x"])))
-                .contains("urls")
-        );
-        assert!(
-            refused(&image_json(|v| v["layers"][0]["mediaType"] = "application/x".into()))
-                .contains("mediaType")
-        );
+        assert!(refused(&image_json(|v| v["layers"][0]["urls"] = json!(["http://x"]))).contains("urls"));
+        for kind in [json!(null), json!(5), json!(""), json!("x"), json!("a/b\n"), json!("a/".repeat(200))] {
+            assert!(
+                refused(&image_json(|v| v["layers"][0]["mediaType"] = kind.clone())).contains("mediaType")
+            );
+        }
         assert!(refused(&image_json(|v| v["layers"][0]["size"] = (-1).into())).contains("size"));
         assert!(refused(&image_json(|v| v["layers"][0]["size"] = 1.5.into())).contains("size"));
         assert!(refused(&image_json(|v| v["layers"][0]["digest"] = "sha512:x".into())).contains("digest"));
         assert!(refused(&image_json(|v| v["config"]["data"] = "AAAA".into())).contains("data"));
-        assert!(refused(&image_json(|v| v["manifests"] = serde_json::json!([]))).contains("manifests"));
-        assert!(refused(&image_json(|v| v["layers"] = serde_json::json!([]))).contains("1 to 127"));
+        assert!(refused(&image_json(|v| v["manifests"] = json!([]))).contains("manifests"));
         assert!(refused(&"[".repeat(100_000)).contains("not JSON"));
-        for key in
-            ["run.oci.hooks.stdout", "run.oci.seccomp_bpf_data", "io.podman.annotations.privileged", ""]
-        {
-            assert!(
-                refused(&image_json(|v| v["annotations"] = serde_json::json!({key: "x"})))
-                    .contains("annotation")
-            );
-        }
-        let fine =
-            image_json(|v| v["annotations"] = serde_json::json!({"org.opencontainers.image.created": "x"}));
-        assert!(Manifest::parse(fine.as_bytes(), OCI_MANIFEST).is_ok());
         for value in ["[[],[[]],{\"A\":[{\"b\":1,\"B\":2}]}]", "{\"x\":{\"y\":1,\"Y\":2}}"] {
             assert_eq!(refused(&good.replacen('{', &format!("{{\"unknown\":{value},"), 1)), TWICE);
         }
-        let twice = image_json(|v| {
-            let layer = v["layers"][0].clone();
-            v["layers"].as_array_mut().unwrap().extend((0..40).map(|_| layer.clone()));
-        });
-        assert!(refused(&twice).contains("the same layer"));
+        for key in ["Layers", "CONFIG", "annotation\u{17f}", "Subject"] {
+            let own = image_json(|v| v[key] = json!({}));
+            let text = Manifest::parse(own.as_bytes(), OCI_MANIFEST).unwrap_err().0;
+            assert!(text == TWICE || text.contains("is not written so"), "{key}: {text}");
+        }
+        assert!(
+            refused(&image_json(|v| v["layers"][0]["URLs"] = json!(["http://x"]))).contains("not written so")
+        );
     }
 
     #[test]
@@ -525,35 +328,68 @@ mod tests {
                 let layer = v["layers"][0].clone();
                 v["layers"] = (0..1_000).map(|_| layer.clone()).collect();
             }))
-            .contains("1 to 127")
+            .contains("more than 512")
         );
-        assert!(refused(&" ".repeat(LIMIT + 1)).contains("1 MiB"));
+        assert!(refused(&" ".repeat(LIMIT + 1)).contains("4 MiB"));
     }
 
     #[test]
     fn values_of_another_form_are_none() {
-        for form in
-            [serde_json::json!([]), serde_json::json!("x"), serde_json::json!(null), serde_json::json!(7)]
-        {
+        for form in [json!([]), json!("x"), json!(null), json!(7)] {
             assert!(
                 refused(&image_json(|v| v["config"] = form.clone())).contains("not a descriptor"),
                 "{form}"
             );
         }
-        assert!(refused(&image_json(|v| v["layers"] = serde_json::json!({"a": 1}))).contains("missing"));
-        assert!(refused(&image_json(|v| v["layers"] = serde_json::json!([[]]))).contains("not a descriptor"));
-        assert!(refused(&image_json(|v| v["annotations"] = serde_json::json!([]))).contains("annotation"));
+        assert!(refused(&image_json(|v| v["layers"] = json!({"a": 1}))).contains("missing"));
+        assert!(refused(&image_json(|v| v["layers"] = json!([[]]))).contains("not a descriptor"));
+        assert!(refused(&image_json(|v| v["annotations"] = json!([]))).contains("annotation"));
         let null = image_json(|v| v["annotations"] = Value::Null);
         assert!(Manifest::parse(null.as_bytes(), OCI_MANIFEST).is_ok());
+        assert!(refused(&image_json(|v| v["annotations"] = json!({"a": 5}))).contains("not a text"));
+        assert!(refused(&image_json(|v| v["subject"] = json!("x"))).contains("subject"));
+        assert!(refused(&image_json(|v| v["artifactType"] = json!(["x"]))).contains("artifactType"));
+    }
+
+    #[test]
+    fn what_is_no_image_is_stored_too() {
+        let digest = Digest::of(b"x");
+        let read = |text: &str| Manifest::parse(text.as_bytes(), OCI_MANIFEST).unwrap();
+        let signature = read(&image_json(|v| {
+            v["config"] = json!({"mediaType": "application/vnd.oci.empty.v1+json", "digest": digest, "size": 1, "data": "eA=="});
+            v["layers"] = json!([]);
+            v["artifactType"] = "application/vnd.example.signature".into();
+            v["subject"] =
+                json!({"mediaType": OCI_INDEX, "digest": digest, "size": 7, "artifactType": "a/b"});
+            v["annotations"] = json!({"team": "a", "Team": "b", "": "c"});
+            v["org.example.custom"] = json!({"x": [1, 2]});
+        }));
+        assert_eq!(signature.kind(), "application/vnd.example.signature");
+        assert_eq!(signature.subject.as_ref().unwrap().size, 7);
+        assert_eq!(signature.annotations["Team"], "b");
+        let image = read(&image_json(|_| ()));
+        assert_eq!(image.kind(), "application/vnd.oci.image.config.v1+json");
+        let twins = image_json(|v| v["layers"][0]["annotations"] = json!({"a": "1", "A": "2"}));
+        assert!(Manifest::parse(twins.as_bytes(), OCI_MANIFEST).is_ok());
+        let much = image_json(|v| {
+            v["subject"] = v["config"].clone();
+            v["annotations"] = json!({"a": "x".repeat(70_000)});
+        });
+        assert!(refused(&much).contains("64 KiB"));
+        for children in [json!([]), json!([{"mediaType": OCI_INDEX, "digest": digest, "size": 1}])] {
+            let text = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": children}).to_string();
+            assert_eq!(Manifest::parse(text.as_bytes(), OCI_INDEX).unwrap().kind(), "");
+        }
     }
 
     #[test]
     fn an_index_says_for_which_platform_each_image_is() {
         let digest = Digest::of(b"x");
-        let child = |platform: Value| serde_json::json!({"mediaType": OCI_MANIFEST, "digest": digest, "size": 1, "platform": platform});
-        let index = serde_json::json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
-            child(serde_json::json!({"os": "linux", "architecture": "amd64", "variant": "v2"})), child(Value::Null)]});
-        let Ok(Manifest::Index { children }) = Manifest::parse(index.to_string().as_bytes(), OCI_INDEX)
+        let child = |platform: Value| json!({"mediaType": OCI_MANIFEST, "digest": digest, "size": 1, "platform": platform});
+        let index = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
+            child(json!({"os": "linux", "architecture": "amd64", "variant": "v2"})), child(Value::Null)]});
+        let Ok(Manifest { parts: Parts::Index { children }, .. }) =
+            Manifest::parse(index.to_string().as_bytes(), OCI_INDEX)
         else {
             panic!("an index is read");
         };

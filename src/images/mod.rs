@@ -8,6 +8,8 @@ pub mod config;
 pub mod layers;
 pub mod manifest;
 pub mod names;
+pub mod runnable;
+mod seeds;
 mod strict;
 
 pub use config::ImageConfig;

@@ -72,22 +72,51 @@ pub(super) fn read<'de, T>(
 /// Keys of one object.
 pub(super) struct Keys<'a> {
     budget: Budget<'a>,
-    seen: BTreeSet<String>,
+    /// Keys so far; none for a map whose keys people choose.
+    seen: Option<BTreeSet<String>>,
 }
 
 impl<'a> Keys<'a> {
     pub(super) fn new(budget: Budget<'a>) -> Self {
-        Self { budget, seen: BTreeSet::new() }
+        Self { budget, seen: Some(BTreeSet::new()) }
+    }
+
+    /// Keys of a map that people own: labels, annotations, environment. `A` and `a` are two keys there, and no reader
+    /// takes one for the other.
+    pub(super) fn of_people(budget: Budget<'a>) -> Self {
+        Self { budget, seen: None }
     }
 
     /// The next key of an object, unless it stood there before.
     pub(super) fn next<'de, A: MapAccess<'de>>(&mut self, map: &mut A) -> Result<Option<String>, A::Error> {
         let Some(key) = map.next_key::<String>()? else { return Ok(None) };
-        if !self.seen.insert(key.to_lowercase()) {
+        if let Some(seen) = &mut self.seen
+            && !seen.insert(fold(&key))
+        {
             return Err(self.budget.refuse(TWICE));
         }
         Ok(Some(key))
     }
+}
+
+/// A key as readers compare it that fold case: two letters outside ASCII fold into it.
+pub(super) fn fold(key: &str) -> String {
+    let ascii = |c| match c {
+        '\u{17f}' => 's',
+        '\u{212a}' => 'k',
+        other => other,
+    };
+    key.chars().map(ascii).collect::<String>().to_lowercase()
+}
+
+/// Whether the value of this key is a map that people own. Readers fold the case of field names, so this does too.
+fn is_peoples_map(key: &str) -> bool {
+    matches!(fold(key).as_str(), "annotations" | "labels" | "env")
+}
+
+/// The keys of one object, by the key under which it stands.
+fn keys_under<'a>(name: Option<&str>, budget: Budget<'a>) -> Keys<'a> {
+    if name.is_some_and(is_peoples_map) { Keys::of_people(budget) } else { Keys::new(budget) }
 }
 
 /// A value of which a text or a whole number is kept; lists and objects are read strictly and dropped.
@@ -111,17 +140,32 @@ impl Atom {
 }
 
 /// Reads an atom.
-pub(super) struct AtomSeed<'a>(pub(super) Budget<'a>);
+pub(super) struct AtomSeed<'a, 'k> {
+    budget: Budget<'a>,
+    name: Option<&'k str>,
+}
 
-impl<'de> DeserializeSeed<'de> for AtomSeed<'_> {
+impl<'a, 'k> AtomSeed<'a, 'k> {
+    /// An atom of a list.
+    pub(super) fn new(budget: Budget<'a>) -> Self {
+        Self { budget, name: None }
+    }
+
+    /// An atom under a key.
+    pub(super) fn under(name: &'k str, budget: Budget<'a>) -> Self {
+        Self { budget, name: Some(name) }
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for AtomSeed<'_, '_> {
     type Value = Atom;
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Atom, D::Error> {
-        self.0.count()?;
+        self.budget.count()?;
         deserializer.deserialize_any(self)
     }
 }
 
-impl<'de> Visitor<'de> for AtomSeed<'_> {
+impl<'de> Visitor<'de> for AtomSeed<'_, '_> {
     type Value = Atom;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -146,15 +190,15 @@ impl<'de> Visitor<'de> for AtomSeed<'_> {
         Ok(Atom::Null)
     }
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Atom, A::Error> {
-        let inner = self.0.within()?;
-        while list.next_element_seed(AtomSeed(inner))?.is_some() {}
+        let inner = self.budget.within()?;
+        while list.next_element_seed(AtomSeed::new(inner))?.is_some() {}
         Ok(Atom::Other)
     }
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Atom, A::Error> {
-        let inner = self.0.within()?;
-        let mut keys = Keys::new(inner);
-        while keys.next(&mut map)?.is_some() {
-            map.next_value_seed(AtomSeed(inner))?;
+        let inner = self.budget.within()?;
+        let mut keys = keys_under(self.name, inner);
+        while let Some(key) = keys.next(&mut map)? {
+            map.next_value_seed(AtomSeed::under(&key, inner))?;
         }
         Ok(Atom::Other)
     }
@@ -165,12 +209,12 @@ const CONFIG: (usize, usize) = (100_000, 64);
 
 /// A whole text as a value.
 pub(super) fn strict(bytes: &[u8]) -> Result<Value, ManifestError> {
-    read(bytes, CONFIG, |budget, deserializer| Whole(budget).deserialize(deserializer))
+    read(bytes, CONFIG, |budget, deserializer| Whole(budget, None).deserialize(deserializer))
 }
 
-struct Whole<'a>(Budget<'a>);
+struct Whole<'a, 'k>(Budget<'a>, Option<&'k str>);
 
-impl<'de> DeserializeSeed<'de> for Whole<'_> {
+impl<'de> DeserializeSeed<'de> for Whole<'_, '_> {
     type Value = Value;
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
         self.0.count()?;
@@ -178,7 +222,7 @@ impl<'de> DeserializeSeed<'de> for Whole<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Whole<'_> {
+impl<'de> Visitor<'de> for Whole<'_, '_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -205,16 +249,17 @@ impl<'de> Visitor<'de> for Whole<'_> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
         let inner = self.0.within()?;
         let mut list = Vec::new();
-        while let Some(item) = seq.next_element_seed(Whole(inner))? {
+        while let Some(item) = seq.next_element_seed(Whole(inner, None))? {
             list.push(item);
         }
         Ok(Value::Array(list))
     }
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
         let inner = self.0.within()?;
-        let (mut map, mut keys) = (serde_json::Map::new(), Keys::new(inner));
+        let (mut map, mut keys) = (serde_json::Map::new(), keys_under(self.1, inner));
         while let Some(key) = keys.next(&mut access)? {
-            map.insert(key, access.next_value_seed(Whole(inner))?);
+            let value = access.next_value_seed(Whole(inner, Some(&key)))?;
+            map.insert(key, value);
         }
         Ok(Value::Object(map))
     }
@@ -230,7 +275,15 @@ mod tests {
         assert_eq!(strict(many.as_bytes()).unwrap_err().0, "it holds too many values");
         let deep = format!("{}{}", "[".repeat(100), "]".repeat(100));
         assert_eq!(strict(deep.as_bytes()).unwrap_err().0, "its values lie too deep");
+        assert_eq!(strict("{\"labels\":1,\"label\u{17f}\":2}".as_bytes()).unwrap_err().0, TWICE);
         assert!(strict(br#"{"a":[{"b":1,"B":2}]}"#).unwrap_err().0 == TWICE);
+        let people = br#"{"config":{"Labels":{"a":"1","A":"2"}},"env":{"x":1,"x":2}}"#;
+        assert_eq!(strict(people).unwrap()["config"]["Labels"]["A"], "2");
+        assert!(strict(br#"{"config":{"Labels":{"a":{"b":1,"B":2}}}}"#).unwrap_err().0 == TWICE);
+        assert!(
+            strict(br#"{"Labels":{},"labels":{}}"#).unwrap_err().0 == TWICE,
+            "the map itself stands once"
+        );
         assert_eq!(strict(br#"{"a":[1,-1,1.5,null,true,"x"]}"#).unwrap()["a"][5], "x");
     }
 }

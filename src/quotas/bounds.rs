@@ -23,6 +23,7 @@ pub const BOUNDS: &[(&str, &str)] = &[
     ("membership", "`members`"),
     ("manifest", "`manifests`, and `registry_bytes`"),
     ("manifest_part", "`manifests`, each of a bounded size"),
+    ("referrer", "`manifests`, each once, with at most 64 KiB of annotations"),
     ("tag", "`tags`, 2,000 in a repository"),
     ("blob", "`registry_bytes`, with a least size for each"),
     ("layer", "one row of each blob, of at most 64 KiB and the names of 64 KiB"),

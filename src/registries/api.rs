@@ -5,12 +5,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sqlx::PgPool;
 
-use super::{Distribution, Holders, store};
+use super::{Distribution, Holders, remove, store};
 use crate::access::{Deploy, ReadTenant, TenantScope};
 use crate::db::{self, Page, PageQuery};
 use crate::error::Error;
 use crate::http::asked::Query;
-use crate::ids::{RepositoryPath, Tag, TenantId, TenantName};
+use crate::ids::{RepositoryPath, Tag};
 
 /// GET /api/v1/tenants/{tenant}/repositories: by name.
 pub async fn list_repositories(
@@ -86,48 +86,17 @@ pub async fn delete_tag(
     let repository = path.repository()?;
     let tag: Tag = path.tag.as_deref().unwrap_or_default().parse().map_err(|_| Error::NotFound)?;
     let mut tx = db::begin(&pool, scope.tenant.id).await?;
-    let digest =
-        store::delete_tag(&mut tx, scope.tenant.id, &repository, &tag).await?.ok_or(Error::NotFound)?;
-    let family = store::list_family(&mut tx, scope.tenant.id, &repository, &digest).await?;
-    let held = holders.holders(&mut tx, scope.tenant.id, &repository, &family).await?;
-    if !held.is_empty() {
-        let mut apps: Vec<_> = held.into_iter().map(|(_, app)| app).collect();
-        apps.sort();
-        apps.dedup();
-        return Err(Error::Conflict(format!("this image is deployed by: {}", apps.join(", "))));
-    }
+    store::lock_project_of(&mut tx, scope.tenant.id).await?;
+    let (digest, family) = remove::untag(&mut tx, &**holders, scope.tenant.id, &repository, &tag).await?;
     let image = format!("{repository}:{tag}");
     scope.by().record(&mut tx, scope.tenant.id, "tag.delete", &image, json!({"digest": digest})).await?;
     tx.commit().await?;
     // The tag is gone; what nothing holds any more is cleared away now, or by the sweep later.
     let name = &scope.tenant.name;
     if let Err(error) =
-        clear(&pool, &registry, &**holders, (scope.tenant.id, name), &repository, &family).await
+        remove::clear(&pool, &registry, &**holders, (scope.tenant.id, name), &repository, &family).await
     {
         tracing::warn!(%error, "a deleted image is cleared away later");
     }
     Ok(HttpResponse::NoContent().finish())
-}
-
-/// Deletes those of the manifests that no tag, index or release holds. They are doomed first, under the
-/// lock that every push and deploy of the tenant takes: what is deployed at the same moment stays.
-async fn clear(
-    pool: &PgPool,
-    registry: &Distribution,
-    holders: &dyn Holders,
-    tenant: (TenantId, &TenantName),
-    repository: &RepositoryPath,
-    among: &[String],
-) -> Result<(), Error> {
-    let mut tx = db::begin(pool, tenant.0).await?;
-    store::lock_project_of(&mut tx, tenant.0).await?;
-    let mut loose = store::list_loose(&mut tx, tenant.0, repository, among).await?;
-    let held = holders.holders(&mut tx, tenant.0, repository, &loose).await?;
-    loose.retain(|digest| !held.iter().any(|(own, _)| own == digest));
-    store::doom_manifests(&mut tx, tenant.0, repository, &loose).await?;
-    tx.commit().await?;
-    for digest in loose.iter().filter_map(|digest| digest.parse().ok()) {
-        super::reconcile::remove_doomed(pool, registry, tenant, repository, &digest).await?;
-    }
-    Ok(())
 }

@@ -22,7 +22,8 @@ use crate::fault::{Code, Fault, Kind};
 use crate::ids::{Digest, RepositoryPath, TenantName};
 use crate::images::ImageConfig;
 use crate::images::layers::{self, Merged};
-use crate::images::manifest::{self, Manifest};
+use crate::images::manifest::{self, Manifest, Parts};
+use crate::images::runnable::for_this_platform;
 use crate::permits::FairPermits;
 
 /// An image as it was found.
@@ -240,18 +241,12 @@ impl Distribution {
         }
         let mut manifest_digest = index_digest.clone();
         let mut found = self.manifest(&name, &index_digest).await?.ok_or_else(missing)?;
-        if let Manifest::Index { children } = &found {
-            let mut fitting = children.iter().filter(|c| c.os == "linux" && c.architecture == "amd64");
-            manifest_digest = match (fitting.next(), fitting.next()) {
-                (Some(child), None) => child.descriptor.digest.clone(),
-                (None, _) => return Err(fault(201, "the index has no image for linux/amd64")),
-                _ => return Err(fault(201, "the index has more than one image for linux/amd64")),
-            };
+        if let Parts::Index { children } = &found.parts {
+            let child = for_this_platform(children).map_err(|error| fault(201, &error.to_string()))?;
+            manifest_digest = child.descriptor.digest.clone();
             found = self.manifest(&name, &manifest_digest).await?.ok_or_else(missing)?;
         }
-        let Manifest::Image { config, layers } = found else {
-            return Err(fault(203, "an index within an index is not taken"));
-        };
+        let (config, layers) = found.runnable().map_err(|error| fault(203, &error.to_string()))?;
         let (bytes, _) = self
             .fetch(&name, &format!("blobs/{}", config.digest), &config.digest)
             .await?

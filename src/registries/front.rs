@@ -2,6 +2,7 @@
 //! (distribution specification 1.1, "Error codes").
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use actix_web::http::{StatusCode, header};
@@ -12,7 +13,7 @@ use serde_json::json;
 use sqlx::PgPool;
 
 use super::token::{Access, Claims, Holder, Push, Right, SERVICE, SigningKey, grant};
-use super::{Distribution, store};
+use super::{Distribution, Holders, store};
 use crate::access::denials::Denials;
 use crate::access::throttle::network;
 use crate::access::turns::{Payer, Turns};
@@ -32,6 +33,16 @@ pub enum Door {
     Engine(String),
 }
 
+/// Which apps hold on to images, shared.
+#[derive(Clone)]
+pub struct ImageHolders(pub Arc<dyn Holders>);
+
+impl std::fmt::Debug for ImageHolders {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ImageHolders")
+    }
+}
+
 /// What the handlers share.
 #[derive(Debug, Clone)]
 pub struct FrontDoor {
@@ -45,6 +56,8 @@ pub struct FrontDoor {
     pub own: OwnAddress,
     /// Which door.
     pub door: Door,
+    /// Which apps hold on to images.
+    pub holders: ImageHolders,
     /// Refusals, for the audit.
     pub denials: Denials,
     /// Room in the database.
@@ -77,6 +90,9 @@ impl OciError {
     pub(super) fn unknown_name() -> Self {
         Self::new(StatusCode::NOT_FOUND, "NAME_UNKNOWN", "there is no such repository")
     }
+    pub(super) fn unknown_blob() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "BLOB_UNKNOWN", "there is no such blob")
+    }
     pub(super) fn unknown_manifest() -> Self {
         Self::new(StatusCode::NOT_FOUND, "MANIFEST_UNKNOWN", "there is no such manifest")
     }
@@ -91,6 +107,14 @@ impl From<Error> for OciError {
             }
             Error::NotFound => Self::unknown_name(),
             Error::Unavailable(text, _) => Self::new(StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE", text),
+            Error::QuotaExceeded(faults) if !faults.is_empty() => {
+                // The numbers say what to free or to ask for.
+                let texts = faults.into_iter().map(|fault| {
+                    let (name, instead) = (fault.path, fault.suggestion.unwrap_or_default());
+                    format!("{name}: {}; {instead}", fault.message)
+                });
+                Self::denied(texts.collect::<Vec<_>>().join("; "))
+            }
             other => Self::denied(other.to_string()),
         }
     }
@@ -170,6 +194,24 @@ impl FrontDoor {
         Ok(good.then_some(claims))
     }
 
+    /// The address as it stands before an image's name.
+    pub(super) fn host(&self, req: &HttpRequest) -> String {
+        let own = self.own.of(req).unwrap_or_default();
+        own.split_once("://").map_or_else(|| "HOST".to_owned(), |(_, host)| host.to_owned())
+    }
+
+    /// Whether what stands behind a token may push at all, whatever the token opens.
+    pub(super) async fn may_push_at_all(&self, claims: &Claims) -> Result<bool, OciError> {
+        let Some((kind, id, tenant)) = claims.holder() else { return Ok(false) };
+        let mut conn = db::begin(&self.pool, &tenant).await?;
+        if kind == Holder::Robot {
+            return Ok(store::may_robot_push(&mut conn, id).await?);
+        }
+        let Some(hash) = store::find_token_hash(&mut conn, id).await? else { return Ok(false) };
+        let role = access::registry_role(&mut conn, &tenant, &hash).await?;
+        Ok(includes::<PushImages>(None, role))
+    }
+
     /// The right behind a user name and password.
     async fn right(
         &self,
@@ -213,6 +255,10 @@ impl FrontDoor {
     }
 }
 
+/// The same for a tenant that does not exist as for a secret that is wrong.
+const WRONG: &str = "the user name or secret is wrong: the user is TENANT+NAME with the secret of that registry \
+    credential, or the tenant's name with an API token";
+
 /// Parameters of the token endpoint. `scope` may stand several times, so the query is read by hand.
 #[derive(Deserialize)]
 pub struct TokenQuery {
@@ -248,8 +294,7 @@ pub async fn get_token(
         .and_then(|text| BASE64.decode(text.trim().as_bytes()).ok())
         .and_then(|bytes| String::from_utf8(bytes).ok());
     let wrong = || {
-        let mut error =
-            OciError::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", "the user name or secret is wrong");
+        let mut error = OciError::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", WRONG);
         error.challenge = Some("Basic realm=\"bulkhead\"".into());
         error
     };

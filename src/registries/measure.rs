@@ -52,12 +52,13 @@ pub(super) enum Measured {
 }
 
 /// Measures the image of a manifest that is being pushed. What can never be unpacked, or does not fit the quota, is
-/// refused; what takes longer than the client should wait is measured on, and a deploy waits for it.
+/// refused; an artifact is not unpacked and not measured. What takes longer than the client should wait is measured on,
+/// and a deploy waits for it.
 pub(super) async fn at_push(door: &FrontDoor, asked: &Asked, manifest: &Manifest) -> Result<(), OciError> {
-    let Manifest::Image { layers, .. } = manifest else { return Ok(()) };
+    let Some(layers) = manifest.measured_layers() else { return Ok(()) };
     let list: Vec<Layer> = layers.iter().map(Layer::from).collect();
     let measured = door.registry.measure(&asked.tenant, &asked.repository, &list).await;
-    match measured.map_err(with_numbers)? {
+    match measured? {
         Measured::Underway => Ok(()),
         Measured::Done(reports) => match refusal(&reports, &list) {
             None => Ok(()),
@@ -70,20 +71,6 @@ pub(super) async fn at_push(door: &FrontDoor, asked: &Asked, manifest: &Manifest
 pub(super) fn refusal(reports: &[LayerReport], image: &[Layer]) -> Option<String> {
     let media_types = image.iter().map(|layer| layer.media_type.as_str());
     layers::refusal(reports).or_else(|| layers::mislabelled(reports, media_types))
-}
-
-/// A quota's numbers reach the client as they stand: they say what to free or to ask for.
-fn with_numbers(error: Error) -> OciError {
-    match error {
-        Error::QuotaExceeded(faults) if !faults.is_empty() => {
-            let texts = faults.into_iter().map(|fault| {
-                let (name, instead) = (fault.path, fault.suggestion.unwrap_or_default());
-                format!("{name}: {}; {instead}", fault.message)
-            });
-            OciError::denied(texts.collect::<Vec<_>>().join("; "))
-        }
-        other => other.into(),
-    }
 }
 
 impl Distribution {

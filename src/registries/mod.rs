@@ -13,13 +13,18 @@ pub mod distribution;
 pub mod front;
 mod known;
 mod measure;
+mod names;
 mod parts;
 pub mod proxy;
+mod ranges;
 pub mod reconcile;
+mod referrers;
+mod remove;
 pub mod robots;
 mod room;
 mod store;
 pub mod token;
+mod transfer;
 mod uploads;
 mod write;
 

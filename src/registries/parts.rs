@@ -10,7 +10,7 @@ use super::front::OciError;
 use super::proxy::Asked;
 use super::store::{self, Claimed, Ends};
 use super::uploads::unknown_upload;
-use crate::ids::{Digest, TenantName};
+use crate::ids::TenantName;
 
 /// How often a claim is renewed. It lasts for 60 seconds.
 const RENEW: Duration = Duration::from_secs(15);
@@ -29,13 +29,8 @@ pub(super) struct Lost;
 
 impl Claim {
     /// Claims an upload; refuses where another request has it.
-    pub(super) async fn take(
-        pool: &PgPool,
-        asked: &Asked,
-        id: &str,
-        digest: Option<&Digest>,
-    ) -> Result<Self, OciError> {
-        match store::claim_part(pool, &asked.tenant, &asked.repository, id, digest).await? {
+    pub(super) async fn take(pool: &PgPool, asked: &Asked, id: &str) -> Result<Self, OciError> {
+        match store::claim_part(pool, &asked.tenant, &asked.repository, id).await? {
             Claimed::Taken(part) => Ok(Self { pool: pool.clone(), tenant: asked.tenant.clone(), part }),
             Claimed::Unknown => Err(unknown_upload()),
             Claimed::Busy => Err(OciError::new(

@@ -7,12 +7,13 @@ use futures_util::StreamExt;
 use serde_json::json;
 
 use super::front::{Door, FrontDoor, OciError};
+use super::ranges::{self, Asking};
 use super::token::Claims;
-use super::{distribution, store, uploads, write};
+use super::{distribution, names, referrers, remove, store, uploads, write};
 use crate::access::Public;
 use crate::db;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantName};
-use crate::images::manifest;
+use crate::images::manifest::{self, shown};
 
 /// What a path below `/v2/` names.
 #[derive(Debug, PartialEq, Eq)]
@@ -23,8 +24,10 @@ enum Place {
     StartUpload,
     Upload(String),
     Manifest(String),
+    /// A digest or tag that is none, as it was sent.
+    Nonsense(String),
     Tags,
-    Referrers,
+    Referrers(Digest),
 }
 
 /// A request that was understood and authorised.
@@ -56,14 +59,18 @@ fn place(path: &str) -> Option<(&str, Place)> {
         return is_upload_id(last).then(|| (name, Place::Upload(last.to_owned())));
     }
     if let Some(name) = rest.strip_suffix("/blobs") {
-        return Some((name, Place::Blob(last.parse().ok()?)));
+        return Some((name, last.parse().map_or_else(|_| Place::Nonsense(last.to_owned()), Place::Blob)));
     }
     if let Some(name) = rest.strip_suffix("/manifests") {
         let good = last.parse::<Digest>().is_ok() || last.parse::<Tag>().is_ok();
-        return good.then(|| (name, Place::Manifest(last.to_owned())));
+        let place = if good { Place::Manifest } else { Place::Nonsense };
+        return Some((name, place(last.to_owned())));
     }
     if let Some(name) = rest.strip_suffix("/referrers") {
-        return Some((name, Place::Referrers));
+        return Some((
+            name,
+            last.parse().map_or_else(|_| Place::Nonsense(last.to_owned()), Place::Referrers),
+        ));
     }
     None
 }
@@ -93,27 +100,32 @@ pub async fn handle(
         return Err(OciError::denied("the catalogue is not available; list tags of one repository"));
     }
     let read = matches!(*req.method(), Method::GET | Method::HEAD);
-    let (tenant, repository) = name.split_once('/').ok_or_else(OciError::unknown_name)?;
-    let tenant: TenantName = tenant.parse().map_err(|_| OciError::unknown_name())?;
-    let repository: RepositoryPath = repository.parse().map_err(|_| OciError::unknown_name())?;
     let wanted = if read { "pull" } else { "push" };
-    let claims = claims.filter(|claims| claims.allows(name, "pull") && claims.allows(name, wanted));
-    let Some(claims) = claims else {
-        return Err(door.challenge(&req, Some((name, if read { "pull" } else { "pull,push" }))));
-    };
+    let challenge = || door.challenge(&req, Some((name, if read { "pull" } else { "pull,push" })));
+    let Some(claims) = claims else { return Err(challenge()) };
+    let (tenant, repository) = names::split(&door, &req, &claims, name)?;
+    if !(claims.allows(name, "pull") && claims.allows(name, wanted)) {
+        return Err(match names::beyond(&door, &req, &claims, (&tenant, &repository), wanted).await? {
+            Some(why) => why,
+            None => challenge(),
+        });
+    }
     if !read && door.door != Door::Tenants {
         return Err(OciError::unsupported());
     }
     let asked = Asked { tenant, repository, name: name.to_owned(), claims };
     match (req.method().as_str(), place) {
+        (_, Place::Nonsense(text)) => Err(OciError::new(
+            StatusCode::BAD_REQUEST,
+            "DIGEST_INVALID",
+            format!("{} is no digest (sha256: and 64 hex digits) and no tag", shown(&text)),
+        )),
         ("GET" | "HEAD", Place::Blob(digest)) => get_blob(&door, &req, &asked, &digest).await,
+        ("DELETE", Place::Blob(digest)) => remove::delete_blob(&door, &asked, &digest).await,
         ("GET" | "HEAD", Place::Manifest(reference)) => get_manifest(&door, &req, &asked, &reference).await,
-        ("GET", Place::Tags) => list_tags(&door, &asked).await,
-        ("GET", Place::Referrers) => {
-            Ok(HttpResponse::Ok().content_type("application/vnd.oci.image.index.v1+json").body(
-                r#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}"#,
-            ))
-        }
+        ("DELETE", Place::Manifest(reference)) => remove::delete_manifest(&door, &asked, &reference).await,
+        ("GET", Place::Tags) => referrers::list_tags(&door, &req, &asked).await,
+        ("GET", Place::Referrers(subject)) => referrers::list(&door, &req, &asked, &subject).await,
         ("POST", Place::StartUpload) => uploads::start(&door, &req, &asked, body).await,
         ("GET" | "HEAD", Place::Upload(id)) => uploads::look(&door, &req, &asked, &id).await,
         ("DELETE", Place::Upload(id)) => uploads::cancel(&door, &req, &asked, &id).await,
@@ -136,12 +148,23 @@ async fn get_blob(
     asked: &Asked,
     digest: &Digest,
 ) -> Result<HttpResponse, OciError> {
+    referrers::no_parameters(req)?;
     let mut conn = db::begin(&door.pool, &asked.tenant).await?;
-    if !store::has_blob(&mut conn, &asked.tenant, &asked.repository, digest).await? {
-        return Err(OciError::new(StatusCode::NOT_FOUND, "BLOB_UNKNOWN", "there is no such blob"));
-    }
+    let size = store::find_blob_size(&mut conn, &asked.tenant, &asked.repository, digest).await?;
     drop(conn);
-    pass(door, req, asked, &format!("blobs/{digest}")).await
+    let size = size.ok_or_else(OciError::unknown_blob)?;
+    let range = match ranges::of(req, digest, size) {
+        Asking::Whole => None,
+        Asking::Part(first, last) => Some(format!("bytes={first}-{last}")),
+        // The registry would promise the whole blob with its refusal.
+        Asking::Nothing => {
+            return Ok(HttpResponse::RangeNotSatisfiable()
+                .insert_header((header::CONTENT_RANGE, format!("bytes */{size}")))
+                .insert_header(("Docker-Distribution-Api-Version", "registry/2.0"))
+                .finish());
+        }
+    };
+    pass(door, req, asked, &format!("blobs/{digest}"), range).await
 }
 
 /// Tags are our own: a tag becomes its digest here, the registry is asked by digest.
@@ -151,6 +174,7 @@ async fn get_manifest(
     asked: &Asked,
     reference: &str,
 ) -> Result<HttpResponse, OciError> {
+    referrers::no_parameters(req)?;
     let mut conn = db::begin(&door.pool, &asked.tenant).await?;
     let digest = if let Ok(digest) = reference.parse::<Digest>() {
         store::find_manifest(&mut conn, &asked.tenant, &asked.repository, &digest).await?
@@ -160,16 +184,7 @@ async fn get_manifest(
     };
     drop(conn);
     let digest = digest.ok_or_else(OciError::unknown_manifest)?;
-    pass(door, req, asked, &format!("manifests/{digest}")).await
-}
-
-async fn list_tags(door: &FrontDoor, asked: &Asked) -> Result<HttpResponse, OciError> {
-    let mut conn = db::begin(&door.pool, &asked.tenant).await?;
-    let tags = store::list_tag_names(&mut conn, &asked.tenant, &asked.repository).await?;
-    if tags.is_empty() {
-        return Err(OciError::unknown_name());
-    }
-    Ok(HttpResponse::Ok().json(json!({"name": asked.name, "tags": tags})))
+    pass(door, req, asked, &format!("manifests/{digest}"), None).await
 }
 
 /// Passes a read on and streams the answer back.
@@ -178,14 +193,16 @@ async fn pass(
     req: &HttpRequest,
     asked: &Asked,
     rest: &str,
+    range: Option<String>,
 ) -> Result<HttpResponse, OciError> {
     let method = if *req.method() == Method::HEAD { reqwest::Method::HEAD } else { reqwest::Method::GET };
     let mut upstream = door.registry.request(method, &asked.name, rest, &["pull"])?;
     upstream = upstream.header(reqwest::header::ACCEPT, manifest::ACCEPT);
-    for name in ["range", "if-none-match"] {
-        if let Some(value) = req.headers().get(name).and_then(|v| v.to_str().ok()) {
-            upstream = upstream.header(name, value);
-        }
+    if let Some(range) = range {
+        upstream = upstream.header(reqwest::header::RANGE, range);
+    }
+    if let Some(value) = req.headers().get(header::IF_NONE_MATCH).and_then(|v| v.to_str().ok()) {
+        upstream = upstream.header(reqwest::header::IF_NONE_MATCH, value);
     }
     Ok(relay(distribution::read(upstream).await.map_err(unreachable_registry)?))
 }
@@ -249,15 +266,13 @@ mod tests {
         assert_eq!(place("a/b/blobs/uploads/"), Some(("a/b", Place::StartUpload)));
         assert_eq!(place("a/b/blobs/uploads/1-f"), Some(("a/b", Place::Upload("1-f".into()))));
         assert_eq!(place("a/b/manifests/1.0"), Some(("a/b", Place::Manifest("1.0".into()))));
-        for path in [
-            "a/b",
-            "a/b/blobs/sha256:zz",
-            "a/b/manifests/..",
-            "a/b/blobs/uploads/a%2f",
-            "a/b/manifests/a b",
-            "x",
-        ] {
+        for path in ["a/b", "a/b/blobs/uploads/a%2f", "x"] {
             assert_eq!(place(path), None, "{path}");
+        }
+        for last in ["blobs/sha256:zz", "manifests/..", "manifests/a b", "referrers/1.0", "blobs/sha512:00"] {
+            let path = format!("a/b/{last}");
+            let text = last.split_once('/').unwrap().1.to_owned();
+            assert_eq!(place(&path), Some(("a/b", Place::Nonsense(text))), "{last}");
         }
     }
 }

@@ -17,7 +17,7 @@ const WAIT: Duration = Duration::from_secs(10);
 pub(super) struct Room {
     /// Parts of uploads that stream: each holds a few chunks.
     pub(super) streams: Places,
-    /// Manifests in memory: each at most 1 MiB.
+    /// Manifests in memory: each at most 4 MiB.
     pub(super) manifests: Places,
     /// Manifests that are read: each takes a processor.
     pub(super) parsers: Places,
@@ -31,7 +31,7 @@ impl Room {
     pub(super) fn new() -> Self {
         // A tenant's part of the room, and the whole.
         let places = |each, all| Places(FairPermits::new(each, all).waiting(64));
-        Self { streams: places(64, 1_024), manifests: places(4, 32), parsers: places(1, 2) }
+        Self { streams: places(64, 1_024), manifests: places(4, 16), parsers: places(1, 2) }
     }
 }
 

@@ -245,8 +245,13 @@ pub fn grant(right: &Right, scopes: &[String]) -> Vec<Access> {
             Right::One(access) if access.name == name => &["pull"],
             Right::One(_) => continue,
         };
-        let actions: Vec<&str> =
-            allowed.iter().copied().filter(|allowed| asked.split(',').any(|a| a == *allowed)).collect();
+        // To delete is part of the right to push, and no action of a token: the platform deletes by itself.
+        let all = asked.split(',').any(|action| matches!(action, "*" | "delete"));
+        let actions: Vec<&str> = allowed
+            .iter()
+            .copied()
+            .filter(|allowed| all || asked.split(',').any(|action| action == *allowed))
+            .collect();
         if !actions.is_empty() && !granted.iter().any(|access| access.name == name) {
             granted.push(Access::to(name.to_owned(), &actions));
         }
@@ -280,16 +285,26 @@ mod tests {
             granted(&right(Push::No), "repository:acme/web:push,pull"),
             [("acme/web".into(), "pull".into())]
         );
+        for deleting in
+            ["repository:acme/web:*", "repository:acme/web:delete", "repository:acme/web:pull,delete"]
+        {
+            assert_eq!(
+                granted(&all, deleting),
+                [("acme/web".into(), "pull,push".into())],
+                "never delete itself"
+            );
+            assert_eq!(granted(&right(Push::No), deleting), [("acme/web".into(), "pull".into())]);
+        }
         for scope in [
             "repository:acme2/web:pull",
+            "repository:acme2/web:*",
+            "repository:acme/../other/web:delete",
             "repository:acme:pull",
             "repository:acme/:pull",
             "repository:other/web:pull",
             "repository:acme/../other/web:pull",
             "repository:acme/Web:pull",
             "registry:catalog:*",
-            "repository:acme/web:*",
-            "repository:acme/web:delete",
             "repository(plugin):acme/web:pull",
             "",
             ":",

@@ -1,32 +1,21 @@
-//! Uploads of blobs through the registry proxy. Nothing that was not parsed goes on: the query is rebuilt, the type of
-//! the body is fixed, and the registry's answer has to name the digest that was asked for. What is committed is on
-//! record before the registry is asked, and the commit runs to its end also when the client has hung up.
-
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+//! Uploads of blobs through the registry proxy: started, looked at, continued, cancelled. The platform keeps the
+//! registry's own state of an upload and how far it is, so a client that was cut off asks for that and goes on. Nothing
+//! that was not parsed reaches the registry; `transfer.rs` carries the bytes.
 
 use actix_web::http::{Method, StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
-use bytes::Bytes;
-use tokio::sync::{mpsc, oneshot};
 
+use super::Distribution;
 use super::body::{Body, cut};
 use super::front::{FrontDoor, OciError, PATIENCE};
-use super::parts::{Claim, Lost};
+use super::parts::Claim;
 use super::proxy::{Asked, relay, unreachable_registry};
-use super::store::{self, Ends, Reserve};
+use super::store::{self, Ends, OpenUpload, Reserve};
+use super::transfer::Transfer;
 use super::write::{full, may_push};
-use super::{Distribution, collect};
 use crate::db;
-use crate::ids::{Digest, RepositoryPath, TenantName};
-
-/// Bytes that are reserved of the quota at a time while an upload streams.
-const STEP: u64 = 16 << 20;
-/// How often an upload that goes on says so.
-const SIGN: Duration = Duration::from_secs(120);
-/// The only type of an upload's body. The registry reads a form as more parameters.
-const OCTETS: &str = "application/octet-stream";
+use crate::ids::{Digest, RepositoryPath};
+use crate::images::manifest::shown;
 
 /// The parameters that an upload knows; each at most once.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -34,15 +23,28 @@ struct Query {
     mount: Option<Digest>,
     from: Option<String>,
     digest: Option<Digest>,
-    /// The registry's own state of the upload: signed by it, so that only what it handed out opens anything.
-    state: Option<String>,
+}
+
+/// The registry's own state of an upload, from the `Location` of its answer.
+pub(super) fn state_of(answer: &reqwest::Response) -> Option<String> {
+    let location = answer.headers().get("location")?.to_str().ok()?;
+    let (_, query) = location.split_once('?')?;
+    let pairs = web::Query::<Vec<(String, String)>>::from_query(query).ok()?.into_inner();
+    let state = pairs.into_iter().find(|(key, _)| key == "_state")?.1;
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'=');
+    ((1..=2_048).contains(&state.len()) && state.bytes().all(plain)).then_some(state)
+}
+
+/// The path of an upload in the registry.
+pub(super) fn path_there(upload: &OpenUpload) -> String {
+    format!("blobs/uploads/{}?_state={}", upload.id, upload.state.replace('=', "%3D"))
 }
 
 fn unsupported(text: String) -> OciError {
     OciError::new(StatusCode::BAD_REQUEST, "UNSUPPORTED", text)
 }
 
-fn bad_digest(text: &str) -> OciError {
+pub(super) fn bad_digest(text: &str) -> OciError {
     OciError::new(StatusCode::BAD_REQUEST, "DIGEST_INVALID", text)
 }
 
@@ -55,21 +57,18 @@ impl Query {
         let mut read = Self::default();
         for (key, value) in pairs {
             let Some(key) = allowed.iter().find(|known| **known == key) else {
-                return Err(unsupported(format!("a parameter is not one of {}", allowed.join(", "))));
+                return Err(unsupported(format!(
+                    "the parameter {} is not known here; these are: {}",
+                    shown(&key),
+                    allowed.join(", ")
+                )));
             };
             let digest =
                 || value.parse::<Digest>().map_err(|_| bad_digest(&format!("{key} is not sha256:...")));
             let twice = match *key {
                 "mount" => read.mount.replace(digest()?).is_some(),
                 "digest" => read.digest.replace(digest()?).is_some(),
-                "from" => read.from.replace(value).is_some(),
-                _ => {
-                    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'=');
-                    if !(1..=2_048).contains(&value.len()) || !value.bytes().all(plain) {
-                        return Err(unsupported("_state is not what was handed out".into()));
-                    }
-                    read.state.replace(value).is_some()
-                }
+                _ => read.from.replace(value).is_some(),
             };
             if twice {
                 return Err(unsupported("a parameter stands twice".into()));
@@ -77,21 +76,13 @@ impl Query {
         }
         Ok(read)
     }
-
-    /// The query for the registry, from what was read alone.
-    fn rebuild(&self) -> String {
-        let state = self.state.as_ref().map(|state| format!("_state={}", state.replace('=', "%3D")));
-        let digest = self.digest.as_ref().map(|digest| format!("digest={digest}"));
-        let parts: Vec<String> = state.into_iter().chain(digest).collect();
-        if parts.is_empty() { String::new() } else { format!("?{}", parts.join("&")) }
-    }
 }
 
 pub(super) fn unknown_upload() -> OciError {
     OciError::new(StatusCode::NOT_FOUND, "BLOB_UPLOAD_UNKNOWN", "there is no such upload; start a new one")
 }
 
-fn status(answer: &reqwest::Response) -> StatusCode {
+pub(super) fn status(answer: &reqwest::Response) -> StatusCode {
     StatusCode::from_u16(answer.status().as_u16()).unwrap_or(StatusCode::BAD_GATEWAY)
 }
 
@@ -120,7 +111,7 @@ impl Work {
     }
 }
 
-/// POST .../blobs/uploads/: a new upload, or a mount from another repository of the same tenant.
+/// POST .../blobs/uploads/: a new upload, a mount from another repository of the same tenant, or a whole blob.
 pub(super) async fn start(
     door: &FrontDoor,
     req: &HttpRequest,
@@ -128,42 +119,101 @@ pub(super) async fn start(
     body: web::Payload,
 ) -> Result<HttpResponse, OciError> {
     may_push(door, asked).await?;
+    let query = Query::parse(req.query_string(), &["mount", "from", "digest"])?;
+    // A client may send the digest along with the first request: without a body it is an upload like any other.
+    let whole = query.digest.clone().filter(|digest| sends_body(req) || *digest == Digest::of(b""));
+    if let (Some(digest), None) = (whole, &query.mount) {
+        let Begun::Open(upload) = Work::finish(begin(Work::of(door, asked), None)).await? else {
+            return Err(unreachable_answer("it mounts what nothing asked to mount"));
+        };
+        let id = upload.id;
+        let done = receive(door, req, asked, &id, Some(digest), body).await;
+        if done.is_err() {
+            // The client never learns where its upload is: what came of it is let go.
+            let work = Work::of(door, asked);
+            let gone = Work::finish(async move { drop_upload(&work, &id).await }).await;
+            if let Err(error) = gone {
+                tracing::debug!(%error, "an upload that was refused is given up later");
+            }
+        }
+        return done;
+    }
     // A form in the body is one more way to say `mount` and `from`; nothing of the body is passed on.
     let mut body = Body::new(body);
     while let Some(chunk) = body.next().await? {
         if !chunk.is_empty() {
-            return Err(unsupported("an upload starts without a body".into()));
+            return Err(unsupported("an upload with a body names its digest: ?digest=sha256:...".into()));
         }
     }
-    // A client may send the digest along with the first request: without a body it is an upload like any other.
-    let query = Query::parse(req.query_string(), &["mount", "from", "digest"])?;
-    let mut rest = "blobs/uploads/".to_owned();
     let mut mounted = None;
-    if let Some(digest) = query.mount
-        && let Some(from) = own_repository(asked, query.from.as_deref())
-    {
-        let name = format!("{}/{from}", asked.tenant);
-        // Only what this tenant is known to hold there is mounted; all else is a plain upload.
+    if let Some(digest) = query.mount {
         let mut conn = db::begin(&door.pool, &asked.tenant).await?;
-        if store::has_blob(&mut conn, &asked.tenant, &from, &digest).await? {
-            rest = format!("blobs/uploads/?mount={digest}&from={name}");
-            mounted = Some((digest, name));
-        }
+        // Only what this tenant is known to hold is mounted; all else is a plain upload.
+        let from = match query.from.as_deref() {
+            None => store::find_place(&mut conn, &asked.tenant, &digest).await?,
+            Some(from) => match own_repository(asked, from) {
+                Some(from) if store::has_blob(&mut conn, &asked.tenant, &from, &digest).await? => Some(from),
+                _ => None,
+            },
+        };
+        mounted = from.map(|from| (digest, format!("{}/{from}", asked.tenant)));
     }
-    let work = Work::of(door, asked);
-    Work::finish(begin(work, rest, mounted)).await.map(relay)
+    match Work::finish(begin(Work::of(door, asked), mounted)).await? {
+        Begun::Mounted(digest) => Ok(committed(asked, &digest)),
+        Begun::Open(upload) => Ok(progress(StatusCode::ACCEPTED, asked, &upload)),
+        Begun::Refused(answer) => Ok(relay(answer)),
+    }
 }
 
-async fn begin(
-    work: Work,
-    rest: String,
-    mounted: Option<(Digest, String)>,
-) -> Result<reqwest::Response, OciError> {
+/// Whether a request brings bytes.
+fn sends_body(req: &HttpRequest) -> bool {
+    req.headers().contains_key(header::TRANSFER_ENCODING) || length(req).is_some_and(|length| length > 0)
+}
+
+/// How many bytes a request says that it brings; with a transfer encoding it does not.
+fn length(req: &HttpRequest) -> Option<u64> {
+    if req.headers().contains_key(header::TRANSFER_ENCODING) {
+        return None;
+    }
+    let text = req.headers().get(header::CONTENT_LENGTH)?.to_str().ok()?;
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok())?
+}
+
+/// How far an upload is, as clients read it: the last byte, or 0 for none.
+pub(super) fn progress(status: StatusCode, asked: &Asked, upload: &OpenUpload) -> HttpResponse {
+    HttpResponse::build(status)
+        .insert_header((header::LOCATION, format!("/v2/{}/blobs/uploads/{}", asked.name, upload.id)))
+        .insert_header((header::RANGE, format!("0-{}", upload.received.saturating_sub(1))))
+        .insert_header(("Docker-Upload-UUID", upload.id.as_str()))
+        .insert_header(("Docker-Distribution-Api-Version", "registry/2.0"))
+        .finish()
+}
+
+/// A blob is there.
+pub(super) fn committed(asked: &Asked, digest: &Digest) -> HttpResponse {
+    HttpResponse::Created()
+        .insert_header((header::LOCATION, format!("/v2/{}/blobs/{digest}", asked.name)))
+        .insert_header(("Docker-Content-Digest", digest.as_str()))
+        .insert_header(("Docker-Distribution-Api-Version", "registry/2.0"))
+        .finish()
+}
+
+/// What came of beginning.
+enum Begun {
+    Mounted(Digest),
+    Open(OpenUpload),
+    Refused(reqwest::Response),
+}
+
+async fn begin(work: Work, mounted: Option<(Digest, String)>) -> Result<Begun, OciError> {
     let Work { registry, asked, .. } = &work;
     admit(&work, None).await?;
+    let start = "blobs/uploads/";
     let request = match &mounted {
-        None => registry.request(reqwest::Method::POST, &asked.name, &rest, &["pull", "push"])?,
-        Some((_, from)) => registry.mount_request(&asked.name, from, &rest)?,
+        None => registry.request(reqwest::Method::POST, &asked.name, start, &["pull", "push"])?,
+        Some((digest, from)) => {
+            registry.mount_request(&asked.name, from, &format!("{start}?mount={digest}&from={from}"))?
+        }
     };
     let answer = request
         .header(header::CONTENT_LENGTH.as_str(), "0")
@@ -173,41 +223,42 @@ async fn begin(
         .map_err(unreachable_registry)?;
     if let (Some((digest, _)), StatusCode::CREATED) = (&mounted, status(&answer)) {
         commit(&work, None, digest).await?;
-        return Ok(answer);
+        return Ok(Begun::Mounted(digest.clone()));
     }
     if status(&answer) != StatusCode::ACCEPTED {
-        return Ok(answer);
+        return Ok(Begun::Refused(answer));
     }
-    let header = |name: &str| answer.headers().get(name).and_then(|value| value.to_str().ok());
-    let id = header("docker-upload-uuid").filter(|id| super::proxy::is_upload_id(id)).map(str::to_owned);
-    let query = header("location").and_then(|location| location.split_once('?')).map(|(_, query)| query);
-    let query = Query::parse(query.unwrap_or_default(), &["_state"])?;
-    let id = id.ok_or_else(|| unreachable_answer("its answer names no upload"))?;
-    if let Err(refused) = admit(&work, Some(&id)).await {
+    let id = answer.headers().get("docker-upload-uuid").and_then(|value| value.to_str().ok());
+    let id = id.filter(|id| super::proxy::is_upload_id(id)).map(str::to_owned);
+    let (Some(id), Some(state)) = (id, state_of(&answer)) else {
+        return Err(unreachable_answer("its answer names no upload"));
+    };
+    let upload = OpenUpload { id, state, received: 0 };
+    if let Err(refused) = admit(&work, Some(&upload)).await {
         // Another upload was begun at the same moment: this one must not stay.
-        if let Err(error) = cancel_there(registry, asked, &id, &query).await {
+        if let Err(error) = cancel_there(registry, asked, &upload).await {
             tracing::warn!(%error, "an upload that was refused stays until the registry purges it");
         }
         return Err(refused);
     }
-    Ok(answer)
+    Ok(Begun::Open(upload))
 }
 
-fn unreachable_answer(why: &str) -> OciError {
+pub(super) fn unreachable_answer(why: &str) -> OciError {
     tracing::error!(why, "the registry's answer cannot be used");
     OciError::new(StatusCode::BAD_GATEWAY, "UNAVAILABLE", "the registry's answer cannot be used")
 }
 
-async fn admit(work: &Work, id: Option<&str>) -> Result<(), OciError> {
-    match store::admit_upload(&work.pool, &work.asked.tenant, &work.asked.repository, id).await? {
-        Reserve::Full { used, limit } => Err(full(used, limit, store::FLOOR)),
+async fn admit(work: &Work, new: Option<&OpenUpload>) -> Result<(), OciError> {
+    match store::admit_upload(&work.pool, &work.asked.tenant, &work.asked.repository, new).await? {
+        Reserve::Full { used, limit } => Err(full(&work.asked, used, limit, store::FLOOR)),
         _ => Ok(()),
     }
 }
 
 /// The repository of this very tenant that a mount names; none for anybody else's.
-fn own_repository(asked: &Asked, from: Option<&str>) -> Option<RepositoryPath> {
-    from?.strip_prefix(asked.tenant.as_str())?.strip_prefix('/')?.parse().ok()
+fn own_repository(asked: &Asked, from: &str) -> Option<RepositoryPath> {
+    from.strip_prefix(asked.tenant.as_str())?.strip_prefix('/')?.parse().ok()
 }
 
 /// GET of an upload: how far it is.
@@ -217,19 +268,15 @@ pub(super) async fn look(
     asked: &Asked,
     id: &str,
 ) -> Result<HttpResponse, OciError> {
-    let query = Query::parse(req.query_string(), &["_state"])?;
-    require_open(door, asked, id).await?;
-    let rest = format!("blobs/uploads/{id}{}", query.rebuild());
-    let request = door.registry.request(reqwest::Method::GET, &asked.name, &rest, &["pull", "push"])?;
-    request.timeout(PATIENCE).send().await.map(relay).map_err(unreachable_registry)
+    // A client that asks after a part that was refused asks at the address of that part.
+    Query::parse(req.query_string(), &["digest"])?;
+    Ok(progress(StatusCode::NO_CONTENT, asked, &find_open(&door.pool, asked, id).await?))
 }
 
-async fn require_open(door: &FrontDoor, asked: &Asked, id: &str) -> Result<(), OciError> {
-    let mut conn = db::begin(&door.pool, &asked.tenant).await?;
-    if store::is_upload_open(&mut conn, &asked.tenant, &asked.repository, id).await? {
-        return Ok(());
-    }
-    Err(unknown_upload())
+pub(super) async fn find_open(pool: &sqlx::PgPool, asked: &Asked, id: &str) -> Result<OpenUpload, OciError> {
+    let mut conn = db::begin(pool, &asked.tenant).await?;
+    let found = store::find_upload(&mut conn, &asked.tenant, &asked.repository, id).await?;
+    found.ok_or_else(unknown_upload)
 }
 
 /// DELETE of an upload: the registry lets go of it, then its bytes count no more.
@@ -239,38 +286,43 @@ pub(super) async fn cancel(
     asked: &Asked,
     id: &str,
 ) -> Result<HttpResponse, OciError> {
-    let query = Query::parse(req.query_string(), &["_state"])?;
+    Query::parse(req.query_string(), &[])?;
     let (work, id) = (Work::of(door, asked), id.to_owned());
-    Work::finish(async move {
-        let claim = Claim::take(&work.pool, &work.asked, &id, None).await?;
-        match cancel_there(&work.registry, &work.asked, &id, &query).await {
-            Ok(()) => claim.delete().await,
-            Err(refused) => {
-                claim.release(Ends::Cut).await?;
-                Err(refused)
-            }
-        }
-    })
-    .await?;
+    Work::finish(async move { drop_upload(&work, &id).await }).await?;
     Ok(HttpResponse::NoContent().insert_header(("Docker-Distribution-Api-Version", "registry/2.0")).finish())
+}
+
+/// Lets go of an upload that no other request has.
+async fn drop_upload(work: &Work, id: &str) -> Result<(), OciError> {
+    let Work { pool, registry, asked } = work;
+    let claim = Claim::take(pool, asked, id).await?;
+    let dropped = match find_open(pool, asked, id).await {
+        Ok(upload) => cancel_there(registry, asked, &upload).await,
+        Err(error) => Err(error),
+    };
+    match dropped {
+        Ok(()) => claim.delete().await,
+        Err(refused) => {
+            claim.release(Ends::Cut).await?;
+            Err(refused)
+        }
+    }
 }
 
 /// Cancels an upload in the registry. The registry (Distribution 2.8) writes a part of an upload's folder again after it
 /// has removed it, and does not take up again, not even to cancel it, an upload that was cut off in the middle of a part:
 /// what is left in both cases the collector removes.
-async fn cancel_there(
-    registry: &Distribution,
-    asked: &Asked,
-    id: &str,
-    query: &Query,
-) -> Result<(), OciError> {
-    let rest = format!("blobs/uploads/{id}{}", query.rebuild());
+async fn cancel_there(registry: &Distribution, asked: &Asked, upload: &OpenUpload) -> Result<(), OciError> {
     // The registry wants the right to delete for this; clients never have it.
-    let request =
-        registry.request(reqwest::Method::DELETE, &asked.name, &rest, &["pull", "push", "delete"])?;
+    let request = registry.request(
+        reqwest::Method::DELETE,
+        &asked.name,
+        &path_there(upload),
+        &["pull", "push", "delete"],
+    )?;
     let answer = request.timeout(PATIENCE).send().await.map_err(unreachable_registry)?;
     if let Some(collector) = registry.collector() {
-        return Ok(collector.remove_upload(&asked.tenant, &asked.repository, id).await?);
+        return Ok(collector.remove_upload(&asked.tenant, &asked.repository, &upload.id).await?);
     }
     match status(&answer) {
         StatusCode::NO_CONTENT | StatusCode::ACCEPTED | StatusCode::OK | StatusCode::NOT_FOUND => Ok(()),
@@ -292,59 +344,49 @@ pub(super) async fn append(
 ) -> Result<HttpResponse, OciError> {
     may_push(door, asked).await?;
     let last = *req.method() == Method::PUT;
-    let query = Query::parse(req.query_string(), if last { &["_state", "digest"] } else { &["_state"] })?;
+    let query = Query::parse(req.query_string(), if last { &["digest"] } else { &[] })?;
     if last && query.digest.is_none() {
-        return Err(bad_digest("PUT takes a digest"));
+        return Err(bad_digest("PUT takes a digest: ?digest=sha256:..."));
     }
-    let number = |name: header::HeaderName| {
-        let text = req.headers().get(name)?.to_str().ok()?;
-        text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<u64>().ok())?
-    };
-    // With a transfer encoding the length is another one, or none at all.
-    let chunked = req.headers().contains_key(header::TRANSFER_ENCODING);
-    let length = number(header::CONTENT_LENGTH).filter(|_| !chunked);
+    receive(door, req, asked, id, query.digest, body).await
+}
+
+/// Takes the bytes of a request into an upload; with a digest it is committed under it.
+async fn receive(
+    door: &FrontDoor,
+    req: &HttpRequest,
+    asked: &Asked,
+    id: &str,
+    digest: Option<Digest>,
+    body: web::Payload,
+) -> Result<HttpResponse, OciError> {
+    let length = length(req);
+    let mut start = None;
+    if let Some(value) = req.headers().get(header::CONTENT_RANGE) {
+        let Some((first, last)) = value.to_str().ok().and_then(range) else {
+            return Err(unsupported("Content-Range is not START-END".into()));
+        };
+        start = Some(first);
+        if length != Some(last - first + 1) {
+            return Err(OciError::new(
+                StatusCode::BAD_REQUEST,
+                "SIZE_INVALID",
+                "Content-Length is not the number of bytes that Content-Range names",
+            ));
+        }
+    }
     if let Some(length) = length.filter(|length| *length > 0) {
         let mut conn = db::begin(&door.pool, &asked.tenant).await?;
         let (used, limit) = store::registry_use(&mut conn, &asked.tenant).await?;
         if used.saturating_add(length) > limit {
-            return Err(full(used, limit, length));
+            return Err(full(asked, used, limit, length));
         }
     }
-    let range = match req.headers().get(header::CONTENT_RANGE) {
-        None => None,
-        Some(value) => Some(value.to_str().ok().and_then(range).ok_or_else(|| {
-            OciError::new(
-                StatusCode::RANGE_NOT_SATISFIABLE,
-                "BLOB_UPLOAD_INVALID",
-                "Content-Range is not START-END",
-            )
-        })?),
-    };
     let place = door.registry.room().streams.take(&asked.tenant).await?;
-    let method = if last { reqwest::Method::PUT } else { reqwest::Method::PATCH };
-    let rest = format!("blobs/uploads/{id}{}", query.rebuild());
-    let mut upstream = door
-        .registry
-        .request(method, &asked.name, &rest, &["pull", "push"])?
-        .header(reqwest::header::CONTENT_TYPE, OCTETS);
-    if let Some((start, end)) = range {
-        upstream = upstream.header(reqwest::header::CONTENT_RANGE, format!("{start}-{end}"));
-    }
-    if let Some(length) = length {
-        upstream = upstream.header(reqwest::header::CONTENT_LENGTH, length);
-    }
-    // Payload is bound to its thread; a channel of two chunks carries the bytes over.
-    let (sender, receiver) = mpsc::channel::<Part>(2);
-    let part = Upload { work: Work::of(door, asked), id: id.to_owned(), digest: query.digest, length };
-    let (claimed, ready) = oneshot::channel();
-    let sending = tokio::spawn(part.send(upstream, receiver, claimed));
-    // Nothing is read or reserved before the upload is this request's.
-    if ready.await.is_ok() {
-        pump(door, asked, id, body, sender).await?;
-    }
+    let transfer = Transfer { work: Work::of(door, asked), id: id.to_owned(), digest, length, start };
+    let outcome = transfer.carry(body).await;
     drop(place);
-    let answer = sending.await.map_err(|error| OciError::from(crate::error::Error::internal(error)))??;
-    Ok(relay(answer))
+    outcome
 }
 
 /// `START-END`, as the registry reads it.
@@ -352,105 +394,7 @@ fn range(text: &str) -> Option<(u64, u64)> {
     let (start, end) = text.split_once('-')?;
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     let (start, end) = (digits(start) && digits(end)).then(|| (start.parse().ok(), end.parse().ok()))?;
-    Some((start?, end?)).filter(|(start, end)| start <= end)
-}
-
-/// A part of a body on its way.
-enum Part {
-    Bytes(Bytes),
-    /// All of it has come. A body that ends without this was cut off.
-    End,
-}
-
-/// One PATCH or PUT, and what it ends in.
-struct Upload {
-    work: Work,
-    id: String,
-    digest: Option<Digest>,
-    /// Bytes of the body, where the client has said so.
-    length: Option<u64>,
-}
-
-impl Upload {
-    /// Sends the body on and settles what came of it, whether or not the client is still there.
-    async fn send(
-        self,
-        upstream: reqwest::RequestBuilder,
-        receiver: mpsc::Receiver<Part>,
-        claimed: oneshot::Sender<()>,
-    ) -> Result<reqwest::Response, OciError> {
-        // Within the task: what it writes down it also settles.
-        let claim = Claim::take(&self.work.pool, &self.work.asked, &self.id, self.digest.as_ref()).await?;
-        let _ = claimed.send(());
-        let whole = Arc::new(AtomicBool::new(false));
-        let (seen, length) = (Arc::clone(&whole), self.length);
-        let stream = futures_util::stream::unfold(Some((receiver, 0)), move |state| {
-            let seen = Arc::clone(&seen);
-            async move {
-                let (mut receiver, sent) = state?;
-                match receiver.recv().await {
-                    Some(Part::Bytes(bytes)) => {
-                        let sent = sent + bytes.len() as u64;
-                        seen.fetch_or(length == Some(sent), Ordering::SeqCst);
-                        Some((Ok(bytes), Some((receiver, sent))))
-                    }
-                    Some(Part::End) => {
-                        seen.store(true, Ordering::SeqCst);
-                        None
-                    }
-                    // The client has hung up: after the last byte nothing is missing.
-                    None if length == Some(sent) => None,
-                    None => Some((Err(std::io::Error::other("cut off")), None)),
-                }
-            }
-        });
-        let sending = upstream.body(reqwest::Body::wrap_stream(stream)).send();
-        let answer = match claim.hold(sending).await {
-            Ok(answer) => answer.map_err(unreachable_registry),
-            Err(Lost) => Err(cut()),
-        };
-        let answer = match answer {
-            Ok(answer) => answer,
-            Err(error) => {
-                // Nothing is committed of a body that did not come whole. What else is not known, the sweep settles.
-                if self.digest.is_none() || !whole.load(Ordering::SeqCst) {
-                    claim.release(Ends::Cut).await?;
-                }
-                return Err(error);
-            }
-        };
-        match &self.digest {
-            Some(digest) if status(&answer) == StatusCode::CREATED => {
-                if let Err(error) = self.check(&answer, digest).await {
-                    claim.release(Ends::Answered).await?;
-                    return Err(error);
-                }
-                commit(&self.work, Some(&self.id), digest).await?;
-            }
-            _ => claim.release(Ends::Answered).await?,
-        }
-        Ok(answer)
-    }
-
-    /// The registry has committed what it was asked to, or that goes again.
-    async fn check(&self, answer: &reqwest::Response, digest: &Digest) -> Result<(), OciError> {
-        let named = answer.headers().get("docker-content-digest").and_then(|value| value.to_str().ok());
-        if named == Some(digest.as_str()) {
-            return Ok(());
-        }
-        let Work { pool, registry, asked } = &self.work;
-        tracing::error!(tenant = %asked.tenant, "ALARM: the registry has committed other bytes than it was asked to");
-        if let Some(other) = named.and_then(|text| text.parse::<Digest>().ok()) {
-            let mut conn = db::begin(pool, &asked.tenant).await?;
-            let known = store::has_blob(&mut conn, &asked.tenant, &asked.repository, &other).await?;
-            drop(conn);
-            if !known {
-                registry.delete_blob(&asked.name, &other).await?;
-                collect::collect(registry, &other).await?;
-            }
-        }
-        Err(unreachable_answer("it has committed other bytes than it was asked to"))
-    }
+    Some((start?, end?)).filter(|(start, end)| start <= end && *end < u64::MAX)
 }
 
 /// A blob is there: it counts with its real size, once a tenant, and its upload counts no more.
@@ -462,83 +406,18 @@ pub(super) async fn commit(work: &Work, upload: Option<&str>, digest: &Digest) -
     Ok(())
 }
 
-/// Carries the body over, reserving the quota in steps before the bytes go on. What went over counts until the blob is
-/// there, also when it was cut off: the registry keeps its bytes until it is cancelled or purged.
-async fn pump(
-    door: &FrontDoor,
-    asked: &Asked,
-    id: &str,
-    body: web::Payload,
-    sender: mpsc::Sender<Part>,
-) -> Result<(), OciError> {
-    let mut taken = Taken {
-        pool: door.pool.clone(),
-        tenant: asked.tenant.clone(),
-        id: id.to_owned(),
-        reserved: 0,
-        passed: 0,
-    };
-    let mut body = Body::new(body);
-    let mut sign = Instant::now();
-    while let Some(chunk) = body.next().await? {
-        let next = taken.passed + chunk.len() as u64;
-        let needed = next.saturating_sub(taken.reserved);
-        if needed > 0 || sign.elapsed() > SIGN {
-            sign = Instant::now();
-            let step = if needed > 0 { needed.max(STEP) } else { 0 };
-            match store::reserve_upload(&taken.pool, &taken.tenant, &taken.id, step, needed).await? {
-                Reserve::Taken(bytes) => taken.reserved += bytes,
-                Reserve::Full { used, limit } => return Err(full(used, limit, needed)),
-                Reserve::Gone => return Err(unknown_upload()),
-            }
-        }
-        taken.passed = next;
-        if sender.send(Part::Bytes(chunk)).await.is_err() {
-            // The registry has answered already.
-            return Ok(());
-        }
-    }
-    let _ = sender.send(Part::End).await;
-    Ok(())
-}
-
-/// What an upload has taken of the quota. When it ends, also because the client has hung up and nobody
-/// waits for the answer any more, what was not needed is given back.
-struct Taken {
-    pool: sqlx::PgPool,
-    tenant: TenantName,
-    id: String,
-    reserved: u64,
-    passed: u64,
-}
-
-impl Drop for Taken {
-    fn drop(&mut self) {
-        let left = self.reserved.saturating_sub(self.passed);
-        if left == 0 {
-            return;
-        }
-        let (pool, tenant, id) = (self.pool.clone(), self.tenant.clone(), self.id.clone());
-        actix_web::rt::spawn(async move {
-            if let Err(error) = store::give_back(&pool, &tenant, &id, left).await {
-                tracing::warn!(%error, "bytes that an upload did not need count for two hours more");
-            }
-        });
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn only_known_parameters_pass_each_once_and_rebuilt() {
+    fn only_known_parameters_pass_each_once() {
         let digest = Digest::of(b"x");
-        let both = ["_state", "digest"];
+        let both = ["digest", "from"];
         let encoded = digest.as_str().replace(':', "%3A");
-        let read = Query::parse(&format!("_state=aB-_9%3D&digest={encoded}"), &both).unwrap();
-        assert_eq!(read.rebuild(), format!("?_state=aB-_9%3D&digest={digest}"));
-        assert_eq!(Query::parse("", &both).unwrap().rebuild(), "");
+        let read = Query::parse(&format!("from=acme%2Fweb&digest={encoded}"), &both).unwrap();
+        assert_eq!((read.digest.as_ref(), read.from.as_deref()), (Some(&digest), Some("acme/web")));
+        assert_eq!(Query::parse("", &both).unwrap(), Query::default());
         let other = Digest::of(b"y");
         for query in [
             format!("digest={digest}&digest={other}"),
@@ -550,15 +429,33 @@ mod tests {
             format!("digest={}", digest.as_str().to_uppercase()),
             format!("digest=sha512:{}", "0".repeat(128)),
             "digest=".into(),
-            "_state=a%26digest%3Dx".into(),
-            "_state=a%00b".into(),
-            format!("_state={}", "a".repeat(3_000)),
-            "_state=a&_state=b".into(),
-            format!("_state=a&digest={digest}&x=y"),
+            "_state=a".into(),
+            "from=a&from=b".into(),
+            format!("digest={digest}&x=y"),
         ] {
             assert!(Query::parse(&query, &both).is_err(), "{query}");
         }
-        assert!(Query::parse(&format!("digest={digest}"), &["_state"]).is_err(), "PATCH takes no digest");
+        assert!(Query::parse(&format!("digest={digest}"), &[]).is_err(), "PATCH takes no digest");
+    }
+
+    #[test]
+    fn the_state_of_an_upload_is_the_registrys_and_plain() {
+        let answer = |location: &str| {
+            let answer = actix_web::http::StatusCode::ACCEPTED.as_u16();
+            let answer =
+                http::Response::builder().status(answer).header("location", location).body("").unwrap();
+            state_of(&reqwest::Response::from(answer))
+        };
+        assert_eq!(answer("/v2/a/b/blobs/uploads/1?_state=aB-_9%3D").as_deref(), Some("aB-_9="));
+        for bad in [
+            "/v2/a/b/blobs/uploads/1",
+            "/x?_state=",
+            "/x?_state=a%26digest%3Dx",
+            "/x?_state=a%00b",
+            &format!("/x?_state={}", "a".repeat(3_000)),
+        ] {
+            assert_eq!(answer(bad), None, "{bad}");
+        }
     }
 
     #[test]

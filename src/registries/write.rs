@@ -12,11 +12,12 @@ use super::body::Body;
 use super::front::{FrontDoor, OciError, PATIENCE};
 use super::measure;
 use super::proxy::{Asked, relay, unreachable_registry};
-use super::store::{self, NewManifest, Noted};
-use super::uploads::Work;
+use super::referrers::no_parameters;
+use super::store::{self, Attached, NewManifest, Noted};
+use super::uploads::{Work, status};
 use crate::db;
 use crate::ids::{Digest, Tag};
-use crate::images::manifest::{self, Descriptor, Manifest};
+use crate::images::manifest::{self, Descriptor, Manifest, Parts};
 
 pub(super) async fn may_push(door: &FrontDoor, asked: &Asked) -> Result<(), OciError> {
     if !door.registry.has_room() {
@@ -34,10 +35,6 @@ pub(super) async fn may_push(door: &FrontDoor, asked: &Asked) -> Result<(), OciE
     }
 }
 
-fn status(answer: &reqwest::Response) -> StatusCode {
-    StatusCode::from_u16(answer.status().as_u16()).unwrap_or(StatusCode::BAD_GATEWAY)
-}
-
 fn never_pushed() -> OciError {
     OciError::new(
         StatusCode::BAD_REQUEST,
@@ -46,9 +43,12 @@ fn never_pushed() -> OciError {
     )
 }
 
-pub(super) fn full(used: u64, limit: u64, asked: u64) -> OciError {
+pub(super) fn full(asked: &Asked, used: u64, limit: u64, needed: u64) -> OciError {
+    let tenant = &asked.tenant;
     OciError::denied(format!(
-        "the registry quota is used up: limit {limit} bytes, used {used}, asked at least {asked}; delete tags or ask for more"
+        "the registry quota of {tenant} is used up: limit {limit} bytes, used {used}, asked at least {needed}. \
+         Delete images that no app runs (skopeo delete docker://HOST/{tenant}/REPOSITORY:TAG), or ask an admin for more: \
+         PATCH /api/v1/tenants/{tenant} {{\"quota\": {{\"registry_bytes\": N}}}}"
     ))
 }
 
@@ -60,6 +60,7 @@ pub(super) async fn put_manifest(
     reference: &str,
     body: web::Payload,
 ) -> Result<HttpResponse, OciError> {
+    no_parameters(req)?;
     may_push(door, asked).await?;
     let kind =
         req.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
@@ -90,17 +91,32 @@ pub(super) async fn put_manifest(
         total,
         parts,
         pushed_by: asked.claims.pusher().to_owned(),
+        attached: attached(&parsed)?,
     };
+    let subject = parsed.subject.map(|subject| subject.digest);
     let stored = Work::finish(store_manifest(Work::of(door, asked), new, bytes, tag)).await?;
     drop(place);
     if let Some(refused) = stored {
         return Ok(relay(refused));
     }
-    Ok(HttpResponse::Created()
+    let mut answer = HttpResponse::Created();
+    answer
         .insert_header((header::LOCATION, format!("/v2/{}/manifests/{digest}", asked.name)))
         .insert_header(("Docker-Content-Digest", digest.as_str()))
-        .insert_header(("Docker-Distribution-Api-Version", "registry/2.0"))
-        .finish())
+        .insert_header(("Docker-Distribution-Api-Version", "registry/2.0"));
+    if let Some(subject) = subject {
+        // So the client knows that its subject lists it, and keeps no list of its own under a tag.
+        answer.insert_header(("OCI-Subject", subject.as_str()));
+    }
+    Ok(answer.finish())
+}
+
+/// The manifest's place in the list of its subject's referrers.
+fn attached(parsed: &Manifest) -> Result<Option<Attached>, OciError> {
+    let Some(subject) = &parsed.subject else { return Ok(None) };
+    let annotations = serde_json::to_string(&parsed.annotations).map_err(crate::error::Error::internal)?;
+    let artifact_type = parsed.kind().to_owned();
+    Ok(Some(Attached { subject: subject.digest.clone(), artifact_type, annotations }))
 }
 
 /// Writes a manifest down, hands it on and confirms it; runs to its end also without its client. The registry's answer
@@ -116,7 +132,7 @@ async fn store_manifest(
     // Written down first: a crash in between leaves a trace that is looked after.
     match store::insert_manifest(pool, &asked.tenant, &asked.repository, &new).await? {
         Noted::Yes => {}
-        Noted::Full { used, limit } => return Err(full(used, limit, new.size)),
+        Noted::Full { used, limit } => return Err(full(asked, used, limit, new.size)),
         Noted::Unknown => return Err(never_pushed()),
     }
     fail::fail_point!("registries::manifest_noted", |_| Err(OciError::denied("failpoint")));
@@ -147,7 +163,7 @@ async fn collect(body: web::Payload) -> Result<Vec<u8>, OciError> {
             return Err(OciError::new(
                 StatusCode::PAYLOAD_TOO_LARGE,
                 "MANIFEST_INVALID",
-                "larger than 1 MiB",
+                "the manifest is larger than 4 MiB",
             ));
         }
         bytes.extend_from_slice(&chunk);
@@ -180,9 +196,9 @@ async fn check_parts(
     asked: &Asked,
     parsed: &Manifest,
 ) -> Result<(Vec<(Digest, bool)>, u64), OciError> {
-    let (list, is_blob): (Vec<&Descriptor>, bool) = match parsed {
-        Manifest::Image { config, layers } => (std::iter::once(config).chain(layers).collect(), true),
-        Manifest::Index { children } => (children.iter().map(|child| &child.descriptor).collect(), false),
+    let (list, is_blob): (Vec<&Descriptor>, bool) = match &parsed.parts {
+        Parts::Image { config, layers } => (std::iter::once(config).chain(layers).collect(), true),
+        Parts::Index { children } => (children.iter().map(|child| &child.descriptor).collect(), false),
     };
     let registry = Arc::new(door.registry.clone());
     let mut checks = futures_util::stream::iter(list.clone().into_iter().cloned().map(|part| {

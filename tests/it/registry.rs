@@ -36,6 +36,9 @@ async fn answer(req: HttpRequest, mut body: web::Payload, liar: web::Data<Liar>)
             let committed = if honest { &liar.honest } else { &liar.other };
             HttpResponse::Created().insert_header(("Docker-Content-Digest", committed.as_str())).finish()
         }
+        "PATCH" => HttpResponse::Accepted()
+            .insert_header(("Location", "/v2/acme/web/blobs/uploads/11-22?_state=def%3D"))
+            .finish(),
         "HEAD" => HttpResponse::Ok().no_chunking(7).body("1234567"),
         _ => HttpResponse::Accepted().finish(),
     }
@@ -75,10 +78,14 @@ async fn an_answer_that_names_other_bytes_is_undone(options: PgPoolOptions, conn
     };
     let uploads = "/v2/acme/web/blobs/uploads/";
     assert_eq!(send(reqwest::Method::POST, uploads, "").await, 202);
-    let put = format!("{uploads}11-22?digest={}&_state=abc%3D", wanted.as_str().replace(':', "%3a"));
+    let forged = format!("{uploads}11-22?digest={wanted}&_state=abc%3D");
+    assert_eq!(send(reqwest::Method::PUT, &forged, "").await, 400, "the state is the platform's to know");
+    let put = format!("{uploads}11-22?digest={}", wanted.as_str().replace(':', "%3a"));
     assert_eq!(send(reqwest::Method::PUT, &put, "digest=sha256:evil").await, 502);
     let seen = asked.lock().unwrap().clone();
-    let expected = format!("{uploads}11-22?_state=abc%3D&digest={wanted}");
+    let part = format!("{uploads}11-22?_state=abc%3D");
+    assert!(seen.contains(&("PATCH".into(), part, "application/octet-stream".into())), "{seen:?}");
+    let expected = format!("{uploads}11-22?_state=def%3D&digest={wanted}");
     assert!(
         seen.contains(&("PUT".into(), expected, "application/octet-stream".into())),
         "what was parsed, and nothing else: {seen:?}"
@@ -89,7 +96,7 @@ async fn an_answer_that_names_other_bytes_is_undone(options: PgPoolOptions, conn
     let open = "SELECT count(*) FROM upload WHERE id = $1 AND digest IS NULL";
     assert_eq!(app.number(open, "11-22").await, 1, "its bytes count on");
     // The same upload, answered as it was asked, is on record with its size.
-    let put = format!("{uploads}11-22?_state=abc%3D&digest={honest}");
+    let put = format!("{uploads}11-22?digest={honest}");
     assert_eq!(send(reqwest::Method::PUT, &put, "x").await, 201);
     assert_eq!(app.number("SELECT size FROM blob WHERE digest = $1", honest.as_str()).await, 7);
     assert_eq!(app.number(open, "11-22").await, 0);

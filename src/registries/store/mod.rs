@@ -69,7 +69,10 @@ pub(in crate::registries) async fn registry_use(
 }
 
 /// Locks the gate of a tenant's quota: whoever adds to its project or takes from it comes one after another.
-async fn lock_project(conn: &mut PgConnection, tenant: &TenantName) -> Result<i64, Error> {
+pub(in crate::registries) async fn lock_project(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(
         "SELECT q.tenant_id FROM quota q JOIN tenant t ON t.id = q.tenant_id \
          WHERE t.name = $1 AND q.resource = 'registry_bytes' FOR UPDATE OF q",

@@ -2,7 +2,8 @@
 
 use sqlx::{PgConnection, PgPool};
 
-use super::uploads::{OldUpload, lock_digest};
+use super::signed;
+use super::uploads::{OldUpload, OpenUpload, lock_digest};
 use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, TenantName};
@@ -18,28 +19,22 @@ pub(in crate::registries) enum Claimed {
     Unknown,
 }
 
-/// Claims an upload for a minute. With a digest it is on record that the registry is asked to commit it; what is being
-/// collected at the moment is waited for.
+/// Claims an upload for a minute.
 pub(in crate::registries) async fn claim_part(
     pool: &PgPool,
     tenant: &TenantName,
     repository: &RepositoryPath,
     id: &str,
-    digest: Option<&Digest>,
 ) -> Result<Claimed, Error> {
     let mut tx = db::begin(pool, tenant).await?;
-    if let Some(digest) = digest {
-        lock_digest(&mut tx, digest).await?;
-    }
     let part = sqlx::query_scalar!(
-        r#"UPDATE upload u SET changed_at = now(), digest = $4, part = gen_random_uuid()::text,
+        r#"UPDATE upload u SET changed_at = now(), part = gen_random_uuid()::text,
            part_until = now() + interval '60 seconds' FROM tenant t WHERE t.name = $1 AND u.tenant_id = t.id
            AND u.repository = $2 AND u.id = $3 AND u.digest IS NULL AND (u.part IS NULL OR u.part_until < now())
            RETURNING u.part AS "part!""#,
         tenant.as_str(),
         repository.as_str(),
-        id,
-        digest.map(Digest::as_str)
+        id
     )
     .fetch_optional(&mut *tx)
     .await?;
@@ -67,6 +62,54 @@ async fn is_on_record(
     )
     .fetch_one(conn)
     .await?)
+}
+
+/// The registry has taken bytes of a claimed upload: how far it is, and its state from then on. Whether the claim still
+/// stands.
+pub(in crate::registries) async fn note_part(
+    pool: &PgPool,
+    tenant: &TenantName,
+    part: &str,
+    upload: &OpenUpload,
+) -> Result<bool, Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    let noted = sqlx::query!(
+        "UPDATE upload u SET changed_at = now(), state = $3, received = $4 FROM tenant t \
+         WHERE t.name = $1 AND u.tenant_id = t.id AND u.part = $2",
+        tenant.as_str(),
+        part,
+        upload.state,
+        signed(upload.received)
+    )
+    .execute(&mut *tx)
+    .await?
+    .rows_affected();
+    tx.commit().await?;
+    Ok(noted == 1)
+}
+
+/// Puts on record that the registry is asked to commit a claimed upload; what is being collected at the moment is
+/// waited for. Whether the claim still stands.
+pub(in crate::registries) async fn ask_commit(
+    pool: &PgPool,
+    tenant: &TenantName,
+    part: &str,
+    digest: &Digest,
+) -> Result<bool, Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    lock_digest(&mut tx, digest).await?;
+    let asked = sqlx::query!(
+        "UPDATE upload u SET changed_at = now(), digest = $3, part_until = now() + interval '120 seconds' \
+         FROM tenant t WHERE t.name = $1 AND u.tenant_id = t.id AND u.part = $2",
+        tenant.as_str(),
+        part,
+        digest.as_str()
+    )
+    .execute(&mut *tx)
+    .await?
+    .rows_affected();
+    tx.commit().await?;
+    Ok(asked == 1)
 }
 
 /// Claims an upload that the sweep has found, unless a request has it, or something came since.

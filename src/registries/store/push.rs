@@ -71,6 +71,16 @@ pub(in crate::registries) struct NewManifest {
     /// Digest, and whether it is a blob.
     pub(in crate::registries) parts: Vec<(Digest, bool)>,
     pub(in crate::registries) pushed_by: String,
+    /// What it is attached to, if anything.
+    pub(in crate::registries) attached: Option<Attached>,
+}
+
+/// A manifest's place in the list of its subject's referrers.
+pub(in crate::registries) struct Attached {
+    pub(in crate::registries) subject: Digest,
+    pub(in crate::registries) artifact_type: String,
+    /// The text of a JSON object.
+    pub(in crate::registries) annotations: String,
 }
 
 /// What came of writing a manifest down.
@@ -154,6 +164,20 @@ pub(in crate::registries) async fn insert_manifest(
         )
         .execute(&mut *tx)
         .await?;
+        if let Some(attached) = &new.attached {
+            sqlx::query!(
+                "INSERT INTO referrer (tenant_id, repository, subject, digest, artifact_type, annotations) \
+                 VALUES ($1, $2, $3, $4, $5, $6)",
+                tenant_id,
+                repository.as_str(),
+                attached.subject.as_str(),
+                new.digest.as_str(),
+                attached.artifact_type,
+                attached.annotations
+            )
+            .execute(&mut *tx)
+            .await?;
+        }
     }
     tx.commit().await?;
     Ok(Noted::Yes)

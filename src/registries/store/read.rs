@@ -84,18 +84,99 @@ pub async fn are_manifests_there(
     .await?)
 }
 
+/// Names of tags in the order of their bytes, after one of them; none where the repository is not known.
 pub(in crate::registries) async fn list_tag_names(
     conn: &mut PgConnection,
     tenant: &TenantName,
     repository: &RepositoryPath,
-) -> Result<Vec<String>, Error> {
-    Ok(sqlx::query_scalar!(
-        "SELECT g.name FROM tag g JOIN tenant t ON t.id = g.tenant_id \
-         WHERE t.name = $1 AND g.repository = $2 ORDER BY g.name LIMIT 10000",
+    after: &str,
+    limit: i64,
+) -> Result<Option<Vec<String>>, Error> {
+    let row = sqlx::query!(
+        r#"SELECT EXISTS (SELECT 1 FROM repository r WHERE r.tenant_id = t.id AND r.name = $2) AS "known!",
+           ARRAY(SELECT g.name FROM tag g WHERE g.tenant_id = t.id AND g.repository = $2
+                 AND g.name COLLATE "C" > $3 ORDER BY g.name COLLATE "C" LIMIT $4) AS "tags!"
+           FROM tenant t WHERE t.name = $1"#,
         tenant.as_str(),
-        repository.as_str()
+        repository.as_str(),
+        after,
+        limit
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.filter(|row| row.known).map(|row| row.tags))
+}
+
+/// A manifest that is attached to another.
+pub(in crate::registries) struct Referrer {
+    pub(in crate::registries) digest: Digest,
+    pub(in crate::registries) media_type: String,
+    pub(in crate::registries) size: i64,
+    pub(in crate::registries) artifact_type: String,
+    /// The text of a JSON object.
+    pub(in crate::registries) annotations: String,
+}
+
+/// The manifests that are attached to a subject, by digest, of one type where it is given.
+pub(in crate::registries) async fn list_referrers(
+    conn: &mut PgConnection,
+    (tenant, repository): (&TenantName, &RepositoryPath),
+    subject: &Digest,
+    artifact_type: Option<&str>,
+    (after, limit): (&str, i64),
+) -> Result<Vec<Referrer>, Error> {
+    Ok(sqlx::query_as!(
+        Referrer,
+        r#"SELECT r.digest AS "digest: Digest", m.media_type, m.size, r.artifact_type, r.annotations
+           FROM referrer r JOIN manifest m USING (tenant_id, repository, digest) JOIN tenant t ON t.id = r.tenant_id
+           WHERE t.name = $1 AND r.repository = $2 AND r.subject = $3 AND ($4::text IS NULL OR r.artifact_type = $4)
+             AND r.digest > $5 AND m.confirmed AND m.doomed_at IS NULL
+           ORDER BY r.digest LIMIT $6"#,
+        tenant.as_str(),
+        repository.as_str(),
+        subject.as_str(),
+        artifact_type,
+        after,
+        limit
     )
     .fetch_all(conn)
+    .await?)
+}
+
+/// The size of a blob that a repository of this tenant has, as [`has_blob`] knows it.
+pub(in crate::registries) async fn find_blob_size(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<Option<u64>, Error> {
+    let size = sqlx::query_scalar!(
+        "SELECT b.size FROM tenant t JOIN blob b ON b.tenant_id = t.id \
+         JOIN blob_place p ON p.tenant_id = t.id AND p.digest = b.digest \
+         WHERE t.name = $1 AND p.repository = $2 AND b.digest = $3 AND b.doomed_at IS NULL",
+        tenant.as_str(),
+        repository.as_str(),
+        digest.as_str()
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(size.map(super::positive))
+}
+
+/// A repository of this tenant that has a blob.
+pub(in crate::registries) async fn find_place(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+    digest: &Digest,
+) -> Result<Option<RepositoryPath>, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT p.repository AS "repository: RepositoryPath" FROM tenant t JOIN blob b ON b.tenant_id = t.id
+           JOIN blob_place p ON p.tenant_id = t.id AND p.digest = b.digest
+           WHERE t.name = $1 AND b.digest = $2 AND b.doomed_at IS NULL ORDER BY p.repository LIMIT 1"#,
+        tenant.as_str(),
+        digest.as_str()
+    )
+    .fetch_optional(conn)
     .await?)
 }
 
@@ -164,21 +245,45 @@ pub(in crate::registries) async fn list_tags(
     .await?)
 }
 
-/// The manifests that stand for a tag's: itself and, of an index, its children.
+/// The manifests that go with one: itself, what it is made of as an index, and what is attached to these.
 pub(in crate::registries) async fn list_family(
     conn: &mut PgConnection,
     tenant: TenantId,
     repository: &RepositoryPath,
     digest: &Digest,
 ) -> Result<Vec<String>, Error> {
-    let mut family = sqlx::query_scalar!(
-        "SELECT part FROM manifest_part WHERE tenant_id = $1 AND repository = $2 AND digest = $3 AND NOT is_blob",
+    Ok(sqlx::query_scalar!(
+        r#"WITH RECURSIVE link AS (
+               SELECT p.digest AS whole, p.part AS piece FROM manifest_part p
+               WHERE p.tenant_id = $1 AND p.repository = $2 AND NOT p.is_blob
+               UNION ALL
+               SELECT r.subject, r.digest FROM referrer r WHERE r.tenant_id = $1 AND r.repository = $2
+           ), family AS (
+               SELECT $3::text AS digest UNION SELECT l.piece FROM family f JOIN link l ON l.whole = f.digest
+           ) SELECT digest AS "digest!" FROM family"#,
         tenant.0,
         repository.as_str(),
         digest.as_str()
     )
     .fetch_all(conn)
-    .await?;
-    family.push(digest.to_string());
-    Ok(family)
+    .await?)
+}
+
+/// An index that holds a manifest, if there is one.
+pub(in crate::registries) async fn find_index_of(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<Option<String>, Error> {
+    Ok(sqlx::query_scalar!(
+        "SELECT p.digest FROM manifest_part p JOIN manifest m USING (tenant_id, repository, digest) \
+         WHERE p.tenant_id = $1 AND p.repository = $2 AND p.part = $3 AND NOT p.is_blob AND m.doomed_at IS NULL \
+         ORDER BY p.digest LIMIT 1",
+        tenant.0,
+        repository.as_str(),
+        digest.as_str()
+    )
+    .fetch_optional(conn)
+    .await?)
 }

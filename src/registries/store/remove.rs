@@ -27,27 +27,92 @@ pub(in crate::registries) async fn delete_tag(
     .await?)
 }
 
-/// Those of the manifests that no tag and no tagged index holds.
+/// Those of the manifests that nothing holds: no tag, no release (`held`), and no manifest beside them that stays, as
+/// its part or attached to it.
 pub(in crate::registries) async fn list_loose(
     conn: &mut PgConnection,
     tenant: TenantId,
     repository: &RepositoryPath,
     among: &[String],
+    held: &[String],
 ) -> Result<Vec<String>, Error> {
     Ok(sqlx::query_scalar!(
-        r#"SELECT m.digest FROM manifest m WHERE m.tenant_id = $1 AND m.repository = $2
-           AND m.digest = ANY($3)
-           AND NOT EXISTS (SELECT 1 FROM tag g WHERE g.tenant_id = m.tenant_id AND g.repository = m.repository
-                           AND g.digest = m.digest)
-           AND NOT EXISTS (SELECT 1 FROM manifest_part p JOIN tag g ON g.tenant_id = p.tenant_id
-                           AND g.repository = p.repository AND g.digest = p.digest
-                           WHERE p.tenant_id = m.tenant_id AND p.repository = m.repository AND p.part = m.digest)"#,
+        r#"WITH RECURSIVE link AS (
+               SELECT p.digest AS whole, p.part AS piece FROM manifest_part p
+               WHERE p.tenant_id = $1 AND p.repository = $2 AND NOT p.is_blob
+               UNION ALL
+               SELECT r.subject, r.digest FROM referrer r WHERE r.tenant_id = $1 AND r.repository = $2
+           ), kept AS (
+               SELECT m.digest FROM manifest m WHERE m.tenant_id = $1 AND m.repository = $2 AND m.doomed_at IS NULL
+                 AND (m.digest <> ALL($3) OR m.digest = ANY($4) OR EXISTS (SELECT 1 FROM tag g
+                      WHERE g.tenant_id = $1 AND g.repository = $2 AND g.digest = m.digest))
+               UNION
+               SELECT l.piece FROM kept k JOIN link l ON l.whole = k.digest
+           )
+           SELECT m.digest FROM manifest m WHERE m.tenant_id = $1 AND m.repository = $2 AND m.digest = ANY($3)
+             AND NOT EXISTS (SELECT 1 FROM kept WHERE kept.digest = m.digest)"#,
         tenant.0,
         repository.as_str(),
-        among
+        among,
+        held
     )
     .fetch_all(conn)
     .await?)
+}
+
+/// What came of taking a blob out of a repository.
+pub(in crate::registries) enum Unplaced {
+    /// The repository does not have it.
+    Unknown,
+    /// This manifest of the repository needs it.
+    Needed(String),
+    /// It is out of this repository; `true` when no other has it and it is doomed.
+    Yes(TenantId, bool),
+}
+
+/// Takes a blob out of a repository, unless a manifest there needs it.
+pub(in crate::registries) async fn unplace_blob(
+    pool: &PgPool,
+    name: &TenantName,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<Unplaced, Error> {
+    let mut tx = db::begin(pool, name).await?;
+    let tenant = TenantId(lock_project(&mut tx, name).await?);
+    if !super::has_blob(&mut tx, name, repository, digest).await? {
+        return Ok(Unplaced::Unknown);
+    }
+    let needed = sqlx::query_scalar!(
+        "SELECT p.digest FROM manifest_part p JOIN manifest m USING (tenant_id, repository, digest) \
+         WHERE p.tenant_id = $1 AND p.repository = $2 AND p.part = $3 AND p.is_blob AND m.doomed_at IS NULL LIMIT 1",
+        tenant.0,
+        repository.as_str(),
+        digest.as_str()
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    if let Some(manifest) = needed {
+        return Ok(Unplaced::Needed(manifest));
+    }
+    sqlx::query!(
+        "DELETE FROM blob_place WHERE tenant_id = $1 AND repository = $2 AND digest = $3",
+        tenant.0,
+        repository.as_str(),
+        digest.as_str()
+    )
+    .execute(&mut *tx)
+    .await?;
+    let doomed = sqlx::query!(
+        "UPDATE blob b SET doomed_at = now() WHERE b.tenant_id = $1 AND b.digest = $2 AND NOT EXISTS \
+         (SELECT 1 FROM blob_place p WHERE p.tenant_id = b.tenant_id AND p.digest = b.digest)",
+        tenant.0,
+        digest.as_str()
+    )
+    .execute(&mut *tx)
+    .await?
+    .rows_affected();
+    tx.commit().await?;
+    Ok(Unplaced::Yes(tenant, doomed == 1))
 }
 
 /// Dooms manifests, within a transaction that holds the project's lock.

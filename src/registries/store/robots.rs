@@ -51,6 +51,13 @@ pub(in crate::registries) async fn is_robot_good(conn: &mut PgConnection, id: i6
     .await?)
 }
 
+/// Whether a robot may push.
+pub(in crate::registries) async fn may_robot_push(conn: &mut PgConnection, id: i64) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar!(r#"SELECT EXISTS (SELECT 1 FROM robot WHERE id = $1 AND push) AS "yes!""#, id)
+        .fetch_one(conn)
+        .await?)
+}
+
 /// The number of an API token of the tenant that the transaction is about.
 pub(in crate::registries) async fn find_token_id(
     conn: &mut PgConnection,

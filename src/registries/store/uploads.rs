@@ -46,12 +46,22 @@ pub(super) async fn enter_repository(
     Ok(())
 }
 
-/// Whether one more upload fits; with an id it is on record from then on.
+/// An upload that is open.
+#[derive(Debug, Clone)]
+pub(in crate::registries) struct OpenUpload {
+    pub(in crate::registries) id: String,
+    /// The registry's own state of it, signed by the registry.
+    pub(in crate::registries) state: String,
+    /// Bytes that the registry has of it.
+    pub(in crate::registries) received: u64,
+}
+
+/// Whether one more upload fits; a new one is on record from then on.
 pub(in crate::registries) async fn admit_upload(
     pool: &PgPool,
     tenant: &TenantName,
     repository: &RepositoryPath,
-    id: Option<&str>,
+    new: Option<&OpenUpload>,
 ) -> Result<Reserve, Error> {
     let mut tx = db::begin(pool, tenant).await?;
     let tenant_id = lock_project(&mut tx, tenant).await?;
@@ -71,18 +81,42 @@ pub(in crate::registries) async fn admit_upload(
         return Ok(Reserve::Full { used, limit });
     }
     enter_repository(&mut tx, tenant_id, repository).await?;
-    if let Some(id) = id {
+    if let Some(new) = new {
         sqlx::query!(
-            "INSERT INTO upload (tenant_id, id, repository) VALUES ($1, $2, $3)",
+            "INSERT INTO upload (tenant_id, id, repository, state) VALUES ($1, $2, $3, $4)",
             tenant_id,
-            id,
-            repository.as_str()
+            new.id,
+            repository.as_str(),
+            new.state
         )
         .execute(&mut *tx)
         .await?;
     }
     tx.commit().await?;
     Ok(Reserve::Taken(0))
+}
+
+/// An upload of this repository of which nothing is being committed.
+pub(in crate::registries) async fn find_upload(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    id: &str,
+) -> Result<Option<OpenUpload>, Error> {
+    let row = sqlx::query!(
+        r#"SELECT u.state AS "state!", u.received FROM upload u JOIN tenant t ON t.id = u.tenant_id WHERE t.name = $1
+           AND u.repository = $2 AND u.id = $3 AND u.digest IS NULL AND u.state IS NOT NULL"#,
+        tenant.as_str(),
+        repository.as_str(),
+        id
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(|row| OpenUpload {
+        id: id.to_owned(),
+        state: row.state,
+        received: super::positive(row.received),
+    }))
 }
 
 /// Holds a digest until the transaction ends: its bytes are collected or committed, never both at once. Taken before
@@ -146,24 +180,6 @@ pub(in crate::registries) async fn give_back(
     .await?;
     tx.commit().await?;
     Ok(())
-}
-
-/// Whether an upload is on record and nothing is being committed of it.
-pub(in crate::registries) async fn is_upload_open(
-    conn: &mut PgConnection,
-    tenant: &TenantName,
-    repository: &RepositoryPath,
-    id: &str,
-) -> Result<bool, Error> {
-    Ok(sqlx::query_scalar!(
-        r#"SELECT EXISTS (SELECT 1 FROM upload u JOIN tenant t ON t.id = u.tenant_id WHERE t.name = $1
-           AND u.repository = $2 AND u.id = $3 AND u.digest IS NULL) AS "yes!""#,
-        tenant.as_str(),
-        repository.as_str(),
-        id
-    )
-    .fetch_one(conn)
-    .await?)
 }
 
 /// An upload as the sweep finds it.

@@ -1,0 +1,186 @@
+//! Lists that clients ask the registry for: the tags of a repository, and what is attached to a manifest (distribution
+//! specification 1.1, "Listing referrers"). Both are answered from the platform's own tables, in pages.
+
+use actix_web::http::{StatusCode, header};
+use actix_web::{HttpRequest, HttpResponse, web};
+use serde_json::{Value, json};
+
+use super::front::{FrontDoor, OciError};
+use super::proxy::Asked;
+use super::store;
+use crate::db;
+use crate::ids::Digest;
+use crate::images::manifest::{OCI_INDEX, shown};
+
+/// Most tags of one answer.
+const TAGS: i64 = 2_000;
+/// Most referrers of one answer: each has at most 64 KiB of annotations.
+const REFERRERS: i64 = 64;
+
+/// The parameters of a list; each at most once.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Query {
+    n: Option<i64>,
+    last: Option<String>,
+    artifact_type: Option<String>,
+}
+
+fn bad(text: String) -> OciError {
+    OciError::new(StatusCode::BAD_REQUEST, "UNSUPPORTED", text)
+}
+
+/// The pairs of a query, of which each key is known and stands once.
+fn pairs(query: &str, known: &[&str]) -> Result<Vec<(String, String)>, OciError> {
+    let pairs = web::Query::<Vec<(String, String)>>::from_query(query)
+        .map(web::Query::into_inner)
+        .map_err(|_| bad("the query cannot be read".into()))?;
+    for (n, (key, _)) in pairs.iter().enumerate() {
+        if !known.contains(&key.as_str()) {
+            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            return Err(bad(format!("the parameter {} is not known here; these are: {known}", shown(key))));
+        }
+        if pairs[..n].iter().any(|(before, _)| before == key) {
+            return Err(bad(format!("the parameter {key} stands twice")));
+        }
+    }
+    Ok(pairs)
+}
+
+/// Refuses any parameter but the one with which mirrors name the registry that they stand for.
+pub(super) fn no_parameters(req: &HttpRequest) -> Result<(), OciError> {
+    pairs(req.query_string(), &["ns"]).map(drop)
+}
+
+impl Query {
+    fn parse(query: &str, known: &[&str]) -> Result<Self, OciError> {
+        let mut read = Self::default();
+        for (key, value) in pairs(query, known)? {
+            match key.as_str() {
+                "n" => {
+                    let n = value.parse().ok().filter(|n| *n >= 0 && !value.starts_with('+'));
+                    read.n = Some(n.ok_or_else(|| {
+                        OciError::new(
+                            StatusCode::BAD_REQUEST,
+                            "PAGINATION_NUMBER_INVALID",
+                            format!("n is {}; it is a number from 0 on", shown(&value)),
+                        )
+                    })?);
+                }
+                "last" if value.len() > 255 || value.contains('\0') => {
+                    return Err(bad("last is not the last entry of a page".into()));
+                }
+                "last" => read.last = Some(value),
+                "artifactType" if value.len() > 255 || value.contains('\0') => {
+                    return Err(bad("artifactType is not a media type".into()));
+                }
+                "artifactType" => read.artifact_type = Some(value).filter(|value| !value.is_empty()),
+                _ => {}
+            }
+        }
+        Ok(read)
+    }
+}
+
+fn link(path: &str, pairs: &[(&str, &str)]) -> (header::HeaderName, String) {
+    let query: Vec<String> = pairs.iter().map(|(key, value)| format!("{key}={}", escaped(value))).collect();
+    (header::LINK, format!("<{path}?{}>; rel=\"next\"", query.join("&")))
+}
+
+/// A value for a query, percent-encoded.
+fn escaped(text: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b'~');
+    text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+}
+
+/// GET .../tags/list: in the order of their bytes, `n` of them after `last`.
+pub(super) async fn list_tags(
+    door: &FrontDoor,
+    req: &HttpRequest,
+    asked: &Asked,
+) -> Result<HttpResponse, OciError> {
+    let query = Query::parse(req.query_string(), &["n", "last", "ns"])?;
+    let limit = query.n.unwrap_or(TAGS).min(TAGS);
+    let after = query.last.unwrap_or_default();
+    let mut conn = db::begin(&door.pool, &asked.tenant).await?;
+    let found =
+        store::list_tag_names(&mut conn, &asked.tenant, &asked.repository, &after, limit.saturating_add(1))
+            .await?;
+    drop(conn);
+    let mut tags = found.ok_or_else(OciError::unknown_name)?;
+    let size = usize::try_from(limit).unwrap_or_default();
+    let more = tags.len() > size;
+    tags.truncate(size);
+    let mut answer = HttpResponse::Ok();
+    if let (true, Some(last)) = (more, tags.last()) {
+        let path = format!("/v2/{}/tags/list", asked.name);
+        answer.insert_header(link(&path, &[("n", &limit.to_string()), ("last", last)]));
+    }
+    Ok(answer.json(json!({"name": asked.name, "tags": tags})))
+}
+
+/// GET .../referrers/DIGEST: an index of what is attached to a manifest, which may be missing.
+pub(super) async fn list(
+    door: &FrontDoor,
+    req: &HttpRequest,
+    asked: &Asked,
+    subject: &Digest,
+) -> Result<HttpResponse, OciError> {
+    let query = Query::parse(req.query_string(), &["artifactType", "last", "ns"])?;
+    let after = query.last.unwrap_or_default();
+    let kind = query.artifact_type.as_deref();
+    let mut conn = db::begin(&door.pool, &asked.tenant).await?;
+    let place = (&asked.tenant, &asked.repository);
+    let mut rows = store::list_referrers(&mut conn, place, subject, kind, (&after, REFERRERS + 1)).await?;
+    drop(conn);
+    let size = usize::try_from(REFERRERS).unwrap_or_default();
+    let more = rows.len() > size;
+    rows.truncate(size);
+    let mut answer = HttpResponse::Ok();
+    answer.content_type(OCI_INDEX);
+    if kind.is_some() {
+        answer.insert_header(("OCI-Filters-Applied", "artifactType"));
+    }
+    if let (true, Some(last)) = (more, rows.last()) {
+        let path = format!("/v2/{}/referrers/{subject}", asked.name);
+        let mut pairs = vec![("last", last.digest.as_str())];
+        pairs.extend(kind.map(|kind| ("artifactType", kind)));
+        answer.insert_header(link(&path, &pairs));
+    }
+    let manifests: Vec<Value> = rows.into_iter().map(entry).collect();
+    Ok(answer.body(json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}).to_string()))
+}
+
+fn entry(row: store::Referrer) -> Value {
+    let mut entry = json!({"mediaType": row.media_type, "digest": row.digest, "size": row.size});
+    if !row.artifact_type.is_empty() {
+        entry["artifactType"] = row.artifact_type.into();
+    }
+    let annotations: Value = serde_json::from_str(&row.annotations).unwrap_or_default();
+    if annotations.as_object().is_some_and(|map| !map.is_empty()) {
+        entry["annotations"] = annotations;
+    }
+    entry
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_is_read_whole_or_refused_by_name() {
+        let known = ["n", "last", "ns"];
+        let read = Query::parse("n=5&last=v1.0&ns=docker.io", &known).unwrap();
+        assert_eq!((read.n, read.last.as_deref()), (Some(5), Some("v1.0")));
+        for bad in ["n=-1", "n=x", "n=+1", "n=99999999999999999999", "n=1&n=2", "last=%00", "page=2", "N=1"] {
+            assert!(Query::parse(bad, &known).is_err(), "{bad}");
+        }
+        let text = Query::parse("artifactType=a%2Fb", &known).unwrap_err().to_string();
+        assert!(text.contains("artifactType") && text.contains("n, last"), "{text}");
+    }
+
+    #[test]
+    fn a_link_holds_nothing_raw() {
+        let (_, text) = link("/v2/a/b/tags/list", &[("last", "a b>\"&=")]);
+        assert_eq!(text, "</v2/a/b/tags/list?last=a%20b%3E%22%26%3D>; rel=\"next\"");
+    }
+}

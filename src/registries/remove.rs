@@ -1,0 +1,210 @@
+//! What a tenant takes away: tags, manifests, blobs, over the API and through the registry proxy alike. What a release
+//! runs stays, with the reason; what nothing holds any more gives its bytes back.
+
+use actix_web::HttpResponse;
+use actix_web::http::StatusCode;
+use serde_json::json;
+use sqlx::{PgConnection, PgPool};
+
+use super::front::{FrontDoor, OciError};
+use super::proxy::Asked;
+use super::store::{self, Unplaced};
+use super::uploads::Work;
+use super::{Distribution, Holders, Reference, collect, reconcile};
+use crate::audit;
+use crate::db;
+use crate::error::Error;
+use crate::ids::{ActorId, Digest, RepositoryPath, Tag, TenantId, TenantName};
+
+/// Apps whose releases hold any of these manifests, as a reason why they stay.
+async fn deployed_by(
+    conn: &mut PgConnection,
+    holders: &dyn Holders,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    family: &[String],
+) -> Result<Option<String>, Error> {
+    let mut apps: Vec<String> =
+        holders.holders(conn, tenant, repository, family).await?.into_iter().map(|(_, app)| app).collect();
+    apps.sort();
+    apps.dedup();
+    Ok((!apps.is_empty()).then(|| {
+        format!(
+            "this image is deployed by: {}. The releases of an app keep their images; delete the app first",
+            apps.join(", ")
+        )
+    }))
+}
+
+/// Takes a tag away: its digest, and the manifests that may go with it.
+pub(super) async fn untag(
+    conn: &mut PgConnection,
+    holders: &dyn Holders,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    tag: &Tag,
+) -> Result<(Digest, Vec<String>), Error> {
+    let digest = store::delete_tag(conn, tenant, repository, tag).await?.ok_or(Error::NotFound)?;
+    let family = store::list_family(conn, tenant, repository, &digest).await?;
+    match deployed_by(conn, holders, tenant, repository, &family).await? {
+        Some(why) => Err(Error::Conflict(why)),
+        None => Ok((digest, family)),
+    }
+}
+
+/// Deletes those of the manifests that no tag, manifest or release holds. They are doomed first, under the lock that
+/// every push and deploy of the tenant takes: what is deployed at the same moment stays.
+pub(super) async fn clear(
+    pool: &PgPool,
+    registry: &Distribution,
+    holders: &dyn Holders,
+    tenant: (TenantId, &TenantName),
+    repository: &RepositoryPath,
+    among: &[String],
+) -> Result<(), Error> {
+    let mut tx = db::begin(pool, tenant.0).await?;
+    store::lock_project_of(&mut tx, tenant.0).await?;
+    let held = holders.holders(&mut tx, tenant.0, repository, among).await?;
+    let held: Vec<String> = held.into_iter().map(|(digest, _)| digest).collect();
+    let loose = store::list_loose(&mut tx, tenant.0, repository, among, &held).await?;
+    store::doom_manifests(&mut tx, tenant.0, repository, &loose).await?;
+    tx.commit().await?;
+    for digest in loose.iter().filter_map(|digest| digest.parse().ok()) {
+        reconcile::remove_doomed(pool, registry, tenant, repository, &digest).await?;
+    }
+    Ok(())
+}
+
+/// DELETE .../manifests/REFERENCE
+pub(super) async fn delete_manifest(
+    door: &FrontDoor,
+    asked: &Asked,
+    reference: &str,
+) -> Result<HttpResponse, OciError> {
+    let reference = match reference.parse() {
+        Ok(digest) => Reference::Digest(digest),
+        Err(_) => Reference::Tag(reference.parse().map_err(|_| OciError::unknown_manifest())?),
+    };
+    let (work, holders) = (Work::of(door, asked), door.holders.clone());
+    Work::finish(async move {
+        let Work { pool, registry, asked } = &work;
+        let tenant = &asked.tenant;
+        let mut tx = db::begin(pool, tenant).await?;
+        let id = TenantId(store::lock_project(&mut tx, tenant).await?);
+        let (digest, family, detail) = match &reference {
+            Reference::Tag(tag) => {
+                let untagged = untag(&mut tx, &*holders.0, id, &asked.repository, tag).await;
+                let (digest, family) = untagged.map_err(kept)?;
+                let detail = json!({"digest": digest, "tag": tag});
+                (digest, family, detail)
+            }
+            Reference::Digest(digest) => {
+                let family = untag_all(&mut tx, &*holders.0, id, asked, digest).await?;
+                (digest.clone(), family, json!({"digest": digest}))
+            }
+        };
+        let actor = ActorId::new(asked.claims.pusher());
+        let event = audit::Event {
+            tenant: Some(id),
+            actor: &actor,
+            action: "image.delete",
+            object: asked.repository.as_str(),
+            request_id: "registry",
+            detail,
+        };
+        audit::record(&mut tx, event).await?;
+        tx.commit().await?;
+        if matches!(reference, Reference::Digest(_)) {
+            let this = (id, tenant);
+            if let Err(error) =
+                reconcile::remove_doomed(pool, registry, this, &asked.repository, &digest).await
+            {
+                tracing::warn!(%error, "a deleted manifest is removed from the registry later");
+            }
+        }
+        if let Err(error) = clear(pool, registry, &*holders.0, (id, tenant), &asked.repository, &family).await
+        {
+            tracing::warn!(%error, "a deleted image is cleared away later");
+        }
+        Ok(())
+    })
+    .await?;
+    Ok(gone())
+}
+
+fn gone() -> HttpResponse {
+    HttpResponse::Accepted().insert_header(("Docker-Distribution-Api-Version", "registry/2.0")).finish()
+}
+
+/// What stays is in conflict with the request, whatever right its client has.
+fn kept(error: Error) -> OciError {
+    match error {
+        Error::Conflict(why) => OciError::new(StatusCode::CONFLICT, "DENIED", why),
+        Error::NotFound => OciError::unknown_manifest(),
+        other => other.into(),
+    }
+}
+
+/// Dooms a manifest with all its tags, within a transaction that holds the project's lock; its family.
+async fn untag_all(
+    conn: &mut PgConnection,
+    holders: &dyn Holders,
+    tenant: TenantId,
+    asked: &Asked,
+    digest: &Digest,
+) -> Result<Vec<String>, OciError> {
+    let repository = &asked.repository;
+    if store::find_manifest(conn, &asked.tenant, repository, digest).await?.is_none() {
+        return Err(OciError::unknown_manifest());
+    }
+    let family = store::list_family(conn, tenant, repository, digest).await?;
+    if let Some(why) = deployed_by(conn, holders, tenant, repository, &family).await? {
+        return Err(OciError::new(StatusCode::CONFLICT, "DENIED", why));
+    }
+    if let Some(index) = store::find_index_of(conn, tenant, repository, digest).await? {
+        let why = format!("the index {index} of this repository holds this manifest: delete the index first");
+        return Err(OciError::new(StatusCode::CONFLICT, "DENIED", why));
+    }
+    store::delete_tags_of(conn, tenant, repository, digest).await?;
+    store::doom_manifests(conn, tenant, repository, &[digest.to_string()]).await?;
+    Ok(family)
+}
+
+/// DELETE .../blobs/DIGEST
+pub(super) async fn delete_blob(
+    door: &FrontDoor,
+    asked: &Asked,
+    digest: &Digest,
+) -> Result<HttpResponse, OciError> {
+    let (work, digest) = (Work::of(door, asked), digest.clone());
+    Work::finish(async move {
+        let Work { pool, registry, asked } = &work;
+        let unplaced = store::unplace_blob(pool, &asked.tenant, &asked.repository, &digest).await?;
+        let (tenant, doomed) = match unplaced {
+            Unplaced::Unknown => return Err(OciError::unknown_blob()),
+            Unplaced::Needed(manifest) => {
+                let why =
+                    format!("the manifest {manifest} of this repository needs this blob: delete it first");
+                return Err(OciError::new(StatusCode::CONFLICT, "DENIED", why));
+            }
+            Unplaced::Yes(tenant, doomed) => (tenant, doomed),
+        };
+        // It is gone for clients from here on. What fails the sweep does.
+        let done = async {
+            registry.delete_blob(&asked.name, &digest).await?;
+            if doomed {
+                collect::collect(registry, &digest).await?;
+                let mut tx = db::begin(pool, tenant).await?;
+                store::delete_blob(&mut tx, tenant, &digest).await?;
+                tx.commit().await?;
+            }
+            Ok::<_, Error>(())
+        };
+        if let Err(error) = done.await {
+            tracing::warn!(%error, "a deleted blob is removed from the registry later");
+        }
+        Ok(())
+    })
+    .await?;
+    Ok(gone())
+}
