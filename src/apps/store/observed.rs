@@ -166,10 +166,14 @@ pub(in crate::apps) async fn count_refused(conn: &mut PgConnection, names: &[Str
     Ok(())
 }
 
-/// Removes what has had its time: machine events of more than 30 days, and all but the names of fields
+/// Removes what has had its time: machine events of more than 30 days or beyond the newest
+/// 100,000, and all but the names of fields
 /// that are tried most.
 pub(in crate::apps) async fn prune(conn: &mut PgConnection) -> Result<(), Error> {
-    sqlx::query!("DELETE FROM machine_event WHERE at < now() - interval '30 days'")
+    sqlx::query!(
+        "DELETE FROM machine_event \
+         WHERE at < now() - interval '30 days' OR id <= (SELECT max(id) - 100000 FROM machine_event)"
+    )
         .execute(&mut *conn)
         .await?;
     sqlx::query!(
