@@ -6,6 +6,7 @@ use sqlx::PgConnection;
 use super::spec::Connects;
 use super::store;
 use crate::access::{By, TenantRef};
+use crate::driver::workload::Serves;
 use crate::error::Error;
 use crate::fault::Fault;
 use crate::ids::{AppId, AppName, TenantId};
@@ -21,8 +22,8 @@ pub struct Connecting {
     pub id: AppId,
     /// Name.
     pub name: AppName,
-    /// The port that it serves on.
-    pub port: Option<u16>,
+    /// Where it serves.
+    pub port: Option<Serves>,
     /// What it asks to reach.
     pub connects: Connects,
 }
@@ -74,7 +75,7 @@ pub async fn list_connecting_of(
 fn connecting((id, name, spec): (AppId, AppName, serde_json::Value)) -> Result<Connecting, Error> {
     let spec =
         super::spec::AppSpec::from_stored(&spec).map_err(|_| Error::internal("a stored spec has faults"))?;
-    Ok(Connecting { id, name, port: spec.port(), connects: spec.connects().clone() })
+    Ok(Connecting { id, name, port: spec.serves(), connects: spec.connects().clone() })
 }
 
 /// The identity of a tenant's app that is not being deleted.

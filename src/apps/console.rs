@@ -80,7 +80,7 @@ fn mark(state: &str) -> &'static str {
     match state {
         "running" => "running",
         "changing" | "deleting" => "changing",
-        "attention" | "unseen" => "attention",
+        "attention" | "unseen" | "flapping" => "attention",
         "failed" => "failed",
         _ => "stopped",
     }

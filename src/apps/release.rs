@@ -104,8 +104,8 @@ impl Release {
             instances: if place.running == Running::Yes { spec.instances() } else { 0 },
             update: if spec.singleton() { Update::Replace } else { Update::Rolling },
             env: spec.env().clone(),
-            port: spec.port(),
-            health: spec.health().cloned(),
+            port: spec.serves().map(|serves| serves.port),
+            health: spec.health(),
             scratch: spec.scratch().clone(),
             stop_grace: spec.stop_grace(),
             addresses: place.addresses,
@@ -176,6 +176,7 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
         })
         .collect();
     let instance = render::Instance {
+        container: &render::name(&config, &workload, 1),
         number: 1,
         gateway: subnet.gateway(),
         network: "bkdemo0",

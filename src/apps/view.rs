@@ -6,7 +6,7 @@ use time::OffsetDateTime;
 
 use super::sight::{Sight, clock};
 use super::{App, Event, Release};
-use crate::driver::{Cause, InstanceObserved, InstanceState};
+use crate::driver::{Cause, Ending, InstanceObserved, InstanceState};
 use crate::fault::Fault;
 use crate::ids::{AppName, Digest, TenantName};
 
@@ -125,10 +125,12 @@ fn last_state(app: &App, wanted: u32, tenant_state: &str) -> (&'static str, Stri
     }
     let well = seen.instances.iter().filter(|i| i.state == InstanceState::Running).count();
     if seen.settled && seen.generation == app.generation {
-        return if wanted == 0 {
-            ("stopped", "It is stopped and kept: instances is 0.".into())
-        } else {
-            ("running", format!("{well} of {wanted} running."))
+        if wanted == 0 {
+            return ("stopped", "It is stopped and kept: instances is 0.".into());
+        }
+        return match seen.instances.iter().find_map(flapping) {
+            Some(why) => ("flapping", format!("{well} of {wanted} running. {why}")),
+            None => ("running", format!("{well} of {wanted} running.")),
         };
     }
     match seen.instances.iter().find_map(trouble) {
@@ -137,10 +139,31 @@ fn last_state(app: &App, wanted: u32, tenant_state: &str) -> (&'static str, Stri
         }
         Some(trouble) => ("failed", trouble),
         None => {
-            let progress = || progress(&seen.instances, app.revision, wanted);
+            let progress = || {
+                let why =
+                    seen.instances.iter().find_map(unready).map(|why| format!(" {why}")).unwrap_or_default();
+                progress(&seen.instances, app.revision, wanted) + &why
+            };
             ("changing", seen.message.clone().unwrap_or_else(progress))
         }
     }
+}
+
+/// Ends in a row from which on an instance that runs is not called well.
+const FLAPS: u32 = 3;
+
+/// What is wrong with an instance that runs, but has ended again and again before.
+fn flapping(instance: &InstanceObserved) -> Option<String> {
+    let ending = instance.last_end.as_ref().filter(|_| instance.failures >= FLAPS)?;
+    let (number, times) = (instance.number, instance.failures);
+    Some(format!("Instance {number} has ended {times} times in a row and runs again. {}", ended(ending)))
+}
+
+/// Why an instance that runs is not ready.
+fn unready(instance: &InstanceObserved) -> Option<String> {
+    let why = instance.why.as_ref()?;
+    let word = if instance.state == InstanceState::Starting { "is starting" } else { "is not ready" };
+    Some(format!("Instance {} {word}: {why}.", instance.number))
 }
 
 /// How far an app is on its way to a release: what runs of an earlier one does not count.
@@ -158,9 +181,10 @@ fn trouble(instance: &InstanceObserved) -> Option<String> {
     // An instance that starts again is in trouble until it has run: what ended it last may do so again.
     let bad = !matches!(instance.state, InstanceState::Running | InstanceState::Stopping);
     let ending = instance.last_end.as_ref()?;
-    if !bad {
-        return None;
-    }
+    bad.then(|| ended(ending))
+}
+
+fn ended(ending: &Ending) -> String {
     let what = match ending.cause {
         Cause::Exited => match ending.exit_code {
             Some(code) => format!("Exits with code {code} after {}", duration(ending.ran_ms)),
@@ -176,7 +200,7 @@ fn trouble(instance: &InstanceObserved) -> Option<String> {
     let detail = ending.detail.trim_start_matches("its health check fails: ");
     let detail = detail.trim_start_matches("it cannot be started: ");
     let line = ending.last_lines.last().map(|line| format!("; last line: {line}")).unwrap_or_default();
-    Some(format!("{what} ({detail}){line}"))
+    format!("{what} ({detail}){line}")
 }
 
 fn duration(ms: u64) -> String {
@@ -201,6 +225,7 @@ impl AppView {
             "running" | "stopped" => ("true", "Settled"),
             "changing" | "deleting" => ("unknown", "Changing"),
             "unseen" => ("unknown", "NotSeen"),
+            "flapping" => ("false", "Flapping"),
             _ => ("false", "NotRunning"),
         };
         let taken = if app.observed_generation >= app.generation {
@@ -316,12 +341,38 @@ mod tests {
             since: OffsetDateTime::UNIX_EPOCH,
             started: None,
             restarts: 0,
+            failures: 0,
+            why: None,
             next_start: None,
             last_end: None,
             address: std::net::Ipv4Addr::LOCALHOST,
             uid: None,
             container: String::new(),
         }
+    }
+
+    #[test]
+    fn an_instance_that_ends_again_and_again_is_no_calm_one() {
+        let mut one = instance(4, 1, InstanceState::Running);
+        assert_eq!(flapping(&one), None);
+        one.failures = FLAPS;
+        one.last_end = Some(Ending {
+            cause: Cause::Exited,
+            exit_code: Some(3),
+            at: OffsetDateTime::UNIX_EPOCH,
+            ran_ms: 2_500,
+            detail: "it exited with code 3".into(),
+            last_lines: vec!["no database".into()],
+        });
+        let why = flapping(&one).unwrap();
+        assert!(
+            why.contains("ended 3 times") && why.contains("code 3 after 2 s") && why.ends_with("no database"),
+            "{why}"
+        );
+        one.failures = FLAPS - 1;
+        assert_eq!(flapping(&one), None);
+        one.why = Some("port 8080 takes no connection".into());
+        assert!(unready(&one).unwrap().contains("not ready: port 8080"));
     }
 
     #[test]

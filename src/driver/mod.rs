@@ -164,6 +164,12 @@ pub struct InstanceObserved {
     pub started: Option<OffsetDateTime>,
     /// How often it was started again.
     pub restarts: u32,
+    /// Failures in a row; a long run forgets them.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub failures: u32,
+    /// Why it is not ready, while it runs.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub why: Option<String>,
     /// When it will be started again, while it waits.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none", default)]
     pub next_start: Option<OffsetDateTime>,
@@ -177,6 +183,11 @@ pub struct InstanceObserved {
     pub uid: Option<u32>,
     /// The container's name in the engine.
     pub container: String,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// Something that was found and done, for the record.

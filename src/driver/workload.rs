@@ -7,6 +7,7 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{AppId, AppName, Digest, RepositoryPath, TenantId, TenantName};
+use crate::policy::Protocol;
 
 /// A contiguous run of host user ids (and group ids alike).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -198,6 +199,17 @@ pub enum HealthCheck {
     },
 }
 
+/// What a failed check leads to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Purpose {
+    /// The instance starts again, once its grace is over.
+    #[default]
+    Restart,
+    /// The instance is not ready, and a release waits for it. Nothing is ended.
+    Readiness,
+}
+
 /// Health check with the time that a start may take.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -206,6 +218,35 @@ pub struct Health {
     pub check: HealthCheck,
     /// Seconds after a start in which a failure does not count.
     pub grace: u16,
+    /// What a failure leads to.
+    #[serde(default)]
+    pub purpose: Purpose,
+}
+
+impl Health {
+    /// A check that was asked for: an instance that fails it starts again.
+    #[must_use]
+    pub fn new(check: HealthCheck, grace: u16) -> Self {
+        Self { check, grace, purpose: Purpose::Restart }
+    }
+}
+
+/// Where an app serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Serves {
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port.
+    pub port: u16,
+}
+
+impl Serves {
+    /// A TCP port.
+    #[must_use]
+    pub fn tcp(port: u16) -> Self {
+        Self { protocol: Protocol::Tcp, port }
+    }
 }
 
 /// How a new revision takes the place of the old one.
@@ -313,4 +354,25 @@ pub struct Workload {
     /// Addresses of the tenant's subnet that belong to this app: one per instance and, for
     /// `Update::Rolling`, one more.
     pub addresses: Vec<Ipv4Addr>,
+}
+
+impl Workload {
+    /// Whether an instance of this is one of the other: the two differ in their number of instances and in what names
+    /// the change, so that none has to be replaced. Its addresses stay what they are.
+    #[must_use]
+    pub fn runs_the_same(&self, other: &Self) -> bool {
+        let shared = self.addresses.len().min(other.addresses.len());
+        if self.addresses[..shared] != other.addresses[..shared] {
+            return false;
+        }
+        let alike = Self {
+            revision: self.revision,
+            generation: self.generation,
+            epoch: self.epoch,
+            instances: self.instances,
+            addresses: self.addresses.clone(),
+            ..other.clone()
+        };
+        *self == alike
+    }
 }

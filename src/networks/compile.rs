@@ -3,8 +3,9 @@
 
 use super::{AppPlan, Endpoint, Facts};
 use crate::apps::connections::Connecting;
+use crate::driver::workload::Serves;
 use crate::ids::{AppRef, ServiceName};
-use crate::policy::{Flow, Protocol, Target};
+use crate::policy::{Flow, Target};
 
 /// A name under `connects` that leads nowhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,12 +100,6 @@ fn peer(facts: &Facts, app: &Connecting, name: &AppRef) -> Result<Flow, &'static
             (grant.tenant.clone(), grant.id, grant.port, grant.until)
         }
     };
-    let port = port.ok_or("the app serves on no port")?;
-    Ok(Flow {
-        name: name.to_string(),
-        target: Target::App { tenant, app: id },
-        protocol: Protocol::Tcp,
-        port,
-        until,
-    })
+    let Serves { protocol, port } = port.ok_or("the app serves on no port")?;
+    Ok(Flow { name: name.to_string(), target: Target::App { tenant, app: id }, protocol, port, until })
 }

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
 use crate::apps::connections::Connecting;
+use crate::driver::workload::Serves;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::{AppId, AppName, DomainName, EgressName, ServiceName, TenantName};
 use crate::policy::never::{self, Range};
@@ -142,8 +143,8 @@ pub struct Granted {
     pub app: AppName,
     /// Its identity.
     pub id: AppId,
-    /// Its port; none while it serves on none.
-    pub port: Option<u16>,
+    /// Where it serves; none while it serves on no port.
+    pub port: Option<Serves>,
     /// The one app that it is granted to; none for all apps of the tenant.
     pub only: Option<AppName>,
     /// When it ends by itself, in seconds since 1970.

@@ -34,6 +34,8 @@ pub enum Answer {
     Well,
     /// It is not, and why in a few words; never anything that the app wrote.
     Ill(String),
+    /// Its port takes no connection.
+    Closed,
 }
 
 /// Most checks at once.
@@ -87,7 +89,7 @@ pub async fn check(question: &Question) -> Answer {
 async fn ask(question: &Question) -> Answer {
     let target = SocketAddr::from((question.address, question.port));
     let Ok(mut stream) = TcpStream::connect(target).await else {
-        return Answer::Ill("the port does not take a connection".into());
+        return Answer::Closed;
     };
     let Some(path) = &question.path else { return Answer::Well };
     let request = format!(

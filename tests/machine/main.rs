@@ -9,6 +9,7 @@ mod bounds;
 mod contained;
 mod engine;
 mod faults;
+mod health;
 mod images;
 mod inside;
 mod kafka;

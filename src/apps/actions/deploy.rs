@@ -111,7 +111,7 @@ impl Apps {
         let has_command =
             spec.command().is_some_and(|c| !c.is_empty()) || spec.args().is_some_and(|a| !a.is_empty());
         let command = if has_command { images::SpecCommand::Given } else { images::SpecCommand::Absent };
-        let asked = images::Asked { port: spec.port(), command, health: spec.health().is_some() };
+        let asked = images::Asked { port: spec.tcp_port(), command, health: spec.says_health() };
         let flight = images::preflight(&found.config, &names, asked);
         let refused = merged.refused.map(|why| images::refused(&why));
         let flight = match (flight, refused) {

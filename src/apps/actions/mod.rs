@@ -89,11 +89,17 @@ impl Apps {
     ) -> Result<(), Error> {
         let subnet = self.subnet_of(tx, tenant).await?;
         let count = peak.reserved().instances;
-        if store::take_addresses(tx, tenant.id, app, count, subnet).await? {
-            Ok(())
-        } else {
-            Err(no_address(subnet))
+        if !store::take_addresses(tx, tenant.id, app, count, subnet).await? {
+            return Err(no_address(subnet));
         }
+        // An instance that stops keeps its address to its end. With as many spare ones, no release waits for that; they
+        // are taken while the subnet has plenty.
+        let spare = peak.instances * peak.surge;
+        let free = store::count_free_addresses(tx, tenant.id, subnet).await?;
+        if free - spare >= i64::from(subnet.size()) / 2 {
+            store::take_addresses(tx, tenant.id, app, count + spare, subnet).await?;
+        }
+        Ok(())
     }
 
     /// Asks for an app's removal. The reconciler carries it out; the name is free when it is gone.

@@ -23,6 +23,8 @@ pub(super) const TOP: &[&str] = &[
 ];
 /// Fields that must be there.
 pub(super) const REQUIRED: &[&str] = &["spec", "name", "image", "cpu", "memory"];
+/// Fields of `port` that says more than its number.
+pub(super) const PORT: &[&str] = &["port", "protocol"];
 /// Fields of `health`.
 pub(super) const HEALTH: &[&str] = &["http", "tcp", "grace"];
 /// Fields of `health.http`.

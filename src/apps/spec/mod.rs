@@ -6,13 +6,15 @@
 
 use std::collections::BTreeMap;
 
-use crate::driver::workload::{Health, Scratch};
+use crate::driver::workload::{Health, HealthCheck, Purpose, Scratch, Serves};
 use crate::fault::{Fault, Kind, catalogue};
 use crate::ids::{AppName, AppRef, EgressName, ServiceName};
+use crate::policy::Protocol;
 
 mod connects;
 mod fields;
 mod forbidden;
+mod health;
 mod json;
 mod print;
 mod read;
@@ -61,6 +63,17 @@ impl Connects {
     }
 }
 
+/// What a spec says about `health`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Asked {
+    /// Nothing: a TCP port is watched for readiness.
+    Nothing,
+    /// `none`: not even that.
+    None,
+    /// A check.
+    Check(Health),
+}
+
 /// A spec without a fault. There is no other way to one than [`AppSpec::parse`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AppSpec {
@@ -73,8 +86,8 @@ pub struct AppSpec {
     instances: u32,
     singleton: bool,
     env: BTreeMap<String, String>,
-    port: Option<u16>,
-    health: Option<Health>,
+    port: Option<Serves>,
+    health: Asked,
     scratch: BTreeMap<String, Scratch>,
     stop_grace: u16,
     connects: Connects,
@@ -156,15 +169,33 @@ impl AppSpec {
     pub fn env(&self) -> &BTreeMap<String, String> {
         &self.env
     }
-    /// The port that it serves on.
+    /// Where it serves.
     #[must_use]
-    pub fn port(&self) -> Option<u16> {
+    pub fn serves(&self) -> Option<Serves> {
         self.port
     }
-    /// The health check in force: the given one, or a TCP connection to `port`.
+    /// The TCP port that it serves on.
     #[must_use]
-    pub fn health(&self) -> Option<&Health> {
-        self.health.as_ref()
+    pub fn tcp_port(&self) -> Option<u16> {
+        self.port.filter(|serves| serves.protocol == Protocol::Tcp).map(|serves| serves.port)
+    }
+    /// Whether it says how it is checked, or that it is not.
+    #[must_use]
+    pub fn says_health(&self) -> bool {
+        self.health != Asked::Nothing
+    }
+    /// The check in force: the given one, or a connection to the TCP port that only tells whether it is ready.
+    #[must_use]
+    pub fn health(&self) -> Option<Health> {
+        match &self.health {
+            Asked::Check(health) => Some(health.clone()),
+            Asked::None => None,
+            Asked::Nothing => self.tcp_port().map(|port| Health {
+                check: HealthCheck::Tcp { port },
+                grace: GRACE_DEFAULT,
+                purpose: Purpose::Readiness,
+            }),
+        }
     }
     /// Writable folders by path; `/tmp` and `/dev/shm` are always among them.
     #[must_use]

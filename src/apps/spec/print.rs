@@ -2,9 +2,10 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{AppSpec, fields};
+use super::{AppSpec, Asked, fields};
 use crate::driver::scratch::SHM;
-use crate::driver::workload::{HealthCheck, Scratch};
+use crate::driver::workload::{HealthCheck, Scratch, Serves};
+use crate::policy::Protocol;
 
 impl AppSpec {
     /// As JSON, without what is the default.
@@ -29,17 +30,23 @@ impl AppSpec {
         if !self.env.is_empty() {
             out.insert("env".into(), json!(self.env));
         }
-        if let Some(port) = self.port {
-            out.insert("port".into(), json!(port));
-        }
-        if let Some(health) = &self.health {
-            let check = match &health.check {
-                HealthCheck::Http { path, port } => json!({"http": {"path": path, "port": port}}),
-                HealthCheck::Tcp { port } => json!({"tcp": {"port": port}}),
+        if let Some(Serves { port, protocol }) = self.port {
+            let value = match protocol {
+                Protocol::Tcp => json!(port),
+                Protocol::Udp => json!({"port": port, "protocol": "udp"}),
             };
-            let implied = self.port.is_some_and(|port| health.check == HealthCheck::Tcp { port });
-            if !implied || health.grace != fields::GRACE_DEFAULT {
-                let mut check = check;
+            out.insert("port".into(), value);
+        }
+        match &self.health {
+            Asked::Nothing => {}
+            Asked::None => {
+                out.insert("health".into(), json!("none"));
+            }
+            Asked::Check(health) => {
+                let mut check = match &health.check {
+                    HealthCheck::Http { path, port } => json!({"http": {"path": path, "port": port}}),
+                    HealthCheck::Tcp { port } => json!({"tcp": {"port": port}}),
+                };
                 if health.grace != fields::GRACE_DEFAULT {
                     check["grace"] = json!(health.grace);
                 }

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use super::fields::{self, ImageRef};
 use super::tree::{At, Key, Node, Value, below, clean};
 use super::{AppSpec, forbidden};
-use crate::driver::workload::{Health, HealthCheck};
 use crate::fault::catalogue as code;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::AppName;
@@ -120,7 +119,13 @@ impl Walk<'_, '_> {
         None
     }
 
-    fn whole(&mut self, node: &Node<'_>, path: &str, code: Code, bounds: (u32, u32)) -> Option<u32> {
+    pub(super) fn whole(
+        &mut self,
+        node: &Node<'_>,
+        path: &str,
+        code: Code,
+        bounds: (u32, u32),
+    ) -> Option<u32> {
         let Value::Number(text) = &node.value else {
             self.wrong(node, path, "a number");
             return None;
@@ -133,7 +138,7 @@ impl Walk<'_, '_> {
         number
     }
 
-    fn port(&mut self, node: &Node<'_>, path: &str) -> Option<u16> {
+    pub(super) fn port(&mut self, node: &Node<'_>, path: &str) -> Option<u16> {
         self.whole(node, path, code::PORT, (1024, 65_535)).and_then(|port| u16::try_from(port).ok())
     }
 
@@ -167,7 +172,7 @@ impl Walk<'_, '_> {
             .map_or(Some(1), |node| self.whole(node, "instances", code::RANGE, (0, fields::INSTANCES)));
         let singleton = get(entries, "singleton").map_or(Some(false), |node| self.boolean(node, "singleton"));
         let env = get(entries, "env").map_or(Some(BTreeMap::new()), |node| self.env(node));
-        let port = get(entries, "port").map(|node| self.port(node, "port"));
+        let port = get(entries, "port").map(|node| self.serves(node));
         let health = self.health(get(entries, "health"), port.flatten(), port == Some(None));
         let scratch =
             self.scratch(get(entries, "scratch"), memory, get(entries, "memory").unwrap_or(node).at);
@@ -196,7 +201,7 @@ impl Walk<'_, '_> {
             singleton: singleton?,
             env: env?,
             port: port.flatten(),
-            health,
+            health: health?,
             scratch: scratch?,
             stop_grace: u16::try_from(stop_grace?).ok()?,
             connects: connects?,
@@ -317,81 +322,6 @@ impl Walk<'_, '_> {
             self.bad(node.at, code::ENV_SIZE, "env", "has at most 128 variables and 32 KiB together", "");
         }
         Some(env)
-    }
-
-    /// The check in force. Without `health`, a port is checked by TCP.
-    fn health(&mut self, node: Option<&Node<'_>>, port: Option<u16>, port_is_bad: bool) -> Option<Health> {
-        let Some(node) = node else {
-            return port
-                .map(|port| Health { check: HealthCheck::Tcp { port }, grace: fields::GRACE_DEFAULT });
-        };
-        let entries = self.group(node, "health", fields::HEALTH)?;
-        let grace = get(entries, "grace").map_or(Some(u32::from(fields::GRACE_DEFAULT)), |node| {
-            self.whole(node, "health.grace", code::HEALTH, (0, fields::GRACE.into()))
-        });
-        let check = match (get(entries, "http"), get(entries, "tcp")) {
-            (Some(http), None) => {
-                let inner = self.group(http, "health.http", fields::HTTP)?;
-                let own = get(inner, "port").map(|node| self.port(node, "health.http.port"));
-                let path = if let Some(node) = get(inner, "path") {
-                    self.health_path(node)
-                } else {
-                    let fault =
-                        Fault::new(code::MISSING, Kind::Missing, "health.http.path", "path is required");
-                    self.add(http.at, fault.instead("such as path: /healthz"));
-                    None
-                };
-                let port = self.check_port(own, port, port_is_bad, http.at);
-                path.zip(port).map(|(path, port)| HealthCheck::Http { path, port })
-            }
-            (None, Some(tcp)) => {
-                let inner = self.group(tcp, "health.tcp", fields::TCP)?;
-                let own = get(inner, "port").map(|node| self.port(node, "health.tcp.port"));
-                self.check_port(own, port, port_is_bad, tcp.at).map(|port| HealthCheck::Tcp { port })
-            }
-            _ => {
-                self.bad(node.at, code::HEALTH, "health", "has exactly one of http and tcp", "");
-                None
-            }
-        };
-        let grace = u16::try_from(grace?).ok()?;
-        Some(Health { check: check?, grace })
-    }
-
-    fn check_port(
-        &mut self,
-        own: Option<Option<u16>>,
-        app: Option<u16>,
-        app_is_bad: bool,
-        at: At,
-    ) -> Option<u16> {
-        match (own, app) {
-            (Some(own), _) => own,
-            (None, Some(port)) => Some(port),
-            (None, None) => {
-                if !app_is_bad {
-                    self.bad(
-                        at,
-                        code::HEALTH,
-                        "health",
-                        "no port is known to check",
-                        "give the app a port, or the check its own",
-                    );
-                }
-                None
-            }
-        }
-    }
-
-    fn health_path(&mut self, node: &Node<'_>) -> Option<String> {
-        let path = self.text(node, || "health.http.path".into())?;
-        let good =
-            path.starts_with('/') && path.len() <= 256 && path.bytes().all(|b| (0x21..0x7f).contains(&b));
-        if !good {
-            let message = "is an absolute path of at most 256 visible ASCII characters";
-            self.bad(node.at, code::HEALTH, "health.http.path", message, "such as /healthz");
-        }
-        good.then(|| path.to_owned())
     }
 }
 

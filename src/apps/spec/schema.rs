@@ -9,7 +9,6 @@ use super::fields;
 #[must_use]
 pub fn schema() -> Value {
     let port = json!({"type": "integer", "minimum": 1024, "maximum": 65535});
-    let size = |what: &str| json!({"type": "string", "pattern": "^[0-9]+(Ki|Mi|Gi)$", "description": what});
     let text = json!({"type": "string", "maxLength": 8192});
     let name = json!({"type": "string", "pattern": "^[a-z]([a-z0-9-]{0,43}[a-z0-9])?$"});
     json!({
@@ -43,47 +42,20 @@ pub fn schema() -> Value {
                 "propertyNames": {"pattern": "^(?!BULKHEAD_)[A-Za-z_][A-Za-z0-9_.-]{0,127}$"},
                 "additionalProperties": {"type": "string"},
             },
-            "port": port,
-            "health": {
-                "type": "object",
-                "additionalProperties": false,
-                "properties": {
-                    "http": {
+            "port": {
+                "description": "A TCP port, or {port, protocol} for UDP.",
+                "oneOf": [
+                    port,
+                    {
                         "type": "object",
                         "additionalProperties": false,
-                        "required": ["path"],
-                        "properties": {"path": {"type": "string", "pattern": "^/", "maxLength": 256}, "port": port},
+                        "required": ["port"],
+                        "properties": {"port": port, "protocol": {"enum": ["tcp", "udp"], "default": "tcp"}},
                     },
-                    "tcp": {"type": "object", "additionalProperties": false, "properties": {"port": port}},
-                    "grace": {
-                        "type": "integer", "minimum": 0, "maximum": fields::GRACE, "default": fields::GRACE_DEFAULT,
-                    },
-                },
-                "oneOf": [{"required": ["http"]}, {"required": ["tcp"]}],
+                ],
             },
-            "scratch": {
-                "type": "object",
-                "maxProperties": 16,
-                "propertyNames": {"pattern": "^/"},
-                "description": "Writable folders in memory, counted within it; /tmp and /dev/shm have 16Mi unless given.",
-                "additionalProperties": {
-                    "oneOf": [
-                        size("Memory-backed."),
-                        {
-                            "type": "object",
-                            "additionalProperties": false,
-                            "required": ["size"],
-                            "properties": {
-                                "size": size("Memory-backed."),
-                                "exec": {
-                                    "type": "boolean", "default": false,
-                                    "description": "Files in it may be executed: libraries that a program unpacks.",
-                                },
-                            },
-                        },
-                    ],
-                },
-            },
+            "health": health(&port),
+            "scratch": scratch(),
             "stop_grace": {
                 "type": "integer", "minimum": 0, "maximum": fields::STOP_GRACE.0, "default": fields::STOP_GRACE.1,
             },
@@ -104,6 +76,56 @@ pub fn schema() -> Value {
             },
         },
     })
+}
+
+fn size(what: &str) -> Value {
+    json!({"type": "string", "pattern": "^[0-9]+(Ki|Mi|Gi)$", "description": what})
+}
+
+fn scratch() -> Value {
+    json!({
+        "type": "object",
+        "maxProperties": 16,
+        "propertyNames": {"pattern": "^/"},
+        "description": "Writable folders in memory, counted within it; /tmp and /dev/shm have 16Mi unless given.",
+        "additionalProperties": {
+            "oneOf": [
+                size("Memory-backed."),
+                {
+                    "type": "object",
+                    "additionalProperties": false,
+                    "required": ["size"],
+                    "properties": {
+                        "size": size("Memory-backed."),
+                        "exec": {
+                            "type": "boolean", "default": false,
+                            "description": "Files in it may be executed: libraries that a program unpacks.",
+                        },
+                    },
+                },
+            ],
+        },
+    })
+}
+
+fn health(port: &Value) -> Value {
+    json!({"oneOf": [{"const": "none", "description": "No check."}, {
+        "type": "object",
+        "additionalProperties": false,
+        "properties": {
+            "http": {
+                "type": "object",
+                "additionalProperties": false,
+                "required": ["path"],
+                "properties": {"path": {"type": "string", "pattern": "^/", "maxLength": 256}, "port": port},
+            },
+            "tcp": {"type": "object", "additionalProperties": false, "properties": {"port": port}},
+            "grace": {
+                "type": "integer", "minimum": 0, "maximum": fields::GRACE, "default": fields::GRACE_DEFAULT,
+            },
+        },
+        "oneOf": [{"required": ["http"]}, {"required": ["tcp"]}],
+    }]})
 }
 
 #[cfg(test)]
@@ -127,9 +149,11 @@ mod tests {
         let schema = schema();
         let properties = &schema["properties"];
         assert_eq!(keys(&schema), sorted(fields::TOP));
-        assert_eq!(keys(&properties["health"]), sorted(fields::HEALTH));
-        assert_eq!(keys(&properties["health"]["properties"]["http"]), sorted(fields::HTTP));
-        assert_eq!(keys(&properties["health"]["properties"]["tcp"]), sorted(fields::TCP));
+        assert_eq!(keys(&properties["port"]["oneOf"][1]), sorted(fields::PORT));
+        let health = &properties["health"]["oneOf"][1];
+        assert_eq!(keys(health), sorted(fields::HEALTH));
+        assert_eq!(keys(&health["properties"]["http"]), sorted(fields::HTTP));
+        assert_eq!(keys(&health["properties"]["tcp"]), sorted(fields::TCP));
         let scratch = &properties["scratch"]["additionalProperties"]["oneOf"][1];
         assert_eq!(keys(scratch), sorted(fields::SCRATCH));
         assert_eq!(keys(&properties["connects"]), sorted(fields::CONNECTS));

@@ -56,8 +56,40 @@ fn defaults_are_those_of_the_documentation() {
         (250, 1, false, 30)
     );
     let health = spec.health().unwrap();
-    assert_eq!(health.check, crate::driver::workload::HealthCheck::Tcp { port: 9000 });
-    assert_eq!(health.grace, GRACE_DEFAULT);
+    assert_eq!(health.check, HealthCheck::Tcp { port: 9000 });
+    assert_eq!(
+        (health.purpose, spec.says_health()),
+        (Purpose::Readiness, false),
+        "a port alone ends nothing"
+    );
+}
+
+#[test]
+fn health_is_said_left_out_or_refused_and_a_port_may_be_udp() {
+    let of = |port: &str, health: &str| {
+        let spec = yaml(&format!(
+            "{}\n{port}\n{health}",
+            with("port", "").replace("health: { http: { path: /healthz }, grace: 5 }\n", "")
+        ));
+        let spec = spec.unwrap_or_else(|faults| panic!("{port} {health}: {faults:?}"));
+        assert_eq!(AppSpec::from_stored(&spec.to_json()).unwrap(), spec);
+        (spec.serves(), spec.health().map(|health| health.purpose), spec.says_health())
+    };
+    let tcp = Some(Serves::tcp(8080));
+    let udp = Some(Serves { protocol: Protocol::Udp, port: 5514 });
+    assert_eq!(of("", ""), (None, None, false));
+    assert_eq!(of("port: 8080", ""), (tcp, Some(Purpose::Readiness), false));
+    assert_eq!(of("port: {port: 8080}", "health: none"), (tcp, None, true));
+    assert_eq!(
+        of("port: 8080", "health: {tcp: {}}"),
+        (tcp, Some(Purpose::Restart), true),
+        "asked for, it is kept"
+    );
+    assert_eq!(of("port: {port: 5514, protocol: udp}", ""), (udp, None, false));
+    assert_eq!(
+        of("port: {port: 5514, protocol: udp}", "health: {tcp: {port: 9000}}").1,
+        Some(Purpose::Restart)
+    );
 }
 
 #[test]
@@ -181,6 +213,13 @@ fn each_rule_has_its_code() {
         ("port", "port: 80", 125),
         ("port", "port: 65536", 125),
         ("port", "port: 0x1f90", 125),
+        ("port", "port: {port: 53, protocol: udp}", 125),
+        ("port", "port: {port: 5353, protocol: sctp}", 125),
+        ("port", "port: {protocol: udp}", 115),
+        ("port", "port: {port: 5353, host: 53}", 110),
+        ("port", "port: {port: 5514, protocol: udp}", 126),
+        ("health", "health: None", 114),
+        ("health", "health: false", 114),
         ("health", "health: {}", 126),
         ("health", "health: {http: {path: /}, tcp: {}}", 126),
         ("health", "health: {http: {path: healthz}}", 126),
@@ -281,6 +320,9 @@ fn the_schema_and_the_parser_agree() {
         ("/env", serde_json::json!({"A": 1})),
         ("/env", serde_json::json!({"BULKHEAD_A": "b"})),
         ("/port", serde_json::json!(80)),
+        ("/port", serde_json::json!({"protocol": "udp"})),
+        ("/port", serde_json::json!({"port": 5514, "protocol": "sctp"})),
+        ("/health", serde_json::json!("off")),
         ("/health", serde_json::json!({})),
         ("/health", serde_json::json!({"http": {"path": "x"}})),
         ("/health", serde_json::json!({"tcp": {}, "http": {"path": "/"}})),
@@ -433,7 +475,7 @@ proptest! {
         text[at] = to;
         if let Ok(spec) = AppSpec::parse(&text, Format::Yaml) {
             prop_assert!(spec.memory() >= LEAST_MEMORY && spec.cpu_millis() >= 10 && spec.instances() <= INSTANCES);
-            prop_assert!(spec.port().is_none_or(|port| port >= 1024));
+            prop_assert!(spec.serves().is_none_or(|serves| serves.port >= 1024));
             prop_assert!(spec.scratch().contains_key("/tmp"));
         }
     }

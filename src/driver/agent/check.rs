@@ -6,8 +6,8 @@ use crate::driver::workload::{HealthCheck, Update, Workload};
 use super::journal::Recorded;
 use crate::driver::scratch::{SHM, closed, is_path};
 
-/// Most instances, with the one for updates.
-const INSTANCES: usize = 101;
+/// Most addresses: an instance and one that stops in its place, and one for updates.
+const ADDRESSES: usize = 201;
 const MEMORY: u64 = 1 << 40;
 
 /// What is wrong with a workload, if anything.
@@ -30,7 +30,7 @@ pub(super) fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String
         return no("cpu or memory is out of bounds");
     }
     let surge = usize::from(w.update == Update::Rolling && w.instances > 0);
-    if w.addresses.len() > INSTANCES || w.addresses.len() < w.instances as usize + surge {
+    if w.addresses.len() > ADDRESSES || w.addresses.len() < w.instances as usize + surge {
         return no("there are too few or too many addresses");
     }
     let last = tenant.subnet.size() - 1;

@@ -36,6 +36,9 @@ pub(super) struct Instance {
     /// Failures in a row, for the backoff.
     pub(super) failures: u32,
     pub(super) last_end: Option<Ending>,
+    /// Why it is not ready, while it runs.
+    #[serde(default)]
+    pub(super) why: Option<String>,
     /// Process, when it started (from /proc), its monitor: an id alone may be another's by now.
     pub(super) pid: i32,
     pub(super) born: u64,
@@ -74,6 +77,7 @@ impl Instance {
             restarts: 0,
             failures: 0,
             last_end: None,
+            why: None,
             pid: 0,
             born: 0,
             conmon: 0,
@@ -147,6 +151,27 @@ impl Kept {
         while self.events.len() > EVENTS {
             self.events.pop_front();
         }
+    }
+
+    /// Whether a release changes nothing but the number of instances: each that runs is kept, at its address.
+    pub(super) fn keeps_running(&self, workload: &Workload) -> bool {
+        self.workload.runs_the_same(workload)
+            && self
+                .instances
+                .iter()
+                .all(|i| i.revision != self.workload.revision || i.slot < workload.addresses.len())
+    }
+
+    /// Lets what runs of the desired release be instances of the next one.
+    pub(super) fn scale(&mut self, workload: &Workload) {
+        let (before, now) = (self.workload.instances, workload.instances);
+        let own = self.instances.iter_mut().filter(|i| i.revision == self.workload.revision);
+        own.for_each(|i| i.revision = workload.revision);
+        let text = format!(
+            "release {}: {now} instance(s) instead of {before}; what runs is kept",
+            workload.revision
+        );
+        self.event("scaled", text);
     }
 
     /// Whether instances of the desired revision are started no more.
@@ -230,5 +255,40 @@ impl Kept {
 
     pub(super) fn delete(&self, dir: &Path) {
         let _ = std::fs::remove_file(dir.join(format!("{}.json", self.workload.app_id)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::agent::plan::example;
+    use crate::driver::workload::{Scratch, Update};
+
+    #[test]
+    fn a_release_that_only_scales_keeps_what_runs() {
+        let mut kept = Kept::new(example(2, 1, Update::Rolling));
+        kept.instances = vec![Instance::new(1, 1, 0, "a".into()), Instance::new(2, 1, 3, "b".into())];
+        let more = example(3, 2, Update::Rolling);
+        assert!(kept.keeps_running(&more));
+        kept.scale(&more);
+        kept.workload = more;
+        assert!(kept.instances.iter().all(|i| i.revision == 2));
+        assert_eq!(kept.instances[1].container, "b", "its container is the same");
+        // Anything else replaces them.
+        let mut other = example(4, 3, Update::Rolling);
+        assert!(kept.keeps_running(&other));
+        other.addresses.truncate(3);
+        assert!(!kept.keeps_running(&other), "its address is gone");
+        let changes: [fn(&mut Workload); 4] = [
+            |w| w.memory += 1,
+            |w| w.env = [("A".to_owned(), "b".to_owned())].into(),
+            |w| w.scratch = [("/a".to_owned(), Scratch::of(4096))].into(),
+            |w| w.addresses.reverse(),
+        ];
+        for change in changes {
+            let mut other = example(4, 3, Update::Rolling);
+            change(&mut other);
+            assert!(!kept.keeps_running(&other));
+        }
     }
 }

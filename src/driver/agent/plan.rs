@@ -86,12 +86,27 @@ pub(super) fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
     steps
 }
 
+/// The instance whose end the next one waits for: a singleton's old one, or one whose address is the last.
+#[must_use]
+pub(super) fn waits_for(workload: &Workload, parts: &[Part]) -> Option<u32> {
+    let count = parts.iter().filter(|part| part.revision == workload.revision && !part.stopping).count();
+    let taken = |slot: usize| parts.iter().any(|part| part.slot == slot);
+    let place = (0..workload.addresses.len()).any(|slot| !taken(slot));
+    if count >= workload.instances as usize || (place && workload.update == Update::Rolling) {
+        return None;
+    }
+    parts.iter().filter(|part| part.stopping).map(|part| part.number).min()
+}
+
+#[cfg(test)]
+pub(super) use tests::workload as example;
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::driver::workload::{IdRange, InsideUser, WorkloadImage};
 
-    fn workload(instances: u32, revision: i64, update: Update) -> Workload {
+    pub(in crate::driver::agent) fn workload(instances: u32, revision: i64, update: Update) -> Workload {
         let surge = u32::from(update == Update::Rolling && instances > 0);
         Workload {
             tenant: "acme".parse().unwrap(),
@@ -233,6 +248,25 @@ mod tests {
         let stopping = Part { stopping: true, well: false, ..running(1, 1)[0] };
         assert_eq!(plan(&w, &[stopping]), []);
         assert_eq!(plan(&w, &[]), [Step::Create(0)]);
+    }
+
+    #[test]
+    fn a_rollback_waits_for_nobody_who_stops() {
+        // Release 2 is bad; release 1 stops slowly, and release 3 brings it back.
+        let parts = [
+            Part { stopping: true, well: false, ..running(1, 1)[0] },
+            Part { number: 7, revision: 2, well: false, stopping: false, slot: 1 },
+        ];
+        let w = workload(1, 3, Update::Rolling);
+        assert_eq!(plan(&w, &parts), [Step::Create(2)]);
+        assert_eq!(waits_for(&w, &parts), None);
+        let mut narrow = workload(1, 3, Update::Rolling);
+        narrow.addresses.truncate(2);
+        assert_eq!(plan(&narrow, &parts), []);
+        assert_eq!(waits_for(&narrow, &parts), Some(0), "and where no address is left, it says so");
+        let single = workload(1, 3, Update::Replace);
+        assert_eq!(waits_for(&single, &parts[..1]), Some(0));
+        assert_eq!(waits_for(&single, &running(1, 3)), None);
     }
 
     #[test]

@@ -316,7 +316,9 @@ async fn put_on_record(agent: &Arc<Agent>, workload: Workload, known: Option<Arc
     fence(&workload, &kept)?;
     if kept.workload != workload {
         let mut next = kept.clone();
-        if next.workload.revision != workload.revision {
+        if next.workload.revision != workload.revision && next.keeps_running(&workload) {
+            next.scale(&workload);
+        } else if next.workload.revision != workload.revision {
             if next.proven {
                 next.previous = Some(next.workload.clone());
             }

@@ -32,14 +32,15 @@ pub struct Listener {
 }
 
 /// The state of a socket that waits for connections, in the kernel's list.
-const LISTENS: &str = "0A";
+pub(super) const LISTENS: &str = "0A";
 /// The state of a UDP socket that is not connected.
 const UNCONNECTED: &str = "07";
 /// Most listeners that are tried, and how many at once.
 const TRIED: usize = 64;
 const AT_ONCE: usize = 8;
 
-fn address(hex: &str) -> Option<IpAddr> {
+/// An address as the kernel's lists write it.
+pub(super) fn address(hex: &str) -> Option<IpAddr> {
     if hex.len() == 8 {
         return Some(Ipv4Addr::from(u32::from_str_radix(hex, 16).ok()?.to_ne_bytes()).into());
     }

@@ -9,6 +9,7 @@ pub mod firewall;
 pub mod foreign;
 pub mod host;
 pub mod inside;
+pub mod listens;
 pub mod namespace;
 pub mod neighbours;
 pub mod oom;

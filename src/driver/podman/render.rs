@@ -73,6 +73,8 @@ pub fn check_made(annotations: &[String], healthcheck: &[String]) -> Result<(), 
 /// One instance to be made.
 #[derive(Debug)]
 pub struct Instance<'a> {
+    /// Name of its container.
+    pub container: &'a str,
     /// Number.
     pub number: u32,
     /// Gateway of its network.
@@ -149,7 +151,7 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
         .collect();
     let quota = (u64::from(w.cpu_millis) * PERIOD / 1000).max(1000);
     let mut spec = json!({
-        "name": name(config, w, instance.number),
+        "name": instance.container,
         "image": image(config, w),
         "image_volume_mode": "ignore",
         "hostname": w.app,

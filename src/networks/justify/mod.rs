@@ -5,9 +5,10 @@
 use super::compile::Gap;
 use super::{AppPlan, Facts, Place};
 use crate::apps::connections::Connecting;
+use crate::driver::workload::Serves;
 use crate::ids::TenantName;
 use crate::policy::never::{against_outside, against_service};
-use crate::policy::{Cidr, Flow, Protocol, Target};
+use crate::policy::{Cidr, Flow, Target};
 
 /// Whether a plan is what was decided; else the first flow that is not, and why.
 pub fn justify(facts: &Facts, plans: &[AppPlan], gaps: &[Gap], pool: Cidr) -> Result<(), String> {
@@ -40,14 +41,13 @@ fn reason(facts: &Facts, app: &Connecting, flow: &Flow, pool: Cidr) -> Result<()
             if !connects.apps.iter().any(|name| name.to_string() == flow.name) {
                 return Err("the app does not name it");
             }
-            if flow.protocol != Protocol::Tcp {
-                return Err("apps are reached over TCP");
-            }
+            let serves = Some(Serves { protocol: flow.protocol, port: flow.port });
             let agreed = if *tenant == facts.tenant {
                 flow.until.is_none()
-                    && facts.apps.iter().any(|peer| {
-                        peer.id == *id && peer.port == Some(flow.port) && peer.name.as_str() == flow.name
-                    })
+                    && facts
+                        .apps
+                        .iter()
+                        .any(|peer| peer.id == *id && peer.port == serves && peer.name.as_str() == flow.name)
             } else {
                 facts.grants.iter().any(|grant| granted(grant, tenant, app, flow) && grant.id == *id)
             };
@@ -104,7 +104,7 @@ fn clear(walled: bool) -> Result<(), &'static str> {
 fn granted(grant: &super::Granted, tenant: &TenantName, app: &Connecting, flow: &Flow) -> bool {
     grant.tenant == *tenant
         && format!("{}/{}", grant.tenant, grant.app) == flow.name
-        && grant.port == Some(flow.port)
+        && grant.port == Some(Serves { protocol: flow.protocol, port: flow.port })
         && grant.until == flow.until
         && grant.only.as_ref().is_none_or(|only| *only == app.name)
 }

@@ -5,6 +5,7 @@ use crate::apps::spec::Connects;
 use crate::ids::AppId;
 use crate::networks::compile::compile;
 use crate::networks::{Approved, Endpoint, Granted};
+use crate::policy::Protocol;
 
 fn facts() -> Facts {
     let connects = |services: &[&str], apps: &[&str], egress: &[&str]| Connects {
@@ -15,7 +16,7 @@ fn facts() -> Facts {
     let app = |id, name: &str, port, connects| Connecting {
         id: AppId(id),
         name: name.parse().unwrap(),
-        port,
+        port: Option::<u16>::map(port, Serves::tcp),
         connects,
     };
     let end =
@@ -46,7 +47,7 @@ fn facts() -> Facts {
                 tenant: "beta".parse().unwrap(),
                 app: "db".parse().unwrap(),
                 id: AppId(9),
-                port: Some(5432),
+                port: Some(Serves::tcp(5432)),
                 only: None,
                 until: Some(4_000_000_000),
             },
@@ -54,7 +55,7 @@ fn facts() -> Facts {
                 tenant: "beta".parse().unwrap(),
                 app: "log".parse().unwrap(),
                 id: AppId(10),
-                port: Some(514),
+                port: Some(Serves::tcp(514)),
                 only: Some("api".parse().unwrap()),
                 until: None,
             },
@@ -107,6 +108,19 @@ fn what_is_compiled_is_justified_and_what_is_not_to_be_had_is_told() {
         ]
     );
     assert!(plans.iter().filter(|plan| plan.name.as_str() != "web").all(|plan| plan.flows.is_empty()));
+}
+
+#[test]
+fn an_app_is_reached_by_the_protocol_that_it_serves() {
+    let mut facts = facts();
+    facts.apps[0].port = Some(Serves { protocol: Protocol::Udp, port: 5514 });
+    let (mut plans, gaps) = compile(&facts);
+    let flow = |plans: &mut [AppPlan]| plans[2].flows.iter().position(|flow| flow.name == "api").unwrap();
+    let n = flow(&mut plans);
+    assert_eq!((plans[2].flows[n].protocol, plans[2].flows[n].port), (Protocol::Udp, 5514));
+    assert_eq!(justify(&facts, &plans, &gaps, pool()), Ok(()));
+    plans[2].flows[n].protocol = Protocol::Tcp;
+    assert!(justify(&facts, &plans, &gaps, pool()).is_err());
 }
 
 #[test]

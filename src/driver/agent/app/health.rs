@@ -7,14 +7,15 @@ use time::OffsetDateTime;
 
 use super::super::core::{Agent, lock};
 use super::{App, CHECK, FAILURES};
-use crate::driver::workload::HealthCheck;
+use crate::driver::podman::listens;
+use crate::driver::workload::{HealthCheck, Purpose};
 use crate::driver::{Cause, InstanceState};
 use crate::prober::{Answer, Question};
 
 impl App {
     /// Asks the prober, beside the loop, when it is time.
     pub(super) fn check_health(self: &Arc<Self>, agent: &Arc<Agent>, number: u32) {
-        let (question, in_grace, restart) = {
+        let (question, asked, restart) = {
             let kept = lock(&self.kept);
             let Some(instance) = kept.instances.iter().find(|i| i.number == number) else { return };
             let is_up = matches!(
@@ -34,17 +35,19 @@ impl App {
             let up = instance.started.map_or(time::Duration::ZERO, |at| OffsetDateTime::now_utc() - at);
             let in_grace = up < time::Duration::seconds(health.grace.into());
             let ill = lock(&self.live).get(&number).map_or(0, |live| live.ill);
+            let asked = Asked { in_grace, port, pid: instance.pid };
+            let restart = health.purpose == Purpose::Restart && ill >= FAILURES && !in_grace;
             (
                 Question { address: *address, port, path, timeout_ms: 2_000 },
-                in_grace,
-                ill >= FAILURES && !in_grace,
+                asked,
+                restart.then_some(health.grace),
             )
         };
-        if restart {
-            self.restart_ill(agent, number);
+        if let Some(grace) = restart {
+            self.restart_ill(agent, number, grace);
             return;
         }
-        let soon = if in_grace { Duration::from_millis(250) } else { CHECK };
+        let soon = if asked.in_grace { Duration::from_millis(250) } else { CHECK };
         {
             let mut live = lock(&self.live);
             let entry = live.entry(number).or_default();
@@ -58,7 +61,7 @@ impl App {
         let (app, agent) = (Arc::clone(self), Arc::clone(agent));
         tokio::spawn(async move {
             let answer = crate::prober::ask_at(&agent.config.prober_socket, &question).await;
-            let Some(was) = app.note_check(number, answer, in_grace) else { return };
+            let Some(was) = app.note_check(number, answer, asked) else { return };
             let now = lock(&app.live).get(&number).is_some_and(|live| live.well);
             if !was && !now {
                 // A fresh instance is looked at again soon, so that a release goes on when it is well.
@@ -72,32 +75,60 @@ impl App {
 
     /// Takes an answer of the prober; whether the instance was well before. No prober, no verdict:
     /// an app is not restarted for what it did not do.
-    fn note_check(&self, number: u32, answer: std::io::Result<Answer>, in_grace: bool) -> Option<bool> {
+    fn note_check(&self, number: u32, answer: std::io::Result<Answer>, asked: Asked) -> Option<bool> {
+        let closed = |answer| match answer {
+            Answer::Closed => Answer::Ill(listens::explain(asked.port, &listens::of(asked.pid))),
+            answer => answer,
+        };
+        let answer = answer.map(closed);
         let mut live = lock(&self.live);
         let entry = live.get_mut(&number)?;
         entry.checking = false;
         let was = entry.well;
         match answer.ok()? {
-            Answer::Well => (entry.well, entry.ill) = (true, 0),
+            Answer::Well => (entry.well, entry.ill, entry.been_well) = (true, 0, true),
+            Answer::Closed => {}
             Answer::Ill(why) => {
                 entry.well = false;
-                entry.ill += u32::from(!in_grace);
+                entry.ill = entry.ill.saturating_add(u32::from(!asked.in_grace));
                 entry.why = why;
             }
         }
         Some(was)
     }
 
-    fn restart_ill(self: &Arc<Self>, agent: &Arc<Agent>, number: u32) {
-        let why = lock(&self.live).get(&number).map(|live| live.why.clone()).unwrap_or_default();
+    fn restart_ill(self: &Arc<Self>, agent: &Arc<Agent>, number: u32, grace: u16) {
+        let (why, been_well) =
+            lock(&self.live).get(&number).map(|live| (live.why.clone(), live.been_well)).unwrap_or_default();
         let Some(container) = self.with(number, |i| i.container.clone()) else { return };
-        lock(&self.kept).event("unhealthy", format!("instance {number}: its health check fails: {why}"));
-        self.ended(agent, number, Cause::Unhealthy, None, format!("its health check fails: {why}"));
-        let grace = lock(&self.kept).workload.stop_grace;
+        let detail = verdict(&why, been_well, grace);
+        lock(&self.kept).event("unhealthy", format!("instance {number}: {detail}"));
+        self.ended(agent, number, Cause::Unhealthy, None, detail);
+        let stop_grace = lock(&self.kept).workload.stop_grace;
         let agent = Arc::clone(agent);
         tokio::spawn(async move {
             let _waiting = agent.engine.beside();
-            let _ = agent.podman.stop(&container, grace).await;
+            let _ = agent.podman.stop(&container, stop_grace).await;
         });
+    }
+}
+
+/// What a check was made of.
+#[derive(Clone, Copy)]
+struct Asked {
+    in_grace: bool,
+    port: u16,
+    pid: i32,
+}
+
+/// Why an instance starts again: a start that took too long is told apart from one that fails later.
+fn verdict(why: &str, been_well: bool, grace: u16) -> String {
+    if been_well {
+        format!("its health check fails: {why} ({FAILURES} times in a row)")
+    } else {
+        format!(
+            "its health check fails: {why}; it was never well within its grace of {grace} s. If its start takes longer, \
+             give health a larger grace"
+        )
     }
 }

@@ -171,12 +171,18 @@ impl App {
     }
 
     fn note_running(&self, number: u32) {
-        let (well, ill) = lock(&self.live).get(&number).map_or((false, 0), |live| (live.well, live.ill));
+        let (well, ill, why) = lock(&self.live)
+            .get(&number)
+            .map_or((false, 0, String::new()), |live| (live.well, live.ill, live.why.clone()));
         let mut kept = lock(&self.kept);
         let revision = kept.instances.iter().find(|i| i.number == number).map_or(0, |i| i.revision);
         let checked = kept.workload_of(revision).is_some_and(|w| w.health.is_some());
         if let Some(instance) = kept.instances.iter_mut().find(|i| i.number == number) {
             let up = instance.started.map_or(time::Duration::ZERO, |at| OffsetDateTime::now_utc() - at);
+            let why = (checked && !well && !why.is_empty()).then_some(why);
+            if instance.why != why {
+                instance.why = why;
+            }
             if checked {
                 match (well, ill) {
                     (true, _) => instance.enter(InstanceState::Running),
@@ -214,6 +220,7 @@ impl App {
         instance.next_start = Some(now + Duration::from_secs(wait));
         instance.pid = 0;
         instance.uid = None;
+        instance.why = None;
         let detail = if detail.is_empty() { describe(cause, code) } else { short(&detail) };
         let text = format!("instance {number}: {detail}; it starts again in {wait} s");
         instance.last_end = Some(Ending {

@@ -15,7 +15,7 @@ use super::core::{Agent, Listing, lock};
 use super::engine::{MOST_STRIKES, STRIKES};
 use super::kept::{Instance, Kept};
 use super::logs::Tail;
-use super::plan::{Part, Step, plan};
+use super::plan::{Part, Step, plan, waits_for};
 use crate::driver::{AppObserved, InstanceObserved, InstanceState, LogLine};
 use crate::ids::{AppId, AppName, TenantName};
 use reading::Reader;
@@ -57,6 +57,8 @@ struct Live {
     checking: bool,
     ill: u32,
     well: bool,
+    /// Whether this run has been well once.
+    been_well: bool,
     why: String,
     hosts: String,
 }
@@ -288,7 +290,7 @@ impl App {
             generation: kept.workload.generation,
             revision: kept.workload.revision,
             settled: settled(&kept),
-            message: kept.message.clone(),
+            message: kept.message.clone().or_else(|| waiting(&kept)),
             instances: kept
                 .instances
                 .iter()
@@ -299,6 +301,8 @@ impl App {
                     since: i.since,
                     started: i.started,
                     restarts: i.restarts,
+                    failures: i.failures,
+                    why: i.why.clone(),
                     next_start: i.next_start,
                     last_end: i.last_end.clone(),
                     address: kept.address_of(i).unwrap_or(std::net::Ipv4Addr::UNSPECIFIED),
@@ -341,6 +345,20 @@ fn part(instance: &Instance) -> Part {
         stopping: instance.state == InstanceState::Stopping,
         slot: instance.slot,
     }
+}
+
+/// What the next instance waits for, and until when.
+fn waiting(kept: &Kept) -> Option<String> {
+    let parts: Vec<Part> = kept.instances.iter().map(part).collect();
+    let number = waits_for(&kept.workload, &parts)?;
+    let instance = kept.instances.iter().find(|i| i.number == number)?;
+    let until = instance.since + Duration::from_secs(kept.workload.stop_grace.into());
+    Some(format!(
+        "Waits for instance {number} to stop, until {:02}:{:02}:{:02} UTC at the latest (stop_grace).",
+        until.hour(),
+        until.minute(),
+        until.second()
+    ))
 }
 
 /// Whether what runs is what is desired.

@@ -92,8 +92,8 @@ impl App {
             let mut live = lock(&self.live);
             let entry = live.entry(number).or_default();
             entry.valid_from = valid_from;
-            entry.well = false;
-            entry.ill = 0;
+            (entry.well, entry.been_well, entry.ill) = (false, false, 0);
+            entry.why.clear();
             entry.hosts = String::new();
         }
         match result {
@@ -171,6 +171,7 @@ impl App {
             &agent.config,
             workload,
             &render::Instance {
+                container: &instance.container,
                 number: instance.number,
                 gateway: recorded.subnet.gateway(),
                 network: &bridge,
