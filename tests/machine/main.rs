@@ -24,6 +24,7 @@ mod quotas;
 mod registry;
 mod secrets;
 mod side_by_side;
+mod software;
 mod strangers;
 mod support;
 mod tenants_bounds;
