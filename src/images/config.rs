@@ -8,7 +8,7 @@ use super::manifest::ManifestError;
 use super::strict::strict;
 
 /// Largest config, in bytes.
-pub const LIMIT: usize = 4 << 20;
+pub const LIMIT: usize = 1 << 20;
 
 /// What matters of a config.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -78,6 +78,15 @@ const BROUGHT: usize = 64 << 10;
 const LISTED: usize = 512;
 
 impl ImageConfig {
+    /// Bytes that it takes in memory, about: each text with its place and what an allocator adds.
+    #[must_use]
+    pub fn kept(&self) -> usize {
+        let lists = [&self.entrypoint, &self.cmd, &self.volumes, &self.env, &self.diff_ids];
+        let listed: usize = lists.into_iter().flatten().map(|text| text.len() + 48).sum();
+        let own = [&self.os, &self.architecture, &self.user, &self.working_dir, &self.stop_signal];
+        own.into_iter().map(|text| text.len() + 48).sum::<usize>() + listed + self.exposed_ports.len() * 2
+    }
+
     /// Reads a config.
     pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
         let value = strict(bytes)?;
@@ -139,6 +148,9 @@ mod tests {
         };
         assert!(check(r#"{"Test":["CMD","true"],"Interval":1}"#) && check(r#"{"Test":["CMD-SHELL","x"]}"#));
         assert!(!check(r#"{"Test":["NONE"]}"#) && !check(r#"{"Test":[]}"#) && !check("null"));
+        // An empty text takes three bytes of a config, and more of memory.
+        let env = ImageConfig { env: vec![String::new(); 1_000], ..ImageConfig::default() };
+        assert!(env.kept() > 24_000 && config.kept() < 1_000, "{} {}", env.kept(), config.kept());
         assert!(ImageConfig::parse(br#"{"os":"linux","OS":"windows"}"#).is_err());
         assert!(ImageConfig::parse(br#"{"config":{"User":5}}"#).is_err());
         let volumes: serde_json::Map<String, serde_json::Value> =

@@ -52,7 +52,7 @@ impl Manifest {
             }
         }
         if config.size > super::config::LIMIT as u64 {
-            return no("config.size: the config is larger than 4 MiB");
+            return no("config.size: the config is larger than 1 MiB");
         }
         if layers.is_empty() || layers.len() > LAYERS {
             return no(format!(
@@ -137,7 +137,7 @@ mod tests {
         let layer = |n: usize| json!({"mediaType": LAYER_TYPES[1], "digest": Digest::of(&n.to_le_bytes()), "size": 1});
         assert!(why(|v| v["layers"] = (0..200).map(layer).collect()).contains("1 to 127"));
         assert!(why(|v| v["layers"] = (0..40).map(|_| layer(1)).collect()).contains("too often"));
-        assert!(why(|v| v["config"]["size"] = (5 << 20).into()).contains("4 MiB"));
+        assert!(why(|v| v["config"]["size"] = (5 << 20).into()).contains("1 MiB"));
         for key in ["run.oci.hooks.stdout", "io.podman.annotations.privileged", "team", ""] {
             let text = why(|v| v["annotations"] = json!({key: "x"}));
             assert!(text.contains(&shown(key)) && text.contains("annotations"), "{text}");

@@ -205,7 +205,7 @@ impl<'de> Visitor<'de> for AtomSeed<'_, '_> {
 }
 
 /// Most values and depth of a config.
-const CONFIG: (usize, usize) = (100_000, 64);
+const CONFIG: (usize, usize) = (10_000, 64);
 
 /// A whole text as a value.
 pub(super) fn strict(bytes: &[u8]) -> Result<Value, ManifestError> {
@@ -273,6 +273,9 @@ mod tests {
     fn values_and_depth_are_bounded_while_they_are_read() {
         let many = format!("[{}[]]", "[],".repeat(1_300_000));
         assert_eq!(strict(many.as_bytes()).unwrap_err().0, "it holds too many values");
+        let listed = |count: usize| format!("{{\"env\":[{}\"\"]}}", "\"\",".repeat(count));
+        assert!(strict(listed(9_000).as_bytes()).is_ok());
+        assert!(strict(listed(10_000).as_bytes()).is_err());
         let deep = format!("{}{}", "[".repeat(100), "]".repeat(100));
         assert_eq!(strict(deep.as_bytes()).unwrap_err().0, "its values lie too deep");
         assert_eq!(strict("{\"labels\":1,\"label\u{17f}\":2}".as_bytes()).unwrap_err().0, TWICE);

@@ -23,7 +23,7 @@ mod store;
 
 pub use input::{Limit, Limits, QuotaInput, Size};
 pub use store::{
-    add_used, check_count, declare, enter, insert_rows, limit, lock, lock_platform, prune, read,
+    add_used, check_count, check_day, declare, enter, insert_rows, limit, lock, lock_platform, prune, read,
     read_counted, release, reserve, set_limits, take_place, take_platform_place,
 };
 

@@ -5,16 +5,16 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use actix_web::web;
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use tokio_util::sync::CancellationToken;
 
 use super::Distribution;
-use super::collector::Blob;
+use super::collector::{Blob, Link};
 use super::store::{self, Doomed, OldUpload};
 use crate::audit;
 use crate::db;
 use crate::error::Error;
-use crate::ids::{ActorId, Digest, RepositoryPath};
+use crate::ids::{ActorId, Digest, RepositoryPath, TenantId, TenantName};
 use crate::telemetry::Metrics;
 
 /// How often the whole disk is compared with the record.
@@ -28,13 +28,24 @@ const EVENTS: usize = 50;
 /// Removes the bytes of a digest that no tenant has any more; those that one has stay. Where there is no collector the
 /// registry's own garbage collection does it.
 pub(super) async fn collect(registry: &Distribution, digest: &Digest) -> Result<(), Error> {
-    let (Some(collector), Some(work)) = (registry.collector(), registry.work()) else { return Ok(()) };
+    let (Some(_), Some(work)) = (registry.collector(), registry.work()) else { return Ok(()) };
     let mut tx = work.begin().await?;
-    if !store::hold_digest(&mut tx, digest).await? {
+    collect_held(&mut tx, registry, digest).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// The same within a reconciler's transaction, which holds the digest to its end.
+pub(super) async fn collect_held(
+    conn: &mut PgConnection,
+    registry: &Distribution,
+    digest: &Digest,
+) -> Result<(), Error> {
+    let Some(collector) = registry.collector() else { return Ok(()) };
+    if !store::hold_digest(conn, digest).await? {
         collector.remove_blob(digest).await?;
         fail::fail_point!("registries::collected", |_| Err(Error::internal("failpoint")));
     }
-    tx.commit().await?;
     Ok(())
 }
 
@@ -173,6 +184,15 @@ async fn settle_upload(pool: &PgPool, registry: &Distribution, upload: &OldUploa
         Some(digest) => registry.blob_size(&name, digest).await?,
         None => None,
     };
+    let mut conn = db::begin(pool, tenant).await?;
+    let active = store::tenant_state(&mut conn, tenant).await?.as_deref() == Some("active");
+    drop(conn);
+    if let (Some(digest), false) = (&upload.digest, active) {
+        // What came in while the tenant was suspended or left does not stay.
+        undo_commit(pool, registry, tenant, &repository, digest).await?;
+        store::delete_upload(pool, tenant, &part).await?;
+        return collect(registry, digest).await;
+    }
     if let (Some(digest), Some(size)) = (&upload.digest, size) {
         store::commit_blob(pool, tenant, &repository, digest, size, Some(&upload.id)).await?;
         tracing::info!(%name, "a blob whose push was cut off at its end is on record now");
@@ -185,19 +205,57 @@ async fn settle_upload(pool: &PgPool, registry: &Distribution, upload: &OldUploa
     Ok(())
 }
 
+/// Takes a blob that is not on record out of a repository.
+async fn undo_commit(
+    pool: &PgPool,
+    registry: &Distribution,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<(), Error> {
+    let mut conn = db::begin(pool, tenant).await?;
+    let known = store::has_blob(&mut conn, tenant, repository, digest).await?;
+    drop(conn);
+    if !known {
+        registry.delete_blob(&format!("{tenant}/{repository}"), digest).await?;
+        if let Some(collector) = registry.collector() {
+            collector.remove_link(tenant, repository, Link::Layer, digest).await?;
+        }
+    }
+    Ok(())
+}
+
 async fn clear_repositories(pool: &PgPool, registry: &Distribution) -> Result<(), Error> {
     let mut conn = pool.acquire().await?;
     let empty = store::list_empty_repositories(&mut conn).await?;
     drop(conn);
     for (tenant, name, repository) in empty {
-        let mut tx = db::begin(pool, tenant).await?;
-        store::lock_project_of(&mut tx, tenant).await?;
-        if store::delete_repository(&mut tx, tenant, &repository).await?
-            && let Some(collector) = registry.collector()
-        {
-            collector.remove_repository(&name, &repository).await?;
+        if let Err(error) = clear_repository(pool, registry, (tenant, &name), &repository).await {
+            tracing::warn!(error = error.for_log(), tenant = %name, "an empty repository is removed later");
         }
-        tx.commit().await?;
     }
+    Ok(())
+}
+
+/// Marks a repository, removes its folders, then its row: the tenant's quota is not locked while the collector is asked.
+async fn clear_repository(
+    pool: &PgPool,
+    registry: &Distribution,
+    tenant: (TenantId, &TenantName),
+    repository: &RepositoryPath,
+) -> Result<(), Error> {
+    let mut tx = db::begin(pool, tenant.0).await?;
+    store::lock_project_of(&mut tx, tenant.0).await?;
+    let going = store::mark_repository(&mut tx, tenant.0, repository).await?;
+    tx.commit().await?;
+    if !going {
+        return Ok(());
+    }
+    if let Some(collector) = registry.collector() {
+        collector.remove_repository(tenant.1, repository).await?;
+    }
+    let mut tx = db::begin(pool, tenant.0).await?;
+    store::delete_repository(&mut tx, tenant.0, repository).await?;
+    tx.commit().await?;
     Ok(())
 }

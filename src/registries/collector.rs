@@ -1,6 +1,6 @@
 //! The collector: a small process under the registry's own user, beside the registry. It says what lies on the
 //! registry's disk and removes what `serve` names; `serve` itself never reaches that disk. It knows no record and
-//! decides nothing: only one blob, one upload or one empty repository is removed by each question.
+//! decides nothing: only one blob, one link, one upload or one empty repository is removed by each question.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -35,8 +35,20 @@ enum Question {
     RemoveBlob { digest: Digest },
     /// Remove an upload.
     RemoveUpload { tenant: TenantName, repository: RepositoryPath, id: String },
+    /// Remove the folder that a repository keeps for a blob or manifest which it no longer has.
+    RemoveLink { tenant: TenantName, repository: RepositoryPath, link: Link, digest: Digest },
     /// Remove the folders of a repository that holds nothing.
     RemoveRepository { tenant: TenantName, repository: RepositoryPath },
+}
+
+/// What a repository keeps a folder for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Link {
+    /// A blob.
+    Layer,
+    /// A manifest.
+    Revision,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -74,6 +86,14 @@ impl Disk {
 
     fn repository(&self, tenant: &TenantName, repository: &RepositoryPath) -> PathBuf {
         self.0.join("docker/registry/v2/repositories").join(tenant.as_str()).join(repository.as_str())
+    }
+
+    fn link(&self, tenant: &TenantName, repository: &RepositoryPath, link: Link, digest: &Digest) -> PathBuf {
+        let kind = match link {
+            Link::Layer => "_layers/sha256",
+            Link::Revision => "_manifests/revisions/sha256",
+        };
+        self.repository(tenant, repository).join(kind).join(&digest.as_str()["sha256:".len()..])
     }
 
     fn list(&self, prefix: u8) -> io::Result<Vec<Blob>> {
@@ -122,6 +142,9 @@ impl Disk {
                 gone(std::fs::remove_dir_all(self.repository(&tenant, &repository).join("_uploads").join(id)))
             }
             Question::RemoveUpload { .. } => Err(io::Error::other("this is no id of an upload")),
+            Question::RemoveLink { tenant, repository, link, digest } => {
+                gone(std::fs::remove_dir_all(self.link(&tenant, &repository, link, &digest)))
+            }
             Question::RemoveRepository { tenant, repository } => self.remove_repository(&tenant, &repository),
         };
         match removed {
@@ -247,6 +270,18 @@ impl Collector {
         self.ask(&Question::RemoveUpload { tenant, repository, id: id.to_owned() }).await.map(drop)
     }
 
+    /// Removes the folder that a repository keeps for what it no longer has.
+    pub(super) async fn remove_link(
+        &self,
+        tenant: &TenantName,
+        repository: &RepositoryPath,
+        link: Link,
+        digest: &Digest,
+    ) -> Result<(), Error> {
+        let (tenant, repository, digest) = (tenant.clone(), repository.clone(), digest.clone());
+        self.ask(&Question::RemoveLink { tenant, repository, link, digest }).await.map(drop)
+    }
+
     /// Removes the folders of a repository that holds nothing.
     pub(super) async fn remove_repository(
         &self,
@@ -315,6 +350,23 @@ mod tests {
         assert!(own.join("_uploads/1-f").exists());
         assert!(matches!(disk.answer(upload("1-f")), Answer::Removed {}));
         assert!(!own.join("_uploads/1-f").exists());
+        // The folder of one link, and none beside it.
+        let (one, two) = (Digest::of(b"1"), Digest::of(b"2"));
+        for (link, kind) in [(Link::Layer, "_layers"), (Link::Revision, "_manifests/revisions")] {
+            for digest in [&one, &two] {
+                fs::create_dir_all(own.join(kind).join("sha256").join(&digest.as_str()[7..])).unwrap();
+            }
+            let remove = |digest: &Digest| {
+                let (tenant, repository, digest) = (tenant.clone(), web.clone(), digest.clone());
+                disk.answer(Question::RemoveLink { tenant, repository, link, digest })
+            };
+            for _ in 0..2 {
+                assert!(matches!(remove(&one), Answer::Removed {}), "once or twice");
+            }
+            let left: Vec<_> = fs::read_dir(own.join(kind).join("sha256")).unwrap().flatten().collect();
+            assert_eq!(left.len(), 1);
+            assert_eq!(left[0].file_name().to_string_lossy(), two.as_str()[7..]);
+        }
         let question = Question::RemoveRepository { tenant: tenant.clone(), repository: web.clone() };
         assert!(matches!(disk.answer(question), Answer::Removed {}));
         assert!(!own.join("_layers").exists() && own.join("below/_layers").exists());

@@ -22,7 +22,7 @@ use crate::fault::{Code, Fault, Kind};
 use crate::ids::{Digest, RepositoryPath, TenantName};
 use crate::images::ImageConfig;
 use crate::images::layers::{self, Merged};
-use crate::images::manifest::{self, Manifest, Parts};
+use crate::images::manifest::{self, Manifest, ManifestError, Parts};
 use crate::images::runnable::for_this_platform;
 use crate::permits::FairPermits;
 
@@ -169,12 +169,13 @@ impl Distribution {
         Ok(self.client.post(format!("{}/v2/{name}/{rest}", self.base)).bearer_auth(token))
     }
 
-    /// The bytes of a blob or manifest, held against its digest and the limit for manifests.
+    /// The bytes of a blob or manifest, held against its digest and a limit.
     async fn fetch(
         &self,
         name: &str,
         rest: &str,
         digest: &Digest,
+        limit: usize,
     ) -> Result<Option<(Vec<u8>, String)>, Error> {
         let request =
             self.request(Method::GET, name, rest, &["pull"])?.header(header::ACCEPT, manifest::ACCEPT);
@@ -193,8 +194,9 @@ impl Distribution {
         let mut stream = answer.bytes_stream();
         while let Some(chunk) = stream.next().await {
             bytes.extend_from_slice(&chunk.map_err(away)?);
-            if bytes.len() > crate::images::config::LIMIT {
-                return Err(fault(203, "its manifest or config is larger than 4 MiB"));
+            if bytes.len() > limit {
+                let why = format!("its manifest or config is larger than {} MiB", limit >> 20);
+                return Err(fault(203, &why));
             }
         }
         if Digest::of(&bytes) != *digest {
@@ -203,11 +205,32 @@ impl Distribution {
         Ok(Some((bytes, kind)))
     }
 
-    async fn manifest(&self, name: &str, digest: &Digest) -> Result<Option<Manifest>, Error> {
-        let Some((bytes, kind)) = self.fetch(name, &format!("manifests/{digest}"), digest).await? else {
+    async fn manifest(
+        &self,
+        tenant: &TenantName,
+        name: &str,
+        digest: &Digest,
+    ) -> Result<Option<Manifest>, Error> {
+        let rest = format!("manifests/{digest}");
+        let Some((bytes, kind)) = self.fetch(name, &rest, digest, manifest::LIMIT).await? else {
             return Ok(None);
         };
-        Manifest::parse(&bytes, &kind).map(Some).map_err(|error| fault(203, &error.to_string()))
+        self.parse(tenant, move || Manifest::parse(&bytes, &kind)).await.map(Some)
+    }
+
+    /// Reads what an image brings away from the threads that answer requests, one of a tenant at a time.
+    async fn parse<T: Send + 'static>(
+        &self,
+        tenant: &TenantName,
+        parser: impl FnOnce() -> Result<T, ManifestError> + Send + 'static,
+    ) -> Result<T, Error> {
+        let turn = self.room.parsers.turn(tenant).await?;
+        let parsed = tokio::task::spawn_blocking(move || {
+            let parsed = parser();
+            drop(turn);
+            parsed
+        });
+        parsed.await.map_err(Error::internal)?.map_err(|error| fault(203, &error.to_string()))
     }
 
     /// Resolves a tag or digest to the image for linux/amd64.
@@ -239,21 +262,23 @@ impl Distribution {
         if let Some(image) = self.known.image(&name, &index_digest) {
             return Ok(image);
         }
+        // What is read of an image is in memory meanwhile.
+        let _place = self.room.manifests.turn(tenant).await?;
         let mut manifest_digest = index_digest.clone();
-        let mut found = self.manifest(&name, &index_digest).await?.ok_or_else(missing)?;
+        let mut found = self.manifest(tenant, &name, &index_digest).await?.ok_or_else(missing)?;
         if let Parts::Index { children } = &found.parts {
             let child = for_this_platform(children).map_err(|error| fault(201, &error.to_string()))?;
             manifest_digest = child.descriptor.digest.clone();
-            found = self.manifest(&name, &manifest_digest).await?.ok_or_else(missing)?;
+            found = self.manifest(tenant, &name, &manifest_digest).await?.ok_or_else(missing)?;
         }
         let (config, layers) = found.runnable().map_err(|error| fault(203, &error.to_string()))?;
         let (bytes, _) = self
-            .fetch(&name, &format!("blobs/{}", config.digest), &config.digest)
+            .fetch(&name, &format!("blobs/{}", config.digest), &config.digest, crate::images::config::LIMIT)
             .await?
             .ok_or_else(missing)?;
-        let config = ImageConfig::parse(&bytes).map_err(|error| fault(203, &error.to_string()))?;
+        let config = self.parse(tenant, move || ImageConfig::parse(&bytes)).await?;
         let layers: Vec<_> = layers.iter().map(Layer::from).collect();
-        let size = bytes.len() + layers.len() * std::mem::size_of::<Layer>() * 4;
+        let size = config.kept() + layers.iter().map(Layer::kept).sum::<usize>();
         let image = Arc::new(ResolvedImage::new(index_digest, manifest_digest, config, layers));
         self.known.keep_image(&name, &image, size);
         Ok(image)
@@ -315,7 +340,9 @@ impl Distribution {
         if self.size(&name, &format!("manifests/{tag}")).await?.is_some() {
             return Ok(());
         }
-        let Some((bytes, kind)) = self.fetch(&name, &format!("manifests/{digest}"), digest).await? else {
+        let Some((bytes, kind)) =
+            self.fetch(&name, &format!("manifests/{digest}"), digest, manifest::LIMIT).await?
+        else {
             return Err(Error::Conflict("the image is no longer in the registry".into()));
         };
         let answer = self

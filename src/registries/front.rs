@@ -176,7 +176,12 @@ impl FrontDoor {
         let token =
             req.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()?.strip_prefix("Bearer "));
         let Some(claims) = token.and_then(|token| self.key.verify(token)) else { return Ok(None) };
-        let Some((kind, id, tenant)) = claims.holder() else { return Ok(Some(claims)) };
+        Ok(self.is_good(&claims).await?.then_some(claims))
+    }
+
+    /// Whether the credential behind claims is still good, and still gives as much.
+    pub(super) async fn is_good(&self, claims: &Claims) -> Result<bool, OciError> {
+        let Some((kind, id, tenant)) = claims.holder() else { return Ok(true) };
         let _room = self.turns.signed(&tenant).await.map_err(later)?;
         // The token is good for minutes; whoever holds it may have been shut out since, or have less.
         let mut conn = db::begin(&self.pool, &tenant).await?;
@@ -191,7 +196,7 @@ impl FrontDoor {
                 && (includes::<PushImages>(None, role) || !claims.access.iter().any(Access::pushes))
         };
         conn.commit().await?;
-        Ok(good.then_some(claims))
+        Ok(good)
     }
 
     /// The address as it stands before an image's name.

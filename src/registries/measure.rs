@@ -36,6 +36,13 @@ pub(super) struct Layer {
     pub(super) media_type: String,
 }
 
+impl Layer {
+    /// Bytes that it takes in memory, about.
+    pub(super) fn kept(&self) -> usize {
+        std::mem::size_of::<Self>() + self.digest.as_str().len() + self.media_type.len() + 64
+    }
+}
+
 impl From<&Descriptor> for Layer {
     fn from(from: &Descriptor) -> Self {
         Self { digest: from.digest.clone(), size: from.size, media_type: from.media_type.clone() }

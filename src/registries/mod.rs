@@ -7,6 +7,7 @@ use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
 
 pub mod api;
 mod body;
+mod claims;
 pub mod collect;
 pub mod collector;
 pub mod distribution;
@@ -14,7 +15,6 @@ pub mod front;
 mod known;
 mod measure;
 mod names;
-mod parts;
 pub mod proxy;
 mod ranges;
 pub mod reconcile;

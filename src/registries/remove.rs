@@ -10,7 +10,7 @@ use super::front::{FrontDoor, OciError};
 use super::proxy::Asked;
 use super::store::{self, Unplaced};
 use super::uploads::Work;
-use super::{Distribution, Holders, Reference, collect, reconcile};
+use super::{Distribution, Holders, Reference, reconcile};
 use crate::audit;
 use crate::db;
 use crate::error::Error;
@@ -180,27 +180,18 @@ pub(super) async fn delete_blob(
     Work::finish(async move {
         let Work { pool, registry, asked } = &work;
         let unplaced = store::unplace_blob(pool, &asked.tenant, &asked.repository, &digest).await?;
-        let (tenant, doomed) = match unplaced {
+        let tenant = match unplaced {
             Unplaced::Unknown => return Err(OciError::unknown_blob()),
             Unplaced::Needed(manifest) => {
                 let why =
                     format!("the manifest {manifest} of this repository needs this blob: delete it first");
                 return Err(OciError::new(StatusCode::CONFLICT, "DENIED", why));
             }
-            Unplaced::Yes(tenant, doomed) => (tenant, doomed),
+            Unplaced::Yes(tenant) => tenant,
         };
         // It is gone for clients from here on. What fails the sweep does.
-        let done = async {
-            registry.delete_blob(&asked.name, &digest).await?;
-            if doomed {
-                collect::collect(registry, &digest).await?;
-                let mut tx = db::begin(pool, tenant).await?;
-                store::delete_blob(&mut tx, tenant, &digest).await?;
-                tx.commit().await?;
-            }
-            Ok::<_, Error>(())
-        };
-        if let Err(error) = done.await {
+        let this = (tenant, &asked.tenant);
+        if let Err(error) = reconcile::remove_place(pool, registry, this, &asked.repository, &digest).await {
             tracing::warn!(%error, "a deleted blob is removed from the registry later");
         }
         Ok(())

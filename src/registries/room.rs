@@ -6,6 +6,7 @@ use std::time::Duration;
 use actix_web::http::StatusCode;
 
 use super::front::OciError;
+use crate::error::Error;
 use crate::ids::TenantName;
 use crate::permits::{FairPermits, Permit};
 
@@ -36,6 +37,13 @@ impl Room {
 }
 
 impl Places {
+    /// The same for a part of the platform that speaks no OCI.
+    pub(super) async fn turn(&self, tenant: &TenantName) -> Result<Permit<TenantName>, Error> {
+        self.0.take(tenant, WAIT).await.map_err(|busy| {
+            Error::Unavailable(format!("{busy}: try again in a moment"), Duration::from_secs(3))
+        })
+    }
+
     /// Takes a place, or says that there is none in time.
     pub(super) async fn take(&self, tenant: &TenantName) -> Result<Permit<TenantName>, OciError> {
         self.0.take(tenant, WAIT).await.map_err(|busy| {

@@ -12,9 +12,9 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
 use super::body::{Body, cut};
+use super::claims::{Claim, Lost};
 use super::collect;
-use super::front::{OciError, PATIENCE};
-use super::parts::{Claim, Lost};
+use super::front::{FrontDoor, OciError, PATIENCE};
 use super::proxy::{relay, unreachable_registry};
 use super::store::{self, Ends, OpenUpload, Reserve};
 use super::uploads::{
@@ -62,7 +62,7 @@ pub(super) struct Transfer {
 
 impl Transfer {
     /// Carries a body over.
-    pub(super) async fn carry(self, body: web::Payload) -> Result<HttpResponse, OciError> {
+    pub(super) async fn carry(self, door: &FrontDoor, body: web::Payload) -> Result<HttpResponse, OciError> {
         let (work, id) = (self.work.clone(), self.id.clone());
         // Payload is bound to its thread; a channel of two chunks carries the bytes over.
         let (sender, receiver) = mpsc::channel::<Part>(2);
@@ -70,7 +70,7 @@ impl Transfer {
         let sending = tokio::spawn(self.run(receiver, claimed));
         // Nothing is read or reserved before the upload is this request's.
         if ready.await.is_ok() {
-            pump(&work, &id, body, sender).await?;
+            pump(door, &work, &id, body, sender).await?;
         }
         let asked = &work.asked;
         match sending.await.map_err(|error| OciError::from(crate::error::Error::internal(error)))?? {
@@ -275,7 +275,13 @@ enum Sent {
 
 /// Carries the body over, reserving the quota in steps before the bytes go on. What went over counts until the blob is
 /// there, also when it was cut off: the registry keeps its bytes until it is cancelled or purged.
-async fn pump(work: &Work, id: &str, body: web::Payload, sender: mpsc::Sender<Part>) -> Result<(), OciError> {
+async fn pump(
+    door: &FrontDoor,
+    work: &Work,
+    id: &str,
+    body: web::Payload,
+    sender: mpsc::Sender<Part>,
+) -> Result<(), OciError> {
     let mut taken = Taken {
         pool: work.pool.clone(),
         tenant: work.asked.tenant.clone(),
@@ -290,6 +296,10 @@ async fn pump(work: &Work, id: &str, body: web::Payload, sender: mpsc::Sender<Pa
         let needed = next.saturating_sub(taken.reserved);
         if needed > 0 || sign.elapsed() > SIGN {
             sign = Instant::now();
+            // A stream may take hours: it ends with the right to push.
+            if !door.is_good(&work.asked.claims).await? {
+                return Err(OciError::denied("the credential of this upload is no longer good"));
+            }
             let step = if needed > 0 { needed.max(STEP) } else { 0 };
             match store::reserve_upload(&taken.pool, &taken.tenant, &taken.id, step, needed).await? {
                 Reserve::Taken(bytes) => taken.reserved += bytes,

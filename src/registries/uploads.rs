@@ -7,8 +7,8 @@ use actix_web::{HttpRequest, HttpResponse, web};
 
 use super::Distribution;
 use super::body::{Body, cut};
+use super::claims::Claim;
 use super::front::{FrontDoor, OciError, PATIENCE};
-use super::parts::Claim;
 use super::proxy::{Asked, relay, unreachable_registry};
 use super::store::{self, Ends, OpenUpload, Reserve};
 use super::transfer::Transfer;
@@ -156,7 +156,7 @@ pub(super) async fn start(
                 _ => None,
             },
         };
-        mounted = from.map(|from| (digest, format!("{}/{from}", asked.tenant)));
+        mounted = from.map(|from| (digest, from));
     }
     match Work::finish(begin(Work::of(door, asked), mounted)).await? {
         Begun::Mounted(digest) => Ok(committed(asked, &digest)),
@@ -205,13 +205,28 @@ enum Begun {
     Refused(reqwest::Response),
 }
 
-async fn begin(work: Work, mounted: Option<(Digest, String)>) -> Result<Begun, OciError> {
-    let Work { registry, asked, .. } = &work;
+/// A mount: its digest, where it comes from, and its number on record.
+async fn begin_mount(
+    work: &Work,
+    (digest, from): (Digest, RepositoryPath),
+) -> Result<Option<(Digest, String, String)>, OciError> {
+    let Work { pool, asked, .. } = work;
+    let places = (&from, &asked.repository);
+    let id = store::begin_mount(pool, &asked.tenant, places, &digest).await?;
+    Ok(id.map(|id| (digest, format!("{}/{from}", asked.tenant), id)))
+}
+
+async fn begin(work: Work, mounted: Option<(Digest, RepositoryPath)>) -> Result<Begun, OciError> {
+    let Work { pool, registry, asked } = &work;
     admit(&work, None).await?;
     let start = "blobs/uploads/";
+    let mounted = match mounted {
+        Some(mounted) => begin_mount(&work, mounted).await?,
+        None => None,
+    };
     let request = match &mounted {
         None => registry.request(reqwest::Method::POST, &asked.name, start, &["pull", "push"])?,
-        Some((digest, from)) => {
+        Some((digest, from, _)) => {
             registry.mount_request(&asked.name, from, &format!("{start}?mount={digest}&from={from}"))?
         }
     };
@@ -221,9 +236,12 @@ async fn begin(work: Work, mounted: Option<(Digest, String)>) -> Result<Begun, O
         .send()
         .await
         .map_err(unreachable_registry)?;
-    if let (Some((digest, _)), StatusCode::CREATED) = (&mounted, status(&answer)) {
-        commit(&work, None, digest).await?;
-        return Ok(Begun::Mounted(digest.clone()));
+    if let Some((digest, _, id)) = &mounted {
+        if status(&answer) == StatusCode::CREATED {
+            commit(&work, Some(id), digest).await?;
+            return Ok(Begun::Mounted(digest.clone()));
+        }
+        store::end_mount(pool, &asked.tenant, id).await?;
     }
     if status(&answer) != StatusCode::ACCEPTED {
         return Ok(Begun::Refused(answer));
@@ -384,7 +402,7 @@ async fn receive(
     }
     let place = door.registry.room().streams.take(&asked.tenant).await?;
     let transfer = Transfer { work: Work::of(door, asked), id: id.to_owned(), digest, length, start };
-    let outcome = transfer.carry(body).await;
+    let outcome = transfer.carry(door, body).await;
     drop(place);
     outcome
 }

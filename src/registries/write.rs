@@ -130,7 +130,7 @@ async fn store_manifest(
     let Work { pool, registry, asked } = &work;
     let digest = &new.digest;
     // Written down first: a crash in between leaves a trace that is looked after.
-    match store::insert_manifest(pool, &asked.tenant, &asked.repository, &new).await? {
+    match store::insert_manifest(pool, &asked.tenant, &asked.repository, &new, tag.as_ref()).await? {
         Noted::Yes => {}
         Noted::Full { used, limit } => return Err(full(asked, used, limit, new.size)),
         Noted::Unknown => return Err(never_pushed()),

@@ -11,6 +11,7 @@ mod quotas;
 mod registry;
 mod render;
 mod support;
+mod sweeps;
 mod uid_ranges;
 mod units;
 mod uploads;

@@ -24,6 +24,8 @@ pub(crate) struct Seen {
     most: AtomicUsize,
     /// What it answers to PUT in place of 201.
     refuses: Mutex<Option<u16>>,
+    /// Digests that it does not have.
+    pub(crate) lacks: Mutex<Vec<String>>,
     /// Method and path of each request.
     pub(crate) asked: Mutex<Vec<(String, String)>>,
 }
@@ -39,7 +41,16 @@ async fn answer(req: HttpRequest, mut body: web::Payload, seen: web::Data<Arc<Se
     if matches!(method.as_str(), "PATCH" | "PUT" | "DELETE") && req.path().contains("/uploads/") {
         seen.now.fetch_sub(1, Ordering::SeqCst);
     }
+    if seen.lacks.lock().unwrap().iter().any(|digest| req.path().contains(digest.as_str())) {
+        return HttpResponse::NotFound().finish();
+    }
+    if method == "DELETE" && req.path().contains("/bad/") {
+        return HttpResponse::InternalServerError().finish();
+    }
     match method.as_str() {
+        "POST" if req.query_string().contains("mount=") && req.path().contains("/other/") => {
+            HttpResponse::Created().finish()
+        }
         "POST" => {
             let id = format!("up-{}", seen.asked.lock().unwrap().len());
             let location = format!("/v2/acme/web/blobs/uploads/{id}?_state=abc%3D");
@@ -121,12 +132,16 @@ impl Before {
 
     /// A request that has sent the first of its bytes and waits.
     async fn held(&self, method: &str, path: &str) -> TcpStream {
+        self.held_of(method, path, 1 << 20).await
+    }
+
+    async fn held_of(&self, method: &str, path: &str, bytes: usize) -> TcpStream {
         let before = self.seen.now.load(Ordering::SeqCst);
         let at = self.app.one.address.strip_prefix("http://").unwrap();
         let mut stream = TcpStream::connect(at).await.unwrap();
         let head = format!(
             "{method} {path} HTTP/1.1\r\nHost: {at}\r\nAuthorization: Bearer {}\r\n\
-             Content-Type: application/octet-stream\r\nContent-Length: 1048576\r\n\r\nE",
+             Content-Type: application/octet-stream\r\nContent-Length: {bytes}\r\n\r\nE",
             self.token
         );
         stream.write_all(head.as_bytes()).await.unwrap();
@@ -150,6 +165,12 @@ impl Before {
             assert!(begun.elapsed() < Duration::from_secs(20), "{text}");
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
+    }
+
+    /// How often it was asked this.
+    pub(crate) fn asked(&self, method: &str, path: &str) -> usize {
+        let asked = self.seen.asked.lock().unwrap();
+        asked.iter().filter(|(own, at)| own == method && at.contains(path)).count()
     }
 
     pub(crate) async fn stop(self) {
@@ -207,5 +228,47 @@ async fn one_request_at_a_time_writes_to_an_upload(options: PgPoolOptions, conne
     assert_eq!(before.send("PUT", &with(&upload, &good), b"12345678").await.0, 409);
     assert_eq!(before.send("DELETE", &upload, b"").await.0, 409);
     assert_eq!(before.seen.most.load(Ordering::SeqCst), 1, "never two at once");
+    before.stop().await;
+}
+
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn a_stream_ends_with_the_right_to_push(options: PgPoolOptions, connect: PgConnectOptions) {
+    const ALL: usize = 40 << 20;
+    let before = Before::start(options, connect).await;
+    for (change, back) in [
+        ("UPDATE tenant SET state = 'suspended'", "UPDATE tenant SET state = 'active'"),
+        (
+            "UPDATE api_token SET revoked_at = now() WHERE tenant_id IS NOT NULL",
+            "UPDATE api_token SET revoked_at = NULL WHERE tenant_id IS NOT NULL",
+        ),
+        ("SELECT 1", "SELECT 1"),
+    ] {
+        let upload = before.begin().await;
+        let mut open = before.held_of("PATCH", &upload, ALL).await;
+        let id = upload.rsplit('/').next().unwrap().split('?').next().unwrap();
+        let bytes = async || before.app.number("SELECT bytes FROM upload WHERE id = $1", id).await;
+        while bytes().await == 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        before.app.sql(change).await;
+        let block = vec![7; 1 << 20];
+        let mut left = ALL - 1;
+        while left > 0 && open.write_all(&block[..left.min(block.len())]).await.is_ok() {
+            left -= left.min(block.len());
+        }
+        let begun = Instant::now();
+        while before.seen.now.load(Ordering::SeqCst) > 0 {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{change}: the registry still reads");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        before.app.sql(back).await;
+        let bytes = bytes().await;
+        if change == "SELECT 1" {
+            assert_eq!((left, bytes), (0, 40 << 20));
+        } else {
+            assert!((1 << 20..=17 << 20).contains(&bytes), "{change}: {bytes}");
+        }
+    }
     before.stop().await;
 }

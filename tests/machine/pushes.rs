@@ -200,7 +200,7 @@ async fn a_client_that_hangs_up_leaves_nothing_without_a_record() {
         let mut stream = TcpStream::connect(("127.0.0.1", machine.port)).unwrap();
         stream.write_all(&text).unwrap();
         // At once, after the half, a little later: the client is gone at each step of the commit once.
-        tokio::time::sleep(Duration::from_millis(u64::from(n) / 2)).await;
+        tokio::time::sleep(Duration::from_millis(u64::from(n) * 4)).await;
         if n % 3 == 0 {
             let _ = stream.shutdown(std::net::Shutdown::Write);
         }

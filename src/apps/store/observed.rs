@@ -174,8 +174,8 @@ pub(in crate::apps) async fn prune(conn: &mut PgConnection) -> Result<(), Error>
         "DELETE FROM machine_event \
          WHERE at < now() - interval '30 days' OR id <= (SELECT max(id) - 100000 FROM machine_event)"
     )
-        .execute(&mut *conn)
-        .await?;
+    .execute(&mut *conn)
+    .await?;
     sqlx::query!(
         "DELETE FROM refused_field WHERE name IN (SELECT name FROM refused_field ORDER BY count DESC, last_at DESC OFFSET 500)"
     )

@@ -183,6 +183,25 @@ pub async fn check_count(
     lock(conn, tenant, resource).await?.require_place(count)
 }
 
+/// Checks that a tenant may make one more change today; the change itself counts when it is recorded.
+pub async fn check_day(conn: &mut PgConnection, tenant: TenantId) -> Result<(), Error> {
+    let day = sqlx::query!(
+        r#"SELECT coalesce(q.limit_, d.limit_) AS "limit!", q.used,
+           q.since IS NOT DISTINCT FROM (now() AT TIME ZONE 'UTC')::date AS "today!"
+           FROM quota q JOIN quota_default d USING (resource) WHERE q.tenant_id = $1 AND q.resource = 'changes_per_day'"#,
+        tenant.0
+    )
+    .fetch_optional(conn)
+    .await?;
+    match day {
+        Some(day) if day.today && day.used >= day.limit => {
+            let amount = Amount { limit: day.limit, used: day.used };
+            Err(exceeded(Resource::ChangesPerDay, amount, 1))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The limit that holds, without a lock.
 pub async fn limit(conn: &mut PgConnection, tenant: TenantId, resource: Resource) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(

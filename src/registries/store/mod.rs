@@ -5,8 +5,8 @@ use sqlx::PgConnection;
 use crate::error::Error;
 use crate::ids::{TenantId, TenantName};
 
+mod claims;
 mod layers;
-mod parts;
 mod push;
 mod read;
 mod remove;
@@ -16,8 +16,8 @@ mod uploads;
 pub use layers::image_bytes;
 pub use read::are_manifests_there;
 pub(super) use {
+    claims::*,
     layers::{image_use, insert_report, list_reports},
-    parts::*,
     push::*,
     read::*,
     remove::*,
@@ -80,6 +80,24 @@ pub(in crate::registries) async fn lock_project(
     )
     .fetch_one(conn)
     .await?)
+}
+
+/// The same for a push: only an active tenant adds to its project.
+async fn lock_active(conn: &mut PgConnection, tenant: &TenantName) -> Result<i64, Error> {
+    let id = lock_project(conn, tenant).await?;
+    require_active(conn, tenant).await?;
+    Ok(id)
+}
+
+/// Refuses a push of a tenant that is not active.
+async fn require_active(conn: &mut PgConnection, tenant: &TenantName) -> Result<(), Error> {
+    match tenant_state(conn, tenant).await?.as_deref() {
+        Some("active") => Ok(()),
+        state => {
+            let state = state.unwrap_or("gone");
+            Err(Error::Conflict(format!("the tenant is {state}: nothing can be pushed")))
+        }
+    }
 }
 
 /// What is doomed cannot be pushed again before it is gone.

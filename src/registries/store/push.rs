@@ -3,7 +3,7 @@
 use sqlx::{PgConnection, PgPool};
 
 use super::uploads::{enter_repository, lock_digest};
-use super::{add_used, going, lock_project, registry_use, signed, weight};
+use super::{FLOOR, add_used, going, lock_active, lock_project, registry_use, signed, weight};
 use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
@@ -20,7 +20,7 @@ pub(in crate::registries) async fn commit_blob(
     upload: Option<&str>,
 ) -> Result<(), Error> {
     let mut tx = db::begin(pool, tenant).await?;
-    let tenant_id = lock_project(&mut tx, tenant).await?;
+    let tenant_id = lock_active(&mut tx, tenant).await?;
     let doomed = sqlx::query_scalar!(
         r#"SELECT EXISTS (SELECT 1 FROM blob WHERE tenant_id = $1 AND digest = $2 AND doomed_at IS NOT NULL) AS "yes!""#,
         tenant_id,
@@ -44,14 +44,19 @@ pub(in crate::registries) async fn commit_blob(
     if new == 1 {
         add_used(&mut tx, TenantId(tenant_id), weight(size)).await?;
     }
-    sqlx::query!(
+    let placed = sqlx::query!(
         "INSERT INTO blob_place (tenant_id, digest, repository) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
         tenant_id,
         digest.as_str(),
         repository.as_str()
     )
     .execute(&mut *tx)
-    .await?;
+    .await?
+    .rows_affected();
+    // Each further repository keeps a folder for it.
+    if placed == 1 && count_places(&mut tx, tenant_id, digest).await? > 1 {
+        add_used(&mut tx, TenantId(tenant_id), signed(FLOOR)).await?;
+    }
     if let Some(id) = upload {
         sqlx::query!("DELETE FROM upload WHERE tenant_id = $1 AND id = $2", tenant_id, id)
             .execute(&mut *tx)
@@ -59,6 +64,17 @@ pub(in crate::registries) async fn commit_blob(
     }
     tx.commit().await?;
     Ok(())
+}
+
+/// How many repositories of a tenant have a blob.
+async fn count_places(conn: &mut PgConnection, tenant: i64, digest: &Digest) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT count(*) AS "n!" FROM blob_place WHERE tenant_id = $1 AND digest = $2"#,
+        tenant,
+        digest.as_str()
+    )
+    .fetch_one(conn)
+    .await?)
 }
 
 /// A manifest as it was pushed.
@@ -99,12 +115,13 @@ pub(in crate::registries) async fn insert_manifest(
     tenant: &TenantName,
     repository: &RepositoryPath,
     new: &NewManifest,
+    tag: Option<&Tag>,
 ) -> Result<Noted, Error> {
     let parts: Vec<String> = new.parts.iter().map(|(digest, _)| digest.to_string()).collect();
     let blobs: Vec<bool> = new.parts.iter().map(|(_, blob)| *blob).collect();
     let mut tx = db::begin(pool, tenant).await?;
     lock_digest(&mut tx, &new.digest).await?;
-    let tenant_id = lock_project(&mut tx, tenant).await?;
+    let tenant_id = lock_active(&mut tx, tenant).await?;
     let state = sqlx::query!(
         r#"SELECT EXISTS (SELECT 1 FROM manifest WHERE tenant_id = $1 AND repository = $2 AND digest = $3
                           AND doomed_at IS NOT NULL) AS "doomed!",
@@ -128,13 +145,20 @@ pub(in crate::registries) async fn insert_manifest(
         return Ok(Noted::Unknown);
     }
     enter_repository(&mut tx, tenant_id, repository).await?;
+    // What its confirmation will need is asked for first: nothing is stored that could not be confirmed.
+    quotas::check_day(&mut tx, TenantId(tenant_id)).await?;
+    if let Some(tag) = tag {
+        check_tags(&mut tx, TenantId(tenant_id), repository, tag).await?;
+    }
     let count =
         sqlx::query_scalar!(r#"SELECT count(*) AS "n!" FROM manifest WHERE tenant_id = $1"#, tenant_id)
             .fetch_one(&mut *tx)
             .await?;
-    let inserted = sqlx::query!(
+    // One that is pushed again, and was not settled yet, is young again.
+    let inserted = sqlx::query_scalar!(
         "INSERT INTO manifest (tenant_id, repository, digest, media_type, size, total, pushed_by) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING",
+         VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (tenant_id, repository, digest) \
+         DO UPDATE SET pushed_at = now() WHERE NOT manifest.confirmed RETURNING xmax = 0 AS \"new!\"",
         tenant_id,
         repository.as_str(),
         new.digest.as_str(),
@@ -143,13 +167,12 @@ pub(in crate::registries) async fn insert_manifest(
         signed(new.total),
         new.pushed_by
     )
-    .execute(&mut *tx)
-    .await?
-    .rows_affected();
-    if inserted == 1 {
+    .fetch_optional(&mut *tx)
+    .await?;
+    if inserted == Some(true) {
         quotas::check_count(&mut tx, TenantId(tenant_id), Resource::Manifests, count).await?;
         let (used, limit) = registry_use(&mut tx, tenant).await?;
-        if used.saturating_add(new.size.max(super::FLOOR)) > limit {
+        if used.saturating_add(new.size.max(FLOOR)) > limit {
             return Ok(Noted::Full { used, limit });
         }
         add_used(&mut tx, TenantId(tenant_id), weight(new.size)).await?;
@@ -192,21 +215,58 @@ pub(in crate::registries) async fn forget_blob(
     digest: &Digest,
 ) -> Result<(), Error> {
     let mut tx = db::begin(pool, tenant).await?;
-    sqlx::query!(
-        "DELETE FROM blob_place p USING tenant t WHERE t.name = $1 AND p.tenant_id = t.id AND p.repository = $2 \
-         AND p.digest = $3",
-        tenant.as_str(),
+    let tenant_id = lock_project(&mut tx, tenant).await?;
+    delete_place(&mut tx, TenantId(tenant_id), repository, digest).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// A repository has a blob no longer. The transaction holds the project's lock.
+pub(super) async fn delete_place(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<(), Error> {
+    let gone = sqlx::query!(
+        "DELETE FROM blob_place WHERE tenant_id = $1 AND repository = $2 AND digest = $3",
+        tenant.0,
         repository.as_str(),
         digest.as_str()
     )
-    .execute(&mut *tx)
-    .await?;
-    tx.commit().await?;
+    .execute(&mut *conn)
+    .await?
+    .rows_affected();
+    if gone == 1 && count_places(conn, tenant.0, digest).await? > 0 {
+        add_used(conn, tenant, -signed(FLOOR)).await?;
+    }
     Ok(())
 }
 
 /// Most tags of a repository.
 const TAGS: i64 = 2_000;
+
+/// Whether a tag is there or one more fits. The transaction holds the project's lock.
+async fn check_tags(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    tag: &Tag,
+) -> Result<(), Error> {
+    let count = sqlx::query!(
+        r#"SELECT count(*) AS "all!", count(*) FILTER (WHERE repository = $2) AS "here!" FROM tag
+           WHERE tenant_id = $1 AND NOT (repository = $2 AND name = $3)"#,
+        tenant.0,
+        repository.as_str(),
+        tag.as_str()
+    )
+    .fetch_one(&mut *conn)
+    .await?;
+    if count.here >= TAGS {
+        return Err(Error::Conflict(format!("a repository has at most {TAGS} tags; delete some")));
+    }
+    quotas::check_count(conn, tenant, Resource::Tags, count.all).await
+}
 
 /// The registry has it: the tag moves, and it is on record who pushed.
 pub(in crate::registries) async fn confirm_manifest(
@@ -228,19 +288,7 @@ pub(in crate::registries) async fn confirm_manifest(
     .await?
     .ok_or_else(going)?;
     if let Some(tag) = tag {
-        let count = sqlx::query!(
-            r#"SELECT count(*) AS "all!", count(*) FILTER (WHERE repository = $2) AS "here!" FROM tag
-               WHERE tenant_id = $1 AND NOT (repository = $2 AND name = $3)"#,
-            tenant_id,
-            asked.repository.as_str(),
-            tag.as_str()
-        )
-        .fetch_one(&mut *tx)
-        .await?;
-        if count.here >= TAGS {
-            return Err(Error::Conflict(format!("a repository has at most {TAGS} tags; delete some")));
-        }
-        quotas::check_count(&mut tx, TenantId(tenant_id), Resource::Tags, count.all).await?;
+        check_tags(&mut tx, TenantId(tenant_id), &asked.repository, tag).await?;
         sqlx::query!(
             "INSERT INTO tag (tenant_id, repository, name, digest, pushed_by) VALUES ($1, $2, $3, $4, $5) \
              ON CONFLICT (tenant_id, repository, name) DO UPDATE SET digest = $4, pushed_by = $5, pushed_at = now()",
@@ -274,26 +322,56 @@ pub(in crate::registries) async fn list_unconfirmed(
     let rows = sqlx::query!(
         r#"SELECT m.tenant_id, t.name AS "name: TenantName", m.repository AS "repository: RepositoryPath",
            m.digest AS "digest: Digest" FROM manifest m JOIN tenant t ON t.id = m.tenant_id
-           WHERE NOT m.confirmed AND m.pushed_at < now() - interval '1 minute' ORDER BY m.pushed_at LIMIT 100"#
+           WHERE NOT m.confirmed AND m.doomed_at IS NULL AND m.pushed_at < now() - interval '2 minutes' ORDER BY m.pushed_at LIMIT 100"#
     )
     .fetch_all(conn)
     .await?;
     Ok(rows.into_iter().map(|r| (TenantId(r.tenant_id), r.name, r.repository, r.digest)).collect())
 }
 
-pub(in crate::registries) async fn set_confirmed(
+/// Whether a manifest is neither confirmed nor pushed again, within a transaction that holds its digest.
+pub(in crate::registries) async fn is_unconfirmed(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT 1 FROM manifest WHERE tenant_id = $1 AND repository = $2 AND digest = $3
+           AND NOT confirmed AND doomed_at IS NULL AND pushed_at < now() - interval '2 minutes') AS "yes!""#,
+        tenant.0,
+        repository.as_str(),
+        digest.as_str()
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// The registry has a manifest whose push was cut off: it is confirmed, and in the audit log as the platform's own.
+pub(in crate::registries) async fn settle_manifest(
     conn: &mut PgConnection,
     tenant: TenantId,
     repository: &RepositoryPath,
     digest: &Digest,
 ) -> Result<(), Error> {
-    sqlx::query!(
-        "UPDATE manifest SET confirmed = true WHERE tenant_id = $1 AND repository = $2 AND digest = $3",
+    let pushed_by = sqlx::query_scalar!(
+        "UPDATE manifest SET confirmed = true WHERE tenant_id = $1 AND repository = $2 AND digest = $3 \
+         AND NOT confirmed AND doomed_at IS NULL RETURNING pushed_by",
         tenant.0,
         repository.as_str(),
         digest.as_str()
     )
-    .execute(conn)
+    .fetch_optional(&mut *conn)
     .await?;
-    Ok(())
+    let Some(pushed_by) = pushed_by else { return Ok(()) };
+    let actor = crate::ids::ActorId::platform();
+    let event = crate::audit::Event {
+        tenant: Some(tenant),
+        actor: &actor,
+        action: "image.push",
+        object: repository.as_str(),
+        request_id: "registry",
+        detail: serde_json::json!({"digest": digest, "pushed_by": pushed_by}),
+    };
+    crate::audit::record(conn, event).await
 }

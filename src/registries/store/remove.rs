@@ -3,7 +3,7 @@
 use sqlx::{PgConnection, PgPool};
 
 use super::uploads::lock_digest;
-use super::{add_used, lock_project, positive, signed, weight};
+use super::{FLOOR, add_used, lock_project, positive, signed, weight};
 use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
@@ -66,8 +66,8 @@ pub(in crate::registries) enum Unplaced {
     Unknown,
     /// This manifest of the repository needs it.
     Needed(String),
-    /// It is out of this repository; `true` when no other has it and it is doomed.
-    Yes(TenantId, bool),
+    /// It is out of this repository, and doomed when no other has it.
+    Yes(TenantId),
 }
 
 /// Takes a blob out of a repository, unless a manifest there needs it.
@@ -94,25 +94,17 @@ pub(in crate::registries) async fn unplace_blob(
     if let Some(manifest) = needed {
         return Ok(Unplaced::Needed(manifest));
     }
+    super::push::delete_place(&mut tx, tenant, repository, digest).await?;
     sqlx::query!(
-        "DELETE FROM blob_place WHERE tenant_id = $1 AND repository = $2 AND digest = $3",
-        tenant.0,
-        repository.as_str(),
-        digest.as_str()
-    )
-    .execute(&mut *tx)
-    .await?;
-    let doomed = sqlx::query!(
         "UPDATE blob b SET doomed_at = now() WHERE b.tenant_id = $1 AND b.digest = $2 AND NOT EXISTS \
          (SELECT 1 FROM blob_place p WHERE p.tenant_id = b.tenant_id AND p.digest = b.digest)",
         tenant.0,
         digest.as_str()
     )
     .execute(&mut *tx)
-    .await?
-    .rows_affected();
+    .await?;
     tx.commit().await?;
-    Ok(Unplaced::Yes(tenant, doomed == 1))
+    Ok(Unplaced::Yes(tenant))
 }
 
 /// Dooms manifests, within a transaction that holds the project's lock.
@@ -148,18 +140,49 @@ pub(in crate::registries) async fn list_doomed(
     Ok(rows.into_iter().map(|r| (TenantId(r.tenant_id), r.name, r.repository, r.digest)).collect())
 }
 
-/// Forgets a manifest and gives back what it weighed.
+/// Whether a manifest is doomed, within a transaction that holds its digest: what was listed as doomed may have gone and
+/// come again since.
+pub(in crate::registries) async fn is_doomed(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+    digest: &Digest,
+) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT 1 FROM manifest WHERE tenant_id = $1 AND repository = $2 AND digest = $3
+           AND doomed_at IS NOT NULL) AS "yes!""#,
+        tenant.0,
+        repository.as_str(),
+        digest.as_str()
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Why a manifest's row goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::registries) enum Why {
+    /// It was doomed.
+    Doomed,
+    /// The registry never had it.
+    NeverStored,
+}
+
+/// Forgets a manifest and gives back what it weighed, unless the reason is none any more.
 pub(in crate::registries) async fn delete_manifest(
     conn: &mut PgConnection,
     tenant: TenantId,
     repository: &RepositoryPath,
     digest: &Digest,
+    why: Why,
 ) -> Result<(), Error> {
     let size = sqlx::query_scalar!(
-        "DELETE FROM manifest WHERE tenant_id = $1 AND repository = $2 AND digest = $3 RETURNING size",
+        "DELETE FROM manifest WHERE tenant_id = $1 AND repository = $2 AND digest = $3 \
+         AND CASE WHEN $4 THEN doomed_at IS NOT NULL ELSE NOT confirmed AND doomed_at IS NULL END RETURNING size",
         tenant.0,
         repository.as_str(),
-        digest.as_str()
+        digest.as_str(),
+        why == Why::Doomed
     )
     .fetch_optional(&mut *conn)
     .await?;
@@ -169,35 +192,49 @@ pub(in crate::registries) async fn delete_manifest(
     Ok(())
 }
 
-/// Dooms the blobs of a tenant that no manifest holds any more; they, with the repositories that have
-/// them. Fresh ones are left: their manifest may be on its way.
+/// Dooms the blobs of a tenant that no manifest holds any more. Fresh ones are left: their manifest may be on its way.
 pub(in crate::registries) async fn doom_loose_blobs(
     pool: &PgPool,
     name: &TenantName,
-) -> Result<Vec<(Digest, Vec<String>)>, Error> {
+) -> Result<Vec<Digest>, Error> {
     let mut tx = db::begin(pool, name).await?;
     let tenant_id = lock_project(&mut tx, name).await?;
-    let rows = sqlx::query!(
+    let doomed = sqlx::query_scalar!(
         r#"WITH loose AS (
                SELECT b.digest FROM blob b WHERE b.tenant_id = $1 AND (b.doomed_at IS NOT NULL
                  OR b.at < now() - interval '2 hours' AND NOT EXISTS
                    (SELECT 1 FROM manifest_part m WHERE m.tenant_id = b.tenant_id AND m.part = b.digest))
                LIMIT 200
-           ), doomed AS (
-               UPDATE blob b SET doomed_at = coalesce(b.doomed_at, now()) FROM loose l
-               WHERE b.tenant_id = $1 AND b.digest = l.digest RETURNING b.digest
            )
-           SELECT d.digest AS "digest!: Digest",
-                  coalesce(array_agg(p.repository) FILTER (WHERE p.repository IS NOT NULL), '{}') AS "places!: Vec<String>"
-           FROM doomed d LEFT JOIN blob_place p ON p.tenant_id = $1 AND p.digest = d.digest GROUP BY d.digest"#,
+           UPDATE blob b SET doomed_at = coalesce(b.doomed_at, now()) FROM loose l
+           WHERE b.tenant_id = $1 AND b.digest = l.digest RETURNING b.digest AS "digest: Digest""#,
         tenant_id
     )
     .fetch_all(&mut *tx)
     .await?;
     tx.commit().await?;
-    Ok(rows.into_iter().map(|row| (row.digest, row.places)).collect())
+    Ok(doomed)
 }
 
+/// The repositories that have a doomed blob, within a transaction that holds its digest; none when it is not doomed (any
+/// more).
+pub(in crate::registries) async fn list_doomed_places(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    digest: &Digest,
+) -> Result<Option<Vec<RepositoryPath>>, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT coalesce((SELECT array_agg(p.repository) FROM blob_place p
+                            WHERE p.tenant_id = b.tenant_id AND p.digest = b.digest), '{}') AS "places!: Vec<RepositoryPath>"
+           FROM blob b WHERE b.tenant_id = $1 AND b.digest = $2 AND b.doomed_at IS NOT NULL"#,
+        tenant.0,
+        digest.as_str()
+    )
+    .fetch_optional(conn)
+    .await?)
+}
+
+/// Forgets a doomed blob and gives back what it weighed.
 pub(in crate::registries) async fn delete_blob(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -205,17 +242,19 @@ pub(in crate::registries) async fn delete_blob(
 ) -> Result<(), Error> {
     // Its report goes with it. None is written any more: the blob is doomed.
     let gone = sqlx::query!(
-        r#"DELETE FROM blob b WHERE tenant_id = $1 AND digest = $2 AND NOT EXISTS
+        r#"DELETE FROM blob b WHERE tenant_id = $1 AND digest = $2 AND doomed_at IS NOT NULL AND NOT EXISTS
            (SELECT 1 FROM manifest_part m WHERE m.tenant_id = b.tenant_id AND m.part = b.digest) RETURNING size,
            coalesce((SELECT l.bytes FROM layer l WHERE l.tenant_id = b.tenant_id AND l.digest = b.digest), 0)
-           AS "unpacked!""#,
+           AS "unpacked!", (SELECT count(*) FROM blob_place p WHERE p.tenant_id = b.tenant_id
+           AND p.digest = b.digest) AS "places!""#,
         tenant.0,
         digest.as_str()
     )
     .fetch_optional(&mut *conn)
     .await?;
     if let Some(gone) = gone {
-        add_used(conn, tenant, -weight(positive(gone.size))).await?;
+        let places = signed(FLOOR) * (gone.places - 1).max(0);
+        add_used(conn, tenant, -weight(positive(gone.size)) - places).await?;
         quotas::release(conn, tenant, Resource::ImageBytes, gone.unpacked).await?;
     }
     Ok(())
@@ -227,7 +266,7 @@ pub(in crate::registries) async fn list_tenants_with_loose_blobs(
     after: i64,
 ) -> Result<Vec<(TenantId, TenantName)>, Error> {
     let rows = sqlx::query!(
-        r#"SELECT id, name AS "name: TenantName" FROM tenant t WHERE id > $1 AND state <> 'offboarded'
+        r#"SELECT id, name AS "name: TenantName" FROM tenant t WHERE id > $1
            AND EXISTS (SELECT 1 FROM blob b WHERE b.tenant_id = t.id AND (b.doomed_at IS NOT NULL
              OR b.at < now() - interval '2 hours' AND NOT EXISTS
                (SELECT 1 FROM manifest_part m WHERE m.tenant_id = b.tenant_id AND m.part = b.digest)))
@@ -282,15 +321,13 @@ pub(in crate::registries) async fn delete_tags_of(
 pub(in crate::registries) async fn list_all_blobs(
     conn: &mut PgConnection,
     tenant: TenantId,
-) -> Result<Vec<(Digest, Vec<String>)>, Error> {
-    let rows = sqlx::query!(
-        r#"SELECT b.digest AS "digest: Digest", array_agg(p.repository) AS "places!: Vec<String>" FROM blob b
-           JOIN blob_place p USING (tenant_id, digest) WHERE b.tenant_id = $1 GROUP BY b.digest LIMIT 200"#,
+) -> Result<Vec<Digest>, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"SELECT digest AS "digest: Digest" FROM blob WHERE tenant_id = $1 LIMIT 200"#,
         tenant.0
     )
     .fetch_all(conn)
-    .await?;
-    Ok(rows.into_iter().map(|row| (row.digest, row.places)).collect())
+    .await?)
 }
 
 /// Dooms all that a tenant has: from then on none of it holds bytes in the registry.

@@ -2,7 +2,7 @@
 
 use sqlx::{PgConnection, PgPool};
 
-use super::{FLOOR, lock_project, registry_use, signed};
+use super::{FLOOR, going, lock_active, lock_project, registry_use, signed};
 use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, TenantId, TenantName};
@@ -24,16 +24,17 @@ pub(super) async fn enter_repository(
     tenant: i64,
     repository: &RepositoryPath,
 ) -> Result<(), Error> {
-    let known = sqlx::query!(
-        "UPDATE repository SET used_at = now() WHERE tenant_id = $1 AND name = $2",
+    let known = sqlx::query_scalar!(
+        r#"UPDATE repository SET used_at = now() WHERE tenant_id = $1 AND name = $2 RETURNING going AS "going!""#,
         tenant,
         repository.as_str()
     )
-    .execute(&mut *conn)
-    .await?
-    .rows_affected();
-    if known > 0 {
-        return Ok(());
+    .fetch_optional(&mut *conn)
+    .await?;
+    match known {
+        Some(true) => return Err(going()),
+        Some(false) => return Ok(()),
+        None => {}
     }
     let count =
         sqlx::query_scalar!(r#"SELECT count(*) AS "n!" FROM repository WHERE tenant_id = $1"#, tenant)
@@ -121,7 +122,10 @@ pub(in crate::registries) async fn find_upload(
 
 /// Holds a digest until the transaction ends: its bytes are collected or committed, never both at once. Taken before
 /// any lock of a quota.
-pub(super) async fn lock_digest(conn: &mut PgConnection, digest: &Digest) -> Result<(), Error> {
+pub(in crate::registries) async fn lock_digest(
+    conn: &mut PgConnection,
+    digest: &Digest,
+) -> Result<(), Error> {
     sqlx::query!("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", digest.as_str())
         .fetch_one(conn)
         .await?;
@@ -138,7 +142,7 @@ pub(in crate::registries) async fn reserve_upload(
     needed: u64,
 ) -> Result<Reserve, Error> {
     let mut tx = db::begin(pool, tenant).await?;
-    let tenant_id = lock_project(&mut tx, tenant).await?;
+    let tenant_id = lock_active(&mut tx, tenant).await?;
     let (used, limit) = registry_use(&mut tx, tenant).await?;
     let left = limit.saturating_sub(used);
     if needed > left {
@@ -218,7 +222,8 @@ pub(in crate::registries) async fn list_empty_repositories(
 ) -> Result<Vec<(TenantId, TenantName, RepositoryPath)>, Error> {
     let rows = sqlx::query!(
         r#"SELECT r.tenant_id, t.name AS "tenant: TenantName", r.name AS "name: RepositoryPath"
-           FROM repository r JOIN tenant t ON t.id = r.tenant_id WHERE r.used_at < now() - interval '1 hour'
+           FROM repository r JOIN tenant t ON t.id = r.tenant_id
+           WHERE (r.going OR r.used_at < now() - interval '1 hour')
            AND NOT EXISTS (SELECT 1 FROM manifest m WHERE m.tenant_id = r.tenant_id AND m.repository = r.name)
            AND NOT EXISTS (SELECT 1 FROM blob_place p WHERE p.tenant_id = r.tenant_id AND p.repository = r.name)
            AND NOT EXISTS (SELECT 1 FROM upload u WHERE u.tenant_id = r.tenant_id AND u.repository = r.name)
@@ -229,14 +234,16 @@ pub(in crate::registries) async fn list_empty_repositories(
     Ok(rows.into_iter().map(|row| (TenantId(row.tenant_id), row.tenant, row.name)).collect())
 }
 
-/// Forgets a repository that is still empty, within a transaction that holds the project's lock: whether it was.
-pub(in crate::registries) async fn delete_repository(
+/// Marks a repository that is still empty, within a transaction that holds the project's lock: whether it goes. Nothing
+/// is pushed to it from then on.
+pub(in crate::registries) async fn mark_repository(
     conn: &mut PgConnection,
     tenant: TenantId,
     repository: &RepositoryPath,
 ) -> Result<bool, Error> {
-    let gone = sqlx::query!(
-        "DELETE FROM repository r WHERE r.tenant_id = $1 AND r.name = $2 AND r.used_at < now() - interval '1 hour' \
+    let going = sqlx::query!(
+        "UPDATE repository r SET going = true WHERE r.tenant_id = $1 AND r.name = $2 \
+         AND (r.going OR r.used_at < now() - interval '1 hour') \
          AND NOT EXISTS (SELECT 1 FROM manifest m WHERE m.tenant_id = r.tenant_id AND m.repository = r.name) \
          AND NOT EXISTS (SELECT 1 FROM blob_place p WHERE p.tenant_id = r.tenant_id AND p.repository = r.name) \
          AND NOT EXISTS (SELECT 1 FROM upload u WHERE u.tenant_id = r.tenant_id AND u.repository = r.name)",
@@ -246,5 +253,21 @@ pub(in crate::registries) async fn delete_repository(
     .execute(conn)
     .await?
     .rows_affected();
-    Ok(gone == 1)
+    Ok(going == 1)
+}
+
+/// Forgets a repository that was marked.
+pub(in crate::registries) async fn delete_repository(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    repository: &RepositoryPath,
+) -> Result<(), Error> {
+    sqlx::query!(
+        "DELETE FROM repository WHERE tenant_id = $1 AND name = $2 AND going",
+        tenant.0,
+        repository.as_str()
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
 }

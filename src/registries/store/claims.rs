@@ -2,8 +2,8 @@
 
 use sqlx::{PgConnection, PgPool};
 
-use super::signed;
 use super::uploads::{OldUpload, OpenUpload, lock_digest};
+use super::{require_active, signed};
 use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, TenantName};
@@ -98,6 +98,7 @@ pub(in crate::registries) async fn ask_commit(
 ) -> Result<bool, Error> {
     let mut tx = db::begin(pool, tenant).await?;
     lock_digest(&mut tx, digest).await?;
+    require_active(&mut tx, tenant).await?;
     let asked = sqlx::query!(
         "UPDATE upload u SET changed_at = now(), digest = $3, part_until = now() + interval '120 seconds' \
          FROM tenant t WHERE t.name = $1 AND u.tenant_id = t.id AND u.part = $2",
@@ -110,6 +111,51 @@ pub(in crate::registries) async fn ask_commit(
     .rows_affected();
     tx.commit().await?;
     Ok(asked == 1)
+}
+
+/// Puts a mount on record, where the repository that it comes from has the blob: until it is settled nobody collects the
+/// blob. The number to settle it by; none where there is no such blob.
+pub(in crate::registries) async fn begin_mount(
+    pool: &PgPool,
+    tenant: &TenantName,
+    (from, to): (&RepositoryPath, &RepositoryPath),
+    digest: &Digest,
+) -> Result<Option<String>, Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    lock_digest(&mut tx, digest).await?;
+    require_active(&mut tx, tenant).await?;
+    let id = sqlx::query_scalar!(
+        "INSERT INTO upload (tenant_id, id, repository, digest) \
+         SELECT t.id, 'mount-' || gen_random_uuid(), $3, $4 FROM tenant t WHERE t.name = $1 AND EXISTS \
+           (SELECT 1 FROM blob b JOIN blob_place p USING (tenant_id, digest) WHERE b.tenant_id = t.id \
+            AND p.repository = $2 AND b.digest = $4 AND b.doomed_at IS NULL) RETURNING id",
+        tenant.as_str(),
+        from.as_str(),
+        to.as_str(),
+        digest.as_str()
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(id)
+}
+
+/// A mount came to nothing: the registry has not taken it.
+pub(in crate::registries) async fn end_mount(
+    pool: &PgPool,
+    tenant: &TenantName,
+    id: &str,
+) -> Result<(), Error> {
+    let mut tx = db::begin(pool, tenant).await?;
+    sqlx::query!(
+        "DELETE FROM upload u USING tenant t WHERE t.name = $1 AND u.tenant_id = t.id AND u.id = $2",
+        tenant.as_str(),
+        id
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(())
 }
 
 /// Claims an upload that the sweep has found, unless a request has it, or something came since.
