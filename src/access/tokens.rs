@@ -13,11 +13,14 @@ use super::{Actor, Authority, By, PlatformRole, Role, accounts, members};
 use crate::audit;
 use crate::db::{self, Within};
 use crate::error::Error;
+use crate::fault::{Code, Fault, Kind};
 use crate::ids::{ActorId, TenantId};
 use crate::quotas::{self, Resource};
 
 /// Longest life of a token in days.
 pub const DAYS: i32 = 365;
+/// Days of a token unless said otherwise, or as many as the token that makes it has left.
+pub const DAYS_DEFAULT: i32 = 90;
 
 /// A token that was made.
 pub struct Made {
@@ -36,19 +39,30 @@ pub struct NewToken {
 }
 
 impl NewToken {
-    /// Checks name and life. What a token makes does not outlive it.
-    pub fn check(actor: &Actor, name: &str, days: i32) -> Result<Self, Error> {
+    /// Checks name and life. What a token makes does not outlive it: the default ends with it, and more is refused.
+    pub fn check(actor: &Actor, name: &str, days: Option<i32>) -> Result<Self, Error> {
         let name = name.trim();
         if !(1..=60).contains(&name.chars().count()) || name.chars().any(|c| crate::fault::plain(c) != c) {
             return Err(accounts::wrong("name", "a token's name has 1 to 60 visible characters"));
         }
-        if !(1..=DAYS).contains(&days) {
+        if days.is_some_and(|days| !(1..=DAYS).contains(&days)) {
             return Err(accounts::wrong("days", format!("days is 1 to {DAYS}")));
         }
-        let expires_at = OffsetDateTime::now_utc() + Duration::days(days.into());
-        if actor.ends().is_some_and(|end| expires_at > end) {
-            return Err(accounts::wrong("days", "a token cannot make one that outlives it"));
-        }
+        let now = OffsetDateTime::now_utc();
+        let asked = now + Duration::days(days.unwrap_or(DAYS_DEFAULT).into());
+        let expires_at = match actor.ends() {
+            Some(end) if asked > end && days.is_some() => {
+                let left = (end - now).whole_days();
+                let most = if left > 0 { format!("days: {left} at most, or ") } else { String::new() };
+                return Err(Error::fault(
+                    Fault::new(Code(426), Kind::Invalid, "days", "a token cannot make one that outlives it")
+                        .because(format!("the token of this request ends in {left} whole days"))
+                        .instead(format!("{most}leave days out: the new token then ends with this one")),
+                ));
+            }
+            Some(end) => asked.min(end),
+            None => asked,
+        };
         Ok(Self { name: name.to_owned(), expires_at })
     }
 }

@@ -94,11 +94,9 @@ fn deployed(name: &AppName, done: &Deployed, mode: Mode) -> serde_json::Value {
     let mut body = json!({
         "name": name, "generation": done.generation, "revision": done.revision, "changed": done.changed,
         "digest": done.digest,
-        "reserved": {
-            "cpu": done.reserved.cpu, "memory": done.reserved.memory, "instances": done.reserved.instances,
-            "words": done.reserved_words,
-        },
+        "reserved": done.reserved,
     });
+    body["reserved"]["words"] = json!(done.reserved_words);
     if !done.warnings.is_empty() {
         body["warnings"] = json!(done.warnings);
     }

@@ -99,14 +99,14 @@ async fn settle(conn: &mut sqlx::PgConnection, seen: &AppObserved) -> Result<(),
         return Ok(());
     };
     let wanted = super::Peak::of(&release.parse_spec()?);
-    if wanted == app.peak {
+    if wanted == app.peak && wanted.reserved() == app.reserved {
         return Ok(());
     }
     // The order of locks is that of a deploy: quota first, then what stands now.
     store::lock_quota(conn, app.tenant_id).await?;
     let Some(app) = store::find_app_by_id(conn, seen.app_id).await? else { return Ok(()) };
     if app.generation == seen.generation && app.deleted_at.is_none() {
-        store::add_used(conn, app.tenant_id, app.peak.reserved(), wanted.reserved(), 0).await?;
+        store::add_used(conn, app.tenant_id, app.reserved, wanted.reserved(), 0).await?;
         store::set_peak(conn, app.tenant_id, app.id, wanted).await?;
     }
     Ok(())

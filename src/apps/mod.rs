@@ -74,8 +74,10 @@ pub struct App {
     pub observed_generation: i64,
     /// The release that is desired.
     pub revision: i64,
-    /// What is reserved for it.
+    /// The largest of what still runs and what shall run.
     pub peak: Peak,
+    /// What is reserved for it.
+    pub reserved: reservation::Reserved,
     /// First of its host ids.
     pub uid_start: i64,
     /// Number of its host ids.

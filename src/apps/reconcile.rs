@@ -116,7 +116,7 @@ impl AppReconciler {
         let mut tx = self.pool.begin().await?;
         store::lock_quota(&mut tx, app.tenant_id).await?;
         if store::set_removed(&mut tx, app.tenant_id, app.id).await? {
-            let reserved = store::find_peak(&mut tx, app.tenant_id, app.id).await?.reserved();
+            let reserved = store::find_reserved(&mut tx, app.tenant_id, app.id).await?;
             store::add_used(&mut tx, app.tenant_id, reserved, Reserved::default(), -1).await?;
             store::free_addresses(&mut tx, app.tenant_id, app.id).await?;
             let actor = ActorId::platform();

@@ -1,12 +1,12 @@
 //! What an app takes from its tenant's quota. A rolling update runs one extra instance at a time;
 //! that one stays reserved, so that a rollback or a repair never meets a full quota. While a
-//! change is under way the larger of old and new counts, for number and for size.
+//! change is under way, old and new instances count together, each with its own size.
 
-use serde::Serialize;
+use serde::ser::{Serialize, SerializeStruct as _, Serializer};
 
 use super::spec::AppSpec;
 use crate::fault::{Code, Fault, Kind};
-use crate::quotas::{Amount, Quota, Resource};
+use crate::quotas::{Amount, Quota, Resource, print_cpu};
 
 /// The largest of what still runs and what shall run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,8 +21,8 @@ pub struct Peak {
     pub memory: i64,
 }
 
-/// What is taken from the quota.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+/// What is taken from the quota. In answers, cpu stands as a spec has it and in thousandths.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Reserved {
     /// Thousandths of a core.
     pub cpu: i64,
@@ -30,6 +30,17 @@ pub struct Reserved {
     pub memory: i64,
     /// Instances.
     pub instances: i64,
+}
+
+impl Serialize for Reserved {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut fields = serializer.serialize_struct("Reserved", 4)?;
+        fields.serialize_field("cpu", &print_cpu(self.cpu))?;
+        fields.serialize_field("cpu_millis", &self.cpu)?;
+        fields.serialize_field("memory", &self.memory)?;
+        fields.serialize_field("instances", &self.instances)?;
+        fields.end()
+    }
 }
 
 impl Peak {
@@ -78,6 +89,41 @@ impl Peak {
     }
 }
 
+/// The most that old and new instances of these numbers and sizes take together: never more than `places` at a time.
+fn together(places: i64, (old, old_size): (i64, i64), (new, new_size): (i64, i64)) -> i64 {
+    let (first, then) = if new_size >= old_size {
+        ((new, new_size), (old, old_size))
+    } else {
+        ((old, old_size), (new, new_size))
+    };
+    let many = first.0.min(places);
+    let rest = then.0.min(places - many);
+    many.saturating_mul(first.1).saturating_add(rest.saturating_mul(then.1))
+}
+
+/// What is there at most while an app becomes what is wanted. `known` are the largest number and size of what runs, and
+/// what is reserved for it.
+fn moving((known, reserved): (Peak, Reserved), wanted: Peak) -> Reserved {
+    let places = known.max(wanted).reserved().instances;
+    let alone = wanted.reserved();
+    let sum = |held: i64, after: i64, old_size: i64, new_size: i64| {
+        // A singleton's old instance is gone before the new one starts.
+        let most = if wanted.surge == 0 {
+            held
+        } else {
+            let old = (known.reserved().instances, old_size);
+            let both = together(places, old, (wanted.instances, new_size));
+            both.min(held.saturating_add(wanted.instances.saturating_mul(new_size)))
+        };
+        most.max(after)
+    };
+    Reserved {
+        cpu: sum(reserved.cpu, alone.cpu, known.cpu_millis, wanted.cpu_millis),
+        memory: sum(reserved.memory, alone.memory, known.memory, wanted.memory),
+        instances: places,
+    }
+}
+
 /// What a change asks for beyond what the app has already.
 #[derive(Debug, Clone, Copy)]
 pub struct Asked {
@@ -86,19 +132,66 @@ pub struct Asked {
     /// What it needs until the change is through.
     after: Reserved,
     /// What it needs from then on.
-    alone: Reserved,
+    wanted: Peak,
 }
 
 impl Asked {
-    /// For an app that is to become what is wanted; `known` is what it has reserved, unless it is new.
+    /// For an app that is to become what is wanted; `known` is what it has, and has reserved, unless it is new.
     #[must_use]
-    pub fn new(known: Option<Peak>, wanted: Peak) -> Self {
+    pub fn new(known: Option<(Peak, Reserved)>, wanted: Peak) -> Self {
         Self {
-            before: known.map(Peak::reserved),
-            after: known.map_or(wanted, |known| known.max(wanted)).reserved(),
-            alone: wanted.reserved(),
+            before: known.map(|(_, reserved)| reserved),
+            after: known.map_or_else(|| wanted.reserved(), |known| moving(known, wanted)),
+            wanted,
         }
     }
+
+    /// What is reserved until the change is through.
+    #[must_use]
+    pub fn after(self) -> Reserved {
+        self.after
+    }
+}
+
+/// An amount in words.
+fn tell(resource: Resource, amount: i64) -> String {
+    match resource {
+        Resource::Cpu => print_cpu(amount),
+        Resource::Memory if amount % (1 << 20) == 0 => format!("{}Mi", amount >> 20),
+        _ => amount.to_string(),
+    }
+}
+
+/// What to change about the quantity that is short, so that it fits.
+fn advice(resource: Resource, wanted: Peak, left: i64) -> String {
+    let left = left.max(0);
+    let mut ways = Vec::new();
+    let (size, least) = match resource {
+        Resource::Cpu => (wanted.cpu_millis, 10),
+        Resource::Memory => (wanted.memory, i64::try_from(super::spec::LEAST_MEMORY).unwrap_or(i64::MAX)),
+        _ => (1, i64::MAX),
+    };
+    let places = wanted.instances + wanted.surge;
+    // A whole number of Mi is what a person writes.
+    let fits = left / places.max(1);
+    let fits = if resource == Resource::Memory { fits >> 20 << 20 } else { fits };
+    if fits >= least {
+        ways.push(format!("{resource}: {} or less for each of {places}", tell(resource, fits)));
+    }
+    let number = left / size.max(1) - wanted.surge;
+    if resource != Resource::Apps && (1..wanted.instances).contains(&number) {
+        ways.push(format!("instances: {number} or less"));
+    }
+    if resource != Resource::Apps && (wanted.instances, wanted.surge) == (1, 1) && size <= left {
+        ways.push("singleton: true (no extra instance for updates)".to_owned());
+    }
+    let other = if resource == Resource::Apps { "delete an app" } else { "stop or delete another app" };
+    ways.push(other.to_owned());
+    let name = resource.name();
+    format!(
+        "{}, or ask an admin for more {name}: PATCH /api/v1/tenants/TENANT {{\"quota\": {{\"{name}\": ...}}}}",
+        ways.join(", ")
+    )
 }
 
 /// Holds what is asked against what is left: a fault for each resource that does not suffice. Only
@@ -106,45 +199,46 @@ impl Asked {
 #[must_use]
 pub fn check(quota: &Quota, asked: Asked) -> Vec<Fault> {
     let mut faults = Vec::new();
-    let mut hold = |path: &str, unit: &str, amount: Amount, [before, after, alone]: [i64; 3]| {
+    let alone = asked.wanted.reserved();
+    let mut hold = |path: &str, words: &str, resource: Resource, [before, after, alone]: [i64; 3]| {
+        let amount: Amount = quota.of(resource);
         let left = amount.limit - (amount.used - before);
-        if after > before && after > left {
-            let (because, instead) = if alone > left {
-                (
-                    "instances run at their full size, and one extra is kept for rolling updates",
-                    "make it smaller, set singleton: true (no extra instance), or ask for a larger quota",
-                )
-            } else {
-                (
-                    "until an update is through, the larger number of instances and the larger size of one count, \
-                     old and new together",
-                    "change what becomes smaller first, and what becomes larger once that runs",
-                )
-            };
-            faults.push(
-                Fault::new(
-                    Code(423),
-                    Kind::Quota,
-                    path,
-                    format!(
-                        "not enough {unit}: limit {}, used by other apps {}, asked {after}, left {}",
-                        amount.limit,
-                        amount.used - before,
-                        left.max(0)
-                    ),
-                )
-                .because(because)
-                .instead(instead),
-            );
+        if after <= before || after <= left {
+            return;
         }
+        let (because, instead) = if alone > left {
+            let because = match resource {
+                Resource::Apps => "each app counts, stopped ones too",
+                _ if asked.wanted.surge == 0 => "instances run at their full size",
+                _ => "instances run at their full size, and one extra is kept for rolling updates",
+            };
+            (because, advice(resource, asked.wanted, left))
+        } else {
+            (
+                "until an update is through, old and new instances run together, each with its own size",
+                format!(
+                    "change what becomes smaller in {} first, and what becomes larger once that runs",
+                    resource.name()
+                ),
+            )
+        };
+        let tell = |n: i64| tell(resource, n);
+        let message = format!(
+            "not enough {words}: limit {}, used by other apps {}, asked {}, left {}",
+            tell(amount.limit),
+            tell(amount.used - before),
+            tell(after),
+            tell(left.max(0))
+        );
+        faults.push(Fault::new(Code(423), Kind::Quota, path, message).because(because).instead(instead));
     };
     let of = |amount: fn(&Reserved) -> i64| {
-        [asked.before.as_ref().map_or(0, amount), amount(&asked.after), amount(&asked.alone)]
+        [asked.before.as_ref().map_or(0, amount), amount(&asked.after), amount(&alone)]
     };
-    hold("cpu", "cpu (thousandths of a core)", quota.of(Resource::Cpu), of(|r| r.cpu));
-    hold("memory", "memory (bytes)", quota.of(Resource::Memory), of(|r| r.memory));
-    hold("instances", "instances", quota.of(Resource::Instances), of(|r| r.instances));
-    hold("", "apps", quota.of(Resource::Apps), [i64::from(asked.before.is_some()), 1, 1]);
+    hold("cpu", "cpu (cores)", Resource::Cpu, of(|r| r.cpu));
+    hold("memory", "memory", Resource::Memory, of(|r| r.memory));
+    hold("instances", "instances", Resource::Instances, of(|r| r.instances));
+    hold("", "apps", Resource::Apps, [i64::from(asked.before.is_some()), 1, 1]);
     faults
 }
 
@@ -169,6 +263,14 @@ mod tests {
         assert_eq!(both.words(), "2 running + 1 for updates");
     }
 
+    fn known(peak: Peak) -> Option<(Peak, Reserved)> {
+        Some((peak, peak.reserved()))
+    }
+
+    fn told(faults: &[Fault]) -> Vec<(&str, &str)> {
+        faults.iter().map(|fault| (fault.path.as_str(), fault.suggestion.as_deref().unwrap())).collect()
+    }
+
     #[test]
     fn what_does_not_fit_is_said_with_its_numbers() {
         let asked = Asked::new(None, ONE);
@@ -176,28 +278,82 @@ mod tests {
         let faults = check(&quota(25, 5), asked);
         let paths: Vec<_> = faults.iter().map(|fault| fault.path.as_str()).collect();
         assert_eq!(paths, ["cpu", "memory"]);
-        assert!(faults[0].message.contains("limit 25, used by other apps 5, asked 30, left 20"));
+        assert!(faults[0].message.contains("limit 25m, used by other apps 5m, asked 30m, left 20m"));
+    }
+
+    #[test]
+    fn the_advice_is_about_what_is_short() {
+        let roomy = |resource: Resource, limit: i64| -> Quota {
+            let all = [Resource::Cpu, Resource::Memory, Resource::Apps, Resource::Instances];
+            let limit = |of: Resource| if of == resource { limit } else { 1 << 40 };
+            all.map(|of| (of, Amount { limit: limit(of), used: 0 })).into_iter().collect()
+        };
+        let wanted = Peak { instances: 3, surge: 1, cpu_millis: 500, memory: 256 << 20 };
+        let asked = Asked::new(None, wanted);
+        let faults = check(&roomy(Resource::Cpu, 1_600), asked);
+        let [("cpu", cpu)] = told(&faults)[..] else { panic!("{faults:?}") };
+        assert!(cpu.starts_with("cpu: 400m or less for each of 4, instances: 2 or less,"), "{cpu}");
+        assert!(!cpu.contains("memory") && !cpu.contains("singleton"), "{cpu}");
+        let faults = check(&roomy(Resource::Memory, 600 << 20), asked);
+        let [("memory", memory)] = told(&faults)[..] else { panic!("{faults:?}") };
+        assert!(memory.starts_with("memory: 150Mi or less for each of 4, instances: 1 or less,"), "{memory}");
+        let faults = check(&roomy(Resource::Instances, 3), asked);
+        let [("instances", number)] = told(&faults)[..] else { panic!("{faults:?}") };
+        assert!(number.starts_with("instances: 2 or less,"), "{number}");
+        let faults = check(&roomy(Resource::Apps, 0), asked);
+        let [("", apps)] = told(&faults)[..] else { panic!("{faults:?}") };
+        assert!(apps.starts_with("delete an app, or ask an admin for more apps"), "{apps}");
+        let one = Peak { instances: 1, ..wanted };
+        let faults = check(&roomy(Resource::Cpu, 700), Asked::new(None, one));
+        assert!(
+            told(&faults)[0].1.contains("cpu: 350m or less for each of 2, singleton: true"),
+            "{faults:?}"
+        );
+        // What the advice says, fits.
+        let smaller = Peak { cpu_millis: 400, ..wanted };
+        assert!(check(&roomy(Resource::Cpu, 1_600), Asked::new(None, smaller)).is_empty());
     }
 
     #[test]
     fn over_a_lowered_limit_smaller_is_still_possible() {
         let smaller = Peak { instances: 1, ..ONE };
-        assert!(check(&quota(1, 60), Asked::new(Some(ONE), smaller)).is_empty());
-        assert!(!check(&quota(1, 60), Asked::new(Some(smaller), ONE)).is_empty());
+        assert!(check(&quota(1, 60), Asked::new(known(ONE), smaller)).is_empty());
+        assert!(!check(&quota(1, 60), Asked::new(known(smaller), ONE)).is_empty());
+    }
+
+    #[test]
+    fn a_change_of_number_and_size_counts_what_is_really_there() {
+        let many = Peak { instances: 14, surge: 1, cpu_millis: 10, memory: 20 };
+        let large = Peak { instances: 1, surge: 1, cpu_millis: 250, memory: 20 };
+        // Fourteen old ones and the new one are 390m; two of the new ones are 500m from then on.
+        let asked = Asked::new(known(many), large);
+        assert_eq!(asked.after(), Reserved { cpu: 500, memory: 300, instances: 15 });
+        assert!(check(&quota(1_000, 150), asked).is_empty());
+        // The way back: two large ones at most, and small ones in the other places.
+        let back = Asked::new(known(large), many);
+        assert_eq!(back.after().cpu, 2 * 250 + 13 * 10);
+        // The same number: the extra one is a large one.
+        let grown = Peak { cpu_millis: 250, ..many };
+        assert_eq!(Asked::new(known(many), grown).after().cpu, 15 * 250);
+        // One more change before the last one is through: what is there, and the new ones.
+        let held = (many.max(large), asked.after());
+        assert_eq!(Asked::new(Some(held), large).after().cpu, 500 + 250);
+        // A singleton makes room before it starts.
+        let single = Peak { surge: 0, ..large };
+        assert_eq!(Asked::new(known(many), single).after().cpu, 250);
+        assert_eq!(Asked::new(known(single), Peak { cpu_millis: 100, ..single }).after().cpu, 250);
     }
 
     #[test]
     fn what_only_the_way_there_is_too_large_for_is_said_so() {
-        let many = Peak { instances: 14, surge: 1, cpu_millis: 10, memory: 20 };
-        let large = Peak { instances: 1, surge: 1, cpu_millis: 250, memory: 20 };
-        let faults = check(&quota(1_000, 150), Asked::new(Some(many), large));
-        assert_eq!(faults.len(), 1);
-        assert!(faults[0].message.contains("asked 3750"), "{}", faults[0].message);
-        let told = serde_json::to_string(&faults[0]).unwrap();
-        assert!(told.contains("old and new together") && told.contains("becomes smaller first"), "{told}");
+        let many = Peak { instances: 14, surge: 1, cpu_millis: 100, memory: 20 };
+        let large = Peak { instances: 1, surge: 1, cpu_millis: 700, memory: 20 };
+        let faults = check(&quota(1_900, 1_500), Asked::new(known(many), large));
+        assert_eq!(faults.len(), 1, "{faults:?}");
+        assert!(faults[0].message.contains("asked 2100m, left 1900m"), "{}", faults[0].message);
+        assert!(told(&faults)[0].1.contains("becomes smaller in cpu first"), "{faults:?}");
         // Too large in any case.
-        let faults = check(&quota(400, 150), Asked::new(Some(many), large));
-        let told = serde_json::to_string(&faults[0]).unwrap();
-        assert!(told.contains("ask for a larger quota"), "{told}");
+        let faults = check(&quota(1_000, 900), Asked::new(None, large));
+        assert!(told(&faults)[0].1.contains("ask an admin for more cpu"), "{faults:?}");
     }
 }

@@ -259,7 +259,7 @@ impl AppView {
             created_at: app.created_at,
             changed_at: app.changed_at,
             uids: Uids { start: app.uid_start, end: app.uid_start + app.uid_size },
-            reserved: Reserved { amounts: app.peak.reserved(), words: app.peak.words() },
+            reserved: Reserved { amounts: app.reserved, words: app.peak.words() },
             desired: release.map(|release| release.spec.clone()),
             image: release.map(image_view),
             warnings: release.filter(|r| r.warnings != Value::Array(Vec::new())).map(|r| r.warnings.clone()),

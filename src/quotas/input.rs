@@ -3,17 +3,18 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use serde_json::Number;
 
 use super::{Definition, Resource, Unit};
 use crate::fault::{Code, Fault, Kind};
 
-/// A limit as handed in: a number, or a text with a unit.
+/// A limit as handed in: a number, or a text with a unit. A number of cpu means cores, as in a spec.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 pub enum Size {
-    /// Cpu in thousandths, memory in bytes, or a count.
-    Number(i64),
-    /// `4`, `500m`; `8Gi`, `512Mi`; `default`.
+    /// Cores, bytes, or a count.
+    Number(Number),
+    /// `4`, `0.25`, `500m`; `8Gi`, `512Mi`; `default`.
     Text(String),
 }
 
@@ -69,41 +70,57 @@ impl Limits {
     }
 }
 
+/// Most cores that a bare number says. In earlier versions a number was thousandths of a core: a client that still
+/// means those is told so, and raises no quota a thousandfold.
+const MOST_BARE_CORES: i64 = 1_000;
+
+fn digits(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
+}
+
+/// Thousandths of a core, from `250m`, `0.25`, `4`.
+fn millis(text: &str) -> Option<i64> {
+    if let Some(millis) = text.strip_suffix('m') {
+        return digits(millis).then(|| millis.parse().ok()).flatten();
+    }
+    let (whole, part) = text.split_once('.').unwrap_or((text, "0"));
+    if !digits(whole) || !digits(part) || part.len() > 3 {
+        return None;
+    }
+    let part: i64 = format!("{part:0<3}").parse().ok()?;
+    whole.parse::<i64>().ok()?.checked_mul(1000)?.checked_add(part)
+}
+
 fn cpu(size: &Size) -> Option<i64> {
     match size {
-        Size::Number(millis) => Some(*millis),
-        Size::Text(text) => {
-            if let Some(millis) = text.strip_suffix('m') {
-                millis.parse().ok()
-            } else {
-                let (whole, part) = text.split_once('.').unwrap_or((text, ""));
-                if part.len() > 3 || !part.bytes().all(|b| b.is_ascii_digit()) {
-                    return None;
-                }
-                let part: i64 = format!("{part:0<3}").parse().ok()?;
-                whole.parse::<i64>().ok()?.checked_mul(1000)?.checked_add(part)
-            }
-        }
+        Size::Number(cores) => millis(&cores.to_string()).filter(|n| *n <= MOST_BARE_CORES * 1000),
+        Size::Text(text) => millis(text),
     }
+}
+
+/// Thousandths of a core as a spec has them: `4` or `250m`.
+#[must_use]
+pub fn print_cpu(millis: i64) -> String {
+    if millis % 1000 == 0 { (millis / 1000).to_string() } else { format!("{millis}m") }
 }
 
 fn bytes(size: &Size) -> Option<i64> {
     match size {
-        Size::Number(bytes) => Some(*bytes),
+        Size::Number(bytes) => bytes.as_i64(),
         Size::Text(text) => {
             let units = [("Ki", 10), ("Mi", 20), ("Gi", 30), ("Ti", 40)];
             let (number, shift) = units
                 .iter()
                 .find_map(|(unit, shift)| text.strip_suffix(unit).map(|number| (number, *shift)))
                 .unwrap_or((text, 0));
-            number.parse::<i64>().ok()?.checked_mul(1 << shift)
+            digits(number).then(|| number.parse::<i64>().ok()?.checked_mul(1 << shift)).flatten()
         }
     }
 }
 
 fn count(size: &Size) -> Option<i64> {
     match size {
-        Size::Number(n) => Some(*n),
+        Size::Number(n) => n.as_i64(),
         Size::Text(_) => None,
     }
 }
@@ -114,7 +131,8 @@ fn form(resource: Resource) -> String {
     let default = if resource.is_own() { "" } else { ", or \"default\"" };
     match unit {
         Unit::Cpu => format!(
-            "{name} is \"4\" or \"500m\", or a number of thousandths of a core from {least} to {most}"
+            "{name} is cores, as in a spec: 4, 0.25 or \"500m\", from {least}m to {most}m; a number without quotes is at \
+             most {MOST_BARE_CORES} cores: write thousandths as \"16000m\""
         ),
         Unit::Bytes => format!("{name} is \"8Gi\" or \"512Mi\", or a number of bytes from {least} to {most}"),
         Unit::Count => format!("{name} is {least} to {most}{default}"),
@@ -191,9 +209,34 @@ mod tests {
     }
 
     #[test]
+    fn cpu_is_written_as_in_a_spec() {
+        let read = |text: &str| parse(&format!("{{\"cpu\": {text}}}")).0.get(Resource::Cpu);
+        for (text, millis) in [
+            ("16", 16_000),
+            ("0.25", 250),
+            ("\"16000m\"", 16_000),
+            ("\"250m\"", 250),
+            ("\"1.5\"", 1_500),
+            ("1000", 1_000_000),
+            ("\"10000\"", 10_000_000),
+        ] {
+            assert_eq!(read(text), Some(millis), "{text}");
+            // What an answer shows is read as the same again.
+            assert_eq!(read(&format!("\"{}\"", print_cpu(millis))), Some(millis), "{text}");
+        }
+        for text in
+            ["1001", "16000", "0.0001", "-4", "0", "\"+4\"", "\"m\"", "\"4 \"", "\"-1m\"", "0.001", "true"]
+        {
+            let input = serde_json::from_str::<QuotaInput>(&format!("{{\"cpu\": {text}}}"));
+            let limit = input.ok().and_then(|input| input.parse(&mut Vec::new()).get(Resource::Cpu));
+            assert_eq!(limit, None, "{text}");
+        }
+    }
+
+    #[test]
     fn every_wrong_limit_is_reported() {
         let (_, faults) = parse(
-            r#"{"cpu": 4, "memory": "8G", "apps": -1, "instances": 5000, "registry_bytes": "x", "members": 0,
+            r#"{"cpu": 16000, "memory": "8G", "apps": -1, "instances": 5000, "registry_bytes": "x", "members": 0,
                 "grants": "9", "platform_tokens": 5, "unicorns": 1}"#,
         );
         assert_eq!(

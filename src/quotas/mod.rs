@@ -21,7 +21,7 @@ pub mod bounds;
 mod input;
 mod store;
 
-pub use input::{Limit, Limits, QuotaInput, Size};
+pub use input::{Limit, Limits, QuotaInput, Size, print_cpu};
 pub use store::{
     add_used, check_count, check_day, declare, enter, insert_rows, limit, lock, lock_platform, prune, read,
     read_counted, release, reserve, set_limits, take_place, take_platform_place,
@@ -206,18 +206,28 @@ impl FromIterator<(Resource, Amount)> for Quota {
 
 impl Serialize for Quota {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().map(|(resource, amount)| {
-            let used = (resource.definition().how != How::Bound).then_some(amount.used);
-            (resource, Shown { limit: amount.limit, used })
-        }))
+        serializer.collect_map(self.0.iter().map(|(resource, amount)| (resource, shown(*resource, *amount))))
     }
 }
 
-#[derive(Serialize)]
-struct Shown {
-    limit: i64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    used: Option<i64>,
+/// An amount as the API shows it. Cpu stands there as a spec has it, so that what was read can be sent again, and in
+/// thousandths under names that say so.
+fn shown(resource: Resource, amount: Amount) -> serde_json::Value {
+    let Definition { unit, how, .. } = resource.definition();
+    let mut shown = if unit == Unit::Cpu {
+        serde_json::json!({
+            "limit": print_cpu(amount.limit), "used": print_cpu(amount.used),
+            "limit_millis": amount.limit, "used_millis": amount.used,
+        })
+    } else {
+        serde_json::json!({"limit": amount.limit, "used": amount.used})
+    };
+    if how == How::Bound
+        && let Some(shown) = shown.as_object_mut()
+    {
+        shown.remove("used");
+    }
+    shown
 }
 
 impl<'de> Deserialize<'de> for Quota {
@@ -259,8 +269,9 @@ impl Held {
 #[must_use]
 pub fn exceeded(resource: Resource, amount: Amount, asked: i64) -> Error {
     let Definition { name, label, unit, how, .. } = resource.definition();
+    let tell = |n: i64| if unit == Unit::Cpu { print_cpu(n) } else { n.to_string() };
     let unit = match unit {
-        Unit::Cpu => " thousandths of a core",
+        Unit::Cpu => " cores",
         Unit::Bytes => " bytes",
         Unit::Count => "",
     };
@@ -283,10 +294,11 @@ pub fn exceeded(resource: Resource, amount: Amount, asked: i64) -> Error {
             Kind::Quota,
             name,
             format!(
-                "{label}: limit {}{unit}, used {}, asked {asked}, left {}",
-                amount.limit,
-                amount.used,
-                amount.left()
+                "{label}: limit {}{unit}, used {}, asked {}, left {}",
+                tell(amount.limit),
+                tell(amount.used),
+                tell(asked),
+                tell(amount.left())
             ),
         )
         .because("each tenant has a limit of everything that it shares with others")

@@ -184,9 +184,11 @@ pub async fn change_tenant(
     let by = scope.by();
     let name = input.display_name.as_deref();
     let generation = actions::change(&pool, by, &scope.tenant, name, &limits, &expected).await?;
+    let mut conn = db::begin(&pool, scope.tenant.id).await?;
+    let quota = quotas::read_counted(&mut conn, scope.tenant.id).await?;
     Ok(HttpResponse::Accepted()
         .insert_header(etag(generation))
-        .json(json!({"name": scope.tenant.name, "generation": generation})))
+        .json(json!({"name": scope.tenant.name, "generation": generation, "quota": quota})))
 }
 
 /// PUT /api/v1/tenants/{tenant}/suspension

@@ -8,7 +8,7 @@ use crate::support::Machine;
 async fn bad_input_is_explained_and_changes_nothing() {
     let machine = Machine::start().await;
     let (status, body) =
-        machine.send("POST", "/api/v1/tenants", json!({"name": "Bad!", "quota": {"cpu": 4}})).await;
+        machine.send("POST", "/api/v1/tenants", json!({"name": "Bad!", "quota": {"cpu": 4000}})).await;
     assert_eq!(status, 422);
     let paths: Vec<_> =
         body["faults"].as_array().unwrap().iter().map(|f| f["path"].as_str().unwrap()).collect();

@@ -16,11 +16,6 @@ use crate::error::Error;
 use crate::http::asked::{Body, Query};
 use crate::http::parse_json;
 
-/// Days of a token unless said otherwise.
-pub(super) fn quarter() -> i32 {
-    90
-}
-
 /// The answer that shows a token, for the one time.
 pub(super) fn token_made(name: &str, made: &Made) -> HttpResponse {
     HttpResponse::Created().json(json!({
@@ -95,8 +90,7 @@ pub async fn list_tokens(
 struct TokenBody {
     service_account: String,
     name: String,
-    #[serde(default = "quarter")]
-    days: i32,
+    days: Option<i32>,
 }
 
 /// POST /api/v1/tenants/{tenant}/tokens: for a service account.

@@ -167,8 +167,7 @@ struct TokenBody {
     name: String,
     tenant: Option<String>,
     role: String,
-    #[serde(default = "super::credentials::quarter")]
-    days: i32,
+    days: Option<i32>,
 }
 
 /// POST /api/v1/me/tokens

@@ -303,7 +303,7 @@ pub async fn create_token(
 ) -> Result<HttpResponse, Error> {
     let form = form.0;
     let make = async {
-        let new = NewToken::check(&scope.actor, &form.name, form.days.parse().unwrap_or(0))?;
+        let new = NewToken::check(&scope.actor, &form.name, Some(form.days.parse().unwrap_or(0)))?;
         let (tenant, role) = form.opens.split_once('/').unwrap_or(("", ""));
         let tenant = Some(tenant).filter(|tenant| !tenant.is_empty());
         let authority = desk.own_authority(&scope.actor, tenant, role).await?;

@@ -146,7 +146,7 @@ pub async fn create_token(
 ) -> Result<HttpResponse, Error> {
     let form = form.0;
     let make = async {
-        let new = NewToken::check(&scope.actor, &form.name, form.days.parse().unwrap_or(0))?;
+        let new = NewToken::check(&scope.actor, &form.name, Some(form.days.parse().unwrap_or(0)))?;
         desk.create_service_token(&scope, &form.service, new).await
     };
     match make.await {

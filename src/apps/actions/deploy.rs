@@ -157,7 +157,7 @@ impl Apps {
         }
         let wanted = Peak::of(spec);
         let peak = existing.as_ref().map_or(wanted, |app| app.peak.max(wanted));
-        let asked = Asked::new(existing.as_ref().map(|app| app.peak), wanted);
+        let asked = Asked::new(existing.as_ref().map(|app| (app.peak, app.reserved)), wanted);
         let short = reservation::check(&quota, asked);
         // Looked at again under the lock: whoever deletes images holds it too.
         if let Some(resolved) = &resolved
@@ -200,7 +200,7 @@ impl Apps {
             changed: true,
             created: existing.is_none(),
             digest: release.digest.clone(),
-            reserved: peak.reserved(),
+            reserved: asked.after(),
             reserved_words: wanted.words(),
             warnings: resolved.warnings,
         };
@@ -219,7 +219,7 @@ impl Apps {
             return Ok(outcome);
         }
         (outcome.generation, outcome.revision) =
-            self.advance(tx, by, tenant, &app, peak, &mut release, "app.release").await?;
+            self.advance(tx, by, tenant, &app, (peak, asked.after()), &mut release, "app.release").await?;
         Ok(outcome)
     }
 

@@ -9,7 +9,7 @@ use serde_json::json;
 use sqlx::{PgPool, Postgres, Transaction};
 
 use super::connections::Connections;
-use super::reservation::Peak;
+use super::reservation::{Peak, Reserved};
 use super::sight::Sight;
 use super::{App, Release, store};
 use crate::access::{By, TenantRef};
@@ -61,15 +61,15 @@ impl Apps {
         by: By<'_>,
         tenant: &TenantRef,
         app: &App,
-        peak: Peak,
+        (peak, reserved): (Peak, Reserved),
         release: &mut Release,
         action: &'static str,
     ) -> Result<(i64, i64), Error> {
-        let (generation, revision) = store::advance_app(tx, tenant.id, app.id, peak).await?;
+        let (generation, revision) = store::advance_app(tx, tenant.id, app.id, peak, reserved).await?;
         release.revision = revision;
         self.take_addresses(tx, tenant, app.id, peak).await?;
         store::insert_release(tx, tenant.id, app.id, release).await?;
-        store::add_used(tx, tenant.id, app.peak.reserved(), peak.reserved(), 0).await?;
+        store::add_used(tx, tenant.id, app.reserved, reserved, 0).await?;
         let detail = json!({
             "revision": revision, "digest": release.digest, "rolled_back_to": release.rolled_back_to,
         });

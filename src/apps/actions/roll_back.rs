@@ -44,7 +44,8 @@ impl Apps {
         let spec = release.parse_spec()?;
         let wanted = Peak::of(&spec);
         let peak = app.peak.max(wanted);
-        let mut faults = reservation::check(&quota, Asked::new(Some(app.peak), wanted));
+        let asked = Asked::new(Some((app.peak, app.reserved)), wanted);
+        let mut faults = reservation::check(&quota, asked);
         if !faults.is_empty() {
             return Err(Error::QuotaExceeded(faults));
         }
@@ -57,6 +58,6 @@ impl Apps {
         }
         release.rolled_back_to = Some(revision);
         by.actor.id.as_str().clone_into(&mut release.actor);
-        self.advance(tx, by, tenant, &app, peak, &mut release, "app.roll_back").await
+        self.advance(tx, by, tenant, &app, (peak, asked.after()), &mut release, "app.roll_back").await
     }
 }

@@ -235,7 +235,24 @@ impl Walk<'_, '_> {
         if let Value::Bool(value) = node.value {
             return Some(value);
         }
-        self.wrong(node, path, "true or false");
+        let instead = match &node.value {
+            Value::Text(text) => meant(text),
+            Value::Number(text) if text == "1" => Some("write true"),
+            Value::Number(text) if text == "0" => Some("write false"),
+            _ => None,
+        };
+        match instead {
+            Some(instead) => {
+                self.bad(
+                    node.at,
+                    code::WRONG_TYPE,
+                    path,
+                    "takes true or false, as these words stand here",
+                    instead,
+                );
+            }
+            None => self.wrong(node, path, "true or false"),
+        }
         None
     }
 
@@ -330,6 +347,15 @@ impl Walk<'_, '_> {
 enum Least {
     None,
     One,
+}
+
+/// The boolean that a text was meant as.
+fn meant(text: &str) -> Option<&'static str> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" | "y" => Some("write true"),
+        "false" | "no" | "off" | "n" => Some("write false"),
+        _ => None,
+    }
 }
 
 fn digits(text: &str) -> bool {

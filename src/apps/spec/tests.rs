@@ -480,3 +480,23 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_boolean_that_was_meant_is_told_as_it_is_written() {
+    for (text, instead) in [
+        ("True", Some("write true")),
+        ("yes", Some("write true")),
+        ("\"true\"", Some("write true")),
+        ("1", Some("write true")),
+        ("Off", Some("write false")),
+        ("0", Some("write false")),
+        ("maybe", None),
+        ("[true]", None),
+    ] {
+        let spec = format!("spec: v1\nname: web\nimage: web:1\ncpu: 10m\nmemory: 64Mi\nsingleton: {text}\n");
+        let faults = AppSpec::parse(spec.as_bytes(), Format::Yaml).unwrap_err();
+        assert_eq!(faults.len(), 1, "{faults:?}");
+        assert_eq!(faults[0].suggestion.as_deref(), instead, "{text}");
+        assert_eq!(faults[0].path, "singleton");
+    }
+}

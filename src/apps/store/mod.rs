@@ -4,6 +4,7 @@ use sqlx::PgConnection;
 use sqlx::types::Json;
 use time::OffsetDateTime;
 
+use super::reservation::Reserved;
 use super::{App, Peak};
 use crate::driver::AppObserved;
 use crate::error::Error;
@@ -28,6 +29,8 @@ struct AppRow {
     peak_surge: i64,
     peak_cpu_millis: i64,
     peak_memory: i64,
+    reserved_cpu: Option<i64>,
+    reserved_memory: Option<i64>,
     uid_start: i64,
     uid_size: i64,
     observed: Option<Json<AppObserved>>,
@@ -40,6 +43,12 @@ struct AppRow {
 
 impl From<AppRow> for App {
     fn from(row: AppRow) -> Self {
+        let peak = Peak {
+            instances: row.peak_instances,
+            surge: row.peak_surge,
+            cpu_millis: row.peak_cpu_millis,
+            memory: row.peak_memory,
+        };
         Self {
             id: AppId(row.id),
             tenant_id: TenantId(row.tenant_id),
@@ -47,12 +56,8 @@ impl From<AppRow> for App {
             generation: row.generation,
             observed_generation: row.observed_generation,
             revision: row.revision,
-            peak: Peak {
-                instances: row.peak_instances,
-                surge: row.peak_surge,
-                cpu_millis: row.peak_cpu_millis,
-                memory: row.peak_memory,
-            },
+            peak,
+            reserved: reserved(peak, row.reserved_cpu, row.reserved_memory),
             uid_start: row.uid_start,
             uid_size: row.uid_size,
             observed: row.observed.map(|Json(observed)| observed),
@@ -65,6 +70,16 @@ impl From<AppRow> for App {
     }
 }
 
+/// What a row has reserved: its own sums, or the product of its peak.
+fn reserved(peak: Peak, cpu: Option<i64>, memory: Option<i64>) -> Reserved {
+    let product = peak.reserved();
+    Reserved {
+        cpu: cpu.unwrap_or(product.cpu),
+        memory: memory.unwrap_or(product.memory),
+        instances: product.instances,
+    }
+}
+
 /// An app by name, unless it was removed.
 pub(super) async fn find_app(
     conn: &mut PgConnection,
@@ -74,7 +89,7 @@ pub(super) async fn find_app(
     let row = sqlx::query_as!(
         AppRow,
         r#"SELECT id, tenant_id, name AS "name: AppName", generation, observed_generation, revision,
-           peak_instances, peak_surge, peak_cpu_millis, peak_memory, uid_start, uid_size,
+           peak_instances, peak_surge, peak_cpu_millis, peak_memory, reserved_cpu, reserved_memory, uid_start, uid_size,
            observed AS "observed: Json<AppObserved>", observed_at, problem, created_at, changed_at, deleted_at
            FROM app WHERE tenant_id = $1 AND name = $2 AND removed_at IS NULL"#,
         tenant.0,
@@ -90,7 +105,7 @@ pub(super) async fn find_app_by_id(conn: &mut PgConnection, id: AppId) -> Result
     let row = sqlx::query_as!(
         AppRow,
         r#"SELECT id, tenant_id, name AS "name: AppName", generation, observed_generation, revision,
-           peak_instances, peak_surge, peak_cpu_millis, peak_memory, uid_start, uid_size,
+           peak_instances, peak_surge, peak_cpu_millis, peak_memory, reserved_cpu, reserved_memory, uid_start, uid_size,
            observed AS "observed: Json<AppObserved>", observed_at, problem, created_at, changed_at, deleted_at
            FROM app WHERE id = $1 AND removed_at IS NULL"#,
         id.0
@@ -110,7 +125,7 @@ pub(super) async fn list_apps(
     let rows = sqlx::query_as!(
         AppRow,
         r#"SELECT id, tenant_id, name AS "name: AppName", generation, observed_generation, revision,
-           peak_instances, peak_surge, peak_cpu_millis, peak_memory, uid_start, uid_size,
+           peak_instances, peak_surge, peak_cpu_millis, peak_memory, reserved_cpu, reserved_memory, uid_start, uid_size,
            observed AS "observed: Json<AppObserved>", observed_at, problem, created_at, changed_at, deleted_at
            FROM app WHERE tenant_id = $1 AND removed_at IS NULL AND name > $2 ORDER BY name LIMIT $3"#,
         tenant.0,
@@ -211,18 +226,21 @@ pub(super) async fn advance_app(
     tenant: TenantId,
     id: AppId,
     peak: Peak,
+    reserved: Reserved,
 ) -> Result<(i64, i64), Error> {
     let row = sqlx::query!(
         "UPDATE app SET generation = generation + 1, revision = last_revision + 1, \
          last_revision = last_revision + 1, peak_instances = $3, peak_surge = $4, peak_cpu_millis = $5, \
-         peak_memory = $6, changed_at = now(), problem = NULL WHERE tenant_id = $1 AND id = $2 \
+         peak_memory = $6, reserved_cpu = $7, reserved_memory = $8, changed_at = now(), problem = NULL WHERE tenant_id = $1 AND id = $2 \
          RETURNING generation, revision",
         tenant.0,
         id.0,
         peak.instances,
         peak.surge,
         peak.cpu_millis,
-        peak.memory
+        peak.memory,
+        reserved.cpu,
+        reserved.memory
     )
     .fetch_one(conn)
     .await?;
@@ -236,8 +254,8 @@ pub(super) async fn set_peak(
     peak: Peak,
 ) -> Result<(), Error> {
     sqlx::query!(
-        "UPDATE app SET peak_instances = $3, peak_surge = $4, peak_cpu_millis = $5, peak_memory = $6 \
-         WHERE tenant_id = $1 AND id = $2",
+        "UPDATE app SET peak_instances = $3, peak_surge = $4, peak_cpu_millis = $5, peak_memory = $6, \
+         reserved_cpu = NULL, reserved_memory = NULL WHERE tenant_id = $1 AND id = $2",
         tenant.0,
         id.0,
         peak.instances,
@@ -251,16 +269,26 @@ pub(super) async fn set_peak(
 }
 
 /// What is reserved for an app, removed or not.
-pub(super) async fn find_peak(conn: &mut PgConnection, tenant: TenantId, id: AppId) -> Result<Peak, Error> {
-    Ok(sqlx::query_as!(
-        Peak,
-        "SELECT peak_instances AS instances, peak_surge AS surge, peak_cpu_millis AS cpu_millis, \
-         peak_memory AS memory FROM app WHERE tenant_id = $1 AND id = $2",
+pub(super) async fn find_reserved(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    id: AppId,
+) -> Result<Reserved, Error> {
+    let row = sqlx::query!(
+        "SELECT peak_instances, peak_surge, peak_cpu_millis, peak_memory, reserved_cpu, reserved_memory \
+         FROM app WHERE tenant_id = $1 AND id = $2",
         tenant.0,
         id.0
     )
     .fetch_one(conn)
-    .await?)
+    .await?;
+    let peak = Peak {
+        instances: row.peak_instances,
+        surge: row.peak_surge,
+        cpu_millis: row.peak_cpu_millis,
+        memory: row.peak_memory,
+    };
+    Ok(reserved(peak, row.reserved_cpu, row.reserved_memory))
 }
 
 /// Apps that the tenant has made within a day, those that are gone again included.

@@ -106,6 +106,27 @@ async fn nobody_gives_more_or_longer_than_they_have(options: PgPoolOptions, conn
     assert_eq!(app.ask(&token, "POST", &format!("{base}/tokens"), longer).await.0, 422);
     let shorter = json!({"service_account": "ci", "name": "x", "days": 1});
     assert_eq!(app.ask(&token, "POST", &format!("{base}/tokens"), shorter).await.0, 201);
+    // Without days: as long as may be, and no longer than the token that makes it.
+    let usual = json!({"service_account": "ci", "name": "usual"});
+    let (status, made) = app.ask(&token, "POST", &format!("{base}/tokens"), usual.clone()).await;
+    assert_eq!(status, 201, "{made}");
+    let own: String = olga.api("GET", "/api/v1/me/tokens", Value::Null).await.1["items"][0]["expires_at"]
+        .as_str()
+        .unwrap()
+        .into();
+    assert_eq!(made["expires_at"].as_str().unwrap()[..16], own[..16], "it ends with its maker");
+    let (status, made) = olga.api("POST", &format!("{base}/tokens"), usual).await;
+    let days = app.number("SELECT extract(day FROM max(expires_at) - now() + interval '1 hour')::bigint FROM api_token WHERE name = $1", "usual").await;
+    assert_eq!((status, days), (201, 90), "{made}");
+    let (_, told) = app
+        .ask(
+            &token,
+            "POST",
+            &format!("{base}/tokens"),
+            json!({"service_account": "ci", "name": "x", "days": 3}),
+        )
+        .await;
+    assert!(told["faults"][0]["suggestion"].as_str().unwrap().starts_with("days: 1 at most"), "{told}");
     // Her own tokens end with her role, and she ends them herself.
     let list = olga.api("GET", "/api/v1/me/tokens", Value::Null).await.1;
     assert_eq!(list["items"][0]["tenant"], "acme", "{list}");

@@ -123,13 +123,15 @@ async fn an_admin_sets_each_limit_and_everybody_sees_it(options: PgPoolOptions, 
     let seen = app.get(&viewer, "/api/v1/tenants/acme/quota").await;
     let quota = &seen["quota"];
     for resource in Resource::of_tenants() {
-        assert!(quota[resource.name()]["limit"].is_i64(), "{resource}: {quota}");
+        let limit = &quota[resource.name()]["limit"];
+        assert!(limit.is_i64() || resource == Resource::Cpu, "{resource}: {quota}");
     }
     assert_eq!(quota["image_bytes"], json!({"limit": 4_i64 << 30, "used": 0}), "four times the packed bytes");
     assert_eq!(quota["pids"], json!({"limit": 4096}));
     assert_eq!(quota["api_tokens"], json!({"limit": 3, "used": 1}));
     assert_eq!(quota["service_accounts"]["limit"], 7, "the settings' limit");
-    assert_eq!(quota["cpu"]["limit"], 2_000);
+    let cpu = json!({"limit": "2", "used": "0", "limit_millis": 2_000, "used_millis": 0});
+    assert_eq!(quota["cpu"], cpu);
     assert_eq!(quota["releases_kept"], json!({"limit": 100}));
     // The tenant's own answer has what is reserved and stored.
     let tenant = app.get(&viewer, "/api/v1/tenants/acme").await;
@@ -143,15 +145,24 @@ async fn an_admin_sets_each_limit_and_everybody_sees_it(options: PgPoolOptions, 
     let quota = app.get(&viewer, "/api/v1/tenants/acme/quota").await["quota"].clone();
     assert_eq!(quota["service_accounts"]["limit"], 2);
     assert_eq!((&quota["pids"]["limit"], &quota["image_bytes"]["limit"]), (&json!(512), &json!(2_i64 << 30)));
-    assert_eq!(quota["cpu"]["limit"], 2_000, "what is not said stays");
+    assert_eq!(quota["cpu"], cpu, "what is not said stays");
     assert_eq!(patch(json!({"service_accounts": "default"})).await.0, 202);
     let quota = app.get(&viewer, "/api/v1/tenants/acme/quota").await["quota"].clone();
     assert_eq!(quota["service_accounts"]["limit"], 7);
     let (status, wrong) =
-        patch(json!({"platform_tokens": 3, "pids": "default", "robots": 1, "cpu": 1})).await;
+        patch(json!({"platform_tokens": 3, "pids": "default", "robots": 1, "cpu": 16_000})).await;
     assert_eq!(status, 422);
     let paths: Vec<_> = wrong["faults"].as_array().unwrap().iter().map(|f| f["path"].clone()).collect();
     assert_eq!(paths, ["quota.cpu", "quota.pids", "quota.platform_tokens", "quota.robots"]);
+    // Cores, as in a spec; what was read can be sent again, and the answer says what is in force.
+    for (given, limit) in
+        [(json!(16), "16"), (json!("16000m"), "16"), (json!(0.25), "250m"), (json!("1.5"), "1500m")]
+    {
+        let (status, answer) = patch(json!({"cpu": given})).await;
+        assert!(status == 202 && answer["quota"]["cpu"]["limit"] == limit, "{given}: {answer}");
+        let again = patch(json!({"cpu": answer["quota"]["cpu"]["limit"]})).await.1;
+        assert_eq!(again["quota"]["cpu"]["limit"], limit);
+    }
     // A tenant raises none of its own limits.
     let owner = app.token(Authority::Tenant(acme, Role::Owner)).await;
     let body = json!({"quota": {"api_tokens": 9_999}});
