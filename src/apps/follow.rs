@@ -36,7 +36,7 @@ pub async fn follow(
         let failed = match answer {
             Ok(observed) => match record(&pool, &waker, &observed).await {
                 Ok(()) => {
-                    sight.saw(observed.engine);
+                    sight.saw(observed.engine, observed.fetches);
                     cursor = Some(observed.cursor);
                     None
                 }

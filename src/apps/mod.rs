@@ -12,6 +12,7 @@ pub mod connections;
 pub mod console;
 pub mod follow;
 pub mod logs;
+mod reasons;
 pub mod reconcile;
 pub mod release;
 pub mod reservation;

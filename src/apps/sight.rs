@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use time::OffsetDateTime;
 
-use crate::driver::EngineSeen;
+use crate::driver::{EngineSeen, Fetching};
+use crate::ids::AppId;
 
 /// A picture older than this is old.
 pub const FRESH: Duration = Duration::from_secs(10);
@@ -29,6 +30,7 @@ struct State {
     begun: Instant,
     last: Option<(Instant, OffsetDateTime)>,
     engine: EngineSeen,
+    fetches: Vec<Fetching>,
 }
 
 /// Since when the agent has not answered.
@@ -57,7 +59,8 @@ pub struct Parts {
 
 impl Default for Sight {
     fn default() -> Self {
-        let state = State { begun: Instant::now(), last: None, engine: EngineSeen::default() };
+        let state =
+            State { begun: Instant::now(), last: None, engine: EngineSeen::default(), fetches: Vec::new() };
         Self(Arc::new(Shared { state: Mutex::new(state), looks: AtomicU64::new(0) }))
     }
 }
@@ -68,10 +71,11 @@ impl Sight {
     }
 
     /// The agent has answered, and the answer is in the database.
-    pub fn saw(&self, engine: EngineSeen) {
+    pub fn saw(&self, engine: EngineSeen, fetches: Vec<Fetching>) {
         let mut state = self.state();
         state.last = Some((Instant::now(), OffsetDateTime::now_utc()));
         state.engine = engine;
+        state.fetches = fetches;
         self.0.looks.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -81,6 +85,12 @@ impl Sight {
         let state = self.state();
         let at = state.last.map_or(state.begun, |(at, _)| at);
         (at.elapsed() > FRESH).then(|| Unseen { since: state.last.map(|(_, at)| at) })
+    }
+
+    /// The fetch that this app waits for.
+    #[must_use]
+    pub fn fetching(&self, app: AppId) -> Option<Fetching> {
+        self.state().fetches.iter().find(|fetching| fetching.app == app).cloned()
     }
 
     /// Since when the engine has not answered; none while it does, or while nothing is known.
@@ -161,7 +171,7 @@ mod tests {
             "{words}"
         );
         assert!(!sight.parts().agent && !sight.parts().engine);
-        sight.saw(EngineSeen::default());
+        sight.saw(EngineSeen::default(), Vec::new());
         assert!(sight.unseen().is_none() && sight.parts().agent && sight.parts().engine);
     }
 
@@ -169,7 +179,7 @@ mod tests {
     fn an_engine_that_is_silent_is_told_apart_from_an_agent_that_is() {
         let sight = Sight::default();
         let since = OffsetDateTime::now_utc();
-        sight.saw(EngineSeen { silent_since: Some(since), put_aside: 2 });
+        sight.saw(EngineSeen { silent_since: Some(since), put_aside: 2 }, Vec::new());
         let parts = sight.parts();
         assert!(parts.agent && !parts.engine);
         assert_eq!((parts.engine_silent_since, parts.apps_put_aside), (Some(since), 2));

@@ -5,8 +5,8 @@ use serde_json::Value;
 use time::OffsetDateTime;
 
 use super::sight::{Sight, clock};
-use super::{App, Event, Release};
-use crate::driver::{Cause, Ending, InstanceObserved, InstanceState};
+use super::{App, Event, Release, reasons};
+use crate::driver::{InstanceObserved, InstanceState};
 use crate::fault::Fault;
 use crate::ids::{AppName, Digest, TenantName};
 
@@ -90,7 +90,7 @@ struct Observed {
 /// The state of an app in one word and in one sentence. What cannot be seen is not called running.
 #[must_use]
 pub(super) fn state(app: &App, wanted: u32, tenant_state: &str, sight: &Sight) -> (&'static str, String) {
-    let (state, summary) = last_state(app, wanted, tenant_state);
+    let (state, summary) = last_state(app, wanted, tenant_state, sight);
     if matches!(state, "deleting" | "stopped") || app.observed.is_none() {
         return (state, summary);
     }
@@ -109,102 +109,57 @@ pub(super) fn state(app: &App, wanted: u32, tenant_state: &str, sight: &Sight) -
 }
 
 /// The same by the last picture.
-fn last_state(app: &App, wanted: u32, tenant_state: &str) -> (&'static str, String) {
+fn last_state(app: &App, wanted: u32, tenant_state: &str, sight: &Sight) -> (&'static str, String) {
     if app.deleted_at.is_some() {
         return ("deleting", "It is being removed.".into());
     }
     if tenant_state == "suspended" {
         return ("stopped", "The tenant is suspended; nothing is lost.".into());
     }
-    let Some(seen) = &app.observed else {
-        let why = app.problem.clone().unwrap_or_else(|| "It was accepted and is being set up.".into());
-        return (if app.problem.is_some() { "failed" } else { "changing" }, why);
-    };
-    if let Some(problem) = &app.problem {
+    let fetching = sight.fetching(app.id);
+    let release = (app.revision, wanted);
+    if let (Some(problem), None) = (&app.problem, &fetching) {
         return ("failed", problem.clone());
     }
+    let Some(seen) = &app.observed else {
+        let why = match &fetching {
+            Some(_) => reasons::waiting(&[], release, false, fetching.as_ref()),
+            None => "It was accepted and is being set up.".into(),
+        };
+        return ("changing", format!("0 of {wanted} running. {why}"));
+    };
     let well = seen.instances.iter().filter(|i| i.state == InstanceState::Running).count();
-    if seen.settled && seen.generation == app.generation {
+    let taken = seen.generation == app.generation;
+    if seen.settled && taken {
         if wanted == 0 {
             return ("stopped", "It is stopped and kept: instances is 0.".into());
         }
-        return match seen.instances.iter().find_map(flapping) {
+        return match seen.instances.iter().find_map(reasons::flapping) {
             Some(why) => ("flapping", format!("{well} of {wanted} running. {why}")),
             None => ("running", format!("{well} of {wanted} running.")),
         };
     }
-    match seen.instances.iter().find_map(trouble) {
-        Some(trouble) if well > 0 => {
-            ("attention", format!("{} {trouble}", progress(&seen.instances, app.revision, wanted)))
-        }
+    let progress = reasons::progress(&seen.instances, app.revision, wanted);
+    // What ails the desired release comes first: an earlier one is on its way out.
+    let trouble = || {
+        let of = |desired: bool| {
+            seen.instances
+                .iter()
+                .filter(move |i| (i.revision == app.revision) == desired)
+                .find_map(reasons::trouble)
+        };
+        of(true).or_else(|| of(false))
+    };
+    match trouble().filter(|_| fetching.is_none()) {
+        Some(trouble) if well > 0 => ("attention", format!("{progress} {trouble}")),
         Some(trouble) => ("failed", trouble),
         None => {
-            let progress = || {
-                let why =
-                    seen.instances.iter().find_map(unready).map(|why| format!(" {why}")).unwrap_or_default();
-                progress(&seen.instances, app.revision, wanted) + &why
-            };
-            ("changing", seen.message.clone().unwrap_or_else(progress))
+            let message = seen.message.clone().filter(|_| fetching.is_none() && taken);
+            let why = message
+                .unwrap_or_else(|| reasons::waiting(&seen.instances, release, taken, fetching.as_ref()));
+            ("changing", format!("{progress} {why}"))
         }
     }
-}
-
-/// Ends in a row from which on an instance that runs is not called well.
-const FLAPS: u32 = 3;
-
-/// What is wrong with an instance that runs, but has ended again and again before.
-fn flapping(instance: &InstanceObserved) -> Option<String> {
-    let ending = instance.last_end.as_ref().filter(|_| instance.failures >= FLAPS)?;
-    let (number, times) = (instance.number, instance.failures);
-    Some(format!("Instance {number} has ended {times} times in a row and runs again. {}", ended(ending)))
-}
-
-/// Why an instance that runs is not ready.
-fn unready(instance: &InstanceObserved) -> Option<String> {
-    let why = instance.why.as_ref()?;
-    let word = if instance.state == InstanceState::Starting { "is starting" } else { "is not ready" };
-    Some(format!("Instance {} {word}: {why}.", instance.number))
-}
-
-/// How far an app is on its way to a release: what runs of an earlier one does not count.
-fn progress(instances: &[InstanceObserved], revision: i64, wanted: u32) -> String {
-    let well = |i: &&InstanceObserved| i.state == InstanceState::Running;
-    let new = instances.iter().filter(well).filter(|i| i.revision == revision).count();
-    match instances.iter().filter(well).count() - new {
-        0 => format!("{new} of {wanted} running."),
-        old => format!("{new} of {wanted} running of release {revision}; {old} of an earlier one."),
-    }
-}
-
-/// What is wrong with an instance, with its true reason.
-fn trouble(instance: &InstanceObserved) -> Option<String> {
-    // An instance that starts again is in trouble until it has run: what ended it last may do so again.
-    let bad = !matches!(instance.state, InstanceState::Running | InstanceState::Stopping);
-    let ending = instance.last_end.as_ref()?;
-    bad.then(|| ended(ending))
-}
-
-fn ended(ending: &Ending) -> String {
-    let what = match ending.cause {
-        Cause::Exited => match ending.exit_code {
-            Some(code) => format!("Exits with code {code} after {}", duration(ending.ran_ms)),
-            None => format!("Ends after {}", duration(ending.ran_ms)),
-        },
-        Cause::OutOfMemory => "Needs more memory than it has".to_owned(),
-        Cause::Killed => format!("Was killed after {}", duration(ending.ran_ms)),
-        Cause::Unhealthy => "Its health check fails".to_owned(),
-        Cause::ImageError => "Its image cannot be used".to_owned(),
-        Cause::StartError => "It cannot be started".to_owned(),
-        Cause::Removed => "It was removed from outside".to_owned(),
-    };
-    let detail = ending.detail.trim_start_matches("its health check fails: ");
-    let detail = detail.trim_start_matches("it cannot be started: ");
-    let line = ending.last_lines.last().map(|line| format!("; last line: {line}")).unwrap_or_default();
-    format!("{what} ({detail}){line}")
-}
-
-fn duration(ms: u64) -> String {
-    if ms < 1_000 { format!("{ms} ms") } else { format!("{} s", ms / 1_000) }
 }
 
 impl AppView {
@@ -331,58 +286,96 @@ impl From<Release> for ReleaseView {
 
 #[cfg(test)]
 mod tests {
+    use super::super::reasons::tests::instance;
     use super::*;
+    use crate::apps::Peak;
+    use crate::driver::{AppObserved, Cause, Ending, EngineSeen, Fetching};
+    use crate::ids::{AppId, TenantId};
 
-    fn instance(number: u32, revision: i64, state: InstanceState) -> InstanceObserved {
-        InstanceObserved {
-            number,
-            revision,
-            state,
-            since: OffsetDateTime::UNIX_EPOCH,
-            started: None,
-            restarts: 0,
-            failures: 0,
-            why: None,
-            next_start: None,
-            last_end: None,
-            address: std::net::Ipv4Addr::LOCALHOST,
-            uid: None,
-            container: String::new(),
+    fn app(generation: i64, seen: i64, instances: Vec<InstanceObserved>) -> App {
+        let name: AppName = "web".parse().unwrap();
+        let peak = Peak { instances: 2, surge: 1, cpu_millis: 10, memory: 10 };
+        let observed = AppObserved {
+            tenant: "acme".parse().unwrap(),
+            app: name.clone(),
+            app_id: AppId(1),
+            generation: seen,
+            revision: seen,
+            settled: instances.iter().all(|i| i.revision == seen && i.state == InstanceState::Running),
+            message: None,
+            instances,
+            events: Vec::new(),
+        };
+        App {
+            id: AppId(1),
+            tenant_id: TenantId(1),
+            name,
+            generation,
+            observed_generation: seen,
+            revision: generation,
+            peak,
+            reserved: peak.reserved(),
+            uid_start: 0,
+            uid_size: 0,
+            observed: Some(observed),
+            observed_at: None,
+            problem: None,
+            created_at: OffsetDateTime::UNIX_EPOCH,
+            changed_at: OffsetDateTime::UNIX_EPOCH,
+            deleted_at: None,
         }
     }
 
     #[test]
-    fn an_instance_that_ends_again_and_again_is_no_calm_one() {
-        let mut one = instance(4, 1, InstanceState::Running);
-        assert_eq!(flapping(&one), None);
-        one.failures = FLAPS;
-        one.last_end = Some(Ending {
-            cause: Cause::Exited,
-            exit_code: Some(3),
-            at: OffsetDateTime::UNIX_EPOCH,
-            ran_ms: 2_500,
-            detail: "it exited with code 3".into(),
-            last_lines: vec!["no database".into()],
-        });
-        let why = flapping(&one).unwrap();
-        assert!(
-            why.contains("ended 3 times") && why.contains("code 3 after 2 s") && why.ends_with("no database"),
-            "{why}"
+    fn an_update_that_waits_is_never_called_done() {
+        use InstanceState::{Failed, Running, Stopping};
+        let sight = Sight::default();
+        sight.saw(EngineSeen::default(), Vec::new());
+        let running = |revision| vec![instance(1, revision, Running), instance(2, revision, Running)];
+        assert_eq!(
+            state(&app(1, 1, running(1)), 2, "active", &sight),
+            ("running", "2 of 2 running.".to_owned())
         );
-        one.failures = FLAPS - 1;
-        assert_eq!(flapping(&one), None);
-        one.why = Some("port 8080 takes no connection".into());
-        assert!(unready(&one).unwrap().contains("not ready: port 8080"));
-    }
-
-    #[test]
-    fn what_runs_of_an_earlier_release_does_not_count() {
-        use InstanceState::{Preparing, Running, Stopping};
-        let all = [instance(1, 1, Running), instance(2, 1, Running), instance(3, 2, Preparing)];
-        assert_eq!(progress(&all, 2, 2), "0 of 2 running of release 2; 2 of an earlier one.");
-        let half = [instance(1, 1, Stopping), instance(2, 1, Running), instance(3, 2, Running)];
-        assert_eq!(progress(&half, 2, 2), "1 of 2 running of release 2; 1 of an earlier one.");
-        assert_eq!(progress(&half[2..], 2, 2), "1 of 2 running.");
-        assert_eq!(progress(&[], 2, 2), "0 of 2 running.");
+        // Accepted, and the machine does not know of it yet.
+        let (word, text) = state(&app(2, 1, running(1)), 2, "active", &sight);
+        assert_eq!(word, "changing");
+        assert!(
+            text.starts_with("0 of 2 running of release 2; 2 of an earlier one. Release 2 is being"),
+            "{text}"
+        );
+        // All new ones run, and an old one takes its time to stop.
+        let mut late = running(2);
+        late.push(instance(3, 1, Stopping));
+        let (word, text) = state(&app(2, 2, late), 2, "active", &sight);
+        assert_eq!(word, "changing");
+        assert!(text.starts_with("2 of 2 running. Waiting for instance 3 of release 1 to stop"), "{text}");
+        // The image is on its way: of an update, and of a new app.
+        let since = OffsetDateTime::UNIX_EPOCH;
+        let fetching =
+            Fetching { app: AppId(1), revision: 2, since, waits: false, bytes: 5 << 20, unpacked: 0 };
+        sight.saw(EngineSeen::default(), vec![fetching]);
+        let (_, text) = state(&app(2, 1, running(1)), 2, "active", &sight);
+        assert!(text.ends_with("5 MiB are here so far."), "{text}");
+        let mut new = app(1, 1, Vec::new());
+        new.observed = None;
+        let (word, text) = state(&new, 2, "active", &sight);
+        assert_eq!(word, "changing");
+        assert!(text.starts_with("0 of 2 running. Pulling the image"), "{text}");
+        // A crash, with the line that names it.
+        sight.saw(EngineSeen::default(), Vec::new());
+        let mut bad = instance(3, 2, Failed);
+        bad.last_end = Some(Ending {
+            cause: Cause::Exited,
+            exit_code: Some(1),
+            at: since,
+            ran_ms: 20,
+            detail: "exited with code 1".into(),
+            last_lines: vec!["Error: no database".into(), "}".into(), "Node.js v18".into()],
+        });
+        let mut all = running(1);
+        all.push(bad);
+        let (word, text) = state(&app(2, 2, all), 2, "active", &sight);
+        assert_eq!(word, "attention");
+        assert!(text.contains("it says: Error: no database") && !text.contains("Node.js"), "{text}");
     }
 }

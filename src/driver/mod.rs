@@ -373,6 +373,24 @@ pub struct EngineSeen {
     pub put_aside: u32,
 }
 
+/// An image that is being fetched.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fetching {
+    /// The app that waits for it.
+    pub app: AppId,
+    /// The release that it is of.
+    pub revision: i64,
+    /// Since when it is fetched, or waits.
+    #[serde(with = "time::serde::rfc3339")]
+    pub since: OffsetDateTime,
+    /// Whether it waits for other fetches.
+    pub waits: bool,
+    /// Bytes that are here so far.
+    pub bytes: u64,
+    /// Bytes that the image takes unpacked; 0 when that is not known.
+    pub unpacked: u64,
+}
+
 /// What has changed since a cursor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Observed {
@@ -388,6 +406,9 @@ pub struct Observed {
     /// The container engine, as the agent sees it now.
     #[serde(default)]
     pub engine: EngineSeen,
+    /// Images that are being fetched now, all of them.
+    #[serde(default)]
+    pub fetches: Vec<Fetching>,
 }
 
 /// Which log to read.

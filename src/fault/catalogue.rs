@@ -62,7 +62,7 @@ const OF_IMAGE: &[Explanation] = &[
     Explanation {
         code: Code(200),
         title: "The image is not there",
-        text: "The tenant's registry project has no such repository, tag or digest. Push the image first; GET .../repositories lists what is there.",
+        text: "The tenant's registry project has no such repository, tag or digest: the message says which, and the suggestion names what was probably meant. Push the image first; GET .../repositories lists what is there.",
     },
     Explanation {
         code: Code(201),
@@ -123,6 +123,11 @@ const OF_IMAGE: &[Explanation] = &[
         code: Code(216),
         title: "The image's own health check is not used",
         text: "HEALTHCHECK would run a program beside the app; the platform asks over the network instead. Write health with http or tcp in the spec, or health: none if no check is wanted.",
+    },
+    Explanation {
+        code: Code(220),
+        title: "The image begins with the tenant's name",
+        text: "Images come from the tenant's own registry project, and the tenant is implied: what is pushed as HOST/acme/web:1 is web:1 in the spec.",
     },
 ];
 

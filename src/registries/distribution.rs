@@ -14,7 +14,7 @@ use super::known::Known;
 use super::measure::{self, Layer, Measured};
 use super::room::Room;
 use super::token::{Access, SigningKey};
-use super::{Reference, store};
+use super::{Reference, missing, store};
 use crate::db;
 use crate::driver::disk::{self, Part};
 use crate::error::Error;
@@ -74,6 +74,32 @@ pub(super) fn away(error: impl std::fmt::Display) -> Error {
 
 fn fault(code: u16, message: &str) -> Error {
     Error::fault(Fault::new(Code(code), Kind::Invalid, "image", message))
+}
+
+/// Why an image is not there.
+async fn why_missing(
+    conn: &mut sqlx::PgConnection,
+    tenant: &TenantName,
+    repository: &RepositoryPath,
+    reference: &Reference,
+) -> Result<Fault, Error> {
+    let mut known = missing::Known {
+        repositories: store::list_repository_names(conn, tenant).await?,
+        ..missing::Known::default()
+    };
+    let own = known.repositories.iter().any(|own| own == repository.as_str());
+    let place = if own {
+        Some(repository.as_str())
+    } else {
+        missing::meant(tenant.as_str(), repository.as_str(), &known.repositories)
+    };
+    if let Some(place) = place.and_then(|place| place.parse().ok()) {
+        known.tags = store::list_tag_names(conn, tenant, &place, "", 10_000).await?.unwrap_or_default();
+    }
+    if let Reference::Digest(digest) = reference {
+        known.elsewhere = store::find_manifest_place(conn, tenant, digest).await?;
+    }
+    Ok(missing::explain(tenant.as_str(), repository.as_str(), reference, &known))
 }
 
 /// How to reach an address: a client that can, and what its paths begin with.
@@ -256,8 +282,10 @@ impl Distribution {
             Reference::Tag(tag) => store::find_tag(&mut conn, tenant, repository, tag).await?,
             Reference::Digest(digest) => store::find_manifest(&mut conn, tenant, repository, digest).await?,
         };
+        let Some(index_digest) = known else {
+            return Err(Error::fault(why_missing(&mut conn, tenant, repository, reference).await?));
+        };
         drop(conn);
-        let index_digest = known.ok_or_else(missing)?;
         let name = format!("{tenant}/{repository}");
         if let Some(image) = self.known.image(&name, &index_digest) {
             return Ok(image);

@@ -14,6 +14,7 @@ pub mod distribution;
 pub mod front;
 mod known;
 mod measure;
+mod missing;
 mod names;
 pub mod proxy;
 mod ranges;

@@ -89,7 +89,8 @@ impl ImageRef {
         if text.contains("://") || host.is_some_and(|h| h.contains(['.', ':']) || h == "localhost") {
             return Err((
                 "the image names a host",
-                "write repository:tag only: images come from the tenant's own project, push it there first"
+                "leave host and tenant out: what is pushed as HOST/TENANT/web:1 is web:1 here; images come from the \
+                 tenant's own project, push it there first"
                     .into(),
             ));
         }

@@ -168,6 +168,7 @@ impl Driver for AgentClient {
                         Some(whole) => {
                             whole.apps.extend(observed.apps);
                             whole.machine.extend(observed.machine);
+                            whole.fetches.extend(observed.fetches);
                         }
                     }
                     if last {

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::app::{self, App};
 use super::config::AgentConfig;
 use super::engine::Engine;
+use super::fetching::Fetches;
 use super::flows::Flows;
 use super::images::{self, Images};
 use super::journal::Journal;
@@ -121,6 +122,8 @@ pub(super) struct Agent {
     pub(super) stored: FairPermits<TenantName>,
     /// Fetches images.
     pub(super) fetcher: Fetcher,
+    /// Images that are being fetched, and how far they are.
+    pub(super) fetching: Fetches,
     /// Room for fetches: of one tenant, and of all.
     pub(super) fetches: FairPermits<TenantName>,
     /// Room for requests of `serve`, by tenant.
@@ -239,6 +242,7 @@ impl Agent {
             recording: tokio::sync::Mutex::new(()),
             stored: FairPermits::new(server::STORED.0, server::STORED.1),
             fetcher,
+            fetching: Fetches::default(),
             fetches: FairPermits::new(FETCHES.0, FETCHES.1),
             turns: server::turns(),
             looked: Mutex::default(),
@@ -330,6 +334,7 @@ impl Agent {
             .filter(|(boot, _)| *boot == self.boot)
             .and_then(|(_, version)| version.parse::<u64>().ok());
         let deadline = tokio::time::Instant::now() + wait.min(Duration::from_secs(30));
+        let rounds = self.fetching.rounds();
         loop {
             let notified = self.changed.notified();
             let version = *lock(&self.version);
@@ -339,15 +344,24 @@ impl Agent {
                 list.iter().filter(|app| app.version() > after).map(|app| app.observed(self)).collect();
             let machine: Vec<_> =
                 lock(&self.machine).iter().filter(|event| event.seq > after).cloned().collect();
-            if since.is_none() || !apps.is_empty() || !machine.is_empty() {
+            let fetched = self.fetching.rounds() != rounds;
+            if since.is_none() || fetched || !apps.is_empty() || !machine.is_empty() {
                 let cursor = format!("{}:{version}", self.boot);
                 let engine = self.engine.seen();
-                return Observed { cursor, complete: since.is_none(), apps, machine, engine };
+                let fetches = self.fetching.seen();
+                return Observed { cursor, complete: since.is_none(), apps, machine, engine, fetches };
             }
-            if tokio::time::timeout_at(deadline, notified).await.is_err() {
+            let something = async {
+                tokio::select! {
+                    () = notified => {}
+                    () = self.fetching.changed() => {}
+                }
+            };
+            if tokio::time::timeout_at(deadline, something).await.is_err() {
                 let cursor = format!("{}:{version}", self.boot);
                 let engine = self.engine.seen();
-                return Observed { cursor, complete: false, apps, machine, engine };
+                let fetches = self.fetching.seen();
+                return Observed { cursor, complete: false, apps, machine, engine, fetches };
             }
         }
     }

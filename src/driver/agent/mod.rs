@@ -7,6 +7,7 @@ pub mod client;
 pub mod config;
 mod core;
 mod engine;
+mod fetching;
 mod flows;
 mod images;
 mod journal;

@@ -209,6 +209,7 @@ pub fn split(observed: Observed) -> Vec<Reply> {
                 apps,
                 machine: if n + 1 == count { observed.machine.clone() } else { Vec::new() },
                 engine: observed.engine,
+                fetches: if n + 1 == count { observed.fetches.clone() } else { Vec::new() },
             },
             last: n + 1 == count,
         })

@@ -274,7 +274,7 @@ async fn ensure_app(agent: &Arc<Agent>, workload: Workload, pull: Option<&PullSe
     let _held = agent.images.hold(&image).await;
     // Where nothing is to run, nothing is fetched.
     if workload.instances > 0 && !agent.podman.has_image(&image).await? {
-        fetch(agent, &workload.tenant, &image, pull, &gate).await?;
+        fetch(agent, &workload, &image, pull, &gate).await?;
         fail::fail_point!("agent::pulled", |_| Err(Error::Transient("failpoint".into())));
     }
     if gate.leave.is_cancelled() || lock(&agent.journal).is_removed(workload.app_id) {
@@ -379,14 +379,15 @@ const TURN: Duration = Duration::from_secs(60);
 /// Fetches an image: few at a time, one of each tenant, and only what the disk has room for.
 async fn fetch(
     agent: &Agent,
-    tenant: &TenantName,
+    workload: &Workload,
     image: &str,
     pull: Option<&PullSecret>,
     gate: &Gate,
 ) -> Result<(), Error> {
     let secret =
         pull.ok_or_else(|| Error::Transient("the image is not here and there is no credential".into()))?;
-    let waiting = agent.fetches.take(tenant, TURN);
+    let recorded = agent.fetching.record(workload, secret.bytes());
+    let waiting = agent.fetches.take(&workload.tenant, TURN);
     let turn = tokio::select! {
         turn = waiting => turn,
         () = gate.leave.cancelled() => return Err(Error::Conflict("the app is being removed".into())),
@@ -407,7 +408,7 @@ async fn fetch(
         return Err(full());
     }
     tokio::select! {
-        done = agent.fetcher.fetch(image, secret) => done,
+        done = agent.fetcher.fetch(image, secret, |folder| recorded.begin(folder.to_owned())) => done,
         () = gate.leave.cancelled() => Err(Error::Conflict("the app is being removed".into())),
         () = no_room(storage) => Err(full()),
     }

@@ -74,7 +74,14 @@ impl Fetcher {
     /// The credential is bound to the address that is really asked: one without an address would be
     /// dropped when the engine's settings lead the image's name to another place (containers/image,
     /// "we must not blindly send the credentials intended for the primary endpoint to mirrors").
-    pub async fn fetch(&self, image: &str, secret: &PullSecret) -> Result<(), Error> {
+    ///
+    /// `begun` is told the folder in which what is fetched lies first.
+    pub async fn fetch(
+        &self,
+        image: &str,
+        secret: &PullSecret,
+        begun: impl FnOnce(&Path),
+    ) -> Result<(), Error> {
         let failed =
             |error: std::io::Error| Error::Transient(format!("the image cannot be fetched: {error}"));
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -83,6 +90,7 @@ impl Fetcher {
             groups: places(&self.group).iter().map(|place| place.join(number.to_string())).collect(),
         };
         let auth = own.prepare(&self.engine.pull_host, secret).map_err(failed)?;
+        begun(&own.folder);
         if let Err(error) = make_groups(&self.group, &own.groups) {
             tracing::error!(%error, "no image is fetched: its cgroup cannot be made, and without bounds none is");
             return Err(failed(error));

@@ -180,6 +180,36 @@ pub(in crate::registries) async fn find_place(
     .await?)
 }
 
+/// The names of a tenant's repositories.
+pub(in crate::registries) async fn list_repository_names(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+) -> Result<Vec<String>, Error> {
+    Ok(sqlx::query_scalar!(
+        "SELECT DISTINCT m.repository FROM manifest m JOIN tenant t ON t.id = m.tenant_id \
+         WHERE t.name = $1 AND m.confirmed AND m.doomed_at IS NULL ORDER BY m.repository LIMIT 1000",
+        tenant.as_str()
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// A repository of the tenant that has a manifest of this digest.
+pub(in crate::registries) async fn find_manifest_place(
+    conn: &mut PgConnection,
+    tenant: &TenantName,
+    digest: &Digest,
+) -> Result<Option<String>, Error> {
+    Ok(sqlx::query_scalar!(
+        "SELECT m.repository FROM manifest m JOIN tenant t ON t.id = m.tenant_id \
+         WHERE t.name = $1 AND m.digest = $2 AND m.confirmed AND m.doomed_at IS NULL ORDER BY m.repository LIMIT 1",
+        tenant.as_str(),
+        digest.as_str()
+    )
+    .fetch_optional(conn)
+    .await?)
+}
+
 /// A repository as listed.
 #[derive(Debug, Serialize)]
 pub(in crate::registries) struct RepositoryRow {

@@ -116,7 +116,7 @@ async fn nobody_gives_more_or_longer_than_they_have(options: PgPoolOptions, conn
         .into();
     assert_eq!(made["expires_at"].as_str().unwrap()[..16], own[..16], "it ends with its maker");
     let (status, made) = olga.api("POST", &format!("{base}/tokens"), usual).await;
-    let days = app.number("SELECT extract(day FROM max(expires_at) - now() + interval '1 hour')::bigint FROM api_token WHERE name = $1", "usual").await;
+    let days = app.number("SELECT extract(day FROM max(expires_at) + interval '1 hour' - now())::bigint FROM api_token WHERE name = $1", "usual").await;
     assert_eq!((status, days), (201, 90), "{made}");
     let (_, told) = app
         .ask(

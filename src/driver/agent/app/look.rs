@@ -14,6 +14,8 @@ use crate::driver::podman::ports::Seen;
 use crate::driver::podman::render;
 use crate::driver::{Cause, Ending, InstanceState};
 
+/// Lines of its log that are kept with the end of an instance: enough for the message above a trace.
+const LAST_LINES: usize = 20;
 /// A listing older than this says nothing.
 const FRESH: Duration = Duration::from_secs(3);
 
@@ -203,7 +205,7 @@ impl App {
     /// An instance has ended by itself: why is written down, and when it starts again.
     pub(super) fn ended(&self, agent: &Agent, number: u32, cause: Cause, code: Option<i32>, detail: String) {
         tokio::task::block_in_place(|| self.read_last_words(agent, number));
-        let last_lines: Vec<String> = logs::last(&agent.logs_dir(self.id), Some(number), 5)
+        let last_lines: Vec<String> = logs::last(&agent.logs_dir(self.id), Some(number), LAST_LINES)
             .iter()
             .filter(|line| line.stream != crate::driver::LogStreamName::Platform)
             .map(|line| line.text.chars().filter(|c| !c.is_control()).take(300).collect())
