@@ -263,8 +263,8 @@ mod tests {
         assert_eq!(both.words(), "2 running + 1 for updates");
     }
 
-    fn known(peak: Peak) -> Option<(Peak, Reserved)> {
-        Some((peak, peak.reserved()))
+    fn known(peak: Peak) -> (Peak, Reserved) {
+        (peak, peak.reserved())
     }
 
     fn told(faults: &[Fault]) -> Vec<(&str, &str)> {
@@ -317,8 +317,8 @@ mod tests {
     #[test]
     fn over_a_lowered_limit_smaller_is_still_possible() {
         let smaller = Peak { instances: 1, ..ONE };
-        assert!(check(&quota(1, 60), Asked::new(known(ONE), smaller)).is_empty());
-        assert!(!check(&quota(1, 60), Asked::new(known(smaller), ONE)).is_empty());
+        assert!(check(&quota(1, 60), Asked::new(Some(known(ONE)), smaller)).is_empty());
+        assert!(!check(&quota(1, 60), Asked::new(Some(known(smaller)), ONE)).is_empty());
     }
 
     #[test]
@@ -326,29 +326,29 @@ mod tests {
         let many = Peak { instances: 14, surge: 1, cpu_millis: 10, memory: 20 };
         let large = Peak { instances: 1, surge: 1, cpu_millis: 250, memory: 20 };
         // Fourteen old ones and the new one are 390m; two of the new ones are 500m from then on.
-        let asked = Asked::new(known(many), large);
+        let asked = Asked::new(Some(known(many)), large);
         assert_eq!(asked.after(), Reserved { cpu: 500, memory: 300, instances: 15 });
         assert!(check(&quota(1_000, 150), asked).is_empty());
         // The way back: two large ones at most, and small ones in the other places.
-        let back = Asked::new(known(large), many);
+        let back = Asked::new(Some(known(large)), many);
         assert_eq!(back.after().cpu, 2 * 250 + 13 * 10);
         // The same number: the extra one is a large one.
         let grown = Peak { cpu_millis: 250, ..many };
-        assert_eq!(Asked::new(known(many), grown).after().cpu, 15 * 250);
+        assert_eq!(Asked::new(Some(known(many)), grown).after().cpu, 15 * 250);
         // One more change before the last one is through: what is there, and the new ones.
         let held = (many.max(large), asked.after());
         assert_eq!(Asked::new(Some(held), large).after().cpu, 500 + 250);
         // A singleton makes room before it starts.
         let single = Peak { surge: 0, ..large };
-        assert_eq!(Asked::new(known(many), single).after().cpu, 250);
-        assert_eq!(Asked::new(known(single), Peak { cpu_millis: 100, ..single }).after().cpu, 250);
+        assert_eq!(Asked::new(Some(known(many)), single).after().cpu, 250);
+        assert_eq!(Asked::new(Some(known(single)), Peak { cpu_millis: 100, ..single }).after().cpu, 250);
     }
 
     #[test]
     fn what_only_the_way_there_is_too_large_for_is_said_so() {
         let many = Peak { instances: 14, surge: 1, cpu_millis: 100, memory: 20 };
         let large = Peak { instances: 1, surge: 1, cpu_millis: 700, memory: 20 };
-        let faults = check(&quota(1_900, 1_500), Asked::new(known(many), large));
+        let faults = check(&quota(1_900, 1_500), Asked::new(Some(known(many)), large));
         assert_eq!(faults.len(), 1, "{faults:?}");
         assert!(faults[0].message.contains("asked 2100m, left 1900m"), "{}", faults[0].message);
         assert!(told(&faults)[0].1.contains("becomes smaller in cpu first"), "{faults:?}");

@@ -21,6 +21,7 @@ mod ports;
 mod production;
 mod pushes;
 mod quotas;
+mod reasons;
 mod registry;
 mod secrets;
 mod side_by_side;

@@ -1,0 +1,58 @@
+//! An app that does not run as it shall says why, while it waits and after it has ended.
+
+use std::time::{Duration, Instant};
+
+use crate::support::{Image, Machine, layer_with};
+
+/// Summaries of an app until one contains `wanted`.
+async fn told(machine: &Machine, app: &str, wanted: &str) -> String {
+    let begun = Instant::now();
+    let mut last = String::new();
+    while begun.elapsed().as_secs() < 40 {
+        let app = machine.app("acme", app).await;
+        last = app["summary"].as_str().unwrap_or_default().to_owned();
+        if last.contains(wanted) {
+            return last;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("never said {wanted:?}; last: {last}\n{}", machine.tail("agent"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_does_not_run_says_what_it_waits_for() {
+    let machine = Machine::start().await;
+    let robot = machine.tenant("acme").await;
+    // A crash: the line that names the error, not the noise after it.
+    let script = "echo starting; echo 'Error: no database at db:5432' >&2; echo '    at connect (db.js:3)' >&2; \
+                  echo '}'; echo 'Node.js v18.19.0'; exit 1";
+    machine.push(&robot, "acme/bad:1", &["/bin/busybox", "sh", "-c", script]);
+    machine.deploy("acme", "bad", "image: bad:1\n").await;
+    let text = told(&machine, "bad", "Error: no database at db:5432").await;
+    assert!(!text.contains("Node.js"), "{text}");
+    // A singleton waits for its old instance, which does not end when it is asked to.
+    let stubborn = "trap '' TERM; while :; do busybox sleep 1; done";
+    machine.push(&robot, "acme/one:1", &["/bin/busybox", "sh", "-c", stubborn]);
+    machine.push(&robot, "acme/one:2", &["/bin/busybox", "sleep", "1000"]);
+    let rest = "singleton: true\nstop_grace: 6\n";
+    machine.deploy("acme", "one", &format!("image: one:1\n{rest}")).await;
+    machine.running("acme", "one").await;
+    machine.deploy("acme", "one", &format!("image: one:2\n{rest}")).await;
+    let text = told(&machine, "one", "to stop").await;
+    assert!(text.contains("0 of 1 running"), "{text}");
+    told(&machine, "one", "1 of 1 running.").await;
+    // A large image is on its way, of a new app and of an update: how much of it is here is told.
+    let dir = tempfile::tempdir().unwrap();
+    let noise: Vec<u8> =
+        (0..48_u64 << 20).map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect();
+    let (digest, size) = layer_with(dir.path(), &[("big".to_owned(), noise, 0o644)]);
+    Image::of(&["/bin/busybox", "sleep", "1000"]).write(dir.path(), &digest, size);
+    let (good, text) = machine.copy(&robot, dir.path(), "acme/big:1");
+    assert!(good, "{text}");
+    let (status, body) = machine.deploy("acme", "one", &format!("image: big:1\n{rest}")).await;
+    assert_eq!(status, 202, "{body}");
+    let text = told(&machine, "one", "Pulling the image of release 3").await;
+    assert!(text.contains("MiB are here so far of an image that takes"), "{text}");
+    assert!(!text.starts_with("1 of 1 running. "), "{text}");
+    told(&machine, "one", "1 of 1 running.").await;
+}
