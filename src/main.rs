@@ -375,6 +375,7 @@ fn run(command: Command) -> Result<ExitCode, String> {
             block_on(async { service::prepare_database(&data).await.map_err(|error| error.to_string()) })?;
         }
         Command::Uninstall { data, confirm } => {
+            telemetry::start(&bulkhead::config::Log { level: "warn".into(), ..Default::default() });
             block_on(async {
                 uninstall::uninstall(&data, &confirm).await.map_err(|error| error.to_string())
             })?;
@@ -459,19 +460,24 @@ fn write_settings(settings: &Path, state: &Path) -> Result<(), String> {
     for path in &written.kept {
         print(&format!("kept     {}", path.display()));
     }
+    let settings = settings.display();
     print(&format!(
-        "\nThe registry (CNCF Distribution) must say, in its own settings:\n\n{}",
+        "\nNext, as root, in this order.\n\n1. The registry (CNCF Distribution). /etc/docker/registry/config.yml becomes, as a \
+         whole (Debian's own lets the network in and has auth of another kind):\n\n{}\n   systemctl enable docker-registry && \
+         systemctl restart docker-registry\n",
         written.registry
     ));
     print(&format!(
-        "Postgres must take its three roles for what they are. In pg_hba.conf, before other lines:\n\n\
-         local bulkhead bulkhead,bulkhead_reconciler peer map=bulkhead\n\nand in pg_ident.conf:\n\n{}",
+        "2. Postgres. Where there is no cluster yet (pg_lsclusters): pg_createcluster 15 main\n   First line of its \
+         pg_hba.conf:\n\nlocal bulkhead bulkhead,bulkhead_reconciler peer map=bulkhead\n\n   and at the end of \
+         pg_ident.conf:\n\n{}\n   systemctl enable postgresql && systemctl restart postgresql\n   runuser -u postgres -- \
+         createdb bulkhead\n   runuser -u postgres -- bulkhead migrate --config - < {settings}/serve.toml\n",
         units::IDENT
     ));
     print(&format!(
-        "Then: look through {0}/serve.toml; `runuser -u postgres -- createdb bulkhead`;\n`runuser -u postgres -- \
-         bulkhead migrate --config - < {0}/serve.toml`; and start bulkhead.target.",
-        settings.display()
+        "3. The platform. Look through {settings}/serve.toml, then:\n   systemctl enable --now {}\n   bulkhead first-admin \
+         --config {settings}/serve.toml",
+        units::TARGET
     ));
     Ok(())
 }

@@ -3,6 +3,8 @@
 //! | path | owner | what |
 //! | --- | --- | --- |
 //! | `format` | root | version of this layout |
+//! | `settings.toml` | operator | what the service has set differently |
+//! | `ip_forward-before` | root | whether the machine forwarded packets before |
 //! | `postgres/` | db | the private cluster |
 //! | `registry/` | registry | blobs and manifests |
 //! | `registry.yml`, `registry-token.pem` | root | settings of the registry |
@@ -143,6 +145,20 @@ fn free_port() -> Result<(TcpListener, u16), Failed> {
     Ok((listener, port))
 }
 
+/// Takes the lock of a folder. One whose service is stopping right now is waited for, up to 25 seconds.
+fn lock_within(lock: &File, data: &Path) -> bool {
+    for _ in 0..100 {
+        if rustix::fs::flock(lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok() {
+            return true;
+        }
+        if !super::service::is_stopping(data) {
+            return false;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(250));
+    }
+    false
+}
+
 impl Folder {
     /// Opens the folder, made ready if it is new. A second opener is told so.
     pub fn open(path: &Path, listen: Option<SocketAddr>) -> Result<Self, Failed> {
@@ -168,7 +184,7 @@ impl Folder {
         .open(path.join("lock"))
         .map_err(io("the data folder cannot be written"))?;
         lock.set_permissions(fs::Permissions::from_mode(0o600)).map_err(io("lock"))?;
-        if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
+        if !lock_within(&lock, &path) {
             return Err(Failed(format!(
                 "the platform runs on {}: stop it first (Ctrl-C where `bulkhead up` runs, or systemctl stop \
                  bulkhead.target where it is a service)",
@@ -386,6 +402,7 @@ fn check_format(path: &Path) -> Result<(), Failed> {
             text.trim()
         ))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            super::forwarding::remember(Path::new("/proc"), path).map_err(io(path.display()))?;
             fs::write(&file, format!("{FORMAT}\n")).map_err(io(file.display()))
         }
         Err(error) => Err(io(file.display())(error)),

@@ -7,6 +7,8 @@ mod demo;
 pub mod doctor;
 mod doors;
 mod folder;
+mod forwarding;
+mod given;
 mod numbers;
 mod postgres;
 mod processes;

@@ -133,8 +133,7 @@ fn choose(asked: Option<PathBuf>, installed: Installed) -> Result<PathBuf, Faile
     match (asked, installed) {
         (_, Installed::Given) => Err(Failed(format!(
             "{UNITS} has units for a database and registry of your own: upgrade them with deploy/systemd/install, or \
-             take them away first (systemctl disable --now {0}; rm {UNITS}/bulkhead-*.service {UNITS}/{0})",
-            units::TARGET
+             remove that installation first (bulkhead uninstall)"
         ))),
         (Some(asked), Installed::Folder(own)) if asked != own => Err(Failed(format!(
             "the service of this machine uses {}: leave --data out, or uninstall that installation first",
@@ -170,7 +169,7 @@ pub async fn install(asked: Option<PathBuf>, listen: Option<SocketAddr>) -> Resu
     }
     if installed() != Installed::Nothing {
         say("stopping the platform; apps go on running");
-        systemctl(&["stop", units::TARGET])?;
+        stop()?;
     }
     let folder = Folder::open(&data, Some(listen.unwrap_or(settings_file::LISTEN)))?;
     write_listen(&folder, listen)?;
@@ -313,7 +312,7 @@ async fn tell(data: &Path, config: &Config, id: &str) -> Result<(), Failed> {
         config.server.external_url.clone().unwrap_or_else(|| format!("{scheme}://{}", config.server.listen));
     say(format!("Bulkhead is at {address}, and starts with the machine."));
     let login = db::options(&config.database, Login::Runtime).map_err(|error| Failed(error.to_string()))?;
-    let pool = db::pool(login, 1);
+    let pool = db::pool(login, 2);
     let failed = |error: crate::error::Error| Failed(error.to_string());
     let mut conn = pool.acquire().await.map_err(|error| Failed::doing("the database", error))?;
     if !access::has_admin(&mut conn).await.map_err(failed)? {
@@ -338,6 +337,24 @@ async fn tell(data: &Path, config: &Config, id: &str) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Stops all units, and waits for each: a stop of the target alone returns while its parts still run.
+fn stop() -> Result<(), Failed> {
+    let units = own_units();
+    let mut args = vec!["stop", units::TARGET];
+    args.extend(units.iter().map(String::as_str));
+    systemctl(&args)
+}
+
+/// Whether the service of a folder is on its way down, which the folder's lock can be waited for.
+pub(super) fn is_stopping(data: &Path) -> bool {
+    serves(data)
+        && Command::new("systemctl")
+            .args(["is-active", "--quiet", units::TARGET])
+            .stdin(Stdio::null())
+            .status()
+            .is_ok_and(|status| !status.success())
+}
+
 /// Opens the folder of an installation that is to be removed. The units stop once the letters are right, not before.
 pub(super) fn open_to_remove(data: &Path, confirm: &str) -> Result<Folder, Failed> {
     if let Some(id) = claims::installation_of(data) {
@@ -354,13 +371,14 @@ pub(super) fn open_to_remove(data: &Path, confirm: &str) -> Result<Folder, Faile
 /// Stops the units of a data folder and takes them away; nothing where it has none.
 fn remove(data: &Path) -> Result<(), Failed> {
     let data = data.canonicalize().unwrap_or_else(|_| data.to_owned());
-    if installed() != Installed::Folder(data) {
-        return Ok(());
-    }
-    systemctl(&["disable", "--quiet", "--now", units::TARGET])?;
+    if installed() == Installed::Folder(data) { remove_units() } else { Ok(()) }
+}
+
+/// Stops all units of this machine and takes them away.
+pub(super) fn remove_units() -> Result<(), Failed> {
+    systemctl(&["disable", "--quiet", units::TARGET])?;
+    stop()?;
     for name in own_units() {
-        // One that is starting again right now has left the target's hold.
-        let _ = systemctl(&["stop", &name]);
         let _ = fs::remove_file(Path::new(UNITS).join(name));
     }
     let _ = fs::remove_file(Path::new(UNITS).join(units::TARGET));

@@ -105,9 +105,12 @@ pub fn write(settings: &Path, state: &Path) -> Result<Written, Failed> {
     for (file, text) in engine::files(&layout.engine) {
         put(layout.engine.root.join(file), &text, 0, 0o400)?;
     }
+    let realm =
+        config.server.external_url.clone().unwrap_or_else(|| format!("http://{}", config.server.listen));
     written.registry = format!(
-        "auth:\n  token:\n    realm: https://YOUR-ADDRESS/auth/token\n    service: {SERVICE}\n    issuer: {ISSUER}\n    \
-         rootcertbundle: {}\nstorage:\n  delete:\n    enabled: true\nhttp:\n  addr: 127.0.0.1:5000\n  relativeurls: true\n",
+        "version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: /var/lib/docker-registry\n  delete:\n    enabled: true\n\
+         http:\n  addr: 127.0.0.1:5000\n  relativeurls: true\nauth:\n  token:\n    realm: {realm}/auth/token\n    \
+         service: {SERVICE}\n    issuer: {ISSUER}\n    rootcertbundle: {}\n",
         certificate.display()
     );
     Ok(written)

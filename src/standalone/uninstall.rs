@@ -6,18 +6,24 @@ use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{Failed, Folder, claims, postgres, processes};
+use super::{Failed, Folder, claims, forwarding, given, postgres, processes, service};
 use crate::driver::podman::cgroups;
 use crate::driver::podman::client::Podman;
+use crate::driver::podman::engine::{self, EngineSettings};
 use crate::driver::podman::firewall::kernel;
-use crate::driver::podman::{engine, ports, pull};
+use crate::driver::podman::{ports, pull};
 
 /// Removes an installation. `confirm` is its four letters.
 pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
+    if !Folder::exists(data) && service::is_given(data) {
+        let left = given::uninstall(confirm).await?;
+        tracing::warn!("{left}");
+        return Ok(());
+    }
     if !Folder::exists(data) {
         return Err(Failed(format!("{} is no data folder of Bulkhead", data.display())));
     }
-    let folder = super::service::open_to_remove(data, confirm)?;
+    let folder = service::open_to_remove(data, confirm)?;
     let id = folder.claim.installation.clone();
     if confirm != id.as_str() {
         return Err(Failed(format!(
@@ -28,22 +34,21 @@ pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
     for process in processes::table(&folder.layout(&bin, Path::new("/"))).iter().rev() {
         process.end_leftover(&folder.path);
     }
-    remove_containers(&folder).await?;
+    let (engine, group) = (folder.engine(), folder.engine_cgroup());
+    let parts = EngineParts { settings: &engine, id: id.as_str(), group: Some(&group), below: &folder.path };
+    remove_containers(&parts).await?;
     kernel::remove(&folder.agent_config().table()).await;
-    let quiet = |program: &str, args: &[&str]| {
-        let _ = Command::new(program)
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status();
-    };
     unmount_below(&folder.engine().run);
     let _ = std::fs::remove_dir_all(&folder.engine().run);
     for user in [&folder.serve, &folder.db, &folder.registry, &folder.prober, &folder.resolver] {
-        quiet("userdel", &[&user.name]);
+        discard_user(&user.name);
     }
     claims::release(&folder.path)?;
+    let others = !claims::all().is_empty();
+    let net = Path::new("/sys/class/net");
+    if let Some(said) = forwarding::restore(Path::new("/proc"), net, &folder.path, others) {
+        tracing::warn!("{said}");
+    }
     let failed = |error: std::io::Error| Failed::doing(folder.path.display(), error);
     for entry in std::fs::read_dir(&folder.path).map_err(failed)?.flatten() {
         let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
@@ -57,9 +62,32 @@ pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
     }
 }
 
-async fn remove_containers(folder: &Folder) -> Result<(), Failed> {
-    let (program, args, environment) = engine::command(&folder.engine());
-    let socket = folder.path.join("run/engine/podman.sock");
+/// Removes a user of the platform.
+pub(super) fn discard_user(name: &str) {
+    let _ = Command::new("userdel")
+        .arg(name)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+}
+
+/// An engine whose service does not run, and what of it is to be removed.
+pub(super) struct EngineParts<'a> {
+    /// The engine.
+    pub(super) settings: &'a EngineSettings,
+    /// The installation's four letters.
+    pub(super) id: &'a str,
+    /// Its own cgroup, where systemd made none.
+    pub(super) group: Option<&'a str>,
+    /// The folder below which it has mounts.
+    pub(super) below: &'a Path,
+}
+
+/// Removes containers, networks, cgroups and mounts of an installation.
+pub(super) async fn remove_containers(parts: &EngineParts<'_>) -> Result<(), Failed> {
+    let (program, args, environment) = engine::command(parts.settings);
+    let socket = parts.settings.socket.clone();
     let _ = std::fs::remove_file(&socket);
     let mut service = tokio::process::Command::new(program)
         .args(args)
@@ -80,7 +108,7 @@ async fn remove_containers(folder: &Folder) -> Result<(), Failed> {
         }
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
-    let id = folder.claim.installation.as_str();
+    let id = parts.id;
     for container in podman.list(id, std::time::Duration::from_secs(20)).await.map_err(failed)? {
         podman.remove(container.name()).await.map_err(failed)?;
     }
@@ -90,8 +118,8 @@ async fn remove_containers(folder: &Folder) -> Result<(), Failed> {
         ports::remove_bridge(network).await.map_err(failed)?;
     }
     let _ = service.kill().await;
-    remove_cgroups(id, &folder.engine_cgroup()).await;
-    unmount_below(&folder.path);
+    remove_cgroups(id, parts.group).await;
+    unmount_below(parts.below);
     Ok(())
 }
 
@@ -100,10 +128,11 @@ const PATIENCE: usize = 20;
 
 /// Removes the cgroup that all containers were in, in each hierarchy, and the engine's own. Monitors of containers end
 /// a moment after these, those of commands that were run in them sometimes not at all.
-async fn remove_cgroups(id: &str, engine: &str) {
+async fn remove_cgroups(id: &str, engine: Option<&str>) {
     let hierarchies = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
     let roots = hierarchies.map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]);
-    let names = [format!("bulkhead-{id}"), pull::group(id), engine.to_owned()];
+    let own = [format!("bulkhead-{id}"), pull::group(id)];
+    let names: Vec<String> = own.into_iter().chain(engine.map(str::to_owned)).collect();
     let mut places: Vec<PathBuf> =
         roots.flat_map(|root| names.iter().map(move |name| root.join(name)).collect::<Vec<_>>()).collect();
     places.retain(|place| place.is_dir());
@@ -142,7 +171,7 @@ fn folders(place: &Path) -> Vec<PathBuf> {
 
 /// The engine leaves storage mounted; a mount would keep the folder from being removed. The deepest
 /// goes first.
-fn unmount_below(folder: &Path) {
+pub(super) fn unmount_below(folder: &Path) {
     let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let below = format!("{}/", folder.display());
     let mut mounts: Vec<&str> = table

@@ -223,7 +223,7 @@ fn not_ready(folder: &Folder, name: &str) -> Failed {
 }
 
 async fn wait_for(folder: &Folder, name: &str, there: impl Fn() -> bool) -> Result<(), Failed> {
-    for _ in 0..300 {
+    for _ in 0..1200 {
         if there() {
             return Ok(());
         }
@@ -235,7 +235,7 @@ async fn wait_for(folder: &Folder, name: &str, there: impl Fn() -> bool) -> Resu
 async fn wait_http(folder: &Folder, name: &str, url: &str, path: &str, status: u16) -> Result<(), Failed> {
     let (client, base) = reach(url);
     let client = client.build().map_err(|error| Failed(error.to_string()))?;
-    for _ in 0..400 {
+    for _ in 0..1200 {
         let answer = client.get(format!("{base}{path}")).timeout(Duration::from_secs(2)).send().await;
         if answer.is_ok_and(|answer| answer.status().as_u16() == status) {
             return Ok(());

@@ -7,6 +7,7 @@ mod access;
 mod asked;
 mod command_line;
 mod front;
+mod packages;
 mod quotas;
 mod registry;
 mod render;

@@ -204,7 +204,24 @@ fn what_the_units_need_is_written_once_and_can_be_undone() {
         run(env!("CARGO_BIN_EXE_bulkhead"), &args)
     };
     let (good, text) = bulkhead(&[]);
-    assert!(good && text.contains("rootcertbundle"), "{text}");
+    assert!(good, "{text}");
+    // A whole registry file, and each command in the order in which it works on a fresh machine.
+    let steps = [
+        "/etc/docker/registry/config.yml",
+        "version: 0.1",
+        "rootdirectory: /var/lib/docker-registry",
+        "addr: 127.0.0.1:5000",
+        "rootcertbundle: ",
+        "enable docker-registry",
+        "pg_createcluster",
+        "restart postgresql",
+        "createdb bulkhead",
+        "bulkhead migrate",
+        "enable --now bulkhead.target",
+    ];
+    let places: Vec<usize> =
+        steps.iter().map(|step| text.find(step).unwrap_or_else(|| panic!("{step}: {text}"))).collect();
+    assert!(places.is_sorted(), "{text}");
     let config = Config::load(&dir.path().join("etc/serve.toml"), &[]).unwrap();
     let agent: toml::Table = fs::read_to_string(at("etc/agent.toml")).unwrap().parse().unwrap();
     assert_eq!(agent["installation"].as_str(), Some(config.installation.as_str()));

@@ -22,7 +22,7 @@ use reading::Reader;
 
 mod health;
 mod image;
-pub(in crate::driver::agent) mod look;
+pub(super) mod look;
 mod reading;
 mod start;
 mod walls;
