@@ -13,7 +13,7 @@ use crate::ids::Digest;
 /// Largest manifest, in bytes: the most that the specification asks registries to take.
 pub const LIMIT: usize = 4 << 20;
 /// Most layers and most manifests of one manifest.
-pub(super) const PARTS: usize = 512;
+pub(super) const PARTS: usize = 256;
 /// Largest layer, in bytes.
 const LAYER: u64 = 10 << 30;
 /// Most bytes of annotations of a manifest with a subject: they are listed with it.
@@ -328,7 +328,7 @@ mod tests {
                 let layer = v["layers"][0].clone();
                 v["layers"] = (0..1_000).map(|_| layer.clone()).collect();
             }))
-            .contains("more than 512")
+            .contains("more than 256")
         );
         assert!(refused(&" ".repeat(LIMIT + 1)).contains("4 MiB"));
     }

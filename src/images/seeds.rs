@@ -90,10 +90,10 @@ impl Fields for Raw {
             "config" => self.config = Some(map.next_value_seed(ObjectSeed::new(budget))?),
             "layers" => {
                 self.layers =
-                    Some(map.next_value_seed(ListSeed(budget, PARTS, "it has more than 512 layers"))?);
+                    Some(map.next_value_seed(ListSeed(budget, PARTS, "it has more than 256 layers"))?);
             }
             "manifests" => {
-                let list = ListSeed(budget, PARTS, "it has more than 512 manifests");
+                let list = ListSeed(budget, PARTS, "it has more than 256 manifests");
                 self.manifests = Some(map.next_value_seed(list)?);
             }
             "artifactType" => self.artifact_type = Some(map.next_value_seed(atom)?),

@@ -103,9 +103,13 @@ pub async fn handle(
     let wanted = if read { "pull" } else { "push" };
     let challenge = || door.challenge(&req, Some((name, if read { "pull" } else { "pull,push" })));
     let Some(claims) = claims else { return Err(challenge()) };
-    let (tenant, repository) = names::split(&door, &req, &claims, name)?;
+    // An answer to HEAD has no text. A client that pushes asks so for each blob first, and then reads why it cannot.
+    let mute = *req.method() == Method::HEAD && matches!(place, Place::Blob(_));
+    let split = names::split(&door, &req, &claims, name);
+    let (tenant, repository) = split.map_err(|why| if mute { OciError::unknown_blob() } else { why })?;
     if !(claims.allows(name, "pull") && claims.allows(name, wanted)) {
         return Err(match names::beyond(&door, &req, &claims, (&tenant, &repository), wanted).await? {
+            Some(_) if mute => OciError::unknown_blob(),
             Some(why) => why,
             None => challenge(),
         });

@@ -64,6 +64,11 @@ pub(super) async fn put_manifest(
     may_push(door, asked).await?;
     let kind =
         req.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+    // What says that it is too large takes no room.
+    let length = req.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
+    if length.is_some_and(|length: u64| length > manifest::LIMIT as u64) {
+        return Err(too_large());
+    }
     let place = door.registry.room().manifests.take(&asked.tenant).await?;
     let bytes = collect(body).await?;
     let (bytes, parsed) = parse(door, asked, bytes, &kind).await?;
@@ -155,16 +160,16 @@ async fn store_manifest(
 /// How long the body of a manifest may take in all.
 const ARRIVE: Duration = Duration::from_secs(60);
 
+fn too_large() -> OciError {
+    OciError::new(StatusCode::PAYLOAD_TOO_LARGE, "MANIFEST_INVALID", "the manifest is larger than 4 MiB")
+}
+
 async fn collect(body: web::Payload) -> Result<Vec<u8>, OciError> {
     let mut body = Body::new(body).within(ARRIVE);
     let mut bytes = Vec::new();
     while let Some(chunk) = body.next().await? {
         if bytes.len() + chunk.len() > manifest::LIMIT {
-            return Err(OciError::new(
-                StatusCode::PAYLOAD_TOO_LARGE,
-                "MANIFEST_INVALID",
-                "the manifest is larger than 4 MiB",
-            ));
+            return Err(too_large());
         }
         bytes.extend_from_slice(&chunk);
     }
@@ -213,11 +218,20 @@ async fn check_parts(
             match real {
                 Some(real) if real == part.size => Ok(()),
                 Some(_) => Err(OciError::invalid("a declared size is not the real one")),
-                None if is_blob => {
-                    store::forget_blob(&pool, &tenant, &repository, &part.digest).await?;
-                    Err(never_pushed())
+                None => {
+                    if is_blob {
+                        store::forget_blob(&pool, &tenant, &repository, &part.digest).await?;
+                    }
+                    let what = if is_blob { "blob" } else { "manifest" };
+                    Err(OciError::new(
+                        StatusCode::BAD_REQUEST,
+                        "MANIFEST_BLOB_UNKNOWN",
+                        format!(
+                            "the {what} {} was not pushed to this repository: push the image once more",
+                            part.digest
+                        ),
+                    ))
                 }
-                None => Err(never_pushed()),
             }
         }
     }))

@@ -4,8 +4,10 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on panics")]
 
 mod access;
+mod artifacts;
 mod attacks;
 mod bounds;
+mod conformance;
 mod contained;
 mod engine;
 mod faults;

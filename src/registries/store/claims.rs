@@ -100,7 +100,7 @@ pub(in crate::registries) async fn ask_commit(
     lock_digest(&mut tx, digest).await?;
     require_active(&mut tx, tenant).await?;
     let asked = sqlx::query!(
-        "UPDATE upload u SET changed_at = now(), digest = $3, part_until = now() + interval '120 seconds' \
+        "UPDATE upload u SET changed_at = now(), digest = $3, part_until = now() + interval '60 seconds' \
          FROM tenant t WHERE t.name = $1 AND u.tenant_id = t.id AND u.part = $2",
         tenant.as_str(),
         part,

@@ -43,9 +43,17 @@ pub(in crate::registries) async fn list_loose(
                UNION ALL
                SELECT r.subject, r.digest FROM referrer r WHERE r.tenant_id = $1 AND r.repository = $2
            ), kept AS (
-               SELECT m.digest FROM manifest m WHERE m.tenant_id = $1 AND m.repository = $2 AND m.doomed_at IS NULL
-                 AND (m.digest <> ALL($3) OR m.digest = ANY($4) OR EXISTS (SELECT 1 FROM tag g
-                      WHERE g.tenant_id = $1 AND g.repository = $2 AND g.digest = m.digest))
+               SELECT m.digest FROM manifest m WHERE m.tenant_id = $1 AND m.repository = $2 AND m.digest = ANY($3)
+                 AND m.doomed_at IS NULL AND (m.digest = ANY($4)
+                 OR EXISTS (SELECT 1 FROM tag g
+                            WHERE g.tenant_id = $1 AND g.repository = $2 AND g.digest = m.digest)
+                 OR EXISTS (SELECT 1 FROM manifest_part p JOIN manifest w USING (tenant_id, repository, digest)
+                            WHERE p.tenant_id = $1 AND p.repository = $2 AND p.part = m.digest AND NOT p.is_blob
+                              AND w.doomed_at IS NULL AND p.digest <> ALL($3))
+                 OR EXISTS (SELECT 1 FROM referrer r JOIN manifest w ON w.tenant_id = r.tenant_id
+                            AND w.repository = r.repository AND w.digest = r.subject
+                            WHERE r.tenant_id = $1 AND r.repository = $2 AND r.digest = m.digest
+                              AND w.doomed_at IS NULL AND w.digest <> ALL($3)))
                UNION
                SELECT l.piece FROM kept k JOIN link l ON l.whole = k.digest
            )
