@@ -1,0 +1,1 @@
+UPDATE app SET reserved_cpu = 500, reserved_memory = 134217728;
