@@ -23,6 +23,7 @@ use crate::db;
 use crate::error::Error;
 use crate::http::OwnAddress;
 use crate::ids::TenantName;
+use crate::permits::Permit;
 
 /// Which door it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -179,10 +180,15 @@ impl FrontDoor {
         Ok(self.is_good(&claims).await?.then_some(claims))
     }
 
+    /// Room in the database for a tenant's request; held while it works there, never while it streams.
+    pub(super) async fn room(&self, tenant: &TenantName) -> Result<Permit<Payer>, OciError> {
+        self.turns.signed(tenant).await.map_err(later)
+    }
+
     /// Whether the credential behind claims is still good, and still gives as much.
     pub(super) async fn is_good(&self, claims: &Claims) -> Result<bool, OciError> {
         let Some((kind, id, tenant)) = claims.holder() else { return Ok(true) };
-        let _room = self.turns.signed(&tenant).await.map_err(later)?;
+        let _room = self.room(&tenant).await?;
         // The token is good for minutes; whoever holds it may have been shut out since, or have less.
         let mut conn = db::begin(&self.pool, &tenant).await?;
         let good = if kind == Holder::Robot {

@@ -128,8 +128,14 @@ pub async fn handle(
         ("DELETE", Place::Blob(digest)) => remove::delete_blob(&door, &asked, &digest).await,
         ("GET" | "HEAD", Place::Manifest(reference)) => get_manifest(&door, &req, &asked, &reference).await,
         ("DELETE", Place::Manifest(reference)) => remove::delete_manifest(&door, &asked, &reference).await,
-        ("GET", Place::Tags) => referrers::list_tags(&door, &req, &asked).await,
-        ("GET", Place::Referrers(subject)) => referrers::list(&door, &req, &asked, &subject).await,
+        ("GET", Place::Tags) => {
+            let _room = door.room(&asked.tenant).await?;
+            referrers::list_tags(&door, &req, &asked).await
+        }
+        ("GET", Place::Referrers(subject)) => {
+            let _room = door.room(&asked.tenant).await?;
+            referrers::list(&door, &req, &asked, &subject).await
+        }
         ("POST", Place::StartUpload) => uploads::start(&door, &req, &asked, body).await,
         ("GET" | "HEAD", Place::Upload(id)) => uploads::look(&door, &req, &asked, &id).await,
         ("DELETE", Place::Upload(id)) => uploads::cancel(&door, &req, &asked, &id).await,
@@ -153,9 +159,10 @@ async fn get_blob(
     digest: &Digest,
 ) -> Result<HttpResponse, OciError> {
     referrers::no_parameters(req)?;
+    let room = door.room(&asked.tenant).await?;
     let mut conn = db::begin(&door.pool, &asked.tenant).await?;
     let size = store::find_blob_size(&mut conn, &asked.tenant, &asked.repository, digest).await?;
-    drop(conn);
+    drop((conn, room));
     let size = size.ok_or_else(OciError::unknown_blob)?;
     let range = match ranges::of(req, digest, size) {
         Asking::Whole => None,
@@ -179,6 +186,7 @@ async fn get_manifest(
     reference: &str,
 ) -> Result<HttpResponse, OciError> {
     referrers::no_parameters(req)?;
+    let room = door.room(&asked.tenant).await?;
     let mut conn = db::begin(&door.pool, &asked.tenant).await?;
     let digest = if let Ok(digest) = reference.parse::<Digest>() {
         store::find_manifest(&mut conn, &asked.tenant, &asked.repository, &digest).await?
@@ -186,7 +194,7 @@ async fn get_manifest(
         let tag: Tag = reference.parse().map_err(|_| OciError::unknown_manifest())?;
         store::find_tag(&mut conn, &asked.tenant, &asked.repository, &tag).await?
     };
-    drop(conn);
+    drop((conn, room));
     let digest = digest.ok_or_else(OciError::unknown_manifest)?;
     pass(door, req, asked, &format!("manifests/{digest}"), None).await
 }

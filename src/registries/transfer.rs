@@ -300,12 +300,15 @@ async fn pump(
             if !door.is_good(&work.asked.claims).await? {
                 return Err(OciError::denied("the credential of this upload is no longer good"));
             }
+            // All streams of a tenant reserve under one lock: they wait for it with few connections.
+            let room = door.room(&work.asked.tenant).await?;
             let step = if needed > 0 { needed.max(STEP) } else { 0 };
             match store::reserve_upload(&taken.pool, &taken.tenant, &taken.id, step, needed).await? {
                 Reserve::Taken(bytes) => taken.reserved += bytes,
                 Reserve::Full { used, limit } => return Err(full(&work.asked, used, limit, needed)),
                 Reserve::Gone => return Err(unknown_upload()),
             }
+            drop(room);
         }
         taken.passed = next;
         if sender.send(Part::Bytes(chunk)).await.is_err() {

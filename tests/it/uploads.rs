@@ -272,3 +272,47 @@ async fn a_stream_ends_with_the_right_to_push(options: PgPoolOptions, connect: P
     }
     before.stop().await;
 }
+
+#[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
+async fn streams_that_wait_for_their_quota_leave_the_database_to_others(
+    options: PgPoolOptions,
+    connect: PgConnectOptions,
+) {
+    let before = Before::start(options, connect).await;
+    let admin = before.app.admin().await;
+    let mut uploads = Vec::new();
+    for _ in 0..12 {
+        uploads.push(before.begin().await);
+    }
+    let mut gate = before.app.root.begin().await.unwrap();
+    sqlx::query("SELECT 1 FROM quota WHERE resource = 'registry_bytes' FOR UPDATE")
+        .execute(&mut *gate)
+        .await
+        .unwrap();
+    let at = before.app.one.address.strip_prefix("http://").unwrap();
+    let mut open = Vec::new();
+    for upload in &uploads {
+        let mut stream = TcpStream::connect(at).await.unwrap();
+        let head = format!(
+            "PATCH {upload} HTTP/1.1\r\nHost: {at}\r\nAuthorization: Bearer {}\r\nContent-Length: 1048576\r\n\r\nE",
+            before.token
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        open.push(stream);
+    }
+    let waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                 AND wait_event_type = 'Lock' AND $1 = ''";
+    let begun = Instant::now();
+    while before.app.number(waits, "").await == 0 {
+        assert!(begun.elapsed() < Duration::from_secs(10), "no stream reserves");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    assert!(before.app.number(waits, "").await <= 2, "a quarter of the connections");
+    let begun = Instant::now();
+    assert_eq!(before.app.get(&admin, "/api/v1/tenants").await["items"][0]["name"], "acme");
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    gate.rollback().await.unwrap();
+    drop(open);
+    before.stop().await;
+}

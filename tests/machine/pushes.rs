@@ -295,8 +295,12 @@ async fn bytes_without_a_record_are_found_told_and_removed() {
         let tag = format!("/api/v1/tenants/{tenant}/repositories/web/tags/1");
         assert_eq!(machine.ask(&machine.admin, "DELETE", &tag, None).await.0, 204);
     };
+    let revision =
+        disk(&machine).join("repositories/acme/web/_manifests/revisions/sha256").join(&manifest[7..]);
+    assert!(revision.exists());
     delete("acme").await;
     assert!(stored(&machine).contains(&manifest), "another tenant has it");
+    assert!(!revision.exists(), "nothing is left of it in the repository");
     machine.sql("UPDATE blob SET at = now() - interval '3 hours'");
     delete("evil").await;
     assert!(!stored(&machine).contains(&manifest), "nobody has it any more");
@@ -310,6 +314,8 @@ async fn bytes_without_a_record_are_found_told_and_removed() {
         );
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
+    let layers = disk(&machine).join("repositories/acme/web/_layers/sha256");
+    assert_eq!(std::fs::read_dir(layers).into_iter().flatten().count(), 0, "nor of its layers");
     machine.push(&acme, "acme/web:1", &HTTPD);
     // A user of the machine reaches neither the registry nor the collector.
     for socket in ["registry.sock", "collector.sock"] {
