@@ -21,7 +21,7 @@ use super::journal::Journal;
 use super::kept::Kept;
 use super::limits::LimitBook;
 use super::network::{Denials, Depth, Gone, InForce, minding};
-use super::pace::Pace;
+use super::pace::Paces;
 use super::{names, server};
 use crate::driver::podman::cgroups::{self, Groups};
 use crate::driver::podman::client::{Listed, Podman};
@@ -118,6 +118,8 @@ pub(super) struct Agent {
     pub(super) images: Images,
     /// Held while an app is put on record.
     pub(super) recording: tokio::sync::Mutex<()>,
+    /// Who looks at an image.
+    pub(super) looks: FairPermits<TenantName>,
     /// Who reads stored lines of logs.
     pub(super) stored: FairPermits<TenantName>,
     /// Fetches images.
@@ -135,7 +137,7 @@ pub(super) struct Agent {
     /// Pipes of logs that were there when the agent started, until their instance's reader takes them.
     pub(super) pipes: Mutex<app::Pipes>,
     /// How fast logs are read: those of each tenant, and all.
-    pub(super) log_paces: Mutex<(HashMap<TenantName, Pace>, Pace)>,
+    pub(super) log_paces: Mutex<Paces<TenantName>>,
     /// How many read logs of a tenant.
     pub(super) readers: Mutex<HashMap<TenantName, usize>>,
     /// Who may change an app's record.
@@ -240,6 +242,7 @@ impl Agent {
             changed: Notify::new(),
             images: Images::default(),
             recording: tokio::sync::Mutex::new(()),
+            looks: FairPermits::new(app::LOOKS.0, app::LOOKS.1),
             stored: FairPermits::new(server::STORED.0, server::STORED.1),
             fetcher,
             fetching: Fetches::default(),
@@ -248,7 +251,7 @@ impl Agent {
             looked: Mutex::default(),
             tidy: Notify::new(),
             pipes: Mutex::new(pipes),
-            log_paces: Mutex::new((HashMap::new(), Pace::new(app::ALL))),
+            log_paces: Mutex::new(app::paces()),
             readers: Mutex::new(HashMap::new()),
             gates: Mutex::new(HashMap::new()),
             boot: data_encoding::HEXLOWER.encode(&rand::random::<[u8; 8]>()),

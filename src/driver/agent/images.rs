@@ -112,8 +112,9 @@ impl Agent {
                 continue;
             }
             let _waiting = self.engine.beside();
-            match self.podman.remove_image(&id).await {
-                Ok(()) => tracing::info!(id, "an image that no app needs was removed"),
+            match self.podman.remove_image(&id, &names).await {
+                Ok(false) => tracing::warn!(id, "an unused image is still there"),
+                Ok(true) => tracing::info!(id, "an image that no app needs was removed"),
                 Err(error) => tracing::warn!(id, %error, "an unused image cannot be removed"),
             }
         }

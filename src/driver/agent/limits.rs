@@ -7,9 +7,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::core::{Agent, lock};
-use crate::driver::Error;
 use crate::driver::podman::cgroups::{self, Bounds, Capacity};
 use crate::driver::workload::TenantLimits;
+use crate::driver::{Error, InstanceState};
 use crate::ids::TenantName;
 
 /// All tenants' limits.
@@ -89,13 +89,15 @@ impl Agent {
         self.set_group(cgroups::parent(id, tenant), own)
     }
 
-    /// Limits that were lowered below what runs wait until it is gone: they refuse what is new, and end nothing.
+    /// Limits that were lowered below what runs wait until it is gone: they refuse what is new, and end nothing. What is
+    /// being stopped has no claim, and no app has more than its description with one instance more for an update.
     fn widened(&self, tenant: &TenantName, mut limits: TenantLimits) -> TenantLimits {
         let (mut cpu, mut memory) = (0_u64, 0_u64);
         let apps: Vec<_> = lock(&self.apps).values().filter(|app| app.tenant == *tenant).cloned().collect();
         for app in apps {
             let kept = lock(&app.kept);
-            let count = kept.instances.len() as u64;
+            let live = kept.instances.iter().filter(|i| i.state != InstanceState::Stopping).count() as u64;
+            let count = live.min(u64::from(kept.workload.instances) + 1);
             cpu = cpu.saturating_add(count.saturating_mul(kept.workload.cpu_millis.into()));
             memory = memory.saturating_add(count.saturating_mul(kept.workload.memory));
         }
@@ -128,9 +130,9 @@ impl Agent {
         }
         let id = &self.config.installation;
         for tenant in self.groups.tenants(id) {
-            // The journal's lock is held: no new claim of the same name comes in between.
-            let journal = lock(&self.journal);
-            if journal.tenant(&tenant).is_none() && !tenants.contains(&tenant) {
+            // A name is never given again, so none comes back meanwhile.
+            let has_left = lock(&self.journal).tenant(&tenant).is_none();
+            if has_left && !tenants.contains(&tenant) {
                 let _ = self.groups.remove(&cgroups::parent(id, &tenant));
             }
         }

@@ -1,5 +1,7 @@
 //! A pace for bytes and lines together: what was taken beyond it is owed, and who owes waits.
 
+use std::collections::HashMap;
+use std::hash::Hash;
 use std::time::{Duration, Instant};
 
 /// How much a second, and how much at once.
@@ -58,9 +60,82 @@ impl Pace {
     }
 }
 
+/// The paces of all tenants: each has its own, and what they have in common. A tenant within its fair share of that
+/// waits for its own alone, however much the others take.
+#[derive(Debug)]
+pub(super) struct Paces<T> {
+    each: Rate,
+    common: Rate,
+    all: Pace,
+    tenants: HashMap<T, Share>,
+    pruned: Instant,
+}
+
+#[derive(Debug)]
+struct Share {
+    own: Pace,
+    fair: Pace,
+}
+
+impl<T: Clone + Eq + Hash> Paces<T> {
+    pub(super) fn new(each: Rate, common: Rate) -> Self {
+        let now = Instant::now();
+        Self { each, common, all: Pace::new(common), tenants: HashMap::new(), pruned: now }
+    }
+
+    /// How long a tenant has to wait, after what was taken is counted. What is taken without waiting (`in_turn` is
+    /// false) is the tenant's own affair.
+    pub(super) fn wait(&mut self, tenant: &T, taken: (usize, usize), in_turn: bool) -> Duration {
+        let now = Instant::now();
+        if now.duration_since(self.pruned) > Duration::from_secs(1) {
+            self.pruned = now;
+            // Those that are full again are as good as none.
+            self.tenants.retain(|_, share| !share.own.is_full());
+        }
+        let active = u32::try_from(self.tenants.len()).unwrap_or(u32::MAX).max(1);
+        let common = self.common;
+        let fair = Rate {
+            bytes: (common.bytes / active).max(1),
+            lines: (common.lines / active).max(1),
+            burst_bytes: (common.bytes / active).max(1),
+            burst_lines: (common.lines / active).max(1),
+        };
+        let each = self.each;
+        let share = self
+            .tenants
+            .entry(tenant.clone())
+            .or_insert_with(|| Share { own: Pace::new(each), fair: Pace::new(fair) });
+        share.fair.rate = fair;
+        let (bytes, lines) = taken;
+        share.own.spend(bytes, lines);
+        share.fair.spend(bytes, lines);
+        if in_turn {
+            self.all.spend(bytes, lines);
+        }
+        let own = share.own.wait_at(now);
+        if share.fair.wait_at(now).is_zero() { own } else { own.max(self.all.wait_at(now)) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_tenant_within_its_share_does_not_wait_for_the_others() {
+        let each = Rate { bytes: 4000, lines: 4000, burst_bytes: 8000, burst_lines: 8000 };
+        let common = Rate { bytes: 8000, lines: 8000, burst_bytes: 16_000, burst_lines: 16_000 };
+        let mut paces = Paces::new(each, common);
+        for loud in ["a", "b", "c", "d"] {
+            assert!(!paces.wait(&loud, (10_000, 1), true).is_zero(), "beyond its own");
+        }
+        assert!(paces.wait(&"quiet", (1000, 1), true).is_zero());
+        assert!(!paces.wait(&"quiet", (1500, 1), true).is_zero(), "beyond its share, and all are in debt");
+        // Instances that end at once take nothing from the others.
+        let mut paces = Paces::new(each, common);
+        assert!(!paces.wait(&"crashing", (1_000_000, 1), false).is_zero());
+        assert!(paces.wait(&"other", (7900, 1), true).is_zero());
+    }
 
     #[test]
     fn bytes_and_lines_are_both_held_to_the_pace() {

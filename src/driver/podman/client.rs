@@ -215,11 +215,17 @@ impl Podman {
             .collect())
     }
 
-    /// Removes an image that no container uses; one that is used stays. Never by force: that would
-    /// take a running container with it.
-    pub async fn remove_image(&self, id: &str) -> Result<(), Error> {
-        let path = format!("images/{}?force=false", escape(id));
-        self.expect(Method::DELETE, &path, None, &[404, 409], 60).await.map(drop)
+    /// Removes an image that no container uses, name by name: the engine refuses one of several names by its id, and the
+    /// last name takes the image with it. One that is used stays. Never by force: that would take a running container
+    /// with it. Whether nothing of it is left.
+    pub async fn remove_image(&self, id: &str, names: &[String]) -> Result<bool, Error> {
+        let id = id.to_owned();
+        let all = if names.is_empty() { std::slice::from_ref(&id) } else { names };
+        for name in all {
+            let path = format!("images/{}?force=false", escape(name));
+            self.expect(Method::DELETE, &path, None, &[404, 409], 60).await?;
+        }
+        Ok(self.image(&id).await?.is_none())
     }
 
     /// Makes a container; one of that name that exists is not an error.

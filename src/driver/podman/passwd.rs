@@ -17,12 +17,18 @@ pub fn write(image: &Names, user: InsideUser, working_dir: &str) -> Names {
     }
 }
 
-/// The file, with this line unless one of its lines has this id (the third field in both).
+/// The file, with this line unless one of its lines has this id (the third field in both). A line whose name is the
+/// number of another id is left out: the engine takes ids for names first.
 fn with_line(file: &[u8], id: u16, line: String) -> Vec<u8> {
     let wanted = id.to_string();
-    let mut lines = file.split(|b| *b == b'\n');
-    let known = lines.any(|line| line.split(|b| *b == b':').nth(2).is_some_and(|id| id == wanted.as_bytes()));
-    let mut out = file.to_vec();
+    let field = |line: &[u8], n: usize| line.split(|b| *b == b':').nth(n).unwrap_or_default().to_vec();
+    let misleads = |line: &&[u8]| {
+        let name = field(line, 0);
+        !name.is_empty() && name.iter().all(u8::is_ascii_digit) && name != field(line, 2)
+    };
+    let lines: Vec<&[u8]> = file.split(|b| *b == b'\n').filter(|line| !misleads(line)).collect();
+    let known = lines.iter().any(|line| field(line, 2) == wanted.as_bytes());
+    let mut out = lines.join(&b'\n');
     if !known {
         if out.last().is_some_and(|last| *last != b'\n') {
             out.push(b'\n');
@@ -48,5 +54,10 @@ mod tests {
         assert_eq!(added.group, image.group);
         let known = Names { passwd: b"app:x:7:8::/home:/bin/sh\n".to_vec(), ..image };
         assert_eq!(write(&known, user, "/").passwd, known.passwd);
+        let misleading =
+            Names { passwd: b"7:x:0:0::/:\n".to_vec(), group: b"8:x:0:7\ng:x:8:\n50:x:50:\n".to_vec() };
+        let seen = write(&misleading, user, "/");
+        assert_eq!(seen.passwd, b"7:*:7:8:container user:/:/bin/sh\n");
+        assert_eq!(seen.group, b"g:x:8:\n50:x:50:\n");
     }
 }

@@ -18,6 +18,8 @@ const HEAD: usize = 256;
 const HEADERS: usize = 64;
 /// Machines whose programs run here (elf(5): x86-64, and i386).
 const MACHINES: [u16; 2] = [62, 3];
+/// Most folders of PATH.
+const FOLDERS: usize = 64;
 /// Interpreters of interpreters that are followed.
 const DEPTH: u8 = 4;
 
@@ -98,7 +100,11 @@ fn find(root: BorrowedFd<'_>, program: &Program) -> Result<Option<Place>, String
         };
     }
     let mut denied = None;
-    for folder in program.path.as_deref().unwrap_or(PATH).split(':') {
+    let folders: Vec<&str> = program.path.as_deref().unwrap_or(PATH).split(':').collect();
+    if folders.len() > FOLDERS {
+        return Err(format!("its PATH names {} folders; {FOLDERS} are the most", folders.len()));
+    }
+    for folder in folders {
         let folder = if folder.is_empty() { program.working_dir.as_str() } else { folder };
         let Ok(place) = follow(root, &format!("{folder}/{word}")) else { continue };
         if place.is_kernels() {

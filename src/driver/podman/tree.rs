@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat2, readlinkat};
 use rustix::io::Errno;
@@ -11,6 +12,8 @@ use super::dangers::KERNELS;
 
 /// Most symbolic links that a path leads through (path_resolution(7)).
 const LINKS: usize = 40;
+/// Most names that one look at an image opens, over all of its paths: the process of a look does nothing else.
+const STEPS: u32 = 20_000;
 /// Names are opened one by one, from the root, through folders only.
 const IN_PLACE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
 /// Folders on the way, for the permission to pass through each of them.
@@ -48,6 +51,16 @@ impl Place {
     }
 }
 
+/// What is said then.
+const SPENT: &str = "leads, with the other paths of the image, over more than 20,000 names";
+
+static OPENED: AtomicU32 = AtomicU32::new(0);
+
+/// Whether this look has used up its steps; each question is one.
+fn is_spent() -> bool {
+    OPENED.fetch_add(1, Ordering::Relaxed) >= STEPS
+}
+
 /// Follows a path. The error says what is in its way, in words that follow the name of the path.
 pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
     let mut left: VecDeque<String> = path.split('/').map(str::to_owned).collect();
@@ -78,6 +91,9 @@ pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
             && let Some(last) = passed.last_mut()
         {
             *last = stat;
+        }
+        if is_spent() {
+            return Err(SPENT.into());
         }
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let found = match openat2(root, walked.join("/"), flags, Mode::empty(), IN_PLACE) {
@@ -218,6 +234,23 @@ mod tests {
             assert!(at(bad).is_err(), "{bad}");
         }
         assert_eq!(at("/opt/here/bin").unwrap().passed.len(), 3);
+    }
+
+    #[test]
+    fn a_path_that_leads_over_and_over_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("d")).unwrap();
+        for n in 0..30 {
+            let next = if n == 29 { "d".to_owned() } else { format!("l{}", n + 1) };
+            symlink("d/../".repeat(800) + &next, dir.path().join(format!("l{n}"))).unwrap();
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        let top = rustix::fs::openat(rustix::fs::CWD, dir.path(), flags, Mode::empty()).unwrap();
+        // In a process of its own the count begins with nothing; here other tests have counted too.
+        let before = OPENED.swap(0, Ordering::Relaxed);
+        let told = follow(top.as_fd(), "/l0").unwrap_err();
+        OPENED.store(before, Ordering::Relaxed);
+        assert_eq!(told, SPENT);
     }
 
     #[test]

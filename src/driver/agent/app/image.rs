@@ -4,8 +4,7 @@
 use std::os::unix::fs::{OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-use tokio::sync::Semaphore;
+use std::time::Duration;
 
 use super::super::core::{Agent, lock};
 use crate::driver::Error;
@@ -15,15 +14,17 @@ use crate::driver::podman::rootfs::{self, Found, Wanted};
 use crate::driver::podman::tree::Person;
 use crate::driver::podman::{inside, passwd, render};
 use crate::driver::workload::Workload;
-use crate::ids::Digest;
+use crate::ids::{Digest, TenantName};
 
 /// What was found in an image while this process lives: an identity stands for the same bytes for ever.
 pub(in crate::driver::agent) type Looked = Result<Arc<Found>, String>;
 
 /// Most images whose verdict is held.
 const HELD: usize = 256;
-/// Looks at a time: each is a process of a few milliseconds, bounded in time.
-static LOOKS: Semaphore = Semaphore::const_new(4);
+/// Looks at a time, of one tenant and in all: each is a process of a few milliseconds, bounded in time.
+pub(in crate::driver::agent) const LOOKS: (usize, usize) = (1, 4);
+/// How long a look waits for its turn.
+const TURN: Duration = Duration::from_secs(20);
 /// Names longer than this are looked up again each time.
 const SHORT: usize = 16 << 10;
 
@@ -51,7 +52,7 @@ pub(super) async fn prepare(
     let held = lock(&agent.looked).get(&key).cloned();
     let found = match held {
         Some(held) => held.map_err(Error::Rejected)?,
-        None => look(agent, &seen, &wanted, key).await?,
+        None => look(agent, &workload.tenant, &seen, &wanted, key).await?,
     };
     if let Some(why) = &found.trouble {
         return Err(Error::Rejected(why.clone()));
@@ -94,8 +95,16 @@ fn wanted(workload: &Workload, seen: &ImageSeen) -> Wanted {
     }
 }
 
-async fn look(agent: &Agent, seen: &ImageSeen, wanted: &Wanted, key: String) -> Result<Arc<Found>, Error> {
-    let _turn = LOOKS.acquire().await.map_err(|error| Error::Transient(error.to_string()))?;
+async fn look(
+    agent: &Agent,
+    tenant: &TenantName,
+    seen: &ImageSeen,
+    wanted: &Wanted,
+    key: String,
+) -> Result<Arc<Found>, Error> {
+    let turn = agent.looks.take(tenant, TURN).await;
+    let _turn =
+        turn.map_err(|_| Error::Transient("other images are looked at first; trying again".into()))?;
     let found = rootfs::look(seen, wanted).await.map(Arc::new);
     let verdict = match &found {
         Ok(found) if found.names.passwd.len() + found.names.group.len() <= SHORT => Ok(Arc::clone(found)),
@@ -104,7 +113,9 @@ async fn look(agent: &Agent, seen: &ImageSeen, wanted: &Wanted, key: String) -> 
     };
     let mut looked = lock(&agent.looked);
     if looked.len() >= HELD {
-        looked.clear();
+        // Any of them: one tenant that has many looks takes few of the others' away.
+        let one = looked.keys().nth(rand::random_range(0..looked.len())).cloned();
+        one.map(|one| looked.remove(&one));
     }
     looked.insert(key, verdict);
     found

@@ -27,8 +27,8 @@ mod reading;
 mod start;
 mod walls;
 
-pub(super) use image::Looked;
-pub(super) use reading::{ALL, Pipes, open_all};
+pub(super) use image::{LOOKS, Looked};
+pub(super) use reading::{Pipes, open_all, paces};
 pub(super) use start::discard;
 
 /// The longest that a restart waits, in seconds.

@@ -19,17 +19,17 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::super::core::{Agent, lock};
 use super::super::logs::Tail;
-use super::super::pace::{Pace, Rate};
+use super::super::pace::{Pace, Paces, Rate};
 use super::{App, raw_log};
 use crate::driver::LogLine;
+use crate::ids::TenantName;
 
 /// What one instance's log takes: 1 MiB and 5,000 lines a second, 16 MiB and 20,000 lines at once.
 const INSTANCE: Rate = Rate { bytes: 1 << 20, lines: 5_000, burst_bytes: 16 << 20, burst_lines: 20_000 };
 /// All logs of a tenant.
 const TENANT: Rate = Rate { bytes: 4 << 20, lines: 20_000, burst_bytes: 32 << 20, burst_lines: 80_000 };
 /// All logs.
-pub(in crate::driver::agent) const ALL: Rate =
-    Rate { bytes: 16 << 20, lines: 60_000, burst_bytes: 64 << 20, burst_lines: 240_000 };
+const ALL: Rate = Rate { bytes: 16 << 20, lines: 60_000, burst_bytes: 64 << 20, burst_lines: 240_000 };
 /// The longest sleep of a reader: after each it looks whether the instance has ended.
 const SLICE: Duration = Duration::from_millis(100);
 /// How often an instance's log says that the app waits for its reader.
@@ -161,9 +161,10 @@ impl App {
             if pipe.readable().await.is_err() {
                 return;
             }
-            let wait = own.wait().max(agent.log_pace(&self.tenant, None));
+            let wait = own.wait().max(agent.log_pace(&self.tenant, (0, 0), true));
             // An instance that has ended leaves what its pipes hold; its monitor waits until that is read.
-            if !wait.is_zero() && self.is_alive(number) {
+            let in_turn = wait.is_zero();
+            if !in_turn && self.is_alive(number) {
                 if told.is_none_or(|at| at.elapsed() > TOLD) {
                     told = Some(Instant::now());
                     self.tell_slow(number);
@@ -174,7 +175,7 @@ impl App {
             match tokio::task::block_in_place(|| take(pipe, tail, &self.lines)) {
                 Ok((bytes, lines)) => {
                     own.spend(bytes, lines);
-                    agent.log_pace(&self.tenant, Some((bytes, lines)));
+                    agent.log_pace(&self.tenant, (bytes, lines), in_turn);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => {
@@ -201,18 +202,12 @@ impl App {
 
 impl Agent {
     /// How long logs of a tenant have to wait, after what was read of one is counted.
-    fn log_pace(&self, tenant: &crate::ids::TenantName, read: Option<(usize, usize)>) -> Duration {
-        let mut paces = lock(&self.log_paces);
-        let (tenants, all) = &mut *paces;
-        if !tenants.contains_key(tenant) {
-            // Those that are full again are as good as none.
-            tenants.retain(|_, pace| !pace.is_full());
-        }
-        let own = tenants.entry(tenant.clone()).or_insert_with(|| Pace::new(TENANT));
-        if let Some((bytes, lines)) = read {
-            own.spend(bytes, lines);
-            all.spend(bytes, lines);
-        }
-        own.wait().max(all.wait())
+    fn log_pace(&self, tenant: &TenantName, read: (usize, usize), in_turn: bool) -> Duration {
+        lock(&self.log_paces).wait(tenant, read, in_turn)
     }
+}
+
+/// The paces of all logs.
+pub(in crate::driver::agent) fn paces() -> Paces<TenantName> {
+    Paces::new(TENANT, ALL)
 }
