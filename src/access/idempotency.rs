@@ -90,11 +90,19 @@ impl Once {
     /// From the key and the request itself.
     #[must_use]
     pub fn of(key: Key, req: &HttpRequest, body: &[u8]) -> Self {
+        let header = |name: &str| req.headers().get(name).map_or(&[][..], |value| value.as_bytes());
+        let part = |bytes: &[u8]| {
+            data_encoding::HEXLOWER.encode(&credentials::hash(&String::from_utf8_lossy(bytes)))
+        };
         let hash = credentials::hash(&format!(
-            "{} {} {}",
+            "{} {} {} {} {} {} {}",
             req.method(),
             req.path(),
-            data_encoding::HEXLOWER.encode(&credentials::hash(&String::from_utf8_lossy(body)))
+            part(req.query_string().as_bytes()),
+            part(header("content-type")),
+            part(header("if-match")),
+            part(header("if-none-match")),
+            part(body)
         ));
         Self { key: key.0, hash }
     }

@@ -1,21 +1,26 @@
 //! Lists that clients ask the registry for: the tags of a repository, and what is attached to a manifest (distribution
 //! specification 1.1, "Listing referrers"). Both are answered from the platform's own tables, in pages.
 
+use actix_web::body::{MessageBody, SizedStream};
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
+use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::front::{FrontDoor, OciError};
 use super::proxy::Asked;
 use super::store;
 use crate::db;
-use crate::ids::Digest;
+use crate::ids::{Digest, TenantName};
 use crate::images::manifest::{OCI_INDEX, shown};
+use crate::permits::Permit;
 
 /// Most tags of one answer.
 const TAGS: i64 = 2_000;
 /// Most referrers of one answer: each has at most 64 KiB of annotations.
-const REFERRERS: i64 = 64;
+const REFERRERS: i64 = 16;
+/// Bytes that are handed on at once.
+const CHUNK: usize = 16 << 10;
 
 /// The parameters of a list; each at most once.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -128,6 +133,7 @@ pub(super) async fn list(
     let query = Query::parse(req.query_string(), &["artifactType", "last", "ns"])?;
     let after = query.last.unwrap_or_default();
     let kind = query.artifact_type.as_deref();
+    let place_in_room = door.registry.room().lists.take(&asked.tenant).await?;
     let mut conn = db::begin(&door.pool, &asked.tenant).await?;
     let place = (&asked.tenant, &asked.repository);
     let mut rows = store::list_referrers(&mut conn, place, subject, kind, (&after, REFERRERS + 1)).await?;
@@ -147,7 +153,20 @@ pub(super) async fn list(
         answer.insert_header(link(&path, &pairs));
     }
     let manifests: Vec<Value> = rows.into_iter().map(entry).collect();
-    Ok(answer.body(json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}).to_string()))
+    let text = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}).to_string();
+    Ok(answer.body(held(text, place_in_room)))
+}
+
+/// A body that keeps its place in the room until its last piece is handed on: a client may read slowly.
+fn held(text: String, place: Permit<TenantName>) -> impl MessageBody {
+    let size = text.len() as u64;
+    let mut left = Bytes::from(text);
+    let pieces = std::iter::from_fn(move || {
+        let _held = &place;
+        let piece = left.split_to(left.len().min(CHUNK));
+        (!piece.is_empty()).then_some(Ok::<_, actix_web::Error>(piece))
+    });
+    SizedStream::new(size, futures_util::stream::iter(pieces))
 }
 
 fn entry(row: store::Referrer) -> Value {

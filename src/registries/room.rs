@@ -22,6 +22,8 @@ pub(super) struct Room {
     pub(super) manifests: Places,
     /// Manifests that are read: each takes a processor.
     pub(super) parsers: Places,
+    /// Lists of referrers that are being sent: each at most about 1 MiB.
+    pub(super) lists: Places,
 }
 
 /// Places of one kind.
@@ -32,7 +34,12 @@ impl Room {
     pub(super) fn new() -> Self {
         // A tenant's part of the room, and the whole.
         let places = |each, all| Places(FairPermits::new(each, all).waiting(64));
-        Self { streams: places(64, 1_024), manifests: places(4, 16), parsers: places(1, 2) }
+        Self {
+            streams: places(64, 1_024),
+            manifests: places(4, 16),
+            parsers: places(1, 2),
+            lists: places(4, 64),
+        }
     }
 }
 

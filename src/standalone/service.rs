@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -128,6 +129,26 @@ fn require_folder(data: &Path) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Refuses a program that others than root can exchange: the units run it as root. One below a folder that the sandbox
+/// hides would not start.
+fn require_program(program: &Path) -> Result<(), Failed> {
+    let remedy = "run deploy/install, or install the package: both put it where only root writes";
+    if let Some(hidden) = HIDDEN.iter().find(|hidden| program.starts_with(hidden)) {
+        return Err(Failed(format!(
+            "{} is below {hidden}, which the service's sandbox hides: {remedy}",
+            program.display()
+        )));
+    }
+    let both = [program.to_owned(), program.with_file_name("bulkhead-agent")];
+    for place in both.iter().flat_map(|program| program.ancestors()) {
+        let seen = fs::symlink_metadata(place).map_err(|error| Failed::doing(place.display(), error))?;
+        if seen.uid() != 0 || seen.mode() & 0o022 != 0 && seen.mode() & 0o1000 == 0 {
+            return Err(Failed(format!("others than root can change {}: {remedy}", place.display())));
+        }
+    }
+    Ok(())
+}
+
 /// The data folder that is meant: the one asked for, or the one that is installed, or the usual one.
 fn choose(asked: Option<PathBuf>, installed: Installed) -> Result<PathBuf, Failed> {
     match (asked, installed) {
@@ -152,6 +173,7 @@ fn program() -> Result<PathBuf, Failed> {
 pub async fn install(asked: Option<PathBuf>, listen: Option<SocketAddr>) -> Result<(), Failed> {
     let data = choose(asked, installed())?;
     require_folder(&data)?;
+    require_program(&program()?)?;
     if !Path::new("/run/systemd/system").exists() {
         return Err(Failed("systemd does not run this machine: use `bulkhead up`, which needs none".into()));
     }
@@ -387,7 +409,24 @@ pub(super) fn remove_units() -> Result<(), Failed> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
+
+    #[test]
+    fn a_program_that_others_can_exchange_is_refused() {
+        let folder = tempfile::tempdir_in("/opt").unwrap();
+        let program = folder.path().join("bulkhead");
+        fs::write(&program, "").unwrap();
+        fs::write(folder.path().join("bulkhead-agent"), "").unwrap();
+        assert!(require_program(&program).is_ok());
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(require_program(&program).is_err());
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        std::os::unix::fs::chown(folder.path(), Some(1000), None).unwrap();
+        assert!(require_program(&program).is_err(), "its folder is another user's");
+        assert!(require_program(Path::new("/home/somebody/target/release/bulkhead")).is_err());
+    }
 
     #[test]
     fn units_of_a_folder_are_told_from_those_for_given_parts() {
