@@ -153,7 +153,7 @@ async fn what_is_removed_from_outside_comes_back() {
     let data = machine.data.display().to_string();
     let (good, text) =
         run(env!("CARGO_BIN_EXE_bulkhead"), &["up", "--data", &data, "--listen", "127.0.0.1:1"]);
-    assert!(!good && text.contains("`bulkhead up` runs on"), "{text}");
+    assert!(!good && text.contains("the platform runs on"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -153,7 +153,7 @@ async fn a_scale_replaces_nothing_and_a_release_waits_for_nobody_who_stops() {
     machine.running("acme", "single").await;
     slow(&machine, "single", &format!("{single}env: {{ A: b }}\n")).await;
     let waits = machine
-        .wait("acme", "single", 15, |app| app["summary"].as_str().unwrap().starts_with("Waits for"))
+        .wait("acme", "single", 15, |app| app["summary"].as_str().unwrap().contains("Waits for"))
         .await;
     let summary = waits["summary"].as_str().unwrap();
     assert!(summary.contains("instance 1 to stop, until") && summary.contains("stop_grace"), "{summary}");

@@ -19,6 +19,16 @@ async fn told(machine: &Machine, app: &str, wanted: &str) -> String {
     panic!("never said {wanted:?}; last: {last}\n{}", machine.tail("agent"))
 }
 
+/// Hands in a singleton that takes its time to stop.
+async fn singleton(machine: &Machine, image: &str) {
+    let spec = format!(
+        "spec: v1\nname: one\ncpu: 50m\nmemory: 64Mi\nimage: {image}\nsingleton: true\nstop_grace: 6\n"
+    );
+    let path = "/api/v1/tenants/acme/apps/one";
+    let (status, body) = machine.ask(&machine.admin, "PUT", path, Some(("application/yaml", spec))).await;
+    assert_eq!(status, 202, "{body}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_app_that_does_not_run_says_what_it_waits_for() {
     let machine = Machine::start().await;
@@ -34,10 +44,9 @@ async fn an_app_that_does_not_run_says_what_it_waits_for() {
     let stubborn = "trap '' TERM; while :; do busybox sleep 1; done";
     machine.push(&robot, "acme/one:1", &["/bin/busybox", "sh", "-c", stubborn]);
     machine.push(&robot, "acme/one:2", &["/bin/busybox", "sleep", "1000"]);
-    let rest = "singleton: true\nstop_grace: 6\n";
-    machine.deploy("acme", "one", &format!("image: one:1\n{rest}")).await;
+    singleton(&machine, "one:1").await;
     machine.running("acme", "one").await;
-    machine.deploy("acme", "one", &format!("image: one:2\n{rest}")).await;
+    singleton(&machine, "one:2").await;
     let text = told(&machine, "one", "to stop").await;
     assert!(text.contains("0 of 1 running"), "{text}");
     told(&machine, "one", "1 of 1 running.").await;
@@ -49,8 +58,7 @@ async fn an_app_that_does_not_run_says_what_it_waits_for() {
     Image::of(&["/bin/busybox", "sleep", "1000"]).write(dir.path(), &digest, size);
     let (good, text) = machine.copy(&robot, dir.path(), "acme/big:1");
     assert!(good, "{text}");
-    let (status, body) = machine.deploy("acme", "one", &format!("image: big:1\n{rest}")).await;
-    assert_eq!(status, 202, "{body}");
+    singleton(&machine, "big:1").await;
     let text = told(&machine, "one", "Pulling the image of release 3").await;
     assert!(text.contains("MiB are here so far of an image that takes"), "{text}");
     assert!(!text.starts_with("1 of 1 running. "), "{text}");

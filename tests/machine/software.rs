@@ -17,7 +17,7 @@ fn at(path: &str) -> PathBuf {
 
 /// Podman with the images of the tests alone.
 fn podman(args: &[&str]) -> String {
-    let storage = at("tests/software/storage").display().to_string();
+    let storage = at("target/test-software/storage").display().to_string();
     let own =
         ["--root", &storage, "--runroot", "/run/bulkhead-test-software", "--cgroup-manager", "cgroupfs"];
     let (good, text) = run("podman", &[&own[..], &["--events-backend", "none"], args].concat());
