@@ -63,7 +63,7 @@ async fn fork_bombs_in_many_instances_fill_their_tenants_own_room_alone() {
     machine.running("acme", "more").await;
     let after = machine.running("acme", "web").await["observed"]["instances"][0].clone();
     assert_eq!((after["started"].clone(), &after["restarts"]), (before["started"].clone(), &json!(0)));
-    let (status, _) = machine.send("DELETE", "/api/v1/tenants/evil/apps/bomb", json!(null)).await;
+    let (status, _) = machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/evil/apps/bomb", None).await;
     assert_eq!(status, 202);
     let begun = Instant::now();
     while read(&current) != "0" {
@@ -92,7 +92,7 @@ async fn memory_of_many_instances_is_their_tenants_and_bounds_are_repaired() {
     becomes(&memory, &(watchers + ((4 * 64) << 20)).to_string()).await;
     let begun = app["observed"]["instances"][0]["started"].clone();
     assert_eq!(machine.running("evil", "fat").await["observed"]["instances"][0]["started"], begun);
-    let (status, _) = machine.send("DELETE", "/api/v1/tenants/evil/apps/fat", json!(null)).await;
+    let (status, _) = machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/evil/apps/fat", None).await;
     assert_eq!(status, 202);
     let begun = Instant::now();
     while machine.deploy("evil", "thin", "image: fat:1\nsingleton: true\n").await.0 >= 300 {

@@ -233,7 +233,7 @@ async fn programs_of_many_kinds_run_behind_the_filter() {
         let app = machine.running("acme", name).await;
         let said = written(&machine.pid(&app["observed"]["instances"][0]), "said", 60).await;
         assert_eq!(said.trim_end().lines().last(), Some("good"), "{name}: {said}");
-        let (status, _) = machine.send("DELETE", &path, Value::Null).await;
+        let (status, _) = machine.ask(&machine.admin, "DELETE", &path, None).await;
         assert_eq!(status, 202);
         tried.push(name);
     }

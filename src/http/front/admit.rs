@@ -1,5 +1,6 @@
 //! Who holds a connection. A bound in all and one per source; when the whole is full, a connection that waits for
-//! its client makes room for a newcomer: the one that has waited longest, of the source that holds most. So silent
+//! its client makes room for a newcomer: the one that has waited longest, of the source that holds most. Sources that
+//! hold few are equal: a client with some connections is not first in line beside strangers with one each. So silent
 //! connections, however many and from however many addresses, never lock a client out that has something to say.
 
 use std::cmp::Reverse;
@@ -19,6 +20,9 @@ pub struct Bounds {
     /// Of one source.
     pub per_source: usize,
 }
+
+/// Connections up to which all sources are equal: as many as one client has.
+const FEW: usize = 16;
 
 /// Why a connection is not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +46,7 @@ struct Table {
 struct State {
     seats: HashMap<u64, Held>,
     sources: HashMap<IpAddr, Own>,
-    /// Sources with a connection that waits for its client: by how many they hold, then by how long it waits.
+    /// Sources with a connection that waits for its client: by how many they hold beyond a few, then by how long it waits.
     order: BTreeSet<(usize, Reverse<u64>, IpAddr)>,
     next: u64,
     closed: bool,
@@ -105,8 +109,10 @@ impl Admissions {
             let own = state.sources.get(&source).map_or(0, |own| own.held);
             let largest = state.order.last().map(|(held, _, source)| (*held, *source));
             match largest {
-                // Never at the cost of a source that holds less.
-                Some((held, largest)) if largest == source || held > own => state.evict(largest),
+                // Never at the cost of a source that holds less, unless this one holds few itself.
+                Some((held, largest)) if largest == source || held > own.max(FEW) || own < FEW => {
+                    state.evict(largest)
+                }
                 _ => return Err(Full::All),
             };
         }
@@ -145,7 +151,7 @@ impl State {
 
     fn place(&self, source: IpAddr) -> Option<(usize, Reverse<u64>, IpAddr)> {
         let own = self.sources.get(&source)?;
-        own.waiting.first_key_value().map(|(since, _)| (own.held, Reverse(*since), source))
+        own.waiting.first_key_value().map(|(since, _)| (own.held.max(FEW), Reverse(*since), source))
     }
 
     /// Around each change of a source: off the order, and on it again.
@@ -271,6 +277,22 @@ mod tests {
         assert_eq!(table.held(), 0);
         let state = table.0.lock();
         assert!(state.sources.is_empty() && state.order.is_empty());
+    }
+
+    #[test]
+    fn a_client_with_several_connections_is_equal_to_strangers_with_one() {
+        let table = Admissions::new(Bounds { all: 100, per_source: 50 });
+        let _silent: Vec<Seat> = (0..100).map(|n| table.admit(ip(n), true).unwrap()).collect();
+        let own: Vec<Seat> = (0..FEW).map(|_| table.admit(ip(999), true).unwrap()).collect();
+        for seat in &own[..FEW - 1] {
+            seat.waits(false);
+        }
+        // Its newest one waits for its head: those that have waited longer go before it.
+        let _more: Vec<Seat> = (200..250).map(|n| table.admit(ip(n), true).unwrap()).collect();
+        assert!(own.iter().all(|seat| !is_cut(seat)));
+        // Beyond a few it takes no place from those who hold less.
+        own[FEW - 1].waits(false);
+        assert_eq!(table.admit(ip(999), true).err(), Some(Full::All));
     }
 
     #[test]
