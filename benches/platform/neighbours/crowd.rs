@@ -12,7 +12,8 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 pub(crate) fn spawn(mode: &str, port: u16, count: usize, seconds: u64) -> Child {
     let own = std::env::current_exe().unwrap();
     let args = ["crowd", mode, &port.to_string(), &count.to_string(), &seconds.to_string()];
-    Command::new(own).args(args).stdin(Stdio::null()).spawn().unwrap()
+    // Strangers have processors of their own: here what they do themselves gives way to all else.
+    Command::new("nice").args(["-n", "19"]).arg(own).args(args).stdin(Stdio::null()).spawn().unwrap()
 }
 
 /// What the process does.

@@ -57,6 +57,8 @@ struct State {
     answered: OffsetDateTime,
     /// Not judged before.
     judged_from: Instant,
+    /// How many were ended since the last answer.
+    ended: u32,
     put_aside: u32,
 }
 
@@ -92,6 +94,7 @@ impl Engine {
                 silent: None,
                 answered: now,
                 judged_from: Instant::now(),
+                ended: 0,
                 put_aside: 0,
             }),
             turn: tokio::sync::RwLock::new(()),
@@ -125,8 +128,11 @@ impl Engine {
     /// How long a listing may take: by what the last ones took, so that a machine with many containers or much to do
     /// is not taken for one that hangs.
     pub(super) fn patience(&self) -> Duration {
-        let slowest = lock(&self.state).took.iter().max().copied().unwrap_or_default();
-        (slowest * SLACK).clamp(PATIENCE.0, PATIENCE.1)
+        let state = lock(&self.state);
+        let slowest = state.took.iter().max().copied().unwrap_or_default();
+        // A fresh engine that does not answer either has a slow machine to blame, perhaps: it gets more time.
+        let least = PATIENCE.0 * 2_u32.pow(state.ended.min(4));
+        (slowest * SLACK).max(least).clamp(PATIENCE.0, PATIENCE.1)
     }
 
     /// It has answered; whether it had been silent.
@@ -136,6 +142,7 @@ impl Engine {
             state.took.remove(0);
         }
         state.took.push(took);
+        state.ended = 0;
         state.answered = OffsetDateTime::now_utc();
         state.judged_from = Instant::now();
         state.silent.take().is_some()
@@ -179,6 +186,7 @@ impl Engine {
         let due = Instant::now() >= state.judged_from;
         if due {
             state.judged_from = Instant::now() + RECOVERY;
+            state.ended = state.ended.saturating_add(1);
         }
         due
     }
@@ -304,6 +312,9 @@ mod tests {
         assert!(!engine.is_due());
         lock(&engine.state).judged_from = Instant::now();
         assert!(engine.is_due() && !engine.is_due());
+        assert_eq!(engine.patience(), PATIENCE.0 * 2, "the next one has more time");
+        lock(&engine.state).ended = 9;
+        assert_eq!(engine.patience(), PATIENCE.1);
         engine.answered(Duration::ZERO);
         assert!(engine.is_due(), "one that has answered is judged at once");
     }
