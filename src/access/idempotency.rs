@@ -14,6 +14,7 @@ use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
 
 use super::{Actor, credentials, store};
+use crate::db;
 use crate::error::Error;
 use crate::http::asked::{self, IDEMPOTENCY_KEY};
 use crate::keys::{Keys, Purpose, mac};
@@ -184,7 +185,7 @@ impl Wish {
         let (pool, keys) = (part::<PgPool>(req)?.clone(), part::<Keys>(req)?.clone());
         let holder = holder(actor);
         let place = format!("{holder} {}", self.key);
-        let mut tx = pool.begin().await?;
+        let mut tx = db::begin_for_all(&pool).await?;
         if let Some((hash, status, response)) = store::find_answer(&mut tx, &holder, &self.key).await? {
             if hash != self.hash {
                 return Err(another());

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::sight::Sight;
 use super::{actions, store};
+use crate::db;
 use crate::driver::{AppObserved, Driver, Observed};
 use crate::error::Error;
 use crate::ids::{AppId, TenantId};
@@ -79,7 +80,7 @@ async fn record(pool: &PgPool, waker: &Waker, observed: &Observed) -> Result<(),
 }
 
 async fn record_app(pool: &PgPool, seen: &AppObserved) -> Result<(), Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin_for_all(pool).await?;
     store::set_observed(&mut tx, seen).await?;
     store::insert_events(&mut tx, seen.app_id, &seen.events).await?;
     if seen.settled {
@@ -132,7 +133,7 @@ async fn enqueue_drift(pool: &PgPool, seen: &[AppObserved]) -> Result<bool, Erro
             .collect();
         if !missing.is_empty() {
             found = true;
-            let mut tx = pool.begin().await?;
+            let mut tx = db::begin_for_all(pool).await?;
             for (id, tenant) in missing {
                 // The place has to be there first; a lost journal loses both.
                 enqueue(&mut tx, crate::tenants::actions::WORK, tenant.0, tenant).await?;

@@ -11,6 +11,7 @@ use super::release::{Place, Running};
 use super::reservation::Reserved;
 use super::{App, actions, store};
 use crate::config::Pools;
+use crate::db;
 use crate::driver::workload::IdRange;
 use crate::driver::{Driver, Removal};
 use crate::error::Error;
@@ -113,7 +114,7 @@ impl AppReconciler {
             }
         }
         fail::fail_point!("apps::removed", |_| Err(Failure::Transient("failpoint".into())));
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.pool).await?;
         store::lock_quota(&mut tx, app.tenant_id).await?;
         if store::set_removed(&mut tx, app.tenant_id, app.id).await? {
             let reserved = store::find_reserved(&mut tx, app.tenant_id, app.id).await?;
@@ -148,7 +149,7 @@ impl Belongings for AppsOfTenant {
     }
 
     async fn remove(&self, tenant: TenantId, _: &TenantName) -> Result<Left, Failure> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.pool).await?;
         for name in store::list_undeleted(&mut tx, tenant).await? {
             let Some(app) = store::find_app(&mut tx, tenant, &name).await? else { continue };
             store::set_deleted(&mut tx, tenant, app.id).await?;

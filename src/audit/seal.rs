@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::heads::Heads;
 use super::store::{self, Seal, Sealable};
+use crate::db;
 use crate::error::Error;
 use crate::keys::mac;
 
@@ -84,7 +85,7 @@ pub(super) fn round_mac(
 
 /// Makes the next round, if there is anything to seal; its number.
 pub async fn seal(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Option<i64>, Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin_for_all(pool).await?;
     if !store::try_lock(&mut tx).await? {
         return Ok(None);
     }

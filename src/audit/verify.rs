@@ -11,6 +11,7 @@ use time::{Date, OffsetDateTime};
 use super::heads::Heads;
 use super::seal::{month, round_mac, row_mac, seal_mac};
 use super::store::{self, Seal};
+use crate::db;
 use crate::error::Error;
 
 /// Rounds that are looked at together.
@@ -149,7 +150,7 @@ impl Walk<'_> {
 
 /// Verifies everything. `pool` is of a role that sees all tenants.
 pub async fn verify(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Report, Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin_for_all(pool).await?;
     store::look_at_one_moment(&mut tx).await?;
     let exported = heads.read().map_err(Error::internal)?;
     let report = Report {

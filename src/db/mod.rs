@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{AssertSqlSafe, ConnectOptions as _, PgConnection, PgPool, Postgres, Transaction};
+use sqlx::{
+    AssertSqlSafe, ConnectOptions as _, PgConnection, PgPool, Postgres, SqlSafeStr as _, Transaction,
+};
+use tracing::Instrument as _;
 
 use crate::config::Database;
 use crate::error::Error;
@@ -101,8 +104,23 @@ impl Within<'_> {
 
 /// Begins a transaction and says in the same message whose rows it is about.
 pub async fn begin<'a>(pool: &PgPool, within: impl Into<Within<'a>>) -> Result<Tx, sqlx::Error> {
-    let statement = format!("BEGIN; {}", within.into().statement());
-    pool.begin_with(AssertSqlSafe(statement)).await
+    open(pool, format!("BEGIN; {}", within.into().statement())).await
+}
+
+/// Begins a transaction of a reconciler, which sees the rows of all tenants.
+pub async fn begin_for_all(pool: &PgPool) -> Result<Tx, sqlx::Error> {
+    open(pool, "BEGIN".to_owned()).await
+}
+
+/// Runs the first statement of a transaction in a task of its own: a caller that is dropped while the statement is under
+/// way (a client that hangs up) would otherwise return the connection to the pool with the transaction still open, and
+/// the next user would inherit its tenant (sqlx 0.9 queues no rollback before the depth is raised).
+async fn open(pool: &PgPool, statement: String) -> Result<Tx, sqlx::Error> {
+    let conn = pool.acquire().await?;
+    let begun = tokio::spawn(
+        Transaction::begin(conn, Some(AssertSqlSafe(statement).into_sql_str())).in_current_span(),
+    );
+    begun.await.unwrap_or_else(|error| Err(sqlx::Error::Io(std::io::Error::other(error))))
 }
 
 /// Says within a transaction whose rows it is about from now on: for a tenant that was made in it.

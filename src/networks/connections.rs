@@ -15,6 +15,7 @@ use crate::access::{By, TenantRef};
 use crate::apps::connections::{Connections, list_connecting, list_missing};
 use crate::apps::spec::Connects;
 use crate::config::Pools;
+use crate::db;
 use crate::driver::Driver;
 use crate::driver::agent::UNKNOWN_TENANT;
 use crate::error::Error;
@@ -155,7 +156,7 @@ impl Network {
         again: Again,
     ) -> Result<Option<OffsetDateTime>, Failure> {
         let walls = self.driver.walls().await.unwrap_or_default().ranges();
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.pool).await?;
         // Locked before anything is read: what is read is the newest, and plans come one after another.
         let standing = store::lock_plan(&mut tx, tenant).await?;
         let facts = facts(&mut tx, tenant, &walls).await?;
@@ -233,7 +234,7 @@ impl Network {
             outcome => outcome?,
         };
         fail::fail_point!("networks::applied", |_| Err(Failure::Transient("failpoint".into())));
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.pool).await?;
         if held > plan {
             // A newer plan was there than this database knows of: it was restored, or somebody else wrote. What is
             // decided now gets a number beyond it.

@@ -9,6 +9,7 @@ use time::OffsetDateTime;
 use super::actions;
 use super::connections::{Again, Network};
 use super::store;
+use crate::db;
 use crate::ids::{TenantId, TenantName};
 use crate::reconcile::{Failure, Lease, Outcome, Reconciler};
 use crate::tenants::{Belongings, Left};
@@ -61,7 +62,7 @@ impl Belongings for ConnectionsOfTenant {
     }
 
     async fn remove(&self, tenant: TenantId, _: &TenantName) -> Result<Left, Failure> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.pool).await?;
         store::end_all(&mut tx, tenant).await?;
         tx.commit().await?;
         Ok(Left::Nothing)

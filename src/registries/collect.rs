@@ -29,7 +29,7 @@ const EVENTS: usize = 50;
 /// registry's own garbage collection does it.
 pub(super) async fn collect(registry: &Distribution, digest: &Digest) -> Result<(), Error> {
     let (Some(_), Some(work)) = (registry.collector(), registry.work()) else { return Ok(()) };
-    let mut tx = work.begin().await?;
+    let mut tx = db::begin_for_all(work).await?;
     collect_held(&mut tx, registry, digest).await?;
     tx.commit().await?;
     Ok(())
@@ -76,7 +76,7 @@ const LEASE: i64 = 0x6275_6c6b_7265_6773;
 
 async fn round(pool: &PgPool, registry: &Distribution, metrics: &Metrics) -> Result<(), Error> {
     let Some(collector) = registry.collector() else { return Ok(()) };
-    let mut lease = pool.begin().await?;
+    let mut lease = db::begin_for_all(pool).await?;
     if !store::take_lease(&mut lease, LEASE).await? {
         return Ok(());
     }
@@ -136,7 +136,7 @@ async fn remove_stray(
     tell: bool,
 ) -> Result<bool, Error> {
     let Some(collector) = registry.collector() else { return Ok(false) };
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin_for_all(pool).await?;
     if store::hold_digest(&mut tx, &stray.digest).await? {
         return Ok(false);
     }

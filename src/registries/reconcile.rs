@@ -33,7 +33,7 @@ pub async fn sweep(pool: PgPool, registry: Distribution, stop: CancellationToken
 
 /// Looks after the registry once, unless another replica does.
 pub async fn once(pool: &PgPool, registry: &Distribution) -> Result<(), Error> {
-    let mut lease = pool.begin().await?;
+    let mut lease = db::begin_for_all(pool).await?;
     if !store::take_lease(&mut lease, LEASE).await? {
         return Ok(());
     }

@@ -8,6 +8,7 @@ use sqlx::{PgConnection, PgPool};
 
 use super::{Belongings, Left, Tenant, actions, store};
 use crate::config::Pools;
+use crate::db;
 use crate::driver::{Driver, Removal, TenantGrant, TenantLimits};
 use crate::error::Error;
 use crate::ids::{TenantId, TenantName};
@@ -61,7 +62,7 @@ impl TenantReconciler {
         let grant = grant(&self.pool, &self.pools, tenant.id, &tenant.name).await?;
         self.driver.ensure_tenant(&grant).await?;
         fail::fail_point!("tenants::ensured", |_| Err(Failure::Transient("failpoint".into())));
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.pool).await?;
         let bridge =
             format!("subnet {}, closed to every other tenant, the host and the outside", grant.subnet);
         store::set_condition(&mut tx, tenant.id, "Network", "true", "Ready", &bridge).await?;
@@ -103,7 +104,7 @@ impl TenantReconciler {
             return again;
         }
         self.step(tenant.id, "network", "done", "").await?;
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.pool).await?;
         uid_ranges::release_ranges(&mut tx, tenant.id).await?;
         store::set_step(&mut tx, tenant.id, "user-ids", "done", "").await?;
         for part in ["Network", "Registry", "Active", "Converged"] {

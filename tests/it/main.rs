@@ -13,6 +13,7 @@ mod registry;
 mod render;
 mod support;
 mod sweeps;
+mod transactions;
 mod uid_ranges;
 mod units;
 mod uploads;

@@ -5,8 +5,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::Value;
-
 use crate::support::{Image, Machine, layer_with, run};
 
 /// Builds the program that makes system calls, with no library beside it.

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
 
 use super::{Event, Refusals};
+use crate::db;
 use crate::error::Error;
 use crate::quotas::{self, Amount, Resource};
 
@@ -92,7 +93,7 @@ pub async fn prepare_months(pool: &PgPool) -> Result<(), Error> {
 
 /// Gives up every month that ended more than `months` months ago, a trace of it in the audit itself.
 pub async fn retire_months(pool: &PgPool, months: u32) -> Result<(), Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin_for_all(pool).await?;
     let months = i32::try_from(months).unwrap_or(i32::MAX);
     let due = sqlx::query_scalar!(
         r#"SELECT (date_trunc('month', min(at)))::date AS "month?" FROM audit

@@ -2,6 +2,7 @@
 
 pub mod cgroups;
 pub mod client;
+mod content;
 pub mod dangers;
 pub mod ear;
 pub mod engine;

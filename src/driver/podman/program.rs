@@ -35,6 +35,8 @@ pub struct Program {
     pub working_dir: String,
     /// Who runs it.
     pub person: Person,
+    /// Writable folders, without links; each belongs to the person.
+    pub scratch: Vec<String>,
     /// Folders without links in which nothing may be executed.
     pub closed: Vec<String>,
 }
@@ -74,7 +76,11 @@ fn check_working_dir(root: BorrowedFd<'_>, program: &Program) -> Result<(), Stri
     let dir = program.working_dir.as_str();
     let Ok(place) = follow(root, dir) else { return Ok(()) };
     let Some((_, stat)) = &place.there else { return Ok(()) };
-    if place.passed.iter().chain([stat]).any(|stat| !program.person.may(stat, 1)) {
+    // A scratch folder belongs to the person, so only the image's folders above it count.
+    let is_covered = |folder: &&String| place.path == **folder || lies_in(&place.path, folder);
+    let own = program.scratch.iter().find(is_covered).map(|folder| folder.matches('/').count());
+    let folders = place.passed.iter().chain([stat]).take(own.unwrap_or(usize::MAX));
+    if folders.into_iter().any(|stat| !program.person.may(stat, 1)) {
         let (uid, mode) = (program.person.uid, stat.st_mode & 0o7777);
         return Err(format!(
             "user {uid} may not enter its working directory {} (owner {}:{}, mode {mode:04o}); chmod or chown it in the \
@@ -397,6 +403,7 @@ mod tests {
                 path: None,
                 working_dir: dir.into(),
                 person: person.clone(),
+                scratch: vec!["/tmp".into(), "/srv/data".into()],
                 closed: vec!["/tmp".into()],
             };
             check(top.as_fd(), &program)
@@ -431,6 +438,16 @@ mod tests {
         }
         assert!(look("good", "/shut").unwrap_err().contains("may not enter its working directory /shut"));
         assert_eq!(look("good", "/new"), Ok(()));
+        // What a scratch folder covers belongs to the app.
+        for folder in ["srv/data/own", "srv/shut/own"] {
+            fs::create_dir_all(root.join(folder)).unwrap();
+        }
+        for folder in ["srv/data/own", "srv/data", "srv/shut"] {
+            fs::set_permissions(root.join(folder), fs::Permissions::from_mode(0o700)).unwrap();
+        }
+        assert_eq!(look("good", "/srv/data"), Ok(()));
+        assert_eq!(look("good", "/srv/data/own"), Ok(()));
+        assert!(look("good", "/srv/shut").is_err());
     }
 
     #[test]

@@ -18,9 +18,9 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
 
 use super::client::ImageSeen;
-use super::dangers;
 use super::program::{self, Program};
 use super::tree::{self, Person};
+use super::{content, dangers};
 use crate::driver::{Error, scratch};
 
 /// Largest `etc/passwd` and `etc/group` of an image, in bytes.
@@ -54,6 +54,8 @@ struct Question {
 pub struct Wanted {
     /// Writable folders, as the spec names them.
     pub scratch: Vec<String>,
+    /// The size of each writable folder in bytes, in the same order.
+    pub sizes: Vec<u64>,
     /// Those in which files may be executed.
     pub exec: Vec<String>,
     /// The first word of the command.
@@ -232,7 +234,10 @@ fn examine(root: BorrowedFd<'_>, working_dir: &str, wanted: &Wanted) -> Verdict 
     }
     let names = Names { passwd, group };
     let (scratch, trouble) = match folders(root, &wanted.scratch) {
-        Ok(scratch) => (scratch, None),
+        Ok(scratch) => {
+            let full = overfull(root, &scratch, wanted);
+            (scratch, full)
+        }
         Err(why) => (Vec::new(), Some(why)),
     };
     let is_closed = |(_, asked): &(&Folder, &String)| !wanted.exec.contains(asked);
@@ -241,6 +246,7 @@ fn examine(root: BorrowedFd<'_>, working_dir: &str, wanted: &Wanted) -> Verdict 
         path: wanted.path.clone(),
         working_dir: if working_dir.is_empty() { "/".to_owned() } else { working_dir.to_owned() },
         person: wanted.person.clone(),
+        scratch: scratch.iter().map(|folder| folder.path.clone()).collect(),
         closed: scratch
             .iter()
             .zip(&wanted.scratch)
@@ -301,6 +307,25 @@ fn folders(root: BorrowedFd<'_>, asked: &[String]) -> Result<Vec<Folder>, String
         all.push(folder);
     }
     Ok(all)
+}
+
+/// Returns a sentence about the first writable folder that is smaller than the files of the image that it starts with.
+fn overfull(root: BorrowedFd<'_>, scratch: &[Folder], wanted: &Wanted) -> Option<String> {
+    const MIB: u64 = 1 << 20;
+    let all = scratch.iter().zip(&wanted.scratch).zip(&wanted.sizes);
+    all.filter(|((folder, _), _)| folder.mode.is_some()).find_map(|((folder, asked), size)| {
+        let needed = content::measure(root, &folder.path);
+        (needed > *size).then(|| {
+            format!(
+                "the scratch {asked} has {} KiB, and the image has {} KiB of files in that folder, which are copied into \
+                 the scratch at each start; write {asked}: {}Mi or more under scratch, with as much more memory, or delete \
+                 the files in the Dockerfile",
+                size / 1024,
+                needed / 1024,
+                (needed + needed / 4).div_ceil(MIB)
+            )
+        })
+    })
 }
 
 fn refused(why: &str) -> Verdict {
@@ -393,6 +418,7 @@ mod tests {
     fn wanted(scratch: &[&str]) -> Wanted {
         Wanted {
             scratch: scratch.iter().map(ToString::to_string).collect(),
+            sizes: vec![8192; scratch.len()],
             exec: Vec::new(),
             word: String::new(),
             path: None,
@@ -509,6 +535,11 @@ mod tests {
             let why = look(&[bad]).unwrap_err();
             assert!(why.contains(sign) && why.contains(bad), "{bad}: {why}");
         }
+        fs::write(root.join("data/first"), vec![0; 8192]).unwrap();
+        assert_eq!(look(&["/data"]).unwrap()[0].0, "/data");
+        fs::write(root.join("data/one-more"), "x").unwrap();
+        let why = look(&["/same"]).unwrap_err();
+        assert!(why.contains("has 12 KiB of files") && why.contains("/same: 1Mi"), "{why}");
         for twice in [["/data", "/same"], ["/run", "/var/run/x"], ["/var/run/x/y", "/run/x"]] {
             assert!(look(&twice).unwrap_err().contains("one of both"), "{twice:?}");
         }

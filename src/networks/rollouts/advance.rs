@@ -8,6 +8,7 @@ use sqlx::PgConnection;
 
 use super::{Stage, WORK};
 use crate::audit;
+use crate::db;
 use crate::error::Error;
 use crate::ids::ActorId;
 use crate::networks::connections::Network;
@@ -85,7 +86,7 @@ impl RolloutReconciler {
     /// Writes down what a step came to.
     async fn conclude(&self, rollout: &Rollout, step: Step) -> Result<Outcome, Failure> {
         let (id, stage) = (rollout.id, rollout.stage);
-        let mut tx = self.0.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.0.pool).await?;
         let outcome = match step {
             Step::On => Outcome::Again(Duration::ZERO),
             Step::Wait(after, message) => {
@@ -118,7 +119,7 @@ impl RolloutReconciler {
     }
 
     pub(super) async fn go_on(&self, rollout: &Rollout, to: Stage, message: &str) -> Result<Step, Failure> {
-        let mut tx = self.0.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.0.pool).await?;
         if store::set_stage(&mut tx, rollout.id, (rollout.stage, to), (None, message)).await? {
             record(&mut tx, rollout, "rollout.stage", json!({"stage": to, "why": message})).await?;
         }
@@ -130,7 +131,7 @@ impl RolloutReconciler {
     /// Takes it back from whom it means something to, some at a time.
     async fn undo(&self, rollout: &Rollout) -> Result<Step, Failure> {
         let message = rollout.message.clone();
-        let mut tx = self.0.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.0.pool).await?;
         let late = store::find_unsettled(&mut tx, rollout.id, Whom::Left).await?;
         let waits = late.as_ref().is_some_and(|late| late.seconds <= PATIENCE);
         if waits {

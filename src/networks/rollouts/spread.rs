@@ -8,6 +8,7 @@ use time::OffsetDateTime;
 use super::Stage;
 use super::advance::{BATCH, COUNTING, RolloutReconciler, SOON, Step, record};
 use super::attempt::attempt;
+use crate::db;
 use crate::networks::store::{self, Pick, Rollout, Whom};
 use crate::reconcile::Failure;
 
@@ -82,7 +83,7 @@ impl RolloutReconciler {
         only: Option<&[i64]>,
         most: i64,
     ) -> Result<Option<usize>, Failure> {
-        let mut tx = self.0.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.0.pool).await?;
         if !store::set_progress(&mut tx, rollout.id, rollout.stage, (None, &rollout.message)).await? {
             return Ok(None);
         }
@@ -117,7 +118,7 @@ impl RolloutReconciler {
     }
 
     async fn finish(&self, rollout: &Rollout, summary: &str) -> Result<Step, Failure> {
-        let mut tx = self.0.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.0.pool).await?;
         // Whoever is being given the service at this moment, is seen below or sees what is written here.
         store::lock_service(&mut tx, rollout.service_id).await?;
         if !store::set_stage(&mut tx, rollout.id, (Stage::All, Stage::Over), (Some("done"), summary)).await? {

@@ -4,6 +4,7 @@ use time::OffsetDateTime;
 
 use super::Stage;
 use super::advance::{BATCH, COUNTING, RolloutReconciler, SOON, Step};
+use crate::db;
 use crate::driver::Used;
 use crate::networks::Endpoint;
 use crate::networks::store::{self, Rollout, UseRow, Whom};
@@ -15,7 +16,7 @@ impl RolloutReconciler {
         if let Some(step) = self.not_in_force(rollout, Whom::Watched).await? {
             return Ok(step);
         }
-        let mut tx = self.0.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.0.pool).await?;
         if !store::set_progress(&mut tx, rollout.id, Stage::Window, (None, &rollout.message)).await? {
             return Ok(Step::On);
         }
@@ -54,7 +55,7 @@ impl RolloutReconciler {
     /// Reads the counters, and writes down what was used of what this one closes.
     async fn count(&self, rollout: &Rollout) -> Result<(Vec<UseRow>, i64), Failure> {
         let used = self.0.driver.used().await?;
-        let mut tx = self.0.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.0.pool).await?;
         let mut names: Vec<String> = used.iter().map(|used| used.tenant.to_string()).collect();
         names.sort();
         names.dedup();

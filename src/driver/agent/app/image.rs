@@ -88,6 +88,7 @@ fn wanted(workload: &Workload, seen: &ImageSeen) -> Wanted {
     let exec = workload.scratch.iter().filter(|(_, scratch)| scratch.exec);
     Wanted {
         scratch: workload.scratch.keys().cloned().collect(),
+        sizes: workload.scratch.values().map(|scratch| scratch.size).collect(),
         exec: exec.map(|(path, _)| path.clone()).collect(),
         word: words.concat().first().cloned().unwrap_or_default(),
         path: workload.env.get("PATH").cloned().or_else(|| path(&seen.env)),
