@@ -381,7 +381,7 @@ impl<P: Permission> FromRequest for PlatformScope<P> {
                     Ok(Self { actor, request_id: request_id(&req), permission: PhantomData })
                 }
                 Some(_) => {
-                    refuse(&req, None, Some(&actor.id), "the role does not include it");
+                    refuse(&req, None, Some(&actor.id), "the role does not include this permission");
                     Err(Error::Forbidden(role_name(None, P::PLATFORM)))
                 }
                 // An account with tenant roles only gets 404 on platform routes.
@@ -412,7 +412,7 @@ impl<P: Permission> FromRequest for TenantScope<P> {
                 return Err(Error::NotFound);
             }
             if !includes::<P>(actor.platform, role) {
-                refuse(&req, Some(&tenant), Some(&actor.id), "the role does not include it");
+                refuse(&req, Some(&tenant), Some(&actor.id), "the role does not include this permission");
                 return Err(Error::Forbidden(role_name(P::TENANT, P::PLATFORM)));
             }
             let of_platform = actor.platform.is_some_and(|role| role >= P::PLATFORM);

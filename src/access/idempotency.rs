@@ -252,8 +252,7 @@ impl Repeatable {
         let (head, body) = response.into_parts();
         let etag = head.headers().get(header::ETAG).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let Ok(Ok(bytes)) = to_bytes_limited(body, ANSWER).await else {
-            return Error::internal("the response is too large to store for its Idempotency-Key")
-                .error_response();
+            return Error::internal("the response cannot be stored for its Idempotency-Key").error_response();
         };
         // After a 500 the outcome is unknown: the key stays started.
         let written = if status.is_success() {

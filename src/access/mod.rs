@@ -277,7 +277,7 @@ permissions! {
     PullImages: "Pull the tenant's images", Some(Role::Viewer), Admin, Reads;
     PushImages: "Push images", Some(Role::Deployer), Admin, Changes;
     Deploy: "Deploy, roll back and delete apps; delete images", Some(Role::Deployer), Admin, Changes;
-    ReadActivity: "See who did what in a tenant", Some(Role::Owner), Auditor, Reads;
+    ReadActivity: "Read a tenant's audit log", Some(Role::Owner), Auditor, Reads;
     ManageCredentials: "Create and revoke registry credentials, service accounts and their tokens", Some(Role::Owner), Admin, Changes;
     ManageMembers: "Invite users, change their role, remove them", Some(Role::Owner), Admin, Changes;
     ManageConnections: "Offer, accept and revoke grants; request egress targets", Some(Role::Owner), Admin, Changes;

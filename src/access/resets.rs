@@ -41,7 +41,7 @@ impl Desk {
         }
         if source != "local" {
             return Err(Error::Conflict(
-                "this member signs in through a provider and has no password here".into(),
+                "this member signs in through a provider; reset the password there".into(),
             ));
         }
         if !belongs_here_alone(&mut tx, account, tenant).await? {

@@ -207,7 +207,7 @@ impl Desk {
         }
     }
 
-    /// Revokes a token of a tenant, or of the platform (`None`), whoever the holder is.
+    /// Revokes a token of a tenant, or of the platform (`None`), of any holder.
     pub async fn revoke_token(&self, by: By<'_>, tenant: Option<TenantId>, id: i64) -> Result<(), Error> {
         let mut tx = db::begin(&self.pool, tenant.map_or(Within::Platform, Within::Tenant)).await?;
         let name = store::revoke_token(&mut tx, tenant, id).await?.ok_or(Error::NotFound)?;

@@ -241,7 +241,7 @@ impl<'de> Deserialize<'de> for Quota {
 
 /// A resource whose row is locked until the transaction ends.
 #[derive(Debug, Clone, Copy)]
-#[must_use = "the lock is there to be counted under"]
+#[must_use = "count the rows under this lock"]
 pub struct Held {
     /// The resource.
     pub resource: Resource,

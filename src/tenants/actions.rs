@@ -154,7 +154,7 @@ pub async fn suspend(
         return Ok(generation);
     }
     if state.starts_with("offboard") {
-        return Err(Error::Conflict(format!("the tenant is {state}")));
+        return Err(Error::Conflict(format!("the tenant is {state} and cannot be suspended or resumed")));
     }
     let generation = store::raise_generation(&mut tx, tenant.id, wanted).await?;
     by.record(&mut tx, tenant.id, action, tenant.name.as_str(), json!({})).await?;

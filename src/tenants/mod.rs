@@ -40,7 +40,7 @@ pub struct Tenant {
 pub trait Belongings: Send + Sync + 'static {
     /// Returns the name of the step, for display.
     fn step(&self) -> &'static str;
-    /// Continues the removal, then checks what is left.
+    /// Continues the removal, then returns the remaining resources.
     async fn remove(&self, tenant: TenantId, name: &TenantName) -> Result<Left, crate::reconcile::Failure>;
 }
 

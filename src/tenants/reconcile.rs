@@ -72,8 +72,15 @@ impl TenantReconciler {
             _ => ("true", "Active", "apps may run"),
         };
         store::set_condition(&mut tx, tenant.id, "Active", status, reason, message).await?;
-        store::set_condition(&mut tx, tenant.id, "Converged", "true", "UpToDate", "everything is as desired")
-            .await?;
+        store::set_condition(
+            &mut tx,
+            tenant.id,
+            "Converged",
+            "true",
+            "UpToDate",
+            "the tenant matches its desired state",
+        )
+        .await?;
         store::set_observed(&mut tx, tenant.id, tenant.generation).await?;
         tx.commit().await?;
         Ok(Outcome::Settled)

@@ -62,7 +62,7 @@ impl Desk {
             return refuse(&Refused("this response comes from another provider".into()));
         }
         if back.error.is_some() || back.code.is_empty() {
-            return refuse(&Refused("the provider denied the sign-in".into()));
+            return refuse(&Refused("the sign-in was denied".into()));
         }
         // Mark the attempt as used before the code is redeemed: it must not run twice, whatever the outcome.
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
@@ -144,7 +144,7 @@ impl Desk {
                     &format!("sign-in through {}", settings.name),
                     "the account is disabled",
                 );
-                return Ok(Came::Refused("the account is disabled; ask an admin".into()));
+                return Ok(Came::Refused("the sign-in was denied".into()));
             }
             None if vouched.given.is_nothing() && !settings.admit_all => {
                 return Ok(Came::Refused(

@@ -1,5 +1,5 @@
-//! A tenant that creates rows without end. Each kind stops at its limit, the last place goes to one request,
-//! and creating and revoking in a loop leaves only the kept dead rows.
+//! A tenant that creates rows without end. Each kind stops at its limit. The last place goes to one request.
+//! Creating and revoking in a loop leaves only the kept dead rows.
 
 use bulkhead::access::{Authority, Role};
 use bulkhead::ids::TenantId;
