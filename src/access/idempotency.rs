@@ -81,8 +81,8 @@ fn another() -> Error {
 fn unfinished() -> Error {
     Error::Conflict(
         "a request with this Idempotency-Key was started, and its response is not known yet: retry in a few seconds. If \
- this error persists, the request was interrupted: list the existing objects, delete or revoke those that it may \
- have created (a secret that was not shown cannot be shown again), and repeat the request with a new key"
+         this error persists, the request was interrupted: list the existing objects, delete or revoke those that it may \
+         have created (a secret that was not shown cannot be shown again), and repeat the request with a new key"
             .into(),
     )
 }
