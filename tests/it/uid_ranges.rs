@@ -119,7 +119,7 @@ async fn a_pool_that_is_used_up_says_so_and_nothing_returns_to_it(pool: PgPool) 
     let mut conn = pool.acquire().await.unwrap();
     bulkhead::uid_ranges::release_ranges(&mut conn, tenants[0]).await.unwrap();
     let error = bulkhead::uid_ranges::allocate_range(&mut conn, tenants[3], &pools).await.unwrap_err();
-    assert!(error.to_string().contains("used up"), "{error}");
+    assert!(error.to_string().contains("BH-424"), "{error}");
     // The database itself refuses to give a burnt range again.
     let stolen = sqlx::query(
         "INSERT INTO uid_range (slot, tenant_id, pool_start, pool_end, size, block_size) \
