@@ -185,7 +185,7 @@ pub struct InstanceObserved {
     pub container: String,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde requires this signature")]
 fn is_zero(number: &u32) -> bool {
     *number == 0
 }
@@ -287,10 +287,10 @@ impl std::fmt::Display for ProbeOutcome {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Reached => "reached: the other side has the connection",
-            Self::Opened => "a connection opened; who accepted it is not known",
-            Self::Refused => "somebody answered that nothing listens there",
+            Self::Opened => "a connection opened; the process that accepted it is unknown",
+            Self::Refused => "a host answered that nothing listens there",
             Self::Prohibited => "the firewall refused it",
-            Self::Unreachable => "somebody on the way there refused it, not the firewall",
+            Self::Unreachable => "a machine on the way refused it, not the firewall",
             Self::Silent => "no answer",
         })
     }

@@ -145,7 +145,7 @@ impl Groups {
                     Ok(()) => {}
                     // Version 1 refuses a limit below the current use, or below the limit of a group within.
                     Err(error) if !fresh && matches!(error.kind(), BUSY | io::ErrorKind::InvalidInput) => {
-                        tracing::warn!(%error, "a bound cannot be lowered yet");
+                        tracing::warn!(%error, "a cgroup limit cannot be lowered yet");
                         continue;
                     }
                     Err(error) => return Err(error),
@@ -282,7 +282,7 @@ mod tests {
         assert_eq!(
             read(root.path().join("cgroup.subtree_control")),
             "cpu memory pids\n",
-            "what is there is left"
+            "existing controllers are kept"
         );
     }
 
@@ -295,7 +295,10 @@ mod tests {
         }
         let groups = Groups::below(root.path());
         let bounds = Capacity { memory: 16 << 30, pids: 32_768 }.of_all_tenants();
-        assert!(groups.ensure("/bulkhead-abcd", &bounds).unwrap().is_empty(), "new is not changed");
+        assert!(
+            groups.ensure("/bulkhead-abcd", &bounds).unwrap().is_empty(),
+            "a new group reports no changes"
+        );
         groups.ensure("/bulkhead-abcd/t-acme", &of_tenant(&LIMITS)).unwrap();
         assert_eq!(read(at("pids/bulkhead-abcd/pids.max")), "28672");
         assert_eq!(read(at("cpu/bulkhead-abcd/cpu.shares")), "512");

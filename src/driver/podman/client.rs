@@ -293,7 +293,7 @@ impl Podman {
 
     /// Inspects one container that must exist.
     pub async fn inspect(&self, name: &str) -> Result<Inspected, Error> {
-        self.find(name).await?.ok_or_else(|| Error::Transient("the container is not there".into()))
+        self.find(name).await?.ok_or_else(|| Error::Transient("the container does not exist".into()))
     }
 
     /// Ensures that a network exists, and returns whether it was created. The engine assigns no addresses; Bulkhead

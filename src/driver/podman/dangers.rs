@@ -8,8 +8,8 @@ const PATH: usize = 1024;
 
 /// Refuses a dangerous config. The error names the part and says why.
 ///
-/// - The engine (Podman 4.3) fills an environment entry without a value from its own environment, and `*` with all
-///   of it.
+/// - The engine (Podman 4.3) fills an environment entry without a value from its own environment, and `*` with
+///   the whole environment.
 /// - A working directory in `/proc` leads the runtime to a folder of the host (CVE-2024-21626).
 /// - With an invalid stop signal, the engine creates no container.
 pub fn of_config(env: &[String], working_dir: &str, stop_signal: &str) -> Result<(), String> {

@@ -37,7 +37,7 @@ impl Ear {
                     // A relevant message arrived, or the buffer overflowed and may have lost one.
                     Ok(_) | Err(rustix::io::Errno::NOBUFS) => tell.notify_one(),
                     Err(error) => {
-                        tracing::warn!(%error, "the kernel's messages are not heard any more");
+                        tracing::warn!(%error, "the netlink monitor has stopped: kernel messages cannot be read");
                         return;
                     }
                 }
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn what_is_no_message_ends_the_reading() {
-        assert!(!any(&[0; 64], |_| true), "one without a length would be read for ever");
+        assert!(!any(&[0; 64], |_| true), "a message without a length would be read for ever");
         assert!(!any(&message(7, 4_000_000_000), is_seven));
         for cut in 0..24 {
             assert!(!any(&message(7, 24)[..cut], is_seven));

@@ -187,7 +187,7 @@ mod tests {
         assert_eq!((address.to_string().as_str(), port, inode.as_str()), ("0.0.0.0", 8080, "4711"));
         assert_eq!(listening(line, UNCONNECTED), None);
         let loopback = line.replace("00000000:1F90", "0100007F:1F90");
-        assert_eq!(listening(&loopback, LISTENS), None, "loopback is nobody's");
+        assert_eq!(listening(&loopback, LISTENS), None, "loopback does not count");
         let six = line.replace("00000000:1F90", "00000000000000000000000000000000:0016");
         assert_eq!(listening(&six, LISTENS).unwrap().1, 22);
         let six = line.replace("00000000:1F90", "00000000000000000000000001000000:0016");

@@ -38,7 +38,7 @@ pub fn settle(pid: i32, workload: &Workload, mounts: &[Mount]) -> Result<(), Err
     // The process id may pass to another process. Everything opened below this folder is of this process, or
     // fails.
     let process = process(pid, workload).map_err(|error| {
-        Error::Transient(format!("the prepared process of the instance is not there any more: {error}"))
+        Error::Transient(format!("the prepared process of the instance no longer exists: {error}"))
     })?;
     let host = |id: u16| workload.block.start + u32::from(id);
     let (uid, gid) = (Uid::from_raw(host(workload.user.uid)), Gid::from_raw(host(workload.user.gid)));
@@ -71,7 +71,7 @@ fn process(pid: i32, workload: &Workload) -> std::io::Result<OwnedFd> {
     if mapped == Some(workload.block.start) {
         Ok(folder)
     } else {
-        Err(std::io::Error::other("another process has its number"))
+        Err(std::io::Error::other("another process has its process id"))
     }
 }
 

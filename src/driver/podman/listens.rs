@@ -47,18 +47,18 @@ pub fn explain(port: u16, listening: &[SocketAddr]) -> String {
     let loopback = !own.is_empty() && own.iter().all(|at| at.ip().is_loopback());
     if loopback {
         return format!(
-            "port {port} takes no connection: the app listens on {} only; listen on 0.0.0.0",
+            "port {port} accepts no connections: the app listens on {} only; listen on 0.0.0.0",
             list(&own)
         );
     }
     if !own.is_empty() {
-        return format!("port {port} takes no connection, though the app listens on {}", list(&own));
+        return format!("port {port} accepts no connections, though the app listens on {}", list(&own));
     }
     if listening.is_empty() {
-        return format!("port {port} takes no connection: nothing listens in the instance");
+        return format!("port {port} accepts no connections: nothing listens in the instance");
     }
     format!(
-        "port {port} takes no connection: the app listens on {}; write its port in the spec, or let it listen on {port}",
+        "port {port} accepts no connections: the app listens on {}; write its port in the spec, or let it listen on {port}",
         list(listening)
     )
 }

@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 pub struct Begun<T>(io::Result<JoinHandle<io::Result<T>>>);
 
 fn ended<E>(_: E) -> io::Error {
-    io::Error::other("what was done in the namespace has ended early")
+    io::Error::other("the thread in the network namespace ended early")
 }
 
 /// Starts a function in the namespace at a path.

@@ -64,7 +64,7 @@ fn known_as(bridge: &str, own: Ipv4Addr) -> String {
 async fn prepare(bridge: &str, gateway: Ipv4Addr) -> Result<bool, Error> {
     let read = async |file: &str| {
         let text = tokio::fs::read_to_string(format!("/sys/class/net/{bridge}/{file}")).await;
-        text.map(|text| text.trim().to_owned()).map_err(failed("the bridge"))
+        text.map(|text| text.trim().to_owned()).map_err(failed("the bridge cannot be read"))
     };
     let card = card(gateway);
     let flags = u32::from_str_radix(read("flags").await?.trim_start_matches("0x"), 16).unwrap_or(0);
@@ -109,12 +109,13 @@ pub async fn hold(bridges: &BTreeMap<String, Neighbours>) -> Held {
         let of = |own: &&Ipv4Addr| known.get(&(bridge.clone(), **own)) != Some(&card(**own));
         text.extend(neighbours.addresses.iter().filter(of).map(|own| known_as(bridge, *own)));
         let forgotten = neighbours.attached.iter().filter(of).count();
-        let another = if changed.contains(bridge) { "it had another card or asked around" } else { "" };
+        let another =
+            if changed.contains(bridge) { "its MAC address or its ARP setting was wrong" } else { "" };
         let what = match (forgotten, another) {
             (0, another) if another.is_empty() || neighbours.attached.is_empty() => continue,
             (0, another) => another.to_owned(),
-            (n, "") => format!("the machine had forgotten {n} of its neighbours"),
-            (n, another) => format!("{another}, and the machine had forgotten {n} of its neighbours"),
+            (n, "") => format!("static neighbour entries were missing ({n})"),
+            (n, another) => format!("{another}, and static neighbour entries were missing ({n})"),
         };
         held.mended.push((bridge.clone(), what));
     }

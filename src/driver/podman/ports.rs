@@ -2,9 +2,9 @@
 //! instances of one tenant goes up to the host and through the forward hook like all other traffic, with or without
 //! br_netfilter.
 //!
-//! An instance has a static neighbour entry for its gateway and no other neighbour. Its own MAC address is set by
-//! the agent. ARP is neither sent nor answered. An instance can therefore not answer in place of another one, or
-//! fill the neighbour table that the whole machine shares.
+//! An instance has a static neighbour entry for its gateway and no other neighbour. The agent sets its MAC
+//! address. ARP is neither sent nor answered. An instance can therefore not answer in place of another one, or fill
+//! the neighbour table that the whole machine shares.
 
 use std::collections::{BTreeSet, HashSet};
 use std::net::Ipv4Addr;
@@ -55,14 +55,14 @@ async fn finish(program: &'static str, args: &[&str], text: &str) -> Result<Outp
     let both = async { tokio::join!(write, child.wait_with_output()).1 };
     match tokio::time::timeout(PATIENCE, both).await {
         Ok(done) => done.map_err(failed(program)),
-        Err(_) => Err(Error::Transient(format!("{program} does not end"))),
+        Err(_) => Err(Error::Transient(format!("{program} did not finish in time"))),
     }
 }
 
 async fn look(program: &'static str, args: &[&str]) -> Result<Value, Error> {
     let done = finish(program, args, "").await?;
     if !done.status.success() {
-        return Err(Error::Transient("a network namespace cannot be read".into()));
+        return Err(Error::Transient("the state of the network cannot be read".into()));
     }
     serde_json::from_slice(&done.stdout).map_err(|error| Error::Transient(error.to_string()))
 }
@@ -74,7 +74,7 @@ pub(super) async fn batch(args: &[&str], text: &str) -> Result<(), Error> {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&done.stderr).lines().next().unwrap_or_default().to_owned();
-    Err(Error::Transient(format!("the network of an instance: {text}")))
+    Err(Error::Transient(format!("the network of an instance cannot be set up: {text}")))
 }
 
 fn namespace_of(sandbox: &str) -> &str {
@@ -91,7 +91,7 @@ pub(super) async fn set(args: &[&str]) -> Result<(), Error> {
     if text.contains("File exists") || text.contains("Cannot find device") && args.contains(&"delete") {
         Ok(())
     } else {
-        Err(Error::Transient(format!("the network of an instance: {text}")))
+        Err(Error::Transient(format!("the network of an instance cannot be set up: {text}")))
     }
 }
 
@@ -136,7 +136,10 @@ pub async fn settle_within(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: S
         card(gateway)
     );
     batch(&["-n", name], &inside).await?;
-    namespace::within(sandbox, close_ipv6).await.and_then(|closed| closed).map_err(failed("IPv6"))?;
+    namespace::within(sandbox, close_ipv6)
+        .await
+        .and_then(|closed| closed)
+        .map_err(failed("IPv6 cannot be disabled"))?;
     // An earlier version assigned the address with the prefix of the whole subnet.
     let wide = format!("{own}/{prefix}");
     let there = json(&["-n", name, "-j", "-4", "addr", "show", "dev", "eth0"]).await?;
@@ -256,8 +259,8 @@ impl Port {
         unlocked().await.is_ok_and(|unlocked| unlocked.contains(self))
     }
 
-    /// Closes the port to its neighbours. The bridge learns no addresses from the port, sends it only frames for
-    /// its own MAC address, and accepts no frames from another MAC address there.
+    /// Closes the port to its neighbours. The bridge learns no addresses from the port and sends it only frames
+    /// for its own MAC address. It accepts no frames from another MAC address there.
     pub async fn close(&self) -> Result<(), Error> {
         let closed = ["isolated", "on", "learning", "off", "flood", "off"];
         let port = ["link", "set", "dev", &self.name, "type", "bridge_slave"];
@@ -266,7 +269,7 @@ impl Port {
         }
         // Kernels before 5.18 have no such lock. No app has the right to send from another MAC address.
         set(&[&port[..], &closed].concat()).await?;
-        tracing::warn!(port = self.name, "this kernel does not hold a port to its card");
+        tracing::warn!(port = self.name, "this kernel cannot lock a bridge port to its MAC address");
         Ok(())
     }
 
@@ -279,7 +282,7 @@ impl Port {
             return Ok(());
         }
         let text = String::from_utf8_lossy(&done.stderr).trim().to_owned();
-        Err(Error::Transient(format!("the port of an instance: {text}")))
+        Err(Error::Transient(format!("the bridge port of an instance cannot be set up: {text}")))
     }
 }
 
@@ -297,7 +300,9 @@ pub async fn unlocked() -> Result<HashSet<Port>, Error> {
 pub async fn isolate(bridge: &str, sandbox: &str, own: Ipv4Addr) -> Result<Port, Error> {
     let namespace = namespace_of(sandbox);
     let inside = json(&["-n", namespace, "-j", "link", "show", "dev", "eth0"]).await?;
-    let index = inside[0]["link_index"].as_i64().ok_or_else(|| Error::Transient("no peer of eth0".into()))?;
+    let index = inside[0]["link_index"]
+        .as_i64()
+        .ok_or_else(|| Error::Transient("eth0 of the instance has no peer".into()))?;
     let links = json(&["-j", "link", "show", "master", bridge]).await?;
     let port = links
         .as_array()

@@ -102,7 +102,7 @@ fn find(root: BorrowedFd<'_>, program: &Program) -> Result<Option<Place>, String
     let mut denied = None;
     let folders: Vec<&str> = program.path.as_deref().unwrap_or(PATH).split(':').collect();
     if folders.len() > FOLDERS {
-        return Err(format!("its PATH names {} folders; {FOLDERS} are the most", folders.len()));
+        return Err(format!("its PATH names {} folders; the maximum is {FOLDERS}", folders.len()));
     }
     for folder in folders {
         let folder = if folder.is_empty() { program.working_dir.as_str() } else { folder };
@@ -132,7 +132,7 @@ fn examine(
     // A path that the kernel fills is not in the image; only the start shows what is there.
     let Some((_, stat)) = &found.there else { return Ok(()) };
     if found.kind() != Some(FileType::RegularFile) {
-        return Err(format!("its command {shown} is a folder or another thing that is no file"));
+        return Err(format!("its command {shown} is a folder or another thing that is not a file"));
     }
     if let Some(folder) = program.closed.iter().find(|folder| lies_in(&found.path, folder)) {
         return Err(format!(
@@ -157,7 +157,7 @@ fn examine(
     }
     if !head.starts_with(b"\x7fELF") {
         return Err(format!(
-            "its command {shown} is no program: it starts neither as an ELF file nor with #! and an interpreter"
+            "its command {shown} is not a program: it starts neither as an ELF file nor with #! and an interpreter"
         ));
     }
     if let Some(machine) = foreign_machine(&head) {
@@ -253,7 +253,7 @@ fn script(
     let Ok(line) = std::str::from_utf8(line) else { return Ok(()) };
     if line.ends_with('\r') {
         return Err(format!(
-            "the first line of its command {shown} ends as Windows ends lines; write the file with plain line feeds"
+            "the first line of its command {shown} ends with a Windows line break; write the file with plain line feeds"
         ));
     }
     let mut words = line.split([' ', '\t']).filter(|word| !word.is_empty());

@@ -92,7 +92,7 @@ impl Fetcher {
         let auth = own.prepare(&self.engine.pull_host, secret).map_err(failed)?;
         begun(&own.folder);
         if let Err(error) = make_groups(&self.group, &own.groups) {
-            tracing::error!(%error, "no image is fetched: its cgroup cannot be made, and without bounds none is");
+            tracing::error!(%error, "the image is not fetched: its cgroup, which limits the fetch, cannot be created");
             return Err(failed(error));
         }
         let (program, args, environment) = engine::client(&self.engine);
@@ -167,9 +167,9 @@ pub fn enter(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
 /// for the tenant.
 const NEVER: [(&str, &str); 5] = [
     ("duplicates of file paths not supported", "a layer of the image names a path twice"),
-    ("invalid header", "a layer of the image is not packed as it says"),
+    ("invalid header", "a layer of the image is not packed as its media type says"),
     ("does not match config's DiffID", "the layers of the image are not those that its config names"),
-    ("unsupported MIME type", "the image is of a kind that the engine does not take"),
+    ("unsupported MIME type", "the engine does not support the media type of the image"),
     ("too many layers", "the image has too many layers"),
 ];
 
@@ -188,7 +188,7 @@ fn classify(words: &str, killed: bool) -> Error {
         let told = if inside.is_empty() { outcome } else { inside };
         if told.starts_with("lsetxattr ") {
             return Error::Rejected(
-                "a layer of the image sets extended attributes that the machine's file system does not take"
+                "a layer of the image sets extended attributes that the machine's file system does not support"
                     .into(),
             );
         }
@@ -249,7 +249,7 @@ impl Drop for Own {
         });
         if let Err(error) = ended {
             // The next start of the agent removes it.
-            tracing::error!(%error, "what a fetch has left stays for now");
+            tracing::error!(%error, "the files of a fetch are not removed yet");
         }
     }
 }

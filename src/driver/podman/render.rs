@@ -63,10 +63,10 @@ const ENGINES_OWN: [&str; 4] = [
 /// Checks that the image added nothing to a container that was created.
 pub fn check_made(annotations: &[String], healthcheck: &[String]) -> Result<(), String> {
     if annotations.iter().any(|key| !ENGINES_OWN.contains(&key.as_str()) && !is_harmless_annotation(key)) {
-        return Err("the image has annotations that a container runtime could take as orders".into());
+        return Err("the image has annotations that a container runtime could take as instructions".into());
     }
     if healthcheck != ["NONE"] {
-        return Err("the image's own health check could not be switched off".into());
+        return Err("the image's own health check could not be disabled".into());
     }
     Ok(())
 }

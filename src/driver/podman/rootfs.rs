@@ -114,7 +114,7 @@ pub async fn look(image: &ImageSeen, wanted: &Wanted) -> Result<Found, Error> {
     dangers::of_config(&image.env, &image.working_dir, &image.stop_signal).map_err(Error::Rejected)?;
     let question =
         question(image, wanted).map_err(|why| Error::Transient(format!("the image's layers: {why}")))?;
-    let failed = |error: std::io::Error| Error::Transient(format!("the image cannot be looked at: {error}"));
+    let failed = |error: std::io::Error| Error::Transient(format!("the image cannot be checked: {error}"));
     let program = std::env::current_exe().map_err(failed)?;
     let mut child = tokio::process::Command::new("unshare")
         .args(["--mount", "--propagation", "private", "--"])
@@ -136,13 +136,13 @@ pub async fn look(image: &ImageSeen, wanted: &Wanted) -> Result<Found, Error> {
         child.wait_with_output().await
     };
     let Ok(done) = tokio::time::timeout(PATIENCE, asked).await else {
-        return Err(Error::Transient("the image could not be looked at in time".into()));
+        return Err(Error::Transient("the check of the image did not finish in time".into()));
     };
     match serde_json::from_slice(&done.map_err(failed)?.stdout) {
         Ok(Verdict::Fine(found)) => Ok(found),
         Ok(Verdict::Refused(why)) => Err(Error::Rejected(why)),
-        Ok(Verdict::Failed(why)) => Err(Error::Transient(format!("the image cannot be looked at: {why}"))),
-        Err(_) => Err(Error::Transient("the look at the image gave no answer".into())),
+        Ok(Verdict::Failed(why)) => Err(Error::Transient(format!("the image cannot be checked: {why}"))),
+        Err(_) => Err(Error::Transient("the check of the image gave no answer".into())),
     }
 }
 
@@ -159,7 +159,7 @@ fn question(image: &ImageSeen, wanted: &Wanted) -> Result<Question, String> {
             || !name.bytes().all(|b| b.is_ascii_hexdigit())
             || overlay.as_deref().is_some_and(|known: &Path| known != above)
         {
-            return Err("a layer lies where none should".into());
+            return Err("a layer is not in the engine's folder of layers".into());
         }
         overlay = Some(above.to_owned());
         layers.push(name.to_owned());
@@ -268,7 +268,7 @@ fn folders(root: BorrowedFd<'_>, asked: &[String]) -> Result<Vec<Folder>, String
                 None => None,
                 Some(FileType::Directory) => place.there.as_ref().map(|(_, stat)| stat.st_mode & 0o7777),
                 Some(_) => {
-                    let instead = "name a folder that is none in the image, or the folder above it";
+                    let instead = "name a path that the image does not have, or the folder above it";
                     return Err(format!("the scratch {path} is a file in the image; {instead}"));
                 }
             };
@@ -296,7 +296,7 @@ fn folders(root: BorrowedFd<'_>, asked: &[String]) -> Result<Vec<Folder>, String
         };
         if let Some(n) = all.iter().position(meets) {
             return Err(format!(
-                "the scratch {path}{leads} lies in or around the scratch {}; name one of both",
+                "the scratch {path}{leads} lies in or around the scratch {}; name only one of the two",
                 asked[n]
             ));
         }
@@ -506,13 +506,13 @@ mod tests {
             ("/shm", "/dev"),
             ("/top", "cannot be a folder"),
             ("/file", "is a file"),
-            ("/file/x", "no folder"),
+            ("/file/x", "not a folder"),
         ] {
             let why = look(&[bad]).unwrap_err();
             assert!(why.contains(sign) && why.contains(bad), "{bad}: {why}");
         }
         for twice in [["/data", "/same"], ["/run", "/var/run/x"], ["/var/run/x/y", "/run/x"]] {
-            assert!(look(&twice).unwrap_err().contains("one of both"), "{twice:?}");
+            assert!(look(&twice).unwrap_err().contains("one of the two"), "{twice:?}");
         }
     }
 }

@@ -53,7 +53,7 @@ impl Place {
 }
 
 /// Error text when the limit is reached.
-const SPENT: &str = "leads, with the other paths of the image, over more than 20,000 names";
+const SPENT: &str = "leads, together with the other paths of the image, through more than 20,000 names";
 
 static OPENED: AtomicU32 = AtomicU32::new(0);
 
@@ -75,7 +75,7 @@ pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
             "" | "." => continue,
             ".." => {
                 if missing {
-                    return Err("leads through a folder that is not there".into());
+                    return Err("leads through a folder that does not exist".into());
                 }
                 if walked.pop().is_some() {
                     passed.pop();
@@ -103,7 +103,7 @@ pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
                 missing = true;
                 continue;
             }
-            Err(Errno::NOTDIR) => return Err("leads through a file that is no folder".into()),
+            Err(Errno::NOTDIR) => return Err("leads through a file that is not a folder".into()),
             Err(error) => return Err(format!("cannot be followed: {error}")),
         };
         let stat = fstat(&found).map_err(|error| error.to_string())?;
@@ -113,8 +113,9 @@ pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
                 return Err("leads through too many links".into());
             }
             let target = readlinkat(&found, "", Vec::new()).map_err(|error| error.to_string())?;
-            let target =
-                target.into_string().map_err(|_| "leads through a link that is no text".to_owned())?;
+            let target = target
+                .into_string()
+                .map_err(|_| "leads through a link whose target is not text".to_owned())?;
             walked.pop();
             if target.starts_with('/') {
                 walked.clear();

@@ -42,13 +42,13 @@ pub async fn apply(proven: &Proven) -> Result<(), Error> {
     };
     let done = tokio::time::timeout(PATIENCE, load)
         .await
-        .map_err(|_| failed("nft does not end".into()))?
+        .map_err(|_| failed("nft did not finish in time".into()))?
         .map_err(|error| failed(error.to_string()))?;
     if done.status.success() {
         return Ok(());
     }
     let words: String = String::from_utf8_lossy(&done.stderr).chars().take(2000).collect();
-    tracing::error!(words, "the table cannot be loaded");
+    tracing::error!(words, "nft refused the firewall table");
     Err(failed("the firewall table cannot be loaded".into()))
 }
 
@@ -67,7 +67,7 @@ async fn said(program: &str, args: &[&str]) -> Option<Output> {
     if let Ok(done) = tokio::time::timeout(PATIENCE, run).await {
         return done.ok();
     }
-    tracing::warn!(program, "a program does not end");
+    tracing::warn!(program, "a program did not finish in time");
     None
 }
 
@@ -115,7 +115,7 @@ pub async fn remove(table: &str) {
     let _ = nft(&["delete", "table", "inet", table]).await;
 }
 
-/// A packet of the last minute that was denied, or allowed only in audit mode.
+/// Packets of the last minute that were denied or rate limited, or allowed only in audit mode.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     /// Name of the source bridge.
@@ -128,11 +128,11 @@ pub struct Refusal {
     pub protocol: Protocol,
     /// Port at the target.
     pub port: u16,
-    /// Seconds since its last packet.
+    /// Seconds since the last packet.
     pub ago: u64,
-    /// Whether it was allowed in audit mode.
+    /// Whether they were allowed in audit mode.
     pub let_through: bool,
-    /// Whether its flow is allowed but the packet was rate limited.
+    /// Whether the flow is allowed but they were rate limited.
     pub hasty: bool,
 }
 

@@ -54,7 +54,7 @@ pub struct Rules {
     pub gateways: BTreeSet<(u32, Ipv4Addr)>,
     /// Networks in audit mode: their packets to the outside are allowed and recorded.
     pub trial: BTreeSet<u32>,
-    /// Flows to addresses of domains, each with its end as a second of the clock of [`seconds`].
+    /// Flows to addresses of domains, each with its end in [`seconds`].
     pub resolved: BTreeMap<Allowed, u64>,
     /// Flows to ranges.
     pub outside: Ranges,

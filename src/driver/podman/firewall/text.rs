@@ -31,8 +31,7 @@ impl Rules {
         let from =
             "ct direction reply ct state established oifname . ip daddr . ip saddr . meta l4proto . th sport";
         let errors = "icmp type { destination-unreachable, time-exceeded } ct state related accept";
-        // The number of records a second is limited for each network: no tenant can fill the set that all
-        // share.
+        // The records a second of each network are limited: no tenant can fill the set that all share.
         let record = format!(
             "meta l4proto {{ tcp, udp }} update @pace {{ iifname limit rate 5/second burst 50 packets }} update @denied {{ {to} }}"
         );

@@ -42,8 +42,8 @@ const PACKETS: [Packet; 5] = [
     forwarded("traffic between apps", BRIDGE, OTHER_BRIDGE, "new"),
     forwarded("traffic of apps to services and egress targets", BRIDGE, OUTSIDE, "new"),
     forwarded("answers to apps from services and egress targets", OUTSIDE, BRIDGE, "established"),
-    names("names asked for over UDP", "udp"),
-    names("names asked for over TCP", "tcp"),
+    names("DNS queries over UDP", "udp"),
+    names("DNS queries over TCP", "tcp"),
 ];
 
 /// Author of the rules. The suggested remedy depends on it.

@@ -15,8 +15,8 @@ fn default_zones_of_firewalld_stop_traffic_and_names() {
     let chains: Vec<&str> = found.iter().map(|wall| wall.chain.as_str()).collect();
     assert_eq!(chains, ["inet firewalld filter_INPUT", "inet firewalld filter_FORWARD"]);
     assert!(found.iter().all(|wall| wall.author == Author::Firewalld));
-    assert_eq!(found[0].stops.len(), 2, "names over both protocols");
-    assert_eq!(found[1].stops.len(), 2, "answers are let through: {:?}", found[1].stops);
+    assert_eq!(found[0].stops.len(), 2, "DNS over both protocols");
+    assert_eq!(found[1].stops.len(), 2, "answers are allowed: {:?}", found[1].stops);
 }
 
 #[test]
@@ -59,7 +59,7 @@ fn a_last_reject_counts_as_a_policy_does() {
         assert_eq!(chain("forward", "accept", &[json!([{"counter": {}}, {last: null}])])[0].stops.len(), 3);
     }
     assert_eq!(chain("input", "drop", &[])[0].stops.len(), 2);
-    assert_eq!(chain("output", "drop", &[]), [], "nothing of an app's leaves the machine as its own");
+    assert_eq!(chain("output", "drop", &[]), [], "packets of apps do not pass the output hook");
     // The end of a chain that was entered by goto is the policy's; a chain that was entered by jump returns.
     let goto = json!([{"goto": {"target": "inner"}}]);
     let jump = json!([{"jump": {"target": "inner"}}]);
@@ -104,7 +104,7 @@ fn accepts_for_bridges_take_the_wall_down_and_others_do_not() {
             json!([{"match": {"op": "==", "left": {"payload": {"protocol": protocol, "field": "dport"}},
                 "right": right.clone()}}, {"accept": null}])
         };
-        assert_eq!(chain("input", "drop", &[rule("udp")])[0].stops, ["names asked for over TCP"]);
+        assert_eq!(chain("input", "drop", &[rule("udp")])[0].stops, ["DNS queries over TCP"]);
         assert_eq!(chain("input", "drop", &[rule("th")]), []);
     }
     // Packets to the machine itself continue, for both ways to match them.
