@@ -129,7 +129,7 @@ fn examine(
     found: &Place,
     depth: u8,
 ) -> Result<(), String> {
-    // A path that the kernel fills is not in the image; only the start shows what is there.
+    // A path that the kernel fills is not in the image; only the start shows its contents.
     let Some((_, stat)) = &found.there else { return Ok(()) };
     if found.kind() != Some(FileType::RegularFile) {
         return Err(format!("its command {shown} is a folder or another thing that is not a file"));
