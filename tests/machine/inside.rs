@@ -167,7 +167,7 @@ async fn scratch_never_covers_what_the_platform_fills() {
         ("secret", "/secret", "lies in /run/secrets"),
         ("settings", "/settings/ssl", "lies in /etc"),
         ("loop", "/loop", "too many links"),
-        ("again", "/again: 64Ki, /data", "name one of both"),
+        ("again", "/again: 64Ki, /data", "name only one of the two"),
     ] {
         assert!(push(&machine, &acme, &format!("acme/{app}:1"), &[layer(&links)], json!({})).0);
         let why = reason(&machine, app, &format!("scratch: {{ {path}: 64Ki }}\n")).await;

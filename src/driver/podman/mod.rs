@@ -1,4 +1,4 @@
-//! Podman and nftables: what the root half drives.
+//! Podman and nftables, driven by the agent.
 
 pub mod cgroups;
 pub mod client;
