@@ -84,7 +84,7 @@ async fn what_is_removed_from_outside_comes_back() {
     let second = machine
         .wait("acme", "web", 20, |app| number(app) > first["number"].as_i64() && app["state"] == "running")
         .await;
-    assert!(second["events"].to_string().contains("made anew"), "{}", second["events"]);
+    assert!(second["events"].to_string().contains("the instance is replaced by"), "{}", second["events"]);
     // Its monitor is killed: the engine goes on saying "running".
     let instance = second["observed"]["instances"][0].clone();
     let (_, conmon) =

@@ -269,7 +269,7 @@ async fn a_reboot_brings_everything_back() {
     for instance in after["observed"]["instances"].as_array().unwrap() {
         assert!(machine.fetches(instance, &[], "http://127.0.0.1:8080/"), "{instance:#}");
     }
-    assert!(after["events"].to_string().contains("made anew"), "{}", after["events"]);
+    assert!(after["events"].to_string().contains("the instance is replaced by"), "{}", after["events"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

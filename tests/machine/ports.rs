@@ -81,7 +81,7 @@ async fn a_port_that_another_user_has_taken_gets_nothing() {
     machine.kill("agent");
     assert_eq!(machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await.0, 202);
     let begun = Instant::now();
-    while !machine.tail("agent").contains("is not serve's") {
+    while !machine.tail("agent").contains("does not belong to serve") {
         assert!(begun.elapsed() < Duration::from_secs(40), "{}", machine.tail("agent"));
         tokio::time::sleep(Duration::from_millis(200)).await;
     }

@@ -144,7 +144,7 @@ async fn what_a_probe_does_not_hear_from_among_a_crowd_is_no_verdict() {
     stop.store(true, Ordering::Relaxed);
     crowd.join().unwrap();
     let untold = |(status, answer): &&(u16, Value)| {
-        *status == 409 && answer.to_string().contains("begin more connections")
+        *status == 409 && answer.to_string().contains("rate of new connections")
     };
     assert!(answers.iter().filter(untold).count() >= 3, "{answers:#?}");
     // And the platform's own tries have told of no fault.

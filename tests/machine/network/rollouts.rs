@@ -413,7 +413,7 @@ async fn what_the_configuration_closes_stays_closed_for_all() {
         .unwrap();
     assert!(!done.status.success());
     let words = String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned();
-    assert!(words.contains("closed: 10.0.0.0/8 touches"), "{words}");
+    assert!(words.contains("closed: 10.0.0.0/8 overlaps"), "{words}");
     let text = std::fs::read_to_string(&file).unwrap().replace("closed = [\"10.0.0.0/8\"]", "closed = []");
     std::fs::write(&file, text).unwrap();
     machine.up().await;
