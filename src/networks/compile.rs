@@ -96,7 +96,8 @@ fn peer(facts: &Facts, app: &Connecting, name: &AppRef) -> Result<Flow, &'static
                     && grant.app == name.app
                     && grant.only.as_ref().is_none_or(|only| *only == app.name)
             };
-            let grant = facts.grants.iter().find(fits).ok_or("the app is not granted, or the grant has ended")?;
+            let grant =
+                facts.grants.iter().find(fits).ok_or("the app is not granted, or the grant has ended")?;
             (grant.tenant.clone(), grant.id, grant.port, grant.until)
         }
     };

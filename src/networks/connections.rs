@@ -101,7 +101,11 @@ impl Connections for Network {
             for target in approved.iter().filter(|target| connects.egress.contains(&target.name)) {
                 if let Some(range) = target.behind(&walls) {
                     let message = format!("{} touches {}: {}", target.name, range.network, range.words);
-                    faults.push(closed("connects.egress", message, "remove the name, or request another target"));
+                    faults.push(closed(
+                        "connects.egress",
+                        message,
+                        "remove the name, or request another target",
+                    ));
                 }
             }
         }
@@ -240,7 +244,9 @@ impl Network {
             store::number_beyond(&mut tx, held).await?;
             store::unset_standing(&mut tx, tenant).await?;
             tx.commit().await?;
-            return Err(Failure::Transient("the agent has a newer plan than the database; the plan is compiled again".into()));
+            return Err(Failure::Transient(
+                "the agent has a newer plan than the database; the plan is compiled again".into(),
+            ));
         }
         if store::set_in_force(&mut tx, tenant, plan).await? {
             enqueue(&mut tx, probe::WORK, probe::OBJECT, None).await?;

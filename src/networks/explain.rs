@@ -118,8 +118,7 @@ pub fn allowed(name: &str, own: bool) -> Closed {
 pub fn hasty() -> Closed {
     closed(
         "allowed, but rate limited: the tenant's apps open more connections at once than this machine accepts",
-        "reuse open connections; the platform's admin can raise the limit"
-            .to_owned(),
+        "reuse open connections; the platform's admin can raise the limit".to_owned(),
     )
 }
 

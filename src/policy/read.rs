@@ -305,7 +305,8 @@ pub fn change(text: &str, before: &Table, shell: &Shell) -> Result<Table, Unread
 }
 
 fn edit(out: &mut Table, line: &str, shell: &Shell) -> Result<(), &'static str> {
-    let (verb, rest) = line.split_once(" element inet ").ok_or("neither `add element` nor `delete element`")?;
+    let (verb, rest) =
+        line.split_once(" element inet ").ok_or("neither `add element` nor `delete element`")?;
     let rest = rest
         .strip_prefix(shell.table.as_str())
         .and_then(|rest| rest.strip_prefix(' '))

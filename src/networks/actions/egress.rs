@@ -89,7 +89,10 @@ pub async fn decide(
         ));
     }
     if !store::decide_target(&mut tx, tenant.id, known.id, decided, by.actor.id.as_str()).await? {
-        return Err(Error::Conflict(format!("this target is {}, so there is nothing to decide", known.state)));
+        return Err(Error::Conflict(format!(
+            "this target is {}, so there is nothing to decide",
+            known.state
+        )));
     }
     let detail = json!({"place": known.place, "protocol": known.protocol, "ports": known.ports, "note": decision.note});
     by.record(&mut tx, tenant.id, action, name.as_str(), detail).await?;

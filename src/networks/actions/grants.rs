@@ -129,7 +129,8 @@ pub async fn end(pool: &PgPool, waker: &Waker, by: By<'_>, tenant: &TenantRef, i
         match received {
             Some((_, name, _)) if ended => {
                 by.record(&mut tx, tenant.id, "grant.end", &name, json!({"id": id})).await?;
-                note(&mut tx, tenant.id, who, &format!("the grant of {name} is ended by its receiver")).await?;
+                note(&mut tx, tenant.id, who, &format!("the grant of {name} is ended by its receiver"))
+                    .await?;
             }
             // An offer that was not accepted is declined and no longer shown.
             Some((from, name, false)) => {

@@ -134,8 +134,7 @@ fn refuse_first(staging: &Staging) -> Result<(), Error> {
     match staging.canaries.as_deref() {
         None | Some([]) => Ok(()),
         Some(_) => {
-            let message =
-                "no tenant uses the service, or its endpoints do not change: there is no rollout and no canary tenant";
+            let message = "no rollout takes place: no tenant uses the service, or its endpoints do not change";
             Err(Error::fault(Fault::new(Code(426), Kind::Invalid, "rollout.canaries", message)))
         }
     }

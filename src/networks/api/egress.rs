@@ -71,17 +71,18 @@ pub(in crate::networks) async fn check_wish(
     }
     let reason = input.reason.trim().to_owned();
     if !(1..=500).contains(&reason.chars().count()) {
-        faults.push(fault(
-            "reason",
-            "give the reason in 1 to 500 characters: the admin who decides reads it",
-        ));
+        faults
+            .push(fault("reason", "give the reason in 1 to 500 characters: the admin who decides reads it"));
     }
     super::days(input.days, &mut faults);
     if let Some(Place::Network(network)) = place {
         let (tenants, own) = super::walls(config, driver).await;
         faults.extend(check_network(network, "network", against_outside(network, &own), tenants).err());
         if network.prefix() < 8 {
-            faults.push(fault("network", "the prefix of a network is at least 8, which is 16 million addresses"));
+            faults.push(fault(
+                "network",
+                "the prefix of a network is at least 8, which is 16 million addresses",
+            ));
         }
     }
     match (place, protocol) {

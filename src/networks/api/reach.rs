@@ -297,7 +297,9 @@ fn name_closed(plan: &AppPlan, name: &str, asks: bool, (protocol, port): (Protoc
         let closed = |why: String, ask: &str| Closed { why, ask: Some(ask.to_owned()) };
         return if asks {
             closed(
-                format!("the app names {name}, but service access, a grant or an approval is missing or has ended"),
+                format!(
+                    "the app names {name}, but service access, a grant or an approval is missing or has ended"
+                ),
                 "ask the platform's admin for a service or an egress target, the owner of an app for a grant",
             )
         } else if name.parse::<DomainName>().is_ok() {

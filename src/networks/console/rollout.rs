@@ -250,7 +250,9 @@ pub async fn decide(
             "resume" => resume(&pool, &waker, scope.by(), path.id, &reason).await,
             "end" => end_window(&pool, &waker, scope.by(), path.id, &reason).await,
             "abort" => abort(&pool, &waker, scope.by(), path.id, &reason).await,
-            _ => Err(Error::Conflict("unknown action: choose pause, resume, abort, or end for the observation window".into())),
+            _ => Err(Error::Conflict(
+                "unknown action: choose pause, resume, abort, or end for the observation window".into(),
+            )),
         }
     };
     let outcome = make.await;

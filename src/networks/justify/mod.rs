@@ -117,7 +117,10 @@ fn wanted(facts: &Facts, app: &Connecting, plan: &AppPlan, gaps: &[Gap]) -> Resu
     for name in names {
         let told = gaps.iter().any(|gap| gap.app == app.name.as_str() && gap.name == name);
         if !told && !plan.flows.iter().any(|flow| flow.name == name) {
-            return Err(format!("{} of {} requires {name}, but the plan has no flow for it", app.name, facts.tenant));
+            return Err(format!(
+                "{} of {} requires {name}, but the plan has no flow for it",
+                app.name, facts.tenant
+            ));
         }
     }
     // All endpoints of a service and all ports of a target must be open.

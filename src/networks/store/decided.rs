@@ -98,9 +98,11 @@ pub(in crate::networks) async fn decided_egress(
         .map(|row| {
             Ok(Approved {
                 name: row.name,
-                place: Place::of(row.network.as_deref(), row.domain.as_deref())
-                    .ok_or_else(|| Error::internal("an egress target has neither a network nor a domain, or both"))?,
-                protocol: Protocol::parse(&row.protocol).ok_or_else(|| Error::internal("an egress target has an unknown protocol"))?,
+                place: Place::of(row.network.as_deref(), row.domain.as_deref()).ok_or_else(|| {
+                    Error::internal("an egress target has neither a network nor a domain, or both")
+                })?,
+                protocol: Protocol::parse(&row.protocol)
+                    .ok_or_else(|| Error::internal("an egress target has an unknown protocol"))?,
                 until: row.expires_at.map(OffsetDateTime::unix_timestamp),
                 ports: row.ports.into_iter().filter_map(|port| u16::try_from(port).ok()).collect(),
             })

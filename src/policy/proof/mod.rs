@@ -288,7 +288,9 @@ impl<'a> Court<'a> {
             (Set::Services | Set::Outside | Set::Resolved, Region::Tenant(_)) => {
                 Err("the target is an instance, and this set is not for instances".to_owned())
             }
-            (Set::Pairs, Region::Private(_) | Region::Outside) => Err("the target is not an instance".to_owned()),
+            (Set::Pairs, Region::Private(_) | Region::Outside) => {
+                Err("the target is not an instance".to_owned())
+            }
             (Set::Pairs, Region::Tenant(network)) => {
                 let receiver =
                     self.owners.get(&at).and_then(|app| Some((*app, self.standing.apps.get(app)?)));
