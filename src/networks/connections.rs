@@ -66,7 +66,8 @@ impl Connections for Network {
             let accepted = store::list_accepted(conn, &others).await?;
             for name in others.iter().filter(|name| !accepted.contains(name)) {
                 let message = format!("{name} is not granted to this tenant, or the grant was not accepted");
-                let instead = "an owner there offers the grant, an owner here accepts it under Network; or remove the name";
+                let instead =
+                    "an owner there offers it, an owner here accepts it under Network; or remove the name";
                 faults.push(closed("connects.apps", message, instead));
             }
         }

@@ -66,7 +66,7 @@ pub fn address(target: Ipv4Addr, protocol: Protocol, port: u16, known: &Known) -
         return closed("an unused address of the tenant: no app has it", None);
     }
     if known.pool.contains(target) {
-        let ask = "an owner there offers a grant, an owner here accepts it; then name it as TENANT/APP in connects.apps";
+        let ask = "an owner there offers a grant, an owner here accepts it; then name it as TENANT/APP";
         return closed("an address of another tenant, or an unused one", ask.to_owned());
     }
     let at = |service: &&Service| service.endpoints.iter().any(|endpoint| endpoint.network.contains(target));
@@ -117,7 +117,7 @@ pub fn allowed(name: &str, own: bool) -> Closed {
 #[must_use]
 pub fn hasty() -> Closed {
     closed(
-        "allowed, but rate limited: the tenant's apps open more connections at once than this machine accepts",
+        "allowed, but rate limited: the tenant's apps open more connections at once than one tenant may",
         "reuse open connections; the platform's admin can raise the limit".to_owned(),
     )
 }

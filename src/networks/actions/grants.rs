@@ -59,7 +59,7 @@ pub async fn offer(
     held.require_place(all)?;
     if to_one >= OFFERS_TO_ONE {
         return Err(Error::Conflict(format!(
-            "{OFFERS_TO_ONE} offers to this tenant are open, the maximum. Withdraw one first"
+            "{OFFERS_TO_ONE} offers to that tenant are open, the maximum. Withdraw one first"
         )));
     }
     if today >= OFFERS_A_DAY {

@@ -134,7 +134,8 @@ fn refuse_first(staging: &Staging) -> Result<(), Error> {
     match staging.canaries.as_deref() {
         None | Some([]) => Ok(()),
         Some(_) => {
-            let message = "no rollout takes place: no tenant uses the service, or its endpoints do not change";
+            let message =
+                "no rollout takes place: no tenant uses the service, or its endpoints do not change";
             Err(Error::fault(Fault::new(Code(426), Kind::Invalid, "rollout.canaries", message)))
         }
     }

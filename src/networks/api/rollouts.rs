@@ -38,7 +38,7 @@ impl StagingBody {
         let usual = Staging::default();
         let window_hours = self.window_hours.unwrap_or(usual.window_hours);
         if !(0..=168).contains(&window_hours) {
-            fault("window_hours".into(), "the observation window is 0 to 168 hours".into());
+            fault("window_hours".into(), "the observation window lasts 0 to 168 hours".into());
         }
         let observe_seconds = self.observe_seconds.unwrap_or(usual.observe_seconds);
         if !(0..=86400).contains(&observe_seconds) {

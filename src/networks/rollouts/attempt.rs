@@ -12,9 +12,9 @@ use crate::networks::store::{PlanOf, Rollout};
 use crate::policy::{Protocol, Target};
 use crate::reconcile::Failure;
 
-/// Number of concurrent probes: other users of the prober need room.
+/// Number of concurrent probes: other callers need room.
 const AT_ONCE: usize = 4;
-/// Number of attempts while the prober is busy.
+/// Number of attempts while other probes keep the agent busy.
 const AGAIN: u32 = 20;
 /// Maximum number of apps of a tenant, of endpoints of an app, and of probes in all. A probe may last 1.5
 /// seconds, and an abort waits for the probes.
@@ -139,7 +139,7 @@ async fn one(driver: &dyn Driver, check: Check) -> Result<Result<Check, Check>, 
         match driver.probe(&probe).await {
             Ok(outcome) => return Ok(Ok(Check { outcome, ..check })),
             Err(Error::Rejected(_)) => return Ok(Err(check)),
-            // The prober is busy.
+            // Other probes are running.
             Err(Error::Transient(_)) => tokio::time::sleep(std::time::Duration::from_millis(300)).await,
             Err(error) => return Err(error.into()),
         }
