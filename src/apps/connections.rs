@@ -31,15 +31,14 @@ pub struct Connecting {
 /// Decides about an app's connections.
 #[async_trait::async_trait]
 pub trait Connections: Send + Sync + 'static {
-    /// Returns a fault for each requested connection that the tenant's decisions do not allow.
+    /// Returns a fault for each unresolved reference: a service, app or egress target that the tenant may not use.
     async fn absent(
         &self,
         conn: &mut PgConnection,
         tenant: &TenantRef,
         connects: &Connects,
     ) -> Result<Vec<Fault>, Error>;
-    /// Returns a fault for each requested connection that the tenant cannot have. Addresses that the machine
-    /// blocks count too.
+    /// Returns the faults of [`Connections::absent`], and a fault for each target that the machine blocks.
     async fn missing(
         &self,
         conn: &mut PgConnection,

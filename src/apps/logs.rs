@@ -1,4 +1,4 @@
-//! Logs over the API: relayed from the driver, with control characters removed.
+//! Logs over the API: relayed from the driver, with control characters escaped.
 
 use std::time::Duration;
 

@@ -4,7 +4,7 @@
 use super::sight::clock;
 use crate::driver::{Cause, Ending, Fetching, InstanceObserved, InstanceState};
 
-/// Describes the progress of a rollout. Instances of earlier releases do not count.
+/// Describes the progress of a deploy. Instances of earlier releases do not count.
 pub(super) fn progress(instances: &[InstanceObserved], revision: i64, wanted: u32) -> String {
     let well = |i: &&InstanceObserved| i.state == InstanceState::Running;
     let new = instances.iter().filter(well).filter(|i| i.revision == revision).count();

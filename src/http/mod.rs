@@ -164,8 +164,8 @@ pub struct OwnAddress {
 }
 
 impl OwnAddress {
-    /// Returns scheme and authority, such as `http://127.0.0.1:8080`. None if the Host header is not an own
-    /// address; do not build links from it then.
+    /// Returns scheme and authority, such as `http://127.0.0.1:8080`. None if the Host header is not
+    /// this server's address; do not build links from it then.
     #[must_use]
     pub fn of(&self, req: &HttpRequest) -> Option<String> {
         if let Some(external) = &self.external {

@@ -34,7 +34,7 @@ pub enum Door {
     Engine(String),
 }
 
-/// Returns the apps that use images; shared.
+/// Shared lookup of the apps that use images.
 #[derive(Clone)]
 pub struct ImageHolders(pub Arc<dyn Holders>);
 
@@ -57,7 +57,7 @@ pub struct FrontDoor {
     pub own: OwnAddress,
     /// The listener.
     pub door: Door,
-    /// Returns the apps that use images.
+    /// Lookup of the apps that use images.
     pub holders: ImageHolders,
     /// Refusals, for the audit log.
     pub denials: Denials,

@@ -53,7 +53,7 @@ impl PullSecrets {
     }
 }
 
-/// Returns the apps that use an image. Declared here, implemented by the apps, wired at startup.
+/// Looks up the apps that use an image. Declared here, implemented by the apps, wired at startup.
 #[async_trait::async_trait]
 pub trait Holders: Send + Sync + 'static {
     /// Returns digest and app name for each app with a release of one of these manifests or indexes.

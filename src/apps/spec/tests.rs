@@ -299,7 +299,7 @@ fn what_is_stored_is_read_again_however_long_it_became() {
     assert_eq!(AppSpec::from_stored(&spec.to_json()).unwrap(), spec);
 }
 
-/// The schema and the parser refuse the same documents.
+/// The parser refuses every document that the schema refuses.
 #[test]
 fn the_schema_and_the_parser_agree() {
     let schema = jsonschema::validator_for(&schema()).unwrap();

@@ -171,7 +171,7 @@ pub(super) fn below(path: &str, name: &str) -> String {
     if path.is_empty() { name } else { format!("{path}.{name}") }
 }
 
-/// Returns a user's name in a form that is safe to show, cut to 64 characters.
+/// Returns a field name from the document in a form that is safe to show, cut to 64 characters.
 pub(super) fn clean(name: &str) -> String {
     name.chars().map(plain).take(64).collect()
 }

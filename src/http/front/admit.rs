@@ -1,8 +1,8 @@
 //! Admission of connections: one limit in total, one per source. When the total is reached, a newcomer replaces
 //! a connection that waits for its client. The replaced connection is the one that waited longest, of the
-//! source with the most connections. All sources with few connections rank equally, so a client with several
-//! does not lose them before strangers with one each. Silent connections from any number of addresses therefore
-//! never lock out an active client.
+//! source with the most connections. Sources with at most [`FEW`] connections rank equally: a client with
+//! several connections is not evicted before strangers with one each. Silent connections from any number of
+//! addresses therefore never lock out an active client.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
