@@ -161,7 +161,7 @@ impl Before {
             if status != 409 {
                 return (begun.elapsed(), status);
             }
-            assert!(text.contains("another request on this upload"), "{text}");
+            assert!(text.contains("another request for this upload"), "{text}");
             assert!(begun.elapsed() < Duration::from_secs(20), "{text}");
             tokio::time::sleep(Duration::from_millis(200)).await;
         }

@@ -60,7 +60,7 @@ async fn an_app_that_does_not_run_says_what_it_waits_for() {
     assert!(good, "{text}");
     singleton(&machine, "big:1").await;
     let text = told(&machine, "one", "Pulling the image of release 3").await;
-    assert!(text.contains("MiB are here so far of an image that takes"), "{text}");
+    assert!(text.contains("MiB so far of an image of"), "{text}");
     assert!(!text.starts_with("1 of 1 running. "), "{text}");
     told(&machine, "one", "1 of 1 running.").await;
 }
