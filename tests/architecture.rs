@@ -1,13 +1,13 @@
-//! The house's rules as a test: who may import whom, where queries stand, that each file says why it
-//! exists and is reached. Sizes are printed, not enforced.
+//! The rules of the source tree as tests: imports between modules, the place of queries, module comments,
+//! reachable files, and plain words. Sizes are printed, not enforced.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on panics")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot continue panics")]
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A module imports only from those before it.
+/// The order of modules. A module imports only modules before it.
 const ORDER: &[&str] = &[
     "ids",
     "fault",
@@ -50,7 +50,7 @@ fn files(folder: &str) -> Vec<PathBuf> {
         for entry in fs::read_dir(&folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                // What a build has left is none of ours.
+                // Skip build output.
                 if !path.ends_with("target") {
                     open.push(path);
                 }
@@ -63,20 +63,20 @@ fn files(folder: &str) -> Vec<PathBuf> {
     found
 }
 
-/// The code of a file without comments and without its own tests.
+/// Returns the code of a file, without comments and without its unit tests.
 fn code(path: &Path) -> String {
     let text = fs::read_to_string(path).unwrap();
     let text = text.split("#[cfg(test)]").next().unwrap_or_default();
     text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
 }
 
-/// The module of the first level that a file belongs to.
+/// Returns the top-level module of a file.
 fn module(path: &Path) -> String {
     let first = path.components().nth(1).unwrap().as_os_str().to_string_lossy().into_owned();
     first.trim_end_matches(".rs").to_owned()
 }
 
-/// What follows `crate::` in a text: single names and those in braces.
+/// Returns the names that follow `crate::` in a text, including names in braces.
 fn imports(code: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for (at, _) in code.match_indices("crate::") {
@@ -118,7 +118,7 @@ fn modules_import_only_from_those_before_them() {
     let mut wrong = Vec::new();
     for path in files("src") {
         let own = module(&path);
-        // The root half's own binary stands beside the library and sees all of it.
+        // The agent's binary stands beside the library and may use all of it.
         if own == "lib" || own == "bin" {
             continue;
         }
@@ -152,17 +152,17 @@ fn each_role_keeps_to_its_work() {
         let is_database = in_store || module == "db" || name == "postgres.rs";
         if !is_database {
             for query in ["sqlx::query", "query_as!", "query_scalar!"] {
-                forbid(query, "queries stand in a store");
+                forbid(query, "queries belong in a store");
             }
         }
         if in_store {
             for word in ["actix_web", "reqwest", "crate::http"] {
-                forbid(word, "a store knows the database alone");
+                forbid(word, "a store uses only the database");
             }
         }
         if module == "driver" {
             for word in ["sqlx", "actix_web", "crate::db", "crate::tenants", "crate::apps"] {
-                forbid(word, "a driver knows no tables, no roles and no HTTP server");
+                forbid(word, "a driver uses no tables, no roles and no HTTP server");
             }
         }
         if name == "render.rs" || module == "fault" || module == "ids" {
@@ -170,15 +170,15 @@ fn each_role_keeps_to_its_work() {
                 forbid(word, "pure: no clock, no input, no output");
             }
         }
-        // Checklist of attacks: no command line is put together from text, and no statement but in one place.
+        // No command line is built from text, and only one place builds a statement from text.
         for word in ["new(\"sh\")", "new(\"bash\")", "new(\"/bin/"] {
             forbid(word, "no shell: arguments are a list");
         }
         if module != "db" {
-            forbid("AssertSqlSafe", "a statement is a literal, values are bound");
+            forbid("AssertSqlSafe", "a statement is a literal, and values are bound");
         }
         for word in ["todo!(", "unimplemented!(", "dbg!("] {
-            forbid(word, "left open");
+            forbid(word, "unfinished");
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -188,7 +188,7 @@ fn each_role_keeps_to_its_work() {
 fn each_file_says_why_it_exists() {
     for path in files("src").iter().chain(&files("tests")).chain(&files("benches")) {
         let text = fs::read_to_string(path).unwrap();
-        assert!(text.starts_with("//! "), "{} does not open with //!", path.display());
+        assert!(text.starts_with("//! "), "{} does not start with //!", path.display());
     }
 }
 
