@@ -29,9 +29,15 @@ pub(crate) fn can_reach(command: NetCommand) -> Result<ExitCode, String> {
         let answer = request.query(&query).bearer_auth(token).send().await;
         let answer = answer.map_err(|error| format!("{url} does not answer: {}", error.without_url()))?;
         let good = answer.status().is_success();
-        let body: Value =
-            answer.json().await.map_err(|_| format!("the answer of {url} is not from a Bulkhead of this version"))?;
-        if good { Ok(body) } else { Err(body["detail"].as_str().unwrap_or("the request was denied").to_owned()) }
+        let body: Value = answer
+            .json()
+            .await
+            .map_err(|_| format!("the answer of {url} is not from a Bulkhead of this version"))?;
+        if good {
+            Ok(body)
+        } else {
+            Err(body["detail"].as_str().unwrap_or("the request was denied").to_owned())
+        }
     })?;
     let open = answer["open"] == true;
     let agrees = answer["agrees"] != false;

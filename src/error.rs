@@ -27,7 +27,9 @@ pub enum Error {
     #[error("not signed in")]
     Unauthenticated,
     /// Signed in, but not recently enough for this action.
-    #[error("this action needs a confirmation that it is you: sign in again, or confirm with your password; either counts for ten minutes")]
+    #[error(
+        "this action needs a recent confirmation that it is you: open /confirm and repeat the action within ten minutes"
+    )]
     Unconfirmed,
     /// Too many attempts; the time until the next one.
     #[error("too many attempts: try again in {} s", .0.as_secs())]

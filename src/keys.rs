@@ -98,7 +98,11 @@ impl Keys {
 
     /// Opens a secret that was sealed for this place.
     pub fn open(&self, purpose: Purpose, place: &str, sealed: &[u8]) -> Result<Vec<u8>, Error> {
-        let bad = || Error::internal("a sealed secret cannot be opened: it was sealed with another key or for another place");
+        let bad = || {
+            Error::internal(
+                "a sealed secret cannot be opened: it was sealed with another key or for another place",
+            )
+        };
         let (nonce, text) = sealed.split_at_checked(24).ok_or_else(bad)?;
         let nonce: [u8; 24] = nonce.try_into().map_err(|_| bad())?;
         XChaCha20Poly1305::new(&self.of(purpose).into())

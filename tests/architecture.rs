@@ -44,6 +44,11 @@ const ORDER: &[&str] = &[
 ];
 
 fn files(folder: &str) -> Vec<PathBuf> {
+    files_of(folder, "rs")
+}
+
+/// Returns the files below a folder that have this extension.
+fn files_of(folder: &str, extension: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut open = vec![PathBuf::from(folder)];
     while let Some(folder) = open.pop() {
@@ -54,7 +59,7 @@ fn files(folder: &str) -> Vec<PathBuf> {
                 if !path.ends_with("target") {
                     open.push(path);
                 }
-            } else if path.extension().is_some_and(|e| e == "rs") {
+            } else if path.extension().is_some_and(|e| e == extension) {
                 found.push(path);
             }
         }
@@ -110,6 +115,87 @@ fn imports(code: &str) -> BTreeSet<String> {
         }
     }
     found
+}
+
+/// Returns the text of all comments: a `//` within a literal starts none.
+fn comments(source: &str) -> String {
+    let mut found = String::new();
+    let mut rest = source;
+    let mut before = ' ';
+    while let Some(c) = rest.chars().next() {
+        let in_word = before.is_alphanumeric() || before == '_';
+        let length = if rest.starts_with("//") {
+            let line = rest.lines().next().unwrap_or_default();
+            found.push_str(line.trim_start_matches(['/', '!']));
+            found.push('\n');
+            line.len()
+        } else if let Some(length) = raw_string(rest).filter(|_| !in_word) {
+            length
+        } else if c == '"' {
+            string(rest)
+        } else if c == '\'' {
+            character(rest)
+        } else {
+            c.len_utf8()
+        };
+        before = c;
+        rest = &rest[length..];
+    }
+    found
+}
+
+/// Returns the length of the raw string at the start of a text, such as `r#"a"#`, if there is one.
+fn raw_string(text: &str) -> Option<usize> {
+    let after = text.strip_prefix(['b', 'c']).unwrap_or(text).strip_prefix('r')?;
+    let quoted = after.trim_start_matches('#');
+    let end = format!("\"{}", &after[..after.len() - quoted.len()]);
+    let body = quoted.strip_prefix('"')?;
+    let close = body.find(end.as_str())?;
+    Some(text.len() - body.len() + close + end.len())
+}
+
+/// Returns the length of the string at the start of a text, with its quotes.
+fn string(text: &str) -> usize {
+    let mut escaped = false;
+    for (at, c) in text.char_indices().skip(1) {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            '"' => return at + 1,
+            _ => {}
+        }
+    }
+    text.len()
+}
+
+/// Returns the length of the character literal at the start of a text; 1 for the quote of a lifetime.
+fn character(text: &str) -> usize {
+    let mut chars = text.char_indices().skip(1);
+    match (chars.next(), chars.next()) {
+        // The escaped character may be a quote.
+        (Some((_, '\\')), Some((at, escaped))) => {
+            let after = at + escaped.len_utf8();
+            text[after..].find('\'').map_or(1, |end| after + end + 1)
+        }
+        (Some(_), Some((at, '\''))) => at + 1,
+        _ => 1,
+    }
+}
+
+/// Pronouns that stand for a component, a tenant or a user. Write the noun.
+const PRONOUNS: &[&str] = &["whoever", "somebody", "nobody", "whom"];
+
+/// Words that make a riddle of a sentence after `what`. Write the noun.
+const AFTER_WHAT: &[&str] = &["is", "was", "it"];
+
+/// Counts the words of a text, its pronouns, and its riddles.
+fn words(text: &str) -> [usize; 3] {
+    let text = text.to_lowercase();
+    let words: Vec<&str> =
+        text.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty()).collect();
+    let pronouns = words.iter().copied().filter(|word| PRONOUNS.contains(word)).count();
+    let riddles = words.windows(2).filter(|pair| pair[0] == "what" && AFTER_WHAT.contains(&pair[1])).count();
+    [words.len(), pronouns, riddles]
 }
 
 #[test]
@@ -219,6 +305,55 @@ fn each_file_is_reached() {
     }
     let lost: Vec<_> = all.difference(&reached).collect();
     assert!(lost.is_empty(), "no mod leads to {lost:?}");
+}
+
+#[test]
+fn comments_use_plain_words() {
+    let mut total = [0_usize; 3];
+    let mut hits = Vec::new();
+    for path in ["src", "tests", "benches"].into_iter().flat_map(files) {
+        let counts = words(&comments(&fs::read_to_string(&path).unwrap()));
+        for (sum, count) in total.iter_mut().zip(counts) {
+            *sum += count;
+        }
+        if counts[1] + counts[2] > 0 {
+            hits.push((counts[1] + counts[2], path));
+        }
+    }
+    hits.sort();
+    let worst: Vec<String> =
+        hits.iter().rev().take(20).map(|(count, path)| format!("{count:5} {}", path.display())).collect();
+    let [all, pronouns, riddles] = total;
+    // At most 0.3 pronouns and 0.5 riddles in 1,000 words.
+    assert!(
+        pronouns * 10_000 <= all * 3 && riddles * 10_000 <= all * 5,
+        "{all} words have {pronouns} of {PRONOUNS:?} and {riddles} of `what` before {AFTER_WHAT:?}; most in\n{}",
+        worst.join("\n")
+    );
+    assert_eq!(
+        comments(
+            "let a = \"https://x\"; // one\nlet b = r#\"// \" //\"#; //! two\n/// 3's\n['\"', '\\'', 'd']; // four"
+        ),
+        " one\n two\n 3's\n four\n"
+    );
+    assert_eq!(words("What is it? Somebody's."), [5, 1, 1]);
+}
+
+#[test]
+fn pages_and_faults_use_plain_words() {
+    let mut paths = files_of("templates", "html");
+    paths.push(PathBuf::from("src/fault/catalogue.rs"));
+    let mut wrong = Vec::new();
+    for path in paths {
+        let text = fs::read_to_string(&path).unwrap();
+        for piece in text.lines().flat_map(|line| line.split(['<', '>', '{', '}'])) {
+            let [_, pronouns, riddles] = words(piece);
+            if pronouns + riddles > 0 {
+                wrong.push(format!("{}: {}", path.display(), piece.trim()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "write the noun:\n{}", wrong.join("\n"));
 }
 
 #[test]

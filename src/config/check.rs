@@ -9,8 +9,7 @@ impl Config {
     pub(super) fn check(&self, faults: &mut Vec<String>) {
         let server = &self.server;
         if server.tls_certificate.is_some() != server.tls_key.is_some() {
-            faults
-                .push("server.tls_certificate and server.tls_key need each other: set both or none".into());
+            faults.push("server.tls_certificate and server.tls_key need each other: set both or none".into());
         }
         if !server.listen.ip().is_loopback() && server.tls_certificate.is_none() && !server.behind_proxy {
             faults.push(format!(
@@ -21,12 +20,14 @@ impl Config {
         }
         if !server.pull_listen.ip().is_loopback() {
             faults.push(
-                "server.pull_listen must be a loopback address: only the engine on this machine uses it".into(),
+                "server.pull_listen must be a loopback address: only the engine on this machine uses it"
+                    .into(),
             );
         }
         if server.pull_listen == server.listen || server.metrics_listen == Some(server.listen) {
             faults.push(
-                "server.listen, server.pull_listen and server.metrics_listen must be different addresses".into(),
+                "server.listen, server.pull_listen and server.metrics_listen must be different addresses"
+                    .into(),
             );
         }
         let url = &self.registry.url;
@@ -84,8 +85,9 @@ impl Config {
                 || !provider.name.bytes().all(plain)
                 || matches!(provider.name.as_str(), "local" | "second-factor")
             {
-                faults
-                    .push(at("name must have 1 to 32 of a to z, 0 to 9 and -, and is not local or second-factor"));
+                faults.push(at(
+                    "name must have 1 to 32 of a to z, 0 to 9 and -, and is not local or second-factor",
+                ));
             }
             let own = (provider.name.as_str(), provider.issuer.as_str());
             if seen.iter().any(|(name, issuer)| *name == own.0 || *issuer == own.1) {
@@ -136,7 +138,9 @@ fn check_external_url(text: &str, faults: &mut Vec<String>) {
     match rest {
         None => faults.push("server.external_url must start with https:// or http://".into()),
         Some(host) if host.is_empty() || host.contains(['/', '@', '?', '#', ' ']) => {
-            faults.push("server.external_url must be a scheme, a host and an optional port, without a path".into());
+            faults.push(
+                "server.external_url must be a scheme, a host and an optional port, without a path".into(),
+            );
         }
         Some(host) if text.starts_with("http://") && !is_loopback(host) => {
             faults.push("server.external_url must be https:// unless it is a loopback address".into());

@@ -292,7 +292,9 @@ network = "10.64.0.0/12"
         assert_eq!(config.limits, Limits::default());
         assert_eq!(config.limits.of("open_uploads"), Some(64));
         assert_eq!(config.limits.of("cpu"), None);
-        assert!(faults(GOOD, &[("BULKHEAD_LIMITS__API_TOKENS", "0")]).contains("limits.api_tokens must be 1 to"));
+        assert!(
+            faults(GOOD, &[("BULKHEAD_LIMITS__API_TOKENS", "0")]).contains("limits.api_tokens must be 1 to")
+        );
         assert!(faults(GOOD, &[("BULKHEAD_LIMITS__REQUEST_BURST", "3")]).contains("at least"));
         assert!(
             faults(&format!("{GOOD}[limits]\napi_tokns = 3\n"), &[]).contains("did you mean api_tokens?")

@@ -24,9 +24,7 @@ impl Tags {
         };
         let tags: Option<Vec<i64>> = text.split(',').map(one).collect();
         tags.map(Self::These).ok_or_else(|| {
-            Error::Malformed(format!(
-                "{header} takes * or the ETag of an answer, unchanged, such as \"3\""
-            ))
+            Error::Malformed(format!("{header} takes * or the ETag of an answer, unchanged, such as \"3\""))
         })
     }
 

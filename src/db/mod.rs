@@ -214,7 +214,11 @@ impl PageQuery {
             .decode(cursor.as_bytes())
             .ok()
             .and_then(|bytes| String::from_utf8(bytes).ok())
-            .ok_or_else(|| Error::Malformed("cursor does not come from this list: use the `next` of an earlier page".into()))
+            .ok_or_else(|| {
+                Error::Malformed(
+                    "cursor does not come from this list: use the `next` of an earlier page".into(),
+                )
+            })
     }
 
     /// Returns the number after which the page starts (before which, in a descending list).
@@ -223,7 +227,9 @@ impl PageQuery {
         if text.is_empty() {
             return Ok(first);
         }
-        text.parse().map_err(|_| Error::Malformed("cursor does not come from this list: use the `next` of an earlier page".into()))
+        text.parse().map_err(|_| {
+            Error::Malformed("cursor does not come from this list: use the `next` of an earlier page".into())
+        })
     }
 }
 

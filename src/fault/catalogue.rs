@@ -26,7 +26,7 @@ macro_rules! codes {
 codes! {
     TOO_LARGE = 100, "The spec is too large", "A spec has at most 64 KiB. Put large values into the image.";
     NOT_UTF8 = 101, "The spec is not UTF-8", "Save the file as UTF-8. The fault gives the position of the first invalid byte.";
-    SYNTAX = 102, "The spec cannot be read", "It is not valid YAML or JSON, whichever its Content-Type or file name announces. The fault gives the position of the error.";
+    SYNTAX = 102, "The spec cannot be read", "The document is not valid YAML or JSON (its Content-Type or file name decides which). The fault gives the position of the error.";
     YAML_FEATURE = 103, "This feature of YAML is not available", "Anchors, aliases, merge keys, tags and second documents hide the values that a file sets. Write the values out.";
     TOO_DEEP = 104, "Too deep or too many values", "A spec has at most 16 levels and 2000 values.";
     DUPLICATE = 105, "A name is used twice", "Of two values, one would be dropped silently. Remove one.";
@@ -45,13 +45,13 @@ codes! {
     IMAGE = 118, "The image has the wrong form", "repository:tag or repository@sha256:..., without a host and without a tenant: only the tenant's own registry project is used. The tag latest is not implied.";
     CPU = 119, "Cpu has the wrong form or size", "250m or 0.25; at least 10m, at most 1000 cores.";
     MEMORY = 120, "A size has the wrong form or value", "A whole number with Ki, Mi or Gi, such as 256Mi; memory is at least 8Mi and at most 1024Gi.";
-    RANGE = 121, "A number is out of range", "The fault names the minimum and the maximum.";
+    RANGE = 121, "A number is out of range", "The fault names the allowed range.";
     COMMAND = 122, "Command or args are too large", "At most 64 strings, each of at most 8 KiB, 32 KiB together, without the character NUL.";
     ENV_KEY = 123, "The name of a variable has the wrong form", "Letters, digits, _ . and -, starting with a letter or _; at most 128 characters; names that start with BULKHEAD_ are reserved.";
     ENV_SIZE = 124, "The environment is too large", "At most 128 variables and 32 KiB together, without the character NUL.";
     PORT = 125, "The port is out of range", "1024 to 65535: ports below 1024 need a privilege that no app has.";
     HEALTH = 126, "The health check has the wrong form", "health: {http: {path: /healthz}} or health: {tcp: {}}, with an optional port (the app's port without it) and grace in seconds.";
-    SCRATCH_PATH = 127, "The scratch path is not allowed", "An absolute path without . and .., not in /, /dev, /proc, /sys, /run or /etc, and not in another scratch path.";
+    SCRATCH_PATH = 127, "The scratch path is not allowed", "An absolute path without . and .., not / itself, not in /dev, /proc, /sys, /run or /etc, and not in another scratch path.";
     SCRATCH_SIZE = 128, "Scratch exceeds the memory", "Scratch uses the app's memory: memory must hold all scratch sizes (16Mi for /tmp by default) and at least 8Mi for the process.";
     SINGLETON = 129, "A singleton has at most one instance", "With singleton: true the old instance stops before the new one starts, so instances must be 0 or 1.";
     CONNECTS = 130, "connects is not valid", "services, apps and egress are lists of names, each once, at most 64 in each. An app cannot list itself; write another tenant's app as TENANT/APP.";
@@ -91,7 +91,7 @@ const OF_IMAGE: &[Explanation] = &[
     },
     Explanation {
         code: Code(210),
-        title: "The image runs as root",
+        title: "The image is set to run as root",
         text: "USER is missing or root. The app runs as user 1000 instead, without privileges. Set USER to a number from 1 to 1023 (or 1000) in the Dockerfile and make its files readable for that user.",
     },
     Explanation {

@@ -92,7 +92,10 @@ pub(super) fn claim(data: &Path) -> Result<Claim, Failed> {
     }
     let routes = routes();
     let ids = free_share(&locked.claims).ok_or_else(|| {
-        Failed("no user ids are free: every share of this machine is claimed by an installation or in use".into())
+        Failed(
+            "no user ids are free: every share of this machine is claimed by an installation or in use"
+                .into(),
+        )
     })?;
     let network = (64_u32..=240)
         .step_by(16)
@@ -103,7 +106,8 @@ pub(super) fn claim(data: &Path) -> Result<Claim, Failed> {
         })
         .ok_or_else(|| {
             Failed(
-                "no addresses are free: this machine's routes use every range of 10.64.0.0 to 10.255.255.255".into(),
+                "no addresses are free: this machine's routes use every range of 10.64.0.0 to 10.255.255.255"
+                    .into(),
             )
         })?;
     let letters: String = (0..4).map(|_| char::from(b'a' + rand::random::<u8>() % 26)).collect();

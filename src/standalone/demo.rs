@@ -57,7 +57,9 @@ pub(super) async fn run(folder: &Folder, listen: SocketAddr, pool: &PgPool) -> R
     let client = crate::outgoing::client().build().map_err(doing("the client"))?;
     let api = Api { client, base: format!("http://{listen}"), token };
     let tenant = "/api/v1/tenants/demo";
-    say("\nThe demo, as you would type it (TOKEN is an API token; create one with `bulkhead token create`):\n");
+    say(
+        "\nThe demo, as you would type it (TOKEN is an API token; create one with `bulkhead token create`):\n",
+    );
     say(&format!(
         "  curl -H \"Authorization: Bearer $TOKEN\" -H 'Content-Type: application/json' \\\n    -d '{{\"name\": \"demo\", \"display_name\": \"Demo\"}}' http://{listen}/api/v1/tenants"
     ));
@@ -116,7 +118,9 @@ async fn push(folder: &Folder, listen: SocketAddr, api: &Api, tenant: &str) -> R
     let body = Some(("application/json", json!({"name": "demo", "push": true, "days": 1}).to_string()));
     let (status, robot) = api.call(reqwest::Method::POST, &format!("{tenant}/robots"), body).await?;
     if status != 201 {
-        return Err(Failed(format!("the registry credential was not created. The API answered {status}: {robot}")));
+        return Err(Failed(format!(
+            "the registry credential was not created. The API answered {status}: {robot}"
+        )));
     }
     let (login, secret) =
         (robot["login"].as_str().unwrap_or_default(), robot["secret"].as_str().unwrap_or_default());

@@ -272,7 +272,11 @@ fn folder(data: &Path) -> Finding {
     } else if service::is_given(data) {
         good(
             "data folder",
-            format!("{} holds the state of the systemd units, whose settings are in {}", data.display(), units::SETTINGS),
+            format!(
+                "{} holds the state of the systemd units, whose settings are in {}",
+                data.display(),
+                units::SETTINGS
+            ),
         )
     } else if data.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
         failed(
@@ -333,7 +337,10 @@ fn user_ids(data: &Path) -> Finding {
     if let Some(clash) = found.clashes.first() {
         return failed(
             "user ids",
-            format!("the pool is in use outside Bulkhead ({} place(s), the first is {clash})", found.clashes.len()),
+            format!(
+                "the pool is in use outside Bulkhead ({} place(s), the first is {clash})",
+                found.clashes.len()
+            ),
             "free these ids, or set another pool with bulkhead serve (pools.uid_start, pools.uid_end)",
         );
     }

@@ -12,7 +12,9 @@ use crate::driver::listener::{self, Foreign};
 pub(super) fn require_free(folder: &Folder, listen: SocketAddr) -> Result<(), Failed> {
     for (door, purpose) in [(folder.pull_address(), "pulls"), (listen, "clients")] {
         let Some(found) = listener::at(door) else {
-            return Err(Failed("/proc/net/tcp cannot be read, so the owner of the ports is not known: mount /proc".into()));
+            return Err(Failed(
+                "/proc/net/tcp cannot be read, so the owner of the ports is not known: mount /proc".into(),
+            ));
         };
         if let Some(other) = found.first() {
             let (port, uid) = (door.port(), other.uid);

@@ -56,5 +56,6 @@ pub(super) async fn uninstall(confirm: &str) -> Result<String, Failed> {
     // These fail if the operator has own files in the folder; then the folder stays.
     let _ = std::fs::remove_dir(state);
     let _ = std::fs::remove_dir(settings);
-    Ok("not removed: the database (runuser -u postgres -- dropdb bulkhead) and the registry with its images".into())
+    Ok("not removed: the database (runuser -u postgres -- dropdb bulkhead) and the registry with its images"
+        .into())
 }

@@ -429,7 +429,12 @@ fn keep(process: &Process, folder: &Path, first: std::process::Child, halt: &Can
         }
         let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
         let log = format!("log/{}.log", process.name);
-        tracing::warn!(process = process.name, status, log, "the process exited, see its log; it will be restarted");
+        tracing::warn!(
+            process = process.name,
+            status,
+            log,
+            "the process exited, see its log; it will be restarted"
+        );
         loop {
             std::thread::sleep(pause);
             pause = (pause * 2).min(LONGEST_PAUSE);

@@ -44,18 +44,14 @@ pub(super) fn processes(data: &Path) -> Finding {
 fn active(inactive: Result<Vec<(String, String)>, String>, count: usize) -> Finding {
     let check = "processes";
     match inactive {
-        Err(error) => warning(check, error, "is systemd in charge of this machine?"),
+        Err(error) => warning(check, error, "check that systemd runs on this machine"),
         Ok(list) if list.is_empty() => good(check, format!("all {count} units are active")),
         Ok(list) if list.len() == count => {
             good(check, "the service is stopped: systemctl start bulkhead.target starts it")
         }
         Ok(list) => {
             let list: Vec<String> = list.iter().map(|(name, state)| format!("{name} is {state}")).collect();
-            warning(
-                check,
-                list.join(", "),
-                "journalctl -n 20 -u NAME shows why; systemd keeps restarting it",
-            )
+            warning(check, list.join(", "), "journalctl -n 20 -u NAME shows why; systemd keeps restarting it")
         }
     }
 }
@@ -103,7 +99,9 @@ fn ping(check: &'static str, socket: &Path) -> Finding {
                 answer.map_or_else(|error| error.to_string(), |_| "an answer that is not 200".to_owned());
             warning(
                 check,
-                format!("does not answer: {why}. Running containers continue; none can be started or stopped"),
+                format!(
+                    "does not answer: {why}. Running containers continue; none can be started or stopped"
+                ),
                 "the agent stops an engine that hangs, and `up` or systemd restarts it: check again in a \
                  minute; the agent's log names the app whose call hung",
             )

@@ -179,7 +179,9 @@ pub async fn install(asked: Option<PathBuf>, listen: Option<SocketAddr>) -> Resu
     require_folder(&data)?;
     require_program(&program()?)?;
     if !Path::new("/run/systemd/system").exists() {
-        return Err(Failed("systemd does not run on this machine: use `bulkhead up`, which does not need it".into()));
+        return Err(Failed(
+            "systemd does not run on this machine: use `bulkhead up`, which does not need it".into(),
+        ));
     }
     let findings = doctor::examine(&data, None);
     let bad: Vec<String> = findings
@@ -219,8 +221,8 @@ fn write_listen(folder: &Folder, listen: Option<SocketAddr>) -> Result<(), Faile
         (Err(_), listen) => {
             let listen = listen.unwrap_or(settings_file::LISTEN);
             let text = format!(
-                "# What differs from the defaults; `serve.toml` beside it is made from it at each start.\n\
-                 # Then: systemctl restart {}\n\n[server]\nlisten = \"{listen}\"\n",
+                "# Settings that differ from the defaults. Each start creates `serve.toml` beside this file from it.\n\
+                 # After a change: systemctl restart {}\n\n[server]\nlisten = \"{listen}\"\n",
                 units::TARGET
             );
             super::folder::write_file(&path, &text, (0, folder.serve.gid), 0o640)

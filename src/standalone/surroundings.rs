@@ -15,7 +15,11 @@ use crate::driver::podman::host;
 pub(super) fn firewalls() -> Finding {
     let check = "other firewalls";
     let Some(nft) = program("nft") else {
-        return warning(check, "nft is not installed, so other firewalls are unknown", "apt-get install nftables");
+        return warning(
+            check,
+            "nft is not installed, so other firewalls are unknown",
+            "apt-get install nftables",
+        );
     };
     let ask = |args: &[&str]| {
         let done = Command::new(&nft).arg("-j").arg("list").args(args).stderr(Stdio::null()).output();
@@ -54,7 +58,10 @@ fn blocked(check: &'static str, walls: &[Wall]) -> Finding {
     warning(
         check,
         list.join("; "),
-        format!("{}. Bulkhead's own table still blocks everything that apps may not reach", remedies.join("; ")),
+        format!(
+            "{}. Bulkhead's own table still blocks everything that apps may not reach",
+            remedies.join("; ")
+        ),
     )
 }
 

@@ -1,4 +1,4 @@
-//! The sweep over the registry, while requests change the same objects: what it removes and what it keeps.
+//! The sweep over the registry, while requests change the same objects: removed and kept objects.
 
 use std::time::{Duration, Instant};
 

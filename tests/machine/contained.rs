@@ -79,7 +79,11 @@ async fn tenants_and_apps_are_apart_and_reach_only_what_they_name() {
     let fetch = |from: &serde_json::Value, to: &str| machine.fetches(from, &[], to);
     let at =
         |of: &serde_json::Value, port: u16| format!("http://{}:{port}/", of["address"].as_str().unwrap());
-    assert!(fetch(&web, &at(&api, 8080)), "a destination in connects is reachable: {}", machine.tail("agent"));
+    assert!(
+        fetch(&web, &at(&api, 8080)),
+        "a destination in connects is reachable: {}",
+        machine.tail("agent")
+    );
     // By name, from inside: the platform's hosts file contains the names of connects.
     let name = web["container"].as_str().unwrap();
     let mut known = false;
@@ -136,7 +140,7 @@ async fn tenants_and_apps_are_apart_and_reach_only_what_they_name() {
     println!("the table was back after {} ms", begun.elapsed().as_millis());
     assert!(!fetch(&evil, &at(&web, 8080)));
     assert!(fetch(&web, &at(&api, 8080)));
-    // An element that somebody adds to a set is taken out again, and what is as it should be is left alone.
+    // The agent removes a foreign element from a set, and leaves the correct elements alone.
     let table = machine.table();
     let own = |of: &serde_json::Value| of["address"].as_str().unwrap().to_owned();
     let element = format!("{{ \"bk{}1\" . {} . {} . tcp . 8080 }}", machine.id, own(&evil), own(&web));

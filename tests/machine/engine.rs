@@ -39,7 +39,11 @@ async fn restarts(machine: &Machine, app: &str, limit: u64) -> f64 {
         if now > 0 && now != before && lives(now) {
             return begun.elapsed().as_secs_f64();
         }
-        assert!(begun.elapsed() < Duration::from_secs(limit), "{app} does not restart\n{}", machine.tail("agent"));
+        assert!(
+            begun.elapsed() < Duration::from_secs(limit),
+            "{app} does not restart\n{}",
+            machine.tail("agent")
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

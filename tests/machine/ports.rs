@@ -26,7 +26,10 @@ impl Squatter {
         let begun = Instant::now();
         let target = std::net::SocketAddr::from(([127, 0, 0, 1], port));
         while bulkhead::driver::listener::require(target, 65_534).is_err() {
-            assert!(begun.elapsed() < Duration::from_secs(10), "the listener of the user nobody did not start");
+            assert!(
+                begun.elapsed() < Duration::from_secs(10),
+                "the listener of the user nobody did not start"
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
         own

@@ -60,7 +60,10 @@ impl Client<'_> {
             .call(token, "POST", &format!("/v2/{name}/blobs/uploads/"), "application/octet-stream", vec![])
             .await;
         assert_eq!(status, 202, "{text}");
-        assert!(location.starts_with("/v2/"), "the address of the registry behind the proxy is hidden: {location}");
+        assert!(
+            location.starts_with("/v2/"),
+            "the address of the registry behind the proxy is hidden: {location}"
+        );
         let digest = Digest::of(bytes);
         let sign = if location.contains('?') { '&' } else { '?' };
         let (status, _, text) = self

@@ -239,8 +239,5 @@ async fn programs_of_many_kinds_run_behind_the_filter() {
         tried.push(name);
     }
     println!("ran: {tried:?}");
-    assert!(
-        tried.contains(&"postgres") && tried.contains(&"go"),
-        "every installation has both packages"
-    );
+    assert!(tried.contains(&"postgres") && tried.contains(&"go"), "every installation has both packages");
 }

@@ -36,11 +36,7 @@ pub(crate) const ATTACKS: [Attack; 13] = [
     Attack { name: "bodies", words: "120 manifests of 4 MB that stall", begin: bodies },
     Attack { name: "parsing", words: "manifests of `[[],[],...]`, 16 at once", begin: parsing },
     Attack { name: "names", words: "512 idle connections of 16 instances to the name server", begin: names },
-    Attack {
-        name: "searches",
-        words: "12 concurrent dry runs that look up a user name",
-        begin: searches,
-    },
+    Attack { name: "searches", words: "12 concurrent dry runs that look up a user name", begin: searches },
     Attack {
         name: "pulls",
         words: "four tenants that deploy images of 512 MiB, five apps each",

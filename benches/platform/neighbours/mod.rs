@@ -207,7 +207,9 @@ impl Victim {
                         tally.took.entry(kind).or_default().push(at.elapsed().as_secs_f64() * 1000.0);
                     }
                     Ok(Err(error)) => tally.failed.entry(kind).or_default().push(error),
-                    Err(_) => tally.failed.entry(kind).or_default().push(format!("{kind:?}: no answer in 5 s")),
+                    Err(_) => {
+                        tally.failed.entry(kind).or_default().push(format!("{kind:?}: no answer in 5 s"))
+                    }
                 }
             }));
             if n.is_multiple_of(10) {

@@ -18,7 +18,10 @@ fuzz_target!(|bytes: &[u8]| {
                 assert!(!faults.is_empty());
                 let text = String::from_utf8_lossy(bytes);
                 let shown = show(&text, "fuzz", &faults, Colour::Never);
-                assert!(!shown.chars().any(|c| c.is_control() && c != '\n'), "a terminal would interpret this");
+                assert!(
+                    !shown.chars().any(|c| c.is_control() && c != '\n'),
+                    "a terminal would interpret this"
+                );
             }
         }
     }
