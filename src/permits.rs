@@ -24,9 +24,9 @@ pub enum Busy {
 /// Permits with a bound per key and a bound in total. Clones share the permits.
 ///
 /// A request is admitted if its key stays within the bound per key and the whole stays within the total. In
-/// addition, the key must hold nothing yet, or hold no more than the free rest afterwards. `n` busy keys
-/// therefore leave about `total / (n + 1)` to later keys. Freed permits go to the waiting key that holds
-/// least; among equals, to the request that has waited longest.
+/// addition, the key must hold nothing yet, or its new sum must not exceed the units that are still free. `n`
+/// busy keys therefore leave about `total / (n + 1)` to later keys. Freed permits go to the waiting key that
+/// holds least; among equals, to the request that has waited longest.
 pub struct FairPermits<K: Eq + Hash + Clone> {
     shared: Arc<Mutex<State<K>>>,
 }

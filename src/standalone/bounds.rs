@@ -40,7 +40,7 @@ impl Bounds<'_> {
         let tasks = self.tasks.to_string();
         let places = places(root, self.name);
         if let [unified] = places.as_slice() {
-            // The write fails if the controllers are enabled already.
+            // An error is ignored: the controllers may be enabled already.
             let _ = fs::write(root.join("cgroup.subtree_control"), "+memory +pids");
             make(unified)?;
             fs::write(unified.join("memory.max"), &bytes)?;
