@@ -28,5 +28,5 @@ async fn a_dropped_begin_leaves_no_transaction_open(root: PgPool) {
                 .unwrap();
         assert_eq!(left, None, "dropped after {polls} polls");
     }
-    assert!(dropped > 5, "{dropped} of 200 were dropped");
+    assert!(dropped > 0, "{dropped} of 200 were dropped");
 }
