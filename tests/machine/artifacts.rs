@@ -252,7 +252,7 @@ async fn what_is_wrong_with_a_name_or_a_right_is_said_with_the_command_that_mend
     for (name, said) in [
         ("web:1".to_owned(), format!("docker tag IMAGE {at}/acme/web:TAG")),
         ("acmee/web:1".to_owned(), format!("docker tag IMAGE {at}/acme/web:TAG")),
-        ("globex/web:1".to_owned(), "of the tenant acme".to_owned()),
+        ("globex/web:1".to_owned(), "to the tenant acme".to_owned()),
         (long, "128".to_owned()),
     ] {
         let (good, text) = machine.try_push(&acme, &name, &HTTPD);
