@@ -1,5 +1,5 @@
-//! How many specs are checked in a second, against reading the same text into a tree that checks
-//! nothing (`serde_json::Value`), in the same run. Run: `cargo bench --bench spec`.
+//! Specs checked per second, compared with parsing the same text into a tree without checks
+//! (`serde_json::Value`), in the same run. Run: `cargo bench --bench spec`.
 
 use bulkhead::apps::spec::{AppSpec, Format};
 use divan::Bencher;

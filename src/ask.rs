@@ -1,5 +1,5 @@
-//! Commands that ask the API, as any client does: the token comes from the environment, never from the
-//! arguments, where everybody on the machine would read it.
+//! Commands that call the API, like any client. The token comes from the environment, never from the
+//! arguments, which every user on the machine can read.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,15 +9,15 @@ use serde_json::Value;
 
 use crate::{NetCommand, Output, block_on, print};
 
-/// Whether an app can reach something. Exit code 0: open (and through, if tried); 1: closed; 2: the plan and the
-/// probe differ.
+/// Shows whether an app can reach a destination. Exit code 0: allowed (and reached, with --probe); 1: denied;
+/// 2: the plan and the probe differ.
 pub(crate) fn can_reach(command: NetCommand) -> Result<ExitCode, String> {
     let NetCommand::CanReach { app, to, port, udp, probe, url, output } = command;
     let tenant = app.tenant.ok_or("name the app as TENANT/APP")?;
     let token = std::env::var("BULKHEAD_TOKEN")
         .ok()
         .filter(|token| !token.trim().is_empty())
-        .ok_or("set BULKHEAD_TOKEN to an API token (the console makes them under Tokens)")?;
+        .ok_or("set BULKHEAD_TOKEN to an API token (create one in the console under Tokens)")?;
     let answer: Value = block_on(async {
         let client =
             outgoing::client().timeout(Duration::from_secs(20)).build().map_err(|e| e.to_string())?;
@@ -29,9 +29,15 @@ pub(crate) fn can_reach(command: NetCommand) -> Result<ExitCode, String> {
         let answer = request.query(&query).bearer_auth(token).send().await;
         let answer = answer.map_err(|error| format!("{url} does not answer: {}", error.without_url()))?;
         let good = answer.status().is_success();
-        let body: Value =
-            answer.json().await.map_err(|_| format!("{url} is not a Bulkhead of this version"))?;
-        if good { Ok(body) } else { Err(body["detail"].as_str().unwrap_or("it was refused").to_owned()) }
+        let body: Value = answer
+            .json()
+            .await
+            .map_err(|_| format!("the answer of {url} is not from a Bulkhead of this version"))?;
+        if good {
+            Ok(body)
+        } else {
+            Err(body["detail"].as_str().unwrap_or("the request was denied").to_owned())
+        }
     })?;
     let open = answer["open"] == true;
     let agrees = answer["agrees"] != false;
@@ -41,15 +47,15 @@ pub(crate) fn can_reach(command: NetCommand) -> Result<ExitCode, String> {
         let word = |key: &str| answer[key].as_str().unwrap_or_default().to_owned();
         let plan = &answer["plan"];
         if open {
-            print(&format!("open by plan {plan}, through {}", word("through")));
+            print(&format!("allowed by plan {plan}, through {}", word("through")));
         } else {
-            print(&format!("closed by plan {plan}: {}", word("why")));
+            print(&format!("denied by plan {plan}: {}", word("why")));
             if !word("ask").is_empty() {
-                print(&format!("to open it: {}", word("ask")));
+                print(&format!("to allow it: {}", word("ask")));
             }
         }
         if answer["in_force"] == false {
-            print("this plan is not in force yet");
+            print("this plan is not applied yet");
         }
         if probe {
             print(&format!(

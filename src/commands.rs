@@ -1,4 +1,4 @@
-//! Commands for root on the machine that need the database: tokens, the first admin's link, the audit.
+//! Commands for root on the machine that need the database: tokens, the first admin's link, the audit log.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,7 +13,7 @@ use bulkhead::keys::{Keys, Purpose};
 
 use crate::{Output, TokenCommand, block_on, explain, load, print};
 
-/// Prints a one-time link that makes an admin's account.
+/// Prints a one-time link that creates an admin's account.
 pub(crate) fn first_admin(data: &Path, config: Option<PathBuf>) -> Result<(), String> {
     let config = settings(data, config)?;
     let path = block_on(async {
@@ -49,12 +49,12 @@ pub(crate) fn verify_audit(data: &Path, config: Option<PathBuf>, output: Output)
             print(&format!("FAILED  {finding}"));
         }
         print(&format!(
-            "{} rows in {} rounds fit; {} too new to be sealed, {} of months that were given up{}",
+            "{} rows in {} rounds verified; {} too new to be sealed, {} in months that were removed{}",
             report.rows,
             report.rounds,
             report.unsealed,
             report.retired,
-            if report.heads { "" } else { "; no heads to compare with: a cut tail would not be seen" }
+            if report.heads { "" } else { "; no heads to compare with: a removed tail would go unnoticed" }
         ));
     }
     Ok(if report.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -63,9 +63,9 @@ pub(crate) fn verify_audit(data: &Path, config: Option<PathBuf>, output: Output)
 pub(crate) fn create_token(command: TokenCommand) -> Result<(), String> {
     let TokenCommand::Create { admin, auditor: _, tenant, role, name, days, data, config } = command;
     if name.is_empty() || name.chars().count() > 60 || name.chars().any(char::is_control) {
-        return Err("--name has 1 to 60 visible characters".into());
+        return Err("--name must have 1 to 60 visible characters".into());
     }
-    let role = Role::parse(&role).ok_or("--role is viewer, deployer or owner")?;
+    let role = Role::parse(&role).ok_or("--role must be viewer, deployer or owner")?;
     let config = settings(&data, config)?;
     block_on(async {
         let failed = |error: bulkhead::error::Error| explain(&error);
@@ -77,7 +77,7 @@ pub(crate) fn create_token(command: TokenCommand) -> Result<(), String> {
         let authority = match &tenant {
             Some(tenant) => {
                 let id = bulkhead::tenants::id_of(&mut tx, tenant).await.map_err(failed)?;
-                Authority::Tenant(id.ok_or("there is no such tenant")?, role)
+                Authority::Tenant(id.ok_or("the tenant does not exist")?, role)
             }
             None if admin => Authority::Platform(PlatformRole::Admin),
             None => Authority::Platform(PlatformRole::Auditor),

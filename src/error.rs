@@ -1,70 +1,72 @@
-//! The one error of the platform, without HTTP words: what went wrong in terms of the platform.
-//! `http/error.rs` alone knows status codes.
+//! The one error type of the platform, in terms of the platform and without HTTP. Only `http/error.rs` knows
+//! status codes.
 
 use std::time::Duration;
 
 use crate::fault::{Code, Fault};
 
-/// What went wrong. The cause of an `Internal` goes to the log, never to the client.
+/// An error. The cause of an `Internal` goes to the log, never to the client.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It does not exist, or whoever asks may not know that it does.
-    #[error("there is no such thing, or it belongs to a tenant that you have no role in")]
+    /// The object does not exist, or the client may not know that it does.
+    #[error("the object does not exist, or it belongs to a tenant in which you have no role")]
     NotFound,
-    /// A name is taken, or a state stands in the way.
+    /// A name is taken, or a state prevents the action.
     #[error("{0}")]
     AlreadyExists(String),
-    /// What was handed in is wrong: all faults together.
+    /// The input is not valid: all faults together.
     #[error("{} fault(s)", .0.len())]
     Invalid(Vec<Fault>),
-    /// The request itself cannot be read; no fault of a field.
+    /// The request itself cannot be read; not a fault of a field.
     #[error("{0}")]
     Malformed(String),
-    /// Too large, with the limit in bytes.
+    /// The body is too large; the limit in bytes.
     #[error("the body is larger than {0} bytes")]
     TooLarge(usize),
-    /// Nobody, or somebody whose credential is not (or no longer) good.
+    /// The client has no credential, or its credential is not valid.
     #[error("not signed in")]
     Unauthenticated,
-    /// Signed in, but too long ago for this: the person proves once more to be there.
-    #[error("this needs you to confirm that it is you; sign-ins count for ten minutes")]
+    /// Signed in, but not recently enough for this action.
+    #[error(
+        "this action needs a recent confirmation that it is you: open /confirm and repeat the action within ten minutes"
+    )]
     Unconfirmed,
-    /// Too many tries; how long until the next one.
-    #[error("too many tries: the next one is possible in {} s", .0.as_secs())]
+    /// Too many attempts; the time until the next one.
+    #[error("too many attempts: try again in {} s", .0.as_secs())]
     Throttled(Duration),
-    /// Known, but not allowed to do this; the sentence says which role may.
+    /// The client's role does not allow this; the sentence names the role that does.
     #[error("{0}")]
     Forbidden(String),
-    /// The state of the object stands against it.
+    /// The state of the object does not allow this.
     #[error("{0}")]
     Conflict(String),
-    /// `If-Match` or `If-None-Match` did not hold; the generation, 0 while there is no object.
+    /// `If-Match` or `If-None-Match` failed; the generation, 0 if there is no object.
     #[error("{1}")]
     PreconditionFailed(i64, String),
-    /// It would exceed the quota: one fault for each resource.
-    #[error("it does not fit into the quota")]
+    /// The quota would be exceeded: one fault for each resource.
+    #[error("the quota would be exceeded")]
     QuotaExceeded(Vec<Fault>),
-    /// A part of the platform is not there; try again after a while.
+    /// A part of the platform is not available; the time until a retry.
     #[error("{0}")]
     Unavailable(String, Duration),
-    /// A mistake of ours. The text is for the log.
+    /// An internal error. The text is for the log.
     #[error("internal error")]
     Internal(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
 impl Error {
-    /// An internal error from any cause.
+    /// Builds an internal error from any cause.
     pub fn internal(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self::Internal(cause.into())
     }
 
-    /// A single fault.
+    /// Builds an error from a single fault.
     #[must_use]
     pub fn fault(fault: Fault) -> Self {
         Self::Invalid(vec![fault])
     }
 
-    /// What it was, with its causes: for the log, never for a client.
+    /// Returns the error with its causes: for the log, never for a client.
     #[must_use]
     pub fn for_log(&self) -> String {
         let mut text = self.to_string();
@@ -76,7 +78,7 @@ impl Error {
         text
     }
 
-    /// The stable code of the error.
+    /// Returns the stable code of the error.
     #[must_use]
     pub fn code(&self) -> Code {
         Code(match self {

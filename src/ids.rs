@@ -1,14 +1,12 @@
-//! Identities and names that every other module speaks in: parsed once, at the door, and never
-//! re-checked further in. A value of one of these types cannot hold anything else than what its
-//! rule allows, so it may be put into a file name, a label or a rule without another thought.
+//! Identities and names that all other modules use. They are parsed once, at the edge, and never checked
+//! again. A value always obeys the rule of its type, so it is safe in a file name, a label or a rule.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Why a text is not the name or digest that it was meant to be. The text itself is never part
-/// of the message.
+/// Why a text is not a valid name or digest. The message never contains the text itself.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct NameError(pub String);
@@ -19,20 +17,20 @@ impl NameError {
     }
 }
 
-/// A DNS label (RFC 1123, lower case) that starts with a letter and has a length within bounds.
+/// Checks a DNS label (RFC 1123, lower case) that starts with a letter and has a bounded length.
 fn check_label(what: &str, text: &str, min: usize, max: usize) -> Result<(), NameError> {
     let bytes = text.as_bytes();
     if bytes.len() < min || bytes.len() > max {
-        return Err(NameError::new(format!("{what} has {min} to {max} characters")));
+        return Err(NameError::new(format!("{what} must have {min} to {max} characters")));
     }
     if !bytes[0].is_ascii_lowercase() {
-        return Err(NameError::new(format!("{what} starts with a letter a to z")));
+        return Err(NameError::new(format!("{what} must start with a letter a to z")));
     }
     if !bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-') {
-        return Err(NameError::new(format!("{what} consists of a to z, 0 to 9 and -")));
+        return Err(NameError::new(format!("{what} may contain only a to z, 0 to 9 and -")));
     }
     if bytes[bytes.len() - 1] == b'-' {
-        return Err(NameError::new(format!("{what} does not end with -")));
+        return Err(NameError::new(format!("{what} must not end with -")));
     }
     Ok(())
 }
@@ -46,7 +44,7 @@ macro_rules! text_id {
         pub struct $name(String);
 
         impl $name {
-            /// The text of it.
+            /// Returns the text.
             #[must_use]
             pub fn as_str(&self) -> &str {
                 &self.0
@@ -83,8 +81,7 @@ macro_rules! text_id {
     };
 }
 
-/// Words that a tenant may not be called, because they stand in addresses, roles or groups of the
-/// platform itself.
+/// Names that a tenant may not have, because addresses, roles or groups of the platform use them.
 pub const RESERVED_TENANTS: &[&str] = &[
     "admin",
     "administrator",
@@ -128,7 +125,7 @@ pub const RESERVED_TENANTS: &[&str] = &[
 ];
 
 text_id!(
-    /// A tenant's name: a DNS label of 3 to 32 characters, not a reserved word, never given twice.
+    /// A tenant's name: a DNS label of 3 to 32 characters, not a reserved word, never reused.
     TenantName,
     |text| {
         check_label("a tenant name", text, 3, 32)?;
@@ -152,13 +149,13 @@ text_id!(
 );
 
 text_id!(
-    /// What a tenant calls a place outside: a DNS label of 1 to 45 characters.
+    /// A tenant's name of an egress target: a DNS label of 1 to 45 characters.
     EgressName,
     |text| check_label("the name of an egress target", text, 1, 45)
 );
 
 text_id!(
-    /// A domain name (RFC 1123) in lower case, of two or more labels, without a dot at its end and without a
+    /// A domain name (RFC 1123) in lower case, of two or more labels, without a final dot and without a
     /// wildcard: exactly one name.
     DomainName,
     |text| {
@@ -173,18 +170,18 @@ text_id!(
         let last = text.rsplit('.').next().unwrap_or_default();
         if text.len() > 253 || !text.contains('.') || !text.split('.').all(label) || !last.starts_with(|c: char| c.is_ascii_lowercase()) {
             return Err(NameError::new(
-                "a domain is one full name in lower case, such as api.example.org, without a wildcard",
+                "a domain must be one full name in lower case, such as api.example.org, without a wildcard",
             ));
         }
         Ok(())
     }
 );
 
-/// An app as another one names it: `api` of the own tenant, `acme/api` of another one.
+/// A reference to an app: `api` in the same tenant, `acme/api` in another one.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct AppRef {
-    /// The other tenant; none for the own one.
+    /// The other tenant; none for the same one.
     pub tenant: Option<TenantName>,
     /// App.
     pub app: AppName,
@@ -223,14 +220,14 @@ impl fmt::Display for AppRef {
 }
 
 text_id!(
-    /// The four letters of an installation: they stand in the name of everything it makes on a
-    /// machine, so that two installations never touch each other's.
+    /// The id of an installation: four letters. Every name that it creates on a machine contains them, so
+    /// installations do not conflict.
     Installation,
     |text| {
         if text.len() == 4 && text.bytes().all(|b| b.is_ascii_lowercase()) {
             Ok(())
         } else {
-            Err(NameError::new("an installation id is four letters a to z"))
+            Err(NameError::new("an installation id must be four letters a to z"))
         }
     }
 );
@@ -242,26 +239,26 @@ text_id!(
     RepositoryPath,
     |text| {
         if text.is_empty() || text.len() > 128 {
-            return Err(NameError::new("a repository has 1 to 128 characters"));
+            return Err(NameError::new("a repository must have 1 to 128 characters"));
         }
         for part in text.split('/') {
             let bytes = part.as_bytes();
             let edge = |b: Option<&u8>| b.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
             if !edge(bytes.first()) || !edge(bytes.last()) {
                 return Err(NameError::new(
-                    "each part of a repository starts and ends with a to z or 0 to 9",
+                    "each part of a repository must start and end with a to z or 0 to 9",
                 ));
             }
             if !bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(b)) {
                 return Err(NameError::new(
-                    "a repository consists of a to z, 0 to 9 and . _ - with / between its parts",
+                    "a repository may contain only a to z, 0 to 9 and . _ - with / between its parts",
                 ));
             }
             if part.contains("..") || part.contains("._") || part.contains("_.") || part.contains("___")
                 || part.contains(".-") || part.contains("-.") || part.contains("_-") || part.contains("-_")
             {
                 return Err(NameError::new(
-                    "in a repository, letters and digits are separated by one of . _ __ or dashes",
+                    "in a repository, the separator between letters and digits must be one of . _ __ or dashes",
                 ));
             }
         }
@@ -275,13 +272,13 @@ text_id!(
     |text| {
         let bytes = text.as_bytes();
         if bytes.is_empty() || bytes.len() > 128 {
-            return Err(NameError::new("a tag has 1 to 128 characters"));
+            return Err(NameError::new("a tag must have 1 to 128 characters"));
         }
         if b".-".contains(&bytes[0])
             || !bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(b))
         {
             return Err(NameError::new(
-                "a tag consists of letters, digits and _ . - and starts with a letter, a digit or _",
+                "a tag may contain only letters, digits and _ . - and must start with a letter, a digit or _",
             ));
         }
         Ok(())
@@ -296,26 +293,26 @@ text_id!(
         if hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
             Ok(())
         } else {
-            Err(NameError::new("a digest is sha256: and 64 lower-case hexadecimal digits"))
+            Err(NameError::new("a digest must be sha256: and 64 lower-case hexadecimal digits"))
         }
     }
 );
 
 impl Digest {
-    /// The digest of these bytes.
+    /// Returns the digest of these bytes.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         use sha2::Digest as _;
         Self(format!("sha256:{}", data_encoding::HEXLOWER.encode(&sha2::Sha256::digest(bytes))))
     }
 
-    /// From a finished SHA-256 computation.
+    /// Builds a digest from a finished SHA-256 computation.
     #[must_use]
     pub fn from_sha256(hash: &[u8; 32]) -> Self {
         Self(format!("sha256:{}", data_encoding::HEXLOWER.encode(hash)))
     }
 
-    /// The first twelve hexadecimal digits, for people.
+    /// Returns the first twelve hexadecimal digits, for display.
     #[must_use]
     pub fn short(&self) -> &str {
         &self.0[7..19]
@@ -339,43 +336,43 @@ macro_rules! number_id {
 }
 
 number_id!(
-    /// A tenant's identity in the database. Never shown in an address, never given twice.
+    /// A tenant's identity in the database. Never shown in an address, never reused.
     TenantId
 );
 number_id!(
-    /// An app's identity: an app that was deleted and made again is another app.
+    /// An app's identity: an app that is deleted and created again gets another id.
     AppId
 );
 
 number_id!(
-    /// A person's account.
+    /// An account's identity.
     AccountId
 );
 
 text_id!(
-    /// The name that a person signs in with: lower-case letters, digits and `. _ @ + -`, so that an
-    /// address of electronic mail is one; at most 64 characters.
+    /// The name with which a user signs in: lower-case letters, digits and `. _ @ + -`, at most 64
+    /// characters. An e-mail address is valid.
     AccountName,
     |text| {
         let bytes = text.as_bytes();
         let edge = |b: Option<&u8>| b.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
         if bytes.len() > 64 || !edge(bytes.first()) || !edge(bytes.last()) {
             return Err(NameError::new(
-                "a person's name has 1 to 64 characters, the first and the last of a to z and 0 to 9",
+                "an account name must have 1 to 64 characters, the first and the last of a to z and 0 to 9",
             ));
         }
         if ["root", "platform", "anonymous", "many", "bulkhead"].contains(&text) {
-            return Err(NameError::new("this name stands for the platform itself on the record"));
+            return Err(NameError::new("this name is reserved: it stands for the platform itself in the audit log"));
         }
         if !bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._@+-".contains(b)) {
-            return Err(NameError::new("a person's name consists of a to z, 0 to 9 and . _ @ + -"));
+            return Err(NameError::new("an account name may contain only a to z, 0 to 9 and . _ @ + -"));
         }
         Ok(())
     }
 );
 
-/// Who does something, as it stands in the audit: `account:12 olga`, `service:ci`, `root`, `platform`; and by
-/// which token, if by one.
+/// An actor, as the audit log shows it: `account:12 olga`, `service:ci`, `root`, `platform`; with the token
+/// that it used, if any.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ActorId {
     #[serde(rename = "id")]
@@ -389,27 +386,27 @@ fn one_line(text: &str) -> String {
 }
 
 impl ActorId {
-    /// An actor from its kind and name. Control characters are dropped, so that a log line stays one.
+    /// Builds an actor from its kind and name. Drops control characters, so a log line stays one line.
     #[must_use]
     pub fn new(text: &str) -> Self {
         Self { text: one_line(text), via: None }
     }
-    /// The same, by a token of this number and name.
+    /// Adds the token by number and name.
     #[must_use]
     pub fn by_token(self, id: i64, name: &str) -> Self {
         Self { via: Some(one_line(&format!("token:{id} {name}"))), ..self }
     }
-    /// By which token.
+    /// Returns the token, if one was used.
     #[must_use]
     pub fn via(&self) -> Option<&str> {
         self.via.as_deref()
     }
-    /// The platform itself, in a reconciler.
+    /// Returns the platform itself, as a reconciler acts.
     #[must_use]
     pub fn platform() -> Self {
         Self::new("platform")
     }
-    /// Who, without the token.
+    /// Returns the actor without the token.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.text

@@ -1,5 +1,5 @@
-//! The platform's own key, which is not in the database: a file of 32 random bytes. What it seals and signs
-//! is worth nothing to a thief of the database. Each purpose has a key of its own, derived from it.
+//! The platform's own key: a file of 32 random bytes, outside the database. Data that it seals or signs is
+//! worth nothing to a thief of the database. Each purpose has its own derived key.
 
 use std::path::Path;
 
@@ -11,24 +11,24 @@ use sha2::Sha256;
 
 use crate::error::Error;
 
-/// What a derived key is for.
+/// The purpose of a derived key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     /// Sealing second factors.
     SecondFactor,
-    /// Answers that are kept for an `Idempotency-Key`.
+    /// Stored answers for an `Idempotency-Key`.
     Answers,
-    /// The chain of the audit.
+    /// The chain of the audit log.
     Audit,
     /// Tokens of forms.
     Forms,
-    /// Nonce and verifier of a sign-in at a provider.
+    /// Nonce and verifier of a sign-in through a provider.
     Provider,
-    /// Names of buckets and places, so that the database holds no addresses.
+    /// Names of rate limit buckets and of places, so that the database contains no addresses.
     Places,
 }
 
-/// The key.
+/// The platform's key.
 #[derive(Clone)]
 pub struct Keys([u8; 32]);
 
@@ -38,7 +38,8 @@ impl std::fmt::Debug for Keys {
     }
 }
 
-/// HMAC-SHA256 over parts, each with its length before it: no two lists of parts give the same input.
+/// Returns the HMAC-SHA256 of parts, each prefixed with its length: two different lists never give the same
+/// input.
 #[must_use]
 pub fn mac(key: &[u8; 32], parts: &[&[u8]]) -> [u8; 32] {
     let mut mac = begin(key);
@@ -50,20 +51,20 @@ pub fn mac(key: &[u8; 32], parts: &[&[u8]]) -> [u8; 32] {
 }
 
 fn begin(key: &[u8; 32]) -> Hmac<Sha256> {
-    // A key shorter than the hash's block is filled up with zeros anyway (RFC 2104).
+    // HMAC pads a key shorter than the hash's block with zeros anyway (RFC 2104).
     let mut block = [0; 64];
     block[..32].copy_from_slice(key);
     Hmac::<Sha256>::new(&block.into())
 }
 
 impl Keys {
-    /// A new key, as it stands in its file.
+    /// Generates a new key, in the form of its file.
     #[must_use]
     pub fn generate() -> String {
         format!("{}\n", BASE64.encode(&rand::random::<[u8; 32]>()))
     }
 
-    /// From the text of its file.
+    /// Parses a key from the text of its file.
     pub fn parse(text: &str) -> Result<Self, Error> {
         let bytes = BASE64.decode(text.trim().as_bytes()).ok();
         bytes
@@ -72,20 +73,20 @@ impl Keys {
             .ok_or_else(|| Error::internal("the platform's key is not 32 bytes in base64"))
     }
 
-    /// From its file.
+    /// Loads a key from its file.
     pub fn load(path: &Path) -> Result<Self, Error> {
         let text = std::fs::read_to_string(path)
             .map_err(|error| Error::internal(format!("{}: {error}", path.display())))?;
         Self::parse(&text)
     }
 
-    /// The key of a purpose.
+    /// Returns the key of a purpose.
     #[must_use]
     pub fn of(&self, purpose: Purpose) -> [u8; 32] {
         mac(&self.0, &[format!("bulkhead v1 {purpose:?}").as_bytes()])
     }
 
-    /// Seals a secret for one place: moved to another row, it does not open.
+    /// Seals a secret for one place. Moved to another row, it cannot be opened.
     pub fn seal(&self, purpose: Purpose, place: &str, secret: &[u8]) -> Result<Vec<u8>, Error> {
         let nonce: [u8; 24] = rand::random();
         let cipher = XChaCha20Poly1305::new(&self.of(purpose).into());
@@ -95,9 +96,13 @@ impl Keys {
         Ok([&nonce[..], &sealed].concat())
     }
 
-    /// Opens what was sealed for this place.
+    /// Opens a secret that was sealed for this place.
     pub fn open(&self, purpose: Purpose, place: &str, sealed: &[u8]) -> Result<Vec<u8>, Error> {
-        let bad = || Error::internal("a sealed secret does not open: another key, or another place");
+        let bad = || {
+            Error::internal(
+                "a sealed secret cannot be opened: it was sealed with another key or for another place",
+            )
+        };
         let (nonce, text) = sealed.split_at_checked(24).ok_or_else(bad)?;
         let nonce: [u8; 24] = nonce.try_into().map_err(|_| bad())?;
         XChaCha20Poly1305::new(&self.of(purpose).into())

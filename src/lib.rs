@@ -1,6 +1,6 @@
 //! Bulkhead: the control plane of a multi-tenant container platform, safe by construction.
 //!
-//! Folders are nouns; a module imports only from those before it in this list.
+//! Folders are nouns. A module imports only modules before it in the order of `tests/architecture.rs`.
 
 #![recursion_limit = "256"]
 

@@ -16,7 +16,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 mod ask;
 mod commands;
 
-/// Bulkhead: many tenants' containers on one platform, apart by construction.
+/// Bulkhead: containers of many tenants on one platform, isolated by construction
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -38,30 +38,30 @@ enum Command {
         #[arg(long)]
         demo: bool,
     },
-    /// Run the platform against a given database, registry and agent
+    /// Run the platform against an existing database, registry and agent
     Serve {
         /// Settings (TOML)
         #[arg(long)]
         config: PathBuf,
-        /// Show the settings in force and leave
+        /// Print the effective settings and exit
         #[arg(long)]
         print_config: bool,
     },
-    /// Bring the database to this version
+    /// Migrate the database to this version
     Migrate {
         /// Settings (TOML); - for standard input
         #[arg(long)]
         config: PathBuf,
     },
-    /// Check an app spec without any platform
+    /// Check an app spec without a platform
     Check {
         /// YAML or JSON file; - for standard input (YAML)
         file: PathBuf,
-        /// Form of the answer
+        /// Output format
         #[arg(short, long, default_value = "text")]
         output: Output,
     },
-    /// Show what an app spec compiles to (ids, digest and address are examples)
+    /// Show the container that an app spec compiles to (ids, digest and address are examples)
     Render {
         /// YAML or JSON file
         file: PathBuf,
@@ -77,11 +77,11 @@ enum Command {
         /// Data folder
         #[arg(long, default_value = "/var/lib/bulkhead")]
         data: PathBuf,
-        /// Form of the answer
+        /// Output format
         #[arg(short, long, default_value = "text")]
         output: Output,
     },
-    /// Write what the systemd units need: users, settings, keys; what is there is left as it is
+    /// Write the files that the systemd units need: users, settings, keys; existing files stay
     Settings {
         /// Folder of the settings
         #[arg(long, default_value = units::SETTINGS)]
@@ -89,7 +89,7 @@ enum Command {
         /// Folder of the state
         #[arg(long, default_value = units::STATE)]
         state: PathBuf,
-        /// Take them away again, if nothing was ever run with them
+        /// Remove them again, unless the installation has run
         #[arg(long)]
         undo: bool,
     },
@@ -98,27 +98,27 @@ enum Command {
         /// Folder, such as deploy/systemd or /etc/systemd/system
         folder: PathBuf,
     },
-    /// API tokens, as root on the machine itself
+    /// API tokens, as root on the machine
     Token {
         #[command(subcommand)]
         command: TokenCommand,
     },
-    /// A one-time link that makes an admin's account, as root on the machine: for the first one, or when nobody
-    /// can get in any more
+    /// Print a one-time link that creates an admin's account, as root on the machine: for the first admin, or
+    /// if no admin can sign in
     FirstAdmin {
         /// Data folder of `up`
         #[arg(long, default_value = "/var/lib/bulkhead")]
         data: PathBuf,
-        /// Settings of `serve`, where there is no such folder
+        /// Settings of `serve`, if there is no such folder
         #[arg(long, conflicts_with = "data")]
         config: Option<PathBuf>,
     },
-    /// The record of who did what
+    /// The audit log
     Audit {
         #[command(subcommand)]
         command: AuditCommand,
     },
-    /// Connections
+    /// Network connections
     Net {
         #[command(subcommand)]
         command: NetCommand,
@@ -130,7 +130,8 @@ enum Command {
         #[arg(long)]
         socket: PathBuf,
     },
-    /// Say what lies on a registry's disk and remove what `serve` names (runs beside the registry, as its user)
+    /// List the files on a registry's disk and remove those that `serve` names (runs beside the registry, as
+    /// its user)
     #[command(hide = true)]
     Collector {
         /// Socket
@@ -146,29 +147,30 @@ enum Command {
     /// Answer names for apps (started by `up` or its unit)
     #[command(hide = true)]
     Resolver {
-        /// Socket of the root half
+        /// Socket of the agent
         #[arg(long)]
         agent: PathBuf,
-        /// Settings (TOML); need not be there
+        /// Settings (TOML); optional
         #[arg(long)]
         settings: PathBuf,
     },
-    /// Make the platform a service of this machine (systemd), or upgrade it: run it again with a new version
+    /// Install the platform as a service of this machine (systemd), or upgrade it: run it again with a new
+    /// version
     Install {
-        /// Data folder, which may be one of `up`; by default the one that is installed, or /var/lib/bulkhead
+        /// Data folder, which may be one of `up`; by default the installed one, or /var/lib/bulkhead
         #[arg(long)]
         data: Option<PathBuf>,
-        /// Address of a new installation; later it stands in settings.toml of the data folder
+        /// Address of a new installation; later, change it in settings.toml of the data folder
         #[arg(long)]
         listen: Option<SocketAddr>,
     },
-    /// Make a data folder ready (started by the service's units)
+    /// Prepare a data folder (started by the service's units)
     #[command(hide = true)]
     Prepare {
         /// Data folder
         #[arg(long)]
         data: PathBuf,
-        /// The database instead, once Postgres runs
+        /// Prepare the database instead, once Postgres runs
         #[arg(long)]
         database: bool,
     },
@@ -177,7 +179,7 @@ enum Command {
         /// Data folder
         #[arg(long, default_value = "/var/lib/bulkhead")]
         data: PathBuf,
-        /// The installation's four letters
+        /// The installation's four-letter id
         #[arg(long, default_value = "")]
         confirm: String,
     },
@@ -185,25 +187,25 @@ enum Command {
 
 #[derive(Subcommand)]
 enum NetCommand {
-    /// Whether an app can reach something: by the plan, and with --probe by trying it. Asks the API, with the token
-    /// in BULKHEAD_TOKEN
+    /// Show whether an app can reach a destination: by the plan, and with --probe by a test. Calls the API,
+    /// with the token in BULKHEAD_TOKEN
     CanReach {
         /// TENANT/APP
         app: bulkhead::ids::AppRef,
         /// A name of `connects`, or an IPv4 address
         to: String,
-        /// Port there
+        /// Port of the destination
         port: u16,
         /// UDP instead of TCP
         #[arg(long)]
         udp: bool,
-        /// Also try it from within an instance of the app
+        /// Also test it from within an instance of the app
         #[arg(long)]
         probe: bool,
         /// Address of the platform
         #[arg(long, env = "BULKHEAD_URL", default_value = "http://127.0.0.1:8080")]
         url: String,
-        /// Form of the answer
+        /// Output format
         #[arg(short, long, default_value = "text")]
         output: Output,
     },
@@ -211,7 +213,7 @@ enum NetCommand {
 
 #[derive(Subcommand)]
 enum TokenCommand {
-    /// Make a token; it is printed once
+    /// Create a token; it is printed once
     Create {
         /// For the platform, with the role admin
         #[arg(long, conflicts_with_all = ["tenant", "auditor"], required_unless_present_any = ["tenant", "auditor"])]
@@ -225,7 +227,7 @@ enum TokenCommand {
         /// Role in the tenant: viewer, deployer, owner
         #[arg(long, default_value = "deployer")]
         role: String,
-        /// Name, for people and the audit
+        /// Name, for the console and the audit log
         #[arg(long)]
         name: String,
         /// Days until it expires
@@ -234,7 +236,7 @@ enum TokenCommand {
         /// Data folder of `up`
         #[arg(long, default_value = "/var/lib/bulkhead")]
         data: PathBuf,
-        /// Settings of `serve`, where there is no such folder
+        /// Settings of `serve`, if there is no such folder
         #[arg(long, conflicts_with = "data")]
         config: Option<PathBuf>,
     },
@@ -242,15 +244,15 @@ enum TokenCommand {
 
 #[derive(Subcommand)]
 enum AuditCommand {
-    /// Hold every row against the chain that seals them: which was changed, taken out or put in
+    /// Verify every row against the chain that seals them, and list changed, removed and inserted rows
     Verify {
         /// Data folder of `up`
         #[arg(long, default_value = "/var/lib/bulkhead")]
         data: PathBuf,
-        /// Settings of `serve`, where there is no such folder
+        /// Settings of `serve`, if there is no such folder
         #[arg(long, conflicts_with = "data")]
         config: Option<PathBuf>,
-        /// Form of the answer
+        /// Output format
         #[arg(short, long, default_value = "text")]
         output: Output,
     },
@@ -329,7 +331,7 @@ fn run(command: Command) -> Result<ExitCode, String> {
         Command::Migrate { config } => {
             let config = load(&config)?;
             block_on(async { startup::migrate(&config).await.map_err(|error| explain(&error)) })?;
-            print("the database is of this version");
+            print("the database is at this version");
         }
         Command::Check { file, output } => return check(&file, output),
         Command::Render { file, tenant, driver: DriverName::Podman } => return render(&file, tenant),
@@ -407,7 +409,7 @@ fn check(file: &Path, output: Output) -> Result<ExitCode, String> {
         print(&serde_json::to_string_pretty(&body).map_err(|error| error.to_string())?);
     } else if let Ok(spec) = &result {
         print(&format!(
-            "{}: the spec of {} has no fault; quota, image and names are checked by the platform",
+            "{}: the spec of {} has no fault; only the platform can check quota, image and names",
             file.display(),
             spec.name()
         ));
@@ -462,20 +464,20 @@ fn write_settings(settings: &Path, state: &Path) -> Result<(), String> {
     }
     let settings = settings.display();
     print(&format!(
-        "\nNext, as root, in this order.\n\n1. The registry (CNCF Distribution). /etc/docker/registry/config.yml becomes, as a \
-         whole (Debian's own lets the network in and has auth of another kind):\n\n{}\n   systemctl enable docker-registry && \
+        "\nNext, as root, in this order.\n\n1. The registry (CNCF Distribution). Replace /etc/docker/registry/config.yml as a \
+         whole (Debian's default accepts the network and uses another kind of auth):\n\n{}\n   systemctl enable docker-registry && \
          systemctl restart docker-registry\n",
         written.registry
     ));
     print(&format!(
-        "2. Postgres. Where there is no cluster yet (pg_lsclusters): pg_createcluster 15 main\n   First line of its \
+        "2. Postgres. If there is no cluster yet (pg_lsclusters): pg_createcluster 15 main\n   First line of its \
          pg_hba.conf:\n\nlocal bulkhead bulkhead,bulkhead_reconciler peer map=bulkhead\n\n   and at the end of \
          pg_ident.conf:\n\n{}\n   systemctl enable postgresql && systemctl restart postgresql\n   runuser -u postgres -- \
          createdb bulkhead\n   runuser -u postgres -- bulkhead migrate --config - < {settings}/serve.toml\n",
         units::IDENT
     ));
     print(&format!(
-        "3. The platform. Look through {settings}/serve.toml, then:\n   systemctl enable --now {}\n   bulkhead first-admin \
+        "3. The platform. Review {settings}/serve.toml, then:\n   systemctl enable --now {}\n   bulkhead first-admin \
          --config {settings}/serve.toml",
         units::TARGET
     ));

@@ -1,6 +1,7 @@
-//! Permits for a shared thing: each key (a tenant, a network, an instance) has a bound of its own, and all keys
-//! together have one. A bound for all alone is a bound that one key uses up. So the room of a key also shrinks as
-//! the whole fills up: a key that holds nothing finds room before a key that holds much gets more.
+//! Permits for a shared resource. Each key (a tenant, a network, an instance) has its own bound, and all keys
+//! together have one. With a total bound alone, one key could use up everything. The share of a key also
+//! shrinks as the resource fills up: a key that holds nothing is served before a key that holds much gets
+//! more.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
@@ -9,23 +10,23 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-/// Why no permit was given.
+/// Why a permit was denied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Busy {
-    /// The key has used its own share, or as many of its requests wait as may.
-    #[error("too many requests of this kind are under way for one tenant")]
+    /// The key has used its own share, or its queue is full.
+    #[error("too many requests of this kind are in progress for one tenant")]
     Key,
     /// All permits are in use.
-    #[error("too many requests of this kind are under way")]
+    #[error("too many requests of this kind are in progress")]
     All,
 }
 
-/// Permits with a bound per key and a bound in all. Clones share the permits.
+/// Permits with a bound per key and a bound in total. Clones share the permits.
 ///
-/// A request is admitted when its key stays within the bound per key, the whole stays within the total, and the key
-/// holds nothing yet or would hold no more than what is still free. `n` busy keys therefore leave about
-/// `total / (n + 1)` to keys that come later. Freed permits go to the waiting key that holds least, and among equals
-/// to the one that has waited longest.
+/// A request is admitted if its key stays within the bound per key and the whole stays within the total. In
+/// addition, the key must hold nothing yet, or its new sum must not exceed the units that are still free. `n`
+/// busy keys therefore leave about `total / (n + 1)` to later keys. Freed permits go to the waiting key that
+/// holds least; among equals, to the request that has waited longest.
 pub struct FairPermits<K: Eq + Hash + Clone> {
     shared: Arc<Mutex<State<K>>>,
 }
@@ -46,7 +47,7 @@ impl<K: Eq + Hash + Clone> std::fmt::Debug for FairPermits<K> {
 struct State<K: Eq + Hash + Clone> {
     per_key: usize,
     total: usize,
-    /// Most requests of one key that may wait.
+    /// Maximum waiting requests of one key.
     waiting: usize,
     used: usize,
     next: u64,
@@ -68,8 +69,8 @@ fn lock<K: Eq + Hash + Clone>(shared: &Mutex<State<K>>) -> MutexGuard<'_, State<
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Room in the shared thing; given back when it is dropped.
-#[must_use = "the room is given back as soon as the permit is dropped"]
+/// A share of the resource, released on drop.
+#[must_use = "the share is released as soon as the permit is dropped"]
 pub struct Permit<K: Eq + Hash + Clone> {
     shared: Arc<Mutex<State<K>>>,
     key: K,
@@ -110,7 +111,7 @@ impl<K: Eq + Hash + Clone> State<K> {
         own.held += units;
     }
 
-    /// The next request that is admitted now: of the key that holds least, and then the oldest.
+    /// Returns the next waiting request to admit: of the key that holds least, then the oldest.
     fn next_served(&mut self) -> Option<(K, Waiter<K>)> {
         let key = self
             .keys
@@ -125,13 +126,13 @@ impl<K: Eq + Hash + Clone> State<K> {
     }
 }
 
-/// Hands freed room to those that wait.
+/// Gives freed permits to waiting requests.
 fn serve<K: Eq + Hash + Clone>(shared: &Arc<Mutex<State<K>>>) {
     loop {
         let next = lock(shared).next_served();
         let Some((key, waiter)) = next else { return };
         let permit = Permit { shared: Arc::clone(shared), key, units: waiter.units };
-        // The one that waited may be gone: the permit then comes back, and with it the room.
+        // The waiting request may be gone. The permit is then dropped, which releases its share.
         drop(waiter.give.send(permit));
     }
 }
@@ -150,7 +151,7 @@ impl<K: Eq + Hash + Clone> Drop for Permit<K> {
     }
 }
 
-/// A request that waits; it leaves the queue when its future is dropped.
+/// A waiting request. It leaves the queue when its future is dropped.
 struct Waiting<'a, K: Eq + Hash + Clone> {
     shared: &'a Arc<Mutex<State<K>>>,
     key: &'a K,
@@ -166,14 +167,14 @@ impl<K: Eq + Hash + Clone> Drop for Waiting<'_, K> {
             }
             state.forget_if_idle(self.key);
         }
-        // A large request at the head of the queue may have held back a small one.
+        // A large request at the head of the queue may have blocked a small one.
         serve(self.shared);
     }
 }
 
 impl<K: Eq + Hash + Clone> FairPermits<K> {
-    /// At most `per_key` units for one key and `total` for all keys together. At most `4 * per_key` requests of one
-    /// key wait, at least 16; see [`Self::waiting`].
+    /// Returns permits of at most `per_key` units for one key and `total` for all keys. At most `4 * per_key`
+    /// requests of one key wait, and at least 16; see [`Self::waiting`].
     #[must_use]
     pub fn new(per_key: usize, total: usize) -> Self {
         let state = State {
@@ -187,20 +188,20 @@ impl<K: Eq + Hash + Clone> FairPermits<K> {
         Self { shared: Arc::new(Mutex::new(state)) }
     }
 
-    /// The same with another bound for requests of one key that wait. For permits that are bytes, the default would
-    /// be far too many.
+    /// Sets another bound for waiting requests of one key. For permits that are bytes, the default would be
+    /// far too high.
     #[must_use]
     pub fn waiting(self, requests: usize) -> Self {
         lock(&self.shared).waiting = requests;
         self
     }
 
-    /// A permit of one unit, at once or not at all.
+    /// Takes a permit of one unit without waiting.
     pub fn try_take(&self, key: &K) -> Result<Permit<K>, Busy> {
         self.try_take_many(key, 1)
     }
 
-    /// A permit of several units, such as bytes, at once or not at all.
+    /// Takes a permit of several units, such as bytes, without waiting.
     pub fn try_take_many(&self, key: &K, units: usize) -> Result<Permit<K>, Busy> {
         let mut state = lock(&self.shared);
         state.admits(state.held(key), units)?;
@@ -209,12 +210,12 @@ impl<K: Eq + Hash + Clone> FairPermits<K> {
         Ok(Permit { shared: Arc::clone(&self.shared), key: key.clone(), units })
     }
 
-    /// A permit of one unit; waits for it at most for `patience`.
+    /// Takes a permit of one unit; waits at most `patience`.
     pub async fn take(&self, key: &K, patience: Duration) -> Result<Permit<K>, Busy> {
         self.take_many(key, 1, patience).await
     }
 
-    /// A permit of several units; waits for it at most for `patience`. Requests of one key are served in order.
+    /// Takes a permit of several units; waits at most `patience`. Requests of one key are served in order.
     pub async fn take_many(&self, key: &K, units: usize, patience: Duration) -> Result<Permit<K>, Busy> {
         let (id, given) = {
             let mut state = lock(&self.shared);
@@ -242,7 +243,7 @@ impl<K: Eq + Hash + Clone> FairPermits<K> {
         let outcome = tokio::time::timeout(patience, given).await;
         let why = {
             let state = lock(&self.shared);
-            // If there is room by now, it was the key's own queue that took the time.
+            // If there is room by now, the key's own queue took the time.
             state.admits(state.held(key), units).err().unwrap_or(Busy::Key)
         };
         drop(waiting);
@@ -252,13 +253,13 @@ impl<K: Eq + Hash + Clone> FairPermits<K> {
         }
     }
 
-    /// Units in use, in all.
+    /// Returns the units in use, in total.
     #[must_use]
     pub fn used(&self) -> usize {
         lock(&self.shared).used
     }
 
-    /// Units that a key holds.
+    /// Returns the units that a key holds.
     #[must_use]
     pub fn used_by(&self, key: &K) -> usize {
         lock(&self.shared).held(key)
@@ -281,7 +282,7 @@ mod tests {
             }
         }
         assert!(permits.used() < 512);
-        // A newcomer finds room although sixteen keys took all that they could.
+        // A new key is served although sixteen keys took all that they could.
         held.push(permits.try_take(&99).unwrap());
         assert_eq!(permits.used_by(&0), 32);
         drop(held);
@@ -332,7 +333,7 @@ mod tests {
         let permits = FairPermits::new(1, 4).waiting(2);
         let held = permits.try_take(&1).unwrap();
         assert_eq!(permits.take(&1, SHORT).await.unwrap_err(), Busy::Key);
-        // Given up by its caller.
+        // The caller gave up.
         assert!(tokio::time::timeout(SHORT, permits.take(&1, SHORT * 100)).await.is_err());
         let crowd: Vec<_> = (0..20)
             .map(|_| {

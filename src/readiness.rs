@@ -1,16 +1,16 @@
-//! Tells systemd that a process does its work (`Type=notify`, sd_notify(3)), so that what comes after it starts no
-//! earlier. Without `NOTIFY_SOCKET`, as under `up`, nobody is told.
+//! Tells systemd that a process is ready (`Type=notify`, sd_notify(3)), so that dependent units start
+//! afterwards. Without `NOTIFY_SOCKET`, as under `up`, it does nothing.
 
 use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
-/// Says that this process is ready. A failure is logged: the process works all the same.
+/// Reports that this process is ready. A failure is only logged: the process works anyway.
 pub fn ready() {
     let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else { return };
     if let Err(error) = send(socket.as_bytes(), "READY=1") {
-        tracing::warn!(%error, "systemd cannot be told that this process is ready");
+        tracing::warn!(%error, "systemd was not notified that this process is ready");
     }
 }
 

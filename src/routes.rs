@@ -1,5 +1,5 @@
-//! Every address of the platform, one table. A handler gets in only if its first argument decides
-//! about authority ([`Authorizes`]): without one this file does not compile.
+//! The table of all addresses of the platform. The first argument of each handler must decide about authority
+//! ([`Authorizes`]): otherwise this file does not compile.
 
 use std::pin::Pin;
 
@@ -18,13 +18,13 @@ use crate::http::asked;
 use crate::http::html::{self, Frame};
 use crate::{activity, apps, db, docs, networks, registries, tenants, uid_ranges};
 
-/// Arguments of a handler of which the first decides about authority.
+/// Arguments of a handler, of which the first decides about authority.
 pub trait Authorized: Sized + 'static {
-    /// The first.
+    /// The first argument.
     type First: Authorizes + FromRequest;
-    /// All others.
+    /// The other arguments.
     type Rest: FromRequest;
-    /// All together.
+    /// Joins the arguments.
     fn join(first: Self::First, rest: Self::Rest) -> Self;
 }
 
@@ -53,12 +53,12 @@ authorized!(B C D E);
 authorized!(B C D E F);
 authorized!(B C D E F G);
 
-/// Arguments that are taken from a request one after another: nothing of it is read, no body and no form,
-/// before it is known that whoever sent it may do this. What of a request to the API no argument takes, is refused.
+/// Arguments taken from a request in order. No body and no form is read before the first argument has
+/// authorized the request. An API request is refused if it has a part that no argument takes.
 enum Gated<Args> {
-    /// The handler answers; with a key, its answer is kept.
+    /// The handler answers. With a key, the answer is stored.
     Open(Args, Option<Repeatable>),
-    /// The same request was answered before.
+    /// The same request has been answered before.
     Answered(HttpResponse),
 }
 
@@ -122,8 +122,7 @@ where
     })
 }
 
-/// Every address and what it answers to: the table of documentation and tests. It is made from the very
-/// list that the server is.
+/// Returns all addresses and their methods, for documentation and tests. The server uses the same list.
 #[must_use]
 pub fn table() -> Vec<(Method, String)> {
     let mut rows = Vec::new();
@@ -143,7 +142,7 @@ fn needs<F: Handler<Args>, Args: Authorized>(_: &F) -> Needs {
     Args::First::NEEDS
 }
 
-/// Everything that the main listener answers.
+/// Registers all routes of the main listener.
 pub fn configure(cfg: &mut web::ServiceConfig) {
     each(&mut |_, path, _, route| {
         cfg.route(path, route);
@@ -151,13 +150,13 @@ pub fn configure(cfg: &mut web::ServiceConfig) {
     registry(cfg);
 }
 
-/// What the engine's listener answers: pulls, and nothing else.
+/// Registers the routes of the engine's listener: only pulls.
 pub fn registry(cfg: &mut web::ServiceConfig) {
     cfg.route("/auth/token", on(Method::GET, registries::front::get_token))
         .service(web::resource("/v2/{rest:.*}").route(web::route().to(authorized_proxy)));
 }
 
-/// The proxy takes every method; it decides by itself which there are.
+/// Accepts every method; the proxy itself decides which methods exist.
 async fn authorized_proxy(
     public: Public,
     req: actix_web::HttpRequest,
@@ -399,8 +398,8 @@ async fn healthz(_: Public) -> HttpResponse {
     HttpResponse::Ok().content_type("text/plain").body("alive\n")
 }
 
-/// Whether requests can be served; the other parts stand beside it, with the time since when one cannot be seen. Only
-/// the database makes it 503: without an agent or an engine, requests are served all the same.
+/// Returns whether requests can be served, with the state of the other parts and the time since a part is
+/// unreachable. Only a database failure gives 503: requests are served without an agent or an engine.
 async fn readyz(
     _: Public,
     pool: web::Data<sqlx::PgPool>,

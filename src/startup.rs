@@ -1,4 +1,4 @@
-//! Puts the parts of `serve` together: pool, driver, reconcilers, listeners.
+//! Assembles the parts of `serve`: pool, driver, reconcilers, listeners.
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
@@ -43,40 +43,40 @@ use crate::tenants::Belongings;
 use crate::tenants::reconcile::TenantReconciler;
 use crate::{audit, quotas, readiness, routes, uid_ranges};
 
-/// Connections of the engine, which come from this machine alone.
+/// Connection limits of the engine's listener. Only this machine connects.
 const PULLS: Bounds = Bounds { all: 512, per_source: 512 };
-/// Connections of those that read metrics.
+/// Connection limits of the metrics listener.
 const METRICS: Bounds = Bounds { all: 64, per_source: 64 };
 
-/// Everything that handlers share, made once.
+/// The parts that handlers share.
 #[derive(Clone)]
 pub struct Platform {
     /// Configuration.
     pub config: web::Data<Config>,
-    /// Database, as requests see it.
+    /// Database pool of requests.
     pub pool: PgPool,
-    /// Database, as reconcilers see it.
+    /// Database pool of reconcilers.
     pub work: PgPool,
-    /// Where people sign in.
+    /// Sign-in.
     pub desk: Desk,
-    /// What runs workloads.
+    /// The driver of workloads.
     pub driver: Arc<dyn Driver>,
     /// The registry.
     pub registry: Distribution,
-    /// Key of the registry's tokens.
+    /// Key that signs the registry's tokens.
     pub key: SigningKey,
-    /// Room and pace of requests.
+    /// Rate limits of requests.
     pub turns: Turns,
     /// Wakes the runner.
     pub waker: Waker,
     /// Counters.
     pub metrics: web::Data<Metrics>,
-    /// How fresh the picture of the running apps is.
+    /// How recent the view of the running apps is.
     pub sight: Sight,
 }
 
 impl Platform {
-    /// Builds the parts; nothing is asked yet.
+    /// Builds the parts; sends no request yet.
     pub fn build(config: Config, driver: Arc<dyn Driver>, pool: PgPool, work: PgPool) -> Result<Self, Error> {
         let pem = fs::read_to_string(&config.registry.signing_key).map_err(|error| {
             Error::internal(format!("{}: {error}", config.registry.signing_key.display()))
@@ -109,7 +109,7 @@ impl Platform {
         })
     }
 
-    /// The reconcilers.
+    /// Returns the reconcilers.
     #[must_use]
     pub fn reconcilers(&self) -> Vec<Arc<dyn Reconciler>> {
         let (pool, pools) = (self.work.clone(), self.config.pools.clone());
@@ -145,7 +145,7 @@ impl Platform {
         Network { pool, pools: self.config.pools.clone(), driver: Arc::clone(&self.driver) }
     }
 
-    /// Hands the parts to a listener.
+    /// Adds the parts to a listener.
     pub fn configure(&self, door: Door, cfg: &mut web::ServiceConfig) {
         let own = OwnAddress {
             external: self.config.server.external_url.clone(),
@@ -205,8 +205,8 @@ async fn metrics(metrics: web::Data<Metrics>, sight: web::Data<Sight>) -> HttpRe
     HttpResponse::Ok().content_type("text/plain; version=0.0.4").body(metrics.render() + &sight.render())
 }
 
-/// Brings the database to this version and sees to it that it belongs to this installation. It connects as a
-/// role that may make roles.
+/// Migrates the database to this version and claims it for this installation. Connects as a role that may
+/// create roles.
 pub async fn migrate(config: &Config) -> Result<(), Error> {
     let options = db::options(&config.database, Login::Admin).map_err(Error::internal)?;
     let mut conn = PgConnection::connect_with(&options).await.map_err(Error::internal)?;
@@ -215,7 +215,7 @@ pub async fn migrate(config: &Config) -> Result<(), Error> {
     Ok(())
 }
 
-/// Runs `serve` until it is told to stop.
+/// Runs `serve` until it must stop.
 pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> Result<(), Error> {
     let connections = config.database.connections;
     let pool = db::pool(db::options(&config.database, Login::Runtime).map_err(Error::internal)?, connections);
@@ -235,7 +235,7 @@ pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> Result<(),
     run(platform, stop).await
 }
 
-/// The pool of ids is held against the machine: a clash is refused at start.
+/// Compares the pool of ids with the machine: a clash is an error at start.
 fn check_ids(config: &Config) -> Result<(), Error> {
     let pool = config.pools.ids();
     let found = uid_ranges::machine::look(std::path::Path::new("/"), pool, Some(&config.installation));
@@ -247,7 +247,7 @@ fn check_ids(config: &Config) -> Result<(), Error> {
     }
     let list: Vec<String> = found.clashes.iter().map(ToString::to_string).collect();
     Err(Error::internal(format!(
-        "the pool of user ids is used by others on this machine: {}. Give pools.uid_start and pools.uid_end another stretch, or free these ids",
+        "the pool of user ids is in use outside Bulkhead on this machine: {}. Set pools.uid_start and pools.uid_end to another range, or free these ids",
         list.join("; ")
     )))
 }
@@ -334,7 +334,7 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
     tracing::info!(listen = %server.listen, "ready");
     readiness::ready();
     stop.await;
-    tracing::info!("stopping: what has begun is finished");
+    tracing::info!("stopping: finishing the requests in progress");
     halt.cancel();
     futures_util::future::join_all(handles.iter().map(|handle| handle.stop(true))).await;
     for task in tasks {
@@ -345,7 +345,7 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
     Ok(())
 }
 
-/// Makes the audit's months that are to come, and removes what has had its time; at the start and once an hour.
+/// Creates the coming months of the audit log and removes expired rows, at the start and once an hour.
 async fn housekeeping(pool: PgPool, config: web::Data<Config>, stop: CancellationToken) {
     loop {
         for outcome in [
@@ -357,7 +357,7 @@ async fn housekeeping(pool: PgPool, config: web::Data<Config>, stop: Cancellatio
             quotas::prune(&pool).await,
         ] {
             if let Err(error) = outcome {
-                tracing::warn!(error = error.for_log(), "housekeeping goes on later");
+                tracing::warn!(error = error.for_log(), "housekeeping failed; it is retried later");
             }
         }
         tokio::select! {
@@ -367,7 +367,7 @@ async fn housekeeping(pool: PgPool, config: web::Data<Config>, stop: Cancellatio
     }
 }
 
-/// Holds the pool of ids against the machine every ten minutes; a clash is an alarm in the log.
+/// Compares the pool of ids with the machine every ten minutes; a clash raises an alarm in the log.
 async fn watch_ids(config: web::Data<Config>, stop: CancellationToken) {
     loop {
         tokio::select! {
@@ -380,7 +380,7 @@ async fn watch_ids(config: web::Data<Config>, stop: CancellationToken) {
             Some(&config.installation),
         );
         for clash in found.clashes {
-            tracing::error!(%clash, "ALARM: somebody else uses ids of the pool");
+            tracing::error!(%clash, "ALARM: a foreign process or account uses ids of the pool");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Logs, and the few numbers that an operator watches.
+//! Logs, and a few metrics for the operator.
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,8 +8,8 @@ use tracing_subscriber::EnvFilter;
 use crate::config::{Log, LogFormat};
 use crate::fault::plain;
 
-/// Writes an event as one line, whatever is in it: what somebody sends is no line of its own, and turns nothing
-/// on a terminal. An event comes in one piece, with its end of line.
+/// Writes an event as one line, whatever its content: input cannot start a new line or control a terminal. An
+/// event arrives in one piece, with its line end.
 struct OneLine<W>(W);
 
 impl<W: Write> Write for OneLine<W> {
@@ -27,7 +27,7 @@ impl<W: Write> Write for OneLine<W> {
     }
 }
 
-/// Starts logging to standard error. A second call does nothing.
+/// Starts logging to standard error. Further calls do nothing.
 pub fn start(log: &Log) {
     let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
@@ -40,8 +40,8 @@ pub fn start(log: &Log) {
     };
 }
 
-/// Arms the failpoints that the environment names (`FAILPOINTS`; in builds with the feature of that
-/// name, for tests). A point that panics there ends the whole process at that very step.
+/// Arms the failpoints of the environment variable `FAILPOINTS`, in test builds with the feature of that
+/// name. A failpoint that panics ends the whole process at that step.
 pub fn arm_failpoints() {
     if cfg!(feature = "failpoints") && std::env::var_os("FAILPOINTS").is_some() {
         std::mem::forget(fail::FailScenario::setup());
@@ -52,32 +52,32 @@ pub fn arm_failpoints() {
     }
 }
 
-/// Counters of this process, in Prometheus' text form at `/metrics` on a listener of their own.
+/// Counters of this process, in Prometheus' text format at `/metrics` on a separate listener.
 #[derive(Debug, Default)]
 pub struct Metrics {
     /// Requests answered, by class of status: index 2 is 2xx.
     pub requests: [AtomicU64; 6],
     /// Reconciles that settled.
     pub reconciles: AtomicU64,
-    /// Reconciles that failed and will be tried again.
+    /// Reconciles that failed and will be retried.
     pub retries: AtomicU64,
     /// Reconciles that were parked.
     pub parked: AtomicU64,
-    /// Results that came too late: the lease had passed on.
+    /// Results that arrived after their lease had passed to another worker.
     pub fenced: AtomicU64,
-    /// Blobs of the registry that no record named, and that were removed.
+    /// Registry blobs without a record, which were removed.
     pub strays: AtomicU64,
     /// Their bytes.
     pub stray_bytes: AtomicU64,
 }
 
 impl Metrics {
-    /// Adds one.
+    /// Increments a counter.
     pub fn count(counter: &AtomicU64) {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The text that a scraper reads.
+    /// Returns the text that a scraper reads.
     #[must_use]
     pub fn render(&self) -> String {
         use std::fmt::Write as _;

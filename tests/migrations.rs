@@ -1,7 +1,7 @@
-//! Migrations over a database that is in use: after each one its sample rows are put in, so that
-//! every later one runs over them.
+//! Runs the migrations over a database with data: each migration is followed by its sample rows, so later
+//! migrations run over them.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on panics")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot continue panics")]
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -21,7 +21,7 @@ async fn each_migration_runs_over_sample_rows(pool: PgPool) {
             .unwrap_or_else(|_| panic!("{file}: give the tables of this migration sample rows"));
         pool.execute(sqlx::AssertSqlSafe(rows)).await.unwrap_or_else(|error| panic!("{file}: {error}"));
     }
-    // A table that no sample fills would make the test blind.
+    // A table without sample rows would make the test blind.
     let tables: Vec<String> = sqlx::query_scalar(
         "SELECT relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace \
          WHERE nspname = 'public' AND relkind IN ('r', 'p') AND NOT relispartition AND relname <> 'audit_retired'",
@@ -37,7 +37,7 @@ async fn each_migration_runs_over_sample_rows(pool: PgPool) {
     }
 }
 
-/// A column that is added to a filled table must say what the rows that are there have.
+/// A new column of a filled table must define the value of existing rows.
 #[test]
 fn a_new_column_that_must_be_there_has_a_default() {
     let mut names = BTreeSet::new();

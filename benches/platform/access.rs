@@ -1,5 +1,5 @@
-//! What it costs to be signed in, to sign in, and to keep a record: a request with session, role and row level
-//! security against the same query bare; a hundred sign-ins at once; the audit at five million rows.
+//! The cost of sessions, sign-ins and the audit log: a request with session, role and row level security
+//! against the bare query; a hundred concurrent sign-ins; the audit log at five million rows.
 
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::process::Command;
@@ -30,7 +30,7 @@ async fn run(pool: &PgPool, statement: &str) {
     sqlx::query(AssertSqlSafe(statement.to_owned())).execute(pool).await.unwrap();
 }
 
-/// The first admin's session, by the ordinary way.
+/// Returns a session of the first admin, created through the console.
 async fn session(machine: &Machine) -> String {
     let link = std::fs::read_to_string(machine.data.join("secrets/first-admin-link")).unwrap();
     let answer = bulkhead::outgoing::client()
@@ -47,7 +47,7 @@ async fn session(machine: &Machine) -> String {
     answer.headers()["set-cookie"].to_str().unwrap().split(';').next().unwrap().to_owned()
 }
 
-/// The same rows, the same page, nothing else: no session, no role, no transaction, no policy.
+/// The peer returns the same rows and the same page without session, role, transaction or policy.
 #[derive(Serialize, sqlx::FromRow)]
 struct Robot {
     name: String,
@@ -135,7 +135,7 @@ pub(crate) async fn signed() -> Row {
         what: "signed-in requests a second (session, role, row level security), 8 clients",
         ours: spread(&mine, 0),
         peer: format!("the same query bare {}", spread(&theirs, 0)),
-        result: format!("{overhead:.0} % more time each"),
+        result: format!("{overhead:.0} % more time per request"),
         goal: "at most 15 %",
     }
 }
@@ -153,7 +153,7 @@ pub(crate) async fn logins() -> Row {
     let address = machine.address();
     let begun = Instant::now();
     let people = (1..=100_u8).map(|n| {
-        // Each from an address of its own, as people are.
+        // Each sign-in has its own source address, like real users.
         let from = IpAddr::V4(Ipv4Addr::new(127, 0, 1, n));
         let http = bulkhead::outgoing::client().local_address(from).build().unwrap();
         let body = format!("name=p{n}&password={}", PASSWORD.replace(' ', "+"));
@@ -170,15 +170,15 @@ pub(crate) async fn logins() -> Row {
     #[expect(clippy::cast_precision_loss, reason = "megabytes for people")]
     let peak = machine.memory("VmHWM:") as f64 / 1024.0;
     Row {
-        what: "resident memory of serve during 100 sign-ins at once, MB at most",
-        ours: format!("{peak:.1} (all in after {seconds:.1} s)"),
+        what: "resident memory of serve during 100 concurrent sign-ins, maximum MB",
+        ours: format!("{peak:.1} (all signed in after {seconds:.1} s)"),
         peer: "limit 128".into(),
         result: format!("{:.2} of the limit", peak / 128.0),
         goal: "128",
     }
 }
 
-/// Rows of the audit in this measure.
+/// Rows of the audit log in this measurement.
 const ROWS: u32 = 5_000_000;
 
 async fn fill(root: &PgPool) {
@@ -200,8 +200,8 @@ async fn fill(root: &PgPool) {
         )
         .await;
     }
-    // A part of 5,000 rows after another, oldest first, through a year: as it would have come. Half of all is one
-    // tenant's; of each tenant's rows one in 50 is a person's, one in 10,000 a refusal.
+    // Batches of 5,000 rows, oldest first, spread over a year, like real traffic. Half of all rows belong to
+    // one tenant. Of each tenant's rows, one in 50 is from an account and one in 10,000 is a denial.
     let parts = ROWS / 5_000;
     let statements = (0..parts).map(|part| {
         format!(
@@ -228,7 +228,7 @@ pub(crate) async fn audit() -> Vec<Row> {
     fill(&root).await;
     let rows: i64 = sqlx::query_scalar("SELECT count(*) FROM audit").fetch_one(&root).await.unwrap();
     assert!(rows >= i64::from(ROWS));
-    // The sealer follows; it has more to do than it ever has in a second.
+    // The sealer catches up. It has far more work here than in normal operation.
     let begun = Instant::now();
     loop {
         let sealed: Option<i64> = sqlx::query_scalar("SELECT sum(cardinality(ids))::bigint FROM audit_seal")
@@ -260,7 +260,7 @@ pub(crate) async fn audit() -> Vec<Row> {
         ] {
             let mut path = format!("{base}?limit=50{filter}");
             for _ in 0..3 {
-                // Whichever of the connections answers has seen the statement before.
+                // Warm up: each connection of the pool prepares the statement once.
                 for _ in 0..20 {
                     machine.get(&path).await;
                 }
@@ -292,7 +292,7 @@ pub(crate) async fn audit() -> Vec<Row> {
     assert!(done.status.success(), "{text}");
     vec![
         Row {
-            what: "a page of the audit at 5 million rows, one tenant's or all, any filter, ms (HTTP included)",
+            what: "a page of the audit log at 5 million rows, one tenant's or all, any filter, ms (HTTP included)",
             ours: spread(&times, 1),
             peer: "limit 5".into(),
             result: format!("worst {:.2} of the limit", worst / 5.0),

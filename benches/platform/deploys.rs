@@ -1,6 +1,6 @@
-//! Durable deploys a second over the API, against pgbench running the same statements on the same
-//! Postgres with as many clients. Bulkhead's figure includes HTTP, the reads of manifest and config
-//! from the registry, and the reconciler that carries the deploys out meanwhile.
+//! Durable deploys per second over the API, compared with pgbench running the same statements on the same
+//! Postgres with as many clients. Bulkhead's figure includes HTTP, reading manifest and config from the
+//! registry, and the reconciler that carries out the deploys meanwhile.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use crate::{Row, median, spread};
 const CLIENTS: usize = 8;
 const SECONDS: u64 = 4;
 
-/// What one deploy asks of the database, in its order (`src/access/store`, `src/apps/actions.rs`).
+/// The statements of one deploy, in order (`src/access/store`, `src/apps/actions.rs`).
 const STATEMENTS: &str = r"\set n :client_id
 SELECT token_id, token_role, tenant_state FROM access_by_token(decode(repeat('00', 32), 'hex'), 'bench-' || :n::text);
 SELECT id AS tenant, state FROM tenant WHERE name = 'bench-' || :n::text
@@ -97,12 +97,12 @@ pub(crate) async fn measure() -> Row {
     let (mut mine, mut theirs) = (Vec::new(), Vec::new());
     for round in 0..5 {
         mine.push(ours(&machine, round).await);
-        // The reconciler has carried everything out before the peer is measured.
+        // Let the reconciler finish before the peer is measured.
         tokio::time::sleep(Duration::from_secs(3)).await;
         theirs.push(peer(&machine, &script));
     }
     Row {
-        what: "durable deploys a second, 8 clients",
+        what: "durable deploys per second, 8 clients",
         ours: spread(&mine, 0),
         peer: format!("pgbench, the same statements {}", spread(&theirs, 0)),
         result: format!("{:.2} of the peer", median(&mine) / median(&theirs)),

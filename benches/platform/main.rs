@@ -1,12 +1,12 @@
-//! The platform's measures, each against a named peer or limit in the same run: at least five
-//! alternating pairs, medians in a table. `deploy/bench` runs it as root on a quiet machine; names of
-//! measures as arguments run only those.
+//! Measurements of the platform, each against a named peer or limit in the same run: at least five
+//! alternating pairs, medians in a table. `deploy/bench` runs it as root on a quiet machine. Arguments select
+//! measurements by name.
 
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
     clippy::print_stdout,
-    reason = "a measure that cannot go on panics"
+    reason = "a measurement that fails panics"
 )]
 
 mod access;
@@ -33,14 +33,14 @@ pub(crate) struct Row {
     goal: &'static str,
 }
 
-/// The median, and how far the measured values lie apart.
+/// Returns the median.
 pub(crate) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted[sorted.len() / 2]
 }
 
-/// `median (least to most)` with so many digits.
+/// Formats `median (minimum to maximum)` with this many digits.
 pub(crate) fn spread(values: &[f64], digits: usize) -> String {
     let least = values.iter().copied().fold(f64::MAX, f64::min);
     let most = values.iter().copied().fold(f64::MIN, f64::max);
@@ -59,7 +59,7 @@ fn main() {
         return runtime.block_on(neighbours::measure(&asked[at + 1..]));
     }
     println!("| measure | Bulkhead | peer or limit | result | goal |\n| --- | --- | --- | --- | --- |");
-    // Each as soon as it is there: what was measured is not lost when a later one fails.
+    // Print each row at once, so a later failure does not lose it.
     let say = |row: Row| {
         println!("| {} | {} | {} | {} | {} |", row.what, row.ours, row.peer, row.result, row.goal);
     };

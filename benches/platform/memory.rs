@@ -1,4 +1,4 @@
-//! Resident memory of `bulkhead serve`: idle with 1,000 tenants, and while a layer of 2 GiB is pushed.
+//! Resident memory of `bulkhead serve`: idle with 1,000 tenants, and during the push of a 2 GiB layer.
 
 use std::fs;
 use std::io::Write as _;
@@ -21,7 +21,7 @@ pub(crate) async fn idle() -> Row {
         .username("postgres")
         .database("bulkhead");
     let pool = PgPoolOptions::new().connect_with(options).await.unwrap();
-    // A thousand tenants that are settled: their rows, without anything left to do on the engine.
+    // A thousand settled tenants: their rows, with no work left on the engine.
     for statement in [
         "INSERT INTO tenant (name, display_name, observed_generation) SELECT 'idle-' || n, 'x', 1 FROM generate_series(1, 1000) n",
         "INSERT INTO quota (tenant_id, resource) SELECT id, resource FROM tenant, quota_default WHERE resource NOT LIKE 'platform%'",
@@ -75,7 +75,7 @@ pub(crate) async fn push() -> Row {
     Row {
         what: "resident memory of serve during a push of 2 GiB, MB",
         ours: format!(
-            "{:.1} before, {:.1} at most ({:.0} MiB/s)",
+            "{:.1} before, {:.1} maximum ({:.0} MiB/s)",
             megabytes(before),
             megabytes(peak),
             2048.0 / seconds
@@ -86,7 +86,7 @@ pub(crate) async fn push() -> Row {
     }
 }
 
-/// An image with one layer of so many MiB that no packing shrinks.
+/// Writes an image with one incompressible layer of this many MiB.
 fn image_of(dir: &std::path::Path, mebibytes: u64) {
     let blobs = dir.join("image/blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();

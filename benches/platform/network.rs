@@ -1,6 +1,6 @@
-//! The firewall at 10, 1,000 and 10,000 tenants: making, proving, loading, replacing, adding one, and what a
-//! packet pays. Tenants are elements of sets in the kernel here, not running bridges: one of them has a real
-//! port, through which the packets go.
+//! The firewall at 10, 1,000 and 10,000 tenants: compile, verify, load, replace, add a tenant, and the cost
+//! per packet. Tenants are set elements in the kernel here, not running bridges. One of them has a real port
+//! that carries the packets.
 
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::AsFd;
@@ -42,7 +42,7 @@ fn flow(name: &str, target: Target, port: u16) -> Flow {
     Flow { name: name.into(), target, protocol: Protocol::Udp, port, until: None }
 }
 
-/// Tenants with an app each: five services, two places outside, every tenth with a grant.
+/// Returns tenants with one app each: five services, two egress targets, and a grant for every tenth.
 fn standing(tenants: u32) -> Standing {
     let mut standing = Standing::default();
     for network in 0..tenants {
@@ -84,7 +84,7 @@ fn ms(begun: Instant) -> f64 {
     begun.elapsed().as_secs_f64() * 1000.0
 }
 
-/// A sender behind the first tenant's port, and a service that answers; both in namespaces of their own.
+/// A sender behind the first tenant's port, and a service that answers, each in its own namespace.
 struct Wire;
 
 impl Wire {
@@ -128,7 +128,7 @@ impl Wire {
         wire
     }
 
-    /// The fastest of many round trips, in microseconds.
+    /// Returns the fastest of many round trips, in microseconds.
     fn trip(target: &'static str, port: u16) -> f64 {
         std::thread::spawn(move || {
             enter("bkbncha");
@@ -165,14 +165,14 @@ fn enter(name: &str) {
     rustix::thread::move_into_link_name_space(file.as_fd(), network).unwrap();
 }
 
-/// Whether a connection opens within 20 ms.
+/// Returns whether a connection opens within 20 ms.
 fn knock(place: &str, target: Ipv4Addr, port: u16) -> bool {
     within(place, move || {
         std::net::TcpStream::connect_timeout(&(target, port).into(), Duration::from_millis(20)).is_ok()
     })
 }
 
-/// From the word "accepted" to the first packet through, on a platform that runs.
+/// Measures the time from the accepted grant to the first packet, on a running platform.
 async fn accepted() -> Row {
     let machine = Machine::start().await;
     for name in ["acme", "beta"] {
@@ -191,14 +191,14 @@ async fn accepted() -> Row {
         let begun = Instant::now();
         assert_eq!(machine.send("PUT", &path, json!({})).await.0, 202);
         if round == 0 {
-            // The first one is what lets an app name it at all.
+            // Without the first grant, no app could name it.
             machine.deploy("acme", "web", "image: web:1\nport: 8080\nconnects: { apps: [beta/api] }\n").await;
             place = of(&machine.pid(&machine.running("acme", "web").await["observed"]["instances"][0]));
         }
-        // Knocked at again and again: a refusal that the kernel does not send (it sends a few a second) would
-        // else cost a second of waiting.
+        // Poll: the kernel sends only a few rejects per second, and a missing reject would cost a second of
+        // waiting.
         while !knock(&place, api, 8080) {
-            assert!(begun.elapsed() < Duration::from_secs(20), "it stays closed");
+            assert!(begun.elapsed() < Duration::from_secs(20), "the connection stays blocked");
         }
         if round > 0 {
             took.push(ms(begun));
@@ -209,7 +209,7 @@ async fn accepted() -> Row {
         tokio::time::sleep(Duration::from_secs(2)).await;
     }
     Row {
-        what: "a grant accepted to the first packet through, ms",
+        what: "accepted grant to first packet, ms",
         ours: spread(&took, 0),
         peer: "limit 250".into(),
         result: format!("{:.2} of the limit", median(&took) / 250.0),
@@ -237,7 +237,7 @@ pub(crate) async fn measure() -> Vec<Row> {
         loads.push(took.remove(0));
         replaces.push(median(&took));
         trips.push((Wire::trip("172.31.250.2", 9092), Wire::trip("192.88.99.1", 443)));
-        // One more, as a change of elements: made, proven as a whole, applied.
+        // One more tenant, as a change of elements: compiled, verified as a whole, applied.
         let known = prove(rules.text(), &walls, &before).unwrap().into_table();
         let mut took = Vec::new();
         let mut after = before.clone();
@@ -268,7 +268,7 @@ pub(crate) async fn measure() -> Vec<Row> {
         goal: "10,000 in 1 s",
     });
     rows.push(Row {
-        what: "one tenant more at 10 / 1,000 / 10,000: made, proven as a whole, applied, ms",
+        what: "one more tenant at 10 / 1,000 / 10,000: compiled, verified as a whole, applied, ms",
         ours: three(&adds, 1),
         peer: "limit 30".into(),
         result: format!("{:.2} of the limit at 10,000", adds[2] / 30.0),
@@ -306,9 +306,9 @@ fn proof() -> Row {
     }
     let judged = (median(&proves) - median(&reads)).max(0.0);
     Row {
-        what: "rules of 10,000 tenants made and proven, ms (read back from their text apart)",
+        what: "rules of 10,000 tenants compiled and verified, ms (parsing their text is separate)",
         ours: format!(
-            "{:.0} made, {judged:.0} proven; {:.0} read back ({} KiB)",
+            "{:.0} compiled, {judged:.0} verified; {:.0} parsed ({} KiB)",
             median(&makes),
             median(&reads),
             (size >> 10)

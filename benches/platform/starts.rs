@@ -1,5 +1,5 @@
-//! From an accepted deploy to a process that runs, against `podman run` by hand with the same engine,
-//! image and limits; and `bulkhead serve` from its start to ready, against a limit.
+//! Time from an accepted deploy to a running process, compared with a manual `podman run` with the same
+//! engine, image and limits. Also the time of `bulkhead serve` from start to ready, against a limit.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -53,7 +53,7 @@ fn peer(machine: &Machine, image: &str, name: &str) -> f64 {
     begun.elapsed().as_secs_f64() * 1e3
 }
 
-/// The peer's network, whose bridge goes also after a failure.
+/// The peer's network. Its bridge is removed even after a failure.
 struct Bridge<'a> {
     machine: &'a Machine,
     interface: String,
@@ -63,7 +63,7 @@ impl<'a> Bridge<'a> {
     fn new(machine: &'a Machine) -> Self {
         let (good, text) = machine.podman(&["network", "create", "--subnet", "198.51.100.0/24", "bench"]);
         assert!(good, "{text}");
-        // This engine gives bridges names of its own.
+        // This engine chooses its own bridge names.
         let (good, interface) =
             machine.podman(&["network", "inspect", "--format", "{{.NetworkInterface}}", "bench"]);
         assert!(good && !interface.trim().is_empty(), "{interface}");
@@ -83,7 +83,7 @@ pub(crate) async fn deploy_to_running() -> Row {
     let machine = Machine::start().await;
     let robot = machine.tenant("acme").await;
     machine.push(&robot, "acme/web:1", &["/bin/busybox", "sleep", "1000"]);
-    // The image is in the engine's store for both.
+    // The image is in the engine's store in both cases.
     machine.deploy("acme", "warm", "image: web:1\n").await;
     machine.running("acme", "warm").await;
     let (good, text) = machine.podman(&["images", "--quiet", "--no-trunc"]);
@@ -103,7 +103,7 @@ pub(crate) async fn deploy_to_running() -> Row {
     Row {
         what: "accepted deploy to running, ms",
         ours: spread(&mine, 0),
-        peer: format!("podman run by hand {}", spread(&theirs, 0)),
+        peer: format!("manual podman run {}", spread(&theirs, 0)),
         result: format!("{:.2} times the peer", median(&mine) / median(&theirs)),
         goal: "at most 1.3 times",
     }

@@ -1,5 +1,5 @@
-//! Allocations of user id ranges a second, against the obvious way: a counter row that each
-//! transaction locks. Sixteen writers, on disk, each allocation committed by itself.
+//! Allocations of user id ranges per second, compared with a simpler design: a counter row that each
+//! transaction locks. Sixteen writers, on disk, each allocation committed separately.
 
 use std::time::{Duration, Instant};
 
@@ -101,7 +101,7 @@ pub(crate) async fn measure() -> Row {
     }
     pool.close().await;
     Row {
-        what: "user id ranges given a second, 16 writers, on disk",
+        what: "user id ranges allocated per second, 16 writers, on disk",
         ours: spread(&mine, 0),
         peer: format!("a locked counter row {}", spread(&theirs, 0)),
         result: format!("{:.1} times the peer", median(&mine) / median(&theirs)),

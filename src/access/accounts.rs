@@ -1,4 +1,4 @@
-//! What people do with their own accounts, and admins with others'.
+//! Account actions: changes that users make to their own account, and admins to other accounts.
 
 use serde_json::{Value, json};
 
@@ -11,27 +11,27 @@ use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::{AccountId, AccountName};
 
-/// A fault of a field.
+/// Returns a fault of one field.
 pub(super) fn wrong(path: &str, message: impl Into<String>) -> Error {
     Error::fault(Fault::new(Code(426), Kind::Invalid, path, message))
 }
 
-/// The name of an account, or a fault of that field.
+/// Parses an account name. Returns a fault of the field `path` if it is invalid.
 pub(super) fn account_name(path: &str, text: &str) -> Result<AccountName, Error> {
     text.trim().to_lowercase().parse().map_err(|error: crate::ids::NameError| wrong(path, error.to_string()))
 }
 
-/// What is to change of an account; none means "as it is".
+/// A change to an account. `None` leaves a property unchanged.
 #[derive(Debug, Default)]
 pub struct Change {
-    /// Role on the platform; none within: none any more.
+    /// Platform role. `Some(None)` removes the role.
     pub platform_role: Option<Option<PlatformRole>>,
-    /// Whether the account is shut.
+    /// Whether the account is disabled.
     pub disabled: Option<bool>,
 }
 
 impl Desk {
-    /// A new password for oneself. All other sessions end.
+    /// Sets the actor's own password. Ends all other sessions of the account.
     pub async fn change_password(
         &self,
         client: &Client,
@@ -46,14 +46,14 @@ impl Desk {
         let found = store::find_for_sign_in(&mut conn, &actor.name).await?.ok_or(Error::NotFound)?;
         if found.password.is_none() && !store::list_issuers(&mut conn, account).await?.is_empty() {
             return Err(Error::Conflict(
-                "you sign in through a provider; an admin makes a link for a password of your own".into(),
+                "this account signs in through a provider; ask an admin for a link to set a password".into(),
             ));
         }
         drop(conn);
         if found.password.is_some()
             && self.passwords.verify(current, found.password.as_deref()).await? == Verdict::Wrong
         {
-            return Err(wrong("current", "this is not the present password"));
+            return Err(wrong("current", "the current password is wrong"));
         }
         if let Some(why) = passwords::objection(new, &[&actor.name, "bulkhead"]) {
             return Err(wrong("new", why));
@@ -69,7 +69,7 @@ impl Desk {
         Ok(())
     }
 
-    /// Begins to set up a second factor: what to scan. Nothing is in force yet.
+    /// Starts the setup of a second factor and returns the secret to scan. The factor is not active yet.
     pub async fn begin_second_factor(&self, by: By<'_>) -> Result<Setup, Error> {
         let account = by.actor.require_person()?;
         by.actor.require_recent()?;
@@ -80,7 +80,8 @@ impl Desk {
         Ok(setup)
     }
 
-    /// The first good code puts it in force; the recovery codes are shown once. All other sessions end.
+    /// Activates the second factor with the first valid code. Returns the recovery codes, which are shown once.
+    /// Ends all other sessions.
     pub async fn confirm_second_factor(
         &self,
         client: &Client,
@@ -93,13 +94,10 @@ impl Desk {
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         match store::find_factor(&mut tx, account).await? {
             Some(factor) if !factor.confirmed => {}
-            _ => return Err(Error::Conflict("no second factor is being set up".into())),
+            _ => return Err(Error::Conflict("no second factor setup is pending; start one first".into())),
         }
         if !second_factor::check_code(&mut tx, &self.keys, account, code, second_factor::now()).await? {
-            return Err(wrong(
-                "code",
-                "this is not the code that is shown now; look at the clock of the device",
-            ));
+            return Err(wrong("code", "the code is not valid now; check the clock of the device"));
         }
         let codes = second_factor::make_recovery_codes(&mut tx, account).await?;
         store::forgive(&mut tx, &self.throttle.factor(account)).await?;
@@ -118,7 +116,7 @@ impl Desk {
         Ok(codes)
     }
 
-    /// Takes one's own second factor away.
+    /// Removes the actor's own second factor.
     pub async fn remove_second_factor(&self, by: By<'_>) -> Result<(), Error> {
         let account = by.actor.require_person()?;
         by.actor.require_recent()?;
@@ -131,7 +129,7 @@ impl Desk {
         Ok(())
     }
 
-    /// Takes somebody's second factor away, for whoever has lost the device and the codes.
+    /// Removes the second factor of another account, for a user who lost the device and the recovery codes.
     pub async fn remove_second_factor_of(&self, by: By<'_>, name: &AccountName) -> Result<(), Error> {
         by.actor.require_recent()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
@@ -146,7 +144,8 @@ impl Desk {
         Ok(())
     }
 
-    /// Takes away one's own link to a provider; some way to sign in stays. What the provider gave goes with it.
+    /// Removes the actor's own link to a provider, with the roles that the provider granted. Fails if no other
+    /// way to sign in remains.
     pub async fn unlink(&self, by: By<'_>, provider: &str) -> Result<(), Error> {
         let account = by.actor.require_person()?;
         by.actor.require_recent()?;
@@ -155,7 +154,9 @@ impl Desk {
         let found = store::find_for_sign_in(&mut tx, &by.actor.name).await?.ok_or(Error::NotFound)?;
         let issuers = store::list_issuers(&mut tx, account).await?;
         if found.password.is_none() && issuers.iter().all(|known| *known == issuer) {
-            return Err(Error::Conflict("it is the only way in that you have: set a password first".into()));
+            return Err(Error::Conflict(
+                "this provider is your only way to sign in; set a password first".into(),
+            ));
         }
         if store::delete_identities(&mut tx, account, Some(&issuer)).await? == 0 {
             return Err(Error::NotFound);
@@ -166,7 +167,7 @@ impl Desk {
         Ok(())
     }
 
-    /// Takes away all of somebody's links to providers, as an admin: whoever came that way is out.
+    /// Removes all provider links of an account, as an admin. Ends all its sessions.
     pub async fn unlink_all(&self, by: By<'_>, name: &AccountName) -> Result<(), Error> {
         by.actor.require_recent()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
@@ -181,12 +182,13 @@ impl Desk {
         Ok(())
     }
 
-    /// Changes somebody's standing on the platform. It holds with their next request, on open streams too.
+    /// Changes the platform role or the state of an account. Takes effect with the account's next request, and
+    /// on open streams.
     pub async fn change_account(&self, by: By<'_>, name: &AccountName, change: &Change) -> Result<(), Error> {
         by.actor.require_recent()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         let account = store::find_account_id(&mut tx, name).await?.ok_or(Error::NotFound)?;
-        // The lock first: of two admins who shut each other out one waits here, and is refused.
+        // Lock first: if two admins disable each other, one waits here and is then refused.
         let before = store::count_admins(&mut tx).await?;
         let mut detail = serde_json::Map::new();
         if let Some(role) = change.platform_role {
@@ -204,14 +206,14 @@ impl Desk {
             detail.insert("disabled".into(), json!(disabled));
         }
         if before > 0 && store::count_admins(&mut tx).await? == 0 {
-            return Err(Error::Conflict("this is the last admin: make another one first".into()));
+            return Err(Error::Conflict("this is the last admin; add another admin first".into()));
         }
         by.record(&mut tx, None, "account.change", name.as_str(), Value::Object(detail)).await?;
         tx.commit().await?;
         Ok(())
     }
 
-    /// Makes an account for whoever holds a link to it, in the transaction that uses the link up.
+    /// Checks and hashes the password of a new account. Call it before the transaction that uses up the link.
     pub(super) async fn prepare_password(&self, name: &str, password: &str) -> Result<String, Error> {
         if let Some(why) = passwords::objection(password, &[name, "bulkhead"]) {
             return Err(wrong("password", why));
@@ -220,7 +222,8 @@ impl Desk {
     }
 }
 
-/// A person's own account, for the person alone: a token that leaked does not list what else is theirs.
+/// Returns the account of a signed-in user. Rejects tokens: a leaked token must not list the user's other
+/// credentials.
 pub(super) fn own(actor: &Actor) -> Result<AccountId, Error> {
     actor.require_person()
 }

@@ -1,12 +1,12 @@
-//! Random credentials: made here, shown once, kept only as a hash. They carry 256 random bits, so
-//! a plain SHA-256 is enough: there is nothing to guess.
+//! Random credentials: generated here, shown once, stored as a hash. They carry 256 random bits, so a plain
+//! SHA-256 is enough: guessing is not feasible.
 
 use sha2::{Digest as _, Sha256};
 
-/// What makes an API token recognisable, to people and to secret scanners.
+/// Prefix that makes an API token recognisable, for users and secret scanners.
 pub const TOKEN_PREFIX: &str = "bhk_";
 
-/// A credential in clear. Not printable; [`Secret::expose`] is for the one answer that shows it.
+/// A credential in clear text. It has no `Display`; [`Secret::expose`] serves the one response that shows it.
 pub struct Secret(String);
 
 impl std::fmt::Debug for Secret {
@@ -16,28 +16,28 @@ impl std::fmt::Debug for Secret {
 }
 
 impl Secret {
-    /// A new credential with this prefix.
+    /// Generates a credential with this prefix.
     #[must_use]
     pub fn generate(prefix: &str) -> Self {
         let random = data_encoding::BASE32_NOPAD.encode(&rand::random::<[u8; 32]>()).to_ascii_lowercase();
         Self(format!("{prefix}{random}"))
     }
 
-    /// The text, to be shown once.
+    /// Returns the text, to be shown once.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// What is stored of it.
+    /// Returns the stored form.
     #[must_use]
     pub fn hash(&self) -> Vec<u8> {
         hash(&self.0)
     }
 }
 
-/// The stored form of a credential that was handed in. Looked up by equality of the hash in an
-/// index, which tells a guesser nothing: a guess that shares a prefix has another hash altogether.
+/// Returns the stored form of a presented credential. The lookup compares hashes for equality in an index,
+/// which tells a guesser nothing: a guess with the right prefix has an unrelated hash.
 #[must_use]
 pub fn hash(text: &str) -> Vec<u8> {
     Sha256::digest(text.as_bytes()).to_vec()

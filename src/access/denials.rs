@@ -1,5 +1,5 @@
-//! What was refused, on record: gathered for a second, counted by who and what, written in one batch. However
-//! many requests somebody sends, a second of them costs a bounded number of rows.
+//! Audit of refused requests: collected for a second, counted by actor and reason, written in one batch. The
+//! number of rows per second is bounded, however many requests a client sends.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -10,18 +10,18 @@ use tokio_util::sync::CancellationToken;
 use crate::audit::{self, Refusal, Refusals};
 use crate::error::Error;
 
-/// Most different refusals that are kept in one batch; what is beyond is counted together.
+/// Maximum number of distinct refusals in one batch. Further ones share one count.
 const KINDS: usize = 100;
-/// Most of them from one place; what is beyond is counted together for that place.
+/// Maximum number of distinct refusals of one network. Further ones share one count for that network.
 const KINDS_OF_PLACE: usize = 5;
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Refusals that are not written down yet.
+/// Refusals that are not written yet.
 #[derive(Debug, Clone, Default)]
 pub struct Denials(Arc<Mutex<Refusals>>);
 
 impl Denials {
-    /// Notes one.
+    /// Counts a refusal.
     pub fn note(&self, refusal: Refusal) {
         let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let of_place = open.keys().filter(|known| known.place == refusal.place).count();
@@ -37,7 +37,7 @@ impl Denials {
         *open.entry(refusal).or_default() += 1;
     }
 
-    /// Writes down what there is. What cannot be written is kept for the next time.
+    /// Writes the batch. A batch that cannot be written is kept for the next attempt.
     pub async fn write(&self, pool: &PgPool) -> Result<(), Error> {
         let batch = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         if batch.is_empty() {
@@ -53,7 +53,7 @@ impl Denials {
         outcome
     }
 
-    /// Writes once a second, until `stop`, and once more then.
+    /// Writes once a second until `stop`, then a last time.
     pub async fn run(self, pool: PgPool, stop: CancellationToken) {
         loop {
             let last = tokio::select! {
@@ -61,7 +61,7 @@ impl Denials {
                 () = tokio::time::sleep(PAUSE) => false,
             };
             if let Err(error) = self.write(&pool).await {
-                tracing::warn!(error = error.for_log(), "refusals are written down later");
+                tracing::warn!(error = error.for_log(), "cannot write refusals to the audit log; retrying");
             }
             if last {
                 return;

@@ -1,6 +1,6 @@
-//! The extractors that give a handler its authority: they authenticate, load what the address
-//! names and check the role, in one step and one question to the database. A route takes its handler only if
-//! the first argument is one of these (`routes.rs`), so a handler without authority does not compile.
+//! Extractors that give a handler its authority. They authenticate, load the tenant of the path and check the
+//! role, in one step and one database query. A route accepts a handler only if its first argument is one of
+//! these (`routes.rs`), so a handler without authority does not compile.
 
 use std::marker::PhantomData;
 use std::pin::Pin;
@@ -26,16 +26,16 @@ use crate::ids::{ActorId, TenantName};
 use crate::keys::{Keys, Purpose, mac};
 use crate::permits::Permit;
 
-/// Cookie of a session where the address is https.
+/// Session cookie over https.
 const COOKIE_SECURE: &str = "__Host-bulkhead";
-/// Cookie of a session on plain loopback, where a browser would not take the other one.
+/// Session cookie over plain loopback, where a browser rejects the `__Host-` cookie.
 const COOKIE_PLAIN: &str = "bulkhead-loopback";
 
 /// Marks an extractor that decides about authority.
 pub trait Authorizes {
     /// The role that a request needs.
     const NEEDS: Needs;
-    /// Who acts, where that is known.
+    /// Returns the actor, if known.
     fn actor(&self) -> Option<&Actor>;
 }
 
@@ -50,88 +50,88 @@ pub enum Needs {
     Role(Option<Role>, PlatformRole),
 }
 
-/// Open to everybody, on purpose.
+/// Open to all requests, on purpose.
 #[derive(Debug, Clone)]
 pub struct Public {
-    /// Id of the request.
+    /// Request id.
     pub request_id: RequestId,
 }
 
-/// Somebody with a role on the platform that includes `P`.
+/// An actor with a platform role that includes `P`.
 #[derive(Debug)]
 pub struct PlatformScope<P> {
-    /// Who.
+    /// The actor.
     pub actor: Actor,
-    /// Id of the request.
+    /// Request id.
     pub request_id: RequestId,
     permission: PhantomData<P>,
 }
 
 impl<P> PlatformScope<P> {
-    /// Who acts, within which request.
+    /// Returns the actor and the request id.
     #[must_use]
     pub fn by(&self) -> By<'_> {
         By { actor: &self.actor, request_id: &self.request_id.0 }
     }
 }
 
-/// Somebody who may do `P` in the tenant that the address names.
+/// An actor with the permission `P` in the tenant of the path.
 #[derive(Debug)]
 pub struct TenantScope<P> {
-    /// Who.
+    /// The actor.
     pub actor: Actor,
-    /// Where.
+    /// The tenant.
     pub tenant: TenantRef,
-    /// Role in it; none for the platform's people who are no members.
+    /// Role in the tenant. `None` for platform roles without membership.
     pub role: Option<Role>,
-    /// Id of the request.
+    /// Request id.
     pub request_id: RequestId,
     permission: PhantomData<P>,
 }
 
 impl<P> TenantScope<P> {
-    /// Who acts, within which request.
+    /// Returns the actor and the request id.
     #[must_use]
     pub fn by(&self) -> By<'_> {
         By { actor: &self.actor, request_id: &self.request_id.0 }
     }
 
-    /// Whether the same person may do this here too: for what a page offers.
+    /// Whether the actor also has the permission `Q` here. Decides which actions a page offers.
     #[must_use]
     pub fn may<Q: Permission>(&self) -> bool {
         includes::<Q>(self.actor.platform, self.role)
     }
 
-    /// The highest role that this person may give to others here.
+    /// Returns the highest role that the actor may give in this tenant.
     #[must_use]
     pub fn highest(&self) -> Option<Role> {
         if self.actor.platform == Some(PlatformRole::Admin) { Some(Role::Owner) } else { self.role }
     }
 }
 
-/// Anybody who is signed in, whatever the role.
+/// Any signed-in actor, with any role.
 #[derive(Debug)]
 pub struct SignedIn {
-    /// Who.
+    /// The actor.
     pub actor: Actor,
-    /// Id of the request.
+    /// Request id.
     pub request_id: RequestId,
 }
 
 impl SignedIn {
-    /// Who acts, within which request.
+    /// Returns the actor and the request id.
     #[must_use]
     pub fn by(&self) -> By<'_> {
         By { actor: &self.actor, request_id: &self.request_id.0 }
     }
 }
 
-/// Somebody who is signed in, or nobody: for pages that look different for each.
+/// A signed-in actor or an anonymous visitor, for pages that differ between the two.
 #[derive(Debug)]
 pub struct Perhaps {
-    /// Who.
+    /// The actor.
     pub actor: Option<Actor>,
-    /// Id of the request.
+    /// Request id.
     pub request_id: RequestId,
 }
 
@@ -170,14 +170,14 @@ impl Authorizes for SignedIn {
     }
 }
 
-/// The name of the session cookie for this request.
+/// Returns the name of the session cookie for this request.
 #[must_use]
 pub fn cookie_name(req: &HttpRequest) -> &'static str {
     let secure = req.app_data::<web::Data<OwnAddress>>().is_some_and(|own| own.is_secure(req));
     if secure { COOKIE_SECURE } else { COOKIE_PLAIN }
 }
 
-/// The name of the cookie by which a browser is known, after a right password.
+/// Returns the name of the cookie that recognises a browser after a correct password.
 #[must_use]
 pub fn known_name(req: &HttpRequest) -> &'static str {
     if cookie_name(req) == COOKIE_SECURE { "__Host-bulkhead-known" } else { "bulkhead-known-loopback" }
@@ -188,7 +188,8 @@ enum Credential {
     Session(String),
 }
 
-/// What the request bears: a bearer token wins over a cookie. Never the query string.
+/// Returns the credential of the request. A bearer token takes precedence over a cookie. The query string is
+/// never read.
 fn credential(req: &HttpRequest) -> Option<Credential> {
     if let Some(value) = req.headers().get(header::AUTHORIZATION) {
         let token = value.to_str().ok()?.strip_prefix("Bearer ")?.trim();
@@ -201,7 +202,7 @@ fn part<T: 'static>(req: &HttpRequest) -> Result<&web::Data<T>, Error> {
     req.app_data::<web::Data<T>>().ok_or_else(|| Error::internal("a part of the platform is not wired"))
 }
 
-/// Refuses what a browser sends for somebody else's page.
+/// Rejects a request that a browser sends for a page of another site.
 pub fn require_own_page(req: &HttpRequest) -> Result<(), Error> {
     if part::<OwnAddress>(req)?.same_origin(req) {
         Ok(())
@@ -231,7 +232,7 @@ async fn authenticate(req: &HttpRequest, wanted: Option<&TenantName>) -> Result<
         None => return Err(Error::Unauthenticated),
     };
     let Some(facts) = found else {
-        refuse(req, None, None, "the credential is not good");
+        refuse(req, None, None, "invalid credential");
         return Err(Error::Unauthenticated);
     };
     let (Means::Session { hash, .. } | Means::Token { hash, .. }) = &facts.actor.means;
@@ -239,13 +240,13 @@ async fn authenticate(req: &HttpRequest, wanted: Option<&TenantName>) -> Result<
     Ok(facts)
 }
 
-/// Room to ask who a credential belongs to, given back once that is known.
+/// Takes a slot for a credential lookup. The slot is freed when the lookup ends.
 async fn lookup(req: &HttpRequest, hash: &[u8]) -> Result<Permit<Payer>, Error> {
     let network = network(part::<OwnAddress>(req)?.client(req));
     part::<Turns>(req)?.lookup(hash, network).await
 }
 
-/// The request's turn, held until the request is over, and what it costs.
+/// Takes the request's turn, held until the request ends, and charges the rate limit.
 async fn enter(req: &HttpRequest, actor: &Actor, tenant: Option<&TenantRef>) -> Result<(), Error> {
     let turns = part::<Turns>(req)?;
     let turn = turns.enter(actor, tenant, part::<PgPool>(req)?).await?;
@@ -260,7 +261,7 @@ fn rate_limit(allowance: Allowance) -> RateLimit {
     RateLimit { limit: allowance.limit, remaining: allowance.remaining, reset: allowance.reset }
 }
 
-/// Notes a refusal for the audit.
+/// Records a refusal for the audit log.
 fn refuse(req: &HttpRequest, tenant: Option<&TenantRef>, actor: Option<&ActorId>, reason: &'static str) {
     let (Some(denials), Some(own)) =
         (req.app_data::<web::Data<Denials>>(), req.app_data::<web::Data<OwnAddress>>())
@@ -284,15 +285,15 @@ fn role_name(tenant: Option<Role>, platform: PlatformRole) -> String {
     }
 }
 
-/// What a person's forms carry beside the cookie: no other page can know it.
+/// Returns the token that a user's forms carry besides the cookie. Other sites cannot know it.
 #[must_use]
 pub fn form_token(keys: &Keys, session: &[u8]) -> String {
     let mac = mac(&keys.of(Purpose::Forms), &[session]);
     data_encoding::BASE32_NOPAD.encode(&mac[..20]).to_ascii_lowercase()
 }
 
-/// Whether somebody may still do `P` in a tenant, asked anew: for streams that outlast the request that
-/// began them. A tenant that is not active any more ends them for everybody.
+/// Checks again whether the holder of `means` has the permission `P` in a tenant. Streams call it, because they
+/// outlast the request that opened them. A tenant that is no longer active ends the streams of all users.
 pub async fn still_may<P: Permission>(
     pool: &PgPool,
     means: &Means,
@@ -312,7 +313,7 @@ pub async fn still_may<P: Permission>(
     }))
 }
 
-/// Whether somebody may still read the platform.
+/// Checks again whether the holder of `means` may read the platform.
 pub async fn still_reads_platform(pool: &PgPool, means: &Means) -> Result<bool, Error> {
     let mut conn = pool.acquire().await?;
     let facts = match means {
@@ -324,10 +325,10 @@ pub async fn still_reads_platform(pool: &PgPool, means: &Means) -> Result<bool, 
 
 type Extracted<T> = Pin<Box<dyn Future<Output = Result<T, Error>>>>;
 
-/// Addresses that ask nothing of the database, or have rooms of their own.
+/// Paths that do not query the database, or have limits of their own.
 const APART: &[&str] = &["/v2/", "/auth/token", "/static/", "/healthz", "/readyz", "/docs"];
 
-/// A stranger's turn, held until the request is over.
+/// Takes the turn of an anonymous visitor, held until the request ends.
 async fn as_stranger(req: &HttpRequest) -> Result<(), Error> {
     if APART.iter().any(|start| req.path().starts_with(start)) {
         return Ok(());
@@ -398,12 +399,12 @@ impl<P: Permission> FromRequest for PlatformScope<P> {
                     Ok(Self { actor, request_id: request_id(&req), permission: PhantomData })
                 }
                 Some(_) => {
-                    refuse(&req, None, Some(&actor.id), "the role does not include it");
+                    refuse(&req, None, Some(&actor.id), "the role does not include this permission");
                     Err(Error::Forbidden(role_name(None, P::PLATFORM)))
                 }
-                // Who has a role in a tenant only is a stranger here.
+                // An account with tenant roles only gets 404 on platform routes.
                 None => {
-                    refuse(&req, None, Some(&actor.id), "a stranger");
+                    refuse(&req, None, Some(&actor.id), "no role here");
                     Err(Error::NotFound)
                 }
             }
@@ -419,17 +420,17 @@ impl<P: Permission> FromRequest for TenantScope<P> {
         Box::pin(async move {
             let name: Option<TenantName> = req.match_info().query("tenant").parse().ok();
             let Facts { actor, tenant } = authenticate(&req, name.as_ref()).await?;
-            // Only a member's requests are the tenant's: no stranger uses up its room.
+            // Only a member's requests count against the tenant, so outsiders cannot use up its share.
             let own = tenant.as_ref().filter(|(_, role)| role.is_some()).map(|(tenant, _)| tenant);
             enter(&req, &actor, own).await?;
             let (tenant, role) = tenant.ok_or(Error::NotFound)?;
             if actor.platform.is_none() && role.is_none() {
-                // On the platform's record: who is not of the tenant is none of its people's business.
-                refuse(&req, None, Some(&actor.id), "a stranger");
+                // Recorded on the platform's log: the tenant must not learn which outsiders exist.
+                refuse(&req, None, Some(&actor.id), "no role here");
                 return Err(Error::NotFound);
             }
             if !includes::<P>(actor.platform, role) {
-                refuse(&req, Some(&tenant), Some(&actor.id), "the role does not include it");
+                refuse(&req, Some(&tenant), Some(&actor.id), "the role does not include this permission");
                 return Err(Error::Forbidden(role_name(P::TENANT, P::PLATFORM)));
             }
             let of_platform = actor.platform.is_some_and(|role| role >= P::PLATFORM);
@@ -442,7 +443,7 @@ impl<P: Permission> FromRequest for TenantScope<P> {
     }
 }
 
-/// A form that was sent from a person's own page: the fields, once its token was found good.
+/// A form from the user's own page: its fields, after the form token is verified.
 #[derive(Debug)]
 pub struct Posted<T>(pub T);
 
@@ -460,7 +461,7 @@ impl<T: DeserializeOwned + 'static> FromRequest for Posted<T> {
             let given = fields.iter().position(|(name, _)| name == "form").map(|at| fields.remove(at).1);
             if !given.is_some_and(|given| bool::from(given.as_bytes().ct_eq(wanted.as_bytes()))) {
                 return Err(Error::Forbidden(
-                    "this form is not from your present session; load the page again and repeat".into(),
+                    "this form belongs to another session; reload the page and submit it again".into(),
                 ));
             }
             let fields = MapDeserializer::<_, FormError>::new(fields.into_iter());

@@ -1,4 +1,4 @@
-//! How the first admin comes in: by a one-time link that root on the machine makes.
+//! Creation of the first admin, through a single-use link that root on the machine creates.
 
 use serde_json::json;
 use sqlx::PgPool;
@@ -11,7 +11,8 @@ use crate::db::{self, Within};
 use crate::error::Error;
 use crate::ids::ActorId;
 
-/// Makes the one-time link for an admin's account, as root on the machine: its path. Earlier ones end.
+/// Creates the single-use link for an admin account, as root on the machine, and returns its path. Revokes
+/// earlier links.
 pub async fn make_link(pool: &PgPool) -> Result<String, Error> {
     let secret = Secret::generate("");
     let mut tx = db::begin(pool, Within::Platform).await?;
@@ -23,7 +24,7 @@ pub async fn make_link(pool: &PgPool) -> Result<String, Error> {
 }
 
 impl Desk {
-    /// Becomes the first admin: uses the link up, makes the account and signs in.
+    /// Uses the link up, creates the first admin's account and signs in.
     pub async fn become_first_admin(
         &self,
         client: &Client,
@@ -54,7 +55,7 @@ impl Desk {
         Ok(session)
     }
 
-    /// Whether the first admin's link is good.
+    /// Whether the link for the first admin is valid.
     pub async fn is_first_link_good(&self, client: &Client, code: &str) -> Result<bool, Error> {
         self.throttle.knock("link", client.address).await?;
         let mut conn = self.pool.acquire().await?;

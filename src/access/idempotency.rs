@@ -1,6 +1,6 @@
-//! `Idempotency-Key`: a change that is sent again is answered again and not done again. Most handlers know nothing of
-//! it: [`Repeatable`] keeps their answers, sealed, because some hold a secret that is shown once. A handler that takes
-//! [`Key`] keeps its answer itself, within its own transaction, by [`Once`].
+//! `Idempotency-Key`: a repeated change returns the stored response and is not executed again. Most handlers
+//! need no code for it: [`Repeatable`] stores their responses, sealed, because some hold a secret that is shown
+//! once. A handler that takes [`Key`] stores its response itself, within its own transaction, through [`Once`].
 
 use std::future::{Ready, ready};
 
@@ -14,20 +14,19 @@ use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
 
 use super::{Actor, credentials, store};
+use crate::db;
 use crate::error::Error;
 use crate::http::asked::{self, IDEMPOTENCY_KEY};
 use crate::keys::{Keys, Purpose, mac};
 
-/// Largest answer that is kept.
+/// Maximum size of a stored response, in bytes.
 const ANSWER: usize = 256 << 10;
 
-/// Addresses whose answer cannot be given twice, and why.
-const NOT_KEPT: &[(&str, &str)] = &[(
-    "/api/v1/me/confirmation",
-    "the answer is a new cookie for this session; confirm again if it was lost",
-)];
+/// Paths whose response cannot be replayed, with the reason.
+const NOT_KEPT: &[(&str, &str)] =
+    &[("/api/v1/me/confirmation", "the response sets a new session cookie; confirm again if it was lost")];
 
-/// The key of a request, for a handler that keeps its answer itself.
+/// The key of a request, for a handler that stores its response itself.
 #[derive(Debug, Default)]
 pub struct Key(Option<String>);
 
@@ -46,18 +45,20 @@ fn key_of(req: &HttpRequest) -> Result<Option<String>, Error> {
     let text = value.to_str().ok().filter(|key| (1..=200).contains(&key.len()));
     match (text, values.next()) {
         (Some(key), None) => Ok(Some(key.to_owned())),
-        _ => Err(Error::Malformed("Idempotency-Key has 1 to 200 visible characters, once".into())),
+        _ => Err(Error::Malformed(
+            "Idempotency-Key must be sent once, with 1 to 200 visible characters".into(),
+        )),
     }
 }
 
-/// A request as far as repetition is concerned.
+/// The key and the hash of a request, for a handler that takes [`Key`].
 #[derive(Debug)]
 pub struct Once {
     key: Option<String>,
     hash: Vec<u8>,
 }
 
-/// An answer that was given before.
+/// A response that was stored before.
 #[derive(Debug)]
 pub struct Kept {
     /// Status.
@@ -66,7 +67,8 @@ pub struct Kept {
     pub body: Value,
 }
 
-/// Whose key it is: accounts of two tenants may be called alike, a token is one.
+/// Returns the holder of a key: the actor's id with its token, because two tenants may have accounts of the
+/// same name.
 fn holder(actor: &Actor) -> String {
     format!("{} {}", actor.id.as_str(), actor.id.via().unwrap_or_default())
 }
@@ -79,15 +81,15 @@ fn another() -> Error {
 
 fn unfinished() -> Error {
     Error::Conflict(
-        "a request with this Idempotency-Key was begun and its answer is not known: ask again in a few seconds. If \
-         this stays, the request was cut off: list what is there, delete or revoke what it may have made (a secret \
-         that was not shown cannot be shown any more), and send it again with a new key"
+        "a request with this Idempotency-Key was started, and its response is not known yet: retry in a few seconds. If \
+         this error persists, the request was interrupted: list the existing objects, delete or revoke those that it may \
+         have created (a secret that was not shown cannot be shown again), and repeat the request with a new key"
             .into(),
     )
 }
 
 impl Once {
-    /// From the key and the request itself.
+    /// Builds it from the key and the request.
     #[must_use]
     pub fn of(key: Key, req: &HttpRequest, body: &[u8]) -> Self {
         let header = |name: &str| req.headers().get(name).map_or(&[][..], |value| value.as_bytes());
@@ -107,7 +109,8 @@ impl Once {
         Self { key: key.0, hash }
     }
 
-    /// The answer that this very request got before; another request under the same key is refused.
+    /// Returns the stored response of this request. Returns a conflict if the key was used with another
+    /// request.
     pub async fn kept(&self, conn: &mut PgConnection, actor: &Actor) -> Result<Option<Kept>, Error> {
         let Some(key) = &self.key else { return Ok(None) };
         let Some((hash, status, body)) = store::find_answer(conn, &holder(actor), key).await? else {
@@ -120,8 +123,8 @@ impl Once {
         Ok(Some(Kept { status: status.unwrap_or(StatusCode::OK), body }))
     }
 
-    /// Keeps the answer in the same transaction. When another one with this key came first, the
-    /// transaction must not commit: it is a conflict, and asking again gives the kept answer.
+    /// Stores the response in the same transaction. If another request with this key came first, it returns a
+    /// conflict: the transaction must not commit, and a retry returns the stored response.
     pub async fn keep(
         &self,
         conn: &mut PgConnection,
@@ -134,22 +137,22 @@ impl Once {
         if store::insert_answer(conn, &holder(actor), key, &self.hash, answer).await? {
             Ok(())
         } else {
-            Err(Error::Conflict("the same request is being answered right now; ask again".into()))
+            Err(Error::Conflict("the same request is being processed; retry in a few seconds".into()))
         }
     }
 }
 
-/// What of an answer is sealed.
+/// The sealed part of a response.
 #[derive(Serialize, Deserialize)]
 struct Sealed {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     etag: Option<String>,
-    /// Nothing for an answer without a body.
+    /// `None` for a response without a body.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     body: Option<Value>,
 }
 
-/// A request with a key: its hash knows everything that the request says.
+/// A request with a key. The hash covers the whole request.
 #[derive(Debug)]
 pub struct Wish {
     key: String,
@@ -157,7 +160,7 @@ pub struct Wish {
 }
 
 impl Wish {
-    /// From a request with an `Idempotency-Key`; none without one.
+    /// Reads a request. Returns `None` if it has no `Idempotency-Key`.
     pub fn of(req: &HttpRequest, body: &[u8]) -> Result<Option<Self>, Error> {
         let Some(key) = key_of(req)? else { return Ok(None) };
         let pattern = req.match_pattern().unwrap_or_default();
@@ -165,7 +168,7 @@ impl Wish {
             return Err(Error::Malformed(format!("Idempotency-Key is not supported here: {why}")));
         }
         let header = |name: &str| req.headers().get(name).map_or(&[][..], |value| value.as_bytes());
-        // Keyed: a body may hold a password, and a thief of the database shall not guess it.
+        // Keyed hash: a body may hold a password, which must not be guessable from a stolen database.
         let keys = part::<Keys>(req)?.of(Purpose::Answers);
         let parts = [
             req.method().as_str().as_bytes(),
@@ -179,12 +182,12 @@ impl Wish {
         Ok(Some(Self { key, hash: mac(&keys, &parts).to_vec() }))
     }
 
-    /// Begins the request, or finds the answer that it got before.
+    /// Starts the request, or returns its stored response.
     pub async fn begin(self, req: &HttpRequest, actor: &Actor) -> Result<Begun, Error> {
         let (pool, keys) = (part::<PgPool>(req)?.clone(), part::<Keys>(req)?.clone());
         let holder = holder(actor);
         let place = format!("{holder} {}", self.key);
-        let mut tx = pool.begin().await?;
+        let mut tx = db::begin_for_all(&pool).await?;
         if let Some((hash, status, response)) = store::find_answer(&mut tx, &holder, &self.key).await? {
             if hash != self.hash {
                 return Err(another());
@@ -195,7 +198,7 @@ impl Wish {
             let opened = keys.open(Purpose::Answers, &place, &sealed)?;
             return Ok(Begun::Answered(again(status, &opened)?));
         }
-        // Status 0: begun. A crash leaves it, and a repeated request is told so.
+        // Status 0 means started. It remains after a crash, and a repeated request gets a conflict.
         if !store::insert_answer(&mut tx, &holder, &self.key, &self.hash, (0, &Value::Null)).await? {
             return Err(unfinished());
         }
@@ -217,15 +220,15 @@ fn again(status: StatusCode, opened: &[u8]) -> Result<HttpResponse, Error> {
     })
 }
 
-/// What came of the beginning of a request with a key.
+/// Result of starting a request with a key.
 pub enum Begun {
-    /// It was answered before.
+    /// The request was answered before.
     Answered(HttpResponse),
-    /// It is the first one.
+    /// This is the first request with the key.
     First(Repeatable),
 }
 
-/// A request that was begun, whose answer is to be kept.
+/// A started request whose response must be stored.
 pub struct Repeatable {
     pool: web::Data<PgPool>,
     keys: web::Data<Keys>,
@@ -235,8 +238,8 @@ pub struct Repeatable {
 }
 
 impl Repeatable {
-    /// Answers the request and keeps the answer. It goes on when the client has gone: the answer that a client has
-    /// lost is the one that it asks for again.
+    /// Runs the request and stores the response. Continues after the client disconnects, because a client
+    /// repeats the request when it lost the response.
     pub async fn run(self, answer: impl Future<Output = HttpResponse> + 'static) -> HttpResponse {
         let task = actix_web::rt::spawn(async move {
             let response = answer.await;
@@ -250,9 +253,9 @@ impl Repeatable {
         let (head, body) = response.into_parts();
         let etag = head.headers().get(header::ETAG).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let Ok(Ok(bytes)) = to_bytes_limited(body, ANSWER).await else {
-            return Error::internal("an answer cannot be kept").error_response();
+            return Error::internal("the response cannot be stored for its Idempotency-Key").error_response();
         };
-        // After a 500 nobody knows what was done: the key stays begun.
+        // After a 500 the outcome is unknown: the key stays started.
         let written = if status.is_success() {
             let body = (!bytes.is_empty()).then(|| serde_json::from_slice(&bytes).unwrap_or(Value::Null));
             self.finish(status, &Sealed { etag, body }).await
@@ -262,7 +265,7 @@ impl Repeatable {
             self.forget().await
         };
         if let Err(error) = written {
-            tracing::warn!(error = error.for_log(), "an answer was not kept for its Idempotency-Key");
+            tracing::warn!(error = error.for_log(), "cannot store the response for its Idempotency-Key");
         }
         head.set_body(bytes).map_into_boxed_body()
     }

@@ -1,4 +1,4 @@
-//! Invitations: into a tenant by its owner, to the platform by an admin. Each is a link that is used once.
+//! Invitations: into a tenant by an owner, to the platform by an admin. Each is a single-use link.
 
 use serde_json::json;
 
@@ -13,11 +13,11 @@ use crate::error::Error;
 use crate::ids::{AccountId, AccountName, ActorId, TenantId};
 use crate::quotas::{self, Resource};
 
-/// Hours that an invitation is good unless said otherwise, and at most.
+/// Default and maximum lifetime of an invitation, in hours.
 pub const HOURS: (i32, i32) = (72, 168);
 
 impl Desk {
-    /// Invites somebody into a tenant.
+    /// Invites a user into a tenant.
     pub async fn invite<P>(
         &self,
         scope: &TenantScope<P>,
@@ -50,7 +50,7 @@ impl Desk {
         Ok(made(id, "invitations", &secret))
     }
 
-    /// Invites somebody to the platform itself, with a role there or none.
+    /// Invites a user to the platform itself, with or without a platform role.
     pub async fn invite_to_platform(
         &self,
         by: By<'_>,
@@ -81,7 +81,7 @@ impl Desk {
         Ok(made(id, "invitations", &secret))
     }
 
-    /// Takes an invitation back.
+    /// Revokes an invitation.
     pub async fn revoke_invitation(
         &self,
         by: By<'_>,
@@ -95,7 +95,7 @@ impl Desk {
         Ok(())
     }
 
-    /// Accepts an invitation: as the person it is for, signed in; or as somebody new, who is then signed in.
+    /// Accepts an invitation, either as the signed-in recipient or as a new user. Signs a new user in.
     pub async fn accept(
         &self,
         client: &Client,
@@ -111,14 +111,14 @@ impl Desk {
             return Err(Error::NotFound);
         }
         if link.tenant_state.as_deref().is_some_and(|state| state != "active") {
-            return Err(Error::Conflict("the tenant does not take anybody right now".into()));
+            return Err(Error::Conflict("the tenant is not active and accepts no new members now".into()));
         }
-        // The password costs time: before the transaction, never within.
+        // Hashing the password is slow, so it happens before the transaction.
         let new = match &as_whom {
             Ok(actor) if actor.name == link.recipient => None,
             Ok(_) => {
                 return Err(Error::Forbidden(format!(
-                    "this invitation is for {}; sign in as that person",
+                    "this invitation is for {}; sign in with that account",
                     link.recipient
                 )));
             }
@@ -150,26 +150,26 @@ impl Desk {
     }
 }
 
-/// Checks how long an invitation is good: what a token makes does not outlive it.
+/// Checks the lifetime of an invitation. An invitation that a token creates must not outlive the token.
 fn check_hours(actor: &Actor, hours: i32) -> Result<(), Error> {
     if !(1..=HOURS.1).contains(&hours) {
-        return Err(accounts::wrong("hours", format!("hours is 1 to {}", HOURS.1)));
+        return Err(accounts::wrong("hours", format!("hours must be 1 to {}", HOURS.1)));
     }
     let end = time::OffsetDateTime::now_utc() + time::Duration::hours(hours.into());
     if actor.ends().is_some_and(|own| end > own) {
-        return Err(accounts::wrong("hours", "a token cannot make an invitation that outlives it"));
+        return Err(accounts::wrong("hours", "a token cannot create an invitation that outlives it"));
     }
     Ok(())
 }
 
-/// Gives what an invitation promises.
+/// Gives the recipient the role of the invitation.
 async fn give(tx: &mut Tx, link: &Link, account: AccountId, request_id: &str) -> Result<(), Error> {
     let actor = ActorId::new(&format!("account:{account} {}", link.recipient));
     let by = ActorId::new(&link.created_by);
     if let (Some(tenant), Some(role)) =
         (link.tenant_id.map(TenantId), link.role.as_deref().and_then(Role::parse))
     {
-        // An invitation never lowers what somebody has.
+        // An invitation never lowers an existing role.
         let has = store::find_member(tx, tenant, &link.recipient).await?;
         if has.is_none() {
             quotas::take_place(tx, tenant, Resource::Members).await?;
@@ -182,7 +182,7 @@ async fn give(tx: &mut Tx, link: &Link, account: AccountId, request_id: &str) ->
     }
     let (has, _) = store::platform_standing(tx, account).await?;
     let has = has.as_deref().and_then(PlatformRole::parse);
-    // Nor does one to the platform: it never lowers either.
+    // The same holds for a platform role.
     if let Some(role) = link.platform_role.as_ref().filter(|role| PlatformRole::parse(role) > has) {
         store::set_platform_role(tx, account, Some(role), "hand").await?;
     }

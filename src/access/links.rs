@@ -1,5 +1,5 @@
-//! Links that are used once: an invitation, a new password. The link is shown to whoever made it, to pass on;
-//! here is its hash. It names its recipient: nobody else can use it for another account.
+//! Single-use links: invitations and password resets. The creator sees the link once and sends it on; the
+//! database holds its hash. A link names its recipient and does not work for another account.
 
 use super::credentials::{self, Secret};
 use super::sessions::{Client, Desk};
@@ -7,11 +7,11 @@ use super::{accounts, store};
 use crate::error::Error;
 use crate::fault::plain;
 
-/// A link that was made: number and code.
+/// A created link: its number and path.
 pub struct Made {
     /// Number.
     pub id: i64,
-    /// Path below our own address, with the code in it.
+    /// Path below Bulkhead's own address, with the code in it.
     pub path: String,
 }
 
@@ -19,39 +19,39 @@ pub(super) fn made(id: i64, kind: &str, secret: &Secret) -> Made {
     Made { id, path: format!("/{kind}/{}", secret.expose()) }
 }
 
-/// Where a link leads, for its page.
+/// Content of a link, for its page.
 pub struct Seen {
-    /// Whom it is for.
+    /// Name of the recipient.
     pub recipient: String,
-    /// Whether somebody of that name has an account.
+    /// Whether the recipient has an account.
     pub has_account: bool,
     /// The tenant.
     pub tenant: Option<String>,
-    /// The role that it gives.
+    /// The role that the link gives.
     pub role: Option<String>,
-    /// Who made it.
+    /// The actor that created the link.
     pub by: String,
     pub(super) kind: Kind,
 }
 
-/// What a link is for.
+/// Purpose of a link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// To become somebody here.
+    /// Creates an account or a membership.
     Invitation,
-    /// To set a new password.
+    /// Sets a new password.
     Reset,
 }
 
-/// Name and password of somebody who is new.
+/// Name and password of a new user.
 pub struct NewPerson<'a> {
-    /// For people.
+    /// Display name.
     pub display_name: &'a str,
     /// Password.
     pub password: &'a str,
 }
 
-/// Checks a name for people.
+/// Checks a display name.
 pub(super) fn check_display_name(text: &str) -> Result<&str, Error> {
     let text = text.trim();
     let count = text.chars().count();
@@ -60,13 +60,13 @@ pub(super) fn check_display_name(text: &str) -> Result<&str, Error> {
     } else {
         Err(accounts::wrong(
             "display_name",
-            "a name for people has 1 to 120 characters, and none that controls, hides or turns text",
+            "a display name must have 1 to 120 characters, without control, invisible or bidirectional characters",
         ))
     }
 }
 
 impl Desk {
-    /// What stands behind a code; looking does not use it up.
+    /// Returns the content of a link. Does not use the link up.
     pub async fn look_at_link(&self, client: &Client, code: &str) -> Result<Seen, Error> {
         self.throttle.knock("link", client.address).await?;
         let mut conn = self.pool.acquire().await?;

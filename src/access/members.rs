@@ -1,4 +1,4 @@
-//! Who belongs to a tenant, and as what. Nobody gives more than they have, and a tenant keeps an owner.
+//! Members of a tenant and their roles. An actor cannot give a role above its own, and a tenant keeps an owner.
 
 use serde_json::json;
 use sqlx::PgPool;
@@ -8,18 +8,18 @@ use super::{Actor, Role, store};
 use crate::db;
 use crate::error::Error;
 
-/// Refuses to give a role that is higher than one's own.
+/// Rejects a role that is higher than the actor's own.
 pub(super) fn require_within<P>(scope: &TenantScope<P>, role: Role) -> Result<(), Error> {
     if scope.highest().is_some_and(|own| role <= own) {
         Ok(())
     } else {
-        Err(Error::Forbidden("nobody gives a role that is higher than their own".into()))
+        Err(Error::Forbidden("you cannot give or change a role that is higher than your own".into()))
     }
 }
 
 fn require_an_owner_left(actor: &Actor, owners: usize, left: usize) -> Result<(), Error> {
     if owners > 0 && left == 0 && actor.platform.is_none() {
-        return Err(Error::Conflict("this is the tenant's last owner: make another one first".into()));
+        return Err(Error::Conflict("this is the tenant's last owner; add another owner first".into()));
     }
     Ok(())
 }
@@ -50,7 +50,7 @@ pub async fn change_role<P>(
     Ok(())
 }
 
-/// Takes a member out, with the tokens that they made for themselves here. `who` may be oneself.
+/// Removes a member, with the member's own tokens in this tenant. A member may remove itself.
 pub async fn remove<P>(pool: &PgPool, scope: &TenantScope<P>, name: &str) -> Result<(), Error> {
     let tenant = scope.tenant.id;
     let mut tx = db::begin(pool, tenant).await?;
@@ -63,7 +63,7 @@ pub async fn remove<P>(pool: &PgPool, scope: &TenantScope<P>, name: &str) -> Res
         }
     }
     store::delete_member(&mut tx, tenant, account).await?;
-    // Neither what they made nor what was made for them brings anybody back.
+    // Revoke the links that the member created or received: none may restore the membership.
     store::end_links_within(&mut tx, tenant, &format!("account:{account} {name}"), name).await?;
     let left = store::count_owners(&mut tx, tenant).await?;
     require_an_owner_left(&scope.actor, owners, left)?;

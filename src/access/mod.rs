@@ -1,5 +1,5 @@
-//! Who may do what. One table of permissions, from which the extractors in `extract.rs`, the console and the
-//! documentation derive; those extractors are the only way to an [`Actor`], and every route takes one.
+//! Authorization: one table of permissions, from which the extractors in `extract.rs`, the console and the
+//! documentation derive. The extractors are the only way to obtain an [`Actor`], and every route takes one.
 
 use sqlx::PgConnection;
 use time::OffsetDateTime;
@@ -32,18 +32,18 @@ pub mod turns;
 pub use extract::{PlatformScope, Public, SignedIn, TenantScope};
 pub use store::{actor_of, has_admin, prune, registry_role};
 
-/// What somebody may do within one tenant. Each includes the ones before.
+/// A role within one tenant. Each role includes the ones before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// Sees everything of the tenant.
+    /// Sees everything in the tenant.
     Viewer,
     /// Deploys, rolls back and deletes apps and images.
     Deployer,
-    /// Also decides about people and credentials.
+    /// Also manages members and credentials.
     Owner,
 }
 
-/// What somebody may do on the platform. Each includes the ones before.
+/// A role on the platform. Each role includes the ones before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum PlatformRole {
     /// Sees everything.
@@ -55,10 +55,10 @@ pub enum PlatformRole {
 macro_rules! names {
     ($role:ident { $($variant:ident: $name:literal),* }) => {
         impl $role {
-            /// Names of all roles, the smallest first.
+            /// Names of all roles, lowest first.
             pub const NAMES: &[&str] = &[$($name),*];
 
-            /// The role of this name.
+            /// Parses the name of a role.
             #[must_use]
             pub fn parse(text: &str) -> Option<Self> {
                 match text {
@@ -66,7 +66,7 @@ macro_rules! names {
                     _ => None,
                 }
             }
-            /// Its name.
+            /// Returns the name of the role.
             #[must_use]
             pub fn as_str(self) -> &'static str {
                 match self {
@@ -80,7 +80,7 @@ macro_rules! names {
 names!(Role { Viewer: "viewer", Deployer: "deployer", Owner: "owner" });
 names!(PlatformRole { Auditor: "auditor", Admin: "admin" });
 
-/// Where somebody's authority holds.
+/// Scope of an authority.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Authority {
     /// On the platform.
@@ -89,16 +89,16 @@ pub enum Authority {
     Tenant(TenantId, Role),
 }
 
-/// By what somebody was recognised. It can be asked again: streams outlast the request that began them.
+/// The credential that authenticated an actor. It can be checked again, because streams outlast their request.
 #[derive(Debug, Clone)]
 pub enum Means {
-    /// A session of a person.
+    /// A user's session.
     Session {
         /// Number.
         id: i64,
-        /// Hash of its reference.
+        /// Hash of the session reference.
         hash: Vec<u8>,
-        /// Whether the person has proved to be there within the last ten minutes.
+        /// Whether the user confirmed the session within the last ten minutes.
         recent: bool,
     },
     /// An API token.
@@ -107,28 +107,28 @@ pub enum Means {
         id: i64,
         /// Hash.
         hash: Vec<u8>,
-        /// Its end.
+        /// Expiry.
         expires_at: OffsetDateTime,
     },
 }
 
-/// Somebody who was authenticated.
+/// An authenticated actor.
 #[derive(Debug, Clone)]
 pub struct Actor {
-    /// As it stands in the audit.
+    /// Id, as recorded in the audit log.
     pub id: ActorId,
-    /// Name, for people.
+    /// Display name.
     pub name: String,
-    /// The person; none for service accounts and tokens that root has made.
+    /// The account. `None` for service accounts and for tokens that root created.
     pub account: Option<AccountId>,
-    /// By what.
+    /// The credential.
     pub means: Means,
-    /// Role on the platform, as it is now.
+    /// Current platform role.
     pub platform: Option<PlatformRole>,
 }
 
 impl Actor {
-    /// Who pays for its requests.
+    /// Returns the payer that the actor's requests are charged to.
     #[must_use]
     pub fn payer(&self) -> turns::Payer {
         match (&self.means, self.account) {
@@ -138,8 +138,8 @@ impl Actor {
         }
     }
 
-    /// For what matters most: a session must have been confirmed within ten minutes. A token has no
-    /// person behind it that could be asked; what it may do is bounded by its scope.
+    /// Requires that a session was confirmed within ten minutes, for sensitive actions. Tokens pass: no user
+    /// can be asked, and the scope limits what a token may do.
     pub fn require_recent(&self) -> Result<(), Error> {
         match self.means {
             Means::Session { recent: false, .. } => Err(Error::Unconfirmed),
@@ -147,20 +147,20 @@ impl Actor {
         }
     }
 
-    /// The person, where only a person in a session will do.
+    /// Returns the account. Rejects tokens.
     pub fn require_person(&self) -> Result<AccountId, Error> {
         self.require_session().map(|(account, _)| account)
     }
 
-    /// The same, with the number of the session.
+    /// Returns the account and the session number. Rejects tokens.
     pub fn require_session(&self) -> Result<(AccountId, i64), Error> {
         match (&self.means, self.account) {
             (Means::Session { id, .. }, Some(account)) => Ok((account, *id)),
-            _ => Err(Error::Forbidden("this is for a person who has signed in, not for a token".into())),
+            _ => Err(Error::Forbidden("this needs a signed-in user; a token is not accepted".into())),
         }
     }
 
-    /// The end of the token by which somebody came: what a token makes does not outlive it.
+    /// Returns the expiry of the actor's token. Credentials that a token creates must not outlive it.
     #[must_use]
     pub fn ends(&self) -> Option<OffsetDateTime> {
         match self.means {
@@ -170,17 +170,18 @@ impl Actor {
     }
 }
 
-/// Who acts, within which request.
+/// The actor and the request id.
 #[derive(Debug, Clone, Copy)]
 pub struct By<'a> {
-    /// Who.
+    /// The actor.
     pub actor: &'a Actor,
-    /// Request.
+    /// Request id.
     pub request_id: &'a str,
 }
 
 impl By<'_> {
-    /// Puts a change on a tenant's record, or (none) the platform's: within the transaction that makes it.
+    /// Records a change on the audit log of a tenant, or of the platform (`None`), within the transaction of
+    /// the change.
     pub async fn record(
         self,
         conn: &mut PgConnection,
@@ -206,46 +207,48 @@ pub struct TenantRef {
 }
 
 impl TenantRef {
-    /// Refuses a change while the tenant is not active.
+    /// Rejects a change while the tenant is not active.
     pub fn require_active(&self) -> Result<(), Error> {
         match self.state.as_str() {
             "active" => Ok(()),
-            state => Err(Error::Conflict(format!("the tenant is {state}; only an active one can change"))),
+            state => {
+                Err(Error::Conflict(format!("the tenant is {state}; only an active tenant can be changed")))
+            }
         }
     }
 }
 
-/// Whether a permission only looks, or changes something: a suspended tenant's own people only look.
+/// Whether a permission reads or changes. Members of a suspended tenant can only read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
-    /// Looks.
+    /// Reads.
     Reads,
     /// Changes.
     Changes,
 }
 
-/// What a route needs. One row of the table of permissions.
+/// The requirements of a route: one row of the permission table.
 pub trait Permission: 'static {
-    /// The smallest role within the tenant; none if no role of a tenant suffices.
+    /// Minimum role within the tenant. `None` if no tenant role suffices.
     const TENANT: Option<Role>;
-    /// The smallest role on the platform.
+    /// Minimum platform role.
     const PLATFORM: PlatformRole;
-    /// What it does.
+    /// Whether it reads or changes.
     const EFFECT: Effect;
 }
 
-/// A row of the table, for documentation and tests.
+/// A row of the permission table, for documentation and tests.
 #[derive(Debug, Clone, Copy)]
 pub struct Row {
     /// Name.
     pub name: &'static str,
-    /// What it allows, in words.
+    /// Description of the permission.
     pub words: &'static str,
-    /// The smallest role within the tenant.
+    /// Minimum role within the tenant.
     pub tenant: Option<Role>,
-    /// The smallest role on the platform.
+    /// Minimum platform role.
     pub platform: PlatformRole,
-    /// What it does.
+    /// Whether it reads or changes.
     pub effect: Effect,
 }
 
@@ -261,7 +264,7 @@ macro_rules! permissions {
                 const EFFECT: Effect = Effect::$effect;
             }
         )*
-        /// The table.
+        /// The permission table.
         pub const PERMISSIONS: &[Row] = &[$(Row {
             name: stringify!($name), words: $words, tenant: $tenant, platform: PlatformRole::$platform,
             effect: Effect::$effect,
@@ -274,17 +277,17 @@ permissions! {
     PullImages: "Pull the tenant's images", Some(Role::Viewer), Admin, Reads;
     PushImages: "Push images", Some(Role::Deployer), Admin, Changes;
     Deploy: "Deploy, roll back and delete apps; delete images", Some(Role::Deployer), Admin, Changes;
-    ReadActivity: "See who did what in a tenant", Some(Role::Owner), Auditor, Reads;
-    ManageCredentials: "Make and revoke robots, service accounts and their tokens", Some(Role::Owner), Admin, Changes;
-    ManageMembers: "Invite people, change their role, remove them", Some(Role::Owner), Admin, Changes;
-    ManageConnections: "Offer, accept and end grants; ask for places outside", Some(Role::Owner), Admin, Changes;
-    ReadPlatform: "See the platform: all tenants, pools, people, its own activity", None, Auditor, Reads;
+    ReadActivity: "Read a tenant's audit log", Some(Role::Owner), Auditor, Reads;
+    ManageCredentials: "Create and revoke registry credentials, service accounts and their tokens", Some(Role::Owner), Admin, Changes;
+    ManageMembers: "Invite users, change their role, remove them", Some(Role::Owner), Admin, Changes;
+    ManageConnections: "Offer, accept and revoke grants; request egress targets", Some(Role::Owner), Admin, Changes;
+    ReadPlatform: "See the platform: all tenants, pools, accounts, the audit log", None, Auditor, Reads;
     ManageTenants: "Onboard, change, suspend and offboard tenants", None, Admin, Changes;
-    ManageNetwork: "Keep the catalogue of services, decide who may use them and which places outside are open", None, Admin, Changes;
-    ManagePeople: "Invite people to the platform, change their role, disable them, make links for new passwords", None, Admin, Changes;
+    ManageNetwork: "Manage the catalogue of services; decide on service access and egress targets", None, Admin, Changes;
+    ManagePeople: "Invite users to the platform, change their role, disable them, create password reset links", None, Admin, Changes;
 }
 
-/// Whether these roles include `P`.
+/// Whether these roles include the permission `P`.
 #[must_use]
 pub fn includes<P: Permission>(platform: Option<PlatformRole>, role: Option<Role>) -> bool {
     platform.is_some_and(|role| role >= P::PLATFORM)

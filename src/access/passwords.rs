@@ -1,6 +1,6 @@
-//! Passwords: argon2id, on as many threads of their own as there are cores, so that a hundred people who sign in
-//! at once take turns and not memory: each thread takes its 19 MiB again and again, where a pool's threads would
-//! keep as much each. A name that nobody has costs the same computation.
+//! Passwords: argon2id, computed on dedicated threads, one per core. A hundred concurrent sign-ins queue
+//! instead of using more memory: each thread reuses its 19 MiB, where the threads of a pool would each keep as
+//! much. An unknown name costs the same computation.
 //!
 //! Parameters: OWASP's password storage cheat sheet and ASVS 5.0, appendix C (m = 19 MiB, t = 2, p = 1).
 
@@ -17,25 +17,25 @@ use crate::error::Error;
 
 const MEMORY_KIB: u32 = 19_456;
 const PASSES: u32 = 2;
-/// Fewest and most characters (ASVS 6.2.1, 6.2.9).
+/// Minimum and maximum number of characters (ASVS 6.2.1, 6.2.9).
 const LENGTH: (usize, usize) = (8, 256);
-/// How many may wait for their turn; beyond, "try again".
+/// Maximum number of queued computations. Beyond it, callers get an error and must try again.
 const WAITING: usize = 512;
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// What came of holding a password against its hash.
+/// Result of the verification of a password.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is not the one.
+    /// The password is wrong.
     Wrong,
-    /// It is.
+    /// The password is correct.
     Right,
-    /// It is, and its hash was weaker than today's: this one takes its place.
+    /// The password is correct and its hash is weaker than today's. Store this hash in its place.
     Stronger(String),
 }
 
-/// The one place where passwords are computed.
+/// The thread pool that computes all password hashes.
 #[derive(Debug, Clone)]
 pub struct Passwords {
     work: mpsc::SyncSender<Job>,
@@ -68,7 +68,7 @@ fn verify(password: &str, phc: &str) -> Result<Verdict, Error> {
 }
 
 impl Passwords {
-    /// With a turn for each core.
+    /// Starts one thread per core.
     pub fn new() -> Result<Self, Error> {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let (work, jobs) = mpsc::sync_channel::<Job>(WAITING);
@@ -78,7 +78,7 @@ impl Passwords {
             let next = move || jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let run = move || {
                 while let Ok(job) = next() {
-                    // A mistake in one computation takes no thread away from all others.
+                    // A panic in one computation must not end the thread.
                     let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
                 }
             };
@@ -91,7 +91,7 @@ impl Passwords {
         })
     }
 
-    /// How many computations there have been.
+    /// Returns the number of computations so far.
     #[must_use]
     pub fn computed(&self) -> u64 {
         self.computed.load(Ordering::Relaxed)
@@ -104,26 +104,26 @@ impl Passwords {
         let (answer, answered) = oneshot::channel();
         let computed = Arc::clone(&self.computed);
         let job = Box::new(move || {
-            // Whoever asked may have gone meanwhile: nothing is computed for nobody.
+            // Skip the work if the caller is gone.
             if !answer.is_closed() {
                 computed.fetch_add(1, Ordering::Relaxed);
                 let _ = answer.send(work());
             }
         });
         self.work.try_send(job).map_err(|_| {
-            Error::Unavailable("too many people are signing in right now".into(), Duration::from_secs(3))
+            Error::Unavailable("too many sign-ins are in progress".into(), Duration::from_secs(3))
         })?;
         answered.await.map_err(Error::internal)?
     }
 
-    /// The hash of a password, as a PHC string.
+    /// Hashes a password. Returns a PHC string.
     pub async fn hash(&self, password: &str) -> Result<String, Error> {
         let password = password.to_owned();
         self.run(move || compute(&password)).await
     }
 
-    /// Holds a password against a hash. Without one (nobody of that name, or somebody who comes through a
-    /// provider only) the same is computed, and it is wrong.
+    /// Verifies a password against a hash. Without a hash (unknown name, or an account that signs in through a
+    /// provider only) it computes the same and returns [`Verdict::Wrong`].
     pub async fn verify(&self, password: &str, phc: Option<&str>) -> Result<Verdict, Error> {
         let known = phc.is_some();
         let (password, phc) = (password.to_owned(), phc.unwrap_or(&self.nobody).to_owned());
@@ -132,26 +132,26 @@ impl Passwords {
     }
 }
 
-/// Why a text will not do as a password; none if it will. No rule of composition: length, and none of those
-/// that are tried first. `own` are words of the person, such as the name.
+/// Returns the reason to reject a password, or `None`. There are no composition rules: a password must be long
+/// enough and not common. `own` lists words of the user, such as the name.
 #[must_use]
 pub fn objection(password: &str, own: &[&str]) -> Option<&'static str> {
     let count = password.chars().count();
     if count < LENGTH.0 {
-        return Some("a password has at least 8 characters; a sentence of four words is better");
+        return Some("a password must have at least 8 characters; four words are better");
     }
     if count > LENGTH.1 {
-        return Some("a password has at most 256 characters");
+        return Some("a password must have at most 256 characters");
     }
     let lower = password.to_lowercase();
     if own.iter().any(|word| word.chars().count() >= 3 && lower == word.to_lowercase()) {
-        return Some("a password is not one's own name");
+        return Some("the password must not be your name");
     }
-    // A lexicon of 30,000 common passwords and names, and of what is made of them by turning, repeating or
-    // writing in digits; fewer than a million guesses are a matter of seconds.
+    // zxcvbn knows 30,000 common passwords and names, and their reversed, repeated and digit-substituted forms.
+    // An attacker makes a million guesses within seconds.
     let judged = zxcvbn::zxcvbn(password, own);
     (judged.guesses() < 1_000_000)
-        .then_some("this password is among those that are tried first; take another, such as four words")
+        .then_some("this password is too easy to guess; choose another, such as four words")
 }
 
 #[cfg(test)]

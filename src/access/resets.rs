@@ -1,4 +1,4 @@
-//! Links for a new password: made by an admin, or by an owner for whoever belongs to that tenant alone.
+//! Password reset links. An admin creates them for any account, an owner only for users of that tenant alone.
 
 use serde_json::json;
 
@@ -13,11 +13,11 @@ use crate::error::Error;
 use crate::ids::{AccountId, AccountName, ActorId, TenantId};
 use crate::quotas::{self, Resource};
 
-/// Hours that a link for a new password is good.
+/// Lifetime of a password reset link, in hours.
 const HOURS: i32 = 4;
 
 impl Desk {
-    /// A link for a new password, made by an admin for anybody.
+    /// Creates a password reset link for any account, as an admin.
     pub async fn reset(&self, by: By<'_>, name: &AccountName) -> Result<Made, Error> {
         by.actor.require_recent()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
@@ -28,8 +28,8 @@ impl Desk {
         Ok(made)
     }
 
-    /// The same, made by an owner for a member: only for somebody who belongs to this tenant alone. Else an
-    /// owner could become who that person is elsewhere.
+    /// Creates a password reset link for a member, as an owner. The member must belong to this tenant only:
+    /// otherwise the owner could take over the account's access to other tenants.
     pub async fn reset_member<P>(&self, scope: &TenantScope<P>, name: &str) -> Result<Made, Error> {
         scope.actor.require_recent()?;
         let tenant = scope.tenant.id;
@@ -40,7 +40,9 @@ impl Desk {
             members::require_within(scope, role)?;
         }
         if source != "local" {
-            return Err(Error::Conflict("this person signs in through a provider".into()));
+            return Err(Error::Conflict(
+                "this member signs in through a provider; reset the password there".into(),
+            ));
         }
         if !belongs_here_alone(&mut tx, account, tenant).await? {
             return Err(elsewhere());
@@ -51,7 +53,7 @@ impl Desk {
         Ok(made)
     }
 
-    /// Sets a new password by a link. Every session and every token of the person ends; a second factor stays.
+    /// Sets a new password through a link. Ends all sessions and tokens of the account. A second factor stays.
     pub async fn use_reset(&self, client: &Client, code: &str, password: &str) -> Result<(), Error> {
         self.throttle.knock("link", client.address).await?;
         let mut conn = self.pool.acquire().await?;
@@ -65,7 +67,7 @@ impl Desk {
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         if let Some(tenant) = link.tenant_id.map(TenantId) {
             db::enter(&mut tx, tenant).await?;
-            // The person may have come to belong elsewhere since.
+            // The user may have joined another tenant in the meantime.
             if !belongs_here_alone(&mut tx, account, tenant).await? {
                 return Err(elsewhere());
             }
@@ -88,7 +90,7 @@ impl Desk {
 
 fn elsewhere() -> Error {
     Error::Conflict(
-        "this person belongs to more than this tenant: only an admin of the platform makes such a link"
+        "this member has access beyond this tenant; ask an admin of the platform for a password reset link"
             .into(),
     )
 }
@@ -96,7 +98,7 @@ fn elsewhere() -> Error {
 async fn belongs_here_alone(tx: &mut Tx, account: AccountId, tenant: TenantId) -> Result<bool, Error> {
     let places = store::tenants_of(tx, account).await?;
     let (platform, _) = store::platform_standing(tx, account).await?;
-    // Who also signs in through a provider may be given more there: an owner here would come to have it.
+    // A provider may later grant a linked account more access. The owner would gain that access too.
     let through = store::list_issuers(tx, account).await?;
     Ok(platform.is_none()
         && through.is_empty()

@@ -1,5 +1,5 @@
 //! The second factor: time-based codes (RFC 6238: SHA-1, six digits, thirty seconds, one step of leeway), each
-//! good once, and recovery codes. The secret is kept sealed.
+//! valid once, and recovery codes. The secret is stored sealed.
 
 use sqlx::PgConnection;
 use totp_rs::{Algorithm, Builder, Totp};
@@ -10,10 +10,10 @@ use crate::error::Error;
 use crate::ids::AccountId;
 use crate::keys::{Keys, Purpose};
 
-/// How many recovery codes there are.
+/// Number of recovery codes.
 const CODES: usize = 10;
 
-/// What somebody sees once, when they set it up.
+/// Data of a setup, shown once.
 pub struct Setup {
     /// The secret in base32, for typing.
     pub secret: String,
@@ -22,7 +22,7 @@ pub struct Setup {
 }
 
 fn totp(secret: &[u8], account: &str) -> Result<Totp, Error> {
-    // A colon separates issuer and account in the address; no name has one.
+    // A colon separates issuer and account in the address. No account name contains one.
     Builder::new()
         .with_algorithm(Algorithm::SHA1)
         .with_digits(6)
@@ -39,7 +39,7 @@ fn place(account: AccountId) -> String {
     format!("second factor of account {account}")
 }
 
-/// Begins to set one up: it is in force with the first good code.
+/// Starts the setup. The first valid code activates the factor.
 pub async fn begin(
     conn: &mut PgConnection,
     keys: &Keys,
@@ -49,13 +49,13 @@ pub async fn begin(
     let secret: [u8; 20] = rand::random();
     let sealed = keys.seal(Purpose::SecondFactor, &place(account), &secret)?;
     if !store::begin_factor(conn, account, &sealed).await? {
-        return Err(Error::Conflict("there is a second factor; remove it first".into()));
+        return Err(Error::Conflict("a second factor exists already; remove it first".into()));
     }
     let address = totp(&secret, name)?.to_url().map_err(|error| Error::internal(error.to_string()))?;
     Ok(Setup { secret: data_encoding::BASE32_NOPAD.encode(&secret), address })
 }
 
-/// Holds a code against the factor at this time (seconds of the Unix epoch), and uses its step up.
+/// Checks a code at a time in seconds of the Unix epoch. A code's time step works once.
 pub async fn check_code(
     conn: &mut PgConnection,
     keys: &Keys,
@@ -70,7 +70,7 @@ pub async fn check_code(
     store::use_step(conn, account, i64::try_from(step).unwrap_or(i64::MAX)).await
 }
 
-/// A code, or else a recovery code, of a factor that is in force.
+/// Checks a code or a recovery code against an active factor.
 pub async fn check(
     conn: &mut PgConnection,
     keys: &Keys,
@@ -92,7 +92,8 @@ fn hash_of(account: AccountId, code: &str) -> Vec<u8> {
     credentials::hash(&format!("recovery {account} {}", plain.to_ascii_lowercase()))
 }
 
-/// New recovery codes, shown once; earlier ones end. Each has 80 random bits, so a plain hash is enough.
+/// Creates new recovery codes, shown once, and revokes earlier ones. Each has 80 random bits, so a plain hash
+/// is enough.
 pub async fn make_recovery_codes(conn: &mut PgConnection, account: AccountId) -> Result<Vec<String>, Error> {
     let codes: Vec<String> = (0..CODES)
         .map(|_| {
@@ -106,7 +107,7 @@ pub async fn make_recovery_codes(conn: &mut PgConnection, account: AccountId) ->
     Ok(codes)
 }
 
-/// Seconds since the Unix epoch.
+/// Returns the seconds since the Unix epoch.
 #[must_use]
 pub fn now() -> u64 {
     u64::try_from(time::OffsetDateTime::now_utc().unix_timestamp()).unwrap_or(0)

@@ -1,5 +1,5 @@
-//! Signing in and out. What fails, fails alike: nobody of that name, a wrong password and a disabled account
-//! take the same path and get the same answer.
+//! Sign-in and sign-out. An unknown name, a wrong password and a disabled account take the same path and get
+//! the same response.
 
 use std::net::IpAddr;
 
@@ -23,40 +23,40 @@ use crate::http::OwnAddress;
 use crate::ids::{AccountId, ActorId, TenantId};
 use crate::keys::Keys;
 
-/// What is at hand where people sign in.
+/// Dependencies of the access actions.
 #[derive(Debug, Clone)]
 pub struct Desk {
     /// Database.
     pub pool: PgPool,
-    /// The platform's key.
+    /// Master key of the platform.
     pub keys: Keys,
-    /// Passwords.
+    /// Password hashing.
     pub passwords: Passwords,
-    /// Guesses.
+    /// Rate limits of guesses.
     pub throttle: Throttle,
-    /// Refusals.
+    /// Refusals for the audit log.
     pub denials: Denials,
-    /// Providers.
+    /// Identity providers.
     pub providers: Providers,
 }
 
-/// Who asks, as far as the network says.
+/// The client of a request, as seen on the network.
 #[derive(Debug, Clone)]
 pub struct Client {
     /// Address.
     pub address: IpAddr,
-    /// What the browser calls itself.
+    /// User agent.
     pub agent: String,
-    /// Hash of the session that the browser has so far.
+    /// Hash of the browser's current session.
     pub session: Option<Vec<u8>>,
-    /// What the browser bears since a right password.
+    /// Cookie that recognises the browser after a correct password.
     pub known: Option<String>,
-    /// Id of the request.
+    /// Request id.
     pub request_id: String,
 }
 
 impl Client {
-    /// Of a request.
+    /// Reads the client of a request.
     #[must_use]
     pub fn of(req: &HttpRequest, own: &OwnAddress) -> Self {
         let agent = req.headers().get(header::USER_AGENT).and_then(|v| v.to_str().ok()).unwrap_or("");
@@ -70,15 +70,15 @@ impl Client {
     }
 }
 
-/// What comes of a right password.
+/// Result of a correct password.
 pub enum SignIn {
-    /// The person is in: the reference of the session.
+    /// The user is signed in: the reference of the session.
     Done(Secret),
-    /// The second factor is awaited: the reference of what has begun.
+    /// The second factor is required: the reference of the pending sign-in.
     SecondFactor(Secret),
 }
 
-/// A name as people type it: what is longer than any name is still one.
+/// Normalises a typed name. Input that is longer than any name is cut.
 #[must_use]
 pub fn typed_name(name: &str) -> String {
     name.trim().to_lowercase().chars().take(64).collect()
@@ -98,14 +98,14 @@ impl Desk {
         });
     }
 
-    /// Holds name and password against each other. None when they do not fit.
+    /// Checks name and password. Returns `None` if they do not match.
     pub async fn sign_in(
         &self,
         client: &Client,
         name: &str,
         password: &str,
     ) -> Result<Option<SignIn>, Error> {
-        // What is longer than any name or password is still one guess.
+        // Input longer than any name or password still counts as one guess.
         let name = typed_name(name);
         let password: String = password.chars().take(1_024).collect();
         let mut conn = self.pool.acquire().await?;
@@ -116,7 +116,7 @@ impl Desk {
         let phc = found.as_ref().and_then(|found| found.password.as_deref());
         let verdict = self.passwords.verify(&password, phc).await?;
         let (Some(found), true) = (found, verdict != Verdict::Wrong) else {
-            // A name that nobody has may be a password that was typed into the wrong field.
+            // An unknown name may be a password typed into the wrong field, so it is not recorded.
             let who = account.map_or_else(|| "anonymous".to_owned(), |id| format!("account:{id} {name}"));
             self.refuse(client, &who, "sign-in", "wrong name or password");
             return Ok(None);
@@ -136,9 +136,9 @@ impl Desk {
     async fn proceed(&self, client: &Client, found: &ForSignIn, verdict: &Verdict) -> Result<SignIn, Error> {
         let account = AccountId(found.id);
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
-        // Computing took its time: a password that was changed meanwhile, or a factor that was set up, holds.
+        // Hashing takes time: check again that neither password nor second factor changed meanwhile.
         if !store::is_unchanged(&mut tx, found).await? {
-            return Err(Error::Conflict("the account has just been changed; sign in again".into()));
+            return Err(Error::Conflict("the account has just changed; sign in again".into()));
         }
         if let (Verdict::Stronger(new), Some(old)) = (verdict, &found.password) {
             store::strengthen_password(&mut tx, account, old, new).await?;
@@ -155,13 +155,13 @@ impl Desk {
         Ok(SignIn::Done(session))
     }
 
-    /// Whether a second factor is awaited under this reference.
+    /// Whether a sign-in with this reference waits for its second factor.
     pub async fn awaits(&self, reference: &str) -> Result<bool, Error> {
         let mut conn = self.pool.acquire().await?;
         store::is_sign_in_good(&mut conn, &credentials::hash(reference), STEP).await
     }
 
-    /// The second step of a sign-in; none when the code is wrong, or there is no first step any more.
+    /// Completes the second step of a sign-in. Returns `None` if the code is wrong or no first step is pending.
     pub async fn second_step(
         &self,
         client: &Client,
@@ -169,7 +169,7 @@ impl Desk {
         code: &str,
     ) -> Result<Option<Secret>, Error> {
         let hash = credentials::hash(reference);
-        // The try counts, whatever comes of it.
+        // Count the attempt whatever its outcome.
         let mut conn = self.pool.acquire().await?;
         let begun = store::try_sign_in(&mut conn, &hash, STEP).await?;
         drop(conn);
@@ -180,7 +180,7 @@ impl Desk {
             self.refuse(client, &format!("account:{account}"), "sign-in", "wrong second factor");
             return Ok(None);
         }
-        // Used up with the code: neither opens anything twice.
+        // Use up the attempt with the code: neither works twice.
         if store::use_sign_in(&mut tx, &hash, STEP).await?.is_none() {
             return Ok(None);
         }
@@ -191,8 +191,8 @@ impl Desk {
         Ok(Some(session))
     }
 
-    /// Begins a session, in the transaction that found the person good. A session that the browser had
-    /// before ends: what somebody planted there is worth nothing.
+    /// Starts a session in the transaction that authenticated the user. Ends the browser's earlier session, so
+    /// a session that an attacker planted is useless.
     pub async fn begin(
         &self,
         tx: &mut Tx,
@@ -221,7 +221,7 @@ impl Desk {
         Ok(session)
     }
 
-    /// Ends the session that the browser has; by what it was begun.
+    /// Ends the browser's session. Returns its sign-in method.
     pub async fn sign_out(&self, client: &Client, actor: &Actor) -> Result<Option<String>, Error> {
         let Some(hash) = &client.session else { return Ok(None) };
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
@@ -233,8 +233,8 @@ impl Desk {
         Ok(method)
     }
 
-    /// The person proves once more to be there: the session goes on under a new reference. None when the
-    /// password or the code is wrong.
+    /// Confirms the session with the password, under a new reference. Returns `None` if the password or the
+    /// code is wrong.
     pub async fn confirm(
         &self,
         client: &Client,
@@ -264,7 +264,7 @@ impl Desk {
         Ok(fresh)
     }
 
-    /// The session goes on under a new reference, confirmed.
+    /// Continues the session under a new reference, as confirmed.
     pub async fn renew(
         &self,
         tx: &mut Tx,
@@ -281,7 +281,7 @@ impl Desk {
         Ok(Some(fresh))
     }
 
-    /// Ends one of one's own sessions.
+    /// Ends one of the actor's own sessions.
     pub async fn end_session(&self, by: By<'_>, id: i64) -> Result<(), Error> {
         let account = by.actor.require_person()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
@@ -293,7 +293,7 @@ impl Desk {
         Ok(())
     }
 
-    /// Ends all of one's own sessions but the present one; how many.
+    /// Ends all of the actor's own sessions except the current one. Returns their number.
     pub async fn end_other_sessions(&self, by: By<'_>) -> Result<u64, Error> {
         let (account, session) = by.actor.require_session()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
@@ -304,7 +304,7 @@ impl Desk {
     }
 }
 
-/// Puts on record what somebody does who is not signed in yet; [`super::By::record`] is for all others.
+/// Records an action of an actor that is not signed in yet. All others use [`super::By::record`].
 pub(super) async fn note(
     tx: &mut Tx,
     tenant: impl Into<Option<TenantId>>,
@@ -318,5 +318,5 @@ pub(super) async fn note(
     audit::record(tx, audit::Event { tenant, actor, action, object, request_id, detail }).await
 }
 
-/// The desk of a request.
+/// The desk, as request data.
 pub type DeskData = web::Data<Desk>;

@@ -1,6 +1,6 @@
-//! How fast anybody may guess: buckets in Postgres, shared by all replicas, which outlive every restart. They
-//! delay and never lock out: whoever waits as long as the answer says may try again, and an account's own
-//! people, where or with the browser that they have signed in before, do not wait for what others guess.
+//! Rate limits of guesses: buckets in Postgres, shared by all replicas, which survive every restart. They delay
+//! and never lock out: after the wait that the response states, a client may try again. Users of a known
+//! network or browser do not wait because of guesses that others make.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -14,26 +14,26 @@ pub use crate::http::network;
 use crate::ids::AccountId;
 use crate::keys::{Keys, Purpose, mac};
 
-/// A bucket: so many at once, and then one each so many seconds.
+/// A bucket: a burst, then one per interval.
 #[derive(Debug, Clone, Copy)]
 pub struct Limit {
-    /// At once.
+    /// Burst.
     pub burst: u32,
-    /// Seconds for each after that.
+    /// Seconds per guess after the burst.
     pub every: u32,
 }
 
-/// Guesses from one place against one name.
+/// Guesses from one network against one name.
 pub const PAIR: Limit = Limit { burst: 10, every: 30 };
-/// Guesses from one place, whoever is meant.
+/// Guesses from one network against all names.
 pub const PLACE: Limit = Limit { burst: 60, every: 2 };
-/// Guesses against one name, from wherever it was never used.
+/// Guesses against one name, from networks and browsers that it was never used from.
 pub const NAME: Limit = Limit { burst: 100, every: 30 };
 
-/// Guesses at one second factor, from wherever: whoever makes them has the password already.
+/// Guesses of one second factor, from all networks. The guesser already has the password.
 pub const FACTOR: Limit = Limit { burst: 20, every: 900 };
 
-/// Keeps watch over guesses.
+/// Limits the rate of guesses.
 #[derive(Debug, Clone)]
 pub struct Throttle {
     pool: PgPool,
@@ -41,7 +41,7 @@ pub struct Throttle {
 }
 
 impl Throttle {
-    /// Over this database; buckets are named by a keyed hash, so that it holds no address.
+    /// Creates it over a database. Bucket names are keyed hashes, so the database holds no address.
     #[must_use]
     pub fn new(pool: PgPool, keys: &Keys) -> Self {
         Self { pool, key: keys.of(Purpose::Places) }
@@ -52,14 +52,14 @@ impl Throttle {
         mac(&self.key, &parts)
     }
 
-    /// The name of a place, for what an account knows of its own.
+    /// Returns the name of a network, for the list of an account's known places.
     #[must_use]
     pub fn place(&self, address: IpAddr) -> [u8; 32] {
         self.name(&["place", &network(address).to_string()])
     }
 
     async fn take(&self, key: [u8; 32], limit: Limit) -> Result<(), Error> {
-        // A statement of its own: what was taken stays taken, whatever becomes of the request.
+        // Not part of the request's transaction: the guess counts, whatever the outcome of the request.
         let mut conn = self.pool.acquire().await?;
         match store::take(&mut conn, &key, f64::from(limit.every), f64::from(limit.burst)).await? {
             None => Ok(()),
@@ -67,19 +67,20 @@ impl Throttle {
         }
     }
 
-    /// What a browser bears after the right password for this name: it is known from then on, wherever it is.
+    /// Returns the cookie value that a browser gets after a correct password for this name. The browser is then
+    /// known on every network.
     #[must_use]
     pub fn browser(&self, name: &str) -> String {
         data_encoding::BASE64URL_NOPAD.encode(&self.name(&["browser", name]))
     }
 
-    /// One guess at a name from an address; `account` is whose it is, if there is one. The same questions
-    /// are asked of the database for a name that nobody has.
+    /// Counts one guess at a name from an address. `account` is the account of that name, if it exists. An
+    /// unknown name causes the same queries.
     pub async fn guess(&self, name: &str, address: IpAddr, account: Option<AccountId>) -> Result<(), Error> {
         self.guess_from(name, address, account, None).await
     }
 
-    /// The same, from a browser that bears this.
+    /// Counts one guess, from a browser with this cookie value.
     pub async fn guess_from(
         &self,
         name: &str,
@@ -102,24 +103,24 @@ impl Throttle {
         }
     }
 
-    /// One guess at an account's second factor; the bucket is emptied by a right one.
+    /// Counts one guess at an account's second factor. A correct code empties the bucket.
     pub async fn guess_factor(&self, account: AccountId, address: IpAddr) -> Result<(), Error> {
         self.take(self.name(&["guesses from", &network(address).to_string()]), PLACE).await?;
         self.take(self.factor(account), FACTOR).await
     }
 
-    /// The bucket of a second factor.
+    /// Returns the bucket of a second factor.
     #[must_use]
     pub fn factor(&self, account: AccountId) -> [u8; 32] {
         self.name(&["second factor", &account.to_string()])
     }
 
-    /// Something else that must not be tried without end, such as links, from one address.
+    /// Counts another limited attempt from one address, such as opening a link.
     pub async fn knock(&self, what: &str, address: IpAddr) -> Result<(), Error> {
         self.take(self.name(&["knocks", what, &network(address).to_string()]), PLACE).await
     }
 
-    /// The bucket of a name and a place, to be emptied with the sign-in that succeeds.
+    /// Returns the bucket of a name and a network. A successful sign-in empties it.
     #[must_use]
     pub fn pair(&self, name: &str, address: IpAddr) -> [u8; 32] {
         self.name(&["guesses", name, &network(address).to_string()])

@@ -1,5 +1,5 @@
-//! API tokens: of people, of a tenant's service accounts, and of root on the machine. A token says the most that
-//! it may do; whoever stands behind it may have less by now. It is shown once.
+//! API tokens of users, of service accounts, and of root on the machine. A token's role is an upper limit: the
+//! holder's current role may be lower. A token is shown once.
 
 use serde_json::json;
 use sqlx::PgConnection;
@@ -17,47 +17,54 @@ use crate::fault::{Code, Fault, Kind};
 use crate::ids::{ActorId, TenantId};
 use crate::quotas::{self, Resource};
 
-/// Longest life of a token in days.
+/// Maximum lifetime of a token in days.
 pub const DAYS: i32 = 365;
-/// Days of a token unless said otherwise, or as many as the token that makes it has left.
+/// Default lifetime of a token in days. A token that creates another one limits the default to its own
+/// remaining time.
 pub const DAYS_DEFAULT: i32 = 90;
 
-/// A token that was made.
+/// A created token.
 pub struct Made {
     /// Number.
     pub id: i64,
-    /// The token itself, for the one time that it is shown.
+    /// The token itself, shown once.
     pub secret: Secret,
-    /// Its end.
+    /// Expiry.
     pub expires_at: OffsetDateTime,
 }
 
-/// Name and life of a token, checked.
+/// The checked name and lifetime of a token.
 pub struct NewToken {
     name: String,
     expires_at: OffsetDateTime,
 }
 
 impl NewToken {
-    /// Checks name and life. What a token makes does not outlive it: the default ends with it, and more is refused.
+    /// Checks name and lifetime. A token that another token creates must not outlive it: the default lifetime
+    /// is cut, an explicit longer one is rejected.
     pub fn check(actor: &Actor, name: &str, days: Option<i32>) -> Result<Self, Error> {
         let name = name.trim();
         if !(1..=60).contains(&name.chars().count()) || name.chars().any(|c| crate::fault::plain(c) != c) {
-            return Err(accounts::wrong("name", "a token's name has 1 to 60 visible characters"));
+            return Err(accounts::wrong("name", "a token's name must have 1 to 60 visible characters"));
         }
         if days.is_some_and(|days| !(1..=DAYS).contains(&days)) {
-            return Err(accounts::wrong("days", format!("days is 1 to {DAYS}")));
+            return Err(accounts::wrong("days", format!("days must be 1 to {DAYS}")));
         }
         let now = OffsetDateTime::now_utc();
         let asked = now + Duration::days(days.unwrap_or(DAYS_DEFAULT).into());
         let expires_at = match actor.ends() {
             Some(end) if asked > end && days.is_some() => {
                 let left = (end - now).whole_days();
-                let most = if left > 0 { format!("days: {left} at most, or ") } else { String::new() };
+                let most = if left > 0 { format!("set days to at most {left}, or ") } else { String::new() };
                 return Err(Error::fault(
-                    Fault::new(Code(426), Kind::Invalid, "days", "a token cannot make one that outlives it")
-                        .because(format!("the token of this request ends in {left} whole days"))
-                        .instead(format!("{most}leave days out: the new token then ends with this one")),
+                    Fault::new(
+                        Code(426),
+                        Kind::Invalid,
+                        "days",
+                        "a token cannot create a token that outlives it",
+                    )
+                    .because(format!("the token of this request expires in {left} whole days"))
+                    .instead(format!("{most}omit days: the new token then expires with this one")),
                 ));
             }
             Some(end) => asked.min(end),
@@ -67,8 +74,8 @@ impl NewToken {
     }
 }
 
-/// Makes a token as root on the machine, bound to nobody. No limit stands in root's way: it is the way back in when
-/// a limit is reached.
+/// Creates a token as root on the machine, without a holder. No quota applies: such a token restores access
+/// when a quota is exhausted.
 pub async fn create_as_root(
     conn: &mut PgConnection,
     name: &str,
@@ -100,7 +107,7 @@ pub async fn create_as_root(
 }
 
 impl Desk {
-    /// Makes a token for a service account of a tenant.
+    /// Creates a token for a service account of a tenant.
     pub async fn create_service_token<P>(
         &self,
         scope: &TenantScope<P>,
@@ -122,7 +129,7 @@ impl Desk {
         Ok(made)
     }
 
-    /// Makes a token of one's own for a tenant, with one's own role or a smaller one.
+    /// Creates a token of the actor for a tenant or the platform, with the actor's own role or a lower one.
     pub async fn create_own_token(
         &self,
         by: By<'_>,
@@ -170,7 +177,7 @@ impl Desk {
         Ok(Made { id, secret, expires_at: new.expires_at })
     }
 
-    /// Where a token of one's own may open: the role that one has there now, or less.
+    /// Returns the authority of a token of the actor: the requested role, if it is at most the actor's own.
     pub async fn own_authority(
         &self,
         actor: &Actor,
@@ -180,27 +187,27 @@ impl Desk {
         let account = actor.require_person()?;
         let Some(tenant) = tenant else {
             let wanted = PlatformRole::parse(role)
-                .ok_or_else(|| accounts::wrong("role", "role is auditor or admin on the platform"))?;
+                .ok_or_else(|| accounts::wrong("role", "role must be auditor or admin on the platform"))?;
             return match actor.platform {
                 Some(own) if wanted <= own => Ok(Authority::Platform(wanted)),
                 _ => Err(Error::Forbidden("a token cannot do more than you".into())),
             };
         };
         let wanted = Role::parse(role)
-            .ok_or_else(|| accounts::wrong("role", "role is viewer, deployer or owner in a tenant"))?;
+            .ok_or_else(|| accounts::wrong("role", "role must be viewer, deployer or owner in a tenant"))?;
         let mut conn = self.pool.acquire().await?;
         let places = store::tenants_of(&mut conn, account).await?;
         let place = places
             .iter()
             .find(|place| place.tenant == tenant)
-            .ok_or_else(|| accounts::wrong("tenant", "you do not belong to such a tenant"))?;
+            .ok_or_else(|| accounts::wrong("tenant", "you are not a member of a tenant of this name"))?;
         match Role::parse(&place.role) {
             Some(own) if wanted <= own => Ok(Authority::Tenant(TenantId(place.id), wanted)),
             _ => Err(Error::Forbidden("a token cannot do more than you".into())),
         }
     }
 
-    /// Revokes a token that opens a tenant, or (none) the platform, whoever holds it.
+    /// Revokes a token of a tenant, or of the platform (`None`), of any holder.
     pub async fn revoke_token(&self, by: By<'_>, tenant: Option<TenantId>, id: i64) -> Result<(), Error> {
         let mut tx = db::begin(&self.pool, tenant.map_or(Within::Platform, Within::Tenant)).await?;
         let name = store::revoke_token(&mut tx, tenant, id).await?.ok_or(Error::NotFound)?;
@@ -209,7 +216,7 @@ impl Desk {
         Ok(())
     }
 
-    /// Revokes one of one's own tokens.
+    /// Revokes one of the actor's own tokens.
     pub async fn revoke_own_token(&self, by: By<'_>, id: i64) -> Result<(), Error> {
         let account = by.actor.require_person()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
@@ -222,7 +229,7 @@ impl Desk {
         Ok(())
     }
 
-    /// Makes a service account.
+    /// Creates a service account.
     pub async fn create_service<P>(
         &self,
         scope: &TenantScope<P>,
@@ -235,7 +242,7 @@ impl Desk {
         if !good {
             return Err(accounts::wrong(
                 "name",
-                "a service account's name has 2 to 32 of a to z, 0 to 9 and -, and starts with a letter",
+                "a service account's name must have 2 to 32 characters of a to z, 0 to 9 and -, and start with a letter",
             ));
         }
         let mut tx = db::begin(&self.pool, scope.tenant.id).await?;
@@ -247,7 +254,7 @@ impl Desk {
         Ok(())
     }
 
-    /// Takes a service account away, with all its tokens.
+    /// Deletes a service account and revokes all its tokens.
     pub async fn delete_service<P>(&self, scope: &TenantScope<P>, name: &str) -> Result<(), Error> {
         let mut tx = db::begin(&self.pool, scope.tenant.id).await?;
         if !store::delete_service(&mut tx, scope.tenant.id, name).await? {

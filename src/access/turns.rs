@@ -1,8 +1,9 @@
-//! Room and pace of requests: each tenant, and each account and token within it, has its own. One tenant's flood
-//! waits for itself, strangers have a small share of the database, and what goes beyond is answered 429 with the time
-//! after which it is worth another try.
+//! Concurrency and rate limits of requests, for each tenant and for each account and token within it. One
+//! tenant's flood delays only that tenant. Anonymous clients have a small share of the database. Requests
+//! beyond the limits get 429 with the time to wait.
 //!
-//! All of it is in the memory of one replica: several replicas together give a tenant as many times the rate.
+//! All state is in the memory of one replica: with several replicas, a tenant's rate multiplies by their
+//! number.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -20,51 +21,51 @@ use crate::ids::{TenantId, TenantName};
 use crate::permits::{Busy, FairPermits, Permit};
 use crate::quotas::{self, Resource};
 
-/// How long a request waits for its turn.
+/// Maximum time that a request waits for its turn.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Requests of one tenant that wait for their turn.
+/// Maximum number of requests of one tenant that wait for their turn.
 const QUEUE: usize = 256;
-/// Most tenants, accounts, tokens and credentials that are remembered at a time.
+/// Maximum number of tenants, accounts, tokens and credentials in memory.
 const REMEMBERED: usize = 20_000;
-/// How long a tenant's own limits are used without being read again.
+/// Maximum age of a tenant's cached limits.
 const FRESH: Duration = Duration::from_secs(30);
-/// Streams (followed logs, exports) of one tenant and in all.
+/// Maximum number of streams (followed logs, exports) per tenant and in total.
 const STREAMS: (usize, usize) = (16, 256);
 
-/// Whose request it is.
+/// The key that a request is charged to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Payer {
     /// A tenant.
     Tenant(TenantId),
-    /// A tenant as the registry's tokens name it.
+    /// A tenant, by the name in a registry token.
     Named(TenantName),
-    /// An account, whatever its sessions.
+    /// An account, with all its sessions.
     Account(i64),
     /// An API token.
     Token(i64),
-    /// A network of strangers.
+    /// The network of an anonymous client.
     Network(IpAddr),
 }
 
-/// What remains of a rate: for the `RateLimit-*` headers of the answer.
+/// State of a rate limit, for the `RateLimit-*` headers of the response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Allowance {
-    /// Requests at once.
+    /// Burst size.
     pub limit: u64,
-    /// Of these, what remains.
+    /// Remaining requests of the burst.
     pub remaining: u64,
-    /// Seconds until all of them are back.
+    /// Seconds until the burst is full again.
     pub reset: u64,
 }
 
-/// A request's room; given back when the request is over.
+/// The permits of a request, released when the request ends.
 #[derive(Debug)]
 pub struct Turn {
     _own: Option<Permit<Payer>>,
     _of_tenant: Permit<Payer>,
 }
 
-/// Remembers the latest of many: two generations, of which the older one is dropped as a whole.
+/// Cache of the most recent entries. It has two generations and drops the older one as a whole.
 #[derive(Debug)]
 struct Recent<K, V> {
     young: HashMap<K, V>,
@@ -92,7 +93,7 @@ impl<K: Eq + Hash + Clone, V> Recent<K, V> {
     }
 }
 
-/// A rate: so many a second, and so many at once after a rest.
+/// A rate: requests per second, and a burst.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Rate {
     per_second: f64,
@@ -111,7 +112,7 @@ struct Bucket {
     rate: Rate,
     left: f64,
     at: Instant,
-    /// When the rate was read.
+    /// Time at which the rate was read from the database.
     read: Option<Instant>,
 }
 
@@ -120,7 +121,7 @@ impl Bucket {
         Self { rate, left: rate.burst, at: now, read: None }
     }
 
-    /// Takes one, or says after how long there will be one.
+    /// Takes one request, or returns the time until one is available.
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
@@ -158,25 +159,28 @@ struct Inner {
     streams: FairPermits<Payer>,
 }
 
-/// The turns of this replica. Clones share them.
+/// The limits of this replica. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Turns(Arc<Inner>);
 
 fn busy(why: Busy) -> Error {
     match why {
         Busy::Key => Error::Throttled(Duration::from_secs(1)),
-        Busy::All => Error::Unavailable("all requests that fit are under way".into(), Duration::from_secs(1)),
+        Busy::All => Error::Unavailable(
+            "the server is at its limit of concurrent requests".into(),
+            Duration::from_secs(1),
+        ),
     }
 }
 
-/// A stranger is told to come later, whatever is full.
+/// Takes a slot. An anonymous client gets 429, even if the whole server is full.
 async fn strangers(room: &FairPermits<Payer>, network: IpAddr) -> Result<Permit<Payer>, Error> {
     let place = room.take(&Payer::Network(network), PATIENCE).await;
     place.map_err(|_| Error::Throttled(Duration::from_secs(1)))
 }
 
 impl Turns {
-    /// Turns over a pool of so many database connections.
+    /// Creates the limits for a pool with this number of database connections.
     #[must_use]
     pub fn new(limits: &Limits, connections: u32) -> Self {
         let pool = usize::try_from(connections).unwrap_or(16).max(4);
@@ -185,10 +189,11 @@ impl Turns {
             rate: Rate::new(limits.requests_per_second, limits.request_burst),
             buckets: Mutex::default(),
             known: Mutex::default(),
-            // One key at most a quarter, all lookups together at most three quarters: work that has begun goes on.
+            // One key gets at most a quarter, all lookups together three quarters, so running requests can
+            // finish.
             lookups: queued((pool / 4).max(1), (pool * 3 / 4).max(2)),
             strangers: queued(2, (pool / 4).max(4)),
-            // A visitor's request may compute a password for a while, and asks the database in between.
+            // A visitor's request may hash a password for a while, with database queries in between.
             visitors: queued(4, (pool / 2).max(8)),
             tenants: queued((pool / 2).max(2), pool * 4),
             own: queued((pool * 3 / 8).max(2), pool * 4),
@@ -196,10 +201,10 @@ impl Turns {
         }))
     }
 
-    /// Room to ask the database who a credential belongs to. A credential that was good before has a share of its
-    /// own; all others share that of strangers, each network a part of it.
+    /// Takes a slot to look up a credential. A credential that was valid before has a share of its own. All
+    /// others use the share of anonymous clients, split by network.
     ///
-    /// `hash`: of the credential.
+    /// `hash` is the hash of the credential.
     pub async fn lookup(&self, hash: &[u8], network: IpAddr) -> Result<Permit<Payer>, Error> {
         let known = self.0.known.lock().unwrap_or_else(PoisonError::into_inner).get(&hash.to_vec()).cloned();
         match known {
@@ -208,23 +213,23 @@ impl Turns {
         }
     }
 
-    /// Room in the database for a request whose signed token names a tenant.
+    /// Takes a database slot for a request whose signed token names a tenant.
     pub async fn signed(&self, tenant: &TenantName) -> Result<Permit<Payer>, Error> {
         self.0.lookups.take(&Payer::Named(tenant.clone()), PATIENCE).await.map_err(busy)
     }
 
-    /// Room for a request of a stranger, such as a sign-in.
+    /// Takes a slot for an anonymous request, such as a sign-in.
     pub async fn visitor(&self, network: IpAddr) -> Result<Permit<Payer>, Error> {
         strangers(&self.0.visitors, network).await
     }
 
-    /// A credential was good, and belongs to this payer.
+    /// Remembers that a credential is valid and belongs to this payer.
     pub fn remember(&self, hash: &[u8], payer: Payer) {
         self.0.known.lock().unwrap_or_else(PoisonError::into_inner).put(hash.to_vec(), payer);
     }
 
-    /// The turn of a request that is authenticated. Its token or account pays, and so does the tenant whose member
-    /// makes it; the platform's people pay for themselves alone.
+    /// Takes the turn of an authenticated request. Charges the token or account, and the tenant if a member
+    /// makes the request. Requests by a platform role charge only that account.
     pub async fn enter(
         &self,
         actor: &Actor,
@@ -245,8 +250,8 @@ impl Turns {
         Ok(Turn { _own: own_permit, _of_tenant: of_tenant })
     }
 
-    /// Counts a request against the rates of its token or account, and of its tenant. The scarcer allowance is
-    /// returned, also with the refusal.
+    /// Counts a request against the rates of its token or account, and of its tenant. Returns the scarcer
+    /// allowance, also with the refusal.
     pub fn pay(&self, actor: &Actor, tenant: Option<&TenantRef>) -> Result<Allowance, (Allowance, Duration)> {
         let now = Instant::now();
         let mut buckets = self.0.buckets.lock().unwrap_or_else(PoisonError::into_inner);
@@ -258,7 +263,7 @@ impl Turns {
         };
         let own = spend(actor.payer());
         let of_tenant = match (&own, tenant) {
-            // What a token may not do costs its tenant nothing.
+            // A request that exceeds its token's own rate does not count against the tenant.
             (Some(Ok(_)), Some(tenant)) => spend(Payer::Tenant(tenant.id)),
             _ => None,
         };
@@ -270,13 +275,13 @@ impl Turns {
         }
     }
 
-    /// Room for a stream, which outlasts its request.
+    /// Takes a slot for a stream, which outlasts its request.
     pub fn stream(&self, actor: &Actor, tenant: Option<&TenantRef>) -> Result<Permit<Payer>, Error> {
         let payer = tenant.map_or_else(|| actor.payer(), |tenant| Payer::Tenant(tenant.id));
         self.0.streams.try_take(&payer).map_err(|_| Error::Throttled(Duration::from_secs(10)))
     }
 
-    /// Limits that an admin has set for one tenant count within half a minute.
+    /// Reads a tenant's limits. A change by an admin takes effect within half a minute.
     async fn read_limits(&self, tenant: TenantId, pool: &PgPool) -> Result<(), Error> {
         let payer = Payer::Tenant(tenant);
         let now = Instant::now();
@@ -287,7 +292,7 @@ impl Turns {
                 if fresh(bucket.read) {
                     return Ok(());
                 }
-                // One of many that find it old reads it.
+                // Only one of many concurrent requests reads stale limits again.
                 bucket.read = Some(now);
             }
         }

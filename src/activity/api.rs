@@ -1,4 +1,4 @@
-//! The audit over the API: pages, newest first, and everything as JSON lines.
+//! API of the audit log: pages, newest first, and an export as JSON lines.
 
 use actix_web::{HttpResponse, web};
 use bytes::Bytes;
@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::http::asked::Query;
 use crate::permits::Permit;
 
-/// Rows that an export reads at once.
+/// Number of rows that an export reads at a time.
 const PART: i64 = 500;
 
 async fn page(pool: &PgPool, filter: &Filter) -> Result<HttpResponse, Error> {
@@ -31,7 +31,7 @@ pub async fn list_tenant(
     page(&pool, &filter).await
 }
 
-/// GET /api/v1/audit: of all tenants and the platform, newest first.
+/// GET /api/v1/audit: events of all tenants and the platform, newest first.
 pub async fn list_platform(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
@@ -41,8 +41,8 @@ pub async fn list_platform(
     page(&pool, &filter).await
 }
 
-/// Everything that fits the filter, a part at a time: each is read when the one before was taken. Whoever
-/// may not read it any more gets no further part.
+/// Streams all rows that match the filter, one part at a time: the next part is read once the client took the
+/// one before. The export ends when the reader loses the permission.
 fn export(pool: PgPool, filter: Filter, watch: Watch) -> HttpResponse {
     let body =
         futures_util::stream::unfold((pool, Some(filter), watch), |(pool, filter, watch)| async move {
@@ -53,7 +53,7 @@ fn export(pool: PgPool, filter: Filter, watch: Watch) -> HttpResponse {
                         return Ok((Vec::new(), None));
                     }
                     match read(&pool, &filter).await? {
-                        // Nothing fits in what was looked at: on to the next stretch.
+                        // Nothing matched in this stretch: continue with the next one.
                         (rows, Some(next)) if rows.is_empty() => filter.before = next,
                         part => break part,
                     }
@@ -82,11 +82,11 @@ fn export(pool: PgPool, filter: Filter, watch: Watch) -> HttpResponse {
         .streaming(body)
 }
 
-/// Who reads an export, asked anew before each part.
+/// The reader of an export, authorized again before each part.
 struct Watch {
     means: Means,
     tenant: Option<crate::ids::TenantName>,
-    /// Held as long as the export goes on.
+    /// Held until the export ends.
     _room: Permit<Payer>,
 }
 

@@ -1,4 +1,4 @@
-//! The audit as a page, for a tenant and for the platform.
+//! Pages of the audit log, for a tenant and for the platform.
 
 use actix_web::{HttpResponse, web};
 use askama::Template;
@@ -15,7 +15,7 @@ use crate::error::Error;
 use crate::http::html::{self, Frame};
 use crate::keys::Keys;
 
-/// Stretches of the record that are looked at for one page.
+/// Maximum number of stretches of the audit log that one page reads.
 const STRETCHES: usize = 20;
 
 struct Row {
@@ -45,7 +45,7 @@ struct ActivityPage {
     next: String,
 }
 
-/// An object as words: `role: owner, hours: 72`.
+/// Formats a JSON object as text: `role: owner, hours: 72`.
 fn words(detail: &serde_json::Value) -> String {
     let Some(fields) = detail.as_object() else { return String::new() };
     let one = |(name, value): (&String, &serde_json::Value)| match value {
@@ -85,7 +85,7 @@ fn encoded(text: &str) -> String {
     })
 }
 
-/// A full page, if it is found within a bounded number of stretches: people do not turn empty pages.
+/// Reads until the page is full or a bounded number of stretches was read, so that users see no empty pages.
 async fn gather(pool: &PgPool, mut filter: Filter) -> Result<Page<Entry>, Error> {
     let mut all = Vec::new();
     for _ in 0..STRETCHES {

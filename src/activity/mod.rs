@@ -1,4 +1,4 @@
-//! What the audit has to say, for whoever may read it: over the API, as JSON lines, and as a page.
+//! Views of the audit log: over the API, as JSON lines, and as a page.
 
 use serde::Deserialize;
 use sqlx::PgPool;
@@ -13,7 +13,7 @@ use crate::ids::TenantId;
 pub mod api;
 pub mod console;
 
-/// Filters and the place in the list. All that is given must hold.
+/// Filters and cursor. All filters must match.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActivityQuery {
@@ -41,15 +41,15 @@ fn time(name: &str, text: &str) -> Result<Option<OffsetDateTime>, Error> {
     some(text)
         .map(|text| OffsetDateTime::parse(&text, &Rfc3339))
         .transpose()
-        .map_err(|_| Error::Malformed(format!("{name} is a time such as 2026-11-25T10:00:00Z")))
+        .map_err(|_| Error::Malformed(format!("{name} must be a time such as 2026-11-25T10:00:00Z")))
 }
 
 impl ActivityQuery {
-    /// The filter that it asks for. People write names where the record has `account:12 olga`.
+    /// Builds the filter. Translates a displayed name to the recorded actor, such as `account:12 olga`.
     async fn filter(&self, pool: &PgPool, tenant: Option<TenantId>) -> Result<Filter, Error> {
         let page = PageQuery::new(self.limit, self.cursor.clone());
         if !matches!(self.result.as_str(), "" | "done" | "denied") {
-            return Err(Error::Malformed("result is done or denied".into()));
+            return Err(Error::Malformed("result must be done or denied".into()));
         }
         let filter = Filter {
             tenant,
@@ -69,7 +69,7 @@ impl ActivityQuery {
     }
 }
 
-/// A page of what fits, and where the next one starts.
+/// Reads one page of matching rows, and the cursor of the next page.
 async fn read(pool: &PgPool, filter: &Filter) -> Result<(Vec<Entry>, Option<i64>), Error> {
     let mut conn = db::begin(pool, filter.tenant.map_or(Within::Platform, Within::Tenant)).await?;
     audit::list(&mut conn, filter).await

@@ -22,14 +22,14 @@ use crate::http::parse_json;
 use crate::ids::AppName;
 use crate::tenants::api::etag;
 
-/// The app that the address names.
+/// The app in the URL's path.
 #[derive(Deserialize)]
 pub struct AppPath {
     app: String,
 }
 
 impl AppPath {
-    /// Its name; a text that cannot be one names nothing.
+    /// Parses the name. An invalid name is answered as an unknown app.
     pub fn name(&self) -> Result<AppName, Error> {
         self.app.parse().map_err(|_| Error::NotFound)
     }
@@ -78,9 +78,9 @@ pub async fn put_app(
                 Code(428),
                 Kind::Conflict,
                 "name",
-                "the name in the spec is not the one in the address",
+                "the name in the spec differs from the name in the URL",
             )
-            .because("an app keeps its name for life; another name is another app"),
+            .because("the name of an app never changes; a different name is a different app"),
         ));
     }
     let by = scope.by();
@@ -111,7 +111,7 @@ fn deployed(name: &AppName, done: &Deployed, mode: Mode) -> serde_json::Value {
     body
 }
 
-/// GET /api/v1/tenants/{tenant}/apps: by name.
+/// GET /api/v1/tenants/{tenant}/apps, ordered by name.
 pub async fn list_apps(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
@@ -168,7 +168,7 @@ pub async fn delete_app(
     Ok(HttpResponse::Accepted().json(json!({"name": name, "generation": generation})))
 }
 
-/// GET /api/v1/tenants/{tenant}/apps/{app}/releases: newest first.
+/// GET /api/v1/tenants/{tenant}/apps/{app}/releases, newest first.
 pub async fn list_releases(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
@@ -190,7 +190,7 @@ struct RollBackBody {
     revision: i64,
 }
 
-/// POST /api/v1/tenants/{tenant}/apps/{app}/releases: roll back.
+/// POST /api/v1/tenants/{tenant}/apps/{app}/releases rolls back.
 pub async fn roll_back(
     scope: TenantScope<Deploy>,
     req: HttpRequest,

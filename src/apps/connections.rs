@@ -1,5 +1,5 @@
-//! What apps ask of the network, and what the network says to it. The question is declared here; the noun
-//! that answers stands to the right and is wired at start.
+//! The interface between apps and the network. Apps declare it here; the noun `networks` implements it, and
+//! startup wires the two.
 
 use sqlx::PgConnection;
 
@@ -12,40 +12,41 @@ use crate::fault::Fault;
 use crate::ids::{AppId, AppName, TenantId};
 use crate::reconcile::Failure;
 
-/// The kind of the work that brings a tenant's connections into force; the object is the tenant.
+/// The kind of the work that applies a tenant's connections. The object is the tenant.
 pub const WORK: &str = "network";
 
-/// An app, as far as the network is concerned.
+/// An app as the network sees it.
 #[derive(Debug, Clone)]
 pub struct Connecting {
     /// Identity.
     pub id: AppId,
     /// Name.
     pub name: AppName,
-    /// Where it serves.
+    /// The port that it serves on.
     pub port: Option<Serves>,
-    /// What it asks to reach.
+    /// The connections that it requests.
     pub connects: Connects,
 }
 
-/// What decides about an app's connections.
+/// Decides about an app's connections.
 #[async_trait::async_trait]
 pub trait Connections: Send + Sync + 'static {
-    /// What of it the tenant does not have, by what was decided: a fault each.
+    /// Returns a fault for each unresolved reference: a service, app or egress target that the tenant may not use.
     async fn absent(
         &self,
         conn: &mut PgConnection,
         tenant: &TenantRef,
         connects: &Connects,
     ) -> Result<Vec<Fault>, Error>;
-    /// What of it the tenant cannot have, also by what the machine closes: a fault each.
+    /// Returns the faults of [`Connections::absent`], and a fault for each target that the machine blocks.
     async fn missing(
         &self,
         conn: &mut PgConnection,
         tenant: &TenantRef,
         connects: &Connects,
     ) -> Result<Vec<Fault>, Error>;
-    /// An app has come, changed or gone: within the transaction in which it does. `words` says what.
+    /// Records that an app was created, changed or deleted, within the same transaction. `words` describes the
+    /// change.
     async fn changed(
         &self,
         conn: &mut PgConnection,
@@ -54,16 +55,16 @@ pub trait Connections: Send + Sync + 'static {
         app: AppId,
         words: String,
     ) -> Result<(), Error>;
-    /// Puts in force what a tenant's apps may talk to: before one of them starts.
+    /// Applies the network rules of a tenant's apps. Called before one of its apps starts.
     async fn settle(&self, tenant: TenantId) -> Result<(), Failure>;
 }
 
-/// The apps of a tenant that are not being deleted, by name.
+/// Lists the apps of a tenant that are not being deleted, by name.
 pub async fn list_connecting(conn: &mut PgConnection, tenant: TenantId) -> Result<Vec<Connecting>, Error> {
     store::list_current(conn, tenant).await?.into_iter().map(connecting).collect()
 }
 
-/// Those of these apps that are not being deleted, whosever they are.
+/// Lists those of the given apps that are not being deleted, for any tenant.
 pub async fn list_connecting_of(
     conn: &mut PgConnection,
     apps: &[(TenantId, AppId)],
@@ -78,7 +79,7 @@ fn connecting((id, name, spec): (AppId, AppName, serde_json::Value)) -> Result<C
     Ok(Connecting { id, name, port: spec.serves(), connects: spec.connects().clone() })
 }
 
-/// The identity of a tenant's app that is not being deleted.
+/// Returns the id of a tenant's app, unless the app is being deleted.
 pub async fn find_id(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -88,7 +89,7 @@ pub async fn find_id(
     Ok(app.filter(|app| app.deleted_at.is_none()).map(|app| app.id))
 }
 
-/// The app that has the n-th address of the tenant's subnet.
+/// Returns the app with the n-th address of the tenant's subnet.
 pub async fn find_at(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -97,7 +98,7 @@ pub async fn find_at(
     store::find_at(conn, tenant, host).await
 }
 
-/// Which of these names the tenant has no app for.
+/// Returns the names that belong to no app of the tenant.
 pub async fn list_missing(
     conn: &mut PgConnection,
     tenant: TenantId,

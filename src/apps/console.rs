@@ -1,4 +1,4 @@
-//! The pages of apps: a tenant's apps, and one app with its state, releases and log.
+//! The console pages of apps: the apps of a tenant, and one app with its state, releases and log.
 
 use std::time::Duration;
 
@@ -99,7 +99,7 @@ fn amount(resource: Resource, n: i64) -> String {
     }
 }
 
-/// What is reserved or stored, with a bar each.
+/// A bar for each reserved or stored resource.
 fn bars(quota: &Quota) -> Vec<Bar> {
     let stored = quota.iter().filter(|(resource, _)| resource.definition().how == How::Stored);
     stored
@@ -115,7 +115,7 @@ fn bars(quota: &Quota) -> Vec<Bar> {
         .collect()
 }
 
-/// What is counted, and the bounds that nothing is counted against.
+/// Counted resources, and limits without a counter.
 fn limit_rows(quota: &Quota) -> Vec<LimitRow> {
     let others = quota.iter().filter(|(resource, _)| resource.definition().how != How::Stored);
     others
@@ -314,13 +314,13 @@ pub async fn app_page(
         user: format!("{}:{}", release.user.uid, release.user.gid),
         uids: format!("{} to {}", app.uid_start, app.uid_start + app.uid_size - 1),
         limits: format!(
-            "{} cores, {} of memory (scratch counts within)",
+            "{} cores, {} of memory (scratch included)",
             cores(i64::from(spec.cpu_millis())),
             bytes(i64::try_from(spec.memory()).unwrap_or(i64::MAX))
         ),
-        reaches: if names.is_empty() { "nothing".into() } else { names.join(", ") },
+        reaches: if names.is_empty() { "Nothing".into() } else { names.join(", ") },
         reserved: app.peak.words(),
-        seen: app.observed_at.map_or_else(|| "not yet".into(), when),
+        seen: app.observed_at.map_or_else(|| "Never".into(), when),
         events: events.into_iter().map(|Event { at, text, .. }| EventRow { at: when(at), text }).collect(),
         address: own.of(&req).unwrap_or_default(),
         name: app.name.to_string(),
@@ -355,7 +355,7 @@ fn release_row(release: Release, current: i64) -> ReleaseRow {
     ReleaseRow {
         revision: release.revision,
         current: release.revision == current,
-        note: release.rolled_back_to.map(|n| format!("back to {n}")).unwrap_or_default(),
+        note: release.rolled_back_to.map(|n| format!("rollback to {n}")).unwrap_or_default(),
         image: release.image(),
         short: release.digest.short().to_owned(),
         digest: release.digest.to_string(),
@@ -364,7 +364,7 @@ fn release_row(release: Release, current: i64) -> ReleaseRow {
     }
 }
 
-/// The newest lines; a page is never held up by a log.
+/// Returns the newest log lines. A timeout of two seconds keeps a slow log from delaying the page.
 async fn last_lines(
     driver: &dyn Driver,
     scope: &TenantScope<ReadTenant>,
@@ -384,7 +384,7 @@ async fn last_lines(
         lines.into_iter().collect::<Result<Vec<_>, _>>()
     };
     match tokio::time::timeout(Duration::from_secs(2), read).await {
-        Ok(Ok(lines)) => (lines.iter().map(logs::line_for_people).collect(), "Nothing was written yet."),
+        Ok(Ok(lines)) => (lines.iter().map(logs::line_for_people).collect(), "The log is empty."),
         _ => (Vec::new(), "The log cannot be read right now."),
     }
 }

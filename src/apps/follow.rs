@@ -1,5 +1,5 @@
-//! Follows what the driver sees and writes it down: on change only. Drift is looked for in bulk:
-//! what the driver does not know of, or holds in an older form, is enqueued.
+//! Follows the driver's observations and stores them when they change. Drift is searched for in bulk: an app
+//! that the driver does not know, or knows in an older generation, is enqueued.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,15 +10,16 @@ use tokio_util::sync::CancellationToken;
 
 use super::sight::Sight;
 use super::{actions, store};
+use crate::db;
 use crate::driver::{AppObserved, Driver, Observed};
 use crate::error::Error;
 use crate::ids::{AppId, TenantId};
 use crate::reconcile::{Waker, bring_forward, enqueue};
 
-/// How long one question waits for something new. An answer is also how it is known that the agent is there.
+/// How long one request waits for a change. Each answer also proves that the agent is alive.
 const WAIT: Duration = Duration::from_secs(4);
 
-/// Follows until `stop`. A cut connection is taken up again, with everything from the start.
+/// Follows until `stop`. After a lost connection it starts again with a complete observation.
 pub async fn follow(
     pool: PgPool,
     driver: Arc<dyn Driver>,
@@ -48,7 +49,7 @@ pub async fn follow(
             None => away = false,
             Some(error) => {
                 if !away {
-                    tracing::warn!(error, "what runs cannot be followed; trying on");
+                    tracing::warn!(error, "cannot observe the running apps; retrying");
                 }
                 away = true;
                 cursor = None;
@@ -67,7 +68,7 @@ async fn record(pool: &PgPool, waker: &Waker, observed: &Observed) -> Result<(),
     }
     let mut conn = pool.acquire().await?;
     store::insert_machine_events(&mut conn, &observed.machine).await?;
-    // Another run of the agent may hold other walls: what was decided is held against them again.
+    // A restarted agent may have other blocked ranges: check the decisions against them again.
     if observed.complete {
         bring_forward(&mut conn, super::connections::WORK, 10.0).await?;
     }
@@ -79,7 +80,7 @@ async fn record(pool: &PgPool, waker: &Waker, observed: &Observed) -> Result<(),
 }
 
 async fn record_app(pool: &PgPool, seen: &AppObserved) -> Result<(), Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin_for_all(pool).await?;
     store::set_observed(&mut tx, seen).await?;
     store::insert_events(&mut tx, seen.app_id, &seen.events).await?;
     if seen.settled {
@@ -89,7 +90,7 @@ async fn record_app(pool: &PgPool, seen: &AppObserved) -> Result<(), Error> {
     Ok(())
 }
 
-/// When only the desired revision runs, nothing of the former one needs to stay reserved.
+/// Releases the reservation of the previous revision once only the desired revision runs.
 async fn settle(conn: &mut sqlx::PgConnection, seen: &AppObserved) -> Result<(), Error> {
     let Some(app) = store::find_app_by_id(conn, seen.app_id).await? else { return Ok(()) };
     if app.generation != seen.generation || app.revision != seen.revision || app.deleted_at.is_some() {
@@ -102,7 +103,7 @@ async fn settle(conn: &mut sqlx::PgConnection, seen: &AppObserved) -> Result<(),
     if wanted == app.peak && wanted.reserved() == app.reserved {
         return Ok(());
     }
-    // The order of locks is that of a deploy: quota first, then what stands now.
+    // Lock in the same order as a deploy: the quota first, then read the current row.
     store::lock_quota(conn, app.tenant_id).await?;
     let Some(app) = store::find_app_by_id(conn, seen.app_id).await? else { return Ok(()) };
     if app.generation == seen.generation && app.deleted_at.is_none() {
@@ -112,7 +113,7 @@ async fn settle(conn: &mut sqlx::PgConnection, seen: &AppObserved) -> Result<(),
     Ok(())
 }
 
-/// Compares everything that the driver knows with everything that it should know.
+/// Compares all apps that the driver knows with all apps that it should know.
 async fn enqueue_drift(pool: &PgPool, seen: &[AppObserved]) -> Result<bool, Error> {
     const PAGE: i64 = 1_000;
     let known: HashMap<AppId, i64> = seen.iter().map(|app| (app.app_id, app.generation)).collect();
@@ -132,9 +133,9 @@ async fn enqueue_drift(pool: &PgPool, seen: &[AppObserved]) -> Result<bool, Erro
             .collect();
         if !missing.is_empty() {
             found = true;
-            let mut tx = pool.begin().await?;
+            let mut tx = db::begin_for_all(pool).await?;
             for (id, tenant) in missing {
-                // The place has to be there first; a lost journal loses both.
+                // The tenant's network has to exist first; a lost journal loses both.
                 enqueue(&mut tx, crate::tenants::actions::WORK, tenant.0, tenant).await?;
                 enqueue(&mut tx, actions::WORK, id.0, tenant).await?;
             }

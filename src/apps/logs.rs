@@ -1,4 +1,4 @@
-//! Logs over the API: relayed from the driver, cleaned for whoever looks.
+//! Logs over the API: relayed from the driver, with control characters escaped.
 
 use std::time::Duration;
 
@@ -36,8 +36,8 @@ fn hundred() -> u32 {
     100
 }
 
-/// A text without anything that a terminal would obey: control characters, and the characters that
-/// turn the direction of writing, are shown as their code.
+/// Returns the text without characters that a terminal would obey. Control characters, and characters that
+/// change the direction of writing, are shown as their code.
 #[must_use]
 pub fn clean(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -51,8 +51,8 @@ pub fn clean(text: &str) -> String {
     out
 }
 
-/// One line for people. The stream and the time are the platform's; what the app wrote comes last,
-/// so that it cannot pretend to be them.
+/// Formats one line as plain text. The platform's time and stream come first and the app's text last, so an app
+/// cannot forge them.
 #[must_use]
 pub fn line_for_people(line: &LogLine) -> String {
     let stream = match line.stream {
@@ -64,8 +64,8 @@ pub fn line_for_people(line: &LogLine) -> String {
     format!("{at} {} {stream} {}\n", line.instance, clean(&line.text))
 }
 
-/// GET /api/v1/tenants/{tenant}/apps/{app}/logs. Lines for people, or with
-/// `Accept: application/x-ndjson` one JSON object a line.
+/// GET /api/v1/tenants/{tenant}/apps/{app}/logs. Answers plain text lines, or one JSON object a line for
+/// `Accept: application/x-ndjson`.
 pub async fn get_logs(
     scope: TenantScope<ReadTenant>,
     req: HttpRequest,
@@ -115,11 +115,11 @@ pub async fn get_logs(
     Ok(HttpResponse::Ok().content_type(kind).streaming(body))
 }
 
-/// How often somebody who follows a log is looked at again.
+/// How often the access of a log's reader is checked again.
 const AGAIN: Duration = Duration::from_secs(4);
 
-/// The same lines, as long as whoever reads them may: a session that ends, a token that is revoked, a role
-/// that is taken away, a tenant that is suspended or leaves ends the stream.
+/// Passes the lines on while the reader may read them. The stream ends when the session ends, the token or the
+/// role is revoked, or the tenant is suspended or offboarded.
 fn watched(
     lines: LogStream,
     pool: PgPool,
@@ -134,7 +134,7 @@ fn watched(
                 tokio::select! {
                     line = lines.next() => return line.map(|line| (line, (lines, tick, pool, means, tenant))),
                     _ = tick.tick() => {
-                        // A database that is away for a moment ends nothing.
+                        // A database that is briefly unavailable ends no stream.
                         if matches!(still_may::<ReadTenant>(&pool, &means, &tenant).await, Ok(false)) {
                             return None;
                         }

@@ -1,4 +1,4 @@
-//! Apps: the safe spec, releases, and what is seen of them.
+//! Apps: the safe spec, releases, and their observed state.
 
 use serde::Serialize;
 use time::OffsetDateTime;
@@ -24,11 +24,11 @@ mod view;
 pub use release::{Release, render_example};
 pub use reservation::Peak;
 
-/// Removes what has had its time.
+/// Removes expired machine events, refused field names and releases.
 pub async fn prune(pool: &sqlx::PgPool) -> Result<(), crate::error::Error> {
     let mut conn = pool.acquire().await?;
     store::prune(&mut conn).await?;
-    // A batch at a time: what is left after so many has another hour.
+    // Work in batches; the next hourly run removes the rest.
     for _ in 0..10_000 {
         if store::prune_releases(&mut conn, 500).await? == 0 {
             break;
@@ -37,7 +37,7 @@ pub async fn prune(pool: &sqlx::PgPool) -> Result<(), crate::error::Error> {
     Ok(())
 }
 
-/// Something that was found and done on the machine.
+/// Something that the agent found or did on the machine.
 #[derive(Debug, Clone, Serialize)]
 pub struct MachineEvent {
     /// Number.
@@ -45,13 +45,13 @@ pub struct MachineEvent {
     /// When.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
-    /// A stable word: `firewall_repaired`, `probe_alarm`, `flow_left_out`, ...
+    /// Stable machine-readable kind: `firewall_repaired`, `probe_alarm`, `flow_left_out`, ...
     pub kind: String,
-    /// A sentence for people.
+    /// A sentence for the user.
     pub text: String,
 }
 
-/// Events of the machine by number, the newest first: for the platform.
+/// Lists the machine's events by number, newest first. For platform roles only.
 pub async fn list_machine_events(
     conn: &mut sqlx::PgConnection,
     before: i64,
@@ -69,42 +69,42 @@ pub struct App {
     pub tenant_id: TenantId,
     /// Name.
     pub name: AppName,
-    /// Raised by each change.
+    /// Raised by every change.
     pub generation: i64,
-    /// The last one that the engine's side has taken over.
+    /// The last generation that the driver has accepted.
     pub observed_generation: i64,
-    /// The release that is desired.
+    /// The desired release.
     pub revision: i64,
-    /// The largest of what still runs and what shall run.
+    /// The largest demand among the releases that still run and the desired one.
     pub peak: Peak,
-    /// What is reserved for it.
+    /// The quota reserved for the app.
     pub reserved: reservation::Reserved,
     /// First of its host ids.
     pub uid_start: i64,
     /// Number of its host ids.
     pub uid_size: i64,
-    /// What was last seen.
+    /// The last observed state.
     pub observed: Option<AppObserved>,
-    /// When that was.
+    /// When it was observed.
     pub observed_at: Option<OffsetDateTime>,
-    /// What keeps the platform from going on.
+    /// The problem that blocks reconciliation.
     pub problem: Option<String>,
     /// When it was first deployed.
     pub created_at: OffsetDateTime,
     /// When it was last changed.
     pub changed_at: OffsetDateTime,
-    /// When its removal was asked for.
+    /// When its deletion was requested.
     pub deleted_at: Option<OffsetDateTime>,
 }
 
-/// Something that was found or done.
+/// Something that the platform found or did for an app.
 #[derive(Debug, Clone, Serialize)]
 pub struct Event {
     /// When.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
-    /// A stable word.
+    /// Stable machine-readable kind.
     pub kind: String,
-    /// A sentence.
+    /// A sentence for the user.
     pub text: String,
 }

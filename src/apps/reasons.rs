@@ -1,10 +1,10 @@
-//! Why an app is not what it shall be, in words: what it waits for, what is wrong with an instance, and which lines of
-//! its log name the error.
+//! Explains why an app is not in its desired state: what it waits for, what is wrong with an instance, and
+//! which lines of its log name the error.
 
 use super::sight::clock;
 use crate::driver::{Cause, Ending, Fetching, InstanceObserved, InstanceState};
 
-/// How far an app is on its way to a release: what runs of an earlier one does not count.
+/// Describes the progress of a deploy. Instances of earlier releases do not count.
 pub(super) fn progress(instances: &[InstanceObserved], revision: i64, wanted: u32) -> String {
     let well = |i: &&InstanceObserved| i.state == InstanceState::Running;
     let new = instances.iter().filter(well).filter(|i| i.revision == revision).count();
@@ -14,7 +14,8 @@ pub(super) fn progress(instances: &[InstanceObserved], revision: i64, wanted: u3
     }
 }
 
-/// What an app waits for while nothing is wrong; `taken` is whether the machine knows the desired release.
+/// Describes what an app waits for while nothing is wrong. `taken` tells whether the machine knows the desired
+/// release.
 pub(super) fn waiting(
     instances: &[InstanceObserved],
     (revision, wanted): (i64, u32),
@@ -25,7 +26,7 @@ pub(super) fn waiting(
         return fetch(fetching);
     }
     if !taken {
-        return format!("Release {revision} is being handed to the machine.");
+        return format!("Release {revision} is being sent to the machine.");
     }
     let of = |state: InstanceState| move |i: &&InstanceObserved| i.revision == revision && i.state == state;
     let first = |state| instances.iter().find(of(state));
@@ -50,7 +51,7 @@ pub(super) fn waiting(
         return format!("Instance {} is starting since {}: it is not ready yet.", i.number, clock(since));
     }
     if let Some(i) = first(InstanceState::Preparing) {
-        return format!("Instance {} is being made since {}.", i.number, clock(i.since));
+        return format!("Instance {} is being created since {}.", i.number, clock(i.since));
     }
     if let Some(i) = instances.iter().find(|i| i.state == InstanceState::Stopping) {
         let until = "until it ends or its stop_grace is over";
@@ -64,15 +65,15 @@ pub(super) fn waiting(
     let there = instances.iter().filter(|i| i.revision == revision).count();
     let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
     if there < wanted {
-        "The next instance is about to be made.".to_owned()
+        "The next instance is about to be created.".to_owned()
     } else if instances.iter().any(|i| i.revision != revision) {
         "An instance of an earlier release is about to be stopped.".to_owned()
     } else {
-        "The last step is being looked at.".to_owned()
+        "The last step is being checked.".to_owned()
     }
 }
 
-/// What a fetch has come to.
+/// Describes the progress of an image pull.
 fn fetch(fetching: &Fetching) -> String {
     let release = fetching.revision;
     let since = clock(fetching.since);
@@ -84,31 +85,31 @@ fn fetch(fetching: &Fetching) -> String {
     let here = fetching.bytes >> 20;
     let of = match fetching.unpacked >> 20 {
         0 => String::new(),
-        of => format!(" of an image that takes {of} MiB unpacked"),
+        of => format!(" of an image of {of} MiB unpacked"),
     };
-    format!("Pulling the image of release {release} since {since}: {here} MiB are here so far{of}.")
+    format!("Pulling the image of release {release} since {since}: {here} MiB so far{of}.")
 }
 
-/// Ends in a row from which on an instance that runs is not called well.
+/// Consecutive ends from which a running instance counts as flapping.
 const FLAPS: u32 = 3;
 
-/// What is wrong with an instance that runs, but has ended again and again before.
+/// Describes an instance that runs now but ended repeatedly before.
 pub(super) fn flapping(instance: &InstanceObserved) -> Option<String> {
     let ending = instance.last_end.as_ref().filter(|_| instance.failures >= FLAPS)?;
     let (number, times) = (instance.number, instance.failures);
     Some(format!("Instance {number} has ended {times} times in a row and runs again. {}", ended(ending)))
 }
 
-/// Why an instance that runs is not ready.
+/// Explains why a running instance is not ready.
 fn unready(instance: &InstanceObserved) -> Option<String> {
     let why = instance.why.as_ref()?;
     let word = if instance.state == InstanceState::Starting { "is starting" } else { "is not ready" };
     Some(format!("Instance {} {word}: {why}.", instance.number))
 }
 
-/// What is wrong with an instance, with its true reason.
+/// Describes the problem of an instance, with the reason of its last end.
 pub(super) fn trouble(instance: &InstanceObserved) -> Option<String> {
-    // An instance that starts again is in trouble until it has run: what ended it last may do so again.
+    // An instance that starts again still counts as troubled until it runs: the same cause may end it again.
     let bad = !matches!(instance.state, InstanceState::Running | InstanceState::Stopping);
     let ending = instance.last_end.as_ref()?;
     bad.then(|| ended(ending))
@@ -120,7 +121,7 @@ fn ended(ending: &Ending) -> String {
             Some(code) => format!("Exits with code {code} after {}", duration(ending.ran_ms)),
             None => format!("Ends after {}", duration(ending.ran_ms)),
         },
-        Cause::OutOfMemory => "Needs more memory than it has".to_owned(),
+        Cause::OutOfMemory => "Exceeds its memory limit".to_owned(),
         Cause::Killed => format!("Was killed after {}", duration(ending.ran_ms)),
         Cause::Unhealthy => "Its health check fails".to_owned(),
         Cause::ImageError => "Its image cannot be used".to_owned(),
@@ -141,10 +142,10 @@ fn lines(ending: &Ending) -> String {
     if told.is_empty() {
         return String::new();
     }
-    format!("; it says: {}", told.join(" ... "))
+    format!("; its log says: {}", told.join(" ... "))
 }
 
-/// Words by which a line names an error.
+/// Words that mark a line as an error.
 const NAMES: &[&str] = &[
     "error",
     "exception",
@@ -173,11 +174,11 @@ const NAMES: &[&str] = &[
     "caused by",
 ];
 
-/// The lines that name the error, at most three: the first one and the last one that do, with what follows a line that
-/// only announces it. Without any, the last line that says something.
+/// Returns at most three lines that name the error: the first and the last such line, each with its next line
+/// if it only announces the error. Without such a line, returns the last line with text.
 fn telling(lines: &[String]) -> Vec<&str> {
     let lines: Vec<&str> = lines.iter().map(|line| line.trim()).filter(|line| !line.is_empty()).collect();
-    // Where it happened is no reason: frames of Node, Java, Python and Go.
+    // A stack frame is no reason: skip frames of Node, Java, Python and Go.
     let frame = |line: &str| {
         line.starts_with("at ")
             || line.starts_with("File \"")
@@ -192,7 +193,7 @@ fn telling(lines: &[String]) -> Vec<&str> {
     let found: Vec<usize> = (0..lines.len()).filter(|n| names(lines[*n])).collect();
     for at in found.first().into_iter().chain(found.last()) {
         picked.push(*at);
-        // "thread 'main' panicked at src/main.rs:2:5:" stands above what it says.
+        // "thread 'main' panicked at src/main.rs:2:5:" precedes its message.
         if lines[*at].ends_with(':') && at + 1 < lines.len() && !frame(lines[at + 1]) {
             picked.push(at + 1);
         }
@@ -270,7 +271,7 @@ pub(super) mod tests {
         let told = |all: &[InstanceObserved]| waiting(all, (2, 2), true, None);
         let old = instance(1, 1, Running);
         for (state, words) in [
-            (Preparing, "Instance 3 is being made"),
+            (Preparing, "Instance 3 is being created"),
             (Starting, "Instance 3 is starting"),
             (Unhealthy, "Instance 3 is unhealthy"),
             (Waiting, "Instance 3 waits"),
@@ -278,13 +279,13 @@ pub(super) mod tests {
             let text = told(&[old.clone(), instance(3, 2, state)]);
             assert!(text.starts_with(words), "{text}");
         }
-        // The new ones run, an old one is still there.
+        // The new instances run, an old one remains.
         let new = [instance(3, 2, Running), instance(4, 2, Running)];
         let text = told(&[new[0].clone(), new[1].clone(), instance(1, 1, Stopping)]);
         assert!(text.starts_with("Waiting for instance 1 of release 1 to stop"), "{text}");
         assert!(told(&[new[0].clone()]).contains("next instance"));
         assert!(told(&[new[0].clone(), new[1].clone(), old]).contains("earlier release"));
-        assert!(waiting(&new, (3, 2), false, None).contains("handed to the machine"));
+        assert!(waiting(&new, (3, 2), false, None).contains("sent to the machine"));
         let mut fetching = Fetching {
             app: crate::ids::AppId(1),
             revision: 2,
@@ -294,7 +295,7 @@ pub(super) mod tests {
             unpacked: 300 << 20,
         };
         let text = waiting(&[], (2, 2), false, Some(&fetching));
-        assert!(text.contains("12 MiB are here so far of an image that takes 300 MiB"), "{text}");
+        assert!(text.contains("12 MiB so far of an image of 300 MiB"), "{text}");
         fetching.waits = true;
         assert!(waiting(&[], (2, 2), false, Some(&fetching)).contains("waits for its turn"));
     }

@@ -1,5 +1,5 @@
-//! Brings one app to what is desired: hands the compiled workload to the driver, or removes it.
-//! What runs is then watched by the driver itself; `follow.rs` writes down what it sees.
+//! Brings one app to its desired state: hands the compiled workload to the driver, or removes it. The driver
+//! then watches the instances itself; `follow.rs` stores its observations.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +11,7 @@ use super::release::{Place, Running};
 use super::reservation::Reserved;
 use super::{App, actions, store};
 use crate::config::Pools;
+use crate::db;
 use crate::driver::workload::IdRange;
 use crate::driver::{Driver, Removal};
 use crate::error::Error;
@@ -25,13 +26,13 @@ pub struct AppReconciler {
     pub pool: PgPool,
     /// Pools of the installation.
     pub pools: Pools,
-    /// What runs workloads.
+    /// Runs workloads.
     pub driver: Arc<dyn Driver>,
-    /// The registry, for keeper tags.
+    /// The registry, for the tags that keep deployed digests.
     pub registry: Distribution,
     /// Credentials for pulls.
     pub secrets: PullSecrets,
-    /// What decides about connections.
+    /// Decides about connections.
     pub connections: Arc<dyn Connections>,
 }
 
@@ -65,19 +66,24 @@ impl AppReconciler {
         let mut conn = self.pool.acquire().await?;
         let release = store::find_release(&mut conn, app.tenant_id, app.id, app.revision)
             .await?
-            .ok_or_else(|| Error::internal("an app without its release"))?;
+            .ok_or_else(|| Error::internal("the app's current release is missing"))?;
         let state = tenants::tenant_state(&mut conn, app.tenant_id).await?;
         let number = tenants::tenant_network(&mut conn, app.tenant_id).await?;
-        let subnet = self.pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))?;
+        let subnet = self
+            .pools
+            .subnet(number)
+            .ok_or_else(|| Error::internal("the tenant's network number is outside the pool"))?;
         let addresses = store::list_addresses(&mut conn, app.tenant_id, app.id, subnet).await?;
         let bytes =
             registries::image_bytes(&mut conn, app.tenant_id, &release.repository, &release.digest).await?;
         drop(conn);
-        // A deployed digest is kept, whatever the tenant does to its tags.
+        // Keep the deployed digest, even if the tenant moves or deletes its tags.
         self.registry.put_keeper_tag(tenant, &release.repository, &release.index_digest).await?;
         fail::fail_point!("apps::kept", |_| Err(Failure::Transient("failpoint".into())));
         let pull = self.secrets.mint(tenant, &release.repository)?.for_bytes(bytes);
-        let id = |n: i64| u32::try_from(n).map_err(|_| Failure::Permanent("an id beyond its bounds".into()));
+        let id = |n: i64| {
+            u32::try_from(n).map_err(|_| Failure::Permanent("a user id of the app exceeds 32 bits".into()))
+        };
         let workload = release.workload(Place {
             tenant: tenant.clone(),
             app: app.name.clone(),
@@ -88,11 +94,11 @@ impl AppReconciler {
             addresses,
             running: if state == "active" { Running::Yes } else { Running::Suspended },
         })?;
-        // A range that was given for this app has to be known before a block of it is used.
+        // The agent must know the id range of this app before it uses a block of that range.
         let grant = tenants::reconcile::grant(&self.pool, &self.pools, app.tenant_id, tenant).await?;
         self.driver.ensure_tenant(&grant).await?;
-        // What it may talk to is open before its first instance starts. Where nothing is to run, nothing of the
-        // network keeps what runs from being stopped.
+        // Apply the connections before the first instance starts. When nothing is to run, stop the instances
+        // first: a network problem must not keep them running.
         let runs = workload.instances > 0;
         if runs {
             self.connections.settle(app.tenant_id).await?;
@@ -106,14 +112,14 @@ impl AppReconciler {
     }
 
     async fn remove(&self, tenant: &TenantName, app: &App) -> Result<Outcome, Failure> {
-        // The row goes only after absence was seen twice.
+        // Delete the row only after the driver confirmed the absence twice.
         for _ in 0..2 {
             if self.driver.remove_app(tenant, &app.name, app.id).await? != Removal::Gone {
                 return Ok(Outcome::Again(Duration::from_millis(300)));
             }
         }
         fail::fail_point!("apps::removed", |_| Err(Failure::Transient("failpoint".into())));
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.pool).await?;
         store::lock_quota(&mut tx, app.tenant_id).await?;
         if store::set_removed(&mut tx, app.tenant_id, app.id).await? {
             let reserved = store::find_reserved(&mut tx, app.tenant_id, app.id).await?;
@@ -135,7 +141,7 @@ impl AppReconciler {
     }
 }
 
-/// The apps of a tenant that leaves.
+/// Removes the apps of a tenant that is being offboarded.
 pub struct AppsOfTenant {
     /// Database.
     pub pool: PgPool,
@@ -148,7 +154,7 @@ impl Belongings for AppsOfTenant {
     }
 
     async fn remove(&self, tenant: TenantId, _: &TenantName) -> Result<Left, Failure> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.pool).await?;
         for name in store::list_undeleted(&mut tx, tenant).await? {
             let Some(app) = store::find_app(&mut tx, tenant, &name).await? else { continue };
             store::set_deleted(&mut tx, tenant, app.id).await?;

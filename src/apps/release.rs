@@ -1,4 +1,4 @@
-//! A release: a spec and the digest that its image had, for ever. Rolling back makes a new one.
+//! A release: a spec and the digest of its image, immutable. A rollback makes a new release.
 
 use serde_json::Value;
 use time::OffsetDateTime;
@@ -8,7 +8,7 @@ use crate::driver::workload::{IdRange, InsideUser, Update, Workload, WorkloadIma
 use crate::error::Error;
 use crate::ids::{AppId, AppName, Digest, RepositoryPath, Tag, TenantName};
 
-/// What was released.
+/// A release.
 #[derive(Debug, Clone)]
 pub struct Release {
     /// Its number within the app.
@@ -17,27 +17,27 @@ pub struct Release {
     pub spec: Value,
     /// Repository of the image.
     pub repository: RepositoryPath,
-    /// Tag as asked for; none when the spec names a digest.
+    /// Tag from the spec; none when the spec names a digest.
     pub tag: Option<Tag>,
-    /// Digest that the tag or the spec stood for: of an index or of the manifest itself.
+    /// Digest that the tag or the spec resolved to: an index, or the manifest itself.
     pub index_digest: Digest,
     /// Digest of the manifest that runs.
     pub digest: Digest,
-    /// User inside.
+    /// User inside the container.
     pub user: InsideUser,
-    /// Its supplementary groups inside.
+    /// Its supplementary groups inside the container.
     pub groups: Vec<u16>,
-    /// What the preflight said.
+    /// Warnings of the image preflight.
     pub warnings: Value,
-    /// The revision that this one brings back.
+    /// The revision that this rollback restores.
     pub rolled_back_to: Option<i64>,
-    /// Who.
+    /// Account that made the release.
     pub actor: String,
     /// When.
     pub created_at: OffsetDateTime,
 }
 
-/// What the database knows of an app beside its release, for the workload.
+/// Facts about an app from the database that complete its workload.
 #[derive(Debug)]
 pub struct Place {
     /// Tenant.
@@ -50,30 +50,30 @@ pub struct Place {
     pub generation: i64,
     /// Epoch of the lease.
     pub epoch: i64,
-    /// Host ids.
+    /// User ids on the host.
     pub block: IdRange,
     /// Addresses.
     pub addresses: Vec<std::net::Ipv4Addr>,
-    /// Whether it shall run at all; a suspended tenant's apps do not.
+    /// Whether it may run: apps of a suspended tenant may not.
     pub running: Running,
 }
 
-/// Whether an app shall run.
+/// Whether an app may run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Running {
-    /// As many instances as the spec says.
+    /// The number of instances in the spec.
     Yes,
-    /// None, because the tenant is suspended.
+    /// No instances, because the tenant is suspended.
     Suspended,
 }
 
 impl Release {
-    /// The spec, parsed again: what the database holds went through the same door.
+    /// Parses the spec again. The stored spec passed the same parser when it was accepted.
     pub fn parse_spec(&self) -> Result<AppSpec, Error> {
         AppSpec::from_stored(&self.spec).map_err(|_| Error::internal("a stored spec has faults"))
     }
 
-    /// The image as people write it.
+    /// Returns the image in the form that users write.
     #[must_use]
     pub fn image(&self) -> String {
         match &self.tag {
@@ -82,8 +82,8 @@ impl Release {
         }
     }
 
-    /// Compiles the release into what a driver runs. Pure: every field that matters is written
-    /// here, nothing is copied through.
+    /// Compiles the release into the workload that a driver runs. Pure: sets every field explicitly and copies
+    /// nothing through.
     pub fn workload(&self, place: Place) -> Result<Workload, Error> {
         let spec = self.parse_spec()?;
         Ok(Workload {
@@ -113,8 +113,7 @@ impl Release {
     }
 }
 
-/// What a spec compiles to, with example ids, digest and address: for people who want to see it
-/// without a platform.
+/// Compiles a spec with example ids, digest and address, to inspect the result without a platform.
 pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error> {
     use crate::driver::agent::config::AgentConfig;
     use crate::driver::podman::{inside, render};

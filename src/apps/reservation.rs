@@ -1,6 +1,6 @@
-//! What an app takes from its tenant's quota. A rolling update runs one extra instance at a time;
-//! that one stays reserved, so that a rollback or a repair never meets a full quota. While a
-//! change is under way, old and new instances count together, each with its own size.
+//! The quota that an app reserves. A rolling update runs one extra instance at a time. The reservation for it
+//! stays, so a rollback or a repair never fails for lack of quota. During a change, old and new instances count
+//! together, each with its own size.
 
 use serde::ser::{Serialize, SerializeStruct as _, Serializer};
 
@@ -8,12 +8,12 @@ use super::spec::AppSpec;
 use crate::fault::{Code, Fault, Kind};
 use crate::quotas::{Amount, Quota, Resource, print_cpu};
 
-/// The largest of what still runs and what shall run.
+/// The largest demand among the releases that still run and the desired one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peak {
-    /// Instances, without the extra one.
+    /// Instances without the extra one for updates.
     pub instances: i64,
-    /// The extra one for rolling updates: 1, or 0 for `singleton` and for 0 instances.
+    /// Extra instances for rolling updates: 1, or 0 for `singleton` and for 0 instances.
     pub surge: i64,
     /// Thousandths of a core of one instance.
     pub cpu_millis: i64,
@@ -21,7 +21,7 @@ pub struct Peak {
     pub memory: i64,
 }
 
-/// What is taken from the quota. In answers, cpu stands as a spec has it and in thousandths.
+/// Amounts reserved in the quota. Answers contain cpu in the form of a spec and in thousandths.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Reserved {
     /// Thousandths of a core.
@@ -44,7 +44,7 @@ impl Serialize for Reserved {
 }
 
 impl Peak {
-    /// Of a spec alone.
+    /// Returns the demand of one spec.
     #[must_use]
     pub fn of(spec: &AppSpec) -> Self {
         let instances = i64::from(spec.instances());
@@ -56,7 +56,7 @@ impl Peak {
         }
     }
 
-    /// While one gives way to the other.
+    /// Returns the larger value of each field, for the time in which both run.
     #[must_use]
     pub fn max(self, other: Self) -> Self {
         Self {
@@ -67,7 +67,7 @@ impl Peak {
         }
     }
 
-    /// What it takes from the quota.
+    /// Returns the quota that this demand reserves.
     #[must_use]
     pub fn reserved(self) -> Reserved {
         let instances = self.instances + self.surge;
@@ -78,7 +78,7 @@ impl Peak {
         }
     }
 
-    /// In words, as in "1 running + 1 for updates".
+    /// Describes the instances, such as "1 running + 1 for updates".
     #[must_use]
     pub fn words(self) -> String {
         match (self.instances, self.surge) {
@@ -89,7 +89,7 @@ impl Peak {
     }
 }
 
-/// The most that old and new instances of these numbers and sizes take together: never more than `places` at a time.
+/// Returns the largest sum of sizes when at most `places` instances run, old and new ones together.
 fn together(places: i64, (old, old_size): (i64, i64), (new, new_size): (i64, i64)) -> i64 {
     let (first, then) = if new_size >= old_size {
         ((new, new_size), (old, old_size))
@@ -101,13 +101,13 @@ fn together(places: i64, (old, old_size): (i64, i64), (new, new_size): (i64, i64
     many.saturating_mul(first.1).saturating_add(rest.saturating_mul(then.1))
 }
 
-/// What is there at most while an app becomes what is wanted. `known` are the largest number and size of what runs, and
-/// what is reserved for it.
+/// Returns the largest demand while an app changes from `known` to `wanted`. `known` holds the largest number
+/// and size of the running instances, and their reservation.
 fn moving((known, reserved): (Peak, Reserved), wanted: Peak) -> Reserved {
     let places = known.max(wanted).reserved().instances;
     let alone = wanted.reserved();
     let sum = |held: i64, after: i64, old_size: i64, new_size: i64| {
-        // A singleton's old instance is gone before the new one starts.
+        // A singleton's old instance ends before the new one starts.
         let most = if wanted.surge == 0 {
             held
         } else {
@@ -124,19 +124,20 @@ fn moving((known, reserved): (Peak, Reserved), wanted: Peak) -> Reserved {
     }
 }
 
-/// What a change asks for beyond what the app has already.
+/// A change's demand beyond the app's current reservation.
 #[derive(Debug, Clone, Copy)]
 pub struct Asked {
-    /// What the app has reserved; nothing when it is new.
+    /// Current reservation; none for a new app.
     before: Option<Reserved>,
-    /// What it needs until the change is through.
+    /// Reservation until the change is complete.
     after: Reserved,
-    /// What it needs from then on.
+    /// Demand after the change.
     wanted: Peak,
 }
 
 impl Asked {
-    /// For an app that is to become what is wanted; `known` is what it has, and has reserved, unless it is new.
+    /// Builds the demand of a change to `wanted`. `known` is the app's current demand and reservation; none for
+    /// a new app.
     #[must_use]
     pub fn new(known: Option<(Peak, Reserved)>, wanted: Peak) -> Self {
         Self {
@@ -146,14 +147,14 @@ impl Asked {
         }
     }
 
-    /// What is reserved until the change is through.
+    /// Returns the reservation until the change is complete.
     #[must_use]
     pub fn after(self) -> Reserved {
         self.after
     }
 }
 
-/// An amount in words.
+/// Formats an amount.
 fn tell(resource: Resource, amount: i64) -> String {
     match resource {
         Resource::Cpu => print_cpu(amount),
@@ -162,7 +163,7 @@ fn tell(resource: Resource, amount: i64) -> String {
     }
 }
 
-/// What to change about the quantity that is short, so that it fits.
+/// Suggests changes to the exceeded resource that would fit the quota.
 fn advice(resource: Resource, wanted: Peak, left: i64) -> String {
     let left = left.max(0);
     let mut ways = Vec::new();
@@ -172,7 +173,7 @@ fn advice(resource: Resource, wanted: Peak, left: i64) -> String {
         _ => (1, i64::MAX),
     };
     let places = wanted.instances + wanted.surge;
-    // A whole number of Mi is what a person writes.
+    // Users write whole numbers of Mi.
     let fits = left / places.max(1);
     let fits = if resource == Resource::Memory { fits >> 20 << 20 } else { fits };
     if fits >= least {
@@ -194,8 +195,8 @@ fn advice(resource: Resource, wanted: Peak, left: i64) -> String {
     )
 }
 
-/// Holds what is asked against what is left: a fault for each resource that does not suffice. Only
-/// what grows is refused, so that a tenant over a lowered limit can still make an app smaller.
+/// Compares a change with the remaining quota and returns a fault for each exceeded resource. Only growth is
+/// refused: a tenant over a lowered limit can still shrink an app.
 #[must_use]
 pub fn check(quota: &Quota, asked: Asked) -> Vec<Fault> {
     let mut faults = Vec::new();
@@ -215,9 +216,9 @@ pub fn check(quota: &Quota, asked: Asked) -> Vec<Fault> {
             (because, advice(resource, asked.wanted, left))
         } else {
             (
-                "until an update is through, old and new instances run together, each with its own size",
+                "old and new instances run together until an update is complete, each with its own size",
                 format!(
-                    "change what becomes smaller in {} first, and what becomes larger once that runs",
+                    "first deploy the change that lowers {}; deploy the increase once that release runs",
                     resource.name()
                 ),
             )
@@ -309,7 +310,7 @@ mod tests {
             told(&faults)[0].1.contains("cpu: 350m or less for each of 2, singleton: true"),
             "{faults:?}"
         );
-        // What the advice says, fits.
+        // A spec that follows the advice fits.
         let smaller = Peak { cpu_millis: 400, ..wanted };
         assert!(check(&roomy(Resource::Cpu, 1_600), Asked::new(None, smaller)).is_empty());
     }
@@ -325,20 +326,20 @@ mod tests {
     fn a_change_of_number_and_size_counts_what_is_really_there() {
         let many = Peak { instances: 14, surge: 1, cpu_millis: 10, memory: 20 };
         let large = Peak { instances: 1, surge: 1, cpu_millis: 250, memory: 20 };
-        // Fourteen old ones and the new one are 390m; two of the new ones are 500m from then on.
+        // Fourteen old instances and the new one take 390m; afterwards two new ones take 500m.
         let asked = Asked::new(Some(known(many)), large);
         assert_eq!(asked.after(), Reserved { cpu: 500, memory: 300, instances: 15 });
         assert!(check(&quota(1_000, 150), asked).is_empty());
-        // The way back: two large ones at most, and small ones in the other places.
+        // The reverse change: at most two large instances, and small ones in the other places.
         let back = Asked::new(Some(known(large)), many);
         assert_eq!(back.after().cpu, 2 * 250 + 13 * 10);
-        // The same number: the extra one is a large one.
+        // With the same number, the extra instance has the larger size.
         let grown = Peak { cpu_millis: 250, ..many };
         assert_eq!(Asked::new(Some(known(many)), grown).after().cpu, 15 * 250);
-        // One more change before the last one is through: what is there, and the new ones.
+        // Another change before the last one is complete: the current reservation plus the new instances.
         let held = (many.max(large), asked.after());
         assert_eq!(Asked::new(Some(held), large).after().cpu, 500 + 250);
-        // A singleton makes room before it starts.
+        // A singleton ends before its successor starts.
         let single = Peak { surge: 0, ..large };
         assert_eq!(Asked::new(Some(known(many)), single).after().cpu, 250);
         assert_eq!(Asked::new(Some(known(single)), Peak { cpu_millis: 100, ..single }).after().cpu, 250);
@@ -351,8 +352,8 @@ mod tests {
         let faults = check(&quota(1_900, 1_500), Asked::new(Some(known(many)), large));
         assert_eq!(faults.len(), 1, "{faults:?}");
         assert!(faults[0].message.contains("asked 2100m, left 1900m"), "{}", faults[0].message);
-        assert!(told(&faults)[0].1.contains("becomes smaller in cpu first"), "{faults:?}");
-        // Too large in any case.
+        assert!(told(&faults)[0].1.contains("change that lowers cpu"), "{faults:?}");
+        // Too large even without an update.
         let faults = check(&quota(1_000, 900), Asked::new(None, large));
         assert!(told(&faults)[0].1.contains("ask an admin for more cpu"), "{faults:?}");
     }

@@ -1,5 +1,5 @@
-//! How fresh the picture of the running apps is: when the agent last answered, and whether its container engine does.
-//! A picture that is older than ten seconds is shown with its age, never as running.
+//! The age of the observed state: when the agent last answered, and whether its container engine answers. A
+//! state older than ten seconds is shown with its age, never as running.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,17 +11,17 @@ use time::OffsetDateTime;
 use crate::driver::{EngineSeen, Fetching};
 use crate::ids::AppId;
 
-/// A picture older than this is old.
+/// Maximum age of a fresh observation.
 pub const FRESH: Duration = Duration::from_secs(10);
 
-/// The picture of this process; clones share it.
+/// This process's view of the observations; clones share it.
 #[derive(Debug, Clone)]
 pub struct Sight(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// Requests for the picture's age, so that metrics need no clock of their own.
+    /// Answers of the agent since the process started.
     looks: AtomicU64,
 }
 
@@ -33,14 +33,14 @@ struct State {
     fetches: Vec<Fetching>,
 }
 
-/// Since when the agent has not answered.
+/// The agent has not answered for longer than [`FRESH`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Unseen {
-    /// The time of the last answer; none when there was none since this process started.
+    /// Time of the last answer; none if the agent never answered this process.
     pub since: Option<OffsetDateTime>,
 }
 
-/// The parts of the platform that run apps, for `/readyz`.
+/// The components that run apps, for `/readyz`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Parts {
     /// Whether the agent has answered within the last ten seconds.
@@ -53,7 +53,7 @@ pub struct Parts {
     /// The time since when the engine has not answered.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     pub engine_silent_since: Option<OffsetDateTime>,
-    /// Apps that hung the engine and were put aside.
+    /// Apps that the agent skips because they hung the engine.
     pub apps_put_aside: u32,
 }
 
@@ -70,7 +70,7 @@ impl Sight {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The agent has answered, and the answer is in the database.
+    /// Records an answer of the agent. Called after the answer is stored in the database.
     pub fn saw(&self, engine: EngineSeen, fetches: Vec<Fetching>) {
         let mut state = self.state();
         state.last = Some((Instant::now(), OffsetDateTime::now_utc()));
@@ -79,7 +79,8 @@ impl Sight {
         self.0.looks.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Since when apps are not seen; none while the picture is fresh. A process that has just started has its time too.
+    /// Returns since when apps are unobserved; none while the observation is fresh. A new process counts from
+    /// its start.
     #[must_use]
     pub fn unseen(&self) -> Option<Unseen> {
         let state = self.state();
@@ -87,19 +88,19 @@ impl Sight {
         (at.elapsed() > FRESH).then(|| Unseen { since: state.last.map(|(_, at)| at) })
     }
 
-    /// The fetch that this app waits for.
+    /// Returns the image pull that this app waits for.
     #[must_use]
     pub fn fetching(&self, app: AppId) -> Option<Fetching> {
         self.state().fetches.iter().find(|fetching| fetching.app == app).cloned()
     }
 
-    /// Since when the engine has not answered; none while it does, or while nothing is known.
+    /// Returns since when the engine has not answered; none while it answers or nothing is known.
     #[must_use]
     pub fn engine_silent_since(&self) -> Option<OffsetDateTime> {
         self.state().engine.silent_since
     }
 
-    /// The parts, for `/readyz`.
+    /// Returns the components' state, for `/readyz`.
     #[must_use]
     pub fn parts(&self) -> Parts {
         let agent = self.unseen().is_none();
@@ -113,7 +114,7 @@ impl Sight {
         }
     }
 
-    /// Gauges in Prometheus' text form.
+    /// Renders gauges in the Prometheus text format.
     #[must_use]
     pub fn render(&self) -> String {
         let state = self.state();
@@ -129,7 +130,7 @@ impl Sight {
         )
     }
 
-    /// A picture of another age, for tests of what it looks like.
+    /// An observation of the given age, for tests.
     #[cfg(test)]
     pub(super) fn aged(age: Duration) -> Self {
         let sight = Self::default();
@@ -140,13 +141,13 @@ impl Sight {
     }
 }
 
-/// A time of the day as sentences have it.
+/// Formats a time of day for sentences.
 pub(super) fn clock(at: OffsetDateTime) -> String {
     format!("{:02}:{:02}:{:02} UTC", at.hour(), at.minute(), at.second())
 }
 
 impl Unseen {
-    /// The sentence of a summary, with the summary of the last picture.
+    /// Returns the summary for an unobserved app, with its last summary.
     #[must_use]
     pub fn words(self, last: &str) -> String {
         let at = self

@@ -1,4 +1,4 @@
-//! How the API shows an app.
+//! The API representation of an app.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -67,7 +67,7 @@ struct Condition {
     status: &'static str,
     reason: &'static str,
     message: String,
-    /// Where it is known.
+    /// Time of the last change, where it is known.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     since: Option<OffsetDateTime>,
 }
@@ -76,10 +76,10 @@ struct Condition {
 struct Observed {
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     at: Option<OffsetDateTime>,
-    /// While the agent does not answer, what follows is old: nobody knows what runs now.
+    /// Set while the agent does not answer: the following fields are then outdated.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     stale: bool,
-    /// The time of the agent's last answer, while it does not answer.
+    /// Time of the agent's last answer, set while it does not answer.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     seen_at: Option<OffsetDateTime>,
     revision: i64,
@@ -87,7 +87,8 @@ struct Observed {
     instances: Vec<InstanceObserved>,
 }
 
-/// The state of an app in one word and in one sentence. What cannot be seen is not called running.
+/// Returns the state of an app as one word and one sentence. An app that cannot be observed is never called
+/// running.
 #[must_use]
 pub(super) fn state(app: &App, wanted: u32, tenant_state: &str, sight: &Sight) -> (&'static str, String) {
     let (state, summary) = last_state(app, wanted, tenant_state, sight);
@@ -108,13 +109,13 @@ pub(super) fn state(app: &App, wanted: u32, tenant_state: &str, sight: &Sight) -
     }
 }
 
-/// The same by the last picture.
+/// Returns the state according to the last observation.
 fn last_state(app: &App, wanted: u32, tenant_state: &str, sight: &Sight) -> (&'static str, String) {
     if app.deleted_at.is_some() {
-        return ("deleting", "It is being removed.".into());
+        return ("deleting", "The app is being deleted.".into());
     }
     if tenant_state == "suspended" {
-        return ("stopped", "The tenant is suspended; nothing is lost.".into());
+        return ("stopped", "The tenant is suspended; its data is kept.".into());
     }
     let fetching = sight.fetching(app.id);
     let release = (app.revision, wanted);
@@ -124,7 +125,7 @@ fn last_state(app: &App, wanted: u32, tenant_state: &str, sight: &Sight) -> (&'s
     let Some(seen) = &app.observed else {
         let why = match &fetching {
             Some(_) => reasons::waiting(&[], release, false, fetching.as_ref()),
-            None => "It was accepted and is being set up.".into(),
+            None => "The app was accepted and is being set up.".into(),
         };
         return ("changing", format!("0 of {wanted} running. {why}"));
     };
@@ -132,7 +133,7 @@ fn last_state(app: &App, wanted: u32, tenant_state: &str, sight: &Sight) -> (&'s
     let taken = seen.generation == app.generation;
     if seen.settled && taken {
         if wanted == 0 {
-            return ("stopped", "It is stopped and kept: instances is 0.".into());
+            return ("stopped", "The app is stopped: instances is 0.".into());
         }
         return match seen.instances.iter().find_map(reasons::flapping) {
             Some(why) => ("flapping", format!("{well} of {wanted} running. {why}")),
@@ -140,7 +141,7 @@ fn last_state(app: &App, wanted: u32, tenant_state: &str, sight: &Sight) -> (&'s
         };
     }
     let progress = reasons::progress(&seen.instances, app.revision, wanted);
-    // What ails the desired release comes first: an earlier one is on its way out.
+    // Report the problem of the desired release first: earlier releases are ending.
     let trouble = || {
         let of = |desired: bool| {
             seen.instances
@@ -163,7 +164,7 @@ fn last_state(app: &App, wanted: u32, tenant_state: &str, sight: &Sight) -> (&'s
 }
 
 impl AppView {
-    /// From the rows; `release` is the desired one.
+    /// Builds the view from rows; `release` is the desired one.
     pub(super) fn new(
         tenant: (&TenantName, &str),
         app: App,
@@ -232,7 +233,8 @@ impl AppView {
         }
     }
 
-    /// Says whether the app has what it names under `connects`; what it lacks, it is told why.
+    /// Adds the condition `Connected`: whether the app has every connection in `connects`, with the reasons for
+    /// missing ones.
     pub(super) fn connected(mut self, missing: &[Fault]) -> Self {
         let (status, reason) = if missing.is_empty() { ("true", "AsNamed") } else { ("false", "Missing") };
         let message = missing.iter().map(|fault| fault.message.as_str()).collect::<Vec<_>>().join("; ");
@@ -336,32 +338,32 @@ mod tests {
             state(&app(1, 1, running(1)), 2, "active", &sight),
             ("running", "2 of 2 running.".to_owned())
         );
-        // Accepted, and the machine does not know of it yet.
+        // The machine does not know the accepted generation yet.
         let (word, text) = state(&app(2, 1, running(1)), 2, "active", &sight);
         assert_eq!(word, "changing");
         assert!(
             text.starts_with("0 of 2 running of release 2; 2 of an earlier one. Release 2 is being"),
             "{text}"
         );
-        // All new ones run, and an old one takes its time to stop.
+        // All new instances run, and an old one is still stopping.
         let mut late = running(2);
         late.push(instance(3, 1, Stopping));
         let (word, text) = state(&app(2, 2, late), 2, "active", &sight);
         assert_eq!(word, "changing");
         assert!(text.starts_with("2 of 2 running. Waiting for instance 3 of release 1 to stop"), "{text}");
-        // The image is on its way: of an update, and of a new app.
+        // The image is being pulled: for an update, and for a new app.
         let since = OffsetDateTime::UNIX_EPOCH;
         let fetching =
             Fetching { app: AppId(1), revision: 2, since, waits: false, bytes: 5 << 20, unpacked: 0 };
         sight.saw(EngineSeen::default(), vec![fetching]);
         let (_, text) = state(&app(2, 1, running(1)), 2, "active", &sight);
-        assert!(text.ends_with("5 MiB are here so far."), "{text}");
+        assert!(text.ends_with("5 MiB so far."), "{text}");
         let mut new = app(1, 1, Vec::new());
         new.observed = None;
         let (word, text) = state(&new, 2, "active", &sight);
         assert_eq!(word, "changing");
         assert!(text.starts_with("0 of 2 running. Pulling the image"), "{text}");
-        // A crash, with the line that names it.
+        // A crash is reported with the line that names the error.
         sight.saw(EngineSeen::default(), Vec::new());
         let mut bad = instance(3, 2, Failed);
         bad.last_end = Some(Ending {
@@ -376,6 +378,6 @@ mod tests {
         all.push(bad);
         let (word, text) = state(&app(2, 2, all), 2, "active", &sight);
         assert_eq!(word, "attention");
-        assert!(text.contains("it says: Error: no database") && !text.contains("Node.js"), "{text}");
+        assert!(text.contains("its log says: Error: no database") && !text.contains("Node.js"), "{text}");
     }
 }

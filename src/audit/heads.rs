@@ -1,5 +1,5 @@
-//! The chain's heads, outside the database: a line for each round in a file that only grows. Whoever cuts the
-//! newest rows off, with their seals, leaves a chain that fits; the head that is missing tells.
+//! Heads of the seal chain, outside the database: one line per round in an append-only file. An attacker who
+//! cuts off the newest rows with their seals leaves a valid chain. The missing head reveals it.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 
 use data_encoding::HEXLOWER;
 
-/// Size at which a file is put aside; the one before it is kept.
+/// Size in bytes at which the file is rotated. One rotated file is kept.
 const FULL: u64 = 8 << 20;
 
-/// Where heads are written, if anywhere.
+/// The file of the heads, if any.
 #[derive(Debug, Clone)]
 pub struct Heads(Option<PathBuf>);
 
 impl Heads {
-    /// In this file, or nowhere.
+    /// Writes heads to this file, or nowhere.
     #[must_use]
     pub fn in_file(path: Option<PathBuf>) -> Self {
         Self(path)
@@ -27,7 +27,7 @@ impl Heads {
         PathBuf::from(name)
     }
 
-    /// Appends a head; it is on the disk when this returns.
+    /// Appends a head. The head is on disk when this returns.
     pub fn append(&self, number: i64, mac: &[u8]) -> std::io::Result<()> {
         let Some(path) = &self.0 else { return Ok(()) };
         if fs::metadata(path).is_ok_and(|meta| meta.len() > FULL) {
@@ -38,7 +38,7 @@ impl Heads {
         file.sync_data()
     }
 
-    /// All heads that are kept, oldest first.
+    /// Reads all kept heads, oldest first.
     pub fn read(&self) -> std::io::Result<Vec<(i64, Vec<u8>)>> {
         let Some(path) = &self.0 else { return Ok(Vec::new()) };
         let mut heads = Vec::new();

@@ -1,5 +1,5 @@
-//! Who did what, when, to which object: written in the change's own transaction, insert-only, and sealed a
-//! second behind by a chain whose key is not in the database.
+//! Audit log: actor, action, object and time of each change. Rows are written in the transaction of the change
+//! and are insert-only. A chain seals them a second later, with a key that is not in the database.
 
 use std::collections::HashMap;
 
@@ -21,95 +21,95 @@ pub use store::{Filter, list, prepare_months, retire_months};
 /// One change.
 #[derive(Debug)]
 pub struct Event<'a> {
-    /// Tenant that it concerns; none for the platform's own.
+    /// The tenant. `None` for events of the platform itself.
     pub tenant: Option<TenantId>,
-    /// Who.
+    /// The actor.
     pub actor: &'a ActorId,
-    /// What, as `noun.verb`.
+    /// The action, as `noun.verb`.
     pub action: &'static str,
-    /// To which object, by name.
+    /// The name of the object.
     pub object: &'a str,
-    /// Within which request; the reconciler's name where there is none.
+    /// The request id, or the name of the reconciler.
     pub request_id: &'a str,
-    /// What else is worth knowing. Never a secret.
+    /// Further details. Never a secret.
     pub detail: Value,
 }
 
-/// Something that was refused. Equal ones are counted together.
+/// A refused request. Equal refusals share one count.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Refusal {
-    /// Tenant whose record it is on; none for the platform's.
+    /// The tenant whose log has the refusal. `None` for the platform's log.
     pub tenant: Option<TenantId>,
-    /// Who.
+    /// The actor.
     pub actor: String,
-    /// By which token.
+    /// The token of the actor.
     pub via: Option<String>,
-    /// What was asked for.
+    /// The requested object.
     pub object: String,
-    /// Why it was refused.
+    /// Reason of the refusal.
     pub reason: &'static str,
-    /// Address.
+    /// Network address.
     pub place: String,
 }
 
 impl Refusal {
-    /// One more of a place from which there were many different ones.
+    /// Merges this refusal into the common count of its network, which has too many different ones.
     #[must_use]
     pub fn folded(self) -> Self {
         Self { object: "many addresses".into(), reason: "various", place: self.place, ..Self::rest() }
     }
 
-    /// All that are too many to tell apart.
+    /// The common count of all refusals beyond the limit of a batch.
     #[must_use]
     pub fn rest() -> Self {
         Self {
             tenant: None,
             actor: "many".into(),
             via: None,
-            object: "more than could be told apart within a second".into(),
+            object: "too many different requests within a second".into(),
             reason: "various",
             place: "many".into(),
         }
     }
 }
 
-/// Refusals, each with how often it was.
+/// Refusals with their counts.
 pub type Refusals = HashMap<Refusal, u64>;
 
 /// A row as shown.
 #[derive(Debug, Clone, Serialize)]
 pub struct Entry {
-    /// Number: rises with time, with gaps.
+    /// Number. Increases with time, with gaps.
     pub id: i64,
-    /// When.
+    /// Time of the event.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
-    /// Tenant, where a list has several.
+    /// The tenant, in lists that span several tenants.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tenant: Option<String>,
-    /// Who.
+    /// The actor.
     pub actor: String,
-    /// By which token.
+    /// The token of the actor.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub via: Option<String>,
-    /// What.
+    /// The action.
     pub action: String,
-    /// To what.
+    /// The object.
     pub object: String,
     /// `done` or `denied`.
     pub result: String,
-    /// Within which request.
+    /// The request id.
     pub request_id: String,
-    /// What else.
+    /// Further details.
     pub detail: Value,
 }
 
-/// Records a change within the transaction that makes it.
+/// Records a change within its transaction.
 pub async fn record(conn: &mut PgConnection, event: Event<'_>) -> Result<(), Error> {
     store::insert_event(conn, &event).await
 }
 
-/// Records refusals, each with how often it was.
+/// Records refusals with their counts.
 pub async fn record_refusals(pool: &PgPool, batch: &Refusals) -> Result<(), Error> {
     let mut conn = pool.acquire().await?;
     store::insert_refusals(&mut conn, batch).await

@@ -1,6 +1,6 @@
-//! The sealer: a second behind, it chains what was written. A round takes every row of the transactions below
-//! the snapshot's horizon (none of them is still open, so nothing slips in behind it), makes a seal for each
-//! tenant with rows in it, and a MAC over all of them. Requests never wait for it.
+//! Sealing of the audit log, a second after the rows are written. A round takes every row of the transactions
+//! below the snapshot's horizon. None of these transactions is still open, so no row can appear there later. A
+//! round makes one seal per tenant with new rows, and a MAC over all seals. Requests never wait for it.
 
 use std::time::Duration;
 
@@ -10,14 +10,15 @@ use tokio_util::sync::CancellationToken;
 
 use super::heads::Heads;
 use super::store::{self, Seal, Sealable};
+use crate::db;
 use crate::error::Error;
 use crate::keys::mac;
 
 const PAUSE: Duration = Duration::from_secs(1);
-/// Most rows of a round, unless one transaction alone has more.
+/// Maximum number of rows per round, unless a single transaction has more.
 const AT_ONCE: i64 = 5_000;
 
-/// The month of a time, by its first day.
+/// Returns the month of a time, as its first day.
 pub(super) fn month(at: OffsetDateTime) -> Option<time::Date> {
     let at = at.to_offset(time::UtcOffset::UTC);
     time::Date::from_calendar_date(at.year(), at.month(), 1).ok()
@@ -27,7 +28,7 @@ fn micros(at: OffsetDateTime) -> i128 {
     at.unix_timestamp_nanos() / 1_000
 }
 
-/// What a row adds to its seal: sixteen bytes.
+/// Returns a row's part of its seal: sixteen bytes.
 pub(super) fn row_mac(key: &[u8; 32], row: &Sealable) -> [u8; 16] {
     let full = mac(
         key,
@@ -50,7 +51,7 @@ pub(super) fn row_mac(key: &[u8; 32], row: &Sealable) -> [u8; 16] {
     short
 }
 
-/// The MAC of a seal, chained to the one before it.
+/// Returns the MAC of a seal, chained to the previous seal of the tenant.
 pub(super) fn seal_mac(key: &[u8; 32], seal: &Seal, before: &[u8]) -> [u8; 32] {
     let ids: Vec<u8> = seal.ids.iter().flat_map(|id| id.to_be_bytes()).collect();
     mac(
@@ -69,7 +70,7 @@ pub(super) fn seal_mac(key: &[u8; 32], seal: &Seal, before: &[u8]) -> [u8; 32] {
     )
 }
 
-/// The MAC of a round, chained to the one before it.
+/// Returns the MAC of a round, chained to the previous round.
 pub(super) fn round_mac(
     key: &[u8; 32],
     number: i64,
@@ -82,9 +83,9 @@ pub(super) fn round_mac(
     mac(key, &[b"round", &number.to_be_bytes(), to.as_bytes(), &last_id.to_be_bytes(), &inner, before])
 }
 
-/// Makes the next round, if there is anything to seal; its number.
+/// Seals the next round, if there are new rows. Returns its number.
 pub async fn seal(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Option<i64>, Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin_for_all(pool).await?;
     if !store::try_lock(&mut tx).await? {
         return Ok(None);
     }
@@ -100,7 +101,7 @@ pub async fn seal(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Option
     let number = horizon.number + 1;
     let last_id = rows.iter().map(|row| row.id).max().unwrap_or(0);
     let mut seals: Vec<Seal> = Vec::new();
-    // A seal never spans two months: one of them may be given up before the other.
+    // A seal never spans two months, because one month may be retired before the other.
     for group in rows.chunk_by(|a, b| a.tenant_id == b.tenant_id && month(a.at) == month(b.at)) {
         let tenant = group[0].tenant_id;
         let (last, before) = match seals.last().filter(|seal| seal.tenant_id == tenant) {
@@ -128,26 +129,27 @@ pub async fn seal(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Option
     }
     fail::fail_point!("audit::seal_commit", |_| Err(Error::internal("failpoint")));
     tx.commit().await?;
-    // A crash here leaves the file a head behind: a file that lacks the newest head is no alarm.
+    // A crash here leaves the file one head behind. The verification tolerates a file that lacks the newest
+    // head.
     heads.append(number, &mac).map_err(Error::internal)?;
-    tracing::debug!(round = number, head = data_encoding::HEXLOWER.encode(&mac), "the audit is sealed");
+    tracing::debug!(round = number, head = data_encoding::HEXLOWER.encode(&mac), "the audit log is sealed");
     Ok(Some(number))
 }
 
-/// Seals once a second, until `stop`, and once more then.
+/// Seals once a second until `stop`, then a last time.
 pub async fn run(pool: PgPool, key: [u8; 32], heads: Heads, stop: CancellationToken) {
     loop {
         let last = tokio::select! {
             () = stop.cancelled() => true,
             () = tokio::time::sleep(PAUSE) => false,
         };
-        // As long as there is more than a round takes.
+        // Continue while a round leaves rows over.
         for _ in 0..1_000 {
             match seal(&pool, &key, &heads).await {
                 Ok(Some(_)) if !last => {}
                 Ok(_) => break,
                 Err(error) => {
-                    tracing::warn!(error = error.for_log(), "the audit is sealed later");
+                    tracing::warn!(error = error.for_log(), "cannot seal the audit log; retrying");
                     break;
                 }
             }

@@ -1,5 +1,5 @@
-//! Holds the audit against its chain: which row was changed, taken out or put in, which seal or round does not
-//! fit, whether the end was cut off.
+//! Verification of the audit log against its chain. It reports rows that were changed, removed or inserted,
+//! seals and rounds that do not match, and an end that was cut off.
 
 use std::collections::{HashMap, HashSet};
 
@@ -11,61 +11,62 @@ use time::{Date, OffsetDateTime};
 use super::heads::Heads;
 use super::seal::{month, round_mac, row_mac, seal_mac};
 use super::store::{self, Seal};
+use crate::db;
 use crate::error::Error;
 
-/// Rounds that are looked at together.
+/// Number of rounds that are read at a time.
 const AT_ONCE: i64 = 200;
-/// Rows that are read together.
+/// Maximum number of rows that are read at a time.
 const ROWS_AT_ONCE: usize = 10_000;
-/// Most findings that are told one by one.
+/// Maximum number of findings in a report.
 const TOLD: usize = 1_000;
 
-/// Something that does not fit.
+/// A deviation from the chain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "finding", rename_all = "kebab-case")]
 pub enum Finding {
-    /// A row is not what it was.
+    /// A row was changed.
     Changed {
         /// Number of the row.
         row: i64,
         /// Number of the tenant; 0 is the platform.
         tenant: i64,
     },
-    /// A row is gone.
+    /// A row is missing.
     Removed {
         /// Number of the row.
         row: i64,
         /// Number of the tenant; 0 is the platform.
         tenant: i64,
     },
-    /// A row was put in behind the platform's back.
+    /// A row was inserted outside the platform.
     Inserted {
         /// Number of the row.
         row: i64,
     },
-    /// A seal was changed, taken out, put in or moved.
+    /// A seal was changed, removed, inserted or moved.
     SealBroken {
         /// Number of the tenant; 0 is the platform.
         tenant: i64,
         /// Number of the seal.
         seal: i64,
     },
-    /// A round was changed, taken out or put in.
+    /// A round was changed, removed or inserted.
     RoundBroken {
         /// Number of the round.
         round: i64,
     },
-    /// The heads outside the database know of rounds that are not there (any more).
+    /// The heads outside the database name rounds that are missing.
     TailCut {
-        /// First round that is missing.
+        /// First missing round.
         round: i64,
     },
-    /// A month is said to have been given up, and no record of the audit says so.
+    /// A month is marked as retired, but the audit log has no record of it.
     NotRetired {
         /// First day of the month.
         month: Date,
     },
-    /// A head outside the database is another than the round's.
+    /// A head outside the database differs from the round's.
     HeadDiffers {
         /// Number of the round.
         round: i64,
@@ -76,45 +77,51 @@ impl std::fmt::Display for Finding {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Changed { row, tenant } => write!(f, "row {row} (tenant {tenant}) was changed"),
-            Self::Removed { row, tenant } => write!(f, "row {row} (tenant {tenant}) was taken out"),
-            Self::Inserted { row } => write!(f, "row {row} was put in behind the platform's back"),
+            Self::Removed { row, tenant } => write!(f, "row {row} (tenant {tenant}) was removed"),
+            Self::Inserted { row } => write!(f, "row {row} was inserted outside the platform"),
             Self::SealBroken { tenant, seal } => {
-                write!(f, "seal {seal} of tenant {tenant} does not fit: changed, taken out, put in or moved")
+                write!(
+                    f,
+                    "seal {seal} of tenant {tenant} does not match: it was changed, removed, inserted or moved"
+                )
             }
             Self::RoundBroken { round } => {
-                write!(f, "round {round} does not fit: changed, taken out or put in")
+                write!(f, "round {round} does not match: it was changed, removed or inserted")
             }
             Self::TailCut { round } => {
-                write!(f, "the end was cut off: round {round} and what followed is gone")
+                write!(f, "the end was cut off: round {round} and all later rounds are missing")
             }
             Self::NotRetired { month } => {
-                write!(f, "the month of {month} is gone, and no record says that it was given up")
+                write!(
+                    f,
+                    "the month of {month} is missing, and the audit log has no record of its retirement"
+                )
             }
-            Self::HeadDiffers { round } => write!(f, "round {round} is not the one whose head was exported"),
+            Self::HeadDiffers { round } => write!(f, "round {round} differs from its exported head"),
         }
     }
 }
 
-/// What was found.
+/// Result of a verification.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    /// Rounds that were looked at.
+    /// Number of verified rounds.
     pub rounds: i64,
-    /// Rows that fit.
+    /// Number of rows that match.
     pub rows: i64,
-    /// Rows so new that no round has them yet.
+    /// Number of rows that are too new to be in a round.
     pub unsealed: i64,
-    /// Rows of months that were given up after their time.
+    /// Number of rows in retired months.
     pub retired: i64,
-    /// Whether there were heads to compare with.
+    /// Whether heads outside the database were compared.
     pub heads: bool,
-    /// What does not fit; at most a thousand.
+    /// Deviations, at most a thousand.
     pub findings: Vec<Finding>,
 }
 
 struct Walk<'a> {
     key: &'a [u8; 32],
-    /// Months that the table says were given up, when, and those of them that a record of the chain confirms.
+    /// Months that the table marks as retired, with the time, and those that a sealed record confirms.
     retired: HashMap<Date, OffsetDateTime>,
     confirmed: HashSet<String>,
     last: HashMap<i64, (i64, Vec<u8>)>,
@@ -135,7 +142,7 @@ impl Walk<'_> {
                 .all(|at| month(at).is_some_and(|month| self.retired.contains_key(&month)))
     }
 
-    /// The seal itself: its place in the tenant's chain and its MAC.
+    /// Checks a seal: its position in the tenant's chain and its MAC.
     fn seal(&mut self, seal: &Seal) {
         let tenant = seal.tenant_id.unwrap_or(0);
         let (number, before) = self.last.remove(&tenant).unwrap_or((0, Vec::new()));
@@ -147,9 +154,9 @@ impl Walk<'_> {
     }
 }
 
-/// Verifies everything. `pool` is of a role that sees all tenants.
+/// Verifies the whole log. `pool` must use a role that sees all tenants.
 pub async fn verify(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Report, Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin_for_all(pool).await?;
     store::look_at_one_moment(&mut tx).await?;
     let exported = heads.read().map_err(Error::internal)?;
     let report = Report {
@@ -165,7 +172,7 @@ pub async fn verify(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Repo
     let (mut last, mut before, mut to) = (0, Vec::new(), "0".to_owned());
     let mut expected: HashMap<i64, Vec<u8>> = HashMap::new();
     for (round, mac) in exported {
-        // Two heads of one number: rounds were cut off and made anew.
+        // Two heads with one number: rounds were cut off and made again.
         if expected.insert(round, mac.clone()).is_some_and(|before| before != mac) {
             walk.find(Finding::HeadDiffers { round });
         }
@@ -197,7 +204,7 @@ pub async fn verify(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Repo
         walk.find(Finding::TailCut { round: missing });
     }
     for (gone, at) in walk.retired.clone() {
-        // The record of an old retirement lies in a month that was given up later; that one has a record.
+        // The record of an old retirement lies in a month that was itself retired later, which has a record.
         let followed = month(at).is_some_and(|later| later > gone && walk.retired.contains_key(&later));
         if !followed && !walk.confirmed.contains(&gone.to_string()) {
             walk.find(Finding::NotRetired { month: gone });
@@ -213,7 +220,7 @@ pub async fn verify(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Repo
     Ok(walk.report)
 }
 
-/// Seals one after another, as many together as have a bounded number of rows, so that memory stays flat.
+/// Splits seals into parts with a bounded number of rows, so that memory use stays flat.
 fn parts(mut seals: &[Seal]) -> Vec<&[Seal]> {
     let mut all = Vec::new();
     while !seals.is_empty() {
@@ -222,7 +229,7 @@ fn parts(mut seals: &[Seal]) -> Vec<&[Seal]> {
             rows += seal.ids.len();
             rows <= ROWS_AT_ONCE
         });
-        // One that alone has more is looked at alone.
+        // A seal with more rows is a part of its own.
         let (part, rest) = seals.split_at(more.count().max(1));
         all.push(part);
         seals = rest;
@@ -230,7 +237,7 @@ fn parts(mut seals: &[Seal]) -> Vec<&[Seal]> {
     all
 }
 
-/// The rows of some seals, all in one question.
+/// Checks the rows of some seals, with one query.
 async fn rows(conn: &mut sqlx::PgConnection, walk: &mut Walk<'_>, seals: &[Seal]) -> Result<(), Error> {
     let (gone, here): (Vec<&Seal>, Vec<&Seal>) = seals.iter().partition(|seal| walk.is_retired(seal));
     walk.report.retired += gone.iter().map(|seal| i64::try_from(seal.ids.len()).unwrap_or(0)).sum::<i64>();
@@ -249,7 +256,7 @@ async fn rows(conn: &mut sqlx::PgConnection, walk: &mut Walk<'_>, seals: &[Seal]
             match found.get(id) {
                 Some(row) if bool::from(row_mac(walk.key, row).ct_eq(mac)) => {
                     walk.report.rows += 1;
-                    // No month goes within 90 days of its end: a record that says so earlier is none of ours.
+                    // No month is retired within 90 days of its end: an earlier record is forged.
                     let then = (row.at - time::Duration::days(118)).date().to_string();
                     let in_time = row.object <= then;
                     if row.tenant_id.is_none()

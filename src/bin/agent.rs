@@ -1,4 +1,4 @@
-//! `bulkhead-agent`: the root half on a machine with Podman, without a web server in it.
+//! `bulkhead-agent`: the privileged agent on a machine with Podman. It contains no web server.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,7 +8,7 @@ use bulkhead::driver::agent::config::AgentConfig;
 use bulkhead::driver::podman::{pull, rootfs};
 use clap::Parser;
 
-/// The root half of Bulkhead: runs tenants' containers and keeps them apart.
+/// The privileged agent of Bulkhead: runs tenants' containers and isolates them from each other.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -22,7 +22,7 @@ fn main() -> ExitCode {
     if arguments.next().is_some_and(|first| first == pull::ENTER) {
         return pull::enter(arguments);
     }
-    // In a mount namespace of its own, for one look at one image; it reads no settings.
+    // This mode inspects one image in its own mount namespace and exits. It reads no settings.
     if std::env::args_os().skip(1).eq([rootfs::ARGUMENT]) {
         return rootfs::answer();
     }
@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!(error, "the agent cannot go on");
+            tracing::error!(error, "the agent stops after an error");
             ExitCode::FAILURE
         }
     }

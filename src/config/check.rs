@@ -1,60 +1,61 @@
-//! What must hold between settings: everything that is wrong is told together, a sentence each.
+//! Rules between settings. All violations are reported together, one sentence each.
 
 use std::net::IpAddr;
 
 use super::Config;
 
 impl Config {
-    /// What must hold between settings.
+    /// Checks the rules between settings.
     pub(super) fn check(&self, faults: &mut Vec<String>) {
         let server = &self.server;
         if server.tls_certificate.is_some() != server.tls_key.is_some() {
-            faults
-                .push("server.tls_certificate and server.tls_key belong together: give both or none".into());
+            faults.push("server.tls_certificate and server.tls_key need each other: set both or none".into());
         }
         if !server.listen.ip().is_loopback() && server.tls_certificate.is_none() && !server.behind_proxy {
             faults.push(format!(
-                "server.listen {} is beyond loopback and would be plain text: give server.tls_certificate and \
-                 server.tls_key, or say server.behind_proxy = true when a proxy in front ends TLS",
+                "server.listen {} is not loopback and would be plain text: set server.tls_certificate and \
+                 server.tls_key, or server.behind_proxy = true if a proxy in front terminates TLS",
                 server.listen
             ));
         }
         if !server.pull_listen.ip().is_loopback() {
             faults.push(
-                "server.pull_listen is for the engine on this machine: give it a loopback address".into(),
+                "server.pull_listen must be a loopback address: only the engine on this machine uses it"
+                    .into(),
             );
         }
         if server.pull_listen == server.listen || server.metrics_listen == Some(server.listen) {
             faults.push(
-                "server.listen, server.pull_listen and server.metrics_listen need an address each".into(),
+                "server.listen, server.pull_listen and server.metrics_listen must be different addresses"
+                    .into(),
             );
         }
         let url = &self.registry.url;
         if !["http://", "https://", "unix:///"].iter().any(|form| url.starts_with(form)) {
-            faults.push("registry.url starts with http://, https:// or unix:///".into());
+            faults.push("registry.url must start with http://, https:// or unix:///".into());
         }
         if let Some(url) = &server.external_url {
             check_external_url(url, faults);
         } else if !server.listen.ip().is_loopback() {
             faults.push(
-                "server.external_url is needed beyond loopback: it stands in the links and in the registry's realm"
+                "server.external_url is required unless server.listen is loopback: links and the registry's realm contain it"
                     .into(),
             );
         }
         if server.workers == 0 || server.workers > 64 {
-            faults.push("server.workers is 1 to 64".into());
+            faults.push("server.workers must be 1 to 64".into());
         }
         if server.connections.is_some_and(|most| !(64..=1_000_000).contains(&most)) {
-            faults.push("server.connections is 64 to 1000000".into());
+            faults.push("server.connections must be 64 to 1000000".into());
         }
         if !(8..=1_000_000).contains(&server.connections_per_source) {
-            faults.push("server.connections_per_source is 8 to 1000000".into());
+            faults.push("server.connections_per_source must be 8 to 1000000".into());
         }
         if !server.trusted_proxies.is_empty() && !server.behind_proxy {
-            faults.push("server.trusted_proxies needs server.behind_proxy = true".into());
+            faults.push("server.trusted_proxies requires server.behind_proxy = true".into());
         }
         if self.database.connections < 4 {
-            faults.push("database.connections is at least 4".into());
+            faults.push("database.connections must be at least 4".into());
         }
         let logins = [&self.database.user, &self.database.reconciler_user, &self.database.admin_user];
         if logins[0] == logins[1]
@@ -62,7 +63,7 @@ impl Config {
             || logins.contains(&&"bulkhead_owner".to_owned())
         {
             faults.push(
-                "database.user, database.reconciler_user and database.admin_user are three roles, and none is \
+                "database.user, database.reconciler_user and database.admin_user must be three roles, none of them \
                  bulkhead_owner"
                     .into(),
             );
@@ -74,7 +75,7 @@ impl Config {
 
     fn check_providers(&self, faults: &mut Vec<String>) {
         if self.access.audit_months < 3 {
-            faults.push("access.audit_months is at least 3".into());
+            faults.push("access.audit_months must be at least 3".into());
         }
         let mut seen = Vec::new();
         for provider in &self.access.providers {
@@ -84,12 +85,13 @@ impl Config {
                 || !provider.name.bytes().all(plain)
                 || matches!(provider.name.as_str(), "local" | "second-factor")
             {
-                faults
-                    .push(at("name has 1 to 32 of a to z, 0 to 9 and -, and is not local or second-factor"));
+                faults.push(at(
+                    "name must have 1 to 32 of a to z, 0 to 9 and -, and is not local or second-factor",
+                ));
             }
             let own = (provider.name.as_str(), provider.issuer.as_str());
             if seen.iter().any(|(name, issuer)| *name == own.0 || *issuer == own.1) {
-                faults.push(at("each provider has a name and an issuer of its own"));
+                faults.push(at("each provider needs a name and an issuer of its own"));
             }
             seen.push(own);
             let plain_loopback = provider
@@ -97,7 +99,7 @@ impl Config {
                 .strip_prefix("http://")
                 .is_some_and(|rest| is_loopback(rest.split('/').next().unwrap_or_default()));
             if !provider.issuer.starts_with("https://") && !plain_loopback {
-                faults.push(at("issuer starts with https:// unless it is this machine's loopback"));
+                faults.push(at("issuer must start with https:// unless it is a loopback address"));
             }
             for mapping in &provider.roles {
                 let known: &[&str] = match mapping.tenant {
@@ -105,7 +107,7 @@ impl Config {
                     None => &["auditor", "admin"],
                 };
                 if !known.contains(&mapping.role.as_str()) {
-                    faults.push(at(&format!("roles: {} is one of {}", mapping.value, known.join(", "))));
+                    faults.push(at(&format!("roles: {} must be one of {}", mapping.value, known.join(", "))));
                 }
             }
         }
@@ -115,18 +117,18 @@ impl Config {
         let pools = &self.pools;
         if pools.uid_start < 65_536 || pools.uid_end > 2_147_483_647 || pools.uid_end <= pools.uid_start {
             faults.push(
-                "pools.uid_start to pools.uid_end lie between 65536 and 2147483647, which is the highest id that \
+                "pools.uid_start to pools.uid_end must lie between 65536 and 2147483647, which is the highest id that \
                  container runtimes accept"
                     .into(),
             );
         } else if pools.range_size == 0 || pools.uid_end - pools.uid_start < pools.range_size {
-            faults.push("the pool of user ids does not hold a single pools.range_size".into());
+            faults.push("pools.uid_start to pools.uid_end must hold at least one pools.range_size".into());
         }
         if pools.block_size < 16 || !pools.range_size.is_multiple_of(pools.block_size.max(1)) {
-            faults.push("pools.block_size is at least 16 and divides pools.range_size".into());
+            faults.push("pools.block_size must be at least 16, and divides pools.range_size".into());
         }
         if pools.subnet_prefix < pools.network.prefix() || pools.subnet_prefix > 28 {
-            faults.push("pools.subnet_prefix lies between the prefix of pools.network and 28".into());
+            faults.push("pools.subnet_prefix must lie between the prefix of pools.network and 28".into());
         }
     }
 }
@@ -134,18 +136,20 @@ impl Config {
 fn check_external_url(text: &str, faults: &mut Vec<String>) {
     let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
     match rest {
-        None => faults.push("server.external_url starts with https:// or http://".into()),
+        None => faults.push("server.external_url must start with https:// or http://".into()),
         Some(host) if host.is_empty() || host.contains(['/', '@', '?', '#', ' ']) => {
-            faults.push("server.external_url is a scheme, a host and perhaps a port, without a path".into());
+            faults.push(
+                "server.external_url must be a scheme, a host and an optional port, without a path".into(),
+            );
         }
         Some(host) if text.starts_with("http://") && !is_loopback(host) => {
-            faults.push("server.external_url is https:// unless it is this machine's loopback".into());
+            faults.push("server.external_url must be https:// unless it is a loopback address".into());
         }
         Some(_) => {}
     }
 }
 
-/// Whether the host part of an address (`host` or `host:port`) is this machine's loopback.
+/// Returns whether the host part of an address (`host` or `host:port`) is loopback.
 #[must_use]
 pub fn is_loopback(authority: &str) -> bool {
     let host = match authority.rsplit_once(':') {

@@ -1,6 +1,6 @@
-//! The configuration, read once: a TOML file, then the environment (`BULKHEAD_SECTION__KEY`), then
-//! cross-checked as a whole. An unknown key is refused with the name that was probably meant.
-//! Secrets come from files that the configuration names, never from arguments.
+//! The configuration, read once: a TOML file, then the environment (`BULKHEAD_SECTION__KEY`), then a
+//! cross-check of all settings. An unknown key is an error that suggests the nearest key. Secrets come from
+//! files that the configuration names, never from arguments.
 
 use std::path::Path;
 
@@ -25,28 +25,28 @@ pub use sections::{
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The four letters of the installation.
+    /// Id of the installation: four letters.
     pub installation: Installation,
-    /// What faces the network.
+    /// Listeners.
     pub server: Server,
     /// Postgres.
     pub database: Database,
-    /// The registry behind the front door.
+    /// The registry behind the registry proxy.
     pub registry: Registry,
-    /// The root half.
+    /// The agent.
     pub agent: Agent,
-    /// Signing in, and what is on record.
+    /// Sign-in and audit log.
     pub access: Access,
-    /// Pools of ids and addresses. Fixed once the database was made.
+    /// Pools of ids and addresses. They cannot change after the database is created.
     pub pools: Pools,
-    /// What each tenant may have of the things that are counted.
+    /// Limits of each tenant on counted resources.
     #[serde(default)]
     pub limits: Limits,
     /// Logging.
     #[serde(default)]
     pub log: Log,
 }
-/// Every key that there is, for suggestions. A test holds it against the types.
+/// Every key, for suggestions. A test compares the list with the types.
 const KEYS: &[(&str, &[&str])] = &[
     ("", &["installation", "server", "database", "registry", "agent", "access", "pools", "limits", "log"]),
     (
@@ -88,26 +88,26 @@ const KEYS: &[(&str, &[&str])] = &[
     ("log", &["format", "level"]),
 ];
 
-/// What is wrong with the configuration: all of it together, a sentence each.
+/// The faults of a configuration: all together, one sentence each.
 #[derive(Debug, thiserror::Error)]
-#[error("the configuration is not usable:\n  - {}", .0.join("\n  - "))]
+#[error("the configuration is not valid:\n  - {}", .0.join("\n  - "))]
 pub struct ConfigError(pub Vec<String>);
 
 impl Config {
-    /// Reads the file and the environment and checks the whole.
+    /// Reads the file and the environment, and checks all settings.
     pub fn load(path: &Path, environment: &[(String, String)]) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|error| ConfigError(vec![format!("{} cannot be read: {error}", path.display())]))?;
         Self::parse(&text, environment)
     }
 
-    /// The same from a text.
+    /// Does the same from a string.
     pub fn parse(text: &str, environment: &[(String, String)]) -> Result<Self, ConfigError> {
         let mut table: toml::Table =
             text.parse().map_err(|error: toml::de::Error| ConfigError(vec![error.to_string()]))?;
         let mut faults = Vec::new();
         for (name, value) in environment {
-            // Those that commands read which ask the API are no settings.
+            // The commands that call the API read these variables; they are not settings.
             if ["BULKHEAD_TOKEN", "BULKHEAD_URL"].contains(&name.as_str()) {
                 continue;
             }
@@ -133,12 +133,12 @@ fn override_key(table: &mut toml::Table, name: &str, key: &str, value: &str, fau
     let known = KEYS.iter().find(|(s, _)| *s == section).is_some_and(|(_, keys)| keys.contains(&field));
     if !known || (section.is_empty() && field != "installation") {
         faults.push(format!(
-            "the environment variable {name} names no setting; they are called BULKHEAD_SECTION__KEY, such as \
+            "the environment variable {name} names no setting; settings are called BULKHEAD_SECTION__KEY, such as \
              BULKHEAD_SERVER__LISTEN"
         ));
         return;
     }
-    // Numbers and booleans are written as they are in the file; everything else is a text.
+    // Numbers and booleans are written as in the file; any other value is a string.
     let parsed = value
         .parse::<i64>()
         .map(toml::Value::Integer)
@@ -167,7 +167,7 @@ fn unknown_keys(table: &toml::Table, faults: &mut Vec<String>) {
                 .filter(|(distance, _)| *distance <= 3);
             faults.push(match near {
                 Some((_, near)) => format!("there is no setting {full}; did you mean {near}?"),
-                None => format!("there is no setting {full}; there are: {}", keys.join(", ")),
+                None => format!("there is no setting {full}; the settings are: {}", keys.join(", ")),
             });
         }
     };
@@ -292,7 +292,9 @@ network = "10.64.0.0/12"
         assert_eq!(config.limits, Limits::default());
         assert_eq!(config.limits.of("open_uploads"), Some(64));
         assert_eq!(config.limits.of("cpu"), None);
-        assert!(faults(GOOD, &[("BULKHEAD_LIMITS__API_TOKENS", "0")]).contains("limits.api_tokens is 1 to"));
+        assert!(
+            faults(GOOD, &[("BULKHEAD_LIMITS__API_TOKENS", "0")]).contains("limits.api_tokens must be 1 to")
+        );
         assert!(faults(GOOD, &[("BULKHEAD_LIMITS__REQUEST_BURST", "3")]).contains("at least"));
         assert!(
             faults(&format!("{GOOD}[limits]\napi_tokns = 3\n"), &[]).contains("did you mean api_tokens?")

@@ -1,11 +1,11 @@
-//! Networks of proxies whose word about their clients counts.
+//! Networks of trusted proxies, whose `X-Forwarded-For` header counts.
 
 use std::net::IpAddr;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// A network in CIDR notation, such as `10.0.0.0/8` or `fd00::/8`; a bare address stands for itself.
+/// A network in CIDR notation, such as `10.0.0.0/8` or `fd00::/8`. A bare address is a network of one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Cidr {
@@ -14,7 +14,7 @@ pub struct Cidr {
 }
 
 impl Cidr {
-    /// Whether an address lies in the network.
+    /// Returns whether an address is in the network.
     #[must_use]
     pub fn contains(self, address: IpAddr) -> bool {
         match (self.address, address.to_canonical()) {
@@ -34,7 +34,7 @@ impl Cidr {
 impl FromStr for Cidr {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text} is no network: write it as 10.0.0.0/8, fd00::/8 or 192.0.2.7");
+        let wrong = || format!("{text} is not a network: write it as 10.0.0.0/8, fd00::/8 or 192.0.2.7");
         let (address, prefix) = text.split_once('/').map_or((text, None), |(a, p)| (a, Some(p)));
         let address: IpAddr = address.parse().map_err(|_| wrong())?;
         let most = if address.is_ipv4() { 32 } else { 128 };

@@ -1,4 +1,4 @@
-//! The sections of the settings, with what holds when nothing is said.
+//! The sections of the settings, with their defaults.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -8,19 +8,19 @@ use serde::{Deserialize, Serialize};
 use super::proxies::Cidr;
 use crate::driver::workload::{IdRange, Subnet};
 
-/// Listeners and what they are called from outside.
+/// Listeners and their external address.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Server {
-    /// API, console and registry front door.
+    /// Address of the API, the console and the registry proxy.
     pub listen: SocketAddr,
-    /// Where the engine pulls from: loopback, plain HTTP.
+    /// Address for the engine's pulls: loopback, plain HTTP.
     pub pull_listen: SocketAddr,
-    /// Metrics for the platform's own operator; none when absent.
+    /// Address of the metrics, for the platform's operator; no metrics if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics_listen: Option<SocketAddr>,
-    /// The address that clients know, such as `https://bulkhead.example`; without it, it is taken
-    /// from the Host header, on loopback only.
+    /// The address that clients use, such as `https://bulkhead.example`. If absent, the Host header decides;
+    /// that works on loopback only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub external_url: Option<String>,
     /// PEM file with the certificate chain.
@@ -29,26 +29,26 @@ pub struct Server {
     /// PEM file with the private key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_key: Option<PathBuf>,
-    /// A proxy in front ends TLS; then plain text beyond loopback is allowed.
+    /// Whether a proxy in front terminates TLS. This allows plain text beyond loopback.
     #[serde(default)]
     pub behind_proxy: bool,
-    /// Networks of proxies whose `X-Forwarded-For` counts. Without any, `behind_proxy` trusts the last entry of each
-    /// peer.
+    /// Networks of proxies whose `X-Forwarded-For` counts. If empty, `behind_proxy` trusts the last entry of
+    /// each peer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trusted_proxies: Vec<Cidr>,
     /// Threads that answer requests.
     #[serde(default = "two")]
     pub workers: usize,
-    /// Connections in all; when absent, as many as memory and descriptors bear.
+    /// Maximum connections in total; if absent, memory and file descriptors decide.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connections: Option<usize>,
-    /// Connections of one source: an IPv4 address, or a /64 of IPv6.
+    /// Maximum connections of one source: an IPv4 address, or a /64 of IPv6.
     #[serde(default = "per_source")]
     pub connections_per_source: usize,
 }
 
 impl Server {
-    /// In plain text on loopback, and nothing else.
+    /// Returns a server with plain HTTP on loopback and defaults otherwise.
     #[must_use]
     pub fn plain(listen: SocketAddr, pull_listen: SocketAddr) -> Self {
         Self {
@@ -76,11 +76,11 @@ pub struct Database {
     /// Port; also part of the name of a unix socket.
     #[serde(default = "postgres_port")]
     pub port: u16,
-    /// Database.
+    /// Name of the database.
     pub name: String,
-    /// Role of requests. Row level security holds for it.
+    /// Role of requests. Row level security applies to it.
     pub user: String,
-    /// File with its password; none for peer authentication over a unix socket.
+    /// File with its password; not needed for peer authentication over a unix socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
     /// Role of reconcilers.
@@ -89,19 +89,19 @@ pub struct Database {
     /// File with its password.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reconciler_password_file: Option<PathBuf>,
-    /// Role that may make roles, for `migrate` alone.
+    /// Role that may create roles, only for `migrate`.
     #[serde(default = "admin_user")]
     pub admin_user: String,
-    /// File with its password; `serve` needs and reads none.
+    /// File with its password; `serve` does not read it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admin_password_file: Option<PathBuf>,
-    /// Largest number of connections.
+    /// Maximum number of connections.
     #[serde(default = "connections")]
     pub connections: u32,
 }
 
 impl Database {
-    /// The database `bulkhead` on a unix socket, where everybody is who the system says.
+    /// Returns the database `bulkhead` on a unix socket with peer authentication.
     #[must_use]
     pub fn on_socket(folder: &Path) -> Self {
         Self {
@@ -119,7 +119,7 @@ impl Database {
     }
 }
 
-/// The registry behind the front door.
+/// The registry behind the registry proxy.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Registry {
@@ -127,16 +127,16 @@ pub struct Registry {
     pub url: String,
     /// PEM file with the key that signs its tokens.
     pub signing_key: PathBuf,
-    /// Socket of the collector beside the registry (`bulkhead collector`). Without one the registry's disk is not compared
-    /// with the record, and what was deleted stays there until the registry's own garbage collection.
+    /// Socket of the collector beside the registry (`bulkhead collector`). Without one, the registry's disk
+    /// is not compared with the records. Deleted blobs then stay until the registry's own garbage collection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collector: Option<PathBuf>,
-    /// A folder on its disk, for pushes to be refused before the disk is full. Not watched when it is absent.
+    /// A folder on its disk. Pushes are refused before the disk is full. The disk is not watched if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<PathBuf>,
 }
 
-/// The root half on this machine.
+/// The agent on this machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Agent {
@@ -144,26 +144,26 @@ pub struct Agent {
     pub socket: PathBuf,
 }
 
-/// Signing in, and what is on record.
+/// Sign-in and audit log.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Access {
-    /// File with the platform's key: 32 random bytes in base64. It seals second factors and signs the
-    /// audit's chain; without it neither is worth anything.
+    /// File with the platform's key: 32 random bytes in base64. It encrypts second factors and signs the
+    /// audit log's chain. Without it, neither can be used.
     pub key: PathBuf,
-    /// File to which the audit's heads are appended, best on another disk; none when absent.
+    /// File to which heads of the audit log's chain are appended, ideally on another disk; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audit_heads: Option<PathBuf>,
-    /// Months that the audit keeps before the month of today.
+    /// Months of audit log to keep, before the current month.
     #[serde(default = "audit_months")]
     pub audit_months: u32,
-    /// Providers that people may come through.
+    /// OpenID Connect providers through which users can sign in.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub providers: Vec<Provider>,
 }
 
 impl Access {
-    /// With this key and these heads, and no provider.
+    /// Returns settings with this key and these heads, without providers.
     #[must_use]
     pub fn with(key: PathBuf, audit_heads: PathBuf) -> Self {
         Self { key, audit_heads: Some(audit_heads), audit_months: audit_months(), providers: Vec::new() }
@@ -174,47 +174,47 @@ impl Access {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Provider {
-    /// Short name: stands in addresses and on record.
+    /// Short name, as used in addresses and in the audit log.
     pub name: String,
-    /// What its button says.
+    /// Label of its sign-in button.
     pub label: String,
-    /// Its exact issuer, such as `https://id.example.org`.
+    /// Its exact issuer URL, such as `https://id.example.org`.
     pub issuer: String,
-    /// Our name there.
+    /// Client id at the provider.
     pub client_id: String,
-    /// File with our secret there; none for a public client.
+    /// File with the client secret; none for a public client.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_secret: Option<PathBuf>,
-    /// What to ask for beside `openid`.
+    /// Scopes to request besides `openid`.
     #[serde(default = "scopes")]
     pub scopes: Vec<String>,
-    /// Hosts beside the issuer's own on which it has endpoints.
+    /// Hosts of its endpoints, besides the issuer's host.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hosts: Vec<String>,
-    /// PEM file with certificates to trust beside the usual ones, for a provider of one's own.
+    /// PEM file with additional trusted certificates, for a private provider.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca: Option<PathBuf>,
-    /// The claim that roles are mapped from.
+    /// The claim that decides about roles.
     #[serde(default = "roles_claim")]
     pub roles_claim: String,
-    /// What a value of that claim gives.
+    /// Roles by value of that claim.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub roles: Vec<RoleMapping>,
-    /// Whether somebody whom the provider knows and we do not gets an account, also without any role.
+    /// Whether an unknown user of the provider gets an account even without any role.
     #[serde(default)]
     pub admit_all: bool,
 }
 
-/// What a value of a provider's claim gives.
+/// The role for one value of a provider's claim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RoleMapping {
-    /// The value.
+    /// Value of the claim.
     pub value: String,
-    /// The tenant; none for the platform.
+    /// The tenant; none for a role on the platform.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<crate::ids::TenantName>,
-    /// The role there.
+    /// The role.
     pub role: String,
 }
 
@@ -226,10 +226,10 @@ pub struct Pools {
     pub uid_start: u32,
     /// One past the last user id of the pool.
     pub uid_end: u32,
-    /// Ids in a range of a tenant.
+    /// User ids in a tenant's range.
     #[serde(default = "range_size")]
     pub range_size: u32,
-    /// Ids in a block of an app.
+    /// User ids in an app's block.
     #[serde(default = "block_size")]
     pub block_size: u32,
     /// Addresses of tenants' networks, such as `10.64.0.0/12`.
@@ -240,24 +240,24 @@ pub struct Pools {
 }
 
 impl Pools {
-    /// The pool of user ids as one range.
+    /// Returns the pool of user ids as one range.
     #[must_use]
     pub fn ids(&self) -> IdRange {
         IdRange { start: self.uid_start, size: self.uid_end - self.uid_start }
     }
-    /// How many tenants the address pool can hold.
+    /// Returns how many tenants the address pool can hold.
     #[must_use]
     pub fn networks(&self) -> u32 {
         1 << (self.subnet_prefix - self.network.prefix())
     }
-    /// The subnet with this number.
+    /// Returns the subnet with this number.
     #[must_use]
     pub fn subnet(&self, number: u32) -> Option<Subnet> {
         self.network.part(self.subnet_prefix, number)
     }
 }
 
-/// How to log.
+/// Log format and filter.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Log {
@@ -275,14 +275,14 @@ impl Default for Log {
     }
 }
 
-/// The form of log lines.
+/// Format of log lines.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
-    /// For people.
+    /// Readable text.
     #[default]
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
@@ -313,11 +313,11 @@ fn reconciler_user() -> String {
 fn admin_user() -> String {
     "postgres".to_owned()
 }
-/// Ids of a tenant's range, unless set otherwise.
+/// Default ids of a tenant's range.
 pub const RANGE_SIZE: u32 = 65_536;
-/// Ids of an app's block, unless set otherwise.
+/// Default ids of an app's block.
 pub const BLOCK_SIZE: u32 = 1_024;
-/// Prefix of a tenant's subnet, unless set otherwise.
+/// Default prefix of a tenant's subnet.
 pub const SUBNET_PREFIX: u8 = 22;
 
 fn range_size() -> u32 {
@@ -329,7 +329,7 @@ fn block_size() -> u32 {
 fn subnet_prefix() -> u8 {
     SUBNET_PREFIX
 }
-/// Registry clients first try TLS on a plain port; the web server would call each such try an error.
+/// Registry clients first try TLS on a plain port. The web server would log each try as an error.
 fn log_level() -> String {
     "info,actix_http::h1::dispatcher=off".to_owned()
 }

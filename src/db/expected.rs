@@ -1,4 +1,4 @@
-//! What a change expects of the object that it changes: `If-Match` and `If-None-Match`, held against its generation.
+//! The conditions of a change: `If-Match` and `If-None-Match`, compared with the object's generation.
 
 use crate::error::Error;
 
@@ -12,7 +12,7 @@ pub enum Tags {
 }
 
 impl Tags {
-    /// Reads the value of a header: `*`, or ETags such as `"3"`.
+    /// Parses the value of a header: `*`, or ETags such as `"3"`.
     pub fn parse(header: &str, text: &str) -> Result<Self, Error> {
         if text.trim() == "*" {
             return Ok(Self::Any);
@@ -24,16 +24,14 @@ impl Tags {
         };
         let tags: Option<Vec<i64>> = text.split(',').map(one).collect();
         tags.map(Self::These).ok_or_else(|| {
-            Error::Malformed(format!(
-                "{header} takes * or the ETag of an answer as it stands there, such as \"3\""
-            ))
+            Error::Malformed(format!("{header} takes * or the ETag of an answer, unchanged, such as \"3\""))
         })
     }
 
     fn has(&self, generation: Option<i64>) -> bool {
         match (self, generation) {
             (Self::Any, found) => found.is_some(),
-            // Generation 0 is an object that is not there yet.
+            // Generation 0 stands for an object that does not exist yet.
             (Self::These(tags), found) => tags.contains(&found.unwrap_or(0)),
         }
     }
@@ -42,27 +40,27 @@ impl Tags {
 /// The conditions of a change.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Expected {
-    /// The object is one of these.
+    /// The object's generation must be one of these.
     pub if_match: Option<Tags>,
-    /// The object is none of these.
+    /// The object's generation must be none of these.
     pub if_none_match: Option<Tags>,
 }
 
 impl Expected {
-    /// Holds the conditions against the object's generation, none while there is no object.
+    /// Compares the conditions with the object's generation; none if the object does not exist.
     pub fn check(&self, generation: Option<i64>) -> Result<(), Error> {
         let now = generation.unwrap_or(0);
         if self.if_match.as_ref().is_some_and(|tags| !tags.has(generation)) {
             let why = match generation {
                 Some(now) => {
-                    format!("If-Match does not hold: the object has changed, its generation is {now}")
+                    format!("If-Match failed: the object has changed, its generation is {now}")
                 }
-                None => "If-Match does not hold: there is no such object".to_owned(),
+                None => "If-Match failed: the object does not exist".to_owned(),
             };
             return Err(Error::PreconditionFailed(now, why));
         }
         if self.if_none_match.as_ref().is_some_and(|tags| tags.has(generation)) {
-            let why = format!("If-None-Match does not hold: the object is there, its generation is {now}");
+            let why = format!("If-None-Match failed: the object exists, its generation is {now}");
             return Err(Error::PreconditionFailed(now, why));
         }
         Ok(())

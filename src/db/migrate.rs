@@ -1,9 +1,11 @@
-//! `migrate`: the roles, the schema, and who owns it. One transaction: it is all there, or nothing changed.
+//! `migrate`: creates the roles and the schema, and sets the owner. One transaction: it applies completely or
+//! not at all.
 //!
-//! The owner of the tables cannot log in and does not bypass row level security, which is forced for it
-//! too. A migration under a forced owner would lie, though: a foreign key is found valid over orphans and a
-//! backfill says UPDATE 0, since the owner sees no row. So force is lifted within the transaction and put
-//! back before it ends; that works on managed databases too, where nobody may bypass.
+//! The owner of the tables cannot log in and does not bypass row level security, which is forced for it too.
+//! A migration under a forced owner would give wrong results, because the owner sees no rows. A foreign key
+//! would count as valid over orphans, and a backfill would report UPDATE 0. Force is therefore lifted within
+//! the transaction and restored before it ends. This also works on managed databases, where no role may
+//! bypass row level security.
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
@@ -35,7 +37,7 @@ async fn ensure_role(conn: &mut PgConnection, name: &str, login: &str) -> Result
     Ok(())
 }
 
-/// The roles, what each may reach, and the owner of what is there already.
+/// Creates the roles, grants their privileges, and makes the owner own all existing objects.
 async fn ensure_roles(conn: &mut PgConnection, config: &Config) -> Result<(), Error> {
     let database = &config.database;
     for group in [OWNER, RUNTIME, RECONCILER] {
@@ -65,7 +67,7 @@ async fn ensure_roles(conn: &mut PgConnection, config: &Config) -> Result<(), Er
         ),
     )
     .await?;
-    // Whoever made the tables of an earlier version hands them over: requests' role owns nothing.
+    // A role that owns tables of an earlier version hands them over: the role of requests owns nothing.
     run(
         conn,
         format!(
@@ -85,7 +87,7 @@ async fn ensure_roles(conn: &mut PgConnection, config: &Config) -> Result<(), Er
     .await
 }
 
-/// Lifts the force of row level security for the owner, or puts it back.
+/// Lifts or restores forced row level security for the owner.
 async fn force(conn: &mut PgConnection, word: &str) -> Result<(), Error> {
     run(
         conn,
@@ -110,7 +112,7 @@ async fn is_current(conn: &mut PgConnection) -> Result<bool, Error> {
     Ok(MIGRATOR.iter().all(|migration| applied.contains(&migration.version)))
 }
 
-/// Brings the database to this version. `conn` is of a role that may make roles.
+/// Migrates the database to this version. The role of `conn` must be allowed to create roles.
 pub async fn migrate(conn: &mut PgConnection, config: &Config) -> Result<(), Error> {
     let mut tx = conn.begin().await?;
     run(
@@ -121,7 +123,7 @@ pub async fn migrate(conn: &mut PgConnection, config: &Config) -> Result<(), Err
     .await?;
     ensure_roles(&mut tx, config).await?;
     run(&mut tx, format!("SET LOCAL ROLE {OWNER}")).await?;
-    // What is there already is held by this very version: its tables need no lock.
+    // Skip the locks if this version has migrated the tables already.
     if !is_current(&mut tx).await? {
         force(&mut tx, "NO FORCE").await?;
         MIGRATOR.run(&mut *tx).await.map_err(Error::internal)?;

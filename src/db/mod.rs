@@ -1,11 +1,14 @@
-//! The way to Postgres: pools, transactions that name their tenant, what a violated constraint means, and
-//! pages. Requests come as one role, reconcilers as another; `migrate.rs` makes both and the schema.
+//! Access to Postgres: pools, transactions that name their tenant, errors of violated constraints, and pages.
+//! Requests use one role and reconcilers another; `migrate.rs` creates both and the schema.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{AssertSqlSafe, ConnectOptions as _, PgConnection, PgPool, Postgres, Transaction};
+use sqlx::{
+    AssertSqlSafe, ConnectOptions as _, PgConnection, PgPool, Postgres, SqlSafeStr as _, Transaction,
+};
+use tracing::Instrument as _;
 
 use crate::config::Database;
 use crate::error::Error;
@@ -22,18 +25,18 @@ pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!();
 /// A transaction.
 pub type Tx = Transaction<'static, Postgres>;
 
-/// As whom to connect.
+/// The role of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Login {
     /// Requests.
     Runtime,
-    /// Reconcilers, sweeps and the audit's sealer.
+    /// Reconcilers, sweeps and the sealer of the audit log.
     Reconciler,
-    /// `migrate` alone: may make roles.
+    /// Only `migrate`: may create roles.
     Admin,
 }
 
-/// How to connect, from the configuration. The password is read from its file.
+/// Returns the connect options of the configuration. Reads the password from its file.
 pub fn options(database: &Database, login: Login) -> std::io::Result<PgConnectOptions> {
     let (user, password_file) = match login {
         Login::Runtime => (&database.user, &database.password_file),
@@ -54,22 +57,22 @@ pub fn options(database: &Database, login: Login) -> std::io::Result<PgConnectOp
     if let Some(file) = password_file {
         options = options.password(std::fs::read_to_string(file)?.trim_end_matches('\n'));
     }
-    // A migration on a slow disk is a slow statement of thousands of lines, which nobody reads.
+    // A migration on a slow disk would log a slow statement of thousands of lines.
     if matches!(login, Login::Admin) {
         options = options.disable_statement_logging();
     }
     Ok(options)
 }
 
-/// Whose rows a transaction sees: the database itself hides all others from requests
-/// (row level security). Reconcilers see all, whatever they name.
+/// The rows that a transaction sees. Row level security hides all other rows from requests. Reconcilers see
+/// all rows, whatever they name.
 #[derive(Debug, Clone, Copy)]
 pub enum Within<'a> {
-    /// One tenant's.
+    /// Rows of one tenant.
     Tenant(TenantId),
-    /// The same, by name; none if there is no such tenant.
+    /// Rows of the tenant with this name; none if there is no such tenant.
     Named(&'a TenantName),
-    /// What belongs to no tenant; of the tenants, what the platform's people may read.
+    /// Rows that belong to no tenant, and the tenants' rows that platform accounts may read.
     Platform,
 }
 
@@ -86,8 +89,8 @@ impl<'a> From<&'a TenantName> for Within<'a> {
 }
 
 impl Within<'_> {
-    /// The one place where a statement is put together from text. It carries a number or a DNS label,
-    /// nothing that could end it.
+    /// The only place that builds a statement from text. The text is a number or a DNS label, neither of
+    /// which can end the statement.
     fn statement(self) -> String {
         match self {
             Self::Tenant(id) => format!("SELECT set_config('app.tenant', '{}', true)", id.0),
@@ -99,18 +102,33 @@ impl Within<'_> {
     }
 }
 
-/// Begins a transaction and says in the same message whose rows it is about.
+/// Begins a transaction and sets the rows it sees, in one message.
 pub async fn begin<'a>(pool: &PgPool, within: impl Into<Within<'a>>) -> Result<Tx, sqlx::Error> {
-    let statement = format!("BEGIN; {}", within.into().statement());
-    pool.begin_with(AssertSqlSafe(statement)).await
+    open(pool, format!("BEGIN; {}", within.into().statement())).await
 }
 
-/// Says within a transaction whose rows it is about from now on: for a tenant that was made in it.
+/// Begins a transaction of a reconciler, which sees the rows of all tenants.
+pub async fn begin_for_all(pool: &PgPool) -> Result<Tx, sqlx::Error> {
+    open(pool, "BEGIN".to_owned()).await
+}
+
+/// Runs the first statement of a transaction in a task of its own: a caller that is dropped while the statement is under
+/// way (a client that hangs up) would otherwise return the connection to the pool with the transaction still open, and
+/// the next user would inherit its tenant (sqlx 0.9 queues no rollback before the depth is raised).
+async fn open(pool: &PgPool, statement: String) -> Result<Tx, sqlx::Error> {
+    let conn = pool.acquire().await?;
+    let begun = tokio::spawn(
+        Transaction::begin(conn, Some(AssertSqlSafe(statement).into_sql_str())).in_current_span(),
+    );
+    begun.await.unwrap_or_else(|error| Err(sqlx::Error::Io(std::io::Error::other(error))))
+}
+
+/// Changes the rows that a transaction sees, for a tenant that was created in the same transaction.
 pub async fn enter<'a>(conn: &mut PgConnection, within: impl Into<Within<'a>>) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(AssertSqlSafe(within.into().statement())).execute(conn).await.map(drop)
 }
 
-/// Refuses a role for which row level security would not hold.
+/// Refuses a role that bypasses row level security.
 pub async fn check_role(pool: &PgPool) -> Result<(), Error> {
     let row: (String, bool) = sqlx::query_as(
         "SELECT current_user::text, rolsuper OR rolbypassrls OR pg_has_role(current_user, 'bulkhead_owner', 'MEMBER') \
@@ -120,16 +138,16 @@ pub async fn check_role(pool: &PgPool) -> Result<(), Error> {
     .await?;
     if row.1 {
         return Err(Error::internal(format!(
-            "the role {} may pass over row level security: give database.user and database.reconciler_user roles of \
-             their own (`bulkhead migrate` makes them)",
+            "the role {} bypasses row level security: set database.user and database.reconciler_user to roles of \
+             their own (`bulkhead migrate` creates them)",
             row.0
         )));
     }
     Ok(())
 }
 
-/// A pool that connects when it is needed and gives up waiting after two seconds, so that a slow
-/// database is answered with "try again" and never with a queue.
+/// Returns a pool that connects on demand and waits at most two seconds for a connection. A slow database
+/// therefore leads to "try again" and never to a queue.
 #[must_use]
 pub fn pool(options: PgConnectOptions, connections: u32) -> PgPool {
     PgPoolOptions::new()
@@ -137,8 +155,8 @@ pub fn pool(options: PgConnectOptions, connections: u32) -> PgPool {
         .min_connections(1)
         .acquire_timeout(Duration::from_secs(2))
         .idle_timeout(Duration::from_secs(300))
-        // Asking each connection whether it lives would double the way of every short request: only one that
-        // has rested is asked.
+        // Testing each connection would double the latency of every short request, so only idle connections
+        // are tested.
         .test_before_acquire(false)
         .before_acquire(|conn, meta| {
             Box::pin(async move {
@@ -148,7 +166,7 @@ pub fn pool(options: PgConnectOptions, connections: u32) -> PgPool {
         .connect_lazy_with(options)
 }
 
-/// The name of the violated constraint, if that is what went wrong.
+/// Returns the name of the violated constraint, if the error is one.
 #[must_use]
 pub fn constraint(error: &sqlx::Error) -> Option<&str> {
     error.as_database_error().and_then(|error| error.constraint())
@@ -158,7 +176,7 @@ impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
         let away = match &error {
             sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Io(_) => true,
-            // 08: connection, 53: resources, 57P: shutdown, 40001, 40P01, 55P03: try again.
+            // Retryable classes: 08 connection, 53 resources, 57P shutdown, 40001, 40P01 and 55P03 conflicts.
             sqlx::Error::Database(database) => database.code().is_some_and(|code| {
                 code.starts_with("08")
                     || code.starts_with("53")
@@ -168,19 +186,19 @@ impl From<sqlx::Error> for Error {
             _ => false,
         };
         if away {
-            tracing::warn!(%error, "the database is not there");
+            tracing::warn!(%error, "the database is not available");
             return Self::Unavailable("the database does not answer in time".into(), Duration::from_secs(2));
         }
-        // A text with a NUL in it, or bytes that are none of UTF-8: Postgres takes neither, and nobody means them.
+        // Postgres rejects text with a NUL or with invalid UTF-8. No valid input has either.
         let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
         if code.is_some_and(|code| code == "22021") {
-            return Self::Malformed("a text has a character that cannot be stored".into());
+            return Self::Malformed("a text contains a character that cannot be stored".into());
         }
         Self::internal(error)
     }
 }
 
-/// A page of a list as asked for: `?limit=&cursor=`.
+/// The requested page of a list: `?limit=&cursor=`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PageQuery {
@@ -188,56 +206,62 @@ pub struct PageQuery {
     cursor: Option<String>,
 }
 
-/// Default and largest length of a page.
+/// Default and maximum length of a page.
 const PAGE: (i64, i64) = (50, 200);
 
 impl PageQuery {
-    /// From its two parts.
+    /// Builds a query from its two parts.
     #[must_use]
     pub fn new(limit: Option<u32>, cursor: Option<String>) -> Self {
         Self { limit, cursor }
     }
 
-    /// Length of the page: 50 unless asked for, at most 200.
+    /// Returns the length of the page: 50 by default, at most 200.
     pub fn limit(&self) -> Result<i64, Error> {
         match self.limit {
             None => Ok(PAGE.0),
             Some(n) if (1..=PAGE.1).contains(&i64::from(n)) => Ok(i64::from(n)),
-            Some(_) => Err(Error::Malformed(format!("limit is 1 to {}", PAGE.1))),
+            Some(_) => Err(Error::Malformed(format!("limit must be 1 to {}", PAGE.1))),
         }
     }
 
-    /// The text key after which the page starts; empty for the first page.
+    /// Returns the text key after which the page starts; empty for the first page.
     pub fn after_text(&self) -> Result<String, Error> {
         let Some(cursor) = &self.cursor else { return Ok(String::new()) };
         data_encoding::BASE64URL_NOPAD
             .decode(cursor.as_bytes())
             .ok()
             .and_then(|bytes| String::from_utf8(bytes).ok())
-            .ok_or_else(|| Error::Malformed("cursor is not one that this list has handed out".into()))
+            .ok_or_else(|| {
+                Error::Malformed(
+                    "cursor does not come from this list: use the `next` of an earlier page".into(),
+                )
+            })
     }
 
-    /// The number after which (or before which, in a list that counts down) the page starts.
+    /// Returns the number after which the page starts (before which, in a descending list).
     pub fn after_number(&self, first: i64) -> Result<i64, Error> {
         let text = self.after_text()?;
         if text.is_empty() {
             return Ok(first);
         }
-        text.parse().map_err(|_| Error::Malformed("cursor is not one that this list has handed out".into()))
+        text.parse().map_err(|_| {
+            Error::Malformed("cursor does not come from this list: use the `next` of an earlier page".into())
+        })
     }
 }
 
-/// A page as answered.
+/// A page of a list, as the API returns it.
 #[derive(Debug, Serialize)]
 pub struct Page<T> {
     /// The rows, in the list's order.
     pub items: Vec<T>,
-    /// Where the next page starts; null on the last one.
+    /// Cursor of the next page; null on the last page.
     pub next: Option<String>,
 }
 
 impl<T> Page<T> {
-    /// From rows of which one more than `limit` was asked for; `key` names a row's place.
+    /// Builds a page from up to `limit` + 1 rows; `key` returns the cursor of a row.
     pub fn new<K: std::fmt::Display>(mut rows: Vec<T>, limit: i64, key: impl Fn(&T) -> K) -> Self {
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let next = if rows.len() > limit {
@@ -249,20 +273,20 @@ impl<T> Page<T> {
         Self::up_to(rows, next)
     }
 
-    /// From the rows of this page and the place of the next one.
+    /// Builds a page from its rows and the cursor of the next page.
     pub fn up_to<K: std::fmt::Display>(items: Vec<T>, next: Option<K>) -> Self {
         let cursor = |key: K| data_encoding::BASE64URL_NOPAD.encode(key.to_string().as_bytes());
         Self { items, next: next.map(cursor) }
     }
 }
 
-/// Whether the database answers.
+/// Checks that the database answers.
 pub async fn ping(pool: &PgPool) -> Result<(), sqlx::Error> {
     sqlx::query("SELECT 1").execute(pool).await.map(drop)
 }
 
-/// Refuses to run on a schema that is older than this binary needs. A newer one is fine: migrations
-/// expand before they contract.
+/// Refuses a schema that is older than this binary needs. A newer schema is fine: migrations expand before
+/// they contract.
 pub async fn check_schema(pool: &PgPool) -> Result<(), Error> {
     let applied: Vec<i64> =
         sqlx::query_scalar("SELECT version FROM _sqlx_migrations WHERE success ORDER BY version")
@@ -280,8 +304,8 @@ pub async fn check_schema(pool: &PgPool) -> Result<(), Error> {
     Ok(())
 }
 
-/// Writes down whom the database belongs to, or holds the configuration against it: ids that were
-/// given under one pool must never be computed under another.
+/// Records the installation that the database belongs to, or compares the configuration with the record. Ids
+/// that were allocated under one pool must never be computed under another.
 pub async fn claim_installation(
     conn: &mut PgConnection,
     id: &crate::ids::Installation,
@@ -328,7 +352,7 @@ pub async fn claim_installation(
     }
     if known != wanted {
         return Err(Error::internal(
-            "the pools in the configuration are not those that this database was made with; they are fixed for life",
+            "the pools in the configuration differ from the pools that this database was created with, and pools cannot change: restore the old values",
         ));
     }
     Ok(())

@@ -1,39 +1,39 @@
-//! Disk space that is kept free, part by part. Where the engine, the registry and the database share a file system,
-//! each has a reserve that the parts before it in this order cannot use: the registry stops first, so that apps can
-//! still be deployed; the engine stops next, so that the database can still write. A full disk stops nobody's app.
+//! Disk space that each component keeps free. Where engine, registry and database share a file system, each has a
+//! reserve that the components before it in this order cannot use. The registry stops first, and apps can still be
+//! deployed. The engine stops next, and the database can still write. A full disk stops no app.
 
 use std::path::Path;
 
-/// A part of the platform that stops while there is still room for the next.
+/// A component that stops writing while the next one still has space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
-    /// Takes pushes.
+    /// Accepts pushes.
     Registry,
     /// Fetches and unpacks images.
     Engine,
 }
 
-/// The largest reserve of one part, in bytes; on a small disk it is a twentieth.
+/// Largest reserve of one component, in bytes. On a small disk it is a twentieth of the disk.
 const RESERVE: u64 = 1 << 30;
 
-/// Room on a disk.
+/// Space on a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
     /// Bytes that are free.
     pub free: u64,
-    /// Bytes that stay free.
+    /// Bytes that must stay free.
     pub kept: u64,
 }
 
 impl Room {
-    /// Whether so many bytes more can be written.
+    /// Whether this many more bytes can be written.
     #[must_use]
     pub fn has(self, bytes: u64) -> bool {
         self.free.saturating_sub(self.kept) >= bytes && self.free > self.kept
     }
 }
 
-/// Bytes that a part leaves free on a disk of this size.
+/// Returns the bytes that a component keeps free on a disk of this size.
 #[must_use]
 pub fn kept(part: Part, size: u64) -> u64 {
     let one = RESERVE.min(size / 20);
@@ -43,12 +43,12 @@ pub fn kept(part: Part, size: u64) -> u64 {
     }
 }
 
-/// The room that a part has where `place` is; none when that cannot be told.
+/// Returns the space that a component has at `place`; none when it cannot be read.
 #[must_use]
 pub fn room(part: Part, place: &Path) -> Option<Room> {
     let stat = rustix::fs::statvfs(place).ok()?;
     let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
-    // A file system without files left is as full as one without bytes.
+    // A file system that is out of inodes is as full as one that is out of bytes.
     let free = if stat.f_files > 0 && stat.f_favail < stat.f_files / 50 { 0 } else { bytes(stat.f_bavail) };
     Some(Room { free, kept: kept(part, bytes(stat.f_blocks)) })
 }

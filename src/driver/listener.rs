@@ -1,24 +1,24 @@
-//! Whose a listening TCP port is. A fixed port on loopback can be taken by any user of the machine while its owner is
-//! down; so a secret goes to a port only after the kernel has said that the listener is the right user's.
+//! Finds the owner of a listening TCP port. Any user of the machine can take a fixed loopback port while its owner
+//! is down. A secret is therefore sent to a port only after the kernel has named the right user as its owner.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-/// A listener on an address.
+/// A listening socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Listener {
-    /// Where it listens.
+    /// Address on which it listens.
     pub address: SocketAddr,
-    /// The user whose process opened it.
+    /// User whose process opened it.
     pub uid: u32,
 }
 
-/// Why a port is not the one that was meant.
+/// Why a port does not belong to the expected user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Foreign {
     /// Nothing listens there.
     Nothing,
-    /// Another user does.
+    /// A process of another user listens there.
     User(u32),
     /// The kernel's table cannot be read.
     Unknown,
@@ -38,7 +38,7 @@ fn address(text: &str) -> Option<SocketAddr> {
     let (ip, port) = text.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
     let mut bytes = Vec::new();
-    // Words of four bytes, each as the machine's own number.
+    // Words of four bytes, each in the machine's byte order.
     for at in (0..ip.len()).step_by(8) {
         bytes.extend(u32::from_str_radix(ip.get(at..at + 8)?, 16).ok()?.to_ne_bytes());
     }
@@ -50,7 +50,7 @@ fn address(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, port))
 }
 
-/// A line of `/proc/net/tcp` or `/proc/net/tcp6`; none unless it is a listener.
+/// Parses a line of `/proc/net/tcp` or `/proc/net/tcp6`; none unless it is a listener.
 fn line(text: &str) -> Option<Listener> {
     let mut fields = text.split_whitespace();
     let (local, state) = (fields.nth(1)?, fields.nth(1)?);
@@ -62,7 +62,7 @@ fn read(table: &str) -> Vec<Listener> {
     table.lines().skip(1).filter_map(line).collect()
 }
 
-/// The listeners that a connection to this address may reach.
+/// Returns the listeners that a connection to this address may reach; none when the kernel's table cannot be read.
 #[must_use]
 pub fn at(target: SocketAddr) -> Option<Vec<Listener>> {
     let mut found = Vec::new();
@@ -79,7 +79,7 @@ fn reaches(target: SocketAddr, listener: SocketAddr) -> bool {
         && (ip == target.ip().to_canonical() || ip.is_unspecified() || target.ip().is_unspecified())
 }
 
-/// Refuses unless every listener that a connection to this address may reach is this user's, and there is one.
+/// Fails unless this user owns every listener that a connection to this address may reach, and there is one.
 pub fn require(target: SocketAddr, uid: u32) -> Result<(), Foreign> {
     let found = at(target).ok_or(Foreign::Unknown)?;
     if let Some(other) = found.iter().find(|listener| listener.uid != uid) {

@@ -1,5 +1,5 @@
-//! What runs workloads, behind one neutral trait: `ensure`, `remove`, `observe`. A driver knows
-//! no tables, no HTTP and no roles.
+//! The [`Driver`] trait: one neutral interface to the system that runs workloads (`ensure`, `remove`, `observe`). A
+//! driver knows no tables, no HTTP and no roles.
 
 use std::net::Ipv4Addr;
 use std::pin::Pin;
@@ -22,20 +22,20 @@ pub mod workload;
 pub use podman::host::Listener;
 pub use workload::{TenantGrant, TenantLimits, Workload};
 
-/// Why a driver did not do what it was asked. The loop chooses by the variant.
+/// Why a driver call failed. The reconcile loop chooses its reaction by the variant.
 #[derive(Debug, thiserror::Error, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Error {
-    /// It may work later: the engine or its agent is not there.
+    /// The call may succeed later: the engine or its agent is not available.
     #[error("{0}")]
     Transient(String),
-    /// The engine or its agent does not answer. Nothing is known of what was asked.
+    /// The engine or its agent does not answer. The result of the call is unknown.
     #[error("{0}")]
     Away(String),
-    /// It will never work as asked: shown to the tenant.
+    /// The call can never succeed. The message is shown to the tenant.
     #[error("{0}")]
     Rejected(String),
-    /// Somebody with a newer generation or epoch was here: stop.
+    /// A writer with a newer generation or epoch has already acted: stop.
     #[error("{0}")]
     Conflict(String),
 }
@@ -45,7 +45,7 @@ pub enum Error {
 #[serde(deny_unknown_fields)]
 pub struct PullSecret {
     secret: String,
-    /// Bytes that the image takes on the disk; 0 when that is not known.
+    /// Bytes that the image takes on disk; 0 if unknown.
     bytes: u64,
 }
 
@@ -55,17 +55,17 @@ impl PullSecret {
     pub fn new(secret: String) -> Self {
         Self { secret, bytes: 0 }
     }
-    /// The same, for an image that takes so many bytes on the disk.
+    /// Sets the number of bytes that the image takes on disk.
     #[must_use]
     pub fn for_bytes(self, bytes: u64) -> Self {
         Self { bytes, ..self }
     }
-    /// Bytes that the image takes on the disk; 0 when that is not known.
+    /// Returns the bytes that the image takes on disk; 0 if unknown.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
-    /// The secret, for the one header that it goes into.
+    /// Returns the secret, for the one credential header that carries it.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.secret
@@ -78,53 +78,53 @@ impl std::fmt::Debug for PullSecret {
     }
 }
 
-/// Whether something is gone already. A row may go only after `Gone` was seen.
+/// Progress of a removal. A database row may be deleted only after the driver returned `Gone`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Removal {
-    /// Nothing of it is left.
+    /// Nothing is left.
     Gone,
-    /// It is being stopped and removed; ask again.
+    /// The removal is in progress; ask again.
     Underway,
 }
 
-/// State of one instance as seen, not as the engine claims.
+/// Observed state of one instance. The engine's own claim alone does not decide it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum InstanceState {
-    /// The image is being fetched or the container made.
+    /// The image is being fetched or the container is being created.
     Preparing,
-    /// Started; not yet well.
+    /// Started, but not yet healthy.
     Starting,
-    /// Runs, and is well as far as a health check says.
+    /// Runs, and its health check passes if it has one.
     Running,
     /// Runs, but its health check fails.
     Unhealthy,
-    /// It ended by itself and waits for its next start.
+    /// Ended by itself and waits for its next start.
     Waiting,
-    /// It is being stopped.
+    /// Is being stopped.
     Stopping,
-    /// It could not be made or started; the reason says why.
+    /// Could not be created or started; the reason is given.
     Failed,
 }
 
-/// Why an instance ended or cannot run. Stable words; `detail` of [`Ending`] is for people.
+/// Why an instance ended or cannot run. The words are stable; `detail` of [`Ending`] is the text for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
     /// The process ended by itself.
     Exited,
-    /// The kernel killed it for its memory, as seen in the cgroup's own counters.
+    /// The kernel killed it for its memory.
     OutOfMemory,
-    /// Killed by a signal; who sent it is not known.
+    /// Killed by a signal; the sender is unknown.
     Killed,
     /// Its health check failed too often.
     Unhealthy,
     /// The image could not be fetched or used.
     ImageError,
-    /// The engine refused to make or start it.
+    /// The engine refused to create or start it.
     StartError,
-    /// It vanished or was stopped from outside.
+    /// It disappeared or was stopped from outside the platform.
     Removed,
 }
 
@@ -133,44 +133,44 @@ pub enum Cause {
 pub struct Ending {
     /// Cause.
     pub cause: Cause,
-    /// Exit code, where there is one (128 + signal for a signal).
+    /// Exit code, if any (128 + signal number after a signal).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub exit_code: Option<i32>,
-    /// When.
+    /// When it ended.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
-    /// How long it had run, in milliseconds.
+    /// How long it ran, in milliseconds.
     pub ran_ms: u64,
-    /// A sentence for people.
+    /// Explanation for people.
     pub detail: String,
     /// Its last log lines, cleaned for display.
     pub last_lines: Vec<String>,
 }
 
-/// One instance as seen.
+/// One observed instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstanceObserved {
-    /// Number, unique within the app for life.
+    /// Number, unique over the lifetime of the app.
     pub number: u32,
-    /// Release that it runs.
+    /// Release that the instance runs.
     pub revision: i64,
     /// State.
     pub state: InstanceState,
-    /// Since when it is in this state.
+    /// When it entered this state.
     #[serde(with = "time::serde::rfc3339")]
     pub since: OffsetDateTime,
-    /// When its process was last started.
+    /// When its process last started.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none", default)]
     pub started: Option<OffsetDateTime>,
-    /// How often it was started again.
+    /// Number of restarts.
     pub restarts: u32,
-    /// Failures in a row; a long run forgets them.
+    /// Consecutive failures; a long run resets the count.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub failures: u32,
     /// Why it is not ready, while it runs.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub why: Option<String>,
-    /// When it will be started again, while it waits.
+    /// When it starts again, while it waits.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none", default)]
     pub next_start: Option<OffsetDateTime>,
     /// How its last run ended.
@@ -178,33 +178,33 @@ pub struct InstanceObserved {
     pub last_end: Option<Ending>,
     /// Its address.
     pub address: Ipv4Addr,
-    /// The host user id that its main process was seen to have.
+    /// Host user id of its main process, as observed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub uid: Option<u32>,
     /// The container's name in the engine.
     pub container: String,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde requires this signature")]
 fn is_zero(number: &u32) -> bool {
     *number == 0
 }
 
-/// Something that was found and done, for the record.
+/// An event: something that the agent found or did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AppEvent {
-    /// Rises by one within an app's life on this agent; the pair (app, `seq`) is unique.
+    /// Increases by one within the lifetime of an app on this agent; the pair (app, `seq`) is unique.
     pub seq: u64,
     /// When.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
     /// A stable word: `started`, `ended`, `restarted`, `unhealthy`, `repaired`, `rolled`, `pull_failed`, ...
     pub kind: String,
-    /// A sentence for people.
+    /// Explanation for people.
     pub text: String,
 }
 
-/// Where a probe goes.
+/// Target of a probe.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProbeTarget {
@@ -219,64 +219,64 @@ pub enum ProbeTarget {
     Address(Ipv4Addr),
 }
 
-/// A probe.
+/// A connection attempt from one of an app's instances.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Probe {
     /// Tenant.
     pub tenant: TenantName,
-    /// The app from whose instance it is made.
+    /// App from whose instance the probe starts.
     pub app: AppId,
-    /// Where to.
+    /// Target.
     pub target: ProbeTarget,
     /// Protocol.
     pub protocol: Protocol,
     /// Port.
     pub port: u16,
-    /// Whether the platform itself asks: it waits for no tenant's probes.
+    /// Whether the platform itself sends the probe. Such a probe does not wait for tenants' probes.
     #[serde(default)]
     pub platform: bool,
 }
 
-/// What became of a probe.
+/// Result of a probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProbeOutcome {
-    /// The other side was seen to have the connection.
+    /// The other side has the connection, as observed there.
     Reached,
-    /// A connection opened; who accepted it is not known.
+    /// A connection opened; the process that accepted it is unknown.
     Opened,
-    /// Somebody answered that nothing listens there.
+    /// A host answered that nothing listens there.
     Refused,
     /// The firewall refused it.
     Prohibited,
-    /// Somebody else on the way said that there is no way.
+    /// A machine on the way, not this firewall, answered that the target is unreachable.
     Unreachable,
     /// No answer.
     Silent,
 }
 
-/// Most apps of a tenant that are tried after its plan.
+/// Maximum number of apps of a tenant that are probed after its plan is applied.
 pub const PROBED_APPS: u32 = 8;
 
-/// What was tried from within a tenant's apps after its plan.
+/// Results of the probes from a tenant's apps after its plan is applied.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Probed {
-    /// From how many apps.
+    /// Number of apps that were probed.
     pub apps: u32,
-    /// How many times something that must be open.
+    /// Number of probes of flows that must be open.
     pub open: u32,
-    /// How many times something that must be closed.
+    /// Number of probes of flows that must be closed.
     pub closed: u32,
-    /// What was not as it must be.
+    /// Results that contradict the plan.
     pub faults: Vec<String>,
-    /// What did not answer though nothing of the platform's keeps it closed.
+    /// Flows that did not answer, although no rule of the platform blocks them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub silent: Vec<String>,
 }
 
 impl ProbeOutcome {
-    /// Whether packets got through.
+    /// Returns whether packets got through.
     #[must_use]
     pub fn is_through(self) -> bool {
         matches!(self, Self::Reached | Self::Opened | Self::Refused)
@@ -287,58 +287,59 @@ impl std::fmt::Display for ProbeOutcome {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Reached => "reached: the other side has the connection",
-            Self::Opened => "a connection opened; who accepted it is not known",
-            Self::Refused => "somebody answered that nothing listens there",
+            Self::Opened => "a connection opened; the process that accepted it is unknown",
+            Self::Refused => "a host answered that nothing listens there",
             Self::Prohibited => "the firewall refused it",
-            Self::Unreachable => "somebody on the way there refused it, not the firewall",
+            Self::Unreachable => "a machine on the way refused it, not the firewall",
             Self::Silent => "no answer",
         })
     }
 }
 
-/// Packets of one kind that were not let through, or only on trial.
+/// Packets of one kind that were denied, or allowed only in audit mode.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Denied {
-    /// The instance's address.
+    /// Address of the instance.
     pub source: Ipv4Addr,
-    /// Where they were to go.
+    /// Address of the target.
     pub target: Ipv4Addr,
     /// Protocol.
     pub protocol: Protocol,
-    /// Port there.
+    /// Port at the target.
     pub port: u16,
-    /// Whether they were let through all the same, on trial.
+    /// Whether they were allowed in audit mode.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub let_through: bool,
-    /// Whether they were allowed, but its tenant's apps had begun too many connections at once.
+    /// Whether the flow is allowed but the packets were rate limited: the tenant's apps opened too many connections
+    /// at once.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub hasty: bool,
-    /// When the first was seen.
+    /// When the first packet was seen.
     #[serde(with = "time::serde::rfc3339")]
     pub first: OffsetDateTime,
-    /// When the last was seen.
+    /// When the last packet was seen.
     #[serde(with = "time::serde::rfc3339")]
     pub last: OffsetDateTime,
 }
 
-/// Packets that were counted of a flow that is about to close.
+/// Packets counted on a flow that is about to close.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Used {
     /// Tenant.
     pub tenant: TenantName,
     /// App.
     pub app: AppId,
-    /// Where to.
+    /// Target.
     pub network: Cidr,
     /// Protocol.
     pub protocol: Protocol,
     /// Port.
     pub port: u16,
-    /// How many since the counter was made.
+    /// Number of packets since the counter was created.
     pub packets: u64,
 }
 
-/// One app as seen.
+/// One observed app.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AppObserved {
     /// Tenant.
@@ -349,12 +350,12 @@ pub struct AppObserved {
     pub app_id: AppId,
     /// Generation of the desired state that the agent holds.
     pub generation: i64,
-    /// Revision of it.
+    /// Revision of that desired state.
     pub revision: i64,
-    /// Whether what runs is what is desired: as many instances of this revision as asked for,
-    /// all well, none of another revision.
+    /// Whether the observed state matches the desired state: as many instances of this revision as desired, all
+    /// healthy, and none of another revision.
     pub settled: bool,
-    /// What is in the way, for people.
+    /// Why the app is not settled, for people.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub message: Option<String>,
     /// Instances, by number.
@@ -363,13 +364,13 @@ pub struct AppObserved {
     pub events: Vec<AppEvent>,
 }
 
-/// Whether the container engine answers its agent.
+/// Whether the container engine answers the agent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineSeen {
-    /// Since when it does not answer; none while it does.
+    /// Since when it does not answer; none while it answers.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none", default)]
     pub silent_since: Option<OffsetDateTime>,
-    /// Apps that hung it and were put aside.
+    /// Number of apps that are set aside because they hung the engine.
     pub put_aside: u32,
 }
 
@@ -378,40 +379,39 @@ pub struct EngineSeen {
 pub struct Fetching {
     /// The app that waits for it.
     pub app: AppId,
-    /// The release that it is of.
+    /// Release that uses the image.
     pub revision: i64,
-    /// Since when it is fetched, or waits.
+    /// When the fetch began, or the wait for it.
     #[serde(with = "time::serde::rfc3339")]
     pub since: OffsetDateTime,
     /// Whether it waits for other fetches.
     pub waits: bool,
-    /// Bytes that are here so far.
+    /// Bytes fetched so far.
     pub bytes: u64,
-    /// Bytes that the image takes unpacked; 0 when that is not known.
+    /// Bytes of the unpacked image; 0 if unknown.
     pub unpacked: u64,
 }
 
-/// What has changed since a cursor.
+/// Changes since a cursor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Observed {
-    /// Hand this in the next time. It is worth nothing to another run of the agent, which then
-    /// answers with everything.
+    /// Pass this cursor to the next call. Another run of the agent does not know it and answers with everything.
     pub cursor: String,
-    /// Whether `apps` is everything that there is (then what is not in it does not exist).
+    /// Whether `apps` is the complete list: an app that is not in it does not exist.
     pub complete: bool,
     /// Apps that changed.
     pub apps: Vec<AppObserved>,
-    /// Events of the machine itself: the table was flushed and loaded again, a bridge made anew.
+    /// Events of the machine itself: the table was flushed and loaded again, or a bridge was created again.
     pub machine: Vec<AppEvent>,
-    /// The container engine, as the agent sees it now.
+    /// The container engine, as the agent observes it now.
     #[serde(default)]
     pub engine: EngineSeen,
-    /// Images that are being fetched now, all of them.
+    /// All images that are being fetched now.
     #[serde(default)]
     pub fetches: Vec<Fetching>,
 }
 
-/// Which log to read.
+/// Selects the log lines to read.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LogQuery {
@@ -423,19 +423,19 @@ pub struct LogQuery {
     pub app_id: AppId,
     /// Only this instance.
     pub instance: Option<u32>,
-    /// At most so many of the last lines (1 to 10,000).
+    /// Maximum number of last lines (1 to 10,000).
     pub tail: u32,
-    /// Go on as new lines come.
+    /// Continue with new lines as they arrive.
     pub follow: bool,
 }
 
-/// One line of a log. The text is as written, at most 16 KiB a line, not valid UTF-8 replaced;
-/// whoever shows it cleans it.
+/// One line of a log. The text is as written, at most 16 KiB a line, with invalid UTF-8 replaced. The component
+/// that displays it must clean it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogLine {
     /// Instance.
     pub instance: u32,
-    /// The engine's time, never the line's.
+    /// Time of the engine, never a time in the line.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
     /// `stdout`, `stderr`, or `platform` for a line of the platform itself (a gap, a start, an end).
@@ -444,7 +444,7 @@ pub struct LogLine {
     pub text: String,
 }
 
-/// Where a line came from.
+/// Source of a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogStreamName {
@@ -459,17 +459,17 @@ pub enum LogStreamName {
 /// A stream of log lines.
 pub type LogStream = Pin<Box<dyn Stream<Item = Result<LogLine, Error>> + Send>>;
 
-/// What nobody reaches on a machine, beside the built-in ranges.
+/// Ranges that no tenant reaches on a machine, in addition to the reserved ranges.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Walls {
-    /// The addresses that it has, beside those of tenants' bridges.
+    /// Addresses of the machine, except those on tenants' bridges.
     pub own: Vec<Ipv4Addr>,
-    /// What its configuration closes.
+    /// Ranges that its configuration blocks.
     pub closed: Vec<Cidr>,
 }
 
 impl Walls {
-    /// As ranges.
+    /// Returns both as ranges.
     #[must_use]
     pub fn ranges(&self) -> Vec<Range> {
         let own = self.own.iter().map(|address| never::own(Cidr::of(*address)));
@@ -477,39 +477,40 @@ impl Walls {
     }
 }
 
-/// What runs workloads.
+/// A system that runs workloads.
 #[async_trait::async_trait]
 pub trait Driver: Send + Sync + 'static {
-    /// Makes the tenant's place: journal, bridge. Idempotent.
+    /// Creates the tenant's resources on the machine: journal, bridge. Idempotent.
     async fn ensure_tenant(&self, grant: &TenantGrant) -> Result<(), Error>;
-    /// Removes the tenant's place once it has no app. Its ids and number stay burnt.
+    /// Removes the tenant's resources once it has no app. Its ids and network number stay retired.
     async fn remove_tenant(&self, tenant: &TenantName, id: TenantId) -> Result<Removal, Error>;
-    /// Takes over the desired state and starts to converge; returns once it is stored and the
-    /// image is there. `pull` is needed when the image is not in the engine's store yet.
+    /// Stores the desired state and starts to converge. Returns once the state is stored and the image is present.
+    /// `pull` is required when the engine's store does not have the image yet.
     async fn ensure_app(&self, workload: &Workload, pull: Option<&PullSecret>) -> Result<(), Error>;
-    /// Takes over all that a tenant's apps may begin to talk to, proves it, and puts it in force. Apps that are
-    /// not here yet find their flows when they come.
-    /// Returns the number of the plan that is held then: a higher one means that a newer plan was here and nothing
-    /// was taken.
+    /// Stores all flows that a tenant's apps may open, verifies the plan and applies it. An app that does not exist
+    /// yet gets its flows when it is created.
+    /// Returns the number of the plan that the driver holds afterwards. A higher number than that of `flows` means
+    /// that a newer plan was already there and nothing changed.
     async fn ensure_flows(&self, flows: &TenantFlows) -> Result<i64, Error>;
-    /// What nobody reaches beside the built-in ranges: the machine's own addresses, and what its configuration closes.
+    /// Returns the ranges that no tenant reaches in addition to the reserved ranges: the machine's own addresses,
+    /// and the ranges that its configuration blocks.
     async fn walls(&self) -> Result<Walls, Error>;
-    /// What was refused of an app's packets lately, the newest first.
+    /// Returns the recently denied packets of an app, newest first.
     async fn denied(&self, tenant: &TenantName, app: AppId) -> Result<Vec<Denied>, Error>;
-    /// What was counted of the flows that are about to close.
+    /// Returns the packet counts of the flows that are about to close.
     async fn used(&self) -> Result<Vec<Used>, Error>;
-    /// What listens on the machine beyond loopback, and whether it answers from within an instance.
+    /// Returns the listeners on the machine beyond loopback, and whether each answers from within an instance.
     async fn listeners(&self) -> Result<Vec<Listener>, Error>;
-    /// Tries from within one of the app's instances whether it gets somewhere.
+    /// Tries a connection from within one of the app's instances.
     async fn probe(&self, probe: &Probe) -> Result<ProbeOutcome, Error>;
-    /// Whether the rules that are in force let an app's packets through to an address; none if no instance of it runs.
+    /// Returns whether the applied rules allow an app's packets to an address; none if no instance of the app runs.
     async fn permits(&self, probe: &Probe) -> Result<Option<bool>, Error>;
-    /// Tries from within a tenant's apps what must be open and what must be closed.
+    /// Probes, from within a tenant's apps, the flows that must be open and those that must be closed.
     async fn probe_tenant(&self, tenant: &TenantName) -> Result<Probed, Error>;
-    /// Starts or continues to remove an app.
+    /// Starts or continues the removal of an app.
     async fn remove_app(&self, tenant: &TenantName, app: &AppName, id: AppId) -> Result<Removal, Error>;
-    /// What changed since `cursor` (everything for `None`), waiting up to `wait` for something.
+    /// Returns the changes since `cursor` (everything for `None`). Waits up to `wait` for a change.
     async fn observe(&self, cursor: Option<&str>, wait: std::time::Duration) -> Result<Observed, Error>;
-    /// Log lines.
+    /// Streams log lines.
     async fn logs(&self, query: &LogQuery) -> Result<LogStream, Error>;
 }

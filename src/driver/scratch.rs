@@ -1,17 +1,17 @@
-//! Which folders of an instance may be scratch: one rule for the spec, the agent, and the path that an image's own
-//! links lead to. Pure.
+//! Folders of an instance that may be scratch. The same rule serves the spec, the agent, and the path that an
+//! image's own links lead to. Pure.
 
-/// Longest path, in bytes.
+/// Maximum length of a path, in bytes.
 pub const LONGEST: usize = 128;
 /// The shared memory of an instance: the only scratch below `/dev`.
 pub const SHM: &str = "/dev/shm";
 /// Folders that the kernel or the platform fills, with everything below them.
 const CLOSED: [&str; 6] = ["/dev", "/proc", "/sys", "/etc", "/run/secrets", "/run/.containerenv"];
-/// Another name of `/run`, which most images have as a link.
+/// Second name of `/run`; most images have it as a link.
 const ALIAS: &str = "/var/run";
 
-/// Whether a path has the form of one: absolute, without `.` and `..`, and without characters that a mount option or
-/// a table of mounts gives a meaning.
+/// Whether a path is well-formed: absolute, without `.` and `..`, and without characters that have a meaning in a
+/// mount option or a mount table.
 #[must_use]
 pub fn is_path(path: &str) -> bool {
     path.len() > 1
@@ -21,7 +21,7 @@ pub fn is_path(path: &str) -> bool {
         && !path.chars().any(|c| c.is_control() || matches!(c, '\\' | ':' | ','))
 }
 
-/// The folder of the kernel's or the platform's that a path is or lies in.
+/// Returns the folder of the kernel or the platform that contains the path, or is the path.
 #[must_use]
 pub fn closed(path: &str) -> Option<&'static str> {
     if path == SHM {

@@ -1,5 +1,5 @@
-//! What a driver is told to run, in neutral words. The types are closed: nothing dangerous has a
-//! field here, so neither a tenant nor a conquered `serve` can say it.
+//! The workload that a driver runs, in neutral words. The types are closed: nothing dangerous has a field here.
+//! Neither a tenant nor a compromised `serve` process can therefore ask for it.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{AppId, AppName, Digest, RepositoryPath, TenantId, TenantName};
 use crate::policy::Protocol;
 
-/// A contiguous run of host user ids (and group ids alike).
+/// A contiguous range of host user ids, and of the same group ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct IdRange {
@@ -25,12 +25,12 @@ impl IdRange {
     pub fn end(self) -> u64 {
         u64::from(self.start) + u64::from(self.size)
     }
-    /// Whether the other lies wholly inside.
+    /// Whether the other range lies entirely inside.
     #[must_use]
     pub fn contains(self, other: Self) -> bool {
         self.start <= other.start && other.end() <= self.end()
     }
-    /// Whether the two share an id.
+    /// Whether the two ranges share an id.
     #[must_use]
     pub fn overlaps(self, other: Self) -> bool {
         u64::from(self.start) < other.end() && u64::from(other.start) < self.end()
@@ -46,7 +46,7 @@ pub struct Subnet {
 }
 
 impl Subnet {
-    /// A subnet from its network address; host bits must be zero, prefix 8 to 30.
+    /// Creates a subnet from its network address. Host bits must be zero, and the prefix 8 to 30.
     #[must_use]
     pub fn new(address: Ipv4Addr, prefix: u8) -> Option<Self> {
         if !(8..=30).contains(&prefix) || u32::from(address) & (u32::MAX >> prefix) != 0 {
@@ -93,7 +93,7 @@ impl Subnet {
     pub fn contains(self, address: Ipv4Addr) -> bool {
         u32::from(address) & !(u32::MAX >> self.prefix) == u32::from(self.address)
     }
-    /// Whether the two share an address.
+    /// Whether the two subnets share an address.
     #[must_use]
     pub fn overlaps(self, other: Self) -> bool {
         self.contains(other.address) || other.contains(self.address)
@@ -129,8 +129,7 @@ impl From<Subnet> for String {
     }
 }
 
-/// What belongs to one tenant on a machine. The agent writes it into its journal; the first write
-/// wins for ever.
+/// Resources of one tenant on a machine. The agent writes them into its journal; the first write wins for ever.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TenantGrant {
@@ -138,17 +137,17 @@ pub struct TenantGrant {
     pub tenant: TenantName,
     /// Identity.
     pub tenant_id: TenantId,
-    /// All its id ranges, oldest first; a later grant may add, never take away.
+    /// All id ranges of the tenant, oldest first. A later grant may add a range, never remove one.
     pub ranges: Vec<IdRange>,
     /// Number of its network, never reused; the bridge is `bk<installation><number>`.
     pub network: u32,
     /// Its subnet.
     pub subnet: Subnet,
-    /// What it may use of the machine; a later grant may change it.
+    /// Limits on the machine. A later grant may change them.
     pub limits: TenantLimits,
 }
 
-/// What all instances of a tenant together may use of a machine.
+/// Limits of all instances of a tenant together on a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TenantLimits {
@@ -160,7 +159,7 @@ pub struct TenantLimits {
     pub pids: u64,
 }
 
-/// The image to run: always of the tenant's own project, always by digest.
+/// The image to run: always from the tenant's own project, always by digest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WorkloadImage {
@@ -170,8 +169,8 @@ pub struct WorkloadImage {
     pub digest: Digest,
 }
 
-/// User and group inside the container, within the app's block: 1 to 1023; the group may be 0, which owns nothing on
-/// the host.
+/// User and group inside the container, within the app's block: 1 to 1023. The group may be 0, which owns nothing
+/// on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct InsideUser {
@@ -181,11 +180,11 @@ pub struct InsideUser {
     pub gid: u16,
 }
 
-/// How an instance is asked whether it is well. The prober asks; the host is always the instance.
+/// How the prober checks the health of an instance. The host is always the instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum HealthCheck {
-    /// GET must answer 200 to 399.
+    /// A GET must answer with status 200 to 399.
     Http {
         /// Absolute path.
         path: String,
@@ -199,39 +198,39 @@ pub enum HealthCheck {
     },
 }
 
-/// What a failed check leads to.
+/// Effect of a failed check.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Purpose {
-    /// The instance starts again, once its grace is over.
+    /// The instance restarts, once its grace period is over.
     #[default]
     Restart,
-    /// The instance is not ready, and a release waits for it. Nothing is ended.
+    /// The instance is not ready, and a release waits for it. The instance keeps running.
     Readiness,
 }
 
-/// Health check with the time that a start may take.
+/// Health check, and the time that a start may take.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Health {
-    /// How to ask.
+    /// How to check.
     pub check: HealthCheck,
     /// Seconds after a start in which a failure does not count.
     pub grace: u16,
-    /// What a failure leads to.
+    /// Effect of a failure.
     #[serde(default)]
     pub purpose: Purpose,
 }
 
 impl Health {
-    /// A check that was asked for: an instance that fails it starts again.
+    /// Creates a check that the spec asks for: an instance that fails it restarts.
     #[must_use]
     pub fn new(check: HealthCheck, grace: u16) -> Self {
         Self { check, grace, purpose: Purpose::Restart }
     }
 }
 
-/// Where an app serves.
+/// Port on which an app serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Serves {
@@ -249,13 +248,13 @@ impl Serves {
     }
 }
 
-/// How a new revision takes the place of the old one.
+/// How a new revision replaces the old one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Update {
-    /// One new instance at a time; the old one stops when the new one is well.
+    /// Starts one new instance at a time. The old one stops when the new one is healthy.
     Rolling,
-    /// The old one stops before the new one starts (`singleton`).
+    /// Stops the old instance before the new one starts (`singleton`).
     Replace,
 }
 
@@ -270,14 +269,14 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// A folder of this size in which nothing is executed.
+    /// Creates a folder of this size in which no file may be executed.
     #[must_use]
     pub fn of(size: u64) -> Self {
         Self { size, exec: false }
     }
 }
 
-/// The written form: records of earlier versions hold a number alone.
+/// The serialized form: records of earlier versions hold only a number.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged, deny_unknown_fields)]
 enum ScratchForm {
@@ -303,8 +302,7 @@ impl From<Scratch> for ScratchForm {
     }
 }
 
-/// One app as a driver is told to run it: every field that matters is here, nothing is copied
-/// through from what the tenant wrote.
+/// One app as a driver runs it. Every field that matters is here; nothing is copied through from the tenant's text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Workload {
@@ -312,53 +310,54 @@ pub struct Workload {
     pub tenant: TenantName,
     /// App.
     pub app: AppName,
-    /// Identity of the app; another one under the same name is another app.
+    /// Identity of the app. A new app under the same name is another app.
     pub app_id: AppId,
-    /// Release that runs. A change of revision rolls.
+    /// Release to run. A change of revision starts an update.
     pub revision: i64,
-    /// Generation of the desired state; a lower one than seen is refused.
+    /// Generation of the desired state. A driver refuses a lower one than it has stored.
     pub generation: i64,
-    /// Lease epoch of the writer; with an equal generation a lower one is refused.
+    /// Lease epoch of the writer. At an equal generation, a driver refuses a lower epoch.
     pub epoch: i64,
     /// Image.
     pub image: WorkloadImage,
-    /// Entrypoint; the image's own when absent.
+    /// Entrypoint; if absent, the image's own.
     pub command: Option<Vec<String>>,
-    /// Arguments; the image's own when absent (and none when only `command` is given).
+    /// Arguments; if absent, the image's own, or none when only `command` is given.
     pub args: Option<Vec<String>>,
-    /// User inside.
+    /// User inside the container.
     pub user: InsideUser,
-    /// Its supplementary groups inside, as the image's `/etc/group` has them.
+    /// Supplementary groups of the user, from the image's `/etc/group`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub groups: Vec<u16>,
     /// The app's block of host ids.
     pub block: IdRange,
-    /// Thousandths of a core, the limit.
+    /// CPU limit, in thousandths of a core.
     pub cpu_millis: u32,
-    /// Bytes, the limit; scratch, shm and /tmp count within.
+    /// Memory limit, in bytes. Scratch, shm and /tmp count within it.
     pub memory: u64,
-    /// Instances; 0 is stopped but kept.
+    /// Number of instances; 0 keeps the app stopped.
     pub instances: u32,
     /// How to update.
     pub update: Update,
     /// Environment.
     pub env: BTreeMap<String, String>,
-    /// The one port it serves on.
+    /// The only port on which the app serves.
     pub port: Option<u16>,
     /// Health check.
     pub health: Option<Health>,
-    /// Memory-backed writable folders by path; `/tmp` is always among them, `/dev/shm` in new releases.
+    /// Memory-backed writable folders, by path. `/tmp` is always among them, in new releases also `/dev/shm`.
     pub scratch: BTreeMap<String, Scratch>,
     /// Seconds between SIGTERM and SIGKILL.
     pub stop_grace: u16,
-    /// Addresses of the tenant's subnet that belong to this app: one per instance and, for
-    /// `Update::Rolling`, one more.
+    /// Addresses of the tenant's subnet that belong to this app: one for each instance, and one more for
+    /// `Update::Rolling`.
     pub addresses: Vec<Ipv4Addr>,
 }
 
 impl Workload {
-    /// Whether an instance of this is one of the other: the two differ in their number of instances and in what names
-    /// the change, so that none has to be replaced. Its addresses stay what they are.
+    /// Whether instances of this workload are also instances of the other one, so that none has to be replaced.
+    /// Revision, generation, epoch and the number of instances may differ. The addresses that both have must be the
+    /// same.
     #[must_use]
     pub fn runs_the_same(&self, other: &Self) -> bool {
         let shared = self.addresses.len().min(other.addresses.len());

@@ -1,6 +1,6 @@
-//! One fault: what is wrong in something that a person or a program handed in, where, why, and
-//! what to do. API, console, `bulkhead check` and the dry run all show this same object. A fault
-//! never echoes a value, only names and bounds: what was handed in may hold a secret.
+//! One fault in the input of a user or a program: the problem, its position, the reason, and the remedy. API,
+//! console, `bulkhead check` and the dry run show this same object. A fault never echoes a value, only names
+//! and bounds: the input may contain a secret.
 
 pub mod catalogue;
 
@@ -23,34 +23,34 @@ impl Serialize for Code {
 }
 
 impl Code {
-    /// Where the code is explained, on Bulkhead's own address.
+    /// Returns the address of the explanation, on Bulkhead's own server.
     #[must_use]
     pub fn docs(self) -> String {
         format!("/docs/errors/{self}")
     }
 }
 
-/// The kind of a fault: it tells a program what to do about it.
+/// The kind of a fault. It tells a program how to react.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
-    /// There is no such field.
+    /// The field does not exist.
     Unknown,
-    /// The field is known from other platforms and not available here, for a reason.
+    /// Other platforms have this field, but Bulkhead does not, for a reason.
     Forbidden,
     /// The value has the wrong type, form or size.
     Invalid,
-    /// A required field is not there.
+    /// A required field is missing.
     Missing,
     /// Two fields, or a field and the state of the platform, contradict each other.
     Conflict,
-    /// It would exceed the tenant's quota.
+    /// The tenant's quota would be exceeded.
     Quota,
-    /// Accepted, but something will probably not work as expected. Only in `warnings`.
+    /// Accepted, but the app will probably not work as expected. Only in `warnings`.
     Warning,
 }
 
-/// What is wrong, where, why, and what to do.
+/// A fault: the problem, its position, the reason, and the remedy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Fault {
     /// Stable code.
@@ -59,18 +59,18 @@ pub struct Fault {
     pub kind: Kind,
     /// Dotted path of the field, such as `health.http.path`; empty for the whole document.
     pub path: String,
-    /// Line of the source, from 1; 0 where there is no source.
+    /// Line of the source, from 1; 0 without a source.
     #[serde(skip_serializing_if = "is_zero")]
     pub line: u32,
-    /// Column of the source in characters, from 1; 0 where there is no source.
+    /// Column of the source in characters, from 1; 0 without a source.
     #[serde(skip_serializing_if = "is_zero")]
     pub column: u32,
-    /// What is wrong, in one sentence.
+    /// The problem, in one sentence.
     pub message: String,
-    /// Why it is so.
+    /// The reason for the rule.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// What to do instead, or the name that was probably meant.
+    /// The remedy, or the nearest valid name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub suggestion: Option<String>,
     /// Address of the explanation.
@@ -83,7 +83,7 @@ fn is_zero(n: &u32) -> bool {
 }
 
 impl Fault {
-    /// A fault without position, reason and suggestion.
+    /// Returns a fault without position, reason and suggestion.
     #[must_use]
     pub fn new(code: Code, kind: Kind, path: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
@@ -99,7 +99,7 @@ impl Fault {
         }
     }
 
-    /// The same with a position in the source.
+    /// Adds a position in the source.
     #[must_use]
     pub fn at(mut self, line: u32, column: u32) -> Self {
         self.line = line;
@@ -107,14 +107,14 @@ impl Fault {
         self
     }
 
-    /// The same with a reason.
+    /// Adds a reason.
     #[must_use]
     pub fn because(mut self, reason: impl Into<String>) -> Self {
         self.reason = Some(reason.into());
         self
     }
 
-    /// The same with a suggestion.
+    /// Adds a suggestion.
     #[must_use]
     pub fn instead(mut self, suggestion: impl Into<String>) -> Self {
         self.suggestion = Some(suggestion.into());
@@ -122,8 +122,8 @@ impl Fault {
     }
 }
 
-/// A character fit for a screen: control characters, and those that turn or hide what follows, become
-/// U+FFFD, so that what somebody handed in steers no terminal and no page.
+/// Replaces control characters, and characters that hide or reverse text, by U+FFFD. Input therefore cannot
+/// control a terminal or a page.
 #[must_use]
 pub fn plain(c: char) -> char {
     let hidden = matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
@@ -138,6 +138,6 @@ pub struct Explanation {
     pub code: Code,
     /// A short title; the `title` of problem+json.
     pub title: &'static str,
-    /// What it means and what to do, in plain sentences.
+    /// The meaning and the remedy, in plain sentences.
     pub text: &'static str,
 }

@@ -1,6 +1,6 @@
-//! What a request asks beyond its address. A handler names what it honours by the arguments that it takes: [`Query`],
-//! [`Body`], [`Expected`]. Everything else that changes the meaning of a request is refused by name, so that no client
-//! takes an ignored wish for a granted one.
+//! The inputs of a request beyond its URL. A handler declares the inputs that it accepts by its arguments:
+//! [`Query`], [`Body`], [`Expected`]. Any other input that would change the meaning of a request is refused by
+//! name, so no client believes that an ignored input took effect.
 
 use std::future::{Ready, ready};
 use std::ops::Deref;
@@ -19,21 +19,21 @@ use crate::fault::plain;
 /// The header of a request that may be sent again.
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
-/// Headers that change what a request means. Each is refused where no argument of the handler takes it.
+/// Headers that change the meaning of a request. Each is refused unless an argument of the handler accepts it.
 const MEANING: &[(&str, &str)] = &[
-    ("if-match", "this operation knows no condition"),
-    ("if-none-match", "this operation knows no condition; a PUT of an app takes If-None-Match: *"),
+    ("if-match", "this operation takes no conditions"),
+    ("if-none-match", "this operation takes no conditions; a PUT of an app takes If-None-Match: *"),
     ("if-modified-since", "no answer has a Last-Modified; use If-Match with the ETag"),
     ("if-unmodified-since", "no answer has a Last-Modified; use If-Match with the ETag"),
-    ("if-range", "answers come whole"),
-    ("range", "answers come whole; lists take limit and cursor"),
+    ("if-range", "partial answers are not supported"),
+    ("range", "partial answers are not supported; lists take limit and cursor"),
     ("content-range", "a body replaces the whole object"),
-    ("x-http-method-override", "send the request with the method that you mean"),
-    ("x-http-method", "send the request with the method that you mean"),
-    ("x-method-override", "send the request with the method that you mean"),
+    ("x-http-method-override", "send the request with its real method"),
+    ("x-http-method", "send the request with its real method"),
+    ("x-method-override", "send the request with its real method"),
 ];
 
-/// What the arguments of the handler have taken so far.
+/// The inputs that the handler's arguments have accepted so far.
 #[derive(Debug, Clone, Copy, Default)]
 #[expect(clippy::struct_excessive_bools, reason = "a set of marks")]
 struct Taken {
@@ -53,12 +53,12 @@ fn taken(req: &HttpRequest) -> Taken {
     req.extensions().get::<Taken>().copied().unwrap_or_default()
 }
 
-/// Notes that the handler keeps its answer under the request's `Idempotency-Key` by itself.
+/// Marks that the handler stores its answer under the request's `Idempotency-Key` itself.
 pub fn takes_key(req: &HttpRequest) {
     take(req, |taken| taken.key = true);
 }
 
-/// Whether the handler keeps its answer by itself.
+/// Returns whether the handler stores its answer itself.
 #[must_use]
 pub fn has_taken_key(req: &HttpRequest) -> bool {
     taken(req).key
@@ -85,7 +85,7 @@ impl FromRequest for Body {
     }
 }
 
-/// The query of a request, read into a closed type.
+/// The query of a request, parsed into a closed type.
 #[derive(Debug, Clone)]
 pub struct Query<T>(pub T);
 
@@ -106,7 +106,7 @@ impl<T: DeserializeOwned> FromRequest for Query<T> {
     }
 }
 
-/// The refusal of a query, from the text of its reader. That names parameters, never their values.
+/// Builds the error for a query from the parser's text, which names parameters but never their values.
 fn wrong_query(text: &str) -> Error {
     let text = text.strip_prefix("Query deserialize error: ").unwrap_or(text);
     let named = |prefix: &str| text.strip_prefix(prefix).and_then(|rest| rest.split('`').next()).map(shown);
@@ -124,7 +124,7 @@ fn wrong_query(text: &str) -> Error {
         };
         format!("there is no parameter {name} here; {instead}")
     } else if let Some(name) = named("duplicate field `") {
-        format!("the parameter {name} stands twice; write it once")
+        format!("the parameter {name} is given twice; send it once")
     } else if let Some(name) = named("missing field `") {
         format!("the parameter {name} is missing")
     } else {
@@ -146,7 +146,9 @@ impl FromRequest for Expected {
             let mut lines = Vec::new();
             for value in req.headers().get_all(&name) {
                 let text = value.to_str();
-                lines.push(text.map_err(|_| Error::Malformed(format!("{name} is no text")))?);
+                lines.push(
+                    text.map_err(|_| Error::Malformed(format!("the header {name} is not plain ASCII")))?,
+                );
             }
             if lines.is_empty() { Ok(None) } else { Tags::parse(name.as_str(), &lines.join(",")).map(Some) }
         };
@@ -158,11 +160,11 @@ impl FromRequest for Expected {
     }
 }
 
-/// Refuses what a request says before its body is read.
+/// Checks the headers before the body is read.
 pub fn check_head(req: &HttpRequest) -> Result<(), Error> {
     let text = |name: &str| req.headers().get(name).map(|value| value.to_str().unwrap_or_default().trim());
     if text("expect").is_some_and(|value| !value.eq_ignore_ascii_case("100-continue")) {
-        return Err(Error::Malformed("Expect takes 100-continue alone".into()));
+        return Err(Error::Malformed("the header Expect takes only 100-continue".into()));
     }
     if text("content-encoding").is_some_and(|value| !value.eq_ignore_ascii_case("identity")) {
         return Err(Error::Malformed("Content-Encoding is not supported: send the body as it is".into()));
@@ -173,7 +175,7 @@ pub fn check_head(req: &HttpRequest) -> Result<(), Error> {
     Ok(())
 }
 
-/// Refuses what the handler has not taken: parameters, headers, a body. `payload` is what is left to read.
+/// Refuses inputs that the handler does not accept: parameters, headers, a body. `payload` is the unread body.
 pub async fn check_rest(req: &HttpRequest, payload: &mut Payload) -> Result<(), Error> {
     let taken = taken(req);
     if !taken.query && !req.query_string().is_empty() {
@@ -193,11 +195,10 @@ pub async fn check_rest(req: &HttpRequest, payload: &mut Payload) -> Result<(), 
         let bytes =
             Bytes::from_request(req, payload).await.map_err(|_| Error::TooLarge(super::BODY_LIMIT))?;
         let text = bytes.trim_ascii();
-        // An empty group says nothing, and some clients send one with every request.
+        // Accept an empty object: some clients send one with every request.
         if !text.is_empty() && text != b"{}" {
             return Err(Error::Malformed(
-                "this request takes no body, and the one that was sent would change nothing: leave it out"
-                    .into(),
+                "this request takes no body, and a body would have no effect: leave it out".into(),
             ));
         }
     }
@@ -215,7 +216,7 @@ mod tests {
         assert_eq!(near, "there is no parameter limt here; did you mean limit?");
         let far = told("unknown field `all\u{202e}`, expected one of `to`, `port`, `protocol`");
         assert_eq!(far, "there is no parameter all\u{fffd} here; there are: to, port, protocol");
-        assert!(told("duplicate field `limit`").contains("limit stands twice"));
+        assert!(told("duplicate field `limit`").contains("limit is given twice"));
         assert!(told("missing field `to`").contains("to is missing"));
         assert!(told("invalid digit found in string").contains("invalid digit"));
     }

@@ -1,5 +1,5 @@
-//! From the platform's one error to an answer: RFC 9457 problem+json, or a page for a browser.
-//! The only place that knows status codes.
+//! Turns the platform's error into a response: RFC 9457 problem+json, or a page for a browser. No other code
+//! knows status codes.
 
 use std::rc::Rc;
 
@@ -28,7 +28,7 @@ fn status(error: &Error) -> StatusCode {
     }
 }
 
-/// Carried along with the answer until the outermost layer renders it with the request id.
+/// Carried in the response until the outermost layer renders it with the request id.
 struct Problem(serde_json::Value);
 
 impl ResponseError for Error {
@@ -75,15 +75,15 @@ fn wants_page(response: &ServiceResponse<BoxBody>) -> bool {
         && !response.request().path().starts_with("/api/")
 }
 
-/// Gives an error its body. Errors that the web framework made itself (a path that does not
-/// exist, a body over its limit) are put into the same form.
+/// Renders the body of an error. Errors of the web framework (an unknown path, a body over its limit) get the
+/// same form.
 #[must_use]
 pub fn render(response: ServiceResponse<BoxBody>, request_id: &str) -> ServiceResponse<BoxBody> {
     if response.status().as_u16() < 400 {
         return response;
     }
     let known = response.response().extensions().get::<Rc<Problem>>().cloned();
-    // A page that a handler has made, such as the sign-in that failed, says it better.
+    // Keep a page that a handler rendered, such as a failed sign-in: it explains the error better.
     let kind = response.response().headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok());
     if known.is_none() && kind.is_some_and(|kind| kind.starts_with("text/html")) {
         return response;
@@ -96,7 +96,7 @@ pub fn render(response: ServiceResponse<BoxBody>, request_id: &str) -> ServiceRe
                 StatusCode::NOT_FOUND => Error::NotFound,
                 StatusCode::PAYLOAD_TOO_LARGE => Error::TooLarge(super::BODY_LIMIT),
                 StatusCode::METHOD_NOT_ALLOWED => {
-                    Error::Malformed("this address does not take that method".into())
+                    Error::Malformed("this URL does not support the method".into())
                 }
                 status if status.is_client_error() => Error::Malformed("the request cannot be read".into()),
                 _ => Error::internal("an answer without an error"),

@@ -1,31 +1,31 @@
-//! Pages: askama templates into answers.
+//! Renders askama templates into responses.
 
 use actix_web::HttpResponse;
 use askama::Template;
 
 use crate::error::Error;
 
-/// A place that the rail leads to.
+/// An entry of the navigation.
 #[derive(Debug, Clone)]
 pub struct Link {
-    /// Word.
+    /// Text of the link.
     pub label: &'static str,
-    /// Address.
+    /// URL path.
     pub href: String,
-    /// Whether it is where the page is.
+    /// Whether it is the current page.
     pub here: bool,
 }
 
-/// What stands around every page: who is signed in, and where else one can go.
+/// The frame of every page: the signed-in account and the navigation.
 #[derive(Debug, Clone, Default)]
 pub struct Frame {
-    /// Name of the person; empty for a page that needs nobody.
+    /// Name of the account; empty on a page without sign-in.
     pub who: String,
-    /// Token of the person's forms.
+    /// CSRF token of the account's forms.
     pub form: String,
-    /// The rail; none where there is only one place.
+    /// Navigation entries; empty where there is only one page.
     pub rail: Vec<Link>,
-    /// Heading of the rail, such as the tenant's name.
+    /// Heading of the navigation, such as the tenant's name.
     pub rail_name: String,
 }
 
@@ -50,7 +50,7 @@ struct ErrorPage<'a> {
     sign_in: bool,
 }
 
-/// The page for an error, from its problem+json.
+/// Renders the page for an error, from its problem+json.
 #[must_use]
 pub fn error_page(problem: &serde_json::Value) -> String {
     let text = |key: &str| problem[key].as_str().unwrap_or_default();

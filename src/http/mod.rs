@@ -1,4 +1,4 @@
-//! What every request passes, whatever its noun: request id, headers, body caps, panics, errors.
+//! Layers for every request: request id, headers, body limits, panics, errors.
 
 use std::future::{Ready, ready};
 use std::net::IpAddr;
@@ -25,10 +25,10 @@ mod source;
 
 pub use source::{Proxies, network};
 
-/// Largest body of a JSON or YAML request, in bytes.
+/// Maximum body of a JSON or YAML request, in bytes.
 pub const BODY_LIMIT: usize = 64 * 1024;
 
-/// The id of a request: in the answer's `X-Request-Id`, in every log line and in the audit.
+/// The id of a request: in the response's `X-Request-Id`, in every log line and in the audit log.
 #[derive(Debug, Clone)]
 pub struct RequestId(pub Rc<str>);
 
@@ -40,21 +40,21 @@ impl FromRequest for RequestId {
     }
 }
 
-/// The id that the outermost layer gave this request.
+/// Returns the id that the outermost layer gave this request.
 #[must_use]
 pub fn request_id(req: &HttpRequest) -> RequestId {
     req.extensions().get::<RequestId>().cloned().unwrap_or_else(|| RequestId(Rc::from("none")))
 }
 
-/// What remains of the rate of the request's payer: set by the extractor, told in the answer
+/// The remaining rate of the request's account. The extractor sets it, and the response reports it
 /// (draft-ietf-httpapi-ratelimit-headers-03).
 #[derive(Debug, Clone, Copy)]
 pub struct RateLimit {
-    /// Requests at once.
+    /// Maximum burst of requests.
     pub limit: u64,
-    /// Of these, what remains.
+    /// Requests that remain in the burst.
     pub remaining: u64,
-    /// Seconds until all of them are back.
+    /// Seconds until the burst is full again.
     pub reset: u64,
 }
 
@@ -70,20 +70,20 @@ impl RateLimit {
     }
 }
 
-/// A random text of 16 lower-case letters and digits.
+/// Returns a random text of 16 lower-case letters and digits.
 fn fresh_id() -> String {
     data_encoding::BASE32_NOPAD.encode(&rand::random::<[u8; 10]>()).to_ascii_lowercase()
 }
 
-/// The outermost layer: gives the request its id, turns a panic into a 500 while the service
-/// lives on, renders errors, and sets the headers that every answer bears.
+/// The outermost layer. It assigns the request id, turns a panic into a 500 while the service continues,
+/// renders errors, and sets the headers of every response.
 pub async fn outermost<B: MessageBody + 'static>(
     req: ServiceRequest,
     next: Next<B>,
 ) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
     let id = fresh_id();
     req.extensions_mut().insert(RequestId(Rc::from(id.as_str())));
-    // The pattern, never the path: links that are used once stand in it.
+    // Log the pattern, never the path: a path can contain single-use links.
     let registry = req.path().starts_with("/v2/") || req.path() == "/auth/token";
     let method = req.method().clone();
     let secure = req.app_data::<web::Data<OwnAddress>>().is_some_and(|own| own.is_secure(req.request()));
@@ -112,7 +112,7 @@ pub async fn outermost<B: MessageBody + 'static>(
     Ok(response)
 }
 
-/// The answer to a request whose handler panicked: a mistake of ours, told without a detail.
+/// Builds the response for a panicked handler: an internal error without details.
 fn panicked(id: &str, secure: bool) -> actix_web::Error {
     let error = PlatformError::internal("panic");
     let body = serde_json::json!({
@@ -129,7 +129,8 @@ fn panicked(id: &str, secure: bool) -> actix_web::Error {
 fn headers(headers: &mut header::HeaderMap, id: &str, secure: bool) {
     let fixed = [
         ("x-content-type-options", "nosniff"),
-        // Not no-referrer: browsers would then send our own forms with "Origin: null", as a stranger's.
+        // Not no-referrer: browsers would then send the console's own forms with "Origin: null", like a foreign
+        // site's.
         ("referrer-policy", "same-origin"),
         ("cross-origin-opener-policy", "same-origin"),
         ("cross-origin-resource-policy", "same-origin"),
@@ -153,18 +154,18 @@ fn headers(headers: &mut header::HeaderMap, id: &str, secure: bool) {
     }
 }
 
-/// The address by which a client knows us: the configured one, or on loopback the Host header.
+/// The address by which clients know this server: the configured one, or the Host header on loopback.
 #[derive(Debug, Clone)]
 pub struct OwnAddress {
     /// Configured address without a trailing slash.
     pub external: Option<String>,
-    /// Whose word about the client is taken.
+    /// Proxies whose forwarded client address is trusted.
     pub proxies: Proxies,
 }
 
 impl OwnAddress {
-    /// Scheme and authority, such as `http://127.0.0.1:8080`. None when the Host header is none
-    /// of ours: nothing may then be built from it.
+    /// Returns scheme and authority, such as `http://127.0.0.1:8080`. None if the Host header is not
+    /// this server's address; do not build links from it then.
     #[must_use]
     pub fn of(&self, req: &HttpRequest) -> Option<String> {
         if let Some(external) = &self.external {
@@ -175,7 +176,7 @@ impl OwnAddress {
         crate::config::is_loopback(host).then(|| format!("{scheme}://{host}"))
     }
 
-    /// Whether browsers reach us over TLS. What a client says about that is not asked.
+    /// Returns whether browsers reach this server over TLS. A client's own claim is ignored.
     #[must_use]
     pub fn is_secure(&self, req: &HttpRequest) -> bool {
         match &self.external {
@@ -184,7 +185,7 @@ impl OwnAddress {
         }
     }
 
-    /// Where a request comes from: the peer, or what a trusted proxy says of its client.
+    /// Returns the client's address: the peer, or the client that a trusted proxy reports.
     #[must_use]
     pub fn client(&self, req: &HttpRequest) -> IpAddr {
         let Some(peer) = req.peer_addr() else { return IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED) };
@@ -193,8 +194,8 @@ impl OwnAddress {
         self.proxies.client(peer.ip(), lines.into_iter())
     }
 
-    /// Whether a request that changes something comes from our own pages: browsers send `Origin`
-    /// with each POST, and it must be our own address.
+    /// Returns whether a change comes from the console's own pages. Browsers send `Origin` with each POST, and
+    /// it must be this server's address.
     #[must_use]
     pub fn same_origin(&self, req: &HttpRequest) -> bool {
         let Some(own) = self.of(req) else { return false };
@@ -209,8 +210,8 @@ impl OwnAddress {
     }
 }
 
-/// Reads a JSON body into a closed type. Unknown fields, wrong types and missing fields are faults
-/// with their place.
+/// Reads a JSON body into a closed type. Unknown fields, wrong types and missing fields are faults with their
+/// position.
 pub fn parse_json<T: DeserializeOwned>(req: &HttpRequest, body: &[u8]) -> Result<T, PlatformError> {
     let kind = req.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("");
     if !kind.split(';').next().unwrap_or("").trim().eq_ignore_ascii_case("application/json") {
@@ -218,7 +219,7 @@ pub fn parse_json<T: DeserializeOwned>(req: &HttpRequest, body: &[u8]) -> Result
     }
     serde_json::from_slice(body).map_err(|error| {
         let (line, column) = (error.line(), error.column());
-        // serde's text names fields and types; a value that it would echo is cut off.
+        // serde's text names fields and types; cut off a value that it would echo.
         let text = error.to_string();
         let text = text.split(" at line ").next().unwrap_or_default();
         let message = if text.starts_with("invalid type") || text.starts_with("invalid value") {

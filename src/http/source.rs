@@ -1,10 +1,10 @@
-//! Where a request comes from, for bounds and throttles: the peer, or what a trusted proxy says of its client.
+//! Determines the source of a request for limits: the peer, or the client that a trusted proxy reports.
 
 use std::net::{IpAddr, Ipv6Addr};
 
 use crate::config::{Cidr, Server};
 
-/// The network that an address stands for: one IPv4 address, or the /64 that one IPv6 customer has.
+/// Returns the network of a customer: one IPv4 address, or an IPv6 /64.
 #[must_use]
 pub fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
@@ -16,20 +16,20 @@ pub fn network(address: IpAddr) -> IpAddr {
     }
 }
 
-/// Whose word about a client counts.
+/// The proxies whose forwarded client address is trusted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Proxies {
-    /// No peer's.
+    /// None.
     #[default]
     None,
-    /// The last entry of each peer: the operator says that only the proxy reaches us.
+    /// The last entry of every peer: the operator guarantees that only the proxy reaches this server.
     EachPeer,
-    /// That of peers in these networks.
+    /// Peers in these networks.
     Named(Vec<Cidr>),
 }
 
 impl Proxies {
-    /// As the settings say.
+    /// Reads the settings.
     #[must_use]
     pub fn of(server: &Server) -> Self {
         match (server.behind_proxy, server.trusted_proxies.is_empty()) {
@@ -39,7 +39,7 @@ impl Proxies {
         }
     }
 
-    /// Whether a peer is a proxy of ours.
+    /// Returns whether a peer is a trusted proxy.
     #[must_use]
     pub fn trusts(&self, peer: IpAddr) -> bool {
         match self {
@@ -49,11 +49,11 @@ impl Proxies {
         }
     }
 
-    /// The client behind a peer: with named proxies the right-most entry that is none of them. The entries left of it
-    /// are the client's own words.
+    /// Returns the client behind a peer. With named proxies this is the right-most entry that is not a named
+    /// proxy. Entries left of it are claims of the client.
     ///
-    /// `forwarded`: the values of `X-Forwarded-For`, in order. They are bytes: what a client has written left of a
-    /// proxy's own entry need not be text.
+    /// `forwarded` holds the values of `X-Forwarded-For` in order. They are bytes: the part that a client wrote
+    /// need not be text.
     #[must_use]
     pub fn client<'a>(&self, peer: IpAddr, forwarded: impl DoubleEndedIterator<Item = &'a [u8]>) -> IpAddr {
         if !self.trusts(peer) {
@@ -61,7 +61,7 @@ impl Proxies {
         }
         let mut nearest = peer;
         for entry in forwarded.rev().flat_map(|line| line.rsplit(|byte| *byte == b',')) {
-            // What cannot be read was not written by a proxy of ours: the hop before it is all that is known.
+            // A trusted proxy did not write this unreadable entry. The previous hop is all that is known.
             let Some(address) = address(entry) else { return nearest };
             nearest = address.to_canonical();
             if !matches!(self, Self::Named(_)) || !self.trusts(nearest) {
@@ -90,7 +90,8 @@ mod tests {
         assert_eq!(client(&Proxies::None, "192.0.2.1", &["198.51.100.1"]), "192.0.2.1");
         assert_eq!(client(&Proxies::EachPeer, "192.0.2.1", &["1.1.1.1, 198.51.100.1"]), "198.51.100.1");
         assert_eq!(client(&named, "192.0.2.1", &["198.51.100.1"]), "192.0.2.1");
-        // The right-most hop that is none of ours, also over several lines; what is left of it is made up.
+        // The right-most hop that is not a trusted proxy, also over several lines; the client invented
+        // everything left of it.
         assert_eq!(client(&named, "10.0.0.1", &["6.6.6.6, 198.51.100.1", "10.0.0.9"]), "198.51.100.1");
         assert_eq!(client(&named, "10.0.0.1", &["6.6.6.6, nonsense, 10.0.0.9"]), "10.0.0.9");
         assert_eq!(client(&named, "10.0.0.1", &[]), "10.0.0.1");

@@ -1,4 +1,4 @@
-//! The config of an image: what it wants to run, as whom, on which platform.
+//! The config of an image: its command, user and platform.
 
 use std::collections::BTreeMap;
 
@@ -7,10 +7,10 @@ use serde::Deserialize;
 use super::manifest::ManifestError;
 use super::strict::strict;
 
-/// Largest config, in bytes.
+/// Maximum size of a config, in bytes.
 pub const LIMIT: usize = 1 << 20;
 
-/// What matters of a config.
+/// The relevant fields of a config.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ImageConfig {
     /// Operating system.
@@ -23,7 +23,7 @@ pub struct ImageConfig {
     pub entrypoint: Vec<String>,
     /// `CMD`.
     pub cmd: Vec<String>,
-    /// `EXPOSE`, the TCP ports.
+    /// TCP ports of `EXPOSE`.
     pub exposed_ports: Vec<u16>,
     /// `VOLUME`.
     pub volumes: Vec<String>,
@@ -33,9 +33,9 @@ pub struct ImageConfig {
     pub working_dir: String,
     /// `STOPSIGNAL`.
     pub stop_signal: String,
-    /// Whether it has a `HEALTHCHECK`.
+    /// Whether the image has a `HEALTHCHECK`.
     pub healthcheck: bool,
-    /// Digests of the unpacked layers, from the bottom.
+    /// Digests of the unpacked layers, from the bottom up.
     pub diff_ids: Vec<String>,
 }
 
@@ -71,14 +71,13 @@ struct RawConfig {
     healthcheck: Option<serde_json::Value>,
 }
 
-/// Most bytes of labels, and of the environment, that an image brings: the engine gives both to each of
-/// its containers.
+/// Maximum bytes of an image's labels, and of its environment. The engine copies both to each container.
 const BROUGHT: usize = 64 << 10;
-/// Most words of a command, and most ports and volumes together.
+/// Maximum words of a command, and maximum number of ports and volumes together.
 const LISTED: usize = 512;
 
 impl ImageConfig {
-    /// Bytes that it takes in memory, about: each text with its place and what an allocator adds.
+    /// Returns the approximate bytes in memory: each text with its header and the allocator's overhead.
     #[must_use]
     pub fn kept(&self) -> usize {
         let lists = [&self.entrypoint, &self.cmd, &self.volumes, &self.env, &self.diff_ids];
@@ -87,7 +86,7 @@ impl ImageConfig {
         own.into_iter().map(|text| text.len() + 48).sum::<usize>() + listed + self.exposed_ports.len() * 2
     }
 
-    /// Reads a config.
+    /// Parses a config.
     pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
         let value = strict(bytes)?;
         let raw: Raw = serde_json::from_value(value)
@@ -148,7 +147,7 @@ mod tests {
         };
         assert!(check(r#"{"Test":["CMD","true"],"Interval":1}"#) && check(r#"{"Test":["CMD-SHELL","x"]}"#));
         assert!(!check(r#"{"Test":["NONE"]}"#) && !check(r#"{"Test":[]}"#) && !check("null"));
-        // An empty text takes three bytes of a config, and more of memory.
+        // An empty text takes three bytes in a config, but more in memory.
         let env = ImageConfig { env: vec![String::new(); 1_000], ..ImageConfig::default() };
         assert!(env.kept() > 24_000 && config.kept() < 1_000, "{} {}", env.kept(), config.kept());
         assert!(ImageConfig::parse(br#"{"os":"linux","OS":"windows"}"#).is_err());

@@ -1,6 +1,7 @@
-//! Manifests as they are stored: whatever OCI knows (image specification 1.1, Docker's schema 2), read strictly. The
-//! registry's own parser takes the last of two equal keys and folds case; ours refuses both, so that what was checked
-//! is what every other reader sees. Whether a manifest is an image that can run is asked when it is deployed.
+//! Manifests as they are stored: all forms of OCI (image specification 1.1) and Docker's schema 2, parsed
+//! strictly. The registry's parser takes the last of two equal keys and folds case. This parser refuses both,
+//! so every other reader sees what was checked. Whether a manifest is a runnable image is checked at deploy
+//! time.
 
 use std::collections::BTreeMap;
 
@@ -10,22 +11,22 @@ use super::seeds::{Annotations, ObjectSeed, Raw, RawDescriptor};
 use super::strict::{Atom, read};
 use crate::ids::Digest;
 
-/// Largest manifest, in bytes: the most that the specification asks registries to take.
+/// Maximum size of a manifest, in bytes: the size that the specification asks registries to accept.
 pub const LIMIT: usize = 4 << 20;
-/// Most layers and most manifests of one manifest.
+/// Maximum number of layers, and of manifests, in one manifest.
 pub(super) const PARTS: usize = 256;
-/// Largest layer, in bytes.
+/// Maximum size of a layer, in bytes.
 const LAYER: u64 = 10 << 30;
-/// Most bytes of annotations of a manifest with a subject: they are listed with it.
+/// Maximum bytes of annotations of a manifest with a subject: referrer lists contain them.
 const LISTED: usize = 64 << 10;
 
 const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-/// Type of an OCI index, which is also the form of a list of referrers.
+/// Media type of an OCI index, also used for referrer lists.
 pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 
-/// What may be asked for when a manifest is fetched.
+/// `Accept` header for fetching a manifest.
 pub const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
     application/vnd.docker.distribution.manifest.v2+json, \
     application/vnd.docker.distribution.manifest.list.v2+json";
@@ -37,7 +38,7 @@ pub struct Descriptor {
     pub media_type: String,
     /// Digest.
     pub digest: Digest,
-    /// Bytes, as declared.
+    /// Size in bytes, as declared.
     pub size: u64,
 }
 
@@ -52,17 +53,17 @@ pub struct Child {
     pub architecture: String,
 }
 
-/// What a manifest is made of.
+/// The content of a manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Parts {
-    /// One image, or an artifact in the form of one.
+    /// One image, or an artifact with the structure of an image.
     Image {
         /// Its config.
         config: Descriptor,
-        /// Its layers, from the bottom.
+        /// Its layers, from the bottom up.
         layers: Vec<Descriptor>,
     },
-    /// Manifests, for several platforms or of several kinds.
+    /// A list of manifests, for several platforms or of several kinds.
     Index {
         /// The manifests.
         children: Vec<Child>,
@@ -72,17 +73,17 @@ pub enum Parts {
 /// A manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
-    /// What it is made of.
+    /// Its content.
     pub parts: Parts,
-    /// The kind of artifact that it says it is.
+    /// Its declared artifact type.
     pub artifact_type: Option<String>,
-    /// The manifest that it is attached to; that one may be missing.
+    /// The manifest that it is attached to; it may be missing.
     pub subject: Option<Descriptor>,
     /// Its annotations.
     pub annotations: BTreeMap<String, String>,
 }
 
-/// Why a manifest is refused. Of what the manifest holds, the text shows printable ASCII alone, and little of it.
+/// The reason for refusing a manifest. Quotes little of the manifest, and only printable ASCII.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{0}")]
 pub struct ManifestError(pub String);
@@ -91,7 +92,7 @@ pub(super) fn no<T>(why: impl Into<String>) -> Result<T, ManifestError> {
     Err(ManifestError(why.into()))
 }
 
-/// A text that came from outside, as a message may show it.
+/// Returns external text in a form that is safe in a message.
 #[must_use]
 pub fn shown(text: &str) -> String {
     let plain: String =
@@ -99,30 +100,30 @@ pub fn shown(text: &str) -> String {
     if plain.is_empty() { "(empty)".to_owned() } else { plain }
 }
 
-/// Most values of a manifest, and how deep they lie at most.
+/// Maximum number of values in a manifest, and their maximum depth.
 const BOUNDS: (usize, usize) = (20_000, 16);
 
 impl Manifest {
-    /// Reads a manifest that was sent as `content_type`.
+    /// Parses a manifest that was sent as `content_type`.
     pub fn parse(bytes: &[u8], content_type: &str) -> Result<Self, ManifestError> {
         if bytes.len() > LIMIT {
             return no("the manifest is larger than 4 MiB");
         }
         if bytes.iter().find(|byte| !byte.is_ascii_whitespace()) != Some(&b'{') {
-            return no("the manifest is not JSON of an object");
+            return no("the manifest is not a JSON object");
         }
         let raw = read(bytes, BOUNDS, |budget, deserializer| {
             ObjectSeed::<Raw>::new(budget).deserialize(deserializer)
         })?;
-        let Some(mut raw) = raw else { return no("the manifest is not JSON of an object") };
+        let Some(mut raw) = raw else { return no("the manifest is not a JSON object") };
         if raw.schema_version != Some(Atom::Number(2)) {
             return no("schemaVersion is not 2");
         }
-        // OCI lets a manifest leave its own type out, and clients do; Docker's never do.
+        // OCI lets a manifest omit its own type, and clients do; Docker's always has it.
         match &raw.media_type {
             Some(Atom::Text(own)) if own == content_type => {}
             None if content_type.starts_with("application/vnd.oci.") => {}
-            _ => return no("mediaType in the manifest is not its Content-Type"),
+            _ => return no("mediaType in the manifest differs from the Content-Type"),
         }
         let artifact_type = artifact_type(raw.artifact_type.take())?;
         let subject = match raw.subject.take() {
@@ -130,7 +131,7 @@ impl Manifest {
             None => None,
         };
         let annotations = annotations(raw.annotations.take())?;
-        // As they are listed: a control character takes six bytes in JSON.
+        // Measure the printed form: a control character takes six bytes in JSON.
         let listed = serde_json::to_string(&annotations).map_or(usize::MAX, |text| text.len());
         if subject.is_some() && listed > LISTED {
             return no("the annotations of a manifest with a subject are larger than 64 KiB");
@@ -140,7 +141,7 @@ impl Manifest {
             OCI_INDEX | DOCKER_INDEX => index(raw)?,
             other => {
                 return no(format!(
-                    "a manifest of the type {} is not stored; an OCI or Docker (schema 2) manifest or index is",
+                    "manifests of the type {} are not supported; push an OCI or Docker (schema 2) manifest or index",
                     shown(other)
                 ));
             }
@@ -148,7 +149,7 @@ impl Manifest {
         Ok(Self { parts, artifact_type, subject, annotations })
     }
 
-    /// The kind that a list of referrers shows: its own, else that of its config.
+    /// Returns the artifact type for referrer lists: its own, otherwise its config's media type.
     #[must_use]
     pub fn kind(&self) -> &str {
         match (&self.artifact_type, &self.parts) {
@@ -168,7 +169,7 @@ fn artifact_type(raw: Option<Atom>) -> Result<Option<String>, ManifestError> {
     }
 }
 
-/// A media type as RFC 6838 has it, in its form alone.
+/// Checks the form of a media type (RFC 6838).
 fn is_media_type(text: &str) -> bool {
     (1..=255).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic()) && text.contains('/')
 }
@@ -221,7 +222,7 @@ fn descriptor(raw: Option<RawDescriptor>, place: &str) -> Result<Descriptor, Man
     let Some(raw) = raw else { return no(format!("{place} is not a descriptor")) };
     if raw.urls {
         return no(format!(
-            "{place}.urls: content that lies elsewhere (non-distributable layers) is not stored; push the content itself"
+            "{place}.urls: external content (non-distributable layers) is not supported; push the content itself"
         ));
     }
     let Some(media_type) = raw.media_type.and_then(Atom::text).filter(|text| is_media_type(text)) else {
@@ -238,7 +239,7 @@ fn descriptor(raw: Option<RawDescriptor>, place: &str) -> Result<Descriptor, Man
     if let Some(data) = raw.data {
         let bytes = data.text().and_then(|text| data_encoding::BASE64.decode(text.as_bytes()).ok());
         if bytes.is_none_or(|bytes| Digest::of(&bytes) != digest || bytes.len() as u64 != size) {
-            return no(format!("{place}.data is not what its digest says"));
+            return no(format!("{place}.data does not match its digest and size"));
         }
     }
     Ok(Descriptor { media_type, digest, size })
@@ -281,10 +282,10 @@ mod tests {
     #[test]
     fn lies_are_refused() {
         let good = image_json(|_| ());
-        assert!(refused(&good.replacen('{', "{\"Layers\":[],", 1)).contains("not written so"));
+        assert!(refused(&good.replacen('{', "{\"Layers\":[],", 1)).contains("differs from the field"));
         assert_eq!(refused(&good.replacen('{', "{\"layers\":[],", 1)), TWICE);
         assert!(refused(&format!("{good} x")).contains("after the manifest"));
-        assert!(refused(&format!("\u{feff}{good}")).contains("not JSON"));
+        assert!(refused(&format!("\u{feff}{good}")).contains("not a JSON object"));
         assert!(refused(&good.replace(OCI_MANIFEST, OCI_INDEX)).contains("Content-Type"));
         assert!(refused(&image_json(|v| v["layers"][0]["urls"] = json!(["http://x"]))).contains("urls"));
         for kind in [json!(null), json!(5), json!(""), json!("x"), json!("a/b\n"), json!("a/".repeat(200))] {
@@ -297,17 +298,18 @@ mod tests {
         assert!(refused(&image_json(|v| v["layers"][0]["digest"] = "sha512:x".into())).contains("digest"));
         assert!(refused(&image_json(|v| v["config"]["data"] = "AAAA".into())).contains("data"));
         assert!(refused(&image_json(|v| v["manifests"] = json!([]))).contains("manifests"));
-        assert!(refused(&"[".repeat(100_000)).contains("not JSON"));
+        assert!(refused(&"[".repeat(100_000)).contains("not a JSON object"));
         for value in ["[[],[[]],{\"A\":[{\"b\":1,\"B\":2}]}]", "{\"x\":{\"y\":1,\"Y\":2}}"] {
             assert_eq!(refused(&good.replacen('{', &format!("{{\"unknown\":{value},"), 1)), TWICE);
         }
         for key in ["Layers", "CONFIG", "annotation\u{17f}", "Subject"] {
             let own = image_json(|v| v[key] = json!({}));
             let text = Manifest::parse(own.as_bytes(), OCI_MANIFEST).unwrap_err().0;
-            assert!(text == TWICE || text.contains("is not written so"), "{key}: {text}");
+            assert!(text == TWICE || text.contains("differs from the field"), "{key}: {text}");
         }
         assert!(
-            refused(&image_json(|v| v["layers"][0]["URLs"] = json!(["http://x"]))).contains("not written so")
+            refused(&image_json(|v| v["layers"][0]["URLs"] = json!(["http://x"])))
+                .contains("differs from the field")
         );
     }
 
@@ -320,10 +322,13 @@ mod tests {
             "it holds too many values"
         );
         let deep = format!("{}{}", "[".repeat(60), "]".repeat(60));
-        assert_eq!(refused(&good.replacen('{', &format!("{{\"x\":{deep},"), 1)), "its values lie too deep");
+        assert_eq!(
+            refused(&good.replacen('{', &format!("{{\"x\":{deep},"), 1)),
+            "its values are nested too deep"
+        );
         let keys: String = (0..30_000).map(|n| format!("\"k{n}\":0,")).collect();
         assert_eq!(refused(&good.replacen('{', &format!("{{{keys}"), 1)), "it holds too many values");
-        assert!(refused(&format!("[{lists}[]]")).contains("not JSON"));
+        assert!(refused(&format!("[{lists}[]]")).contains("not a JSON object"));
         assert!(
             refused(&image_json(|v| {
                 let layer = v["layers"][0].clone();

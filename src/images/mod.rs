@@ -1,4 +1,4 @@
-//! Images: what a manifest and a config say, read strictly, and what that means for running it.
+//! Images: manifests and configs, parsed strictly, and their requirements for running.
 
 use crate::driver::podman::dangers;
 use crate::driver::workload::InsideUser;
@@ -15,55 +15,55 @@ mod strict;
 pub use config::ImageConfig;
 pub use names::Names;
 
-/// User and group for an image that names none that is possible.
+/// User and group for an image without a usable user.
 const FALLBACK: InsideUser = InsideUser { uid: 1000, gid: 1000 };
 
-/// Most supplementary groups that an app has.
+/// Maximum supplementary groups of an app.
 const GROUPS: usize = 32;
 
-/// What the preflight found.
+/// The result of the preflight.
 #[derive(Debug)]
 pub struct Preflight {
-    /// User inside.
+    /// User inside the container.
     pub user: InsideUser,
-    /// Its supplementary groups inside.
+    /// Its supplementary groups inside the container.
     pub groups: Vec<u16>,
     /// Warnings.
     pub warnings: Vec<Fault>,
 }
 
-/// What a spec says that the image is held against.
+/// The fields of a spec that the image is checked against.
 #[derive(Debug, Clone, Copy)]
 pub struct Asked {
     /// The port that it serves on.
     pub port: Option<u16>,
-    /// Whether it says what to run.
+    /// Whether the spec has a command.
     pub command: SpecCommand,
-    /// Whether it says how it is checked, or that it is not.
+    /// Whether the spec sets `health`, including `none`.
     pub health: bool,
 }
 
-/// Whether the spec itself says what to run.
+/// Whether the spec has a command of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SpecCommand {
-    /// It gives command or args.
+    /// The spec has `command` or `args`.
     Given,
-    /// It leaves it to the image.
+    /// The image's command runs.
     Absent,
 }
 
-/// The fault of an image whose layers are not taken.
+/// Creates the fault of an image with a refused layer.
 #[must_use]
 pub fn refused(why: &str) -> Fault {
     Fault::new(Code(204), Kind::Invalid, "image", format!("the image is refused: {why}"))
-        .instead("change what builds the layer, and push the image again")
+        .instead("fix the build of the layer, and push the image again")
 }
 
 fn warning(code: u16, message: &str) -> Fault {
     Fault::new(Code(code), Kind::Warning, "image", message)
 }
 
-/// Holds an image against what will be done with it. Faults refuse the release, warnings go with it.
+/// Checks an image against its intended use. Faults refuse the release; warnings are stored with it.
 pub fn preflight(config: &ImageConfig, names: &Names, asked: Asked) -> Result<Preflight, Vec<Fault>> {
     let mut faults = Vec::new();
     if let Err(why) = dangers::of_config(&config.env, &config.working_dir, &config.stop_signal) {
@@ -84,7 +84,7 @@ pub fn preflight(config: &ImageConfig, names: &Names, asked: Asked) -> Result<Pr
                 Code(202),
                 Kind::Missing,
                 "command",
-                "neither the image nor the spec says what to run",
+                "neither the image nor the spec has a command to run",
             )
             .instead("give command, or set ENTRYPOINT or CMD in the Dockerfile"),
         );
@@ -96,14 +96,14 @@ pub fn preflight(config: &ImageConfig, names: &Names, asked: Asked) -> Result<Pr
     let (user, groups) = user(config, names, &mut warnings);
     if !config.volumes.is_empty() {
         warnings.push(
-            warning(213, "the image declares volumes, which give nothing here")
+            warning(213, "the image declares volumes, which have no effect here")
                 .instead("name the paths under scratch if the app writes to them"),
         );
     }
     if config.healthcheck && !asked.health {
         warnings.push(
             warning(216, "the image's HEALTHCHECK is not used")
-                .because("the platform asks over the network and runs no program beside the app")
+                .because("the platform checks over the network and runs no extra program in the container")
                 .instead("write health: {http: {path: /healthz}} or {tcp: {}} in the spec, or health: none"),
         );
     }
@@ -116,13 +116,13 @@ pub fn preflight(config: &ImageConfig, names: &Names, asked: Asked) -> Result<Pr
     Ok(Preflight { user, groups, warnings })
 }
 
-/// User, group and supplementary groups, as an engine without limits would give them: a user that the image does not
-/// know has group 0, and a group in `USER` stands for all.
+/// Returns user, group and supplementary groups, as an unrestricted engine would choose them. A user unknown to
+/// the image has group 0, and a group in `USER` replaces all groups.
 fn user(config: &ImageConfig, names: &Names, warnings: &mut Vec<Fault>) -> (InsideUser, Vec<u16>) {
     let (user, group) = config.user.split_once(':').unwrap_or((&config.user, ""));
     let root = || {
-        warning(210, "the image wants to run as root; it runs as user 1000 inside")
-            .because("inside its block an app is never root")
+        warning(210, "the image is set to run as root; it runs as user 1000 inside")
+            .because("an app is never root, not even inside its container")
             .instead("set USER 1000 in the Dockerfile and make its files readable for that user")
     };
     if user.is_empty() || user == "root" {
@@ -136,11 +136,8 @@ fn user(config: &ImageConfig, names: &Names, warnings: &mut Vec<Fault>) -> (Insi
     };
     let Some((uid, own_group)) = found else {
         warnings.push(
-            warning(
-                212,
-                "the image's user is a name that its /etc/passwd does not have; it runs as user 1000 inside",
-            )
-            .instead("write a number from 1 to 1023 after USER in the Dockerfile"),
+            warning(212, "the image's user is not in its /etc/passwd; the app runs as user 1000 inside")
+                .instead("write a number from 1 to 1023 after USER in the Dockerfile"),
         );
         return (FALLBACK, Vec::new());
     };
@@ -151,7 +148,7 @@ fn user(config: &ImageConfig, names: &Names, warnings: &mut Vec<Fault>) -> (Insi
     let fit = |id: u32| u16::try_from(id).ok().filter(|id| (1..=1023).contains(id));
     let Some(uid) = fit(uid) else {
         warnings.push(
-            warning(211, "the image's user is beyond the ids of its block; it runs as user 1000 inside")
+            warning(211, "the image's user is outside the app's id block; the app runs as user 1000 inside")
                 .instead("write a number from 1 to 1023 after USER in the Dockerfile"),
         );
         return (FALLBACK, Vec::new());
@@ -184,7 +181,7 @@ fn user(config: &ImageConfig, names: &Names, warnings: &mut Vec<Fault>) -> (Insi
         let dropped: String = dropped.join(", ").chars().filter(|c| !c.is_control()).take(200).collect();
         warnings.push(
             warning(215, &format!("the app runs without these groups of the image: {dropped}"))
-                .because("an app's block holds the groups 0 to 1023, and a group without a number in /etc/group is none")
+                .because("an app's block holds the groups 0 to 1023, and a group without a number in /etc/group is ignored")
                 .instead("give the groups numbers from 0 to 1023 in the Dockerfile"),
         );
     }

@@ -1,4 +1,4 @@
-//! Users and groups of an image: what its own /etc/passwd and /etc/group say.
+//! Users and groups of an image, from its own /etc/passwd and /etc/group.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ struct Group {
 }
 
 impl Names {
-    /// From the texts of the two files (passwd(5), group(5)). The first line of a name counts.
+    /// Parses the two files (passwd(5), group(5)). The first line of a name counts.
     #[must_use]
     pub fn parse(passwd: &str, group: &str) -> Self {
         let mut names = Self::default();
@@ -41,22 +41,22 @@ impl Names {
         names
     }
 
-    /// Ids of a user.
+    /// Returns the user and group id of a user.
     #[must_use]
     pub fn user(&self, name: &str) -> Option<(u32, u32)> {
         self.users.get(name).copied()
     }
-    /// Id of a group.
+    /// Returns the id of a group.
     #[must_use]
     pub fn group(&self, name: &str) -> Option<u32> {
         self.groups.get(name).map(|group| group.id)
     }
-    /// The group of a user with this number.
+    /// Returns the group of the user with this id.
     #[must_use]
     pub fn group_of(&self, uid: u32) -> Option<u32> {
         self.users.values().find(|(own, _)| *own == uid).map(|(_, gid)| *gid)
     }
-    /// The groups that have a user of this number among their members: name and id.
+    /// Returns name and id of the groups that list a user of this id as a member.
     #[must_use]
     pub fn groups_of(&self, uid: u32) -> Vec<(&str, u32)> {
         let own = |member: &String| self.users.get(member).is_some_and(|(id, _)| *id == uid);

@@ -1,5 +1,5 @@
-//! What of the stored manifests can run: an image whose every part is known and was checked. The refusal names the
-//! type, the key and the place that were met.
+//! Decides which stored manifests can run: images whose parts are all known and checked. A refusal names the
+//! type, key and position.
 
 use std::collections::HashSet;
 
@@ -7,10 +7,10 @@ use super::manifest::{Child, Descriptor, Manifest, ManifestError, Parts, no, sho
 use crate::driver::podman::render::is_harmless_annotation;
 use crate::ids::Digest;
 
-/// Most layers of an image that runs.
+/// Maximum layers of a runnable image.
 const LAYERS: usize = 127;
-/// How often one layer stands in an image besides its first time: builders repeat the empty layer, more than that is
-/// made to be read again and again.
+/// Maximum repetitions of layers in an image. Builders repeat the empty layer; more repetitions would only
+/// force repeated reads.
 const REPEATED: usize = 32;
 
 const CONFIG_TYPES: [&str; 2] =
@@ -23,16 +23,16 @@ const LAYER_TYPES: [&str; 4] = [
 ];
 
 impl Manifest {
-    /// The layers that are measured when it is pushed: those of an image. Artifacts have none.
+    /// Returns the layers to measure on push: those of an image. Artifacts have none.
     #[must_use]
     pub fn measured_layers(&self) -> Option<&[Descriptor]> {
         self.runnable().ok().map(|(_, layers)| layers)
     }
 
-    /// Config and layers of an image that can run.
+    /// Returns the config and layers of a runnable image.
     pub fn runnable(&self) -> Result<(&Descriptor, &[Descriptor]), ManifestError> {
         let Parts::Image { config, layers } = &self.parts else {
-            return no("an index within an index does not run; deploy the image by its own tag or digest");
+            return no("an index within an index cannot run; deploy the image by its own tag or digest");
         };
         if !CONFIG_TYPES.contains(&config.media_type.as_str()) {
             let kind = self.artifact_type.as_deref().unwrap_or(&config.media_type);
@@ -62,9 +62,9 @@ impl Manifest {
         }
         let different: HashSet<&Digest> = layers.iter().map(|layer| &layer.digest).collect();
         if layers.len() - different.len() > REPEATED {
-            return no("layers: the same layer stands there too often");
+            return no("layers: the same layer is repeated too often");
         }
-        // The engine copies these to the container, where a runtime could take some as orders.
+        // The engine copies annotations to the container, and a runtime may interpret some of them.
         if let Some(key) = self.annotations.keys().find(|key| !is_harmless_annotation(key)) {
             return no(format!(
                 "annotations: {} would reach the container runtime; an image that runs has only \
@@ -76,7 +76,7 @@ impl Manifest {
     }
 }
 
-/// The one image of an index for linux/amd64.
+/// Returns the only image of an index for linux/amd64.
 pub fn for_this_platform(children: &[Child]) -> Result<&Child, ManifestError> {
     let mut fitting = children.iter().filter(|child| child.os == "linux" && child.architecture == "amd64");
     match (fitting.next(), fitting.next()) {

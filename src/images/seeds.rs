@@ -1,4 +1,5 @@
-//! What is kept of a manifest while it streams in: known fields, everything else is read just as strictly and dropped.
+//! The fields that are kept of a manifest while it streams in. All others are parsed just as strictly and
+//! dropped.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,7 +10,7 @@ use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use super::manifest::PARTS;
 use super::strict::{Atom, AtomSeed, Budget, Keys, fold};
 
-/// What is kept of a manifest.
+/// The fields of a manifest.
 #[derive(Default)]
 pub(super) struct Raw {
     pub(super) schema_version: Option<Atom>,
@@ -22,7 +23,7 @@ pub(super) struct Raw {
     pub(super) annotations: Option<Option<Annotations>>,
 }
 
-/// What is kept of a descriptor.
+/// The fields of a descriptor.
 #[derive(Default)]
 pub(super) struct RawDescriptor {
     pub(super) media_type: Option<Atom>,
@@ -39,19 +40,20 @@ pub(super) struct Platform {
     pub(super) architecture: Option<String>,
 }
 
-/// Texts that people attach to a manifest.
+/// Texts that users attach to a manifest.
 #[derive(Default)]
 pub(super) struct Annotations(pub(super) BTreeMap<String, Option<String>>);
 
-/// A list of descriptors; an entry that is no object, or no list at all, is none.
+/// A list of descriptors. An entry that is not an object, or a value that is not a list, is none.
 pub(super) type Listed = Option<Vec<Option<RawDescriptor>>>;
 
-/// An object of which known fields are kept.
+/// An object whose known fields are kept.
 pub(super) trait Fields: Default {
-    /// Names of its fields. A key that is one of them but for its case is refused: other readers take it for the field.
+    /// Names of its fields. A key that differs from one only by case is refused: other readers take it for the
+    /// field.
     const NAMES: &'static [&'static str];
 
-    /// The keys of such an object.
+    /// Returns the tracker of the object's keys.
     fn keys(budget: Budget<'_>) -> Keys<'_> {
         Keys::new(budget)
     }
@@ -225,7 +227,9 @@ impl<'de, T: Fields> Visitor<'de> for ObjectSeed<'_, T> {
         let (mut read, mut keys) = (T::default(), T::keys(inner));
         while let Some(key) = keys.next(&mut map)? {
             if let Some(name) = T::NAMES.iter().find(|name| **name != key && fold(name) == fold(&key)) {
-                return Err(inner.refuse(&format!("the key of the field {name} is not written so")));
+                return Err(
+                    inner.refuse(&format!("a key differs from the field {name} in upper and lower case"))
+                );
             }
             read.field(&key, &mut map, inner)?;
         }
@@ -233,7 +237,7 @@ impl<'de, T: Fields> Visitor<'de> for ObjectSeed<'_, T> {
     }
 }
 
-/// Reads a list of at most so many descriptors; none for any other value.
+/// Reads a list of descriptors up to a maximum length; none for any other value.
 struct ListSeed<'a>(Budget<'a>, usize, &'static str);
 
 impl<'de> DeserializeSeed<'de> for ListSeed<'_> {

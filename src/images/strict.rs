@@ -1,6 +1,6 @@
-//! JSON as it streams in, strictly and within bounds: no two keys of an object are equal but for case, at any depth;
-//! values and depth are counted while they are read, so that a text that is made to be expensive ends early. A reader of
-//! known fields keeps those alone; all others are read just as strictly and dropped.
+//! Parses JSON as it streams in, strictly and within limits. No two keys of an object may be equal except for
+//! case, at any depth. Values and depth are counted during the read, so an expensive text is refused early. A
+//! reader of known fields keeps only those; all others are parsed just as strictly and dropped.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -11,16 +11,16 @@ use serde_json::Value;
 
 use super::manifest::ManifestError;
 
-/// Why keys are refused.
+/// The refusal of equal keys.
 pub(super) const TWICE: &str = "two keys are equal (but for upper and lower case)";
 
-/// What may still be read of one text, and why it was refused.
+/// The remaining budget of one text, and the reason of its refusal.
 pub(super) struct Meter {
     values: Cell<usize>,
     why: RefCell<Option<String>>,
 }
 
-/// The meter at some depth.
+/// The meter at a depth.
 #[derive(Clone, Copy)]
 pub(super) struct Budget<'a> {
     meter: &'a Meter,
@@ -28,7 +28,7 @@ pub(super) struct Budget<'a> {
 }
 
 impl Budget<'_> {
-    /// Refuses the text for this reason.
+    /// Refuses the text with this reason.
     pub(super) fn refuse<E: Error>(self, why: &str) -> E {
         self.meter.why.replace(Some(why.to_owned()));
         E::custom(why)
@@ -42,14 +42,14 @@ impl Budget<'_> {
         Ok(())
     }
 
-    /// The budget of what stands within a list or an object.
+    /// Returns the budget inside a list or an object.
     pub(super) fn within<E: Error>(self) -> Result<Self, E> {
-        let depth = self.depth.checked_sub(1).ok_or_else(|| self.refuse("its values lie too deep"))?;
+        let depth = self.depth.checked_sub(1).ok_or_else(|| self.refuse("its values are nested too deep"))?;
         Ok(Self { depth, ..self })
     }
 }
 
-/// Reads a whole text with a reader, within so many values and so deep.
+/// Reads a complete text within a number of values and a depth.
 pub(super) fn read<'de, T>(
     bytes: &'de [u8],
     (values, depth): (usize, usize),
@@ -63,16 +63,16 @@ pub(super) fn read<'de, T>(
     let outcome = reader(Budget { meter: &meter, depth }, &mut deserializer);
     let value = outcome.map_err(|_| {
         let why = meter.why.take();
-        ManifestError(why.unwrap_or_else(|| "the manifest is not JSON, or not of its form".into()))
+        ManifestError(why.unwrap_or_else(|| "the manifest is not valid JSON".into()))
     })?;
-    deserializer.end().map_err(|_| ManifestError("there is something after the manifest".into()))?;
+    deserializer.end().map_err(|_| ManifestError("unexpected text after the manifest".into()))?;
     Ok(value)
 }
 
-/// Keys of one object.
+/// The keys of one object.
 pub(super) struct Keys<'a> {
     budget: Budget<'a>,
-    /// Keys so far; none for a map whose keys people choose.
+    /// Keys so far; none for a map with keys that users choose.
     seen: Option<BTreeSet<String>>,
 }
 
@@ -81,13 +81,13 @@ impl<'a> Keys<'a> {
         Self { budget, seen: Some(BTreeSet::new()) }
     }
 
-    /// Keys of a map that people own: labels, annotations, environment. `A` and `a` are two keys there, and no reader
-    /// takes one for the other.
+    /// Keys of a map that users own: labels, annotations, environment. There, `A` and `a` are different keys
+    /// for every reader.
     pub(super) fn of_people(budget: Budget<'a>) -> Self {
         Self { budget, seen: None }
     }
 
-    /// The next key of an object, unless it stood there before.
+    /// Returns the next key of an object; refuses a repeated key.
     pub(super) fn next<'de, A: MapAccess<'de>>(&mut self, map: &mut A) -> Result<Option<String>, A::Error> {
         let Some(key) = map.next_key::<String>()? else { return Ok(None) };
         if let Some(seen) = &mut self.seen
@@ -99,7 +99,7 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// A key as readers compare it that fold case: two letters outside ASCII fold into it.
+/// Folds a key like case-insensitive readers: two letters outside ASCII fold into ASCII.
 pub(super) fn fold(key: &str) -> String {
     let ascii = |c| match c {
         '\u{17f}' => 's',
@@ -109,22 +109,23 @@ pub(super) fn fold(key: &str) -> String {
     key.chars().map(ascii).collect::<String>().to_lowercase()
 }
 
-/// Whether the value of this key is a map that people own. Readers fold the case of field names, so this does too.
+/// Returns whether the value of this key is a map that users own. Readers fold the case of field names, so this
+/// does too.
 fn is_peoples_map(key: &str) -> bool {
     matches!(fold(key).as_str(), "annotations" | "labels" | "env")
 }
 
-/// The keys of one object, by the key under which it stands.
+/// Returns the key tracker for an object under this key.
 fn keys_under<'a>(name: Option<&str>, budget: Budget<'a>) -> Keys<'a> {
     if name.is_some_and(is_peoples_map) { Keys::of_people(budget) } else { Keys::new(budget) }
 }
 
-/// A value of which a text or a whole number is kept; lists and objects are read strictly and dropped.
+/// A value of which a text or a whole number is kept. Lists and objects are parsed strictly and dropped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Atom {
     /// A text.
     Text(String),
-    /// A whole number from 0 on.
+    /// A non-negative whole number.
     Number(u64),
     /// `null`.
     Null,
@@ -133,7 +134,7 @@ pub(super) enum Atom {
 }
 
 impl Atom {
-    /// The text, if it is one.
+    /// Returns the text, if it is one.
     pub(super) fn text(self) -> Option<String> {
         if let Self::Text(text) = self { Some(text) } else { None }
     }
@@ -146,7 +147,7 @@ pub(super) struct AtomSeed<'a, 'k> {
 }
 
 impl<'a, 'k> AtomSeed<'a, 'k> {
-    /// An atom of a list.
+    /// An atom in a list.
     pub(super) fn new(budget: Budget<'a>) -> Self {
         Self { budget, name: None }
     }
@@ -204,10 +205,10 @@ impl<'de> Visitor<'de> for AtomSeed<'_, '_> {
     }
 }
 
-/// Most values and depth of a config.
+/// Maximum number of values, and depth, of a config.
 const CONFIG: (usize, usize) = (10_000, 64);
 
-/// A whole text as a value.
+/// Parses a complete text into a value.
 pub(super) fn strict(bytes: &[u8]) -> Result<Value, ManifestError> {
     read(bytes, CONFIG, |budget, deserializer| Whole(budget, None).deserialize(deserializer))
 }
@@ -277,7 +278,7 @@ mod tests {
         assert!(strict(listed(9_000).as_bytes()).is_ok());
         assert!(strict(listed(10_000).as_bytes()).is_err());
         let deep = format!("{}{}", "[".repeat(100), "]".repeat(100));
-        assert_eq!(strict(deep.as_bytes()).unwrap_err().0, "its values lie too deep");
+        assert_eq!(strict(deep.as_bytes()).unwrap_err().0, "its values are nested too deep");
         assert_eq!(strict("{\"labels\":1,\"label\u{17f}\":2}".as_bytes()).unwrap_err().0, TWICE);
         assert!(strict(br#"{"a":[{"b":1,"B":2}]}"#).unwrap_err().0 == TWICE);
         let people = br#"{"config":{"Labels":{"a":"1","A":"2"}},"env":{"x":1,"x":2}}"#;

@@ -1,5 +1,5 @@
-//! From what was decided to what is open, pure. What an app names and may not have stays closed and is
-//! told as a gap.
+//! Compiles the decisions about a tenant's connections into its plan, without I/O. A name under `connects`
+//! that the app may not use stays denied and is reported as a gap.
 
 use super::{AppPlan, Endpoint, Facts};
 use crate::apps::connections::Connecting;
@@ -7,14 +7,14 @@ use crate::driver::workload::Serves;
 use crate::ids::{AppRef, ServiceName};
 use crate::policy::{Flow, Target};
 
-/// A name under `connects` that leads nowhere.
+/// An unresolved reference: a name under `connects` that the app may not use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gap {
     /// The app that names it.
     pub app: String,
-    /// What it names.
+    /// The name under `connects`.
     pub name: String,
-    /// Why it is closed.
+    /// Why it is denied.
     pub why: &'static str,
 }
 
@@ -55,7 +55,7 @@ pub fn compile(facts: &Facts) -> (Vec<AppPlan>, Vec<Gap>) {
                         port: *port,
                         until: target.until,
                     })),
-                    None => gap(name.to_string(), "the egress target is not approved, has ended, or is closed by the platform's own configuration"),
+                    None => gap(name.to_string(), "the egress target is not approved, has expired, or is blocked by the platform's configuration"),
                 }
             }
             flows.sort();
@@ -66,7 +66,7 @@ pub fn compile(facts: &Facts) -> (Vec<AppPlan>, Vec<Gap>) {
     (plans, gaps)
 }
 
-/// Of what is open, what the coming change of these services closes.
+/// Returns the open flows that the pending changes of these services will close.
 #[must_use]
 pub fn closing(plans: &[AppPlan], windows: &[(ServiceName, Vec<Endpoint>)]) -> Vec<AppPlan> {
     let closes = |flow: &Flow| {
@@ -96,7 +96,8 @@ fn peer(facts: &Facts, app: &Connecting, name: &AppRef) -> Result<Flow, &'static
                     && grant.app == name.app
                     && grant.only.as_ref().is_none_or(|only| *only == app.name)
             };
-            let grant = facts.grants.iter().find(fits).ok_or("it is not granted, or the grant has ended")?;
+            let grant =
+                facts.grants.iter().find(fits).ok_or("the app is not granted, or the grant has ended")?;
             (grant.tenant.clone(), grant.id, grant.port, grant.until)
         }
     };

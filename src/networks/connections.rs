@@ -1,5 +1,5 @@
-//! What the network says to apps: whether what they ask for is to be had, that they have changed, and that
-//! their plan is in force. A plan is made, proven and applied here, by whoever needs it first.
+//! The network's answers to the apps module: whether an app may use the names under `connects`, and whether
+//! its tenant's plan is applied. The first caller that needs a plan compiles, verifies and applies it here.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use crate::access::{By, TenantRef};
 use crate::apps::connections::{Connections, list_connecting, list_missing};
 use crate::apps::spec::Connects;
 use crate::config::Pools;
+use crate::db;
 use crate::driver::Driver;
 use crate::driver::agent::UNKNOWN_TENANT;
 use crate::error::Error;
@@ -25,18 +26,18 @@ use crate::policy::{AppFlows, Cidr, Flow, Target, TenantFlows};
 use crate::reconcile::{Failure, enqueue};
 use crate::tenants;
 
-/// The noun's answers.
+/// The implementation of [`Connections`].
 #[derive(Clone)]
 pub struct Network {
     /// Database.
     pub pool: PgPool,
-    /// Pools of the installation.
+    /// Address pools of the installation.
     pub pools: Pools,
-    /// What applies plans.
+    /// The driver that applies plans.
     pub driver: Arc<dyn Driver>,
 }
 
-/// The pool of tenants' addresses.
+/// Returns the pool of the tenants' subnets.
 pub(super) fn pool(pools: &Pools) -> Cidr {
     Cidr::new(pools.network.address(), pools.network.prefix()).unwrap_or(Cidr::of(pools.network.address()))
 }
@@ -58,7 +59,7 @@ impl Connections for Network {
             connects.apps.iter().filter(|app| app.tenant.is_none()).map(|app| app.app.clone()).collect();
         for name in list_missing(conn, tenant.id, &own).await? {
             let message = format!("there is no app {name}");
-            faults.push(closed("connects.apps", message, "deploy that app first, or leave it out"));
+            faults.push(closed("connects.apps", message, "deploy that app first, or remove the name"));
         }
         let others: Vec<String> =
             connects.apps.iter().filter(|app| app.tenant.is_some()).map(ToString::to_string).collect();
@@ -66,7 +67,8 @@ impl Connections for Network {
             let accepted = store::list_accepted(conn, &others).await?;
             for name in others.iter().filter(|name| !accepted.contains(name)) {
                 let message = format!("{name} is not granted to this tenant, or the grant was not accepted");
-                let instead = "its owner offers it, an owner here accepts it under Network; or leave it out";
+                let instead =
+                    "an owner there offers it, an owner here accepts it under Network; or remove the name";
                 faults.push(closed("connects.apps", message, instead));
             }
         }
@@ -74,15 +76,15 @@ impl Connections for Network {
         if !services.is_empty() {
             let usable = store::list_named_services(conn, &services).await?;
             for name in services.iter().filter(|name| !usable.contains(name)) {
-                let message = format!("this tenant may not use a service {name}");
-                let instead = "ask the platform's admin for it, or leave it out";
+                let message = format!("this tenant may not use the service {name}");
+                let instead = "ask the platform's admin for access, or remove the name";
                 faults.push(closed("connects.services", message, instead));
             }
         }
         let egress: Vec<String> = connects.egress.iter().map(ToString::to_string).collect();
         for name in store::list_closed_targets(conn, tenant.id, &egress).await? {
             let message = format!("there is no approved egress target {name}");
-            let instead = "an owner asks for it under Network, an admin approves it; or leave it out";
+            let instead = "an owner requests it under Network, an admin approves it; or remove the name";
             faults.push(closed("connects.egress", message, instead));
         }
         Ok(faults)
@@ -101,7 +103,11 @@ impl Connections for Network {
             for target in approved.iter().filter(|target| connects.egress.contains(&target.name)) {
                 if let Some(range) = target.behind(&walls) {
                     let message = format!("{} touches {}: {}", target.name, range.network, range.words);
-                    faults.push(closed("connects.egress", message, "leave it out, or ask for another place"));
+                    faults.push(closed(
+                        "connects.egress",
+                        message,
+                        "remove the name, or request another target",
+                    ));
                 }
             }
         }
@@ -117,12 +123,12 @@ impl Connections for Network {
         words: String,
     ) -> Result<(), Error> {
         note(conn, tenant, by.actor.id.as_str(), &words).await?;
-        // Its port may be another one now, or none.
+        // The app's port may have changed.
         store::wake_receivers(conn, Some(app), None, "a granted app has changed").await
     }
 
     async fn settle(&self, tenant: TenantId) -> Result<(), Failure> {
-        // Each of a tenant's apps asks: where nothing was decided since, the whole plan is not gone through again.
+        // Each of a tenant's apps calls this. If no decision was made since, the plan is not compiled again.
         let mut conn = self.pool.acquire().await?;
         if store::is_settled(&mut conn, tenant).await? {
             return Ok(());
@@ -132,7 +138,7 @@ impl Connections for Network {
     }
 }
 
-/// Something was decided about a tenant's network: within the transaction in which it is.
+/// Records a decision about a tenant's network. Runs in the transaction of the decision.
 pub(super) async fn note(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -144,19 +150,20 @@ pub(super) async fn note(
 }
 
 impl Network {
-    /// Makes the plan that follows from what was decided, if it is another one, proves it, and sees to it that
-    /// it is in force. Returns when the first of what was decided ends by itself.
+    /// Compiles the plan from the decisions, verifies it if it changed, and applies it. Returns the time at
+    /// which the first decision expires.
     ///
-    /// A plan that is not proven opens nothing, but what it closes is closed: of the one before, that stays which
-    /// is in both.
+    /// If verification fails, it applies the intersection of the old and the new plan: closing is always
+    /// safe, opening is not.
     pub(super) async fn ensure(
         &self,
         tenant: TenantId,
         again: Again,
     ) -> Result<Option<OffsetDateTime>, Failure> {
         let walls = self.driver.walls().await.unwrap_or_default().ranges();
-        let mut tx = self.pool.begin().await?;
-        // Locked before anything is read: what is read is the newest, and plans come one after another.
+        let mut tx = db::begin_for_all(&self.pool).await?;
+        // The lock comes before the first read: the reads see the newest decisions, and plans are made one
+        // after another.
         let standing = store::lock_plan(&mut tx, tenant).await?;
         let facts = facts(&mut tx, tenant, &walls).await?;
         let (wanted, gaps) = compile(&facts);
@@ -175,10 +182,10 @@ impl Network {
                 NewPlan { hash: &asked, opens: &opens, closes: &closes, causes: &causes, refused: Some(why) };
             store::insert_plan(&mut tx, tenant, &plan).await?;
         }
-        // Where what was decided changes nothing of what is open, no plan comes of it.
+        // A decision that changes no flow makes no new plan.
         if hash != standing.hash {
             let (mut opens, mut closes) = difference(&standing.apps, &apps);
-            // A moved end of a trial opens and closes nothing.
+            // A new end of audit mode changes no flow.
             match (standing.trial, facts.trial) {
                 (None, Some(_)) => opens.push(TRIAL.to_owned()),
                 (Some(_), None) => closes.push(TRIAL.to_owned()),
@@ -197,9 +204,9 @@ impl Network {
             self.apply(tenant, &facts, number, (apps, watched)).await?;
         }
         proof.map_err(|why| {
-            tracing::error!(tenant = %facts.tenant, why, "a plan is not proven; it opens nothing");
+            tracing::error!(tenant = %facts.tenant, why, "plan verification failed; no new flow is opened");
             Failure::Permanent(format!(
-                "a plan is not proven and opens nothing; what it closes is closed: {why}"
+                "plan verification failed: no new flow is opened, removed flows are closed: {why}"
             ))
         })?;
         Ok(facts.ends)
@@ -223,8 +230,7 @@ impl Network {
             watched: flows(watched),
         };
         let held = match self.driver.ensure_flows(&flows).await {
-            // Only a tenant that is not known there yet has to be told first: nothing else of it keeps a
-            // withdrawal waiting.
+            // The agent must know the tenant first. No other part of the tenant may delay a withdrawal.
             Err(crate::driver::Error::Rejected(why)) if why == UNKNOWN_TENANT => {
                 let grant = tenants::reconcile::grant(&self.pool, &self.pools, tenant, &facts.tenant).await?;
                 self.driver.ensure_tenant(&grant).await?;
@@ -233,14 +239,16 @@ impl Network {
             outcome => outcome?,
         };
         fail::fail_point!("networks::applied", |_| Err(Failure::Transient("failpoint".into())));
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.pool).await?;
         if held > plan {
-            // A newer plan was there than this database knows of: it was restored, or somebody else wrote. What is
-            // decided now gets a number beyond it.
+            // The agent has a newer plan than this database: the database was restored, or another process
+            // wrote. The next plan gets a number above it.
             store::number_beyond(&mut tx, held).await?;
             store::unset_standing(&mut tx, tenant).await?;
             tx.commit().await?;
-            return Err(Failure::Transient("the agent has seen a newer plan; it is made anew".into()));
+            return Err(Failure::Transient(
+                "the agent has a newer plan than the database; the plan is compiled again".into(),
+            ));
         }
         if store::set_in_force(&mut tx, tenant, plan).await? {
             enqueue(&mut tx, probe::WORK, probe::OBJECT, None).await?;
@@ -250,17 +258,17 @@ impl Network {
     }
 }
 
-/// Whether a plan is handed over again that is in force already: the other side may have lost it.
+/// Whether to send a plan again that is already applied: the agent may have lost it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Again {
-    /// Only if it is not in force.
+    /// Send it only if it is not applied.
     No,
-    /// In any case.
+    /// Always send it.
     Yes,
 }
 
-/// What a trial is called in a plan.
-const TRIAL: &str = "on trial, everything outside that is not behind a wall; it is written down";
+/// The entry for audit mode in a plan.
+const TRIAL: &str = "audit mode: all egress outside the reserved and blocked ranges; it is recorded";
 
 fn hash(apps: &[AppPlan], trial: Option<i64>, watched: &[AppPlan]) -> Result<String, Error> {
     let text = match watched {
@@ -270,7 +278,7 @@ fn hash(apps: &[AppPlan], trial: Option<i64>, watched: &[AppPlan]) -> Result<Str
     Ok(Digest::of(&text.map_err(Error::internal)?).to_string())
 }
 
-/// What is open under both: what the second does not have is closed, what the first does not have stays so.
+/// Returns the intersection of two plans.
 fn in_both(before: &[AppPlan], after: &[AppPlan]) -> Vec<AppPlan> {
     let kept = |app: &AppPlan| {
         let own = before.iter().find(|own| own.app == app.app);
@@ -286,7 +294,7 @@ async fn facts(conn: &mut PgConnection, tenant: TenantId, walls: &[Range]) -> Re
     let services = store::decided_services(conn, tenant).await?;
     let (grants, grants_end) = store::decided_grants(conn, tenant).await?;
     let (mut egress, egress_ends) = store::decided_egress(conn, tenant).await?;
-    // What was approved before it came to lie behind a wall.
+    // A target may have been approved before its range was blocked.
     egress.retain(|target| target.behind(walls).is_none());
     let trial = store::decided_trial(conn, tenant).await?;
     let windows = store::decided_windows(conn, tenant).await?;
@@ -295,7 +303,7 @@ async fn facts(conn: &mut PgConnection, tenant: TenantId, walls: &[Range]) -> Re
     Ok(Facts { tenant: name, apps, services, windows, grants, egress, trial, ends })
 }
 
-/// A flow of an app, in words.
+/// Describes a flow of an app.
 fn words(app: &AppName, flow: &Flow) -> String {
     let Flow { name, target, protocol, port, .. } = flow;
     match target {
@@ -306,11 +314,11 @@ fn words(app: &AppName, flow: &Flow) -> String {
     }
 }
 
-/// What the second opens and closes against the first.
+/// Returns the flows that the second plan opens, and those that it closes.
 fn difference(before: &[AppPlan], after: &[AppPlan]) -> (Vec<String>, Vec<String>) {
     let set = |apps: &[AppPlan]| -> BTreeSet<(AppId, Flow, AppName)> {
         let of = |app: &AppPlan| {
-            // An end that moves opens and closes nothing.
+            // A new expiry changes no flow.
             let bare = |flow: &Flow| Flow { until: None, ..flow.clone() };
             app.flows.iter().map(|flow| (app.app, bare(flow), app.name.clone())).collect::<Vec<_>>()
         };

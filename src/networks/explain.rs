@@ -1,4 +1,5 @@
-//! Why something is closed, and what to ask for: in words, from what the tenant may know.
+//! Explains why a connection is denied and what would allow it, without revealing more than the tenant may
+//! know.
 
 use std::net::Ipv4Addr;
 
@@ -10,36 +11,36 @@ use crate::ids::{AppName, TenantName};
 use crate::policy::never::{BUILT_IN, Range};
 use crate::policy::{Cidr, Flow, Protocol, Target};
 
-/// Where somebody wants to get to.
+/// The destination of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum To {
-    /// Under a name of `connects`.
+    /// A name under `connects`.
     Name(String),
     /// An address.
     Address(Ipv4Addr),
 }
 
-/// What is known about an address that packets were sent to.
+/// The facts about a destination address.
 #[derive(Debug)]
 pub struct Known {
     /// The pool of tenants' addresses.
     pub pool: Cidr,
     /// The tenant's own subnet.
     pub subnet: Subnet,
-    /// The own app that has the address.
+    /// The tenant's own app at the address, if any.
     pub app: Option<AppName>,
     /// Services that the tenant may use.
     pub services: Vec<Service>,
-    /// What the platform's configuration closes.
+    /// Ranges that the platform's configuration blocks.
     pub closed: Vec<Range>,
 }
 
-/// Why it is closed.
+/// The explanation of a denied connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Closed {
-    /// What is there, as far as the tenant may know.
+    /// The destination, as far as the tenant may know.
     pub why: String,
-    /// What would open it; absent where nothing does.
+    /// The step that would allow it; absent if there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ask: Option<String>,
 }
@@ -48,25 +49,25 @@ fn closed(why: impl Into<String>, ask: impl Into<Option<String>>) -> Closed {
     Closed { why: why.into(), ask: ask.into() }
 }
 
-/// Why packets to an address are not let through.
+/// Explains why packets to an address are denied.
 #[must_use]
 pub fn address(target: Ipv4Addr, protocol: Protocol, port: u16, known: &Known) -> Closed {
     if target == known.subnet.gateway() && port == 53 {
-        return closed("the platform's own name server: names are answered there to every app", None);
+        return closed("the platform's own name server: it answers every app", None);
     }
     if target == known.subnet.gateway() {
-        return closed("the platform's own machine: nothing of it is reachable", None);
+        return closed("the platform's own machine: apps never reach it", None);
     }
     if let Some(app) = &known.app {
-        let ask = format!("name {app} in connects.apps, and use the port that it serves on");
-        return closed(format!("the own app {app}, which this app does not name"), ask);
+        let ask = format!("name {app} in connects.apps, and use its port");
+        return closed(format!("the tenant's own app {app}, which this app does not name"), ask);
     }
     if known.subnet.contains(target) {
-        return closed("an address of the tenant that no app has", None);
+        return closed("an unused address of the tenant: no app has it", None);
     }
     if known.pool.contains(target) {
-        let ask = "its owner can offer a grant; an owner here accepts it, and the app names it as TENANT/APP";
-        return closed("an address of another tenant, or of none", ask.to_owned());
+        let ask = "an owner there offers a grant, an owner here accepts it; then name it as TENANT/APP";
+        return closed("an address of another tenant, or an unused one", ask.to_owned());
     }
     let at = |service: &&Service| service.endpoints.iter().any(|endpoint| endpoint.network.contains(target));
     if let Some(service) = known.services.iter().find(at) {
@@ -88,40 +89,40 @@ pub fn address(target: Ipv4Addr, protocol: Protocol, port: u16, known: &Known) -
         .max_by_key(|range| range.network.prefix())
     {
         let ask = (!range.is_own() && range.wall == crate::policy::never::Wall::Private).then(|| {
-            "if a platform service is there, the platform's admin puts it into the catalogue".to_owned()
+            "if this is a platform service, ask the platform's admin to add it to the catalogue".to_owned()
         });
         return closed(format!("{} ({})", range.words, range.network), ask);
     }
     let ask = format!(
-        "ask for an egress target with {target} {protocol} {port}; once approved, name it in connects.egress"
+        "request an egress target for {target} {protocol} {port}; once it is approved, name it in connects.egress"
     );
-    closed("the outside, which is closed but for approved targets", ask)
+    closed("an address outside the platform: only approved egress targets are allowed", ask)
 }
 
-/// Why packets were not let through to what the app names by now; `own`: to an address of an app of its tenant.
+/// Explains why packets to a destination that the app names now were denied. `own`: the destination is the
+/// tenant's own app.
 #[must_use]
 pub fn allowed(name: &str, own: bool) -> Closed {
     let why = if own {
         format!(
-            "{name}, which this app names: no instance of it had the address then, or the plan was not in force yet"
+            "{name}, which this app names: no instance had the address then, or the plan was not applied yet"
         )
     } else {
-        format!("{name}, which this app names: the plan was not in force yet")
+        format!("{name}, which this app names: the plan was not applied yet")
     };
     closed(why, None)
 }
 
-/// Why packets are not let through that begin a connection which is allowed.
+/// Explains why an allowed connection was rate limited.
 #[must_use]
 pub fn hasty() -> Closed {
     closed(
-        "allowed, but the tenant's apps begin more connections at once than this machine takes from one tenant",
-        "keep connections open instead of beginning new ones; the platform's admin can set another number"
-            .to_owned(),
+        "allowed, but rate limited: the tenant's apps open more connections at once than one tenant may",
+        "reuse open connections; the platform's admin can raise the limit".to_owned(),
     )
 }
 
-/// What may open an address that no name of the plan says, and that the rules in force do open.
+/// Names the rules that may allow an address that no flow of the plan contains.
 #[must_use]
 pub fn unnamed(plan: &AppPlan, protocol: Protocol, port: u16, on_trial: bool) -> String {
     let may = |flow: &&Flow| {
@@ -130,13 +131,13 @@ pub fn unnamed(plan: &AppPlan, protocol: Protocol, port: u16, on_trial: bool) ->
     };
     let names: Vec<&str> = plan.flows.iter().filter(may).map(|flow| flow.name.as_str()).collect();
     match (names.as_slice(), on_trial) {
-        ([], true) => "the trial".to_owned(),
-        ([], false) => "a rule that is in force".to_owned(),
+        ([], true) => "audit mode".to_owned(),
+        ([], false) => "an applied rule".to_owned(),
         (names, _) => format!("{}, which leads there now", names.join(" or ")),
     }
 }
 
-/// The flow of a plan that leads somewhere, if one does.
+/// Returns the flow of a plan that allows a destination, if any.
 #[must_use]
 pub fn flow<'a>(
     plan: &'a AppPlan,
@@ -152,7 +153,7 @@ pub fn flow<'a>(
                 network.contains(*address)
             }
             (To::Address(_), Target::App { tenant, app }) => at == Some((tenant, *app)),
-            // Which addresses a name has now, the plan does not know.
+            // The plan does not know a domain's current addresses.
             (To::Address(_), Target::Domain { .. }) => false,
         };
         there && flow.protocol == protocol && flow.port == port

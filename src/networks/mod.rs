@@ -1,5 +1,5 @@
-//! Who may talk to whom beyond a tenant's own apps: the catalogue of platform services, grants between
-//! tenants, the outside; and the plans that follow from all of it.
+//! Network policy of tenants: the catalogue of platform services, grants between tenants, egress targets, and
+//! the plans compiled from them.
 
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
@@ -27,11 +27,11 @@ fn tcp() -> Protocol {
     Protocol::Tcp
 }
 
-/// Where a service answers.
+/// An address range and port of a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Endpoint {
-    /// Its addresses; a single one may lie in a private range.
+    /// Addresses. A single address may lie in a private range.
     pub network: Cidr,
     /// Protocol.
     #[serde(default = "tcp")]
@@ -41,7 +41,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Whether one of these is, or holds, all of this.
+    /// Reports whether one of `others` contains this endpoint.
     #[must_use]
     pub fn is_among(&self, others: &[Self]) -> bool {
         others.iter().any(|other| {
@@ -50,18 +50,18 @@ impl Endpoint {
     }
 }
 
-/// A platform service, as the catalogue has it.
+/// A platform service in the catalogue.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Service {
     /// Name.
     pub name: ServiceName,
-    /// What it is, for people.
+    /// Description for users.
     pub description: String,
-    /// Where it answers.
+    /// Endpoints.
     pub endpoints: Vec<Endpoint>,
     /// Raised by each change.
     pub generation: i64,
-    /// When it came into the catalogue.
+    /// When it was created.
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
     /// When it was last changed.
@@ -69,17 +69,17 @@ pub struct Service {
     pub changed_at: OffsetDateTime,
 }
 
-/// Where a place outside is.
+/// The addresses or the domain of an egress target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
-    /// At these addresses.
+    /// Addresses.
     Network(Cidr),
-    /// Wherever this name leads, while it does.
+    /// A domain: the addresses that it resolves to, until they expire.
     Domain(DomainName),
 }
 
 impl Place {
-    /// Where a flow to it leads.
+    /// Returns the flow target for it.
     #[must_use]
     pub fn target(&self) -> Target {
         match self {
@@ -88,7 +88,7 @@ impl Place {
         }
     }
 
-    /// From the one column or the other.
+    /// Reads it from the two columns, one of which is null.
     fn of(network: Option<&str>, domain: Option<&str>) -> Option<Self> {
         match (network, domain) {
             (Some(network), None) => Some(Self::Network(network.parse().ok()?)),
@@ -107,51 +107,51 @@ impl std::fmt::Display for Place {
     }
 }
 
-/// A place outside that was approved.
+/// An approved egress target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Approved {
-    /// What the tenant calls it.
+    /// The tenant's name for it.
     pub name: EgressName,
-    /// Where it is.
+    /// Addresses or domain.
     pub place: Place,
     /// Protocol.
     pub protocol: Protocol,
     /// Ports.
     pub ports: Vec<u16>,
-    /// When it ends by itself, in seconds since 1970.
+    /// When it expires, in seconds since 1970.
     pub until: Option<i64>,
 }
 
 impl Approved {
-    /// What keeps it closed all the same, if something does. `walls`: those of the machine.
+    /// Returns the range that still blocks the target, if any. `walls`: the machine's ranges.
     #[must_use]
     pub fn behind(&self, walls: &[Range]) -> Option<Range> {
         match &self.place {
             Place::Network(network) => never::against_outside(*network, walls),
-            // Where a name leads is looked at each time.
+            // The resolver checks a domain's addresses at each lookup.
             Place::Domain(_) => None,
         }
     }
 }
 
-/// Another tenant's app that both sides agreed about.
+/// Another tenant's app whose grant was offered and accepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Granted {
-    /// Its tenant.
+    /// The tenant that owns the app.
     pub tenant: TenantName,
     /// Its name.
     pub app: AppName,
-    /// Its identity.
+    /// The app's id.
     pub id: AppId,
-    /// Where it serves; none while it serves on no port.
+    /// Its protocol and port; `None` if it serves on no port.
     pub port: Option<Serves>,
-    /// The one app that it is granted to; none for all apps of the tenant.
+    /// The only app that may use the grant; `None` for all apps of the tenant.
     pub only: Option<AppName>,
-    /// When it ends by itself, in seconds since 1970.
+    /// When the grant expires, in seconds since 1970.
     pub until: Option<i64>,
 }
 
-/// Everything that decides about the connections of one tenant's apps.
+/// The decisions from which one tenant's plan is compiled.
 #[derive(Debug, Clone)]
 pub struct Facts {
     /// Tenant.
@@ -160,19 +160,20 @@ pub struct Facts {
     pub apps: Vec<Connecting>,
     /// Services that it may use.
     pub services: Vec<(ServiceName, Vec<Endpoint>)>,
-    /// Services that are about to change for it, and what they will be: what of them is used until then is counted.
+    /// Services with a pending change, and their coming endpoints. Use of the endpoints that go away is
+    /// counted until then.
     pub windows: Vec<(ServiceName, Vec<Endpoint>)>,
-    /// Apps that others have granted to it, and that it has accepted.
+    /// Apps of other tenants whose grants this tenant accepted.
     pub grants: Vec<Granted>,
-    /// Approved places outside.
+    /// Approved egress targets.
     pub egress: Vec<Approved>,
-    /// Until when what its apps send outside is let through and written down, in seconds since 1970.
+    /// End of audit mode, in seconds since 1970.
     pub trial: Option<i64>,
-    /// When the first of these ends by itself.
+    /// When the first of these expires.
     pub ends: Option<OffsetDateTime>,
 }
 
-/// What one app may begin to talk to.
+/// The allowed flows of one app.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AppPlan {
     /// App.
@@ -183,27 +184,28 @@ pub struct AppPlan {
     pub flows: Vec<Flow>,
 }
 
-/// Holds an address or network against what nobody reaches. `own`: the machine's own addresses.
+/// Checks that an address range does not touch the tenants' pool or `wall`, the reserved range that it
+/// overlaps.
 pub(crate) fn check_network(network: Cidr, path: &str, wall: Option<Range>, pool: Cidr) -> Result<(), Fault> {
     let fault = |message: String| Err(Fault::new(Code(426), Kind::Invalid, path, message));
     if network.overlaps(pool) {
-        return fault("these are addresses of tenants: apps are named in connects.apps".to_owned());
+        return fault("these are addresses of tenants: name the app in connects.apps instead".to_owned());
     }
     match wall {
         None => Ok(()),
-        // Which addresses the machine has is nobody's business.
+        // The message does not reveal which addresses the machine has.
         Some(range) if range.is_own() => {
-            fault(format!("{network} touches {}: nothing opens it", range.words))
+            fault(format!("{network} touches {}: it is always denied", range.words))
         }
         Some(range) if range.wall == never::Wall::Private => fault(format!(
-            "{} is {}: only a single address of a service may lie there",
+            "{} is {}: only a single address of a service is allowed there",
             range.network, range.words
         )),
-        Some(range) => fault(format!("{} is {}: nothing opens it", range.network, range.words)),
+        Some(range) => fault(format!("{} is {}: it is always denied", range.network, range.words)),
     }
 }
 
-/// Removes what has had its time.
+/// Deletes rows past their retention.
 pub async fn prune(pool: &sqlx::PgPool) -> Result<(), crate::error::Error> {
     let mut conn = pool.acquire().await?;
     store::prune(&mut conn).await?;

@@ -1,5 +1,5 @@
-//! After each plan, what it must have opened and closed is tried from within the tenant's apps, and written down
-//! with it: a few plans at a time, the one that has waited longest first.
+//! Tests each new plan from inside the tenant's apps: flows that must be open, and flows that must be closed.
+//! The result is stored with the plan. A few plans are tested at a time, the oldest first.
 
 use std::time::Duration;
 
@@ -10,19 +10,19 @@ use super::store::{self, Due};
 use crate::driver::{self, PROBED_APPS};
 use crate::reconcile::{Failure, Lease, Outcome, Reconciler};
 
-/// The kind of this work. There is one object, for all plans: trying takes seconds, and thousands of plans that wait
-/// for it do not wait in front of others' work.
+/// The kind of this work. All plans share one object: a test takes seconds, and thousands of plans in the
+/// queue must not delay other work.
 pub const WORK: &str = "probe";
 /// The one object.
 pub const OBJECT: i64 = 0;
 
-/// How many tenants are tried at a time.
+/// Number of tenants tested at a time.
 const AT_ONCE: i64 = 3;
-/// How long apps are waited for that are about to start, and how often they are looked for.
+/// How long to wait for apps that are about to start, and the interval of the checks in seconds.
 const PATIENCE: time::Duration = time::Duration::seconds(60);
 const AGAIN: i32 = 3;
 
-/// The reconciler that tries plans.
+/// The reconciler that tests plans.
 pub struct ProbeReconciler(pub Network);
 
 #[async_trait::async_trait]
@@ -53,19 +53,19 @@ impl ProbeReconciler {
             Ok(probed) => {
                 if !probed.faults.is_empty() {
                     let faults = &probed.faults;
-                    tracing::error!(tenant = %due.tenant, plan = due.number, ?faults, "a plan is not what it says");
+                    tracing::error!(tenant = %due.tenant, plan = due.number, ?faults, "the network differs from the plan");
                 }
-                // Apps that are about to start are tried when they have.
+                // Apps that are about to start are tested once they run.
                 let young = OffsetDateTime::now_utc() - due.in_force_at < PATIENCE;
                 let some = i64::from(probed.apps) < due.apps.min(i64::from(PROBED_APPS));
                 (Some(probed), (some && young).then_some(AGAIN))
             }
-            // Others are being tried, or the agent is away.
+            // Other tenants are being tested, or the agent does not answer.
             Err(driver::Error::Transient(_) | driver::Error::Away(_) | driver::Error::Conflict(_)) => {
                 (None, Some(AGAIN))
             }
             Err(driver::Error::Rejected(why)) => {
-                tracing::error!(tenant = %due.tenant, plan = due.number, why, "a plan cannot be tried");
+                tracing::error!(tenant = %due.tenant, plan = due.number, why, "a plan cannot be tested");
                 (None, None)
             }
         };

@@ -1,5 +1,5 @@
-//! Brings each tenant's plan into force, again whenever something of it ends by itself, and takes a
-//! tenant's connections away when it leaves.
+//! Applies each tenant's plan, again whenever a part of it expires, and removes a tenant's connections during
+//! offboarding.
 
 use std::time::Duration;
 
@@ -9,11 +9,12 @@ use time::OffsetDateTime;
 use super::actions;
 use super::connections::{Again, Network};
 use super::store;
+use crate::db;
 use crate::ids::{TenantId, TenantName};
 use crate::reconcile::{Failure, Lease, Outcome, Reconciler};
 use crate::tenants::{Belongings, Left};
 
-/// How long a plan goes without a look at the most.
+/// Maximum time between two checks of a plan.
 const LOOK: Duration = Duration::from_secs(540);
 
 /// The reconciler of tenants' plans.
@@ -33,7 +34,7 @@ impl Reconciler for NetworkReconciler {
         if state.starts_with("offboard") {
             return Ok(Outcome::Gone);
         }
-        // Handed over again at each look: the other side may have lost it.
+        // Each check sends the plan again: the agent may have lost it.
         let Some(ends) = self.0.ensure(tenant, Again::Yes).await? else { return Ok(Outcome::Settled) };
         let left = (ends - OffsetDateTime::now_utc()).max(time::Duration::ZERO).unsigned_abs();
         Ok(Outcome::Again(left.min(LOOK) + Duration::from_millis(50)))
@@ -48,7 +49,7 @@ impl Reconciler for NetworkReconciler {
     }
 }
 
-/// What a tenant that leaves has given, accepted and asked for.
+/// The grants, requests and service access of a tenant that is being deleted.
 pub struct ConnectionsOfTenant {
     /// Database.
     pub pool: PgPool,
@@ -61,7 +62,7 @@ impl Belongings for ConnectionsOfTenant {
     }
 
     async fn remove(&self, tenant: TenantId, _: &TenantName) -> Result<Left, Failure> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.pool).await?;
         store::end_all(&mut tx, tenant).await?;
         tx.commit().await?;
         Ok(Left::Nothing)

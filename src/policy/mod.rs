@@ -1,6 +1,6 @@
-//! Who may talk to whom, pure: flows, the addresses that nobody may reach, and the proof that what will
-//! be applied allows nothing else. `space.rs` cuts the address space into regions, `read.rs` reads an
-//! nftables text back, `proof.rs` judges what it read.
+//! Network policy without I/O: flows, the address ranges that no tenant reaches, and the verification of the
+//! rules before they are applied. `space.rs` cuts the address space into regions. `read.rs` parses an
+//! nftables text back. `proof.rs` verifies the parsed table.
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -16,7 +16,7 @@ pub mod read;
 mod shape;
 pub mod space;
 
-/// What carries a flow.
+/// The transport protocol of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
@@ -27,7 +27,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    /// Its name, as people and nftables write it.
+    /// Returns the name that nftables and the API use.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -35,7 +35,7 @@ impl Protocol {
             Self::Udp => "udp",
         }
     }
-    /// The protocol of this name.
+    /// Parses a name; `None` if it is neither `tcp` nor `udp`.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         match text {
@@ -52,7 +52,7 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// IPv4 addresses that share a prefix, 0 to 32 bits long; a single address is one of 32.
+/// IPv4 addresses that share a prefix of 0 to 32 bits. A single address has a prefix of 32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Cidr {
@@ -61,7 +61,7 @@ pub struct Cidr {
 }
 
 impl Cidr {
-    /// From a network address and its length; none if a host bit is set or the length is over 32.
+    /// Returns the range, or `None` if a host bit is set or the prefix is longer than 32.
     #[must_use]
     pub const fn new(address: Ipv4Addr, prefix: u8) -> Option<Self> {
         if prefix > 32 || (prefix < 32 && address.to_bits() & (u32::MAX >> prefix) != 0) {
@@ -69,42 +69,42 @@ impl Cidr {
         }
         Some(Self { address, prefix })
     }
-    /// A single address.
+    /// Returns the range of a single address.
     #[must_use]
     pub const fn of(address: Ipv4Addr) -> Self {
         Self { address, prefix: 32 }
     }
-    /// The first address.
+    /// Returns the first address.
     #[must_use]
     pub fn first(self) -> u32 {
         self.address.to_bits()
     }
-    /// The last address.
+    /// Returns the last address.
     #[must_use]
     pub fn last(self) -> u32 {
         self.first() | u32::MAX.checked_shr(u32::from(self.prefix)).unwrap_or(0)
     }
-    /// Length of the prefix.
+    /// Returns the length of the prefix.
     #[must_use]
     pub fn prefix(self) -> u8 {
         self.prefix
     }
-    /// The address, if it is a single one.
+    /// Returns the address if the range is a single one.
     #[must_use]
     pub fn single(self) -> Option<Ipv4Addr> {
         (self.prefix == 32).then_some(self.address)
     }
-    /// Whether the two share an address.
+    /// Reports whether the two ranges share an address.
     #[must_use]
     pub fn overlaps(self, other: Self) -> bool {
         self.first() <= other.last() && other.first() <= self.last()
     }
-    /// Whether all of another lies inside.
+    /// Reports whether this range contains all of `other`.
     #[must_use]
     pub fn holds(self, other: Self) -> bool {
         self.first() <= other.first() && other.last() <= self.last()
     }
-    /// Whether the address lies inside.
+    /// Reports whether the address lies in this range.
     #[must_use]
     pub fn contains(self, address: Ipv4Addr) -> bool {
         (self.first()..=self.last()).contains(&address.to_bits())
@@ -123,7 +123,7 @@ impl FromStr for Cidr {
         }
         let prefix = prefix.parse().map_err(|_| wrong())?;
         Self::new(address, prefix).ok_or_else(|| {
-            NameError("a network is written with its first address and a prefix of at most 32".to_owned())
+            NameError("a network, written as its first address and a prefix of at most 32".to_owned())
         })
     }
 }
@@ -147,15 +147,15 @@ impl From<Cidr> for String {
     }
 }
 
-/// Where a flow leads.
+/// The destination of a flow.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Target {
-    /// The instances of an app: the own tenant's, or another's that has granted it.
+    /// The instances of an app: one of the same tenant, or one that another tenant granted.
     App {
-        /// Its tenant.
+        /// The tenant that owns the app.
         tenant: TenantName,
-        /// Its identity: another app of the same name is not meant.
+        /// The app's id. A later app of the same name is a different target.
         app: AppId,
     },
     /// An endpoint of a platform service. A single one may lie in a private range.
@@ -163,49 +163,50 @@ pub enum Target {
         /// Its addresses.
         network: Cidr,
     },
-    /// The outside, as approved.
+    /// An approved egress target with addresses.
     Outside {
         /// Its addresses.
         network: Cidr,
     },
-    /// The outside under a name: the addresses that are found for it, while they are good.
+    /// An approved egress target with a domain: the addresses that DNS returned for it, until they expire.
     Domain {
-        /// The name.
+        /// The domain.
         domain: DomainName,
     },
 }
 
-/// What one app may begin to talk to, and how.
+/// A destination that one app may open connections to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Flow {
-    /// What the app calls it in its own spec: `api`, `other/api`, `kafka`.
+    /// The name in the app's own spec: `api`, `other/api`, `kafka`.
     pub name: String,
-    /// Where to.
+    /// Destination.
     pub target: Target,
     /// Protocol.
     pub protocol: Protocol,
-    /// Port there.
+    /// Destination port.
     pub port: u16,
-    /// When it ends by itself, in seconds since 1970: held where it is applied, whoever else is there or not.
+    /// When the flow expires, in seconds since 1970. The agent enforces it, even while the control plane is
+    /// away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<i64>,
 }
 
-/// Everything that the apps of one tenant may begin to talk to: what is not here is closed.
+/// All flows of one tenant's apps. Everything else is denied.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TenantFlows {
-    /// Tenant.
+    /// The tenant.
     pub tenant: TenantName,
-    /// Number of the plan: a lower one than seen is refused.
+    /// Number of the plan. The agent refuses a number lower than one it has seen.
     pub plan: i64,
-    /// By app.
+    /// The flows of each app.
     pub apps: Vec<AppFlows>,
-    /// Until when what they send outside is let through and written down, in seconds since 1970.
+    /// End of audit mode, in seconds since 1970. Until then egress is allowed and recorded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trial_until: Option<i64>,
-    /// Of the flows of its apps those that are about to close: their packets are counted.
+    /// The flows that are about to be closed. Their packets are counted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub watched: Vec<AppFlows>,
 }
@@ -214,24 +215,24 @@ pub struct TenantFlows {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AppFlows {
-    /// App.
+    /// The app.
     pub app: AppId,
     /// Its flows.
     pub flows: Vec<Flow>,
 }
 
-/// A packet that stands for a fault: whoever reads it can try it.
+/// A packet that demonstrates a fault: it can be sent to reproduce it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Packet {
-    /// Number of the bridge that it comes from.
+    /// Number of the bridge on which the packet arrives.
     pub network: u32,
-    /// Source.
+    /// Source address.
     pub source: Ipv4Addr,
-    /// Target.
+    /// Destination address.
     pub target: Ipv4Addr,
     /// Protocol.
     pub protocol: Protocol,
-    /// Port at the target.
+    /// Destination port.
     pub port: u16,
 }
 

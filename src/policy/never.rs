@@ -1,34 +1,34 @@
-//! What no tenant ever reaches. Ranges, not single addresses: providers move their metadata within them.
-//! From cloud-init's data sources, and Microsoft's and Alibaba's documentation of the two that lie in
-//! ranges which look harmless.
+//! The reserved ranges: addresses that no tenant reaches. They are ranges, not single addresses, because
+//! providers move their metadata services within them. Sources: cloud-init's data sources; Microsoft's and
+//! Alibaba's documentation for the two addresses that lie in ranges which look harmless.
 
 use super::Cidr;
 
-/// Whether a named service may lie in a range.
+/// Whether a platform service may have an address in a reserved range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wall {
-    /// Nothing opens it.
+    /// Never.
     Closed,
-    /// A platform service may have single addresses there.
+    /// Single addresses may be endpoints of a platform service.
     Private,
 }
 
-/// A range, and what it is, for people.
+/// A reserved range and its description.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
     /// Addresses.
     pub network: Cidr,
-    /// Whether a service may lie there.
+    /// Whether a platform service may have an address there.
     pub wall: Wall,
-    /// What it is.
+    /// Description, as messages show it.
     pub words: &'static str,
 }
 
-/// What an address of the machine is called.
+/// Description of the machine's own addresses.
 const OWN: &str = "an address of the platform's own machine";
 
 impl Range {
-    /// Whether it is an address of the machine.
+    /// Reports whether the range is an address of the machine.
     #[must_use]
     pub fn is_own(&self) -> bool {
         self.words == OWN
@@ -43,7 +43,7 @@ const fn range(octets: [u8; 4], prefix: u8, wall: Wall, words: &'static str) -> 
     }
 }
 
-/// The list that is built in, for all clouds.
+/// The built-in list, for all clouds.
 pub const BUILT_IN: &[Range] = &[
     range([0, 0, 0, 0], 8, Wall::Closed, "this network"),
     range([10, 0, 0, 0], 8, Wall::Private, "a private range"),
@@ -63,19 +63,19 @@ pub const BUILT_IN: &[Range] = &[
     range([240, 0, 0, 0], 4, Wall::Closed, "reserved"),
 ];
 
-/// An address that the machine has.
+/// Returns the range of an address of the machine.
 #[must_use]
 pub fn own(network: Cidr) -> Range {
     Range { network, wall: Wall::Closed, words: OWN }
 }
 
-/// What the configuration closes. A platform service may have single addresses there.
+/// Returns a range that the configuration blocks. A platform service may have single addresses there.
 #[must_use]
 pub fn configured(network: Cidr) -> Range {
-    Range { network, wall: Wall::Private, words: "closed by this platform's own configuration" }
+    Range { network, wall: Wall::Private, words: "blocked by this platform's configuration" }
 }
 
-/// The ranges that lie within no other: the kernel takes no two that overlap.
+/// Returns the ranges that are not inside another one: an nftables set rejects ranges that overlap.
 pub fn outermost(ranges: &[Range]) -> impl Iterator<Item = Cidr> + '_ {
     let within = |range: &Range, other: &Range| {
         other.network.overlaps(range.network) && other.network.prefix() < range.network.prefix()
@@ -86,7 +86,7 @@ pub fn outermost(ranges: &[Range]) -> impl Iterator<Item = Cidr> + '_ {
         .map(|range| range.network)
 }
 
-/// The range that keeps a service from lying here, if one does. `extra`: what the machine adds.
+/// Returns the range that forbids a service at this network, if any. `extra`: the machine's own ranges.
 #[must_use]
 pub fn against_service<'a>(network: Cidr, extra: impl IntoIterator<Item = &'a Range>) -> Option<Range> {
     let hit = |range: &&Range| range.network.overlaps(network);
@@ -98,7 +98,7 @@ pub fn against_service<'a>(network: Cidr, extra: impl IntoIterator<Item = &'a Ra
         .copied()
 }
 
-/// The range that keeps the outside from lying here, if one does.
+/// Returns the range that forbids an egress target at this network, if any.
 #[must_use]
 pub fn against_outside<'a>(network: Cidr, extra: impl IntoIterator<Item = &'a Range>) -> Option<Range> {
     BUILT_IN.iter().chain(extra).find(|range| range.network.overlaps(network)).copied()

@@ -1,6 +1,6 @@
-//! Reads the nftables text that will be applied: the whole table, or a change of its sets. It knows one
-//! shape, written down here a second time and on purpose apart from what prints it; what does not have
-//! that shape to the letter cannot be proven and is refused.
+//! Parses the nftables text that will be applied: a whole table, or a change of its sets. The parser knows
+//! one shape. That shape is written here a second time, deliberately apart from the code that prints it. A
+//! text that differs from the shape in one character cannot be verified and is rejected.
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -10,43 +10,43 @@ use rustc_hash::FxHashSet;
 use super::shape::SHAPE;
 use super::{Cidr, Protocol};
 
-/// What of the table's shape differs between installations.
+/// The parts of the table's shape that differ between installations.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shell {
     /// Name of the table.
     pub table: String,
-    /// What the names of the bridges begin with; a number follows.
+    /// Prefix of the bridges' names; a number follows.
     pub prefix: String,
-    /// User id of the one process of the host that may begin to talk to instances.
+    /// User id of the prober, the only process of the host that may open connections to instances.
     pub prober: u32,
     /// The pool of tenants' subnets.
     pub pool: Cidr,
-    /// How many connections the apps of a tenant may begin in a second.
+    /// New connections per second that the apps of a tenant may open.
     pub pace: u32,
 }
 
 impl Shell {
-    /// How many of them at once.
+    /// Returns the burst: the number of connections that may be opened at once.
     #[must_use]
     pub fn burst(&self) -> u32 {
         self.pace.saturating_mul(5)
     }
 }
 
-/// Who may begin to talk to whom: one element of a set.
+/// An element of a set: which source may open connections to which destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rule {
-    /// Number of the network that it comes from.
+    /// Number of the network on which the packet arrives.
     pub network: u32,
     /// Source address.
     pub source: u32,
-    /// First address of the target.
+    /// First destination address.
     pub first: u32,
-    /// Last address of the target.
+    /// Last destination address.
     pub last: u32,
     /// Protocol.
     pub protocol: Protocol,
-    /// Port at the target.
+    /// Destination port.
     pub port: u16,
 }
 
@@ -55,18 +55,18 @@ pub struct Rule {
 pub enum Set {
     /// Between instances.
     Pairs,
-    /// To single addresses of services; looked at before what nobody reaches.
+    /// To single addresses of services. Checked before the reserved ranges.
     Services,
-    /// To ranges; looked at after it.
+    /// To ranges. Checked after the reserved ranges.
     Outside,
-    /// To addresses of domains, each for a while; looked at after it too.
+    /// To addresses of domains, each with a timeout. Checked after the reserved ranges.
     Resolved,
-    /// What is counted. It opens nothing.
+    /// Flows whose packets are counted. It allows nothing.
     Watched,
 }
 
 impl Set {
-    /// Its name in the table.
+    /// Returns the set's name in the table.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -90,20 +90,20 @@ pub struct Table {
     pub services: FxHashSet<Rule>,
     /// To ranges.
     pub outside: FxHashSet<Rule>,
-    /// To addresses of domains. An element may have ended in the meantime: what is here is at most open.
+    /// To addresses of domains. An element may have expired since: this is an upper bound.
     pub resolved: FxHashSet<Rule>,
-    /// What is counted.
+    /// Flows whose packets are counted.
     pub watched: FxHashSet<Rule>,
-    /// Networks whose packets outside are let through and written down.
+    /// Networks in audit mode: their egress is allowed and recorded.
     pub trial: FxHashSet<u32>,
-    /// Network and address of each bridge, where names are asked for.
+    /// Network and address of each bridge, which accepts DNS queries.
     pub gateways: FxHashSet<(u32, u32)>,
-    /// What nobody reaches: first and last addresses.
+    /// Reserved and blocked ranges: first and last addresses.
     pub never: BTreeSet<(u32, u32)>,
 }
 
 impl Table {
-    /// A set of rules.
+    /// Returns a set of rules.
     #[must_use]
     pub fn set(&self, set: Set) -> &FxHashSet<Rule> {
         match set {
@@ -126,13 +126,13 @@ impl Table {
     }
 }
 
-/// Why a text cannot be read: the line, counted from one, and what is wrong there.
+/// Why a text cannot be parsed: the line, counted from one, and the fault on it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}: {why}")]
 pub struct Unreadable {
     /// Line.
     pub line: usize,
-    /// What is wrong.
+    /// The fault.
     pub why: &'static str,
 }
 
@@ -152,7 +152,7 @@ fn filled(line: &str, shell: &Shell) -> String {
     words.join(" ")
 }
 
-/// Reads a whole table.
+/// Parses a whole table.
 pub fn table(text: &str, shell: &Shell) -> Result<Table, Unreadable> {
     let mut out = Table::default();
     let mut lines = text.split('\n').enumerate().peekable();
@@ -163,7 +163,7 @@ pub fn table(text: &str, shell: &Shell) -> Result<Table, Unreadable> {
             let elements = lines.peek().and_then(|(_, line)| line.strip_prefix("    elements = { "));
             if let Some(elements) = elements {
                 let Some(elements) = elements.strip_suffix(" }") else {
-                    return fail("elements without an end");
+                    return fail("the list of elements is not closed");
                 };
                 fill(&mut out, set, elements, shell).map_err(|why| Unreadable { line: at, why })?;
                 lines.next();
@@ -172,30 +172,30 @@ pub fn table(text: &str, shell: &Shell) -> Result<Table, Unreadable> {
         }
         match lines.next() {
             Some((_, line)) if line == filled(expected, shell) => {}
-            Some(_) => return fail("this is not a line that can be proven"),
-            None => return fail("the table ends too early"),
+            Some(_) => return fail("the line differs from the expected shape"),
+            None => return fail("the table ends before the expected shape does"),
         }
     }
     match lines.next() {
         None => Ok(out),
-        Some((n, _)) => Err(Unreadable { line: n + 1, why: "something follows the table" }),
+        Some((n, _)) => Err(Unreadable { line: n + 1, why: "there is text after the table" }),
     }
 }
 
 fn fill(out: &mut Table, set: &str, elements: &str, shell: &Shell) -> Result<(), &'static str> {
-    const TWICE: &str = "an element stands twice";
+    const TWICE: &str = "an element is listed twice";
     for element in elements.split(", ") {
         let fresh = match set {
             "sources" => out.sources.insert(sender(element, shell)?),
             "gateways" => out.gateways.insert(source(element, shell)?),
             "trial" => out.trial.insert(network(element, shell)?),
-            // Put in again, an element gets a new time.
+            // Adding an element again renews its timeout.
             "resolved" => {
                 out.resolved.insert(rule(timed(element)?, Set::Resolved, shell)?);
                 true
             }
             "never" => {
-                let network: Cidr = element.parse().map_err(|_| "no network")?;
+                let network: Cidr = element.parse().map_err(|_| "not a network")?;
                 out.never.insert((network.first(), network.last()))
             }
             _ => {
@@ -210,27 +210,27 @@ fn fill(out: &mut Table, set: &str, elements: &str, shell: &Shell) -> Result<(),
     Ok(())
 }
 
-/// The longest that an element of a domain stays, in seconds.
+/// Maximum timeout of a domain's element, in seconds.
 const LONGEST: u32 = 8 * 3600;
 
-/// An element without the time that it stays, which must be there.
+/// Returns an element without its timeout. The timeout is mandatory.
 fn timed(element: &str) -> Result<&str, &'static str> {
-    let (element, time) = element.split_once(" timeout ").ok_or("an element of a domain has no end")?;
-    let seconds = time.strip_suffix('s').and_then(number).ok_or("no time")?;
-    if (1..=LONGEST).contains(&seconds) { Ok(element) } else { Err("a time that is too long") }
+    let (element, time) = element.split_once(" timeout ").ok_or("a domain's element has no timeout")?;
+    let seconds = time.strip_suffix('s').and_then(number).ok_or("not a timeout in seconds")?;
+    if (1..=LONGEST).contains(&seconds) { Ok(element) } else { Err("the timeout is zero or over 8 hours") }
 }
 
 fn named(set: &str) -> Result<Set, &'static str> {
     [Set::Pairs, Set::Services, Set::Outside, Set::Resolved, Set::Watched]
         .into_iter()
         .find(|known| known.name() == set)
-        .ok_or("no set of rules")
+        .ok_or("there is no such set of rules")
 }
 
 fn number(text: &str) -> Option<u32> {
     let plain = !text.is_empty() && text.len() <= 10 && text.bytes().all(|b| b.is_ascii_digit());
     let value = text.parse().ok().filter(|_| plain)?;
-    // One way to write a number: else two names would be one bridge.
+    // Only one spelling of a number: else two names would mean the same bridge.
     (text.len() == 1 || !text.starts_with('0')).then_some(value)
 }
 
@@ -239,11 +239,11 @@ fn network(text: &str, shell: &Shell) -> Result<u32, &'static str> {
         .and_then(|text| text.strip_suffix('"'))
         .and_then(|text| text.strip_prefix(shell.prefix.as_str()))
         .and_then(number)
-        .ok_or("no bridge of this installation")
+        .ok_or("not a bridge of this installation")
 }
 
 fn address(text: &str) -> Result<u32, &'static str> {
-    text.parse::<Ipv4Addr>().map(Ipv4Addr::to_bits).map_err(|_| "no address")
+    text.parse::<Ipv4Addr>().map(Ipv4Addr::to_bits).map_err(|_| "not an address")
 }
 
 fn source(element: &str, shell: &Shell) -> Result<(u32, u32), &'static str> {
@@ -251,7 +251,7 @@ fn source(element: &str, shell: &Shell) -> Result<(u32, u32), &'static str> {
     Ok((network(bridge, shell)?, address(own)?))
 }
 
-/// Whoever sends from an address sends from the card that belongs to it: `0a:58` and the address.
+/// Parses a source. Its MAC address must be the one derived from its IP address: `0a:58` and the four bytes.
 fn sender(element: &str, shell: &Shell) -> Result<(u32, u32), &'static str> {
     let (bridge, rest) = element.split_once(" . ").ok_or("an element has too few parts")?;
     let (card, own) = rest.split_once(" . ").ok_or("an element has too few parts")?;
@@ -263,7 +263,7 @@ fn sender(element: &str, shell: &Shell) -> Result<(u32, u32), &'static str> {
     let bytes: Option<Vec<u8>> = card.split(':').map(byte).collect();
     let [a, b, c, d] = own.to_be_bytes();
     if bytes.is_none_or(|bytes| bytes != [0x0a, 0x58, a, b, c, d]) {
-        return Err("the card is not the one of the address");
+        return Err("the MAC address does not match the IP address");
     }
     Ok((network(bridge, shell)?, own))
 }
@@ -276,7 +276,7 @@ fn rule(element: &str, set: Set, shell: &Shell) -> Result<Rule, &'static str> {
         return Err("an element has too many parts");
     }
     let (first, last) = if matches!(set, Set::Outside | Set::Watched) {
-        let target: Cidr = target.parse().map_err(|_| "no network")?;
+        let target: Cidr = target.parse().map_err(|_| "not a network")?;
         (target.first(), target.last())
     } else {
         let target = address(target)?;
@@ -287,15 +287,15 @@ fn rule(element: &str, set: Set, shell: &Shell) -> Result<Rule, &'static str> {
         source: address(own)?,
         first,
         last,
-        protocol: Protocol::parse(protocol).ok_or("no protocol that is known")?,
+        protocol: Protocol::parse(protocol).ok_or("the protocol is neither tcp nor udp")?,
         port: number(port)
             .and_then(|port| u16::try_from(port).ok())
             .filter(|port| *port > 0)
-            .ok_or("no port")?,
+            .ok_or("not a port")?,
     })
 }
 
-/// Reads a change, a line each `add element` or `delete element`, and says what the table is after it.
+/// Parses a change, one `add element` or `delete element` a line. Returns the table after the change.
 pub fn change(text: &str, before: &Table, shell: &Shell) -> Result<Table, Unreadable> {
     let mut out = before.clone();
     for (n, line) in text.lines().enumerate() {
@@ -305,22 +305,23 @@ pub fn change(text: &str, before: &Table, shell: &Shell) -> Result<Table, Unread
 }
 
 fn edit(out: &mut Table, line: &str, shell: &Shell) -> Result<(), &'static str> {
-    let (verb, rest) = line.split_once(" element inet ").ok_or("no change of elements")?;
+    let (verb, rest) =
+        line.split_once(" element inet ").ok_or("neither `add element` nor `delete element`")?;
     let rest = rest
         .strip_prefix(shell.table.as_str())
         .and_then(|rest| rest.strip_prefix(' '))
-        .ok_or("another table")?;
-    let (set, elements) = rest.split_once(" { ").ok_or("no elements")?;
-    let elements = elements.strip_suffix(" }").ok_or("elements without an end")?;
-    // What nobody reaches is part of the wall and changes with the whole table alone.
+        .ok_or("the change is for another table")?;
+    let (set, elements) = rest.split_once(" { ").ok_or("the change has no elements")?;
+    let elements = elements.strip_suffix(" }").ok_or("the list of elements is not closed")?;
+    // The reserved ranges change only with the whole table.
     if set == "never" {
-        return Err("what nobody reaches is not changed like this");
+        return Err("reserved ranges change only with the whole table");
     }
     if verb == "add" {
         return fill(out, set, elements, shell);
     }
     if verb != "delete" {
-        return Err("no change of elements");
+        return Err("neither `add element` nor `delete element`");
     }
     for element in elements.split(", ") {
         let was = if set == "sources" {
@@ -334,7 +335,7 @@ fn edit(out: &mut Table, line: &str, shell: &Shell) -> Result<(), &'static str> 
             out.set_mut(set).remove(&rule(element, set, shell)?)
         };
         if !was {
-            return Err("an element is taken away that is not there");
+            return Err("the change deletes an element that is not in the set");
         }
     }
     Ok(())

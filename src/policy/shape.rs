@@ -1,9 +1,9 @@
-//! The one shape of the table that can be proven, to the letter. It stands here on purpose apart from what prints it:
-//! whoever changes the one is stopped by the other.
+//! The exact text of the only table that can be verified. It stands here deliberately apart from the code
+//! that prints the table: a change of one without the other is rejected.
 
-/// The shape: `T` is the table, `B` the bridges, `U` the prober, `P` the pool, `R` and `S` the connections that a
-/// tenant's apps may begin in a second and at once; a line that is only `=NAME`
-/// stands for the elements of that set, if it has any.
+/// The shape: `T` is the table, `B` the bridges, `U` the prober, `P` the pool. `R` is the limit of new
+/// connections a second for a tenant's apps, `S` the burst. A line of the form `=NAME` stands for the
+/// elements of that set, if it has any.
 pub(super) const SHAPE: &str = r"add table inet T
 delete table inet T
 table inet T {

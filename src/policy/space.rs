@@ -1,25 +1,25 @@
-//! The address space, cut into disjoint stretches: whom each address belongs to. Nested ranges are
-//! resolved once, so that every question afterwards is a search in a sorted list.
+//! The address space, cut into disjoint regions by owner. Nested ranges are resolved once, so that each
+//! lookup is a search in a sorted list.
 
 use super::Cidr;
 use super::never::{Range, Wall};
 
-/// Whom a stretch belongs to.
+/// The owner of a stretch of addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Region {
-    /// Nobody reaches it.
+    /// Reserved: no tenant reaches it.
     Never(&'static str),
-    /// A private range: single addresses may be a service's.
+    /// A private range: single addresses may belong to a service.
     Private(&'static str),
-    /// A tenant's subnet, by the number of its network.
+    /// A tenant's subnet, with the number of its network.
     Tenant(u32),
-    /// The pool of tenants' subnets, where no tenant is.
+    /// A part of the pool of subnets that no tenant has.
     Unused,
     /// Everything else.
     Outside,
 }
 
-/// The whole space: each stretch from its first address to the one before the next.
+/// The whole address space. Each stretch ends one address before the next begins.
 #[derive(Debug, Clone)]
 pub struct Space {
     starts: Vec<u32>,
@@ -33,8 +33,8 @@ struct Layer {
 }
 
 impl Space {
-    /// From the ranges that are closed, the pool, and the subnets in it. What is closed wins over the
-    /// pool, the pool over private ranges.
+    /// Builds the space from the reserved ranges, the pool and the subnets in it. Where they overlap, a
+    /// closed range wins over the pool, and the pool over a private range.
     #[must_use]
     pub fn cut(ranges: &[Range], pool: Cidr, tenants: &[(u32, Cidr)]) -> Self {
         let of = |network: Cidr, region| Layer { first: network.first(), last: network.last(), region };
@@ -79,14 +79,14 @@ impl Space {
         Self { starts, regions }
     }
 
-    /// Whom an address belongs to.
+    /// Returns the owner of an address.
     #[must_use]
     pub fn region(&self, address: u32) -> Region {
         let after = self.starts.partition_point(|start| *start <= address);
         self.regions.get(after.wrapping_sub(1)).copied().unwrap_or(Region::Never("outside of the space"))
     }
 
-    /// The stretches that a range touches: the first address of each within the range.
+    /// Returns the regions that a range touches, each with its first address in the range.
     pub fn walk(&self, first: u32, last: u32) -> impl Iterator<Item = (u32, Region)> + '_ {
         let from = self.starts.partition_point(|start| *start <= first).saturating_sub(1);
         self.starts[from..]
@@ -96,13 +96,13 @@ impl Space {
             .map(move |(start, region)| ((*start).max(first), *region))
     }
 
-    /// Number of stretches.
+    /// Returns the number of stretches.
     #[must_use]
     pub fn len(&self) -> usize {
         self.starts.len()
     }
 
-    /// Whether there is none; there is always one.
+    /// Reports whether there are no stretches. There is always at least one.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.starts.is_empty()

@@ -1,6 +1,6 @@
-//! Health checks, in a process without any privilege: the only one that may connect from the host
-//! into the bridges, and the only one that reads what an app answers (a status line and at most
-//! 4 KiB). Whoever conquers it through such an answer holds nothing.
+//! Health checks, in a process without any privilege. Only this process may connect from the host into the bridges.
+//! Only it reads an app's answer (a status line and at most 4 KiB). An attacker who takes it over through such an
+//! answer gains nothing.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
@@ -12,38 +12,38 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpStream, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
-/// What the root half asks.
+/// A check requested by the agent.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Question {
-    /// Whom.
+    /// Address of the instance.
     pub address: Ipv4Addr,
-    /// Where.
+    /// Port of the instance.
     pub port: u16,
-    /// Path of a GET; none for a mere connection.
+    /// Path of a GET; none to check only the connection.
     pub path: Option<String>,
     /// Deadline of the whole check in milliseconds, at most 10,000.
     pub timeout_ms: u32,
 }
 
-/// What it learns.
+/// The result of a check.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Answer {
-    /// The instance is well.
+    /// The instance is healthy.
     Well,
-    /// It is not, and why in a few words; never anything that the app wrote.
+    /// The instance is unhealthy, with a short reason. The reason never contains text from the app.
     Ill(String),
-    /// Its port takes no connection.
+    /// The port accepts no connection.
     Closed,
 }
 
-/// Most checks at once.
+/// Maximum number of concurrent checks.
 const AT_ONCE: usize = 1024;
-/// Most bytes of an answer that are read.
+/// Maximum number of bytes read from an answer.
 const READ: u64 = 4096;
 
-/// Answers questions on a socket until the process ends. Only root and this very user are answered.
+/// Answers checks on a socket until the process ends. Only root and the prober's own user are answered.
 pub async fn serve(socket: &Path) -> std::io::Result<()> {
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket)?;
@@ -77,7 +77,7 @@ async fn answer(stream: UnixStream) -> std::io::Result<()> {
     write.write_all(&text).await
 }
 
-/// Asks an instance.
+/// Checks an instance.
 pub async fn check(question: &Question) -> Answer {
     let patience = Duration::from_millis(u64::from(question.timeout_ms.clamp(1, 10_000)));
     match tokio::time::timeout(patience, ask(question)).await {
@@ -109,7 +109,7 @@ async fn ask(question: &Question) -> Answer {
     }
 }
 
-/// The code of a status line.
+/// Returns the code of a status line.
 fn status(line: &[u8]) -> Option<u16> {
     let line = std::str::from_utf8(line).ok()?;
     let rest = line.strip_prefix("HTTP/1.")?;
@@ -118,7 +118,7 @@ fn status(line: &[u8]) -> Option<u16> {
         .then(|| code.parse().ok())?
 }
 
-/// Asks a prober behind its socket; one that does not answer in time is no prober.
+/// Requests a check from the prober behind a socket. No answer in time is an error.
 pub async fn ask_at(socket: &Path, question: &Question) -> std::io::Result<Answer> {
     let patience = Duration::from_millis(u64::from(question.timeout_ms)) + Duration::from_secs(3);
     tokio::time::timeout(patience, converse(socket, question)).await.map_err(std::io::Error::other)?

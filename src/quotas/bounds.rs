@@ -1,17 +1,17 @@
-//! Every table that a tenant's requests fill, and its bound. A test refuses a table with a `tenant_id` that is not here,
-//! and one here that is gone: a new table comes with a bound, or not at all.
+//! Bounds of every table that a tenant's requests fill. A test fails for a table with a `tenant_id` that is
+//! missing here, and for an entry without a table: each new table needs a bound.
 
-/// Table and bound. A limit of the quota stands in backquotes.
+/// Table and bound. Names of quota limits stand in backquotes.
 pub const BOUNDS: &[(&str, &str)] = &[
     ("quota", "one row of each resource"),
     ("tenant_condition", "one row of each part of the platform"),
     ("offboarding_step", "one row of each step"),
     ("network", "one row"),
-    ("uid_range", "one row for each 64 apps that were ever made; new apps: 200 a day"),
-    ("app", "live: `apps`; removed ones keep their user ids for ever: 200 new apps a day"),
+    ("uid_range", "one row for each 64 apps ever created; new apps: 200 a day"),
+    ("app", "live: `apps`; removed apps keep their user ids forever: 200 new apps a day"),
     (
         "release",
-        "`releases_kept` of each app and those that run; deleted as new ones are written, a day after the app",
+        "`releases_kept` of each app and the running ones; deleted as new ones are written, a day after the app",
     ),
     ("app_address", "the addresses of one subnet"),
     ("app_event", "200 of each app; deleted a day after the app"),
@@ -25,21 +25,21 @@ pub const BOUNDS: &[(&str, &str)] = &[
     ("manifest_part", "`manifests`, each of a bounded size"),
     ("referrer", "`manifests`, each once, with at most 64 KiB of annotations"),
     ("tag", "`tags`, 2,000 in a repository"),
-    ("blob", "`registry_bytes`, with a least size for each"),
+    ("blob", "`registry_bytes`, with a minimum size for each"),
     ("layer", "one row of each blob, of at most 64 KiB and the names of 64 KiB"),
     ("blob_place", "`registry_bytes` times `repositories`"),
     ("upload", "`open_uploads`"),
-    ("repository", "`repositories`; a row goes an hour after the last manifest, blob and upload in it"),
-    ("tenant_service", "the services of the catalogue; written by admins alone"),
+    ("repository", "`repositories`; a row is deleted an hour after its last manifest, blob and upload"),
+    ("tenant_service", "the services of the catalogue; only admins write it"),
     ("grant_offer", "open: `grants`; 1,000 new ones a day, withdrawn ones for 90 days"),
     ("grant_answer", "one for each offer that was made to the tenant, as long as the offer"),
     ("egress_target", "live: `egress_targets`, 20 of them waiting; dead: the newest 1,000, for 90 days"),
     ("network_trial", "one row"),
     ("tenant_plan", "one row"),
-    ("network_plan", "500 that are over, for 90 days, and those in force"),
+    ("network_plan", "500 ended plans, for 90 days, and the applied ones"),
     ("network_cause", "500 that are not part of a plan yet"),
-    ("network_rollout_use", "apps times endpoints of a rollout; rollouts are begun by admins alone"),
-    ("network_rollout_check", "apps times endpoints of a rollout; rollouts are begun by admins alone"),
+    ("network_rollout_use", "apps times endpoints of a rollout; only admins start rollouts"),
+    ("network_rollout_check", "apps times endpoints of a rollout; only admins start rollouts"),
     ("audit", "`changes_per_day`, and refusals that are counted together, for the months of the audit log"),
     ("audit_seal", "one a second, for as long as the audit log"),
 ];

@@ -1,4 +1,4 @@
-//! Limits as an admin hands them in: read, checked against what each resource allows, every fault together.
+//! Limits as an admin sends them: parsed and checked against each resource's range, with all faults together.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use serde_json::Number;
 use super::{Definition, Resource, Unit};
 use crate::fault::{Code, Fault, Kind};
 
-/// A limit as handed in: a number, or a text with a unit. A number of cpu means cores, as in a spec.
+/// A limit as sent: a number, or a text with a unit. A number for cpu means cores, as in a spec.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 pub enum Size {
@@ -18,31 +18,31 @@ pub enum Size {
     Text(String),
 }
 
-/// Limits as handed in, by the resource's name.
+/// Limits as sent, by resource name.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(transparent)]
 pub struct QuotaInput(BTreeMap<String, Option<Size>>);
 
-/// A limit that was checked.
+/// A checked limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
-    /// The tenant's own.
+    /// A limit of the tenant itself.
     Own(i64),
-    /// The settings' again.
+    /// Back to the default of the settings.
     Default,
 }
 
-/// Limits that were checked; one that is not among them stays as it is.
+/// Checked limits. A resource that is not listed keeps its limit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Limits(BTreeMap<Resource, Limit>);
 
 impl Limits {
-    /// The limits that are given.
+    /// Iterates over the limits.
     pub fn iter(&self) -> impl Iterator<Item = (Resource, Limit)> {
         self.0.iter().map(|(resource, limit)| (*resource, *limit))
     }
 
-    /// The number that is given for a resource.
+    /// Returns the limit of a resource, if it is a number.
     #[must_use]
     pub fn get(&self, resource: Resource) -> Option<i64> {
         match self.0.get(&resource) {
@@ -51,12 +51,12 @@ impl Limits {
         }
     }
 
-    /// Gives a limit where none is given.
+    /// Sets a limit unless one is set.
     pub fn or(&mut self, resource: Resource, limit: i64) {
         self.0.entry(resource).or_insert(Limit::Own(limit));
     }
 
-    /// What the audit log keeps.
+    /// Formats the limits for the audit log.
     #[must_use]
     pub fn view(&self) -> serde_json::Value {
         let shown = |(resource, limit): (Resource, Limit)| {
@@ -70,15 +70,15 @@ impl Limits {
     }
 }
 
-/// Most cores that a bare number says. In earlier versions a number was thousandths of a core: a client that still
-/// means those is told so, and raises no quota a thousandfold.
+/// Maximum number of cores in a number without quotes. Earlier versions read a number as thousandths of a core.
+/// A client that still sends thousandths gets a fault instead of a quota that is a thousand times too large.
 const MOST_BARE_CORES: i64 = 1_000;
 
 fn digits(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
 }
 
-/// Thousandths of a core, from `250m`, `0.25`, `4`.
+/// Parses thousandths of a core from `250m`, `0.25` or `4`.
 fn millis(text: &str) -> Option<i64> {
     if let Some(millis) = text.strip_suffix('m') {
         return digits(millis).then(|| millis.parse().ok()).flatten();
@@ -98,7 +98,7 @@ fn cpu(size: &Size) -> Option<i64> {
     }
 }
 
-/// Thousandths of a core as a spec has them: `4` or `250m`.
+/// Formats thousandths of a core as in a spec: `4` or `250m`.
 #[must_use]
 pub fn print_cpu(millis: i64) -> String {
     if millis % 1000 == 0 { (millis / 1000).to_string() } else { format!("{millis}m") }
@@ -125,22 +125,24 @@ fn count(size: &Size) -> Option<i64> {
     }
 }
 
-/// What a limit of this resource looks like.
+/// Describes the valid values of a resource's limit.
 fn form(resource: Resource) -> String {
     let Definition { name, unit, range: (least, most), .. } = resource.definition();
     let default = if resource.is_own() { "" } else { ", or \"default\"" };
     match unit {
         Unit::Cpu => format!(
-            "{name} is cores, as in a spec: 4, 0.25 or \"500m\", from {least}m to {most}m; a number without quotes is at \
+            "{name} must be cores, as in a spec: 4, 0.25 or \"500m\", from {least}m to {most}m; a number without quotes can be at \
              most {MOST_BARE_CORES} cores: write thousandths as \"16000m\""
         ),
-        Unit::Bytes => format!("{name} is \"8Gi\" or \"512Mi\", or a number of bytes from {least} to {most}"),
-        Unit::Count => format!("{name} is {least} to {most}{default}"),
+        Unit::Bytes => {
+            format!("{name} must be \"8Gi\" or \"512Mi\", or a number of bytes from {least} to {most}")
+        }
+        Unit::Count => format!("{name} must be {least} to {most}{default}"),
     }
 }
 
 impl QuotaInput {
-    /// Checks every limit; all faults together.
+    /// Checks every limit and collects all faults.
     pub fn parse(&self, faults: &mut Vec<Fault>) -> Limits {
         let mut limits = Limits::default();
         let mut bad = |name: &str, message: String| {
@@ -172,7 +174,7 @@ impl QuotaInput {
             bad(
                 &name,
                 format!(
-                    "there is no such limit; did you mean {}? There are: {}",
+                    "there is no limit of this name; did you mean {}? Known limits: {}",
                     near.unwrap_or_default(),
                     known.join(", ")
                 ),
@@ -221,7 +223,7 @@ mod tests {
             ("\"10000\"", 10_000_000),
         ] {
             assert_eq!(read(text), Some(millis), "{text}");
-            // What an answer shows is read as the same again.
+            // A printed limit parses to the same value.
             assert_eq!(read(&format!("\"{}\"", print_cpu(millis))), Some(millis), "{text}");
         }
         for text in
@@ -253,7 +255,7 @@ mod tests {
                 "quota.unicorns"
             ]
         );
-        // A sum that would overflow is a wrong limit too, and a limit of one's own has no default.
+        // A sum that overflows is a fault too, and a resource that every tenant sets has no default.
         let (_, faults) =
             parse(r#"{"memory": "9999999999Ti", "cpu": "9223372036854775807", "apps": "default"}"#);
         assert_eq!(faults.len(), 3);

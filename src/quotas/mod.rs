@@ -1,13 +1,14 @@
-//! Quotas: how much of each shared thing one tenant may have. A resource is defined once, here: its name in SQL and in
-//! JSON, its label on a page, its unit, and how its use is known. Rows hold tenant, resource, limit and use.
+//! Quotas: how much of each shared resource one tenant may use. A resource is defined once, here: its name in
+//! SQL and JSON, its label on a page, its unit, and how its use is measured. Rows hold tenant, resource, limit
+//! and use.
 //!
 //! How to use it, within the caller's own transaction:
-//! - an amount that is taken and given back (bytes, cores): [`reserve`] and [`release`];
-//! - things that are rows of their own: [`take_place`], then insert. Where the caller counts itself: [`lock`] first,
-//!   count next, then [`Held::require_place`]; two requests then never see the same last place;
-//! - a bound that nothing counts (a rate, a retention): [`limit`].
+//! - an amount that is reserved and released (bytes, cores): [`reserve`] and [`release`];
+//! - objects with rows of their own: [`take_place`], then insert. A caller that counts itself uses [`lock`] first,
+//!   counts, then [`Held::require_place`], so that two requests never take the same last place;
+//! - a bound without a count (a rate, a retention): [`limit`].
 //!
-//! A transaction that locks several resources locks [`GATE`] first, so that no two of them wait for each other.
+//! A transaction that locks several resources locks [`GATE`] first, to prevent deadlocks.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,53 +28,53 @@ pub use store::{
     read_counted, release, reserve, set_limits, take_place, take_platform_place,
 };
 
-/// The resource whose row a transaction locks first when it locks several.
+/// The resource that a transaction locks first when it locks several.
 pub const GATE: Resource = Resource::RegistryBytes;
 
-/// How the use of a resource is known.
+/// How the use of a resource is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
-    /// It is taken and given back; the row keeps the sum.
+    /// Reserved and released; the row stores the sum.
     Stored,
-    /// It is the number of live rows of another table.
+    /// The number of live rows of another table.
     Counted,
-    /// It is taken and comes back with the next day (UTC).
+    /// Counts up and restarts each day (UTC).
     Daily,
-    /// Nothing is taken: a rate, a retention, or a bound that the kernel keeps.
+    /// Not measured: a rate, a retention, or a bound that the kernel enforces.
     Bound,
-    /// Like counted, for rows that belong to no tenant.
+    /// Counted rows that belong to no tenant.
     Platform,
 }
 
-/// How an amount of a resource is written.
+/// The unit of a resource.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
     /// Thousandths of a core.
     Cpu,
     /// Bytes.
     Bytes,
-    /// A number of things.
+    /// A number of objects.
     Count,
 }
 
 /// The definition of a resource.
 #[derive(Debug, Clone, Copy)]
 pub struct Definition {
-    /// Its name in SQL, in JSON and in the settings.
+    /// Name in SQL, in JSON and in the settings.
     pub name: &'static str,
-    /// What a page calls it.
+    /// Label on pages.
     pub label: &'static str,
-    /// How amounts are written.
+    /// Unit of amounts.
     pub unit: Unit,
-    /// How its use is known.
+    /// How the use is measured.
     pub how: How,
-    /// The smallest and the largest limit that an admin may set.
+    /// Minimum and maximum limit that an admin may set.
     pub range: (i64, i64),
 }
 
 macro_rules! resources {
     ($($variant:ident $name:literal $label:literal $unit:ident $how:ident $least:expr, $most:expr;)*) => {
-        /// A shared thing that has a limit per tenant.
+        /// A shared resource with a limit per tenant.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Resource { $(#[doc = $label] $variant,)* }
 
@@ -81,7 +82,7 @@ macro_rules! resources {
             /// Every resource, in the order of pages and faults.
             pub const ALL: &[Resource] = &[$(Resource::$variant,)*];
 
-            /// Its definition.
+            /// Returns the definition.
             #[must_use]
             pub const fn definition(self) -> Definition {
                 match self {
@@ -122,25 +123,25 @@ resources! {
 }
 
 impl Resource {
-    /// Its name in SQL and in JSON.
+    /// Returns the name in SQL and JSON.
     #[must_use]
     pub const fn name(self) -> &'static str {
         self.definition().name
     }
 
-    /// The resource of this name.
+    /// Returns the resource of this name.
     #[must_use]
     pub fn by_name(name: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|resource| resource.name() == name)
     }
 
-    /// Every resource that a tenant has a row of.
+    /// Iterates over the resources that each tenant has a row of.
     pub fn of_tenants() -> impl Iterator<Item = Self> {
         Self::ALL.iter().copied().filter(|resource| resource.definition().how != How::Platform)
     }
 
-    /// Whether a tenant has a limit of its own from its onboarding on. The other limits are the settings' until an
-    /// admin sets one.
+    /// Whether a tenant has its own limit from onboarding on. Other limits follow the settings until an admin
+    /// sets one.
     #[must_use]
     pub fn is_own(self) -> bool {
         self.definition().how == How::Stored || self == Self::Pids
@@ -162,14 +163,14 @@ impl Serialize for Resource {
 /// One limit and its use.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Amount {
-    /// The limit that holds.
+    /// The effective limit.
     pub limit: i64,
-    /// What is reserved, stored or there.
+    /// The reserved, stored or counted use.
     pub used: i64,
 }
 
 impl Amount {
-    /// What is left; 0 where the limit was lowered below the use.
+    /// Returns the remaining amount. Returns 0 if the limit was lowered below the use.
     #[must_use]
     pub fn left(self) -> i64 {
         self.limit.saturating_sub(self.used).max(0)
@@ -181,7 +182,7 @@ impl Amount {
 pub struct Quota(BTreeMap<Resource, Amount>);
 
 impl Quota {
-    /// Limit and use of one resource; nothing and nothing where the tenant has no row of it.
+    /// Returns limit and use of one resource. Both are 0 if the tenant has no row of it.
     #[must_use]
     pub fn of(&self, resource: Resource) -> Amount {
         self.0.get(&resource).copied().unwrap_or_default()
@@ -192,7 +193,7 @@ impl Quota {
         self.0.entry(resource).or_default().used = used;
     }
 
-    /// The resources, in the order of pages.
+    /// Iterates over the resources, in the order of pages.
     pub fn iter(&self) -> impl Iterator<Item = (Resource, Amount)> {
         self.0.iter().map(|(resource, amount)| (*resource, *amount))
     }
@@ -210,8 +211,8 @@ impl Serialize for Quota {
     }
 }
 
-/// An amount as the API shows it. Cpu stands there as a spec has it, so that what was read can be sent again, and in
-/// thousandths under names that say so.
+/// Formats an amount for the API. Cpu uses the format of a spec, so that clients can send it back, and
+/// thousandths under names of their own.
 fn shown(resource: Resource, amount: Amount) -> serde_json::Value {
     let Definition { unit, how, .. } = resource.definition();
     let mut shown = if unit == Unit::Cpu {
@@ -231,7 +232,7 @@ fn shown(resource: Resource, amount: Amount) -> serde_json::Value {
 }
 
 impl<'de> Deserialize<'de> for Quota {
-    /// Names that this version does not know are passed over: a newer replica may have made them.
+    /// Skips names that this version does not know: a newer replica may have added them.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let rows = BTreeMap::<String, Amount>::deserialize(deserializer)?;
         Ok(rows.into_iter().filter_map(|(name, amount)| Some((Resource::by_name(&name)?, amount))).collect())
@@ -240,21 +241,21 @@ impl<'de> Deserialize<'de> for Quota {
 
 /// A resource whose row is locked until the transaction ends.
 #[derive(Debug, Clone, Copy)]
-#[must_use = "the lock is there to be counted under"]
+#[must_use = "count the rows under this lock"]
 pub struct Held {
-    /// Which one.
+    /// The resource.
     pub resource: Resource,
-    /// The limit that holds, and the stored use.
+    /// The effective limit and the stored use.
     pub amount: Amount,
 }
 
 impl Held {
-    /// Refuses unless one more fits beside `count` live rows, counted after the lock.
+    /// Requires room for one more row beside `count` live rows. Count after the lock.
     pub fn require_place(self, count: i64) -> Result<(), Error> {
         self.require(count, 1)
     }
 
-    /// Refuses unless `asked` more fit beside `used`.
+    /// Requires room for `asked` more beside `used`.
     pub fn require(self, used: i64, asked: i64) -> Result<(), Error> {
         let amount = Amount { used, ..self.amount };
         if asked <= amount.limit.saturating_sub(used) {
@@ -265,7 +266,7 @@ impl Held {
     }
 }
 
-/// The refusal: resource, limit, use, what was asked, and the next step.
+/// Builds the error of an exceeded quota: resource, limit, use, requested amount, and the next step.
 #[must_use]
 pub fn exceeded(resource: Resource, amount: Amount, asked: i64) -> Error {
     let Definition { name, label, unit, how, .. } = resource.definition();
@@ -301,7 +302,7 @@ pub fn exceeded(resource: Resource, amount: Amount, asked: i64) -> Error {
                 tell(amount.left())
             ),
         )
-        .because("each tenant has a limit of everything that it shares with others")
+        .because("each tenant has a limit for every shared resource")
         .instead(instead),
     ])
 }

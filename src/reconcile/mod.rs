@@ -1,5 +1,5 @@
-//! Bringing the world to what is desired. Requests only write intent; a reconciler takes a key and
-//! no hint, is idempotent, and may die at any point.
+//! Brings the observed state to the desired state. Requests only write intent. A reconciler takes a key and no
+//! hint, is idempotent, and may be stopped at any point.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,32 +12,32 @@ mod store;
 pub use runner::run;
 pub use store::{bring_forward, enqueue};
 
-/// How a reconcile ended well.
+/// Result of a successful reconcile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// Nothing is left to do until something changes.
+    /// Nothing is left to do until a change.
     Settled,
-    /// Look again after this time.
+    /// Reconcile again after this time.
     Again(Duration),
-    /// The object is gone; its work row may go.
+    /// The object no longer exists; its work row is deleted.
     Gone,
 }
 
-/// How a reconcile failed.
+/// Result of a failed reconcile.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
-    /// It may work later: tried again with backoff.
+    /// May succeed later: retried with backoff.
     Transient(String),
-    /// It will not work until something changes: parked and shown.
+    /// Cannot succeed before a change: parked and shown.
     Permanent(String),
 }
 
 impl From<crate::error::Error> for Failure {
     fn from(error: crate::error::Error) -> Self {
-        // Shown to tenants: what is ours alone goes to the log.
+        // Tenants see this text: details of the platform go to the log.
         if let crate::error::Error::Internal(cause) = &error {
             tracing::error!(%cause, "a reconcile failed");
-            return Self::Transient("a mistake of the platform's own (BH-500); it is tried again".into());
+            return Self::Transient("an internal error of the platform (BH-500); it is tried again".into());
         }
         Self::Transient(error.to_string())
     }
@@ -60,34 +60,34 @@ impl From<crate::driver::Error> for Failure {
     }
 }
 
-/// The right to act on one object for a while.
+/// The right to act on one object for a limited time.
 #[derive(Debug, Clone, Copy)]
 pub struct Lease {
     /// Object.
     pub object_id: i64,
-    /// Rises with each claim: whoever holds a lower one has been overtaken.
+    /// Rises with each claim: the holder of a lower epoch has lost its lease.
     pub epoch: i64,
-    /// How often it was tried since it last settled.
+    /// Number of tries since the object last settled.
     pub attempt: i32,
 }
 
-/// One sort of object.
+/// Reconciles one kind of object.
 #[async_trait::async_trait]
 pub trait Reconciler: Send + Sync + 'static {
-    /// The sort's name in the work table.
+    /// Returns the name of the kind in the work table.
     fn kind(&self) -> &'static str;
-    /// Brings one object to what is desired.
+    /// Brings one object to its desired state.
     async fn reconcile(&self, lease: Lease) -> Result<Outcome, Failure>;
-    /// Writes down, for people, why it does not go on.
+    /// Stores the problem that is shown to users, or clears it.
     async fn report(&self, object_id: i64, problem: Option<&str>) -> Result<(), sqlx::Error>;
 }
 
-/// Wakes the runner of this process. Others find the work within a quarter of a second.
+/// Wakes the runner of this process. Other processes find the work within a quarter of a second.
 #[derive(Debug, Clone, Default)]
 pub struct Waker(Arc<Notify>);
 
 impl Waker {
-    /// There is work.
+    /// Wakes the runner because there is work.
     pub fn wake(&self) {
         self.0.notify_one();
     }

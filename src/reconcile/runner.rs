@@ -1,4 +1,4 @@
-//! The loop: claim, act, record. The only place that owns retries and leases.
+//! The loop of claim, act and record. Only this file handles retries and leases.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -13,21 +13,21 @@ use super::{Failure, Lease, Outcome, Reconciler, Waker, store};
 use crate::permits::FairPermits;
 use crate::telemetry::Metrics;
 
-/// How many objects are worked on at once, in all and of one tenant.
+/// Maximum number of objects in progress, in total and per tenant.
 const AT_ONCE: usize = 16;
 const PER_TENANT: i64 = 4;
-/// Slots that only tenants get of which nothing is worked on.
+/// Slots reserved for tenants without any object in progress.
 const RESERVE: i64 = 4;
-/// Work that takes longer (a pull, a hung engine) leaves its slot to others, and goes on in the slow lane.
+/// Work that takes longer (a pull, a hung engine) leaves its slot and continues in the slow lane.
 const SLOW: Duration = Duration::from_secs(2);
-/// Room in the slow lane. Of one tenant there is no more than of all its work.
+/// Slots of the slow lane. Per tenant the limit is the same as for all of its work.
 const SLOW_AT_ONCE: usize = 128;
-/// How often other replicas' work is looked for.
+/// Interval at which work of other replicas is looked for.
 const POLL: Duration = Duration::from_millis(250);
-/// How often a claim is renewed; well within its length, with room for a slow database.
+/// Interval at which a claim is renewed: well within its duration, with room for a slow database.
 const RENEW: Duration = Duration::from_secs(6);
 
-/// Runs all reconcilers until `stop`; what has begun is finished first.
+/// Runs all reconcilers until `stop`. Work under way is finished first.
 pub async fn run(
     pool: PgPool,
     reconcilers: Vec<Arc<dyn Reconciler>>,
@@ -58,7 +58,7 @@ pub async fn run(
             }
             Err(error) => {
                 if !down {
-                    tracing::warn!(%error, "no work can be claimed; trying on");
+                    tracing::warn!(%error, "no work can be claimed; trying again");
                 }
                 down = true;
                 Vec::new()
@@ -71,7 +71,10 @@ pub async fn run(
         for claim in claimed {
             let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
             let Some(reconciler) = by_kind.get(claim.kind.as_str()).cloned() else {
-                tracing::error!(kind = claim.kind, "work of a kind that this version does not know");
+                tracing::error!(
+                    kind = claim.kind,
+                    "this version does not know a kind of work; the row is skipped"
+                );
                 continue;
             };
             let (pool, metrics, waker) = (pool.clone(), metrics.clone(), waker.clone());
@@ -96,7 +99,7 @@ pub async fn run(
     let _ = tokio::time::timeout(Duration::from_secs(15), under_way.wait()).await;
 }
 
-/// The slot that a piece of work holds, and its way into the slow lane.
+/// The slot that a piece of work holds, and its access to the slow lane.
 struct Lane {
     slot: Option<OwnedSemaphorePermit>,
     slow: FairPermits<i64>,
@@ -105,7 +108,7 @@ struct Lane {
 }
 
 impl Lane {
-    /// Runs the work. After a while it gives its slot back, as soon as the slow lane has room.
+    /// Runs the work. After [`SLOW`] it frees its slot as soon as the slow lane has one.
     async fn run(mut self, work: impl Future<Output = ()>) {
         let (slow, tenant) = (self.slow.clone(), self.tenant);
         let moved = async move {
@@ -137,8 +140,7 @@ fn lock(busy: &Mutex<HashMap<i64, i64>>) -> std::sync::MutexGuard<'_, HashMap<i6
     busy.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// One object of a tenant that is being worked on; counted while it lives, so that no tenant takes all
-/// the room with work that takes long.
+/// One object of a tenant in progress; counted until it is dropped. No tenant takes all slots with slow work.
 struct Turn {
     busy: Arc<Mutex<HashMap<i64, i64>>>,
     tenant: i64,
@@ -166,7 +168,7 @@ async fn work(pool: &PgPool, reconciler: &dyn Reconciler, lease: Lease, metrics:
     let result = tokio::select! {
         result = reconciler.reconcile(lease) => result,
         () = hold(pool, kind, lease) => {
-            tracing::warn!(kind, object = lease.object_id, "the lease has passed on; stopped");
+            tracing::warn!(kind, object = lease.object_id, "the lease was lost; the work is stopped");
             Metrics::count(&metrics.fenced);
             return;
         }
@@ -182,12 +184,17 @@ async fn work(pool: &PgPool, reconciler: &dyn Reconciler, lease: Lease, metrics:
                 object = lease.object_id,
                 attempt = lease.attempt,
                 error,
-                "will be tried again"
+                "a reconcile failed; it is tried again"
             );
         }
         Err(Failure::Permanent(error)) => {
             Metrics::count(&metrics.parked);
-            tracing::warn!(kind, object = lease.object_id, error, "parked");
+            tracing::warn!(
+                kind,
+                object = lease.object_id,
+                error,
+                "a reconcile failed permanently; the object is parked"
+            );
         }
     }
     let problem = match &result {
@@ -203,12 +210,12 @@ async fn work(pool: &PgPool, reconciler: &dyn Reconciler, lease: Lease, metrics:
         Err(error) => Err(error),
     };
     if let Err(error) = recorded {
-        // The claim runs out by itself and the work is done again: it is idempotent.
-        tracing::warn!(kind, object = lease.object_id, %error, "the result could not be written down");
+        // The claim expires by itself and the work is repeated: it is idempotent.
+        tracing::warn!(kind, object = lease.object_id, %error, "the result of a reconcile cannot be stored");
     }
 }
 
-/// Renews the claim until it cannot be renewed any more; returns a second before it would end.
+/// Renews the claim until it can no longer be renewed. Returns a second before the claim ends.
 async fn hold(pool: &PgPool, kind: &str, lease: Lease) {
     let margin = Duration::from_secs_f64(store::LEASE_SECONDS - 1.0);
     let mut good_until = tokio::time::Instant::now() + margin;

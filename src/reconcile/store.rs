@@ -1,5 +1,5 @@
-//! The work table: claimed in batches, fair between tenants, fenced by epochs. Only the database's
-//! clock decides.
+//! The work table: claimed in batches, fair between tenants, fenced by epochs. Only the clock of the database
+//! counts.
 
 use std::collections::HashMap;
 
@@ -8,8 +8,8 @@ use sqlx::{PgConnection, PgPool};
 use super::{Failure, Lease, Outcome};
 use crate::ids::TenantId;
 
-/// There is something to do for this object, of a tenant or (none) of the platform itself: in the transaction
-/// that changes it.
+/// Enqueues work for an object of a tenant, or (none) of the platform itself. Call it in the transaction that
+/// changes the object.
 pub async fn enqueue(
     conn: &mut PgConnection,
     kind: &str,
@@ -29,10 +29,10 @@ pub async fn enqueue(
     Ok(())
 }
 
-/// Objects of a kind that rest are looked at within so many seconds, spread out: something of the outside world may be
-/// another one.
+/// Makes idle objects of a kind due within a number of seconds, spread out, because something outside may have
+/// changed.
 pub async fn bring_forward(conn: &mut PgConnection, kind: &str, seconds: f64) -> Result<(), sqlx::Error> {
-    // What is being worked on is due when its claim ends, and stays so.
+    // An object in progress is due when its claim ends, and stays so.
     sqlx::query!(
         "UPDATE work SET due_at = now() + make_interval(secs => $2::float8 * random()) \
          WHERE kind = $1 AND parked_at IS NULL AND due_at > now() + make_interval(secs => $2::float8 + $3::float8)",
@@ -52,11 +52,10 @@ pub(super) struct Claimed {
     pub(super) lease: Lease,
 }
 
-/// Seconds that a claim lasts unless it is renewed.
+/// Seconds until a claim ends if it is not renewed.
 pub(super) const LEASE_SECONDS: f64 = 20.0;
 
-/// Claims up to `limit` due objects, at most `per_tenant` of one tenant, those included of which `busy`
-/// says that they are being worked on.
+/// Claims up to `limit` due objects, at most `per_tenant` of one tenant. Objects in progress (`busy`) count too.
 pub(super) async fn claim(
     pool: &PgPool,
     limit: i64,
@@ -101,7 +100,7 @@ pub(super) async fn claim(
         .collect())
 }
 
-/// Holds a claim for longer; false when it has passed on.
+/// Extends a claim. False if the claim was lost.
 pub(super) async fn renew(pool: &PgPool, kind: &str, lease: Lease) -> Result<bool, sqlx::Error> {
     let done = sqlx::query!(
         "UPDATE work SET due_at = now() + make_interval(secs => $4) \
@@ -116,8 +115,8 @@ pub(super) async fn renew(pool: &PgPool, kind: &str, lease: Lease) -> Result<boo
     Ok(done.rows_affected() == 1)
 }
 
-/// Writes down how it ended; false when the claim had passed on and the result is dropped. A wake
-/// during the work makes it due at once.
+/// Stores the result. False if the claim was lost; the result is then dropped. A wake during the work makes the
+/// object due at once.
 pub(super) async fn finish(
     pool: &PgPool,
     kind: &str,
@@ -136,7 +135,7 @@ pub(super) async fn finish(
             .await?;
             return Ok(done.rows_affected() == 1);
         }
-        // Every object is looked at again within ten minutes, spread out.
+        // Every object is reconciled again within ten minutes, spread out.
         Ok(Outcome::Settled) => (480.0 + 120.0 * rand::random::<f64>(), false, None, None),
         Ok(Outcome::Again(after)) => (after.as_secs_f64(), false, None, None),
         Err(Failure::Transient(text)) => {

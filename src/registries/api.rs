@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::http::asked::Query;
 use crate::ids::{RepositoryPath, Tag};
 
-/// GET /api/v1/tenants/{tenant}/repositories: by name.
+/// GET /api/v1/tenants/{tenant}/repositories, ordered by name.
 pub async fn list_repositories(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
@@ -24,7 +24,7 @@ pub async fn list_repositories(
     Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.name.clone())))
 }
 
-/// The rest of the path up to `/tags` is the repository: it may hold slashes.
+/// The path up to `/tags` is the repository; it may contain slashes.
 #[derive(Deserialize)]
 pub struct RepositoryParam {
     repository: String,
@@ -45,7 +45,7 @@ struct TagView {
     apps: Vec<String>,
 }
 
-/// GET /api/v1/tenants/{tenant}/repositories/{repository}/tags: by name.
+/// GET /api/v1/tenants/{tenant}/repositories/{repository}/tags, ordered by name.
 pub async fn list_tags(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
@@ -74,8 +74,8 @@ pub async fn list_tags(
     Ok(HttpResponse::Ok().json(Page::new(views, limit, |view: &TagView| view.row.name.clone())))
 }
 
-/// DELETE /api/v1/tenants/{tenant}/repositories/{repository}/tags/{tag}. What a release runs stays
-/// in the registry; only the tag goes. All else is deleted, and its bytes are free again.
+/// DELETE /api/v1/tenants/{tenant}/repositories/{repository}/tags/{tag}. An image that a release uses stays in
+/// the registry; only its tag is deleted. Other images are deleted, and their bytes become free.
 pub async fn delete_tag(
     scope: TenantScope<Deploy>,
     pool: web::Data<PgPool>,
@@ -91,12 +91,12 @@ pub async fn delete_tag(
     let image = format!("{repository}:{tag}");
     scope.by().record(&mut tx, scope.tenant.id, "tag.delete", &image, json!({"digest": digest})).await?;
     tx.commit().await?;
-    // The tag is gone; what nothing holds any more is cleared away now, or by the sweep later.
+    // The tag is deleted. Remove unreferenced content now; if that fails, the sweep does it later.
     let name = &scope.tenant.name;
     if let Err(error) =
         remove::clear(&pool, &registry, &**holders, (scope.tenant.id, name), &repository, &family).await
     {
-        tracing::warn!(%error, "a deleted image is cleared away later");
+        tracing::warn!(%error, "a deleted image could not be removed yet; the sweep retries");
     }
     Ok(HttpResponse::NoContent().finish())
 }

@@ -1,5 +1,5 @@
-//! The body of a push as it comes from a client: at a least rate, and for a manifest within a time. A client that
-//! stalls gets 408, and what it held is free again.
+//! The body of a push from a client, read at a minimum rate, and for a manifest within a time limit. A stalled
+//! client gets 408, and its resources are freed.
 
 use std::time::Duration;
 
@@ -10,12 +10,12 @@ use tokio::time::Instant;
 
 use super::front::OciError;
 
-/// A client has to send so many bytes in each window of waiting for it.
+/// Minimum bytes that a client has to send in each window of waiting.
 const LEAST: u64 = 30 << 10;
-/// The window. Only waiting for the client counts, never the registry behind.
+/// Length of the window. Only waiting for the client counts, never for the registry.
 const WINDOW: Duration = Duration::from_secs(30);
 
-/// A body that is read at a least rate.
+/// A body that is read at a minimum rate.
 pub(super) struct Body<S = Payload> {
     stream: S,
     window: Duration,
@@ -40,13 +40,13 @@ where
         Self { stream, window: WINDOW, waited: Duration::ZERO, came: 0, deadline: None }
     }
 
-    /// The same body, all of which has to come within a time.
+    /// Adds a time limit for the complete body.
     pub(super) fn within(mut self, time: Duration) -> Self {
         self.deadline = Some(Instant::now() + time);
         self
     }
 
-    /// The next bytes; none at the end.
+    /// Returns the next bytes; none at the end.
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, OciError> {
         loop {
             let begun = Instant::now();
@@ -71,7 +71,7 @@ where
         }
     }
 
-    /// A window is over: enough has come in it, or the body ends here.
+    /// Ends a window: fails if too few bytes arrived in it.
     fn roll(&mut self) -> Result<(), OciError> {
         if self.came < LEAST {
             return Err(slow());
@@ -81,7 +81,7 @@ where
     }
 }
 
-/// The client went away in the middle.
+/// The client disconnected in the middle.
 pub(super) fn cut() -> OciError {
     OciError::new(StatusCode::BAD_REQUEST, "BLOB_UPLOAD_INVALID", "the upload was cut off")
 }
@@ -91,7 +91,7 @@ mod tests {
     use super::*;
     use actix_web::ResponseError;
 
-    /// Pieces of so many bytes, each after so many milliseconds.
+    /// Pieces of the given sizes, each after a pause in milliseconds.
     fn pieces(list: Vec<(u64, usize)>) -> impl Stream<Item = Result<Bytes, ()>> + Unpin {
         Box::pin(futures_util::stream::unfold(list.into_iter(), |mut list| async move {
             let (pause, size) = list.next()?;
@@ -100,7 +100,7 @@ mod tests {
         }))
     }
 
-    /// A body with a window of 150 ms in place of 30 s.
+    /// A body with a window of 150 ms instead of 30 s.
     fn body(list: Vec<(u64, usize)>) -> Body<impl Stream<Item = Result<Bytes, ()>> + Unpin> {
         Body { window: Duration::from_millis(150), ..Body::new(pieces(list)) }
     }
@@ -119,7 +119,7 @@ mod tests {
     #[tokio::test]
     async fn a_body_that_stalls_ends_and_a_slow_one_does_not() {
         assert_eq!(outcome(body(vec![(0, 10), (60_000, 10)])).await, Err(408));
-        // A byte now and then is a stall too, however often one comes.
+        // Single bytes now and then count as a stall, at any frequency.
         assert_eq!(outcome(body(vec![(10, 1); 6_000])).await, Err(408));
         assert_eq!(outcome(body(vec![(20, 10_240); 40])).await, Ok(409_600));
         assert_eq!(outcome(body(vec![])).await, Ok(0));

@@ -1,5 +1,5 @@
-//! One request of an upload at a time. The registry opens the upload's file for each request by itself: of two at once
-//! the slower one would go on writing into what the faster one has committed.
+//! Allows one request of an upload at a time. The registry opens the upload's file separately for each request:
+//! of two concurrent requests, the slower one would keep writing to the content that the faster one committed.
 
 use std::time::{Duration, Instant};
 
@@ -12,9 +12,9 @@ use super::store::{self, Claimed, Ends};
 use super::uploads::unknown_upload;
 use crate::ids::TenantName;
 
-/// How often a claim is renewed. It lasts for 60 seconds.
+/// Interval of renewing a claim. A claim lasts 60 seconds.
 const RENEW: Duration = Duration::from_secs(15);
-/// After so long without renewal the request is given up, before another one may claim the upload.
+/// After this time without renewal the request is cancelled, before another one may claim the upload.
 const LOST: Duration = Duration::from_secs(45);
 
 /// A claim on an upload.
@@ -24,11 +24,11 @@ pub(super) struct Claim {
     pub(super) part: String,
 }
 
-/// The claim is lost, and the request was given up.
+/// The claim was lost, and the request was cancelled.
 pub(super) struct Lost;
 
 impl Claim {
-    /// Claims an upload; refuses where another request has it.
+    /// Claims an upload; fails if another request holds it.
     pub(super) async fn take(pool: &PgPool, asked: &Asked, id: &str) -> Result<Self, OciError> {
         match store::claim_part(pool, &asked.tenant, &asked.repository, id).await? {
             Claimed::Taken(part) => Ok(Self { pool: pool.clone(), tenant: asked.tenant.clone(), part }),
@@ -36,13 +36,13 @@ impl Claim {
             Claimed::Busy => Err(OciError::new(
                 StatusCode::CONFLICT,
                 "BLOB_UPLOAD_INVALID",
-                "another request on this upload is under way, or was cut off seconds ago: wait for its answer and \
-                 go on where it ended, or start a new upload",
+                "another request for this upload is in progress, or was cut off seconds ago: wait for its answer and \
+                 continue at its end, or start a new upload",
             )),
         }
     }
 
-    /// Runs a request as long as the claim stands.
+    /// Runs a request while the claim holds.
     pub(super) async fn hold<T>(&self, request: impl Future<Output = T>) -> Result<T, Lost> {
         tokio::select! {
             answer = request => Ok(answer),
@@ -50,7 +50,7 @@ impl Claim {
         }
     }
 
-    /// Renews the claim; ends when it is lost.
+    /// Renews the claim; returns when it is lost.
     async fn renew(&self) {
         let mut renewed = Instant::now();
         loop {
@@ -65,12 +65,12 @@ impl Claim {
         }
     }
 
-    /// Gives the upload to the next request; nothing was committed.
+    /// Releases the upload for the next request; nothing was committed.
     pub(super) async fn release(self, ends: Ends) -> Result<(), OciError> {
         Ok(store::release_part(&self.pool, &self.tenant, &self.part, ends).await?)
     }
 
-    /// The upload is gone.
+    /// Deletes the record of an upload that no longer exists.
     pub(super) async fn delete(self) -> Result<(), OciError> {
         Ok(store::delete_upload(&self.pool, &self.tenant, &self.part).await?)
     }

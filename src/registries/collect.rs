@@ -1,5 +1,5 @@
-//! Collection: bytes on the registry's disk that no tenant holds any more, and bytes that no record names. A digest is
-//! held under a lock while its bytes go, so that no push commits it at the same moment.
+//! Garbage collection: removes bytes on the registry's disk that no tenant references, and bytes without a
+//! database row. The digest is locked during the removal, so no push can commit it at the same time.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -17,25 +17,25 @@ use crate::error::Error;
 use crate::ids::{ActorId, Digest, RepositoryPath, TenantId, TenantName};
 use crate::telemetry::Metrics;
 
-/// How often the whole disk is compared with the record.
+/// Interval of comparing the complete disk with the database.
 const ROUND: Duration =
     if cfg!(feature = "failpoints") { Duration::from_secs(4) } else { Duration::from_secs(600) };
-/// How old bytes without a record are before they are removed: whatever is in flight is younger.
+/// Minimum age of bytes without a row before they are removed; uploads in progress are younger.
 const GRACE: u64 = if cfg!(feature = "failpoints") { 8 } else { 3_600 };
-/// Most events of one round; the rest is counted together.
+/// Maximum events of one round; the rest is only counted.
 const EVENTS: usize = 50;
 
-/// Removes the bytes of a digest that no tenant has any more; those that one has stay. Where there is no collector the
-/// registry's own garbage collection does it.
+/// Removes the bytes of a digest that no tenant has; keeps the bytes if a tenant has it. Without a collector,
+/// the registry's own garbage collection does this.
 pub(super) async fn collect(registry: &Distribution, digest: &Digest) -> Result<(), Error> {
     let (Some(_), Some(work)) = (registry.collector(), registry.work()) else { return Ok(()) };
-    let mut tx = work.begin().await?;
+    let mut tx = db::begin_for_all(work).await?;
     collect_held(&mut tx, registry, digest).await?;
     tx.commit().await?;
     Ok(())
 }
 
-/// The same within a reconciler's transaction, which holds the digest to its end.
+/// Does the same within a reconciler's transaction, which locks the digest until its end.
 pub(super) async fn collect_held(
     conn: &mut PgConnection,
     registry: &Distribution,
@@ -49,7 +49,7 @@ pub(super) async fn collect_held(
     Ok(())
 }
 
-/// Compares the registry's disk with the record, again and again until `stop`; nothing where there is no collector.
+/// Compares the registry's disk with the database repeatedly until `stop`. Does nothing without a collector.
 pub async fn watch(
     pool: PgPool,
     registry: Distribution,
@@ -57,7 +57,9 @@ pub async fn watch(
     stop: CancellationToken,
 ) {
     if registry.collector().is_none() {
-        tracing::info!("registry.collector is not set: the registry's disk is not compared with the record");
+        tracing::info!(
+            "registry.collector is not set: the registry's disk is not compared with the database"
+        );
         return;
     }
     loop {
@@ -66,17 +68,20 @@ pub async fn watch(
             () = tokio::time::sleep(ROUND) => {}
         }
         if let Err(error) = round(&pool, &registry, &metrics).await {
-            tracing::warn!(error = error.for_log(), "the registry's disk is compared with the record later");
+            tracing::warn!(
+                error = error.for_log(),
+                "the registry's disk could not be compared with the database; retrying later"
+            );
         }
     }
 }
 
-/// One replica at a time; the others skip the round.
+/// Lock number: one replica runs a round, the others skip it.
 const LEASE: i64 = 0x6275_6c6b_7265_6773;
 
 async fn round(pool: &PgPool, registry: &Distribution, metrics: &Metrics) -> Result<(), Error> {
     let Some(collector) = registry.collector() else { return Ok(()) };
-    let mut lease = pool.begin().await?;
+    let mut lease = db::begin_for_all(pool).await?;
     if !store::take_lease(&mut lease, LEASE).await? {
         return Ok(());
     }
@@ -104,7 +109,7 @@ async fn round(pool: &PgPool, registry: &Distribution, metrics: &Metrics) -> Res
     Ok(())
 }
 
-/// Tells of bytes that are more or fewer than were committed: nothing of the platform changes them.
+/// Reports blobs whose size differs from the committed size. The platform itself never changes them.
 async fn tell_altered(pool: &PgPool, blobs: &[Blob]) -> Result<(), Error> {
     let mut conn = pool.acquire().await?;
     for some in blobs.chunks(1_000) {
@@ -115,7 +120,7 @@ async fn tell_altered(pool: &PgPool, blobs: &[Blob]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Those that no record names and that are older than the grace.
+/// Returns the blobs without a row that are older than the grace.
 async fn unknown(pool: &PgPool, mut blobs: Vec<Blob>) -> Result<Vec<Blob>, Error> {
     blobs.retain(|blob| blob.age >= GRACE);
     let mut found = Vec::new();
@@ -128,7 +133,7 @@ async fn unknown(pool: &PgPool, mut blobs: Vec<Blob>) -> Result<Vec<Blob>, Error
     Ok(found)
 }
 
-/// Removes bytes without a record, unless there is one by now.
+/// Removes bytes without a row, unless a row exists by now.
 async fn remove_stray(
     pool: &PgPool,
     registry: &Distribution,
@@ -136,7 +141,7 @@ async fn remove_stray(
     tell: bool,
 ) -> Result<bool, Error> {
     let Some(collector) = registry.collector() else { return Ok(false) };
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin_for_all(pool).await?;
     if store::hold_digest(&mut tx, &stray.digest).await? {
         return Ok(false);
     }
@@ -157,16 +162,16 @@ async fn remove_stray(
     Ok(true)
 }
 
-/// Settles commits that a crash has left open, gives up uploads to which nothing comes any more, and removes the
-/// folders of repositories that hold nothing.
+/// Completes commits that a crash interrupted, gives up abandoned uploads, and removes the folders of empty
+/// repositories.
 pub(super) async fn settle_uploads(pool: &PgPool, registry: &Distribution) -> Result<(), Error> {
     let mut conn = pool.acquire().await?;
     let old = store::list_old_uploads(&mut conn).await?;
     drop(conn);
     for upload in old {
-        // One that cannot be settled does not hold up the others.
+        // One failing upload does not block the others.
         if let Err(error) = settle_upload(pool, registry, &upload).await {
-            tracing::warn!(error = error.for_log(), tenant = %upload.tenant, "an upload is settled later");
+            tracing::warn!(error = error.for_log(), tenant = %upload.tenant, "an upload could not be settled; retrying later");
         }
     }
     clear_repositories(pool, registry).await
@@ -175,7 +180,7 @@ pub(super) async fn settle_uploads(pool: &PgPool, registry: &Distribution) -> Re
 async fn settle_upload(pool: &PgPool, registry: &Distribution, upload: &OldUpload) -> Result<(), Error> {
     let Some(part) = store::claim_old_upload(pool, upload).await? else { return Ok(()) };
     let tenant = &upload.tenant;
-    // No request can go on with an upload without a repository.
+    // An upload without a repository cannot continue.
     let Ok(repository) = upload.repository.parse::<RepositoryPath>() else {
         return store::delete_upload(pool, tenant, &part).await;
     };
@@ -188,14 +193,14 @@ async fn settle_upload(pool: &PgPool, registry: &Distribution, upload: &OldUploa
     let active = store::tenant_state(&mut conn, tenant).await?.as_deref() == Some("active");
     drop(conn);
     if let (Some(digest), false) = (&upload.digest, active) {
-        // What came in while the tenant was suspended or left does not stay.
+        // Content that arrived while the tenant was suspended or offboarded does not stay.
         undo_commit(pool, registry, tenant, &repository, digest).await?;
         store::delete_upload(pool, tenant, &part).await?;
         return collect(registry, digest).await;
     }
     if let (Some(digest), Some(size)) = (&upload.digest, size) {
         store::commit_blob(pool, tenant, &repository, digest, size, Some(&upload.id)).await?;
-        tracing::info!(%name, "a blob whose push was cut off at its end is on record now");
+        tracing::info!(%name, "recorded a blob whose push was cut off at its end");
     } else if upload.given_up {
         if let Some(collector) = registry.collector() {
             collector.remove_upload(tenant, &repository, &upload.id).await?;
@@ -205,7 +210,7 @@ async fn settle_upload(pool: &PgPool, registry: &Distribution, upload: &OldUploa
     Ok(())
 }
 
-/// Takes a blob that is not on record out of a repository.
+/// Removes an unrecorded blob from a repository.
 async fn undo_commit(
     pool: &PgPool,
     registry: &Distribution,
@@ -231,13 +236,14 @@ async fn clear_repositories(pool: &PgPool, registry: &Distribution) -> Result<()
     drop(conn);
     for (tenant, name, repository) in empty {
         if let Err(error) = clear_repository(pool, registry, (tenant, &name), &repository).await {
-            tracing::warn!(error = error.for_log(), tenant = %name, "an empty repository is removed later");
+            tracing::warn!(error = error.for_log(), tenant = %name, "an empty repository could not be removed; retrying later");
         }
     }
     Ok(())
 }
 
-/// Marks a repository, removes its folders, then its row: the tenant's quota is not locked while the collector is asked.
+/// Marks a repository, removes its folders, then its row. The tenant's quota is not locked during the
+/// collector's work.
 async fn clear_repository(
     pool: &PgPool,
     registry: &Distribution,

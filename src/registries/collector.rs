@@ -1,6 +1,7 @@
-//! The collector: a small process under the registry's own user, beside the registry. It says what lies on the
-//! registry's disk and removes what `serve` names; `serve` itself never reaches that disk. It knows no record and
-//! decides nothing: only one blob, one link, one upload or one empty repository is removed by each question.
+//! The collector: a small process beside the registry, under the registry's user. It lists the registry's disk
+//! and removes the objects that `serve` names; `serve` itself has no access to that disk. The collector has no
+//! database and decides nothing. Each request removes only one blob, one link, one upload or one empty
+//! repository.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,33 +16,33 @@ use tokio::sync::Semaphore;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, TenantName};
 
-/// Most questions at once.
+/// Maximum concurrent requests.
 const AT_ONCE: usize = 16;
-/// Most bytes of a question.
+/// Maximum bytes of a request.
 const QUESTION: u64 = 4 << 10;
-/// Most bytes of an answer.
+/// Maximum bytes of an answer.
 const ANSWER: u64 = 8 << 20;
-/// Most blobs of an answer.
+/// Maximum blobs in an answer.
 const BLOBS: usize = 50_000;
-/// How long an answer takes at most.
+/// Maximum time of an answer.
 const PATIENCE: Duration = Duration::from_secs(4);
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 enum Question {
-    /// The blobs whose digest begins with these two digits.
+    /// Lists the blobs whose digest begins with this byte.
     List { prefix: u8 },
-    /// Remove the bytes of a blob or manifest.
+    /// Removes the bytes of a blob or manifest.
     RemoveBlob { digest: Digest },
-    /// Remove an upload.
+    /// Removes an upload.
     RemoveUpload { tenant: TenantName, repository: RepositoryPath, id: String },
-    /// Remove the folder that a repository keeps for a blob or manifest which it no longer has.
+    /// Removes a repository's folder of a blob or manifest that it no longer has.
     RemoveLink { tenant: TenantName, repository: RepositoryPath, link: Link, digest: Digest },
-    /// Remove the folders of a repository that holds nothing.
+    /// Removes the folders of an empty repository.
     RemoveRepository { tenant: TenantName, repository: RepositoryPath },
 }
 
-/// What a repository keeps a folder for.
+/// The kind of object that a repository's folder stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Link {
@@ -62,7 +63,7 @@ enum Answer {
 /// A blob on the disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Blob {
-    /// Its digest, by its place.
+    /// Its digest, from its path.
     pub digest: Digest,
     /// Bytes.
     pub bytes: u64,
@@ -70,7 +71,7 @@ pub struct Blob {
     pub age: u64,
 }
 
-/// The registry's folders (Distribution's driver for files).
+/// The registry's folders (Distribution's filesystem driver).
 #[derive(Debug, Clone)]
 struct Disk(PathBuf);
 
@@ -118,7 +119,7 @@ impl Disk {
 
     fn remove_repository(&self, tenant: &TenantName, repository: &RepositoryPath) -> io::Result<()> {
         let folder = self.repository(tenant, repository);
-        // The folders of a repository begin with an underscore, which no name does: those below stay.
+        // A repository's own folders begin with an underscore, which names never do: repositories below stay.
         for part in ["_uploads", "_layers", "_manifests"] {
             gone(std::fs::remove_dir_all(folder.join(part)))?;
         }
@@ -141,7 +142,7 @@ impl Disk {
             Question::RemoveUpload { tenant, repository, id } if super::proxy::is_upload_id(&id) => {
                 gone(std::fs::remove_dir_all(self.repository(&tenant, &repository).join("_uploads").join(id)))
             }
-            Question::RemoveUpload { .. } => Err(io::Error::other("this is no id of an upload")),
+            Question::RemoveUpload { .. } => Err(io::Error::other("this is not the id of an upload")),
             Question::RemoveLink { tenant, repository, link, digest } => {
                 gone(std::fs::remove_dir_all(self.link(&tenant, &repository, link, &digest)))
             }
@@ -154,7 +155,7 @@ impl Disk {
     }
 }
 
-/// What is not there is removed.
+/// Treats a missing file as removed.
 fn gone(outcome: io::Result<()>) -> io::Result<()> {
     match outcome {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -162,12 +163,12 @@ fn gone(outcome: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Answers questions about the registry's folder on a socket until the process ends. Only root, this very user and
-/// the user `peer` are answered.
+/// Answers requests about the registry's folder on a socket until the process ends. Only root, this process's
+/// user and the user `peer` get answers.
 pub async fn serve(socket: &Path, root: &Path, peer: u32) -> io::Result<()> {
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket)?;
-    // The folder decides who reaches the socket, the peer's id who is answered.
+    // The folder's permissions decide who can connect; the peer's user id decides who gets answers.
     std::fs::set_permissions(socket, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
     crate::readiness::ready();
     let own = rustix::process::getuid().as_raw();
@@ -178,14 +179,14 @@ pub async fn serve(socket: &Path, root: &Path, peer: u32) -> io::Result<()> {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!(%error, "a connection could not be taken");
+                tracing::warn!(%error, "a connection could not be accepted");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
         let Ok(uid) = stream.peer_cred().map(|cred| cred.uid()) else { continue };
         if ![0, own, peer].contains(&uid) {
-            tracing::warn!(uid, "a user that is not serve's was not answered");
+            tracing::warn!(uid, "refused a request of a user other than the user of serve");
             continue;
         }
         let disk = disk.clone();
@@ -204,21 +205,21 @@ async fn answer(stream: UnixStream, disk: Disk) -> io::Result<()> {
         Ok(question) => {
             tokio::task::spawn_blocking(move || disk.answer(question)).await.map_err(io::Error::other)?
         }
-        Err(_) => Answer::Failed { why: "the question cannot be read".into() },
+        Err(_) => Answer::Failed { why: "the request cannot be read".into() },
     };
     let mut text = serde_json::to_vec(&answer)?;
     text.push(b'\n');
     write.write_all(&text).await
 }
 
-/// The collector as `serve` asks it.
+/// The collector's client, used by `serve`.
 #[derive(Debug, Clone)]
 pub struct Collector {
     socket: PathBuf,
 }
 
 impl Collector {
-    /// Behind this socket.
+    /// Creates a client for this socket.
     #[must_use]
     pub fn new(socket: PathBuf) -> Self {
         Self { socket }
@@ -246,11 +247,11 @@ impl Collector {
         }
     }
 
-    /// The blobs whose digest begins with this byte.
+    /// Lists the blobs whose digest begins with this byte.
     pub(super) async fn list(&self, prefix: u8) -> Result<Vec<Blob>, Error> {
         match self.ask(&Question::List { prefix }).await? {
             Answer::Blobs { blobs } => Ok(blobs),
-            _ => Err(Error::internal("the collector answers something else")),
+            _ => Err(Error::internal("unexpected answer of the collector")),
         }
     }
 
@@ -270,7 +271,7 @@ impl Collector {
         self.ask(&Question::RemoveUpload { tenant, repository, id: id.to_owned() }).await.map(drop)
     }
 
-    /// Removes the folder that a repository keeps for what it no longer has.
+    /// Removes a repository's folder of a blob or manifest that it no longer has.
     pub(super) async fn remove_link(
         &self,
         tenant: &TenantName,
@@ -282,7 +283,7 @@ impl Collector {
         self.ask(&Question::RemoveLink { tenant, repository, link, digest }).await.map(drop)
     }
 
-    /// Removes the folders of a repository that holds nothing.
+    /// Removes the folders of an empty repository.
     pub(super) async fn remove_repository(
         &self,
         tenant: &TenantName,
@@ -350,7 +351,7 @@ mod tests {
         assert!(own.join("_uploads/1-f").exists());
         assert!(matches!(disk.answer(upload("1-f")), Answer::Removed {}));
         assert!(!own.join("_uploads/1-f").exists());
-        // The folder of one link, and none beside it.
+        // Removes the folder of one link and no other.
         let (one, two) = (Digest::of(b"1"), Digest::of(b"2"));
         for (link, kind) in [(Link::Layer, "_layers"), (Link::Revision, "_manifests/revisions")] {
             for digest in [&one, &two] {

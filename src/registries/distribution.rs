@@ -1,5 +1,5 @@
-//! The client of the registry behind the front door: for the platform's own reads and deletions,
-//! with tokens that it mints itself. It follows no redirect and reads no more than it must.
+//! The client of the registry behind the registry proxy, for the platform's own reads and deletions. It mints
+//! its own tokens, follows no redirects and reads no more than necessary.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,10 +26,10 @@ use crate::images::manifest::{self, Manifest, ManifestError, Parts};
 use crate::images::runnable::for_this_platform;
 use crate::permits::FairPermits;
 
-/// An image as it was found.
+/// An image in the registry.
 #[derive(Debug)]
 pub struct ResolvedImage {
-    /// What the tag or digest stands for.
+    /// Digest that the tag or the given digest resolves to.
     pub index_digest: Digest,
     /// The manifest for this platform.
     pub manifest_digest: Digest,
@@ -64,7 +64,7 @@ pub struct Distribution {
     work: Option<PgPool>,
 }
 
-/// How many layers of one tenant are measured at a time, and of all tenants.
+/// Maximum concurrent measurements of layers: per tenant, and in total.
 const MEASURES: (usize, usize) = (1, 4);
 
 pub(super) fn away(error: impl std::fmt::Display) -> Error {
@@ -76,7 +76,7 @@ fn fault(code: u16, message: &str) -> Error {
     Error::fault(Fault::new(Code(code), Kind::Invalid, "image", message))
 }
 
-/// Why an image is not there.
+/// Explains why an image was not found.
 async fn why_missing(
     conn: &mut sqlx::PgConnection,
     tenant: &TenantName,
@@ -102,7 +102,7 @@ async fn why_missing(
     Ok(missing::explain(tenant.as_str(), repository.as_str(), reference, &known))
 }
 
-/// How to reach an address: a client that can, and what its paths begin with.
+/// Returns a client for an address, and the base URL of its paths.
 pub fn reach(url: &str) -> (reqwest::ClientBuilder, String) {
     let client = crate::outgoing::client();
     match url.strip_prefix("unix://") {
@@ -112,7 +112,8 @@ pub fn reach(url: &str) -> (reqwest::ClientBuilder, String) {
 }
 
 impl Distribution {
-    /// A client for the registry at `base`: `http://`, `https://`, or `unix://` and the path of its socket.
+    /// Creates a client for the registry at `base`: `http://`, `https://`, or `unix://` and the path of its
+    /// socket.
     pub fn new(pool: PgPool, base: &str, key: SigningKey) -> Result<Self, Error> {
         let (client, base) = reach(base);
         let client = client
@@ -125,8 +126,8 @@ impl Distribution {
         Ok(Self { pool, client, base, key, disk: None, measures, known, room, collector: None, work: None })
     }
 
-    /// With the collector beside the registry, and the database as reconcilers see it: whether any tenant holds a
-    /// digest is asked of all of them.
+    /// Adds the collector, and the reconcilers' database pool, which sees all tenants. Whether any tenant has a
+    /// digest is a query over all of them.
     #[must_use]
     pub fn with_collector(self, socket: Option<&std::path::Path>, work: PgPool) -> Self {
         Self { collector: socket.map(|socket| Collector::new(socket.to_owned())), work: Some(work), ..self }
@@ -144,19 +145,19 @@ impl Distribution {
         &self.room
     }
 
-    /// The same, with a folder on the registry's disk to watch.
+    /// Adds a folder on the registry's disk, to check its free space.
     #[must_use]
     pub fn on_disk(self, disk: Option<PathBuf>) -> Self {
         Self { disk, ..self }
     }
 
-    /// Whether the registry's disk has room for pushes beside what is kept free for the other parts.
+    /// Returns whether the registry's disk has room for pushes, beside the space reserved for other parts.
     pub(super) fn has_room(&self) -> bool {
         let room = self.disk.as_deref().and_then(|place| disk::room(Part::Registry, place));
         room.is_none_or(|room| room.has(0))
     }
 
-    /// Whether the registry answers.
+    /// Checks whether the registry answers.
     pub async fn ping(&self) -> Result<(), Error> {
         let token = self.key.mint("platform", Vec::new())?;
         let answer = self
@@ -170,7 +171,7 @@ impl Distribution {
         if answer.status().is_success() { Ok(()) } else { Err(away(answer.status())) }
     }
 
-    /// A request on one repository with just the rights that it needs.
+    /// Builds a request to one repository with the minimum rights.
     pub(super) fn request(
         &self,
         method: Method,
@@ -182,7 +183,7 @@ impl Distribution {
         Ok(self.client.request(method, format!("{}/v2/{name}/{rest}", self.base)).bearer_auth(token))
     }
 
-    /// A mount: one repository is read, the other written.
+    /// Builds a mount request: reads one repository and writes the other.
     pub(super) fn mount_request(
         &self,
         name: &str,
@@ -195,7 +196,7 @@ impl Distribution {
         Ok(self.client.post(format!("{}/v2/{name}/{rest}", self.base)).bearer_auth(token))
     }
 
-    /// The bytes of a blob or manifest, held against its digest and a limit.
+    /// Fetches a blob or manifest and checks its digest and a size limit.
     async fn fetch(
         &self,
         name: &str,
@@ -226,7 +227,7 @@ impl Distribution {
             }
         }
         if Digest::of(&bytes) != *digest {
-            return Err(fault(203, "the registry holds something else than its digest says"));
+            return Err(fault(203, "the registry's bytes do not match the digest"));
         }
         Ok(Some((bytes, kind)))
     }
@@ -244,7 +245,7 @@ impl Distribution {
         self.parse(tenant, move || Manifest::parse(&bytes, &kind)).await.map(Some)
     }
 
-    /// Reads what an image brings away from the threads that answer requests, one of a tenant at a time.
+    /// Parses untrusted content outside the request threads, one at a time for each tenant.
     async fn parse<T: Send + 'static>(
         &self,
         tenant: &TenantName,
@@ -268,13 +269,8 @@ impl Distribution {
     ) -> Result<Arc<ResolvedImage>, Error> {
         let missing = || {
             Error::fault(
-                Fault::new(
-                    Code(200),
-                    Kind::Conflict,
-                    "image",
-                    "there is no such image in the tenant's project",
-                )
-                .instead("push it first; GET .../repositories lists what is there"),
+                Fault::new(Code(200), Kind::Conflict, "image", "the tenant's project has no such image")
+                    .instead("push it first; GET .../repositories lists the repositories"),
             )
         };
         let mut conn = db::begin(&self.pool, tenant).await?;
@@ -290,7 +286,7 @@ impl Distribution {
         if let Some(image) = self.known.image(&name, &index_digest) {
             return Ok(image);
         }
-        // What is read of an image is in memory meanwhile.
+        // The permit bounds the content of images in memory.
         let _place = self.room.manifests.turn(tenant).await?;
         let mut manifest_digest = index_digest.clone();
         let mut found = self.manifest(tenant, &name, &index_digest).await?.ok_or_else(missing)?;
@@ -312,7 +308,7 @@ impl Distribution {
         Ok(image)
     }
 
-    /// What the layers of an image are together. Measured when it was pushed; else now.
+    /// Returns the merged layers of an image. Layers that were not measured at the push are measured now.
     pub async fn merged(
         &self,
         tenant: &TenantName,
@@ -329,17 +325,17 @@ impl Distribution {
         merged.refused = measure::refusal(&reports, &image.layers).or(merged.refused);
         let told: Vec<&str> = reports.iter().map(|report| report.diff_id.as_str()).collect();
         if merged.refused.is_none() && told != image.config.diff_ids {
-            merged.refused = Some("its layers are not those that its config names (rootfs.diff_ids)".into());
+            merged.refused = Some("its layers differ from the layers in its config (rootfs.diff_ids)".into());
         }
         Ok(merged)
     }
 
-    /// Size of a blob as the registry has it.
+    /// Returns the size of a blob in the registry.
     pub(super) async fn blob_size(&self, name: &str, digest: &Digest) -> Result<Option<u64>, Error> {
         self.size(name, &format!("blobs/{digest}")).await
     }
 
-    /// Size of a manifest as the registry has it.
+    /// Returns the size of a manifest in the registry.
     pub(super) async fn manifest_size(&self, name: &str, digest: &Digest) -> Result<Option<u64>, Error> {
         self.size(name, &format!("manifests/{digest}")).await
     }
@@ -356,7 +352,7 @@ impl Distribution {
         length.map(Some).ok_or_else(|| away("no length"))
     }
 
-    /// Sees to it that a tag which tenants cannot write holds on to a deployed manifest.
+    /// Ensures that a tag outside the tenants' control keeps a deployed manifest.
     pub async fn put_keeper_tag(
         &self,
         tenant: &TenantName,
@@ -383,12 +379,12 @@ impl Distribution {
         good(answer).map(drop)
     }
 
-    /// Deletes a manifest; gone already is good.
+    /// Deletes a manifest; a missing one counts as deleted.
     pub(super) async fn delete_manifest(&self, name: &str, digest: &Digest) -> Result<(), Error> {
         self.delete(name, &format!("manifests/{digest}")).await
     }
 
-    /// Takes a blob out of one repository; gone already is good.
+    /// Removes a blob from one repository; a missing one counts as removed.
     pub(super) async fn delete_blob(&self, name: &str, digest: &Digest) -> Result<(), Error> {
         self.delete(name, &format!("blobs/{digest}")).await
     }
@@ -403,8 +399,8 @@ impl Distribution {
     }
 }
 
-/// Sends a read. The registry (Distribution 2.8 on files) answers 500 to a read of what is being written
-/// at the same moment, so such an answer is asked for again.
+/// Sends a read request. The registry (Distribution 2.8 on files) answers 500 if the content is being written
+/// at the same time, so this function retries on server errors.
 pub(super) async fn read(request: reqwest::RequestBuilder) -> reqwest::Result<Response> {
     let mut tries = 0;
     loop {

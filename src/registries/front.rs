@@ -1,5 +1,5 @@
-//! The front door's shared parts: who stands behind a request, and the error form of OCI
-//! (distribution specification 1.1, "Error codes").
+//! Shared parts of the registry proxy: the credential of a request, and OCI's error format (distribution
+//! specification 1.1, "Error codes").
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -25,16 +25,16 @@ use crate::http::OwnAddress;
 use crate::ids::TenantName;
 use crate::permits::Permit;
 
-/// Which door it is.
+/// The listener of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Door {
     /// For tenants' clients.
     Tenants,
-    /// For the engine: it may only pull, and its realm is this address.
+    /// For the engine: pulls only; its realm is this address.
     Engine(String),
 }
 
-/// Which apps hold on to images, shared.
+/// Shared lookup of the apps that use images.
 #[derive(Clone)]
 pub struct ImageHolders(pub Arc<dyn Holders>);
 
@@ -44,28 +44,28 @@ impl std::fmt::Debug for ImageHolders {
     }
 }
 
-/// What the handlers share.
+/// Dependencies of the handlers.
 #[derive(Debug, Clone)]
 pub struct FrontDoor {
     /// Database.
     pub pool: PgPool,
-    /// Key of the tokens.
+    /// Key that signs the tokens.
     pub key: SigningKey,
-    /// The registry behind.
+    /// The registry behind the proxy.
     pub registry: Distribution,
-    /// Our own address.
+    /// The server's own address.
     pub own: OwnAddress,
-    /// Which door.
+    /// The listener.
     pub door: Door,
-    /// Which apps hold on to images.
+    /// Lookup of the apps that use images.
     pub holders: ImageHolders,
-    /// Refusals, for the audit.
+    /// Refusals, for the audit log.
     pub denials: Denials,
-    /// Room in the database.
+    /// Limits of database use.
     pub turns: Turns,
 }
 
-/// An error as registries' clients read it.
+/// An error in the format of registry clients.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{message}")]
 pub struct OciError {
@@ -103,13 +103,13 @@ impl From<Error> for OciError {
     fn from(error: Error) -> Self {
         match error {
             Error::Internal(cause) => {
-                tracing::error!(%cause, "internal error at the registry's front door");
+                tracing::error!(%cause, "internal error in the registry proxy");
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "UNKNOWN", "internal error")
             }
             Error::NotFound => Self::unknown_name(),
             Error::Unavailable(text, _) => Self::new(StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE", text),
             Error::QuotaExceeded(faults) if !faults.is_empty() => {
-                // The numbers say what to free or to ask for.
+                // The numbers show how much to free or to request.
                 let texts = faults.into_iter().map(|fault| {
                     let (name, instead) = (fault.path, fault.suggestion.unwrap_or_default());
                     format!("{name}: {}; {instead}", fault.message)
@@ -144,12 +144,12 @@ impl actix_web::ResponseError for OciError {
     }
 }
 
-/// No room in the database within the time that a request waits for it.
+/// The error of a request that did not get a database slot in time.
 fn later(_: crate::error::Error) -> OciError {
     OciError::new(
         StatusCode::TOO_MANY_REQUESTS,
         "TOOMANYREQUESTS",
-        "too many requests are under way; try again in a moment",
+        "too many requests are in progress; try again in a moment",
     )
 }
 
@@ -162,7 +162,7 @@ impl FrontDoor {
         Some(format!("{own}/auth/token"))
     }
 
-    /// Tells a client where to get a token, and for what.
+    /// Builds the error that tells a client where to get a token, and for which scope.
     pub(super) fn challenge(&self, req: &HttpRequest, scope: Option<(&str, &str)>) -> OciError {
         let mut error = OciError::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", "authentication is required");
         error.challenge = self.realm(req).map(|realm| {
@@ -172,7 +172,7 @@ impl FrontDoor {
         error
     }
 
-    /// The claims of the request's token; a robot that was revoked since has none.
+    /// Returns the claims of the request's token; none if its registry credential was revoked since.
     pub(super) async fn claims(&self, req: &HttpRequest) -> Result<Option<Claims>, OciError> {
         let token =
             req.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()?.strip_prefix("Bearer "));
@@ -180,16 +180,16 @@ impl FrontDoor {
         Ok(self.is_good(&claims).await?.then_some(claims))
     }
 
-    /// Room in the database for a tenant's request; held while it works there, never while it streams.
+    /// Takes a database slot for a tenant's request. Held during database work, never while streaming.
     pub(super) async fn room(&self, tenant: &TenantName) -> Result<Permit<Payer>, OciError> {
         self.turns.signed(tenant).await.map_err(later)
     }
 
-    /// Whether the credential behind claims is still good, and still gives as much.
+    /// Returns whether the credential of the claims is still valid with the same rights.
     pub(super) async fn is_good(&self, claims: &Claims) -> Result<bool, OciError> {
         let Some((kind, id, tenant)) = claims.holder() else { return Ok(true) };
         let _room = self.room(&tenant).await?;
-        // The token is good for minutes; whoever holds it may have been shut out since, or have less.
+        // A token is valid for minutes. Meanwhile its holder may have lost access or rights.
         let mut conn = db::begin(&self.pool, &tenant).await?;
         let good = if kind == Holder::Robot {
             store::is_robot_good(&mut conn, id).await?
@@ -205,13 +205,13 @@ impl FrontDoor {
         Ok(good)
     }
 
-    /// The address as it stands before an image's name.
+    /// Returns the host in front of image names.
     pub(super) fn host(&self, req: &HttpRequest) -> String {
         let own = self.own.of(req).unwrap_or_default();
         own.split_once("://").map_or_else(|| "HOST".to_owned(), |(_, host)| host.to_owned())
     }
 
-    /// Whether what stands behind a token may push at all, whatever the token opens.
+    /// Returns whether the token's credential has push rights at all, regardless of the token's scope.
     pub(super) async fn may_push_at_all(&self, claims: &Claims) -> Result<bool, OciError> {
         let Some((kind, id, tenant)) = claims.holder() else { return Ok(false) };
         let mut conn = db::begin(&self.pool, &tenant).await?;
@@ -223,7 +223,7 @@ impl FrontDoor {
         Ok(includes::<PushImages>(None, role))
     }
 
-    /// The right behind a user name and password.
+    /// Returns the right of a user name and password.
     async fn right(
         &self,
         user: &str,
@@ -243,7 +243,7 @@ impl FrontDoor {
         let _room = self.turns.lookup(&hash, place).await.map_err(later)?;
         let mut conn = db::begin(&self.pool, &tenant).await?;
         let found = if password.starts_with(credentials::TOKEN_PREFIX) {
-            // An API token opens the registry with the tenant's name as the user, as far as its role goes.
+            // An API token works as the password of the tenant's name, within the token's role.
             let role = access::registry_role(&mut conn, &tenant, &hash).await?;
             match store::find_token_id(&mut conn, &hash).await? {
                 Some(id) if includes::<PullImages>(None, role) => {
@@ -266,11 +266,11 @@ impl FrontDoor {
     }
 }
 
-/// The same for a tenant that does not exist as for a secret that is wrong.
+/// The same message for an unknown tenant and a wrong secret.
 const WRONG: &str = "the user name or secret is wrong: the user is TENANT+NAME with the secret of that registry \
     credential, or the tenant's name with an API token";
 
-/// Parameters of the token endpoint. `scope` may stand several times, so the query is read by hand.
+/// Parameters of the token endpoint. `scope` may repeat, so the code parses the query itself.
 #[derive(Deserialize)]
 pub struct TokenQuery {
     service: Option<String>,
@@ -296,7 +296,7 @@ pub async fn get_token(
         return Err(OciError::new(
             StatusCode::BAD_REQUEST,
             "UNSUPPORTED",
-            "this is not the token server of that service",
+            "this token server does not serve that service",
         ));
     }
     let basic =
@@ -336,5 +336,5 @@ pub async fn get_token(
     })))
 }
 
-/// How long an unanswered request to the registry may take before it is given up.
+/// Maximum time of a registry request without an answer.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);

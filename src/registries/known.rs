@@ -1,5 +1,5 @@
-//! What is known of images already. A digest stands for the same bytes for ever, so what was read once
-//! needs no second read; whether an image is still there is for the database to say, on every deploy.
+//! Cache of resolved images. A digest always means the same bytes, so one read is enough. Whether an image
+//! still exists is checked in the database on every deploy.
 
 use std::sync::Arc;
 
@@ -9,15 +9,15 @@ use quick_cache::sync::Cache;
 use super::distribution::ResolvedImage;
 use crate::ids::Digest;
 
-/// Most bytes that are kept, about.
+/// Approximate maximum of cached bytes.
 const BYTES: u64 = 4 << 20;
-/// Images that this holds, about.
+/// Approximate maximum of cached images.
 const IMAGES: usize = 2_000;
 
-/// An image in a repository: nobody learns from the time of an answer what another tenant holds.
+/// An image in a repository. Keyed by repository so that response times reveal nothing about other tenants.
 type Key = (String, Digest);
 
-/// Something, and how many bytes it weighs.
+/// A value and its weight in bytes.
 type Weighed<T> = (Arc<T>, u64);
 
 #[derive(Debug, Clone)]
@@ -25,14 +25,14 @@ struct Bytes;
 
 impl<T> Weighter<Key, Weighed<T>> for Bytes {
     fn weight(&self, (name, _): &Key, value: &Weighed<T>) -> u64 {
-        // The key's digest and the parts around it.
+        // Include the key's digest and the cache's overhead.
         value.1 + name.len() as u64 + 256
     }
 }
 
 type Shelf<T> = Cache<Key, Weighed<T>, Bytes>;
 
-/// Images, by repository and digest.
+/// Images by repository and digest.
 pub(super) struct Known {
     images: Shelf<ResolvedImage>,
 }
@@ -48,12 +48,12 @@ impl Known {
         Self { images: Cache::with_weighter(IMAGES, BYTES, Bytes) }
     }
 
-    /// The image that this digest of a tag stands for.
+    /// Returns the image that a tag's digest resolves to.
     pub(super) fn image(&self, name: &str, index: &Digest) -> Option<Arc<ResolvedImage>> {
         self.images.get(&(name.to_owned(), index.clone())).map(|found| found.0)
     }
 
-    /// Keeps an image, whose config has so many bytes.
+    /// Caches an image with the size of its config.
     pub(super) fn keep_image(&self, name: &str, image: &Arc<ResolvedImage>, bytes: usize) {
         let key = (name.to_owned(), image.index_digest.clone());
         self.images.insert(key, (Arc::clone(image), bytes as u64));

@@ -1,6 +1,6 @@
-//! Layers are measured as soon as a manifest names them, and once: by a bounded read of the registry's bytes, off the
-//! threads that answer requests, one image of a tenant at a time and few in all. What was found is on record, so that
-//! no deploy reads an image again.
+//! Measures layers once, as soon as a manifest references them. The read is bounded and runs outside the
+//! request threads: one image at a time for each tenant, and few in total. The results are stored, so no deploy
+//! reads an image again.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -19,25 +19,25 @@ use crate::images::layers::{self, Bounds, LayerReport, Stop};
 use crate::images::manifest::{Descriptor, Manifest};
 use crate::quotas::{Resource, exceeded};
 
-/// How long a request waits for an image to be measured; the measuring goes on without it.
+/// Maximum time that a request waits for a measurement, which then continues in the background.
 const PATIENCE: Duration = Duration::from_secs(45);
 /// How long a request waits for its turn.
 const TURN: Duration = Duration::from_secs(20);
-/// How long one image may take, with the turns that it waits for between its layers.
+/// Maximum time of one image, including the waits between its layers.
 const IMAGE: Duration = Duration::from_secs(600);
 
 /// A layer of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Layer {
     pub(super) digest: Digest,
-    /// Bytes as stored.
+    /// Size in bytes, as stored.
     pub(super) size: u64,
-    /// What its manifest says of it.
+    /// Media type in its manifest.
     pub(super) media_type: String,
 }
 
 impl Layer {
-    /// Bytes that it takes in memory, about.
+    /// Returns the approximate bytes in memory.
     pub(super) fn kept(&self) -> usize {
         std::mem::size_of::<Self>() + self.digest.as_str().len() + self.media_type.len() + 64
     }
@@ -49,18 +49,18 @@ impl From<&Descriptor> for Layer {
     }
 }
 
-/// Whether an image was measured in time.
+/// The result of waiting for a measurement.
 #[derive(Debug)]
 pub(super) enum Measured {
-    /// Its layers, from the bottom.
+    /// The reports of its layers, from the bottom up.
     Done(Vec<LayerReport>),
-    /// It goes on.
+    /// The measurement continues.
     Underway,
 }
 
-/// Measures the image of a manifest that is being pushed. What can never be unpacked, or does not fit the quota, is
-/// refused; an artifact is not unpacked and not measured. What takes longer than the client should wait is measured on,
-/// and a deploy waits for it.
+/// Measures the image of a pushed manifest. Refuses an image that cannot be unpacked or exceeds the quota.
+/// Artifacts are not unpacked and not measured. If the measurement takes too long for the client, it continues
+/// in the background and a deploy waits for it.
 pub(super) async fn at_push(door: &FrontDoor, asked: &Asked, manifest: &Manifest) -> Result<(), OciError> {
     let Some(layers) = manifest.measured_layers() else { return Ok(()) };
     let list: Vec<Layer> = layers.iter().map(Layer::from).collect();
@@ -74,14 +74,14 @@ pub(super) async fn at_push(door: &FrontDoor, asked: &Asked, manifest: &Manifest
     }
 }
 
-/// Why an image of these layers is not taken.
+/// Returns the reason why an image with these layers is refused.
 pub(super) fn refusal(reports: &[LayerReport], image: &[Layer]) -> Option<String> {
     let media_types = image.iter().map(|layer| layer.media_type.as_str());
     layers::refusal(reports).or_else(|| layers::mislabelled(reports, media_types))
 }
 
 impl Distribution {
-    /// Sees to it that the layers of an image are measured.
+    /// Ensures that the layers of an image are measured.
     pub(super) async fn measure(
         &self,
         tenant: &TenantName,
@@ -91,7 +91,7 @@ impl Distribution {
         if let Some(done) = self.measured(tenant, image).await? {
             return Ok(Measured::Done(done));
         }
-        // On its own from here on: a client that hangs up does not make the work vain.
+        // Run in a separate task: a client that disconnects does not cancel the work.
         let (registry, tenant_name, repository) = (self.clone(), tenant.clone(), repository.clone());
         let list = image.to_vec();
         let work =
@@ -105,14 +105,14 @@ impl Distribution {
         })
     }
 
-    /// The reports on all layers; none when one was not measured yet.
+    /// Returns the reports of all layers; none if a layer is not measured yet.
     async fn measured(
         &self,
         tenant: &TenantName,
         image: &[Layer],
     ) -> Result<Option<Vec<LayerReport>>, Error> {
         let known = self.reports(tenant, image).await?;
-        // Above one that is refused, none is read.
+        // The layers above a refused one are not read.
         let refused = known.values().any(|report| !report.refused.is_empty());
         let unread = || refused.then(|| LayerReport::refused(String::new()));
         Ok(image.iter().map(|layer| known.get(&layer.digest).cloned().or_else(unread)).collect())
@@ -128,7 +128,7 @@ impl Distribution {
         Ok(store::list_reports(&mut conn, tenant, &digests).await?.into_iter().collect())
     }
 
-    /// Each layer waits for a turn of its own: an image of many layers holds up nobody else's for longer than one.
+    /// Each layer waits for its own turn, so an image with many layers delays others by one layer at most.
     async fn measure_missing(
         &self,
         tenant: &TenantName,
@@ -143,12 +143,12 @@ impl Distribution {
             }
             let turn = self.measures.take(tenant, patience).await.map_err(|_| {
                 Error::Unavailable(
-                    "other images are being measured; this one has its turn in a few seconds".into(),
+                    "other images are being measured; this image follows in a few seconds".into(),
                     Duration::from_secs(5),
                 )
             })?;
             patience = until.saturating_duration_since(Instant::now());
-            // While it waited for its turn, another push may have measured the same layer.
+            // During the wait, another push may have measured the same layer.
             if !self.reports(tenant, std::slice::from_ref(layer)).await?.is_empty() {
                 continue;
             }
@@ -188,18 +188,18 @@ impl Distribution {
         match outcome.map_err(Error::internal)? {
             Ok(report) => Ok(report),
             Err(Stop::Refused(why)) => Ok(LayerReport::refused(why)),
-            // No verdict: a machine that is busy today reads it tomorrow.
+            // No verdict: a slow read today may be fast enough later.
             Err(Stop::Late) => Err(Error::Unavailable(
-                "the image takes longer than 10 minutes to read; what was read of it is kept: push it again, \
+                "the image takes longer than 10 minutes to read; completed layers are kept: push it again, \
                  or build it with smaller layers"
                     .into(),
                 TURN,
             )),
             Err(Stop::Altered) => {
                 tracing::error!(%tenant, %repository, digest = %layer.digest,
-                    "ALARM: the registry's bytes of a layer are not those that its digest names");
+                    "ALARM: the registry's bytes of a layer do not match its digest");
                 Err(Error::Unavailable(
-                    "the registry's copy of a layer is damaged; ask the operator to look at the registry's disk"
+                    "the registry's copy of a layer is damaged; ask the operator to check the registry's disk"
                         .into(),
                     TURN,
                 ))

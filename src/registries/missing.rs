@@ -1,24 +1,24 @@
-//! Why an image is not there: the tenant in front, a tag that does not exist, or a repository that does not exist. Each
-//! is its own fault, with the name that was probably meant.
+//! Explains why an image was not found: a tenant prefix, an unknown tag, or an unknown repository. Each is a
+//! separate fault with the name that was probably meant.
 
 use super::Reference;
 use crate::fault::{Code, Fault, Kind};
 
-/// What the tenant has, as far as a missing image is concerned.
+/// The tenant's objects that matter for a missing image.
 #[derive(Debug, Default)]
 pub(super) struct Known {
     /// Its repositories.
     pub(super) repositories: Vec<String>,
-    /// The tags of the repository that was asked for, or of the one that was probably meant.
+    /// Tags of the requested repository, or of the one that was probably meant.
     pub(super) tags: Vec<String>,
-    /// Where the digest that was asked for is.
+    /// Repository that has the requested digest.
     pub(super) elsewhere: Option<String>,
 }
 
-/// Most names that are listed.
+/// Maximum number of listed names.
 const LISTED: usize = 5;
 
-/// The name that was probably meant: one that begins alike, or differs in little.
+/// Returns the name that was probably meant: a common beginning, or a small edit distance.
 fn nearest<'a>(asked: &str, names: impl IntoIterator<Item = &'a String>) -> Option<&'a str> {
     let asked = asked.to_ascii_lowercase();
     let distance = |name: &str| {
@@ -55,14 +55,14 @@ fn written(repository: &str, reference: &Reference) -> String {
     }
 }
 
-/// The repository that was meant where another one was written: without what stands in front, or the nearest one.
+/// Returns the repository that was probably meant: without the tenant prefix, or the nearest name.
 pub(super) fn meant<'a>(tenant: &str, repository: &'a str, repositories: &'a [String]) -> Option<&'a str> {
     let bare = repository.strip_prefix(tenant).and_then(|rest| rest.strip_prefix('/'));
     let bare = bare.filter(|bare| repositories.iter().any(|known| known == bare));
     bare.or_else(|| nearest(repository, repositories))
 }
 
-/// The fault for an image that is not there.
+/// Builds the fault for a missing image.
 pub(super) fn explain(tenant: &str, repository: &str, reference: &Reference, known: &Known) -> Fault {
     let fault = |code, message: String| Fault::new(Code(code), Kind::Conflict, "image", message);
     if known.repositories.iter().any(|own| own == repository) {
@@ -79,10 +79,11 @@ pub(super) fn explain(tenant: &str, repository: &str, reference: &Reference, kno
                 }
             }
             Reference::Digest(_) => {
-                let fault = fault(200, format!("the repository {repository} has nothing with this digest"));
+                let fault =
+                    fault(200, format!("the repository {repository} has no manifest with this digest"));
                 match &known.elsewhere {
                     Some(place) => fault.instead(format!("write {}", written(place, reference))),
-                    None => fault.instead("push it first; GET .../tags lists the digests that are there"),
+                    None => fault.instead("push it first; GET .../tags lists the digests"),
                 }
             }
         };
@@ -90,15 +91,15 @@ pub(super) fn explain(tenant: &str, repository: &str, reference: &Reference, kno
     if let Some(bare) = repository.strip_prefix(tenant).and_then(|rest| rest.strip_prefix('/')) {
         let there = known.repositories.iter().any(|own| own == bare);
         let message = "the image begins with the tenant's name".to_owned();
-        let fault =
-            fault(220, message).because("images come from the tenant's own project, so that it is implied");
+        let fault = fault(220, message)
+            .because("images come from the tenant's own project, so the tenant is implied");
         return if there {
             fault.instead(format!("leave the tenant out: {}", written(bare, reference)))
         } else {
-            fault.instead("leave the tenant out, as in web:1; GET .../repositories lists what is there")
+            fault.instead("leave the tenant out, as in web:1; GET .../repositories lists the repositories")
         };
     }
-    let fault = fault(200, "there is no such repository in the tenant's project".to_owned());
+    let fault = fault(200, "the tenant's project has no such repository".to_owned());
     match (meant(tenant, repository, &known.repositories), reference) {
         (Some(near), Reference::Tag(tag)) if known.tags.iter().any(|own| own == tag.as_str()) => {
             fault.instead(format!("did you mean {near}:{tag}?"))

@@ -1,5 +1,5 @@
-//! Registry projects: who may push and pull what, and what is there. Bulkhead is the token server
-//! and stands before the registry; tags are its own.
+//! Registry projects: rights to push and pull, and their content. Bulkhead is the token server and the proxy in
+//! front of the registry; it stores tags itself.
 
 use crate::driver::PullSecret;
 use crate::error::Error;
@@ -47,16 +47,16 @@ pub enum Reference {
 pub struct PullSecrets(pub SigningKey);
 
 impl PullSecrets {
-    /// A credential for one repository, good for five minutes.
+    /// Mints a credential for one repository, valid for five minutes.
     pub fn mint(&self, tenant: &TenantName, repository: &RepositoryPath) -> Result<PullSecret, Error> {
         Ok(PullSecret::new(self.0.mint_pull(tenant, repository)?))
     }
 }
 
-/// Which apps hold on to an image. Declared here, implemented by the apps, wired at start.
+/// Looks up the apps that use an image. Declared here, implemented by the apps, wired at startup.
 #[async_trait::async_trait]
 pub trait Holders: Send + Sync + 'static {
-    /// Names of the apps of which any release runs this manifest or index.
+    /// Returns digest and app name for each app with a release of one of these manifests or indexes.
     async fn holders(
         &self,
         conn: &mut sqlx::PgConnection,

@@ -1,5 +1,5 @@
-//! Names and rights at the registry proxy, and what people read when theirs do not fit: each fault has its own message
-//! and the command that mends it. A message names what its reader holds anyway, never what another tenant has.
+//! Checks names and rights at the registry proxy. Each fault has its own message with the command that fixes
+//! it. A message contains only information that its reader already has, never facts about other tenants.
 
 use actix_web::HttpRequest;
 use actix_web::http::StatusCode;
@@ -13,7 +13,7 @@ fn invalid(text: String) -> OciError {
     OciError::new(StatusCode::BAD_REQUEST, "NAME_INVALID", text)
 }
 
-/// The command that gives an image a name which may be pushed.
+/// Returns the command that renames an image so that it can be pushed.
 fn retag(door: &FrontDoor, req: &HttpRequest, claims: &Claims, repository: &str) -> String {
     let host = door.host(req);
     let tenant = claims.holder().map_or_else(|| "TENANT".to_owned(), |(_, _, tenant)| tenant.to_string());
@@ -22,7 +22,7 @@ fn retag(door: &FrontDoor, req: &HttpRequest, claims: &Claims, repository: &str)
     )
 }
 
-/// A repository's name as its two parts.
+/// Splits a repository's name into tenant and path.
 pub(super) fn split(
     door: &FrontDoor,
     req: &HttpRequest,
@@ -37,16 +37,16 @@ pub(super) fn split(
             retag(door, req, claims, example)
         )));
     };
-    let tenant = tenant
-        .parse::<TenantName>()
-        .map_err(|error| invalid(format!("the first part of {} is no tenant: {error}", shown(name))))?;
+    let tenant = tenant.parse::<TenantName>().map_err(|error| {
+        invalid(format!("the first part of {} is not a tenant's name: {error}", shown(name)))
+    })?;
     let repository = repository
         .parse::<RepositoryPath>()
         .map_err(|error| invalid(format!("the name {} cannot be used: {error}", shown(name))))?;
     Ok((tenant, repository))
 }
 
-/// Why no token of this holder ever opens what is asked; none where another token might.
+/// Explains why no token of this holder can ever allow the request; none if another token could.
 pub(super) async fn beyond(
     door: &FrontDoor,
     req: &HttpRequest,
@@ -57,13 +57,13 @@ pub(super) async fn beyond(
     let Some((_, _, own)) = claims.holder() else { return Ok(None) };
     if own != *tenant {
         return Ok(Some(OciError::denied(format!(
-            "this credential is of the tenant {own} and opens {own}/... alone, not {tenant}/{repository}: {}",
+            "this credential belongs to the tenant {own} and allows only {own}/..., not {tenant}/{repository}: {}",
             retag(door, req, claims, repository.as_str())
         ))));
     }
     if wanted == "push" && !door.may_push_at_all(claims).await? {
         return Ok(Some(OciError::denied(format!(
-            "this credential may pull and not push or delete; make one that may: POST /api/v1/tenants/{own}/robots \
+            "this credential may pull and not push or delete; create one that may push: POST /api/v1/tenants/{own}/robots \
              {{\"name\": \"ci\", \"push\": true}}, then docker login -u {own}+ci {}",
             door.host(req)
         ))));

@@ -1,5 +1,5 @@
-//! `/v2/`: which requests there are, who may make them, and how they are passed on. What is not
-//! listed here does not reach the registry.
+//! `/v2/`: the accepted requests, their authorization, and their forwarding. Other requests do not reach the
+//! registry.
 
 use actix_web::http::{Method, StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -15,7 +15,7 @@ use crate::db;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantName};
 use crate::images::manifest::{self, shown};
 
-/// What a path below `/v2/` names.
+/// The object that a path below `/v2/` names.
 #[derive(Debug, PartialEq, Eq)]
 enum Place {
     Version,
@@ -24,13 +24,13 @@ enum Place {
     StartUpload,
     Upload(String),
     Manifest(String),
-    /// A digest or tag that is none, as it was sent.
+    /// An invalid digest or tag, as it was sent.
     Nonsense(String),
     Tags,
     Referrers(Digest),
 }
 
-/// A request that was understood and authorised.
+/// A parsed and authorized request.
 #[derive(Clone)]
 pub(super) struct Asked {
     pub(super) tenant: TenantName,
@@ -40,7 +40,7 @@ pub(super) struct Asked {
     pub(super) claims: Claims,
 }
 
-/// Splits a path: the name may hold slashes, so the end decides.
+/// Splits a path. The name may contain slashes, so the end of the path decides.
 fn place(path: &str) -> Option<(&str, Place)> {
     if path.is_empty() {
         return Some(("", Place::Version));
@@ -75,12 +75,12 @@ fn place(path: &str) -> Option<(&str, Place)> {
     None
 }
 
-/// Whether this can be the id of an upload.
+/// Returns whether a text has the form of an upload's id.
 pub(super) fn is_upload_id(text: &str) -> bool {
     (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
 }
 
-/// Every request below `/v2/`.
+/// Handles every request below `/v2/`.
 pub async fn handle(
     _: Public,
     req: HttpRequest,
@@ -103,7 +103,8 @@ pub async fn handle(
     let wanted = if read { "pull" } else { "push" };
     let challenge = || door.challenge(&req, Some((name, if read { "pull" } else { "pull,push" })));
     let Some(claims) = claims else { return Err(challenge()) };
-    // An answer to HEAD has no text. A client that pushes asks so for each blob first, and then reads why it cannot.
+    // A HEAD answer has no text. A pushing client sends HEAD for each blob first, then reads the reason of a
+    // refusal from the next answer.
     let mute = *req.method() == Method::HEAD && matches!(place, Place::Blob(_));
     let split = names::split(&door, &req, &claims, name);
     let (tenant, repository) = split.map_err(|why| if mute { OciError::unknown_blob() } else { why })?;
@@ -122,7 +123,7 @@ pub async fn handle(
         (_, Place::Nonsense(text)) => Err(OciError::new(
             StatusCode::BAD_REQUEST,
             "DIGEST_INVALID",
-            format!("{} is no digest (sha256: and 64 hex digits) and no tag", shown(&text)),
+            format!("{} is neither a digest (sha256: and 64 hex digits) nor a tag", shown(&text)),
         )),
         ("GET" | "HEAD", Place::Blob(digest)) => get_blob(&door, &req, &asked, &digest).await,
         ("DELETE", Place::Blob(digest)) => remove::delete_blob(&door, &asked, &digest).await,
@@ -151,7 +152,7 @@ fn version() -> HttpResponse {
     HttpResponse::Ok().insert_header(("Docker-Distribution-Api-Version", "registry/2.0")).json(json!({}))
 }
 
-/// Only what is on record is there: what a crash left uncounted is pushed again.
+/// Serves only recorded blobs: a blob that a crash left uncounted must be pushed again.
 async fn get_blob(
     door: &FrontDoor,
     req: &HttpRequest,
@@ -167,7 +168,7 @@ async fn get_blob(
     let range = match ranges::of(req, digest, size) {
         Asking::Whole => None,
         Asking::Part(first, last) => Some(format!("bytes={first}-{last}")),
-        // The registry would promise the whole blob with its refusal.
+        // The registry's own refusal would announce the length of the whole blob.
         Asking::Nothing => {
             return Ok(HttpResponse::RangeNotSatisfiable()
                 .insert_header((header::CONTENT_RANGE, format!("bytes */{size}")))
@@ -178,7 +179,7 @@ async fn get_blob(
     pass(door, req, asked, &format!("blobs/{digest}"), range).await
 }
 
-/// Tags are our own: a tag becomes its digest here, the registry is asked by digest.
+/// Tags exist only in the platform's database: resolve the tag here and ask the registry by digest.
 async fn get_manifest(
     door: &FrontDoor,
     req: &HttpRequest,
@@ -199,7 +200,7 @@ async fn get_manifest(
     pass(door, req, asked, &format!("manifests/{digest}"), None).await
 }
 
-/// Passes a read on and streams the answer back.
+/// Forwards a read and streams the answer back.
 async fn pass(
     door: &FrontDoor,
     req: &HttpRequest,
@@ -224,7 +225,7 @@ pub(super) fn unreachable_registry(error: reqwest::Error) -> OciError {
     OciError::new(StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE", "the registry does not answer; try again")
 }
 
-/// The headers of the registry's answers that a client needs.
+/// The headers of a registry answer that clients need.
 const HEADERS: [&str; 10] = [
     "content-type",
     "content-length",
@@ -238,10 +239,10 @@ const HEADERS: [&str; 10] = [
     "accept-ranges",
 ];
 
-/// The registry's answer as ours: streamed, its address taken out of `Location`.
+/// Converts the registry's answer: streamed, with the registry's address removed from `Location`.
 pub(super) fn relay(answer: reqwest::Response) -> HttpResponse {
     let status = StatusCode::from_u16(answer.status().as_u16()).unwrap_or(StatusCode::BAD_GATEWAY);
-    // The platform's own token was refused: that is our mistake, never a challenge for the client.
+    // The registry refused the platform's own token: an internal error, never a challenge for the client.
     let status = if status == StatusCode::UNAUTHORIZED { StatusCode::BAD_GATEWAY } else { status };
     let mut response = HttpResponse::build(status);
     let mut length = None;

@@ -1,29 +1,30 @@
-//! `Range` of a blob, read before the registry is asked (RFC 9110, section 14): one range of bytes, else the whole.
+//! Parses the `Range` of a blob before the registry is asked (RFC 9110, section 14): one range of bytes, or the
+//! whole.
 
 use actix_web::HttpRequest;
 use actix_web::http::{Method, header};
 
 use crate::ids::Digest;
 
-/// What of a blob a request asks for.
+/// The part of a blob that a request asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Asking {
-    /// All of it.
+    /// The whole blob.
     Whole,
-    /// From the first to the last byte, both included.
+    /// From the first to the last byte, inclusive.
     Part(u64, u64),
-    /// A range that the blob does not have.
+    /// A range outside the blob.
     Nothing,
 }
 
-/// What a request asks for of a blob of so many bytes.
+/// Returns the requested part of a blob of this size.
 pub(super) fn of(req: &HttpRequest, digest: &Digest, size: u64) -> Asking {
     let text =
         |name: header::HeaderName| req.headers().get(name).map(|value| value.to_str().unwrap_or_default());
     let Some(range) = text(header::RANGE).filter(|_| *req.method() == Method::GET) else {
         return Asking::Whole;
     };
-    // A part of another version than the client has is of no use to it.
+    // A part of a different version is useless to the client.
     let tag = format!("\"{digest}\"");
     if text(header::IF_RANGE).is_some_and(|wanted| wanted != tag) {
         return Asking::Whole;
@@ -47,7 +48,7 @@ fn read(text: &str, size: u64) -> Asking {
         (Some(first), None) if last.is_empty() => Asking::Part(first, end),
         (Some(first), Some(last)) if first > last => Asking::Nothing,
         (Some(first), Some(last)) => Asking::Part(first, last.min(end)),
-        // Several ranges, or none that can be read: the whole is a good answer to both.
+        // For several ranges or an invalid range, the whole blob is a valid answer.
         _ => Asking::Whole,
     }
 }

@@ -1,5 +1,5 @@
-//! What the registry needs looking after: pushes that were cut off between the two writes, blobs
-//! that nothing holds, and the project of a tenant that leaves.
+//! The registry's background work: completes interrupted pushes, removes unreferenced blobs, and removes the
+//! project of an offboarded tenant.
 
 use std::time::Duration;
 
@@ -15,10 +15,10 @@ use crate::ids::{Digest, RepositoryPath, TenantId, TenantName};
 use crate::reconcile::Failure;
 use crate::tenants::{Belongings, Left};
 
-/// One replica at a time looks after the registry.
+/// Lock number: one replica at a time does this work.
 const LEASE: i64 = 0x6275_6c6b_7377_6570;
 
-/// Looks after the registry once a minute, until `stop`.
+/// Sweeps the registry once a minute, until `stop`.
 pub async fn sweep(pool: PgPool, registry: Distribution, stop: CancellationToken) {
     loop {
         tokio::select! {
@@ -26,41 +26,44 @@ pub async fn sweep(pool: PgPool, registry: Distribution, stop: CancellationToken
             () = tokio::time::sleep(Duration::from_secs(60)) => {}
         }
         if let Err(error) = once(&pool, &registry).await {
-            tracing::warn!(error = error.for_log(), "the registry is looked after later");
+            tracing::warn!(error = error.for_log(), "the registry sweep failed; retrying in a minute");
         }
     }
 }
 
-/// Looks after the registry once, unless another replica does.
+/// Sweeps the registry once, unless another replica does.
 pub async fn once(pool: &PgPool, registry: &Distribution) -> Result<(), Error> {
-    let mut lease = pool.begin().await?;
+    let mut lease = db::begin_for_all(pool).await?;
     if !store::take_lease(&mut lease, LEASE).await? {
         return Ok(());
     }
     if let Err(error) = settle_pushes(pool, registry).await {
-        tracing::warn!(error = error.for_log(), "pushes are settled later");
+        tracing::warn!(error = error.for_log(), "pushes could not be settled; retrying later");
     }
     if let Err(error) = clear_doomed(pool, registry).await {
-        tracing::warn!(error = error.for_log(), "doomed manifests are removed later");
+        tracing::warn!(
+            error = error.for_log(),
+            "manifests marked for deletion could not be removed; retrying later"
+        );
     }
     if let Err(error) = collect::settle_uploads(pool, registry).await {
-        tracing::warn!(error = error.for_log(), "uploads are settled later");
+        tracing::warn!(error = error.for_log(), "uploads could not be settled; retrying later");
     }
     if let Err(error) = clear_blobs(pool, registry).await {
-        tracing::warn!(error = error.for_log(), "loose blobs are cleared later");
+        tracing::warn!(error = error.for_log(), "unreferenced blobs could not be removed; retrying later");
     }
     lease.commit().await?;
     Ok(())
 }
 
-/// A manifest that was written down and not confirmed is either in the registry or not.
+/// Settles manifests that were recorded but not confirmed: each is either in the registry or not.
 async fn settle_pushes(pool: &PgPool, registry: &Distribution) -> Result<(), Error> {
     let mut conn = pool.acquire().await?;
     let open = store::list_unconfirmed(&mut conn).await?;
     drop(conn);
     for (tenant, name, repository, digest) in open {
         if let Err(error) = settle_push(pool, registry, (tenant, &name), &repository, &digest).await {
-            tracing::warn!(error = error.for_log(), tenant = %name, "a push is settled later");
+            tracing::warn!(error = error.for_log(), tenant = %name, "a push could not be settled; retrying later");
         }
     }
     Ok(())
@@ -73,7 +76,8 @@ async fn settle_push(
     repository: &RepositoryPath,
     digest: &Digest,
 ) -> Result<(), Error> {
-    // Held from the look at the record on: a push of the same manifest waits, or has made it young again.
+    // Lock the digest before reading the row: a push of the same manifest waits, or has already renewed the
+    // row.
     let mut tx = db::begin(pool, tenant.0).await?;
     store::lock_digest(&mut tx, digest).await?;
     if !store::is_unconfirmed(&mut tx, tenant.0, repository, digest).await? {
@@ -88,8 +92,8 @@ async fn settle_push(
     Ok(())
 }
 
-/// Takes a doomed manifest out of the registry, then its row. Its digest is held meanwhile: what was listed as doomed may
-/// have gone and been pushed again since, and then it stays.
+/// Removes a manifest marked for deletion from the registry, then its row, under a lock on its digest. A listed
+/// manifest may have been removed and pushed again since; then it stays.
 pub(super) async fn remove_doomed(
     pool: &PgPool,
     registry: &Distribution,
@@ -107,7 +111,7 @@ pub(super) async fn remove_doomed(
     if let Some(collector) = registry.collector() {
         collector.remove_link(tenant.1, repository, Link::Revision, digest).await?;
     }
-    // Its bytes count until they are gone.
+    // The bytes count until they are removed.
     collect::collect_held(&mut tx, registry, digest).await?;
     store::delete_manifest(&mut tx, tenant.0, repository, digest, Why::Doomed).await?;
     tx.commit().await?;
@@ -119,9 +123,9 @@ async fn clear_doomed(pool: &PgPool, registry: &Distribution) -> Result<(), Erro
     let doomed = store::list_doomed(&mut conn).await?;
     drop(conn);
     for (tenant, name, repository, digest) in doomed {
-        // One that does not go does not hold up the others.
+        // One failing manifest does not block the others.
         if let Err(error) = remove_doomed(pool, registry, (tenant, &name), &repository, &digest).await {
-            tracing::warn!(error = error.for_log(), %name, "a deleted image is removed later");
+            tracing::warn!(error = error.for_log(), %name, "a deleted image could not be removed; retrying later");
         }
     }
     Ok(())
@@ -137,7 +141,7 @@ async fn clear_blobs(pool: &PgPool, registry: &Distribution) -> Result<(), Error
         after = last.0;
         for (tenant, name) in tenants {
             if let Err(error) = clear_blobs_of(pool, registry, (tenant, &name)).await {
-                tracing::warn!(error = error.for_log(), tenant = %name, "loose blobs are cleared later");
+                tracing::warn!(error = error.for_log(), tenant = %name, "unreferenced blobs could not be removed; retrying later");
             }
         }
     }
@@ -150,13 +154,13 @@ async fn clear_blobs_of(
 ) -> Result<(), Error> {
     for digest in store::doom_loose_blobs(pool, tenant.1).await? {
         if let Err(error) = remove_blob(pool, registry, tenant, &digest).await {
-            tracing::warn!(error = error.for_log(), tenant = %tenant.1, "a loose blob is cleared later");
+            tracing::warn!(error = error.for_log(), tenant = %tenant.1, "an unreferenced blob could not be removed; retrying later");
         }
     }
     Ok(())
 }
 
-/// Takes a doomed blob out of each repository, then its row; as for a manifest, its digest is held meanwhile.
+/// Removes a blob marked for deletion from each repository, then its row, under a lock on its digest.
 async fn remove_blob(
     pool: &PgPool,
     registry: &Distribution,
@@ -178,8 +182,8 @@ async fn remove_blob(
     Ok(())
 }
 
-/// Takes a blob out of a repository that is on record without it; when it is doomed and in no repository any more, its row
-/// goes too. Unless it has come again.
+/// Removes a blob from a repository that no longer has it in the database. Removes its row too if it is marked
+/// for deletion and in no other repository. Does nothing if the blob was pushed again.
 pub(super) async fn remove_place(
     pool: &PgPool,
     registry: &Distribution,
@@ -202,7 +206,7 @@ pub(super) async fn remove_place(
     Ok(())
 }
 
-/// The robots of a tenant that leaves: they go first.
+/// Removes the registry credentials of a tenant that is being offboarded; they go first.
 pub struct RobotsOfTenant {
     /// Database.
     pub pool: PgPool,
@@ -217,12 +221,12 @@ impl Belongings for RobotsOfTenant {
         let mut conn = self.pool.acquire().await?;
         match store::revoke_robots(&mut conn, tenant).await? {
             0 => Ok(Left::Nothing),
-            n => Ok(Left::Some(format!("{n} robot(s) are still good"))),
+            n => Ok(Left::Some(format!("{n} registry credential(s) are still valid"))),
         }
     }
 }
 
-/// The images of a tenant that leaves.
+/// Removes the images of a tenant that is being offboarded.
 pub struct ImagesOfTenant {
     /// Database.
     pub pool: PgPool,

@@ -1,5 +1,5 @@
-//! Lists that clients ask the registry for: the tags of a repository, and what is attached to a manifest (distribution
-//! specification 1.1, "Listing referrers"). Both are answered from the platform's own tables, in pages.
+//! Lists for registry clients: the tags of a repository, and the manifests attached to a manifest (distribution
+//! specification 1.1, "Listing referrers"). Both come from the platform's own tables, in pages.
 
 use actix_web::body::{MessageBody, SizedStream};
 use actix_web::http::{StatusCode, header};
@@ -15,11 +15,11 @@ use crate::ids::{Digest, TenantName};
 use crate::images::manifest::{OCI_INDEX, shown};
 use crate::permits::Permit;
 
-/// Most tags of one answer.
+/// Maximum tags in an answer.
 const TAGS: i64 = 2_000;
-/// Most referrers of one answer: each has at most 64 KiB of annotations.
+/// Maximum referrers in an answer; each has at most 64 KiB of annotations.
 const REFERRERS: i64 = 16;
-/// Bytes that are handed on at once.
+/// Bytes sent at once.
 const CHUNK: usize = 16 << 10;
 
 /// The parameters of a list; each at most once.
@@ -34,7 +34,7 @@ fn bad(text: String) -> OciError {
     OciError::new(StatusCode::BAD_REQUEST, "UNSUPPORTED", text)
 }
 
-/// The pairs of a query, of which each key is known and stands once.
+/// Parses a query; refuses unknown and repeated keys.
 fn pairs(query: &str, known: &[&str]) -> Result<Vec<(String, String)>, OciError> {
     let pairs = web::Query::<Vec<(String, String)>>::from_query(query)
         .map(web::Query::into_inner)
@@ -42,16 +42,16 @@ fn pairs(query: &str, known: &[&str]) -> Result<Vec<(String, String)>, OciError>
     for (n, (key, _)) in pairs.iter().enumerate() {
         if !known.contains(&key.as_str()) {
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-            return Err(bad(format!("the parameter {} is not known here; these are: {known}", shown(key))));
+            return Err(bad(format!("unknown parameter {}; valid parameters: {known}", shown(key))));
         }
         if pairs[..n].iter().any(|(before, _)| before == key) {
-            return Err(bad(format!("the parameter {key} stands twice")));
+            return Err(bad(format!("the parameter {key} is given twice")));
         }
     }
     Ok(pairs)
 }
 
-/// Refuses any parameter but the one with which mirrors name the registry that they stand for.
+/// Refuses all parameters except `ns`, with which mirrors name their upstream registry.
 pub(super) fn no_parameters(req: &HttpRequest) -> Result<(), OciError> {
     pairs(req.query_string(), &["ns"]).map(drop)
 }
@@ -67,7 +67,7 @@ impl Query {
                         OciError::new(
                             StatusCode::BAD_REQUEST,
                             "PAGINATION_NUMBER_INVALID",
-                            format!("n is {}; it is a number from 0 on", shown(&value)),
+                            format!("n is {}; it must be a number from 0", shown(&value)),
                         )
                     })?);
                 }
@@ -91,13 +91,13 @@ fn link(path: &str, pairs: &[(&str, &str)]) -> (header::HeaderName, String) {
     (header::LINK, format!("<{path}?{}>; rel=\"next\"", query.join("&")))
 }
 
-/// A value for a query, percent-encoded.
+/// Percent-encodes a value for a query.
 fn escaped(text: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b'~');
     text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
 }
 
-/// GET .../tags/list: in the order of their bytes, `n` of them after `last`.
+/// GET .../tags/list: tags in byte order, `n` of them after `last`.
 pub(super) async fn list_tags(
     door: &FrontDoor,
     req: &HttpRequest,
@@ -123,7 +123,7 @@ pub(super) async fn list_tags(
     Ok(answer.json(json!({"name": asked.name, "tags": tags})))
 }
 
-/// GET .../referrers/DIGEST: an index of what is attached to a manifest, which may be missing.
+/// GET .../referrers/DIGEST: an index of the manifests attached to a manifest, which itself may be missing.
 pub(super) async fn list(
     door: &FrontDoor,
     req: &HttpRequest,
@@ -157,7 +157,7 @@ pub(super) async fn list(
     Ok(answer.body(held(text, place_in_room)))
 }
 
-/// A body that keeps its place in the room until its last piece is handed on: a client may read slowly.
+/// A body that holds its permit until the last piece is sent: a client may read slowly.
 fn held(text: String, place: Permit<TenantName>) -> impl MessageBody {
     let size = text.len() as u64;
     let mut left = Bytes::from(text);

@@ -1,5 +1,5 @@
-//! What a tenant takes away: tags, manifests, blobs, over the API and through the registry proxy alike. What a release
-//! runs stays, with the reason; what nothing holds any more gives its bytes back.
+//! Deletions by a tenant: tags, manifests and blobs, over the API and through the registry proxy. An image that
+//! a release uses stays, with the reason. Unreferenced content frees its bytes.
 
 use actix_web::HttpResponse;
 use actix_web::http::StatusCode;
@@ -16,7 +16,7 @@ use crate::db;
 use crate::error::Error;
 use crate::ids::{ActorId, Digest, RepositoryPath, Tag, TenantId, TenantName};
 
-/// Apps whose releases hold any of these manifests, as a reason why they stay.
+/// Returns the reason to keep these manifests: the apps with releases that use any of them.
 async fn deployed_by(
     conn: &mut PgConnection,
     holders: &dyn Holders,
@@ -36,7 +36,7 @@ async fn deployed_by(
     }))
 }
 
-/// Takes a tag away: its digest, and the manifests that may go with it.
+/// Removes a tag. Returns its digest and the manifests that may be deleted with it.
 pub(super) async fn untag(
     conn: &mut PgConnection,
     holders: &dyn Holders,
@@ -52,8 +52,9 @@ pub(super) async fn untag(
     }
 }
 
-/// Deletes those of the manifests that no tag, manifest or release holds. They are doomed first, under the lock that
-/// every push and deploy of the tenant takes: what is deployed at the same moment stays.
+/// Deletes the given manifests that no tag, manifest or release references. First marks them for deletion,
+/// under the lock that every push and deploy of the tenant takes: a manifest that is deployed at the same time
+/// stays.
 pub(super) async fn clear(
     pool: &PgPool,
     registry: &Distribution,
@@ -119,12 +120,12 @@ pub(super) async fn delete_manifest(
             if let Err(error) =
                 reconcile::remove_doomed(pool, registry, this, &asked.repository, &digest).await
             {
-                tracing::warn!(%error, "a deleted manifest is removed from the registry later");
+                tracing::warn!(%error, "a deleted manifest could not be removed from the registry yet; the sweep retries");
             }
         }
         if let Err(error) = clear(pool, registry, &*holders.0, (id, tenant), &asked.repository, &family).await
         {
-            tracing::warn!(%error, "a deleted image is cleared away later");
+            tracing::warn!(%error, "a deleted image could not be removed yet; the sweep retries");
         }
         Ok(())
     })
@@ -136,7 +137,7 @@ fn gone() -> HttpResponse {
     HttpResponse::Accepted().insert_header(("Docker-Distribution-Api-Version", "registry/2.0")).finish()
 }
 
-/// What stays is in conflict with the request, whatever right its client has.
+/// Content in use is a conflict, regardless of the client's rights.
 fn kept(error: Error) -> OciError {
     match error {
         Error::Conflict(why) => OciError::new(StatusCode::CONFLICT, "DENIED", why),
@@ -145,7 +146,8 @@ fn kept(error: Error) -> OciError {
     }
 }
 
-/// Dooms a manifest with all its tags, within a transaction that holds the project's lock; its family.
+/// Marks a manifest with all its tags for deletion, within a transaction that holds the project's lock. Returns
+/// its family.
 async fn untag_all(
     conn: &mut PgConnection,
     holders: &dyn Holders,
@@ -189,10 +191,10 @@ pub(super) async fn delete_blob(
             }
             Unplaced::Yes(tenant) => tenant,
         };
-        // It is gone for clients from here on. What fails the sweep does.
+        // Clients no longer see the blob from here on. The sweep repeats a failed removal.
         let this = (tenant, &asked.tenant);
         if let Err(error) = reconcile::remove_place(pool, registry, this, &asked.repository, &digest).await {
-            tracing::warn!(%error, "a deleted blob is removed from the registry later");
+            tracing::warn!(%error, "a deleted blob could not be removed from the registry yet; the sweep retries");
         }
         Ok(())
     })

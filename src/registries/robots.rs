@@ -1,4 +1,4 @@
-//! Robots: credentials of a tenant's registry project. A secret is shown once and kept as a hash.
+//! Registry credentials of a tenant (robots in the API). A secret is shown once and stored as a hash.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
@@ -15,7 +15,7 @@ use crate::http::asked::{Body, Query};
 use crate::http::{OwnAddress, parse_json};
 use crate::quotas::{self, Resource};
 
-/// A robot to be made, checked.
+/// A validated request for a registry credential.
 #[derive(Debug)]
 pub struct NewRobot {
     pub(super) name: String,
@@ -41,7 +41,7 @@ fn check(body: RobotBody) -> Result<NewRobot, Error> {
     let mut faults = Vec::new();
     let label = body.name.parse::<crate::ids::AppName>().is_ok() && (2..=32).contains(&body.name.len());
     if !label {
-        let message = "a robot's name has 2 to 32 of a to z, 0 to 9 and -, and starts with a letter";
+        let message = "the name has 2 to 32 characters of a to z, 0 to 9 and -, and starts with a letter";
         faults.push(Fault::new(Code(426), Kind::Invalid, "name", message));
     }
     if !(1..=365).contains(&body.days) {
@@ -67,7 +67,7 @@ pub async fn create_robot(
     scope.actor.require_recent()?;
     let end = time::OffsetDateTime::now_utc() + time::Duration::days(robot.days.into());
     if scope.actor.ends().is_some_and(|own| end > own) {
-        let message = "a token cannot make a credential that outlives it";
+        let message = "a token cannot create a credential that outlives it";
         return Err(Error::fault(Fault::new(Code(426), Kind::Invalid, "days", message)));
     }
     let secret = Secret::generate("bhr_");
@@ -76,9 +76,9 @@ pub async fn create_robot(
     store::insert_robot(&mut tx, scope.tenant.id, &robot, &secret.hash(), scope.actor.id.as_str())
         .await
         .map_err(|error| match constraint(&error) {
-            Some("robot_name_is_taken") => {
-                Error::AlreadyExists("a robot of this name exists; delete it to make a new secret".into())
-            }
+            Some("robot_name_is_taken") => Error::AlreadyExists(
+                "a registry credential with this name exists; delete it first to create a new secret".into(),
+            ),
             _ => error.into(),
         })?;
     let detail = json!({"push": robot.push, "days": robot.days});
@@ -94,7 +94,7 @@ pub async fn create_robot(
     })))
 }
 
-/// GET /api/v1/tenants/{tenant}/robots: by name.
+/// GET /api/v1/tenants/{tenant}/robots, ordered by name.
 pub async fn list_robots(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
@@ -106,7 +106,7 @@ pub async fn list_robots(
     Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.name.clone())))
 }
 
-/// The robot that the address names.
+/// The registry credential in the URL's path.
 #[derive(Deserialize)]
 pub struct RobotPath {
     robot: String,

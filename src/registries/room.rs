@@ -1,5 +1,5 @@
-//! Room for what pushes hold: streams that are open, bodies in memory, manifests that are read. Each tenant has room of
-//! its own first, then there is a bound in all.
+//! Limits of the resources that pushes hold: open streams, bodies in memory, manifests being parsed. Each
+//! tenant has its own share, and all tenants together have a limit.
 
 use std::time::Duration;
 
@@ -10,29 +10,29 @@ use crate::error::Error;
 use crate::ids::TenantName;
 use crate::permits::{FairPermits, Permit};
 
-/// How long a request waits for a place before it is told to come again.
+/// How long a request waits for a permit before it is told to retry.
 const WAIT: Duration = Duration::from_secs(10);
 
-/// All room of the registry proxy.
+/// All limits of the registry proxy.
 #[derive(Debug, Clone)]
 pub(super) struct Room {
-    /// Parts of uploads that stream: each holds a few chunks.
+    /// Streaming parts of uploads; each holds a few chunks.
     pub(super) streams: Places,
-    /// Manifests in memory: each at most 4 MiB.
+    /// Manifests in memory; each at most 4 MiB.
     pub(super) manifests: Places,
-    /// Manifests that are read: each takes a processor.
+    /// Manifests being parsed; each takes a processor.
     pub(super) parsers: Places,
-    /// Lists of referrers that are being sent: each at most about 1 MiB.
+    /// Referrer lists being sent; each at most about 1 MiB.
     pub(super) lists: Places,
 }
 
-/// Places of one kind.
+/// Permits of one kind.
 #[derive(Debug, Clone)]
 pub(super) struct Places(FairPermits<TenantName>);
 
 impl Room {
     pub(super) fn new() -> Self {
-        // A tenant's part of the room, and the whole.
+        // A tenant's share, and the total.
         let places = |each, all| Places(FairPermits::new(each, all).waiting(64));
         Self {
             streams: places(64, 1_024),
@@ -44,14 +44,14 @@ impl Room {
 }
 
 impl Places {
-    /// The same for a part of the platform that speaks no OCI.
+    /// Takes a permit for a caller outside the OCI API.
     pub(super) async fn turn(&self, tenant: &TenantName) -> Result<Permit<TenantName>, Error> {
         self.0.take(tenant, WAIT).await.map_err(|busy| {
             Error::Unavailable(format!("{busy}: try again in a moment"), Duration::from_secs(3))
         })
     }
 
-    /// Takes a place, or says that there is none in time.
+    /// Takes a permit; fails if none is free in time.
     pub(super) async fn take(&self, tenant: &TenantName) -> Result<Permit<TenantName>, OciError> {
         self.0.take(tenant, WAIT).await.map_err(|busy| {
             OciError::new(

@@ -1,6 +1,5 @@
-//! The token server's half that is pure: keys, tokens, scopes. The registry behind the front door
-//! (CNCF Distribution) takes ES256 with the key id of libtrust, `aud` as one string and whole
-//! numbers as times; nothing else is ever issued.
+//! The pure part of the token server: keys, tokens, scopes. The registry (CNCF Distribution) expects ES256 with
+//! libtrust's key id, `aud` as a single string, and times as whole numbers. No other form is ever issued.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -16,12 +15,12 @@ use crate::ids::{RepositoryPath, TenantName};
 pub const ISSUER: &str = "bulkhead";
 /// `aud` of a registry token, and the registry's `service`.
 pub const SERVICE: &str = "bulkhead-registry";
-/// `aud` of a credential for a pull: a token that only our own token server takes.
+/// `aud` of a pull credential: a token that only this token server accepts.
 const PULL: &str = "bulkhead-pull";
-/// How long a registry token is good.
+/// Lifetime of a registry token.
 pub const LIFE: Duration = Duration::from_secs(300);
 
-/// What a token opens, as the registry reads it.
+/// A right in a token, in the registry's format.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Access {
     /// Always `repository`.
@@ -34,14 +33,14 @@ pub struct Access {
 }
 
 impl Access {
-    /// Some actions on one repository.
+    /// Creates a right to some actions on one repository.
     #[must_use]
     pub fn to(name: String, actions: &[&str]) -> Self {
         let actions = actions.iter().map(ToString::to_string).collect();
         Self { kind: "repository".into(), name, actions }
     }
 
-    /// Whether it opens for writing.
+    /// Returns whether it includes pushing.
     #[must_use]
     pub fn pushes(&self) -> bool {
         self.actions.iter().any(|action| action == "push")
@@ -53,26 +52,26 @@ impl Access {
 pub struct Claims {
     iss: String,
     aud: String,
-    /// Whom it was given to: `robot:ID@TENANT`, `token:ID@TENANT`, `engine`, `platform`, `anonymous`.
+    /// The holder: `robot:ID@TENANT`, `token:ID@TENANT`, `engine`, `platform`, `anonymous`.
     pub sub: String,
     iat: u64,
     nbf: u64,
     exp: u64,
-    /// What it opens.
+    /// The granted rights.
     pub access: Vec<Access>,
 }
 
-/// What somebody at the front door holds.
+/// The kind of credential behind a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holder {
-    /// A robot's secret.
+    /// A registry credential.
     Robot,
     /// An API token.
     Token,
 }
 
 impl Claims {
-    /// Who holds it: kind, number, tenant; none for the platform's own.
+    /// Returns the holder's kind, number and tenant; none for the platform's own tokens.
     #[must_use]
     pub fn holder(&self) -> Option<(Holder, i64, TenantName)> {
         let (who, tenant) = self.sub.split_once('@')?;
@@ -85,20 +84,20 @@ impl Claims {
         Some((kind, id.parse().ok()?, tenant.parse().ok()?))
     }
 
-    /// Who pushes, as it stands beside what was pushed: `robot:ID`, `token:ID`.
+    /// Returns the name stored as the pusher of an image: `robot:ID`, `token:ID`.
     #[must_use]
     pub fn pusher(&self) -> &str {
         self.sub.split('@').next().unwrap_or_default()
     }
 
-    /// Whether it opens this.
+    /// Returns whether the token allows an action on a repository.
     #[must_use]
     pub fn allows(&self, name: &str, action: &str) -> bool {
         self.access.iter().any(|access| access.name == name && access.actions.iter().any(|a| a == action))
     }
 }
 
-/// The key that signs.
+/// The signing key.
 #[derive(Clone)]
 pub struct SigningKey {
     pem: String,
@@ -114,8 +113,8 @@ impl std::fmt::Debug for SigningKey {
     }
 }
 
-/// libtrust's fingerprint: the first 30 bytes of SHA-256 over the public key (DER), in base32,
-/// twelve groups of four.
+/// Returns libtrust's fingerprint: the first 30 bytes of SHA-256 over the public key (DER), in base32, twelve
+/// groups of four.
 fn fingerprint(spki: &[u8]) -> String {
     let text = data_encoding::BASE32.encode(&Sha256::digest(spki)[..30]);
     let groups: Vec<&str> = (0..12).map(|n| &text[n * 4..n * 4 + 4]).collect();
@@ -123,13 +122,13 @@ fn fingerprint(spki: &[u8]) -> String {
 }
 
 impl SigningKey {
-    /// A new key.
+    /// Generates a new key.
     pub fn generate() -> Result<Self, Error> {
         let pair = rcgen::KeyPair::generate().map_err(Error::internal)?;
         Self::from_pem(&pair.serialize_pem())
     }
 
-    /// From PKCS 8 as PEM.
+    /// Loads a key from PKCS 8 in PEM.
     pub fn from_pem(pem: &str) -> Result<Self, Error> {
         let pair = rcgen::KeyPair::from_pem(pem).map_err(Error::internal)?;
         let certificate = rcgen::CertificateParams::new(Vec::new())
@@ -145,13 +144,13 @@ impl SigningKey {
         })
     }
 
-    /// The key as PKCS 8 PEM, for its file.
+    /// Returns the key as PKCS 8 in PEM, for its file.
     #[must_use]
     pub fn pem(&self) -> &str {
         &self.pem
     }
 
-    /// The certificate for the registry's `rootcertbundle`.
+    /// Returns the certificate for the registry's `rootcertbundle`.
     #[must_use]
     pub fn certificate(&self) -> &str {
         &self.certificate
@@ -184,40 +183,40 @@ impl SigningKey {
         (data.header.kid.as_deref() == Some(self.kid.as_str())).then_some(data.claims)
     }
 
-    /// A token for the registry.
+    /// Mints a token for the registry.
     pub fn mint(&self, subject: &str, access: Vec<Access>) -> Result<String, Error> {
         self.sign(SERVICE, subject, access, LIFE)
     }
 
-    /// The claims of a registry token that is ours and good.
+    /// Returns the claims of a valid registry token that this key signed.
     #[must_use]
     pub fn verify(&self, token: &str) -> Option<Claims> {
         self.check(SERVICE, token)
     }
 
-    /// A credential with which the engine may fetch from exactly one repository.
+    /// Mints a credential with which the engine may pull from exactly one repository.
     pub fn mint_pull(&self, tenant: &TenantName, repository: &RepositoryPath) -> Result<String, Error> {
         let access = vec![Access::to(format!("{tenant}/{repository}"), &["pull"])];
         self.sign(PULL, "engine", access, LIFE)
     }
 
-    /// What such a credential opens.
+    /// Returns the right of a valid pull credential.
     #[must_use]
     pub fn verify_pull(&self, secret: &str) -> Option<Access> {
         self.check(PULL, secret)?.access.into_iter().next()
     }
 }
 
-/// What somebody may ask for at the token server.
+/// The rights that a credential can request at the token server.
 #[derive(Debug, Clone)]
 pub enum Right {
-    /// The repositories of one tenant: pull, and push if so.
+    /// The repositories of one tenant: pull, and push if allowed.
     Tenant(TenantName, Push),
-    /// Exactly this.
+    /// Exactly this right.
     One(Access),
 }
 
-/// Whether a robot may push.
+/// Whether a registry credential may push.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Push {
     /// It may.
@@ -226,9 +225,9 @@ pub enum Push {
     No,
 }
 
-/// What of the asked scopes the right includes. A scope beyond it is answered with less, never with
-/// an error: clients ask for more than they need, and for other tenants' repositories out of their
-/// own caches.
+/// Returns the requested scopes as far as the right includes them. A scope beyond the right is reduced, never
+/// answered with an error: clients request more than they need, and scopes of other tenants' repositories from
+/// their caches.
 #[must_use]
 pub fn grant(right: &Right, scopes: &[String]) -> Vec<Access> {
     let mut granted: Vec<Access> = Vec::new();
@@ -245,7 +244,8 @@ pub fn grant(right: &Right, scopes: &[String]) -> Vec<Access> {
             Right::One(access) if access.name == name => &["pull"],
             Right::One(_) => continue,
         };
-        // To delete is part of the right to push, and no action of a token: the platform deletes by itself.
+        // Deleting is part of the right to push, but no action of a token: the platform deletes with its own
+        // tokens.
         let all = asked.split(',').any(|action| matches!(action, "*" | "delete"));
         let actions: Vec<&str> = allowed
             .iter()
@@ -259,7 +259,7 @@ pub fn grant(right: &Right, scopes: &[String]) -> Vec<Access> {
     granted
 }
 
-/// `repository:NAME:ACTIONS`; the name may hold a colon of its own.
+/// Parses `repository:NAME:ACTIONS`; the name may contain a colon.
 fn parse_scope(scope: &str) -> Option<(&str, &str)> {
     let rest = scope.strip_prefix("repository:")?;
     rest.rsplit_once(':')

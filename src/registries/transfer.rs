@@ -1,6 +1,6 @@
-//! The bytes of an upload on their way to the registry, and its commit. Each request's bytes go over as one part; a part
-//! whose client was cut off ends where it was, so that the client can go on. What is committed is on record before the
-//! registry is asked, and the commit runs to its end also when the client has hung up.
+//! Transfers the bytes of an upload to the registry and commits it. Each request's bytes form one part. If a
+//! client disconnects, the part ends there and the client can continue later. A commit is recorded before the
+//! registry is asked, and runs to its end even if the client disconnects.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,50 +25,50 @@ use super::write::full;
 use crate::db;
 use crate::ids::{Digest, TenantName};
 
-/// Bytes that are reserved of the quota at a time while an upload streams.
+/// Bytes of quota reserved at a time while an upload streams.
 const STEP: u64 = 16 << 20;
-/// How often an upload that goes on says so.
+/// Interval of renewing the record of an active upload.
 const SIGN: Duration = Duration::from_secs(120);
-/// The only type of an upload's body. The registry reads a form as more parameters.
+/// The only content type of an upload's body. The registry would read a form as more parameters.
 const OCTETS: &str = "application/octet-stream";
 
-/// A part of a body on its way.
+/// A piece of a body in transit.
 enum Part {
     Bytes(Bytes),
-    /// All of it has come. A body that ends without this was cut off.
+    /// The body is complete. A body that ends without this was cut off.
     End,
 }
 
-/// What a request to an upload ends in.
+/// The outcome of a request to an upload.
 enum Outcome {
     Further(OpenUpload),
-    /// It does not begin where the upload is.
+    /// The request's start differs from the upload's position.
     Misplaced(OpenUpload),
     Committed(Digest),
     Refused(reqwest::Response),
 }
 
-/// One PATCH, PUT or whole POST: its bytes go into an upload; with a digest the upload is committed under it.
+/// One PATCH, PUT or whole POST: appends bytes to an upload, and commits it if there is a digest.
 #[derive(Clone)]
 pub(super) struct Transfer {
     pub(super) work: Work,
     pub(super) id: String,
     pub(super) digest: Option<Digest>,
-    /// Bytes of the body, where the client has said so.
+    /// Length of the body, if the client sent it.
     pub(super) length: Option<u64>,
-    /// Where in the upload they begin, where the client has said so.
+    /// Position of the bytes in the upload, if the client sent it.
     pub(super) start: Option<u64>,
 }
 
 impl Transfer {
-    /// Carries a body over.
+    /// Transfers a body.
     pub(super) async fn carry(self, door: &FrontDoor, body: web::Payload) -> Result<HttpResponse, OciError> {
         let (work, id) = (self.work.clone(), self.id.clone());
-        // Payload is bound to its thread; a channel of two chunks carries the bytes over.
+        // Payload is bound to its thread, so a channel of two chunks passes the bytes on.
         let (sender, receiver) = mpsc::channel::<Part>(2);
         let (claimed, ready) = oneshot::channel();
         let sending = tokio::spawn(self.run(receiver, claimed));
-        // Nothing is read or reserved before the upload is this request's.
+        // Read and reserve nothing before this request has claimed the upload.
         if ready.await.is_ok() {
             pump(door, &work, &id, body, sender).await?;
         }
@@ -81,7 +81,7 @@ impl Transfer {
         }
     }
 
-    /// Sends the body on and settles what came of it, whether or not the client is still there.
+    /// Sends the body and settles the outcome, even if the client has disconnected.
     async fn run(
         self,
         receiver: mpsc::Receiver<Part>,
@@ -130,7 +130,7 @@ impl Transfer {
         }
     }
 
-    /// Sends the body on as one part.
+    /// Sends the body to the registry as one part.
     async fn send(&self, claim: &Claim, upload: OpenUpload, receiver: mpsc::Receiver<Part>) -> Sent {
         let (whole, passed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let body = self.stream(receiver, Arc::clone(&whole), Arc::clone(&passed));
@@ -147,7 +147,7 @@ impl Transfer {
         };
         match status(&answer) {
             StatusCode::ACCEPTED => {}
-            // The registry does not take it up again: it has other bytes than are on record.
+            // The registry cannot resume the upload: its bytes differ from the recorded ones.
             StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST => return Sent::Less(unknown_upload()),
             _ => return Sent::Refused(answer),
         }
@@ -164,7 +164,8 @@ impl Transfer {
         }
     }
 
-    /// The body as the registry reads it. `whole` tells whether all of it came, `passed` how much went over.
+    /// Builds the body for the registry. `whole` tells whether all of it arrived, `passed` counts the bytes
+    /// sent.
     fn stream(
         &self,
         receiver: mpsc::Receiver<Part>,
@@ -179,7 +180,7 @@ impl Transfer {
                     Some(Part::Bytes(bytes)) => {
                         let more = bytes.len() as u64;
                         let sum = passed.fetch_add(more, Ordering::SeqCst) + more;
-                        // After the last byte that was promised nothing is missing, also when the client hangs up.
+                        // After the last announced byte the body is complete, even if the client disconnects.
                         whole.fetch_or(length == Some(sum), Ordering::SeqCst);
                         Some((Ok::<_, std::io::Error>(bytes), receiver))
                     }
@@ -187,7 +188,7 @@ impl Transfer {
                         whole.store(true, Ordering::SeqCst);
                         None
                     }
-                    // Cut off: the part ends here, and the registry keeps what it has.
+                    // Cut off: the part ends here, and the registry keeps the bytes so far.
                     None => None,
                 }
             }
@@ -195,7 +196,7 @@ impl Transfer {
         reqwest::Body::wrap_stream(stream)
     }
 
-    /// Has the registry commit the upload.
+    /// Asks the registry to commit the upload.
     async fn finish(&self, claim: Claim, upload: &OpenUpload, digest: &Digest) -> Result<Outcome, OciError> {
         let Work { pool, registry, asked } = &self.work;
         if !store::ask_commit(pool, &asked.tenant, &claim.part, digest).await? {
@@ -212,7 +213,8 @@ impl Transfer {
         let answer = match answer {
             Ok(answer) => answer,
             Err(error) => {
-                // Nothing was asked of a registry that could not be reached. What else is not known, the sweep settles.
+                // If the connection failed, the registry was not asked. The sweep settles all other unknown
+                // outcomes.
                 if error.is_connect() {
                     claim.release(Ends::Answered).await?;
                 }
@@ -229,9 +231,9 @@ impl Transfer {
                 Ok(Outcome::Committed(digest.clone()))
             }
             StatusCode::BAD_REQUEST => {
-                // What was sent counts until it is cancelled: the client may still do so.
+                // The sent bytes count until the upload is cancelled, which the client may still do.
                 claim.release(Ends::Answered).await?;
-                Err(bad_digest("the bytes that came have another digest; upload the blob once more"))
+                Err(bad_digest("the received bytes have a different digest; upload the blob again"))
             }
             _ => {
                 claim.release(Ends::Answered).await?;
@@ -240,14 +242,14 @@ impl Transfer {
         }
     }
 
-    /// The registry has committed what it was asked to, or that goes again.
+    /// Checks that the registry committed the requested digest; otherwise removes the committed blob.
     async fn check(&self, answer: &reqwest::Response, digest: &Digest) -> Result<(), OciError> {
         let named = answer.headers().get("docker-content-digest").and_then(|value| value.to_str().ok());
         if named == Some(digest.as_str()) {
             return Ok(());
         }
         let Work { pool, registry, asked } = &self.work;
-        tracing::error!(tenant = %asked.tenant, "ALARM: the registry has committed other bytes than it was asked to");
+        tracing::error!(tenant = %asked.tenant, "ALARM: the registry committed a different digest than requested");
         if let Some(other) = named.and_then(|text| text.parse::<Digest>().ok()) {
             let mut conn = db::begin(pool, &asked.tenant).await?;
             let known = store::has_blob(&mut conn, &asked.tenant, &asked.repository, &other).await?;
@@ -257,24 +259,24 @@ impl Transfer {
                 collect::collect(registry, &other).await?;
             }
         }
-        Err(unreachable_answer("it has committed other bytes than it was asked to"))
+        Err(unreachable_answer("it committed a different digest than requested"))
     }
 }
 
-/// What came of sending a body on.
+/// The outcome of sending a body.
 enum Sent {
-    /// All of it is in the upload.
+    /// The whole body is in the upload.
     Whole(OpenUpload),
-    /// The registry has answered, and not all of the body is in the upload.
+    /// The registry answered, but part of the body is missing in the upload.
     Less(OciError),
-    /// The registry has not answered: it may still write what is on its way.
+    /// The registry did not answer: it may still write data in transit.
     Broken(OciError),
     /// The registry's refusal.
     Refused(reqwest::Response),
 }
 
-/// Carries the body over, reserving the quota in steps before the bytes go on. What went over counts until the blob is
-/// there, also when it was cut off: the registry keeps its bytes until it is cancelled or purged.
+/// Passes the body on and reserves quota in steps before the bytes are sent. Sent bytes count until the blob is
+/// committed, even after an interruption: the registry keeps them until the upload is cancelled or purged.
 async fn pump(
     door: &FrontDoor,
     work: &Work,
@@ -296,11 +298,12 @@ async fn pump(
         let needed = next.saturating_sub(taken.reserved);
         if needed > 0 || sign.elapsed() > SIGN {
             sign = Instant::now();
-            // A stream may take hours: it ends with the right to push.
+            // A stream may take hours; it ends when the right to push ends.
             if !door.is_good(&work.asked.claims).await? {
-                return Err(OciError::denied("the credential of this upload is no longer good"));
+                return Err(OciError::denied("the credential of this upload is no longer valid"));
             }
-            // All streams of a tenant reserve under one lock: they wait for it with few connections.
+            // All streams of a tenant reserve under one lock. The permit limits the connections that wait for
+            // it.
             let room = door.room(&work.asked.tenant).await?;
             let step = if needed > 0 { needed.max(STEP) } else { 0 };
             match store::reserve_upload(&taken.pool, &taken.tenant, &taken.id, step, needed).await? {
@@ -320,8 +323,8 @@ async fn pump(
     Ok(())
 }
 
-/// What an upload has taken of the quota. When it ends, also because the client has hung up and nobody
-/// waits for the answer any more, what was not needed is given back.
+/// An upload's reservation in the quota. On drop, also after a client disconnected, it returns the unused
+/// bytes.
 struct Taken {
     pool: sqlx::PgPool,
     tenant: TenantName,
@@ -339,7 +342,7 @@ impl Drop for Taken {
         let (pool, tenant, id) = (self.pool.clone(), self.tenant.clone(), self.id.clone());
         actix_web::rt::spawn(async move {
             if let Err(error) = store::give_back(&pool, &tenant, &id, left).await {
-                tracing::warn!(%error, "bytes that an upload did not need count for two hours more");
+                tracing::warn!(%error, "unused bytes of an upload could not be returned; they count for two more hours");
             }
         });
     }

@@ -1,6 +1,6 @@
-//! Uploads of blobs through the registry proxy: started, looked at, continued, cancelled. The platform keeps the
-//! registry's own state of an upload and how far it is, so a client that was cut off asks for that and goes on. Nothing
-//! that was not parsed reaches the registry; `transfer.rs` carries the bytes.
+//! Uploads of blobs through the registry proxy: start, status, continue, cancel. The platform stores the
+//! registry's state and the progress of each upload, so an interrupted client can query them and continue.
+//! Unparsed input never reaches the registry. `transfer.rs` transfers the bytes.
 
 use actix_web::http::{Method, StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -17,7 +17,7 @@ use crate::db;
 use crate::ids::{Digest, RepositoryPath};
 use crate::images::manifest::shown;
 
-/// The parameters that an upload knows; each at most once.
+/// The parameters of an upload; each at most once.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Query {
     mount: Option<Digest>,
@@ -25,7 +25,7 @@ struct Query {
     digest: Option<Digest>,
 }
 
-/// The registry's own state of an upload, from the `Location` of its answer.
+/// Extracts the registry's state of an upload from the `Location` of its answer.
 pub(super) fn state_of(answer: &reqwest::Response) -> Option<String> {
     let location = answer.headers().get("location")?.to_str().ok()?;
     let (_, query) = location.split_once('?')?;
@@ -35,7 +35,7 @@ pub(super) fn state_of(answer: &reqwest::Response) -> Option<String> {
     ((1..=2_048).contains(&state.len()) && state.bytes().all(plain)).then_some(state)
 }
 
-/// The path of an upload in the registry.
+/// Returns the path of an upload in the registry.
 pub(super) fn path_there(upload: &OpenUpload) -> String {
     format!("blobs/uploads/{}?_state={}", upload.id, upload.state.replace('=', "%3D"))
 }
@@ -49,7 +49,7 @@ pub(super) fn bad_digest(text: &str) -> OciError {
 }
 
 impl Query {
-    /// Reads a query in which nothing but these parameters may stand.
+    /// Parses a query that may contain only these parameters.
     fn parse(query: &str, allowed: &[&str]) -> Result<Self, OciError> {
         let pairs = web::Query::<Vec<(String, String)>>::from_query(query)
             .map(web::Query::into_inner)
@@ -58,7 +58,7 @@ impl Query {
         for (key, value) in pairs {
             let Some(key) = allowed.iter().find(|known| **known == key) else {
                 return Err(unsupported(format!(
-                    "the parameter {} is not known here; these are: {}",
+                    "unknown parameter {}; valid parameters: {}",
                     shown(&key),
                     allowed.join(", ")
                 )));
@@ -71,7 +71,7 @@ impl Query {
                 _ => read.from.replace(value).is_some(),
             };
             if twice {
-                return Err(unsupported("a parameter stands twice".into()));
+                return Err(unsupported("a parameter is given twice".into()));
             }
         }
         Ok(read)
@@ -86,7 +86,7 @@ pub(super) fn status(answer: &reqwest::Response) -> StatusCode {
     StatusCode::from_u16(answer.status().as_u16()).unwrap_or(StatusCode::BAD_GATEWAY)
 }
 
-/// What a task needs that goes on without its client.
+/// The dependencies of a task that continues without its client.
 #[derive(Clone)]
 pub(super) struct Work {
     pub(super) pool: sqlx::PgPool,
@@ -99,8 +99,8 @@ impl Work {
         Self { pool: door.pool.clone(), registry: door.registry.clone(), asked: asked.clone() }
     }
 
-    /// Runs to its end, also when nobody waits for it any more: a client that hangs up ends its request, never the
-    /// change that was begun.
+    /// Runs work to its end, even if its client disconnects: a disconnect ends the request, never a change in
+    /// progress.
     pub(super) async fn finish<T: Send + 'static>(
         work: impl Future<Output = Result<T, OciError>> + Send + 'static,
     ) -> Result<T, OciError> {
@@ -111,7 +111,8 @@ impl Work {
     }
 }
 
-/// POST .../blobs/uploads/: a new upload, a mount from another repository of the same tenant, or a whole blob.
+/// POST .../blobs/uploads/: starts an upload, mounts a blob of another repository of the same tenant, or sends
+/// a whole blob.
 pub(super) async fn start(
     door: &FrontDoor,
     req: &HttpRequest,
@@ -120,35 +121,35 @@ pub(super) async fn start(
 ) -> Result<HttpResponse, OciError> {
     may_push(door, asked).await?;
     let query = Query::parse(req.query_string(), &["mount", "from", "digest"])?;
-    // A client may send the digest along with the first request: without a body it is an upload like any other.
+    // A client may send the digest with the first request. Without a body it is an upload like any other.
     let whole = query.digest.clone().filter(|digest| sends_body(req) || *digest == Digest::of(b""));
     if let (Some(digest), None) = (whole, &query.mount) {
         let Begun::Open(upload) = Work::finish(begin(Work::of(door, asked), None)).await? else {
-            return Err(unreachable_answer("it mounts what nothing asked to mount"));
+            return Err(unreachable_answer("it mounted a blob without a mount request"));
         };
         let id = upload.id;
         let done = receive(door, req, asked, &id, Some(digest), body).await;
         if done.is_err() {
-            // The client never learns where its upload is: what came of it is let go.
+            // The client never learns the upload's address, so give up its bytes.
             let work = Work::of(door, asked);
             let gone = Work::finish(async move { drop_upload(&work, &id).await }).await;
             if let Err(error) = gone {
-                tracing::debug!(%error, "an upload that was refused is given up later");
+                tracing::debug!(%error, "a refused upload could not be cancelled yet; the sweep retries");
             }
         }
         return done;
     }
-    // A form in the body is one more way to say `mount` and `from`; nothing of the body is passed on.
+    // A form in the body could also set `mount` and `from`, so the body is never passed on.
     let mut body = Body::new(body);
     while let Some(chunk) = body.next().await? {
         if !chunk.is_empty() {
-            return Err(unsupported("an upload with a body names its digest: ?digest=sha256:...".into()));
+            return Err(unsupported("an upload with a body needs its digest: ?digest=sha256:...".into()));
         }
     }
     let mut mounted = None;
     if let Some(digest) = query.mount {
         let mut conn = db::begin(&door.pool, &asked.tenant).await?;
-        // Only what this tenant is known to hold is mounted; all else is a plain upload.
+        // Mount only blobs that this tenant has according to the database; otherwise start a plain upload.
         let from = match query.from.as_deref() {
             None => store::find_place(&mut conn, &asked.tenant, &digest).await?,
             Some(from) => match own_repository(asked, from) {
@@ -165,12 +166,12 @@ pub(super) async fn start(
     }
 }
 
-/// Whether a request brings bytes.
+/// Returns whether a request has a body.
 fn sends_body(req: &HttpRequest) -> bool {
     req.headers().contains_key(header::TRANSFER_ENCODING) || length(req).is_some_and(|length| length > 0)
 }
 
-/// How many bytes a request says that it brings; with a transfer encoding it does not.
+/// Returns the length of a request's body; none with a transfer encoding.
 fn length(req: &HttpRequest) -> Option<u64> {
     if req.headers().contains_key(header::TRANSFER_ENCODING) {
         return None;
@@ -179,7 +180,7 @@ fn length(req: &HttpRequest) -> Option<u64> {
     text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
-/// How far an upload is, as clients read it: the last byte, or 0 for none.
+/// Answers with the progress of an upload in the protocol's form: the last byte, or 0 for none.
 pub(super) fn progress(status: StatusCode, asked: &Asked, upload: &OpenUpload) -> HttpResponse {
     HttpResponse::build(status)
         .insert_header((header::LOCATION, format!("/v2/{}/blobs/uploads/{}", asked.name, upload.id)))
@@ -189,7 +190,7 @@ pub(super) fn progress(status: StatusCode, asked: &Asked, upload: &OpenUpload) -
         .finish()
 }
 
-/// A blob is there.
+/// Answers that a blob is committed.
 pub(super) fn committed(asked: &Asked, digest: &Digest) -> HttpResponse {
     HttpResponse::Created()
         .insert_header((header::LOCATION, format!("/v2/{}/blobs/{digest}", asked.name)))
@@ -198,14 +199,14 @@ pub(super) fn committed(asked: &Asked, digest: &Digest) -> HttpResponse {
         .finish()
 }
 
-/// What came of beginning.
+/// The result of starting an upload.
 enum Begun {
     Mounted(Digest),
     Open(OpenUpload),
     Refused(reqwest::Response),
 }
 
-/// A mount: its digest, where it comes from, and its number on record.
+/// Records a mount. Returns its digest, source and id.
 async fn begin_mount(
     work: &Work,
     (digest, from): (Digest, RepositoryPath),
@@ -249,13 +250,13 @@ async fn begin(work: Work, mounted: Option<(Digest, RepositoryPath)>) -> Result<
     let id = answer.headers().get("docker-upload-uuid").and_then(|value| value.to_str().ok());
     let id = id.filter(|id| super::proxy::is_upload_id(id)).map(str::to_owned);
     let (Some(id), Some(state)) = (id, state_of(&answer)) else {
-        return Err(unreachable_answer("its answer names no upload"));
+        return Err(unreachable_answer("its answer has no upload id"));
     };
     let upload = OpenUpload { id, state, received: 0 };
     if let Err(refused) = admit(&work, Some(&upload)).await {
-        // Another upload was begun at the same moment: this one must not stay.
+        // Another upload started at the same time, and this one exceeds the limit: cancel it.
         if let Err(error) = cancel_there(registry, asked, &upload).await {
-            tracing::warn!(%error, "an upload that was refused stays until the registry purges it");
+            tracing::warn!(%error, "a refused upload could not be cancelled; it stays until the registry purges it");
         }
         return Err(refused);
     }
@@ -263,8 +264,8 @@ async fn begin(work: Work, mounted: Option<(Digest, RepositoryPath)>) -> Result<
 }
 
 pub(super) fn unreachable_answer(why: &str) -> OciError {
-    tracing::error!(why, "the registry's answer cannot be used");
-    OciError::new(StatusCode::BAD_GATEWAY, "UNAVAILABLE", "the registry's answer cannot be used")
+    tracing::error!(why, "unexpected answer of the registry");
+    OciError::new(StatusCode::BAD_GATEWAY, "UNAVAILABLE", "the registry sent an unexpected answer; try again")
 }
 
 async fn admit(work: &Work, new: Option<&OpenUpload>) -> Result<(), OciError> {
@@ -274,19 +275,19 @@ async fn admit(work: &Work, new: Option<&OpenUpload>) -> Result<(), OciError> {
     }
 }
 
-/// The repository of this very tenant that a mount names; none for anybody else's.
+/// Returns the source repository of a mount if it belongs to the same tenant.
 fn own_repository(asked: &Asked, from: &str) -> Option<RepositoryPath> {
     from.strip_prefix(asked.tenant.as_str())?.strip_prefix('/')?.parse().ok()
 }
 
-/// GET of an upload: how far it is.
+/// GET of an upload: returns its progress.
 pub(super) async fn look(
     door: &FrontDoor,
     req: &HttpRequest,
     asked: &Asked,
     id: &str,
 ) -> Result<HttpResponse, OciError> {
-    // A client that asks after a part that was refused asks at the address of that part.
+    // A client that queries a refused part uses that part's URL, with its digest.
     Query::parse(req.query_string(), &["digest"])?;
     Ok(progress(StatusCode::NO_CONTENT, asked, &find_open(&door.pool, asked, id).await?))
 }
@@ -297,7 +298,7 @@ pub(super) async fn find_open(pool: &sqlx::PgPool, asked: &Asked, id: &str) -> R
     found.ok_or_else(unknown_upload)
 }
 
-/// DELETE of an upload: the registry lets go of it, then its bytes count no more.
+/// DELETE of an upload: cancels it in the registry, then its bytes no longer count.
 pub(super) async fn cancel(
     door: &FrontDoor,
     req: &HttpRequest,
@@ -310,7 +311,7 @@ pub(super) async fn cancel(
     Ok(HttpResponse::NoContent().insert_header(("Docker-Distribution-Api-Version", "registry/2.0")).finish())
 }
 
-/// Lets go of an upload that no other request has.
+/// Cancels an upload that no other request holds.
 async fn drop_upload(work: &Work, id: &str) -> Result<(), OciError> {
     let Work { pool, registry, asked } = work;
     let claim = Claim::take(pool, asked, id).await?;
@@ -327,11 +328,11 @@ async fn drop_upload(work: &Work, id: &str) -> Result<(), OciError> {
     }
 }
 
-/// Cancels an upload in the registry. The registry (Distribution 2.8) writes a part of an upload's folder again after it
-/// has removed it, and does not take up again, not even to cancel it, an upload that was cut off in the middle of a part:
-/// what is left in both cases the collector removes.
+/// Cancels an upload in the registry. The registry (Distribution 2.8) rewrites a part of the upload's folder
+/// after removing it. It also cannot resume an upload that was cut off inside a part, not even to cancel it.
+/// The collector removes the remains in both cases.
 async fn cancel_there(registry: &Distribution, asked: &Asked, upload: &OpenUpload) -> Result<(), OciError> {
-    // The registry wants the right to delete for this; clients never have it.
+    // The registry requires the delete right for this; clients never have it.
     let request = registry.request(
         reqwest::Method::DELETE,
         &asked.name,
@@ -347,12 +348,13 @@ async fn cancel_there(registry: &Distribution, asked: &Asked, upload: &OpenUploa
         other => Err(OciError::new(
             other,
             "BLOB_UPLOAD_INVALID",
-            "the registry does not take this upload up again; its bytes count until it purges them",
+            "the registry cannot cancel this upload; its bytes count until the registry purges them",
         )),
     }
 }
 
-/// PATCH and PUT .../blobs/uploads/ID: streams on, counting. Memory holds a few chunks at most.
+/// PATCH and PUT .../blobs/uploads/ID: streams the body and counts its bytes. Memory holds a few chunks at
+/// most.
 pub(super) async fn append(
     door: &FrontDoor,
     req: &HttpRequest,
@@ -369,7 +371,7 @@ pub(super) async fn append(
     receive(door, req, asked, id, query.digest, body).await
 }
 
-/// Takes the bytes of a request into an upload; with a digest it is committed under it.
+/// Appends the bytes of a request to an upload, and commits it if there is a digest.
 async fn receive(
     door: &FrontDoor,
     req: &HttpRequest,
@@ -382,14 +384,14 @@ async fn receive(
     let mut start = None;
     if let Some(value) = req.headers().get(header::CONTENT_RANGE) {
         let Some((first, last)) = value.to_str().ok().and_then(range) else {
-            return Err(unsupported("Content-Range is not START-END".into()));
+            return Err(unsupported("Content-Range must be START-END".into()));
         };
         start = Some(first);
         if length != Some(last - first + 1) {
             return Err(OciError::new(
                 StatusCode::BAD_REQUEST,
                 "SIZE_INVALID",
-                "Content-Length is not the number of bytes that Content-Range names",
+                "Content-Length differs from the length of Content-Range",
             ));
         }
     }
@@ -407,7 +409,7 @@ async fn receive(
     outcome
 }
 
-/// `START-END`, as the registry reads it.
+/// Parses `START-END`, in the registry's form.
 fn range(text: &str) -> Option<(u64, u64)> {
     let (start, end) = text.split_once('-')?;
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
@@ -415,7 +417,8 @@ fn range(text: &str) -> Option<(u64, u64)> {
     Some((start?, end?)).filter(|(start, end)| start <= end && *end < u64::MAX)
 }
 
-/// A blob is there: it counts with its real size, once a tenant, and its upload counts no more.
+/// Records a committed blob: it counts with its real size, once for each tenant, and its upload no longer
+/// counts.
 pub(super) async fn commit(work: &Work, upload: Option<&str>, digest: &Digest) -> Result<(), OciError> {
     let Work { pool, registry, asked } = work;
     let size = registry.blob_size(&asked.name, digest).await?.ok_or_else(cut)?;

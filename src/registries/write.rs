@@ -1,5 +1,5 @@
-//! Manifests through the registry proxy: read strictly, held against what is really there, written down before they
-//! are handed on.
+//! Manifests through the registry proxy: parsed strictly, checked against the stored content, and recorded
+//! before they are sent to the registry.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,14 +39,14 @@ fn never_pushed() -> OciError {
     OciError::new(
         StatusCode::BAD_REQUEST,
         "MANIFEST_BLOB_UNKNOWN",
-        "the manifest names something that was not pushed, or is gone again: push the image once more",
+        "the manifest references content that was not pushed or was deleted: push the image again",
     )
 }
 
 pub(super) fn full(asked: &Asked, used: u64, limit: u64, needed: u64) -> OciError {
     let tenant = &asked.tenant;
     OciError::denied(format!(
-        "the registry quota of {tenant} is used up: limit {limit} bytes, used {used}, asked at least {needed}. \
+        "the registry quota of {tenant} is used up: limit {limit} bytes, used {used}, needed at least {needed}. \
          Delete images that no app runs (skopeo delete docker://HOST/{tenant}/REPOSITORY:TAG), or ask an admin for more: \
          PATCH /api/v1/tenants/{tenant} {{\"quota\": {{\"registry_bytes\": N}}}}"
     ))
@@ -64,7 +64,7 @@ pub(super) async fn put_manifest(
     may_push(door, asked).await?;
     let kind =
         req.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
-    // What says that it is too large takes no room.
+    // Refuse a declared size above the limit before taking a permit.
     let length = req.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
     if length.is_some_and(|length: u64| length > manifest::LIMIT as u64) {
         return Err(too_large());
@@ -79,13 +79,13 @@ pub(super) async fn put_manifest(
             return Err(OciError::new(
                 StatusCode::BAD_REQUEST,
                 "DIGEST_INVALID",
-                "the manifest has another digest",
+                "the digest in the URL does not match the manifest",
             ));
         }
         Err(_) => Some(reference.parse::<Tag>().map_err(|_| OciError::unknown_manifest())?),
     };
     if tag.as_ref().is_some_and(|tag| tag.as_str().starts_with("bulkhead-")) {
-        return Err(OciError::denied("tags that start with bulkhead- are the platform's"));
+        return Err(OciError::denied("tags that start with bulkhead- are reserved for the platform"));
     }
     let (parts, total) = check_parts(door, asked, &parsed).await?;
     measure::at_push(door, asked, &parsed).await?;
@@ -110,13 +110,14 @@ pub(super) async fn put_manifest(
         .insert_header(("Docker-Content-Digest", digest.as_str()))
         .insert_header(("Docker-Distribution-Api-Version", "registry/2.0"));
     if let Some(subject) = subject {
-        // So the client knows that its subject lists it, and keeps no list of its own under a tag.
+        // Tells the client that the subject's referrer list contains the manifest, so the client keeps no list
+        // under a tag.
         answer.insert_header(("OCI-Subject", subject.as_str()));
     }
     Ok(answer.finish())
 }
 
-/// The manifest's place in the list of its subject's referrers.
+/// Returns the manifest's entry in its subject's list of referrers.
 fn attached(parsed: &Manifest) -> Result<Option<Attached>, OciError> {
     let Some(subject) = &parsed.subject else { return Ok(None) };
     let annotations = serde_json::to_string(&parsed.annotations).map_err(crate::error::Error::internal)?;
@@ -124,8 +125,8 @@ fn attached(parsed: &Manifest) -> Result<Option<Attached>, OciError> {
     Ok(Some(Attached { subject: subject.digest.clone(), artifact_type, annotations }))
 }
 
-/// Writes a manifest down, hands it on and confirms it; runs to its end also without its client. The registry's answer
-/// where it does not take the manifest.
+/// Records a manifest, sends it to the registry and confirms it; runs to its end without its client. Returns
+/// the registry's answer if it refuses the manifest.
 async fn store_manifest(
     work: Work,
     new: NewManifest,
@@ -134,7 +135,7 @@ async fn store_manifest(
 ) -> Result<Option<reqwest::Response>, OciError> {
     let Work { pool, registry, asked } = &work;
     let digest = &new.digest;
-    // Written down first: a crash in between leaves a trace that is looked after.
+    // Record it first: after a crash, the sweep finds the row.
     match store::insert_manifest(pool, &asked.tenant, &asked.repository, &new, tag.as_ref()).await? {
         Noted::Yes => {}
         Noted::Full { used, limit } => return Err(full(asked, used, limit, new.size)),
@@ -157,7 +158,7 @@ async fn store_manifest(
     Ok(None)
 }
 
-/// How long the body of a manifest may take in all.
+/// Maximum time for the complete body of a manifest.
 const ARRIVE: Duration = Duration::from_secs(60);
 
 fn too_large() -> OciError {
@@ -176,7 +177,7 @@ async fn collect(body: web::Payload) -> Result<Vec<u8>, OciError> {
     Ok(bytes)
 }
 
-/// Reads a manifest away from the threads that answer requests, one of a tenant at a time.
+/// Parses a manifest outside the request threads, one at a time for each tenant.
 async fn parse(
     door: &FrontDoor,
     asked: &Asked,
@@ -195,7 +196,7 @@ async fn parse(
     parsed.map(|parsed| (bytes, parsed)).map_err(|error| OciError::invalid(error.to_string()))
 }
 
-/// Holds every part against what is really there: declared sizes are only claims.
+/// Checks every part against the stored content: declared sizes are only claims.
 async fn check_parts(
     door: &FrontDoor,
     asked: &Asked,
@@ -217,7 +218,7 @@ async fn check_parts(
             };
             match real {
                 Some(real) if real == part.size => Ok(()),
-                Some(_) => Err(OciError::invalid("a declared size is not the real one")),
+                Some(_) => Err(OciError::invalid("a declared size differs from the real size")),
                 None => {
                     if is_blob {
                         store::forget_blob(&pool, &tenant, &repository, &part.digest).await?;
@@ -227,7 +228,7 @@ async fn check_parts(
                         StatusCode::BAD_REQUEST,
                         "MANIFEST_BLOB_UNKNOWN",
                         format!(
-                            "the {what} {} was not pushed to this repository: push the image once more",
+                            "the {what} {} was not pushed to this repository: push the image again",
                             part.digest
                         ),
                     ))

@@ -1,7 +1,7 @@
-//! Names for tenants' apps: a process of its own user, whose one capability is to listen on port 53 of the
-//! bridges. It knows nothing by itself: for every question it asks the root half, who answers for exactly the
-//! app that sends from that address. A domain is looked up outside only if the app may talk to it, and the
-//! question is answered only once the addresses that were found are open for it, and no longer than they are.
+//! Resolves names for tenants' apps: a process with its own user, whose only capability is to listen on port 53 of
+//! the bridges. It has no data of its own: it passes each query to the agent, which answers for the app with that
+//! source address. It looks up a domain outside only if the app may reach it. It answers the query only once the
+//! resolved addresses are open for the app, and with a time to live within which they stay open.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -24,37 +24,37 @@ mod wire;
 
 use rooms::Rooms;
 
-/// What the resolver asks the root half.
+/// A question of the resolver to the agent.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Question {
-    /// On which addresses to listen.
+    /// Asks on which addresses to listen.
     Gateways {},
-    /// What an instance wants to know.
+    /// Asks about a name for an instance.
     Name {
         /// The instance's address.
         source: Ipv4Addr,
-        /// Where it asked.
+        /// Address of the bridge that received the query.
         gateway: Ipv4Addr,
-        /// The name, in lower case, without the dot at its end.
+        /// The name, in lower case, without the trailing dot.
         name: String,
     },
-    /// What was found outside for a domain that `Outside` was answered to.
+    /// Reports the addresses found outside for a domain that was answered with `Outside`.
     Found {
         /// The instance's address.
         source: Ipv4Addr,
-        /// Where it asked.
+        /// Address of the bridge that received the query.
         gateway: Ipv4Addr,
         /// The domain.
         domain: String,
         /// Its addresses.
         addresses: Vec<Ipv4Addr>,
-        /// Seconds that they are good for.
+        /// Time to live of the addresses, in seconds.
         ttl: u32,
     },
 }
 
-/// What it is answered.
+/// An answer of the agent.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Answer {
@@ -63,34 +63,34 @@ pub enum Answer {
         /// Addresses.
         gateways: Vec<Ipv4Addr>,
     },
-    /// Nobody who may ask.
+    /// The source address belongs to no instance.
     Refused {},
-    /// There is no such name for this app.
+    /// The app may not resolve this name, or it does not exist.
     Unknown {},
-    /// These addresses, which are open by now.
+    /// The name has these addresses, which are open now.
     Known {
         /// Addresses.
         addresses: Vec<Ipv4Addr>,
-        /// Seconds.
+        /// Time to live, in seconds.
         ttl: u32,
     },
-    /// A domain that the app may talk to: look it up, and say what was found.
+    /// A domain that the app may reach: look it up and report the result.
     Outside {},
-    /// It cannot be answered now, or not without harm.
+    /// The question cannot be answered now, or not safely.
     Failed {},
 }
 
-/// Settings; all have a default.
+/// Settings; each has a default.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// Where domains are looked up, with ports; those of /etc/resolv.conf if none are given.
+    /// Name servers for domains, with ports. Without any, those of /etc/resolv.conf are used.
     #[serde(default)]
     upstream: Vec<SocketAddr>,
 }
 
 impl Settings {
-    /// Reads the file, if there is one.
+    /// Reads the file if it exists.
     pub fn load(path: &Path) -> Result<Self, String> {
         match std::fs::read_to_string(path) {
             Ok(text) => toml::from_str(&text).map_err(|error| format!("{}: {error}", path.display())),
@@ -109,17 +109,17 @@ impl Settings {
     }
 }
 
-/// How often it is asked where to listen.
+/// Interval at which the agent is asked where to listen.
 const LOOK: Duration = Duration::from_millis(500);
-/// How long the root half may take.
+/// Time limit of an answer of the agent.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// Largest message over TCP, in bytes.
+/// Maximum size of a message over TCP, in bytes.
 const LARGEST: usize = 4096;
-/// How long a connection may be silent, or leave an answer unread.
+/// How long a connection may be idle, or leave an answer unread.
 const SILENCE: Duration = Duration::from_secs(2);
-/// How long a connection may stand.
+/// Maximum duration of a connection.
 const STANDS: Duration = Duration::from_secs(30);
-/// Most addresses of a domain that are used.
+/// Maximum number of a domain's addresses that are used.
 const ADDRESSES: usize = 16;
 
 struct Resolver {
@@ -128,10 +128,10 @@ struct Resolver {
     rooms: Rooms,
 }
 
-/// Answers until the process ends.
+/// Answers queries until the process ends.
 pub async fn serve(agent: &Path, settings: &Settings) -> Result<(), String> {
     let servers = settings.servers();
-    tracing::info!(?servers, "domains are looked up there");
+    tracing::info!(?servers, "domains are looked up at these name servers");
     let mut config = ResolverConfig::default();
     for server in servers {
         let mut own = NameServerConfig::udp_and_tcp(server.ip());
@@ -146,7 +146,7 @@ pub async fn serve(agent: &Path, settings: &Settings) -> Result<(), String> {
     options.ndots = 0;
     options.timeout = Duration::from_secs(2);
     options.attempts = 2;
-    // An address is used no longer than it is good for, and asked for again after that.
+    // An address is used only within its time to live, then resolved again.
     options.positive_max_ttl = Some(Duration::from_secs(3600));
     options.negative_max_ttl = Some(Duration::from_secs(30));
     let outside = builder.build().map_err(|error| error.to_string())?;
@@ -189,15 +189,15 @@ async fn keep_listening(
                     [tokio::spawn(async move { one.udp(udp, own).await }), tokio::spawn(other.tcp(tcp, own))];
                 listening.insert(own, tasks);
             }
-            // A bridge has its address only once its first instance comes.
+            // A bridge has no address before its first instance.
             Err(error) if error.kind() == std::io::ErrorKind::AddrNotAvailable => {}
-            Err(error) => tracing::warn!(%gateway, %error, "names are not answered there"),
+            Err(error) => tracing::warn!(%gateway, %error, "the resolver cannot listen on a bridge"),
         }
     }
 }
 
 impl Resolver {
-    /// Asks the root half; none if it does not answer.
+    /// Asks the agent; none if it does not answer.
     async fn ask(&self, question: &Question) -> Option<Answer> {
         let asked = async {
             let stream = UnixStream::connect(&self.agent).await.ok()?;
@@ -208,7 +208,7 @@ impl Resolver {
         tokio::time::timeout(PATIENCE, asked).await.ok().flatten()
     }
 
-    /// The same on behalf of a tenant.
+    /// Asks the agent on behalf of a tenant.
     async fn ask_for(&self, gateway: Ipv4Addr, question: &Question) -> Option<Answer> {
         let _room = self.rooms.agent(gateway).await?;
         self.ask(question).await
@@ -221,8 +221,8 @@ impl Resolver {
             let (length, from) = match socket.recv_from(&mut buffer).await {
                 Ok(received) => received,
                 Err(error) => {
-                    // An answer that nobody took comes back as an error; it says nothing about the socket.
-                    tracing::debug!(%error, "a datagram was not received");
+                    // An undeliverable answer is reported as an error on the socket; the socket itself still works.
+                    tracing::debug!(%error, "a datagram cannot be received");
                     continue;
                 }
             };
@@ -259,7 +259,7 @@ impl Resolver {
             LengthDelimitedCodec::builder().length_field_length(2).max_frame_length(LARGEST).new_codec();
         let mut frames = Framed::new(stream, codec);
         while let Ok(Some(Ok(message))) = tokio::time::timeout(SILENCE, frames.next()).await {
-            // Room is held for the question alone.
+            // The permit is held only during the query.
             let Some(place) = self.rooms.question((gateway, source)) else { return };
             let Some(answer) = self.answer(&message, source, gateway, wire::Over::Tcp).await else { return };
             drop(place);
@@ -270,7 +270,7 @@ impl Resolver {
         }
     }
 
-    /// The answer to a message; none to what is no question at all.
+    /// Returns the answer to a message; none if the message is not a query.
     async fn answer(
         &self,
         message: &[u8],
@@ -288,7 +288,7 @@ impl Resolver {
             Some(Answer::Outside {}) if question.wants_addresses() => {
                 self.look_outside(&name, source, gateway).await
             }
-            // There is such a name; of this sort it has nothing.
+            // The name exists but has no record of this type.
             Some(Answer::Outside {}) => Answer::Known { addresses: Vec::new(), ttl: 30 },
             Some(answer) => answer,
             None => Answer::Failed {},
@@ -308,7 +308,7 @@ impl Resolver {
                 };
             }
             Err(error) => {
-                tracing::info!(domain, %error, "a domain was not looked up");
+                tracing::info!(domain, %error, "a domain cannot be looked up");
                 return Answer::Failed {};
             }
         };
@@ -332,7 +332,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpSocket;
 
-    /// A question for `web.`, type A, with the length before it.
+    /// A query for `web.`, type A, with its length prefix.
     fn question() -> Vec<u8> {
         let mut message = vec![0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 3];
         message.extend_from_slice(b"web");
@@ -388,7 +388,7 @@ mod tests {
     async fn idle_connections_of_one_tenant_cost_another_no_answer() {
         let folder = tempfile::tempdir().unwrap();
         let [attacker, victim] = two_bridges(folder.path()).await;
-        // Sixteen instances with 32 idle connections each, some with half a question.
+        // Sixteen instances with 32 idle connections each, some of them with half a query.
         let mut idle = Vec::new();
         for instance in 2..18 {
             for n in 0..32 {
@@ -402,7 +402,7 @@ mod tests {
         for _ in 0..12 {
             assert!(is_answered(&mut from([127, 32, 0, 2], victim).await).await);
         }
-        // Also a neighbour of the same tenant is answered once the silent ones have had their time.
+        // A neighbour of the same tenant is answered too, once the idle connections have timed out.
         tokio::time::sleep(SILENCE + Duration::from_millis(500)).await;
         assert!(is_answered(&mut from([127, 31, 0, 30], attacker).await).await);
         drop(idle);
@@ -416,12 +416,12 @@ mod tests {
             (0..100).filter_map(|_| rooms.question((gateway, Ipv4Addr::new(10, 0, 0, 2)))).collect();
         assert_eq!(greedy.len(), 32);
         assert!(rooms.question((gateway, Ipv4Addr::new(10, 0, 0, 3))).is_some());
-        // Many tenants at their bounds leave room for one more.
+        // Many tenants at their limits leave room for one more.
         let many: Vec<_> = (0..2000_u32)
             .filter_map(|n| rooms.question((Ipv4Addr::from((11 << 24) | (n % 20)), Ipv4Addr::from(n))))
             .collect();
         assert!(rooms.question((other, Ipv4Addr::new(10, 0, 4, 2))).is_some());
-        // Look-ups outside have rooms of their own.
+        // Outside look-ups have permits of their own.
         let mut outside = Vec::new();
         while let Ok(Some(room)) =
             tokio::time::timeout(Duration::from_millis(20), rooms.outside(gateway)).await

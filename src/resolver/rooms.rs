@@ -1,31 +1,31 @@
-//! Who may ask how much at once. Every room is given per instance, then per tenant, then in all; a tenant is known by
-//! its bridge. Room is held while something is answered: a silent connection holds none but its own.
+//! Limits concurrent work per instance, then per tenant, then in total. A tenant is identified by its bridge. A
+//! permit is held only during an answer: an idle connection holds only its own connection permit.
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use crate::permits::{FairPermits, Permit};
 
-/// Questions that are answered at once: of an instance, of a tenant, in all.
+/// Concurrent queries: per instance, per tenant, in total.
 const QUESTIONS: (usize, usize, usize) = (32, 64, 512);
-/// Connections: of an instance, of a tenant, in all.
+/// Connections: per instance, per tenant, in total.
 const CONNECTIONS: (usize, usize, usize) = (8, 64, 1024);
-/// Look-ups outside: of a tenant and in all.
+/// Outside look-ups: per tenant and in total.
 const OUTSIDE: (usize, usize) = (16, 128);
-/// Questions to the agent: of a tenant and in all. The agent answers 256 at once; what is left is for the resolver's
+/// Questions to the agent: per tenant and in total. The agent answers 256 at once; the rest is for the resolver's
 /// own question where to listen.
 const AGENT: (usize, usize) = (32, 192);
 
 /// An instance: the bridge of its tenant, and its address.
 pub(super) type Instance = (Ipv4Addr, Ipv4Addr);
 
-/// Room per instance within room per tenant.
+/// A limit per instance within a limit per tenant.
 struct Nested {
     instances: FairPermits<Instance>,
     tenants: FairPermits<Ipv4Addr>,
 }
 
-/// A place in both.
+/// A permit of both limits.
 pub(super) struct Place {
     _instance: Permit<Instance>,
     _tenant: Permit<Ipv4Addr>,
@@ -33,7 +33,7 @@ pub(super) struct Place {
 
 impl Nested {
     fn new((instance, tenant, all): (usize, usize, usize)) -> Self {
-        // The total is the tenants': here, each instance alone is bounded.
+        // The total applies to tenants; instances only have a limit each.
         Self { instances: FairPermits::new(instance, usize::MAX), tenants: FairPermits::new(tenant, all) }
     }
 
@@ -44,7 +44,7 @@ impl Nested {
     }
 }
 
-/// All rooms.
+/// All limits.
 pub(super) struct Rooms {
     questions: Nested,
     connections: Nested,
@@ -62,22 +62,22 @@ impl Rooms {
         }
     }
 
-    /// For a question, while it is answered. An instance that asks faster is not queued: it asks again by itself.
+    /// Takes a permit for a query. An instance above its limit is not queued: it retries by itself.
     pub(super) fn question(&self, instance: Instance) -> Option<Place> {
         self.questions.take(instance)
     }
 
-    /// For a connection, as long as it stands.
+    /// Takes a permit for a connection.
     pub(super) fn connection(&self, instance: Instance) -> Option<Place> {
         self.connections.take(instance)
     }
 
-    /// For a look-up outside.
+    /// Takes a permit for an outside look-up.
     pub(super) async fn outside(&self, gateway: Ipv4Addr) -> Option<Permit<Ipv4Addr>> {
         self.outside.take(&gateway, Duration::from_secs(1)).await.ok()
     }
 
-    /// For a question to the agent.
+    /// Takes a permit for a question to the agent.
     pub(super) async fn agent(&self, gateway: Ipv4Addr) -> Option<Permit<Ipv4Addr>> {
         self.agent.take(&gateway, Duration::from_secs(1)).await.ok()
     }

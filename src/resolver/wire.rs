@@ -1,12 +1,12 @@
-//! Messages of the domain name system (RFC 1035), as far as they are answered here: one question, of the
-//! Internet, about addresses.
+//! Reads and writes DNS messages (RFC 1035), as far as the resolver answers them: one question, of class IN, for
+//! addresses.
 
 use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{DNSClass, RData, Record, RecordType, rdata};
 
 use super::Answer;
 
-/// How a message came, and so how long its answer may be.
+/// The transport of a message, which limits the length of its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Over {
     /// A datagram.
@@ -15,26 +15,26 @@ pub(super) enum Over {
     Tcp,
 }
 
-/// A question that can be answered.
+/// A query that can be answered.
 #[derive(Debug)]
 pub(super) struct Asked {
-    /// The name, in lower case, without the dot at its end.
+    /// The name, in lower case, without the trailing dot.
     pub(super) name: String,
     message: Message,
     query: Query,
 }
 
 impl Asked {
-    /// Whether it asks for IPv4 addresses: there are no others.
+    /// Returns whether the query asks for IPv4 addresses; there are no others.
     pub(super) fn wants_addresses(&self) -> bool {
         self.query.query_type() == RecordType::A
     }
 }
 
-/// Reads a message; else the refusal to be sent back, if one is due.
+/// Reads a message. The error is the refusal to send back, if one is due.
 pub(super) fn read(bytes: &[u8]) -> Result<Asked, Option<Vec<u8>>> {
     let message = Message::from_vec(bytes).map_err(|_| None)?;
-    // An answer is never answered: two that answer each other would go on for ever.
+    // A response is never answered: two servers that answer each other would never stop.
     if message.metadata.message_type != MessageType::Query {
         return Err(None);
     }
@@ -60,7 +60,7 @@ fn empty(message: &Message, code: ResponseCode) -> Message {
     out
 }
 
-/// The message that says an answer.
+/// Returns the message that contains an answer.
 pub(super) fn write(asked: &Asked, answer: &Answer, over: Over) -> Option<Vec<u8>> {
     let code = match answer {
         Answer::Known { .. } => ResponseCode::NoError,
@@ -77,7 +77,7 @@ pub(super) fn write(asked: &Asked, answer: &Answer, over: Over) -> Option<Vec<u8
         out.add_answers(addresses.iter().copied().map(record));
     }
     let bytes = out.to_vec().ok()?;
-    // What does not fit into a datagram is asked for again over a stream.
+    // An answer that does not fit into a datagram is truncated; the client asks again over TCP.
     if over == Over::Udp && bytes.len() > 512 { out.truncate().to_vec().ok() } else { Some(bytes) }
 }
 
@@ -105,7 +105,7 @@ mod tests {
         let known = Answer::Known { addresses: vec![Ipv4Addr::new(10, 5, 0, 2)], ttl: 5 };
         let answer = answered(&asked, &known);
         assert_eq!((answer.metadata.id, answer.answers.len(), answer.answers[0].ttl), (7, 1, 5));
-        // Of another sort there is nothing, but the name exists.
+        // For another type there is no record, but the name exists.
         let answer = answered(&question("kafka.", RecordType::AAAA), &known);
         assert_eq!((answer.metadata.response_code, answer.answers.len()), (ResponseCode::NoError, 0));
         for (outcome, code) in [

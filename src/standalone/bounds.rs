@@ -1,6 +1,6 @@
-//! A cgroup of its own for a process that `up` runs, with limits of memory and tasks: the same that systemd sets
-//! where it is in charge. A process over its memory is killed by the kernel and started again by `up`; its
-//! neighbours keep theirs.
+//! A cgroup for each process that `up` runs, with limits on memory and tasks: the same limits that systemd
+//! sets for units. The kernel kills a process that exceeds its memory, and `up` restarts it. Other processes
+//! keep their memory.
 
 use std::fs;
 use std::io;
@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 /// Where cgroups are mounted.
 pub(super) const CGROUPS: &str = "/sys/fs/cgroup";
 
-/// Enters every cgroup named in the first word, then becomes the program that follows. The kernel reads 0 as the
-/// process that writes, and children follow their parent.
+/// Enters every cgroup that the first argument lists, then executes the program that follows. The kernel
+/// reads 0 as the writing process, and children inherit the cgroup of their parent.
 const ENTER: &str =
     "for place in $0; do echo 0 >\"$place\" || echo \"cannot enter $place\" >&2; done; exec \"$@\"";
 
@@ -25,7 +25,7 @@ pub(super) struct Bounds<'a> {
     pub(super) tasks: u32,
 }
 
-/// Folders of a cgroup below `root`: one on version 2, one for each controller on version 1.
+/// Returns the folders of a cgroup below `root`: one on version 2, one for each controller on version 1.
 pub(super) fn places(root: &Path, name: &str) -> Vec<PathBuf> {
     if root.join("cgroup.controllers").exists() {
         return vec![root.join(name)];
@@ -34,13 +34,13 @@ pub(super) fn places(root: &Path, name: &str) -> Vec<PathBuf> {
 }
 
 impl Bounds<'_> {
-    /// Makes the cgroup and sets its limits. Returns the words that go before the command, or why there are none.
+    /// Creates the cgroup and sets its limits. Returns the arguments to put before the command.
     pub(super) fn prepare(&self, root: &Path) -> io::Result<Vec<String>> {
         let bytes = (u64::from(self.memory) << 20).to_string();
         let tasks = self.tasks.to_string();
         let places = places(root, self.name);
         if let [unified] = places.as_slice() {
-            // The controllers may be on already, and then the kernel says no more than that.
+            // An error is ignored: the controllers may be enabled already.
             let _ = fs::write(root.join("cgroup.subtree_control"), "+memory +pids");
             make(unified)?;
             fs::write(unified.join("memory.max"), &bytes)?;
@@ -94,7 +94,7 @@ mod tests {
         assert_eq!(read(own.join("memory.max")), "1073741824");
         assert_eq!(read(own.join("pids.max")), "1024");
         assert_eq!(read(root.join("cgroup.subtree_control")), "+memory +pids");
-        // A cgroup that an earlier run left is taken as it is.
+        // An existing cgroup of an earlier run is reused.
         assert!(ENGINE.prepare(root).is_ok());
     }
 
@@ -102,7 +102,7 @@ mod tests {
     fn version_1_has_one_cgroup_for_each_controller() {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
-        // Without the controller there is nothing to enter, and the reason is told.
+        // Without the controller there is no cgroup to enter: an error.
         assert!(ENGINE.prepare(root).is_err());
         fs::create_dir(root.join("memory")).unwrap();
         fs::create_dir(root.join("pids")).unwrap();

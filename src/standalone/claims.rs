@@ -1,5 +1,5 @@
-//! Which installation on this machine has which user ids and addresses: one file of root's, under a
-//! lock, so that two installations never give the same id or address.
+//! Records which installation on this machine has which user ids and addresses. It is one file that root
+//! owns, under a lock: two installations never get the same id or address.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -14,18 +14,18 @@ use crate::driver::workload::{IdRange, Subnet};
 use crate::ids::Installation;
 use crate::uid_ranges::machine;
 
-/// The folder of the claims: the same for all installations of the machine.
+/// The folder of the claims: the same for all installations on the machine.
 pub(super) const FOLDER: &str = "/var/lib/bulkhead-claims";
 
-/// The stretch of user ids that systemd's table leaves free (<https://systemd.io/UIDS-GIDS/>).
+/// The user ids that systemd's table leaves free (<https://systemd.io/UIDS-GIDS/>).
 const IDS: IdRange = IdRange { start: 1_879_048_192, size: 2_147_352_576 - 1_879_048_192 };
-/// Ids of one installation: 512 ranges of 65,536, so that eight fit.
+/// Ids of one installation: 512 ranges of 65,536. Eight installations fit.
 const SHARE: u32 = 512 * 65_536;
 
-/// What one installation has.
+/// The user ids and addresses of one installation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claim {
-    /// Its four letters.
+    /// Id of the installation: four letters.
     pub installation: Installation,
     /// Its data folder.
     pub data: PathBuf,
@@ -36,7 +36,7 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// The pools of `serve`, of the usual sizes.
+    /// Returns the pools of `serve`, with the default sizes.
     #[must_use]
     pub fn pools(&self) -> Pools {
         Pools {
@@ -56,10 +56,10 @@ struct Locked {
 }
 
 fn open() -> Result<Locked, Failed> {
-    // The file may hold what was claimed, and nothing but that: a damaged one stops everything.
+    // A missing file means that there are no claims. A damaged or unreadable file is an error.
     let failed = |error: std::io::Error| Failed::doing(format!("{FOLDER} cannot be used"), error);
     std::fs::create_dir_all(FOLDER).map_err(failed)?;
-    // The lock is a file of its own: the claims are replaced whole, so that no crash leaves them empty.
+    // The lock is a separate file because the claims file is replaced as a whole: no crash leaves it empty.
     let lock = OpenOptions::new()
         .create(true)
         .truncate(false)
@@ -84,7 +84,7 @@ impl Locked {
     }
 }
 
-/// The claim of a data folder, made if there is none.
+/// Returns the claim of a data folder; creates it if it does not exist.
 pub(super) fn claim(data: &Path) -> Result<Claim, Failed> {
     let mut locked = open()?;
     if let Some(own) = locked.claims.iter().find(|claim| claim.data == data) {
@@ -92,7 +92,10 @@ pub(super) fn claim(data: &Path) -> Result<Claim, Failed> {
     }
     let routes = routes();
     let ids = free_share(&locked.claims).ok_or_else(|| {
-        Failed("every share of user ids is claimed by another installation, or used, on this machine".into())
+        Failed(
+            "no user ids are free: every share of this machine is claimed by an installation or in use"
+                .into(),
+        )
     })?;
     let network = (64_u32..=240)
         .step_by(16)
@@ -103,7 +106,8 @@ pub(super) fn claim(data: &Path) -> Result<Claim, Failed> {
         })
         .ok_or_else(|| {
             Failed(
-                "every address range of 10.64.0.0 to 10.255.255.255 is used by this machine's routes".into(),
+                "no addresses are free: this machine's routes use every range of 10.64.0.0 to 10.255.255.255"
+                    .into(),
             )
         })?;
     let letters: String = (0..4).map(|_| char::from(b'a' + rand::random::<u8>() % 26)).collect();
@@ -118,7 +122,7 @@ pub(super) fn claim(data: &Path) -> Result<Claim, Failed> {
     Ok(own)
 }
 
-/// All claims of the machine; none when the file cannot be read.
+/// Returns all claims of the machine; an empty list if the file cannot be read.
 pub(super) fn all() -> Vec<Claim> {
     if !Path::new(FOLDER).exists() {
         return Vec::new();
@@ -126,7 +130,7 @@ pub(super) fn all() -> Vec<Claim> {
     open().map(|locked| locked.claims).unwrap_or_default()
 }
 
-/// The first share of ids that no installation has and that nothing on the machine uses.
+/// Returns the first share of ids that no installation has claimed and that is not in use on the machine.
 fn free_share(claims: &[Claim]) -> Option<IdRange> {
     (0..IDS.size / SHARE)
         .map(|n| IdRange { start: IDS.start + n * SHARE, size: SHARE })
@@ -134,7 +138,7 @@ fn free_share(claims: &[Claim]) -> Option<IdRange> {
         .find(|ids| machine::look(Path::new("/"), *ids, None).clashes.is_empty())
 }
 
-/// The ids that a data folder has, or would be given.
+/// Returns the ids that a data folder has, or would get.
 pub(super) fn prospect(data: &Path) -> Option<IdRange> {
     let claims = all();
     let data = data.canonicalize().unwrap_or_else(|_| data.to_owned());
@@ -142,20 +146,20 @@ pub(super) fn prospect(data: &Path) -> Option<IdRange> {
     own.or_else(|| free_share(&claims))
 }
 
-/// The installation that lives in this folder, if one does.
+/// Returns the installation in this folder, if there is one.
 pub(super) fn installation_of(data: &Path) -> Option<Installation> {
     let data = data.canonicalize().unwrap_or_else(|_| data.to_owned());
     all().into_iter().find(|claim| claim.data == data).map(|claim| claim.installation)
 }
 
-/// Gives a claim back, when nothing of the installation is left.
+/// Releases a claim after the installation has been removed completely.
 pub(super) fn release(data: &Path) -> Result<(), Failed> {
     let mut locked = open()?;
     locked.claims.retain(|claim| claim.data != data);
     locked.save()
 }
 
-/// Subnets that the machine has routes to.
+/// Returns the subnets that the machine has routes to.
 fn routes() -> Vec<Subnet> {
     let done = std::process::Command::new("ip").args(["-4", "-j", "route", "show", "table", "all"]).output();
     let list: serde_json::Value =
@@ -166,7 +170,7 @@ fn routes() -> Vec<Subnet> {
         .filter_map(|route| route["dst"].as_str())
         .filter_map(|dst| {
             let text = if dst.contains('/') { dst.to_owned() } else { format!("{dst}/30") };
-            // A single host counts as the four addresses around it.
+            // A single host counts as the /30 around it.
             let (address, prefix) = text.split_once('/')?;
             let prefix = prefix.parse::<u8>().ok()?.min(30);
             let address = u32::from(address.parse::<std::net::Ipv4Addr>().ok()?);

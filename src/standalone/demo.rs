@@ -1,5 +1,5 @@
-//! `up --demo`: a sample tenant with a sample app, made with an ordinary client through the front
-//! door, and told as the commands that a person would type.
+//! `up --demo`: a sample tenant with a sample app, created by an ordinary client over the public API. It
+//! prints the commands that a user would type.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -57,7 +57,9 @@ pub(super) async fn run(folder: &Folder, listen: SocketAddr, pool: &PgPool) -> R
     let client = crate::outgoing::client().build().map_err(doing("the client"))?;
     let api = Api { client, base: format!("http://{listen}"), token };
     let tenant = "/api/v1/tenants/demo";
-    say("\nThe demo, as you would type it (TOKEN is an API token; make one with `bulkhead token create`):\n");
+    say(
+        "\nThe demo, as you would type it (TOKEN is an API token; create one with `bulkhead token create`):\n",
+    );
     say(&format!(
         "  curl -H \"Authorization: Bearer $TOKEN\" -H 'Content-Type: application/json' \\\n    -d '{{\"name\": \"demo\", \"display_name\": \"Demo\"}}' http://{listen}/api/v1/tenants"
     ));
@@ -65,7 +67,7 @@ pub(super) async fn run(folder: &Folder, listen: SocketAddr, pool: &PgPool) -> R
     let (status, answer) =
         api.call(reqwest::Method::POST, "/api/v1/tenants", Some(("application/json", body))).await?;
     if status != 202 && status != 409 {
-        return Err(Failed(format!("onboarding was answered {status}: {answer}")));
+        return Err(Failed(format!("the tenant was not created. The API answered {status}: {answer}")));
     }
     let (status, app) = api.call(reqwest::Method::GET, &format!("{tenant}/apps/hello"), None).await?;
     if status != 200 {
@@ -76,7 +78,7 @@ pub(super) async fn run(folder: &Folder, listen: SocketAddr, pool: &PgPool) -> R
         let spec = Some(("application/yaml", SPEC.to_owned()));
         let (status, answer) = api.call(reqwest::Method::PUT, &format!("{tenant}/apps/hello"), spec).await?;
         if status != 202 {
-            return Err(Failed(format!("the deploy was answered {status}: {answer}")));
+            return Err(Failed(format!("the app was not deployed. The API answered {status}: {answer}")));
         }
         say(&format!("\n  hello.yaml:\n{}", SPEC.lines().map(|l| format!("    {l}\n")).collect::<String>()));
     }
@@ -90,7 +92,7 @@ pub(super) async fn run(folder: &Folder, listen: SocketAddr, pool: &PgPool) -> R
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
-    Err(Failed("the sample app does not get well; look at its page".into()))
+    Err(Failed("the sample app does not become healthy. Its page shows why".into()))
 }
 
 async fn token(pool: &PgPool) -> Result<String, Failed> {
@@ -116,11 +118,13 @@ async fn push(folder: &Folder, listen: SocketAddr, api: &Api, tenant: &str) -> R
     let body = Some(("application/json", json!({"name": "demo", "push": true, "days": 1}).to_string()));
     let (status, robot) = api.call(reqwest::Method::POST, &format!("{tenant}/robots"), body).await?;
     if status != 201 {
-        return Err(Failed(format!("the robot was answered {status}: {robot}")));
+        return Err(Failed(format!(
+            "the registry credential was not created. The API answered {status}: {robot}"
+        )));
     }
     let (login, secret) =
         (robot["login"].as_str().unwrap_or_default(), robot["secret"].as_str().unwrap_or_default());
-    // The credential goes through a file: arguments of processes can be read by everybody.
+    // The credential goes through a file: every user can read the arguments of processes.
     let auth = data_encoding::BASE64.encode(format!("{login}:{secret}").as_bytes());
     let file = work.join("auth.json");
     let text = json!({"auths": {listen.to_string(): {"auth": auth}}}).to_string();
@@ -144,8 +148,8 @@ async fn push(folder: &Folder, listen: SocketAddr, api: &Api, tenant: &str) -> R
     }
 }
 
-/// A small image out of files of this machine: busybox as a web server with one page, in the OCI
-/// image layout.
+/// Builds a small image from files of this machine, in the OCI image layout: busybox as a web server with one
+/// page.
 fn image(dir: &Path) -> std::io::Result<()> {
     let busybox = fs::read("/bin/busybox")?;
     let page = "<!doctype html><title>hello</title><h1>Hello from Bulkhead</h1>\n";

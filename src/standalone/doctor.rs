@@ -1,5 +1,5 @@
-//! What the machine must have, checked before anything is started; each finding with its remedy.
-//! `bulkhead doctor` prints the same checks that `up` makes.
+//! Checks what the machine must have before a process starts; each finding comes with a remedy. `bulkhead
+//! doctor` prints the same checks that `up` runs.
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
@@ -13,28 +13,28 @@ use crate::driver::disk::{self, Part};
 use crate::driver::podman::engine::RUNTIME;
 use crate::uid_ranges::machine;
 
-/// How a check ended.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
-    /// Good.
+    /// The check passed.
     Ok,
-    /// It works, with less.
+    /// Works, with restrictions.
     Warning,
-    /// It cannot work.
+    /// Does not work.
     Failed,
 }
 
 /// One check.
 #[derive(Debug, Clone, Serialize)]
 pub struct Finding {
-    /// What was looked at.
+    /// Name of the check.
     pub check: &'static str,
-    /// How it ended.
+    /// The result.
     pub status: Status,
-    /// What was found.
+    /// The finding, as a sentence.
     pub finding: String,
-    /// What to do about it; empty when it is good.
+    /// The remedy; empty if the check passed.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub remedy: String,
 }
@@ -51,7 +51,7 @@ pub(super) fn failed(check: &'static str, finding: impl Into<String>, remedy: im
     Finding { check, status: Status::Failed, finding: finding.into(), remedy: remedy.into() }
 }
 
-/// Where a program is, looked for where root's programs are.
+/// Returns the path of a program in the folders where root's programs are installed.
 pub(super) fn program(name: &str) -> Option<String> {
     ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
         .iter()
@@ -59,7 +59,7 @@ pub(super) fn program(name: &str) -> Option<String> {
         .find(|path| Path::new(path).exists())
 }
 
-/// Whether this process may raise limits: `CAP_SYS_RESOURCE` is bit 24 of the effective set.
+/// Returns whether this process may raise limits: `CAP_SYS_RESOURCE` is bit 24 of the effective set.
 #[must_use]
 pub fn may_raise_limits() -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -70,7 +70,7 @@ pub fn may_raise_limits() -> bool {
         .is_some_and(|caps| caps & (1 << 24) != 0)
 }
 
-/// All checks for a data folder and an address.
+/// Runs all checks for a data folder and an address.
 #[must_use]
 pub fn examine(data: &Path, listen: Option<SocketAddr>) -> Vec<Finding> {
     let mut findings = vec![
@@ -102,26 +102,26 @@ pub fn examine(data: &Path, listen: Option<SocketAddr>) -> Vec<Finding> {
 
 fn root() -> Finding {
     if rustix::process::geteuid().is_root() {
-        good("root", "this is root")
+        good("root", "runs as root")
     } else {
-        failed("root", "this is not root", "run it as root: it makes users, networks and containers")
+        failed("root", "does not run as root", "run it as root: it creates users, networks and containers")
     }
 }
 
-/// The two programs stand side by side and are started by their names.
+/// The two programs must be in one folder: each is started by its name.
 fn parts(folder: Option<&Path>) -> Finding {
     let Some(folder) = folder else {
-        return failed("programs", "the place of this program is not known", "start it by its full path");
+        return failed("programs", "the path of this program is not known", "start it by its full path");
     };
     let missing: Vec<&str> =
         ["bulkhead", "bulkhead-agent"].into_iter().filter(|name| !folder.join(name).is_file()).collect();
     if missing.is_empty() {
-        good("programs", "bulkhead and bulkhead-agent stand side by side")
+        good("programs", "bulkhead and bulkhead-agent are in one folder")
     } else {
         failed(
             "programs",
             format!("not in {}: {}", folder.display(), missing.join(", ")),
-            "put both programs of one build, bulkhead and bulkhead-agent, into one folder, under these names",
+            "put bulkhead and bulkhead-agent of one build into one folder, under these names",
         )
     }
 }
@@ -143,7 +143,7 @@ fn packages() -> Finding {
         missing.push("netavark");
     }
     if missing.is_empty() {
-        good("packages", "all programs are there")
+        good("packages", "all programs are installed")
     } else {
         let list = missing.join(" ");
         failed("packages", format!("missing: {list}"), format!("deploy/packages, or apt-get install {list}"))
@@ -168,7 +168,7 @@ fn container_runtime() -> Finding {
     } else {
         failed(
             "runtime",
-            "runc is not there (crun takes orders from images and is not used)",
+            "runc is not installed (crun is not used: annotations of an image control it)",
             "apt-get install runc",
         )
     }
@@ -176,12 +176,12 @@ fn container_runtime() -> Finding {
 
 fn limits() -> Finding {
     if may_raise_limits() {
-        good("limits", "CAP_SYS_RESOURCE is there")
+        good("limits", "CAP_SYS_RESOURCE is available")
     } else {
         warning(
             "limits",
-            "no CAP_SYS_RESOURCE: containers get at most 1024 open files and 1024 processes of one user",
-            "nothing to do; on a machine of your own, root has it",
+            "no CAP_SYS_RESOURCE: a container gets at most 1024 open files and 1024 processes per user",
+            "no action needed here; on a machine of your own, root has this capability",
         )
     }
 }
@@ -195,7 +195,7 @@ fn cgroups() -> Finding {
         .filter(|name| !Path::new(&format!("/sys/fs/cgroup/{name}")).exists())
         .collect();
     if missing.is_empty() {
-        good("cgroups", "version 1: all limits hold")
+        good("cgroups", "version 1: all limits work")
     } else {
         failed(
             "cgroups",
@@ -215,7 +215,7 @@ fn nftables() -> Finding {
         Ok(done) => failed(
             "nftables",
             String::from_utf8_lossy(&done.stderr).trim().to_owned(),
-            "load nf_tables, or run where root may change the network (CAP_NET_ADMIN)",
+            "load nf_tables, or run where root has CAP_NET_ADMIN",
         ),
         Err(error) => failed("nftables", error.to_string(), "apt-get install nftables"),
     }
@@ -225,7 +225,7 @@ fn space(data: &Path) -> Finding {
     let place = data.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     let rooms = (disk::room(Part::Registry, place), disk::room(Part::Engine, place));
     let (Some(registry), Some(engine)) = rooms else {
-        return failed("space", "the free space cannot be told", "choose another --data");
+        return failed("space", "the free space cannot be read", "choose another --data");
     };
     let mebi = |bytes: u64| bytes >> 20;
     let free = mebi(engine.free);
@@ -236,9 +236,9 @@ fn space(data: &Path) -> Finding {
     );
     let found = format!("{free} MiB are free at {}; {kept}", place.display());
     if free < 1024 || !engine.has(0) {
-        failed("space", found, "free at least 1 GiB more than is kept, or choose another --data")
+        failed("space", found, "free at least 1 GiB above the reserve, or choose another --data")
     } else if free < 10 * 1024 || !registry.has(0) {
-        warning("space", found, "images and logs need room")
+        warning("space", found, "free some space: images and logs need it")
     } else {
         good("space", found)
     }
@@ -254,7 +254,7 @@ fn folder(data: &Path) -> Finding {
     }
     let place = data.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     let place = place.canonicalize().unwrap_or_else(|_| place.to_owned());
-    // Only what is already there counts as the folder itself; what is above it may be like /tmp.
+    // Check an existing folder itself. Of a new folder, check the parent, which may be like /tmp.
     let foreign = if data.exists() {
         super::folder::foreign(&place)
     } else {
@@ -263,25 +263,29 @@ fn folder(data: &Path) -> Finding {
     if let Some(foreign) = foreign {
         return failed(
             "data folder",
-            format!("{} can be changed by somebody who is not root", foreign.display()),
-            "choose a --data below folders of root's",
+            format!("a user other than root can change {}", foreign.display()),
+            "choose a --data whose parent folders only root can change",
         );
     }
     if Folder::exists(data) {
-        good("data folder", format!("{} is there", data.display()))
+        good("data folder", format!("{} exists", data.display()))
     } else if service::is_given(data) {
         good(
             "data folder",
-            format!("{} is the state of the units, with settings in {}", data.display(), units::SETTINGS),
+            format!(
+                "{} holds the state of the systemd units, whose settings are in {}",
+                data.display(),
+                units::SETTINGS
+            ),
         )
     } else if data.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
         failed(
             "data folder",
-            format!("{} holds something else", data.display()),
-            "choose an empty or new folder: nothing foreign is overwritten",
+            format!("{} holds files of another program", data.display()),
+            "choose an empty or new folder: existing files are never overwritten",
         )
     } else {
-        good("data folder", format!("{} will be made", data.display()))
+        good("data folder", format!("{} will be created", data.display()))
     }
 }
 
@@ -289,7 +293,7 @@ fn address(listen: SocketAddr) -> Finding {
     if !listen.ip().is_loopback() {
         return failed(
             "address",
-            format!("{listen} is beyond loopback, and up serves plain text"),
+            format!("{listen} is not a loopback address, and up serves plain HTTP"),
             "use --listen 127.0.0.1:PORT here; for a network, bulkhead serve with a certificate (deploy/systemd)",
         );
     }
@@ -303,13 +307,13 @@ fn address(listen: SocketAddr) -> Finding {
     }
 }
 
-/// Containers get ids of their own through id-mapped layers, since Linux 5.19 on overlay.
+/// Containers get separate ids through id-mapped layers, which overlay supports since Linux 5.19.
 fn id_maps() -> Finding {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut numbers = release.split(['.', '-']).map(|n| n.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     if version >= (5, 19) {
-        good("id maps", "layers of images are shared between apps")
+        good("id maps", "apps share the layers of images")
     } else {
         warning(
             "id maps",
@@ -323,22 +327,25 @@ fn user_ids(data: &Path) -> Finding {
     let Some(pool) = super::claims::prospect(&service::settings_folder(data)) else {
         return failed(
             "user ids",
-            "every share of 1879048192 to 2147352575 is claimed or used",
-            "uninstall an installation that is not needed, or find who uses these ids (bulkhead doctor on each)",
+            "every share of 1879048192 to 2147352575 is claimed or in use",
+            "uninstall an installation that is not needed, or find the processes that use these ids (bulkhead doctor on each)",
         );
     };
-    // An installation's own containers are the processes that may have ids of its share.
+    // The installation's own containers are the only processes that may have ids of its share.
     let own = super::claims::installation_of(&service::settings_folder(data));
     let found = machine::look(Path::new("/"), pool, own.as_ref());
     if let Some(clash) = found.clashes.first() {
         return failed(
             "user ids",
-            format!("the pool is used by others ({} place(s), the first is {clash})", found.clashes.len()),
+            format!(
+                "the pool is in use outside Bulkhead ({} place(s), the first is {clash})",
+                found.clashes.len()
+            ),
             "free these ids, or set another pool with bulkhead serve (pools.uid_start, pools.uid_end)",
         );
     }
     match found.warnings.first() {
         Some(text) => warning("user ids", text.clone(), "choose a pool from 1879048192 to 2147352575"),
-        None => good("user ids", format!("nobody uses {} to {}", pool.start, pool.end() - 1)),
+        None => good("user ids", format!("{} to {} are free", pool.start, pool.end() - 1)),
     }
 }

@@ -1,5 +1,6 @@
-//! The two TCP ports of `serve`: that for clients and that for the engine's pulls. Both are fixed, so while `up` is down any
-//! user of the machine can take them. Before anything is sent there, the kernel says whose they are.
+//! The two TCP ports of `serve`: one for clients, one for the engine's pulls. Both are fixed: while `up` is
+//! down, any user of the machine can take them. Before anything is sent to a port, the kernel says which user
+//! listens on it.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -11,7 +12,9 @@ use crate::driver::listener::{self, Foreign};
 pub(super) fn require_free(folder: &Folder, listen: SocketAddr) -> Result<(), Failed> {
     for (door, purpose) in [(folder.pull_address(), "pulls"), (listen, "clients")] {
         let Some(found) = listener::at(door) else {
-            return Err(Failed("/proc/net/tcp cannot be read: whose the ports are is not known".into()));
+            return Err(Failed(
+                "/proc/net/tcp cannot be read, so the owner of the ports is not known: mount /proc".into(),
+            ));
         };
         if let Some(other) = found.first() {
             let (port, uid) = (door.port(), other.uid);
@@ -32,12 +35,12 @@ pub(super) fn require_free(folder: &Folder, listen: SocketAddr) -> Result<(), Fa
     Ok(())
 }
 
-/// Whether `serve` listens there, and nobody else does.
+/// Returns whether `serve` listens on this port, and no other user.
 pub(super) fn is_served(folder: &Folder, door: SocketAddr) -> bool {
     listener::require(door, folder.serve.uid).is_ok()
 }
 
-/// Says aloud when another user takes a port of `serve`, as long as `up` runs.
+/// Logs an alarm when another user takes a port of `serve`, while `up` runs.
 pub(super) async fn watch(folder: &Folder, listen: SocketAddr) {
     let mut told = None;
     loop {

@@ -1,16 +1,16 @@
-//! The data folder: what lies where, who owns it, and the users.
+//! The data folder: its files, their owners, and the users.
 //!
 //! | path | owner | what |
 //! | --- | --- | --- |
 //! | `format` | root | version of this layout |
-//! | `settings.toml` | operator | what the service has set differently |
-//! | `ip_forward-before` | root | whether the machine forwarded packets before |
+//! | `settings.toml` | operator | settings that the operator changed |
+//! | `ip_forward-before` | root | whether the machine forwarded packets before the installation |
 //! | `postgres/` | db | the private cluster |
 //! | `registry/` | registry | blobs and manifests |
 //! | `registry.yml`, `registry-token.pem` | root | settings of the registry |
 //! | `engine/` | root | the container engine's storage and settings |
 //! | `agent/` | root | journal, desired state, logs of apps |
-//! | `audit/` | serve | heads of the audit's chain |
+//! | `audit/` | serve | heads of the audit log's chain |
 //! | `secrets/` | root, serve | the platform's key, the key of the registry's tokens |
 //! | `run/` | each its own | sockets, process ids |
 //! | `log/` | root | logs of the platform's own processes |
@@ -33,7 +33,7 @@ use crate::driver::podman::engine::EngineSettings;
 use crate::keys::Keys;
 use crate::registries::SigningKey;
 
-/// Version of the layout.
+/// Version of this layout.
 const FORMAT: &str = "1";
 
 /// A user of the installation.
@@ -47,18 +47,18 @@ pub struct User {
     pub gid: u32,
 }
 
-/// Ports that were chosen at the first start.
+/// Ports chosen at the first start.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Ports {
     pull: u16,
 }
 
-/// A data folder, locked: nobody else has it open.
+/// A data folder, locked: no other process has it open.
 #[derive(Debug)]
 pub struct Folder {
-    /// Where it is.
+    /// Its path.
     pub path: PathBuf,
-    /// What the installation has on this machine.
+    /// The installation's user ids and addresses.
     pub claim: Claim,
     /// `serve`.
     pub serve: User,
@@ -78,8 +78,8 @@ fn io(what: impl std::fmt::Display) -> impl FnOnce(std::io::Error) -> Failed {
     move |error| Failed::doing(what, error)
 }
 
-/// The part of a path that others than root could swap for something else; a folder such as /tmp, in
-/// which everybody has only what is his own, is none.
+/// Returns the part of a path that a user other than root could replace. A sticky folder such as /tmp does
+/// not count: users can change only their own files in it.
 pub(super) fn foreign(path: &Path) -> Option<PathBuf> {
     path.ancestors()
         .enumerate()
@@ -110,15 +110,16 @@ pub(super) fn ensure_user(name: &str) -> Result<User, Failed> {
         .map_err(io("useradd"))?;
     if !done.status.success() {
         return Err(Failed::doing(
-            format!("the user {name} cannot be made"),
+            format!("the user {name} cannot be created"),
             String::from_utf8_lossy(&done.stderr),
         ));
     }
-    let (uid, gid) = look().ok_or_else(|| Failed(format!("the user {name} was made and is not there")))?;
+    let (uid, gid) = look().ok_or_else(|| Failed(format!("the user {name} was created and is not found")))?;
     Ok(User { name: name.into(), uid, gid })
 }
 
-/// Writes a file in one step, with its owner and mode; nobody sees a half of it, or all of it too early.
+/// Writes a file in one step, with its owner and mode. No other process sees a partial file, or content
+/// before the mode is set.
 pub(super) fn write_file(path: &Path, text: &str, owner: (u32, u32), mode: u32) -> Result<(), Failed> {
     let mut fresh = path.as_os_str().to_owned();
     fresh.push(".new");
@@ -129,7 +130,8 @@ pub(super) fn write_file(path: &Path, text: &str, owner: (u32, u32), mode: u32) 
             std::os::unix::fs::OpenOptionsExt::mode(File::options().create_new(true).write(true), 0o600)
                 .open(&fresh)?;
         std::io::Write::write_all(&mut file, text.as_bytes())?;
-        // On the open file, never by its name: the folder may be another user's, who could swap the name.
+        // Change the owner of the open file, not by name: the folder may belong to another user, who could
+        // swap the name.
         std::os::unix::fs::fchown(&file, Some(owner.0), Some(owner.1))?;
         file.set_permissions(fs::Permissions::from_mode(mode))?;
         file.sync_all()?;
@@ -145,7 +147,7 @@ fn free_port() -> Result<(TcpListener, u16), Failed> {
     Ok((listener, port))
 }
 
-/// Takes the lock of a folder. One whose service is stopping right now is waited for, up to 25 seconds.
+/// Locks a folder. If its service is stopping, waits up to 25 seconds.
 fn lock_within(lock: &File, data: &Path) -> bool {
     for _ in 0..100 {
         if rustix::fs::flock(lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok() {
@@ -160,23 +162,23 @@ fn lock_within(lock: &File, data: &Path) -> bool {
 }
 
 impl Folder {
-    /// Opens the folder, made ready if it is new. A second opener is told so.
+    /// Opens the folder; creates it if it is new. Fails if another process has it open.
     pub fn open(path: &Path, listen: Option<SocketAddr>) -> Result<Self, Failed> {
-        fs::create_dir_all(path).map_err(io(format!("{} cannot be made", path.display())))?;
+        fs::create_dir_all(path).map_err(io(format!("{} cannot be created", path.display())))?;
         let path = path.canonicalize().map_err(io(path.display()))?;
         if let Some(place) = foreign(&path) {
             return Err(Failed(format!(
-                "{} can be changed by somebody who is not root: choose a --data below folders of root's",
+                "a user other than root can change {}: choose a --data whose parent folders only root can change",
                 place.display()
             )));
         }
         if path.as_os_str().len() > 70 {
             return Err(Failed(format!(
-                "{} is too long a path for sockets (at most 70 characters): choose a shorter --data",
+                "the path {} is too long for sockets: choose a --data of at most 70 characters",
                 path.display()
             )));
         }
-        // Root's alone: a user who can open it could hold the lock for ever.
+        // Only root may open it: a user who can could hold the lock for ever.
         let lock = std::os::unix::fs::OpenOptionsExt::mode(
             File::options().create(true).truncate(false).write(true),
             0o600,
@@ -202,7 +204,7 @@ impl Folder {
         Ok(folder)
     }
 
-    /// Whether there is a folder to open.
+    /// Returns whether the folder exists.
     #[must_use]
     pub fn exists(path: &Path) -> bool {
         path.join("format").exists()
@@ -225,7 +227,8 @@ impl Folder {
             ("run/postgres", (self.db.uid, self.serve.gid), 0o750),
             ("run/agent", (0, self.serve.gid), 0o750),
             ("run/engine", root, 0o700),
-            // What is made in it belongs to the group of `serve`, which alone reaches it beside the registry.
+            // New files in it belong to the group of `serve`, which is the only other user of the registry's
+            // socket.
             ("run/registry", (self.registry.uid, self.serve.gid), 0o2750),
             ("run/prober", (self.prober.uid, self.prober.gid), 0o700),
         ];
@@ -266,25 +269,25 @@ impl Folder {
         self.path.join("secrets/signing-key.pem")
     }
 
-    /// The registry's socket: in a folder that no other user can put one into.
+    /// Returns the registry's socket. No other user can create a socket in its folder.
     #[must_use]
     pub fn registry_socket(&self) -> PathBuf {
         self.path.join("run/registry/registry.sock")
     }
 
-    /// The registry's address.
+    /// Returns the registry's address.
     #[must_use]
     pub fn registry_url(&self) -> String {
         format!("unix://{}", self.registry_socket().display())
     }
 
-    /// Where `serve` listens for the engine.
+    /// Returns the address on which `serve` listens for the engine.
     #[must_use]
     pub fn pull_address(&self) -> SocketAddr {
         SocketAddr::from(([127, 0, 0, 1], self.ports.pull))
     }
 
-    /// The configuration of `serve`.
+    /// Returns the configuration of `serve`.
     #[must_use]
     pub fn config(&self, listen: SocketAddr) -> Config {
         Config {
@@ -305,7 +308,7 @@ impl Folder {
         }
     }
 
-    /// The configuration of the root half.
+    /// Returns the configuration of the agent.
     #[must_use]
     pub fn agent_config(&self) -> AgentConfig {
         AgentConfig {
@@ -333,7 +336,7 @@ impl Folder {
         }
     }
 
-    /// Where the parts lie.
+    /// Returns the paths and users of the parts.
     #[must_use]
     pub fn layout(&self, postgres: &Path, binaries: &Path) -> Layout {
         Layout {
@@ -364,7 +367,7 @@ impl Folder {
         }
     }
 
-    /// Name of the engine's own cgroup, beside that of the containers.
+    /// Returns the name of the engine's own cgroup, a sibling of the containers' cgroup.
     pub(super) fn engine_cgroup(&self) -> String {
         format!("bulkhead-{}-engine", self.claim.installation)
     }
@@ -377,12 +380,12 @@ impl Folder {
         format!("{}.bulkhead.internal", self.claim.installation)
     }
 
-    /// The engine's settings.
+    /// Returns the engine's settings.
     #[must_use]
     pub fn engine(&self) -> EngineSettings {
         EngineSettings {
             root: self.path.join("engine"),
-            // On the machine's own memory: a reboot empties it, and by that the engine knows of one.
+            // In memory (/run): a reboot empties it, which is how the engine detects a reboot.
             run: PathBuf::from(format!("/run/bulkhead-{}", self.claim.installation)),
             socket: self.path.join("run/engine/podman.sock"),
             registry_name: self.registry_name(),
@@ -397,7 +400,7 @@ fn check_format(path: &Path) -> Result<(), Failed> {
     match fs::read_to_string(&file) {
         Ok(text) if text.trim() == FORMAT => Ok(()),
         Ok(text) => Err(Failed(format!(
-            "{} has format {}, and this version of bulkhead knows format {FORMAT}: use the version that made it, or a newer one",
+            "{} has format {}, and this version of bulkhead reads format {FORMAT}: use the version that created it, or a newer one",
             path.display(),
             text.trim()
         ))),
@@ -414,7 +417,7 @@ fn ports(path: &Path, taken: Option<u16>) -> Result<Ports, Failed> {
     if let Ok(text) = fs::read_to_string(&file) {
         return serde_json::from_str(&text).map_err(|error| Failed::doing(file.display(), error));
     }
-    // Not the one that was asked for.
+    // Must differ from the requested port.
     let pull = loop {
         let (_held, port) = free_port()?;
         if Some(port) != taken {

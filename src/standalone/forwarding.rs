@@ -1,10 +1,10 @@
-//! Forwarding of packets by the machine. The engine turns it on for the first network; an uninstallation turns it off
-//! again where it was off before and nothing else needs it.
+//! Packet forwarding of the machine. The engine turns it on for the first network. An uninstall turns it off
+//! again if it was off before and no other program needs it.
 
 use std::fs;
 use std::path::Path;
 
-/// What a data folder keeps of the machine before its installation.
+/// File in the data folder that holds the machine's setting from before the installation.
 const RECORD: &str = "ip_forward-before";
 const SETTING: &str = "sys/net/ipv4/ip_forward";
 
@@ -12,13 +12,13 @@ fn value(proc: &Path) -> String {
     fs::read_to_string(proc.join(SETTING)).unwrap_or_default().trim().to_owned()
 }
 
-/// Writes down whether the machine forwards, before the first network of a new data folder is there.
+/// Records whether the machine forwards packets, before a new data folder creates its first network.
 pub(super) fn remember(proc: &Path, data: &Path) -> std::io::Result<()> {
     fs::write(data.join(RECORD), value(proc))
 }
 
-/// Turns forwarding off if it was off before. `others` are further installations of this platform; `net` is
-/// `/sys/class/net`. Says what was left on, and for whom.
+/// Turns forwarding off if it was off before. `others` says whether other installations exist; `net` is
+/// `/sys/class/net`. Returns why forwarding stays on, if it does.
 pub(super) fn restore(proc: &Path, net: &Path, data: &Path, others: bool) -> Option<String> {
     let before = fs::read_to_string(data.join(RECORD)).unwrap_or_default();
     if before.trim() != "0" || value(proc) != "1" {
@@ -37,7 +37,7 @@ pub(super) fn restore(proc: &Path, net: &Path, data: &Path, others: bool) -> Opt
     Some(format!("net.ipv4.ip_forward stays 1: {why}. To turn it off: sysctl -w net.ipv4.ip_forward=0"))
 }
 
-/// A bridge that is none of this platform's: a program that made it forwards through it.
+/// Returns a bridge of another program, which may forward packets through it.
 fn bridge_of_others(net: &Path) -> Option<String> {
     let entries = fs::read_dir(net).ok()?.flatten();
     entries
@@ -85,7 +85,7 @@ mod tests {
         fs::create_dir_all(place.0.path().join("net/docker0/bridge")).unwrap();
         let (said, value) = place.restored(false);
         assert!(value == "1" && said.unwrap().contains("docker0"));
-        // A folder of an earlier version has no record: nothing is known, nothing is changed.
+        // A folder of an earlier version has no record: the setting stays.
         let place = Place::new("0\n");
         fs::remove_file(place.0.path().join(RECORD)).unwrap();
         assert_eq!(place.restored(false), (None, "1".into()));

@@ -1,5 +1,5 @@
-//! The undo of `deploy/systemd/install`: units, users, settings, containers and state go. The database and the registry
-//! were given, and stay.
+//! Reverts `deploy/systemd/install`: removes units, users, settings, containers and state. The database and
+//! the registry belong to the operator and stay.
 
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
@@ -13,20 +13,20 @@ use crate::driver::podman::firewall::kernel;
 const SETTINGS: [&str; 6] =
     ["serve.toml", "agent.toml", "signing-key.pem", "registry-token.pem", "platform-key", "resolver.toml"];
 
-/// Removes it. `confirm` is the installation's four letters. Returns what is left for a person to do.
+/// Removes the installation. `confirm` is its four-letter id. Returns what the operator must remove.
 pub(super) async fn uninstall(confirm: &str) -> Result<String, Failed> {
     let (settings, state) = (Path::new(units::SETTINGS), Path::new(units::STATE));
     let agent = AgentConfig::load(&settings.join("agent.toml")).map_err(Failed)?;
     let id = agent.installation.as_str();
     if confirm != id {
         return Err(Failed(format!(
-            "this removes the installation {id} with all its tenants and apps: say --confirm {id}"
+            "this removes the installation {id} with all its tenants and apps: confirm with --confirm {id}"
         )));
     }
     service::remove_units()?;
     let mut layout = units::layout(&agent.registry_name, &agent.pull_host, super::doctor::may_raise_limits());
     layout.engine.root.clone_from(&agent.engine_storage);
-    // The folder of its socket went with its unit.
+    // The folder of the engine's socket was removed with the unit.
     if let Some(folder) = layout.engine.socket.parent() {
         std::fs::DirBuilder::new()
             .recursive(true)
@@ -53,8 +53,9 @@ pub(super) async fn uninstall(confirm: &str) -> Result<String, Failed> {
     for file in SETTINGS {
         let _ = std::fs::remove_file(settings.join(file));
     }
-    // Something of an operator's own in them stays, and with it the folder.
+    // These fail if the operator has own files in the folder; then the folder stays.
     let _ = std::fs::remove_dir(state);
     let _ = std::fs::remove_dir(settings);
-    Ok("left as they are: the database (runuser -u postgres -- dropdb bulkhead) and the registry with its images".into())
+    Ok("not removed: the database (runuser -u postgres -- dropdb bulkhead) and the registry with its images"
+        .into())
 }

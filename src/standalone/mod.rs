@@ -1,5 +1,5 @@
-//! `bulkhead up`: everything on one machine, each part under its own user, nothing of it known to
-//! another installation.
+//! `bulkhead up`: the whole platform on one machine. Each part has its own user, and installations know
+//! nothing of each other.
 
 mod bounds;
 mod claims;
@@ -26,13 +26,13 @@ pub use folder::Folder;
 pub use processes::{Layout, OwnParts, Process, table};
 pub use up::{Options, up};
 
-/// What went wrong on the way up, with the remedy, for people.
+/// An error of the command line, with its remedy.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Failed(pub String);
 
 impl Failed {
-    /// From a sentence about what was being done, and the cause.
+    /// Builds an error from the failed action and its cause.
     pub fn doing(what: impl std::fmt::Display, error: impl std::fmt::Display) -> Self {
         Self(format!("{what}: {error}"))
     }

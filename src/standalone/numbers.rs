@@ -1,18 +1,19 @@
-//! Limits of the kernel that all processes of the machine share: how many ids and how many threads there are.
+//! Kernel limits that all processes of the machine share: process ids and threads.
 
 use std::fs;
 use std::path::Path;
 
 use super::doctor::{Finding, good, warning};
 
-/// What one instance may have.
+/// Maximum processes of one instance.
 const PER_INSTANCE: u64 = 512;
-/// Fewer leave no room for a hundred instances at their limit.
+/// Below this, a hundred instances at their limit use up all ids.
 const FEW_IDS: u64 = 65_536;
-/// Fewer are used up by four tenants at their default quota of processes.
+/// Below this, four tenants at their default process quota use up all threads.
 const FEW_THREADS: u64 = 16_384;
 
-/// Whether the machine has room for the processes of apps. `proc` is `/proc`, but for tests.
+/// Checks whether the machine has enough ids and threads for apps. `proc` is `/proc`; tests pass another
+/// folder.
 pub(super) fn numbers(proc: &Path) -> Finding {
     let check = "process ids";
     let read = |name: &str| {
@@ -39,7 +40,7 @@ pub(super) fn numbers(proc: &Path) -> Finding {
     }
     warning(
         check,
-        format!("{}; then no program of this machine can start another", found.join("; ")),
+        format!("{}; then no program on this machine can start a process", found.join("; ")),
         format!("sysctl -w {0}; to keep it, write each into /etc/sysctl.d/bulkhead.conf", settings.join(" ")),
     )
 }

@@ -1,4 +1,4 @@
-//! The private cluster: made once, reached over a socket only, by peer authentication only.
+//! The private Postgres cluster: created once, reached only over a socket, with peer authentication only.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 
 use super::{Failed, Folder};
 
-/// The folder of Postgres' programs: the newest major version that is installed.
+/// Returns the folder of Postgres' programs: the newest major version installed.
 pub(super) fn programs() -> Option<(u32, PathBuf)> {
     fs::read_dir("/usr/lib/postgresql")
         .ok()?
@@ -23,14 +23,14 @@ pub(super) fn programs() -> Option<(u32, PathBuf)> {
         .max_by_key(|(major, _)| *major)
 }
 
-/// Makes the cluster if there is none; another major version is explained.
+/// Creates the cluster if there is none. Fails with a remedy if the cluster has another major version.
 pub(super) fn ensure(folder: &Folder, major: u32, bin: &Path) -> Result<(), Failed> {
     let data = folder.path.join("postgres/data");
     if let Ok(text) = fs::read_to_string(data.join("PG_VERSION")) {
         let own = text.trim();
         if own != major.to_string() {
             return Err(Failed(format!(
-                "the cluster in {} is of Postgres {own}, and Postgres {major} is installed. Install postgresql-{own} \
+                "the cluster in {} belongs to Postgres {own}, and Postgres {major} is installed. Install postgresql-{own} \
                  beside it, then move the data: pg_upgrade --old-bindir /usr/lib/postgresql/{own}/bin --new-bindir {}",
                 data.display(),
                 bin.display()
@@ -57,15 +57,15 @@ pub(super) fn ensure(folder: &Folder, major: u32, bin: &Path) -> Result<(), Fail
         .map_err(|error| Failed::doing("initdb", error))?;
     if !done.status.success() {
         return Err(Failed::doing(
-            "the database cluster cannot be made",
+            "the database cluster cannot be created",
             String::from_utf8_lossy(&done.stderr),
         ));
     }
     write_access(folder, &fresh)?;
-    fs::rename(&fresh, &data).map_err(|error| Failed::doing("the cluster cannot be put in place", error))
+    fs::rename(&fresh, &data).map_err(|error| Failed::doing("the cluster cannot be moved into place", error))
 }
 
-/// Who may be whom, by what the system says of the process at the other end of the socket.
+/// Writes which system user may log in as which database role. Postgres reads the user from the socket.
 fn write_access(folder: &Folder, data: &Path) -> Result<(), Failed> {
     let serve = &folder.serve.name;
     let ident = format!(
@@ -82,7 +82,7 @@ fn write_access(folder: &Folder, data: &Path) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Waits until it answers, then sees to the database. Its roles and tables are `migrate`'s.
+/// Waits until Postgres answers, then creates the database. `migrate` creates roles and tables.
 pub(super) async fn prepare(data: &Path) -> Result<(), Failed> {
     let options = PgConnectOptions::new_without_pgpass()
         .socket(data.join("run/postgres"))

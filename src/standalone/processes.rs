@@ -1,5 +1,5 @@
-//! The one table of processes: user, command, environment, limits. `up` runs it and starts again what
-//! ends; in production the same table is the systemd units in `deploy/systemd` (`units.rs`).
+//! The table of processes: user, command, environment, limits. `up` runs this table and restarts processes
+//! that exit. In production the same table becomes the systemd units in `deploy/systemd` (`units.rs`).
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
@@ -14,11 +14,11 @@ use super::Failed;
 use super::bounds::{self, Bounds, CGROUPS};
 use crate::driver::podman::engine::{self, EngineSettings};
 
-/// The longest that a process which ends again and again has to wait. Tests end them on purpose.
+/// The longest pause before a restart. Shorter in tests, which kill processes on purpose.
 const LONGEST_PAUSE: Duration =
     if cfg!(feature = "failpoints") { Duration::from_millis(400) } else { Duration::from_secs(15) };
 
-/// Processes and threads of a process that names no number of its own.
+/// Default limit of processes and threads.
 pub(super) const TASKS: u32 = 256;
 
 /// A process of the platform.
@@ -26,31 +26,31 @@ pub(super) const TASKS: u32 = 256;
 pub struct Process {
     /// Name.
     pub name: &'static str,
-    /// What it is for, in a few words.
+    /// Purpose, in a few words.
     pub purpose: &'static str,
-    /// User; root when none. Everything that is not root's has no capability at all.
+    /// User; root if none. A process that does not run as root has no capabilities.
     pub user: Option<String>,
     /// Program and arguments.
     pub command: Vec<String>,
-    /// Environment; nothing is inherited but PATH.
+    /// Environment. Only PATH is inherited.
     pub environment: Vec<(String, String)>,
     /// The signal that asks it to stop.
     pub stop: Signal,
-    /// What must be up before it.
+    /// Processes that must be ready first.
     pub after: &'static [&'static str],
-    /// Files that it may have open; none for the engine, whose limits containers inherit.
+    /// Limit of open files; none for the engine, whose limits containers inherit.
     pub files: Option<u64>,
-    /// Memory that it may have, in MiB; held by systemd where that is in charge.
+    /// Memory limit in MiB. systemd enforces it for units.
     pub memory: Option<u32>,
-    /// Processes and threads that it may have; 256 when none.
+    /// Limit of processes and threads; 256 if none.
     pub tasks: Option<u32>,
-    /// The cgroup in which `up` holds both limits, if it does.
+    /// The cgroup in which `up` enforces both limits, if any.
     pub cgroup: Option<String>,
-    /// The one capability that it has, by the name that `setpriv` knows, if it has one.
+    /// The only capability of the process, by the name that `setpriv` uses, if any.
     pub capability: Option<&'static str>,
 }
 
-/// Where the parts lie and as whom they run.
+/// Paths and users of the parts.
 #[derive(Debug, Clone)]
 pub struct Layout {
     /// User of `serve`.
@@ -63,19 +63,19 @@ pub struct Layout {
     pub binaries: PathBuf,
     /// Settings of `serve`.
     pub serve_settings: PathBuf,
-    /// Settings of the root half.
+    /// Settings of the agent.
     pub agent_settings: PathBuf,
     /// The prober's socket.
     pub prober_socket: PathBuf,
-    /// The socket on which the root half answers the resolver.
+    /// The socket on which the agent answers the resolver.
     pub resolver_socket: PathBuf,
-    /// Settings of the resolver; need not be there.
+    /// Settings of the resolver; the file is optional.
     pub resolver_settings: PathBuf,
     /// The engine.
     pub engine: EngineSettings,
-    /// Name of the engine's own cgroup; none where systemd makes one.
+    /// Name of the engine's own cgroup; none under systemd, which creates one.
     pub engine_cgroup: Option<String>,
-    /// The database and the registry, where they are the installation's own.
+    /// The private database and registry, if the installation has them.
     pub own: Option<OwnParts>,
 }
 
@@ -98,11 +98,11 @@ pub struct OwnParts {
     pub registry_data: PathBuf,
     /// The collector's socket.
     pub collector_socket: PathBuf,
-    /// User id of `serve`, whom the collector answers.
+    /// User id of `serve`, the only user that the collector answers.
     pub serve_uid: u32,
-    /// Whether the database is the installation's own.
+    /// Whether the database is private to the installation.
     pub has_database: bool,
-    /// Whether the registry is.
+    /// Whether the registry is private to the installation.
     pub has_registry: bool,
 }
 
@@ -114,7 +114,7 @@ fn texts(list: &[&str]) -> Vec<String> {
     list.iter().map(ToString::to_string).collect()
 }
 
-/// The table, in the order in which they start.
+/// Returns the table, in start order.
 #[must_use]
 pub fn table(layout: &Layout) -> Vec<Process> {
     let binary = |name: &str| show(&layout.binaries.join(name));
@@ -142,7 +142,7 @@ pub fn table(layout: &Layout) -> Vec<Process> {
             command: std::iter::once(podman.to_owned()).chain(args).collect(),
             environment,
             files: None,
-            // Pulls and starts of all tenants are within; instances and their monitors are not.
+            // Includes pulls and starts of all tenants; excludes instances and their monitors.
             memory: Some(1_024),
             tasks: Some(1_024),
             cgroup: layout.engine_cgroup.clone(),
@@ -158,7 +158,7 @@ pub fn table(layout: &Layout) -> Vec<Process> {
         },
         Process {
             name: "agent",
-            purpose: "root half",
+            purpose: "agent",
             command: texts(&[&binary("bulkhead-agent"), "--config", &show(&layout.agent_settings)]),
             after: &["engine", "prober"],
             memory: Some(1_024),
@@ -183,11 +183,11 @@ pub fn table(layout: &Layout) -> Vec<Process> {
         },
         Process {
             name: "serve",
-            purpose: "API, console and registry front door",
+            purpose: "API, console and registry proxy",
             user: Some(layout.serve.clone()),
             command: texts(&[&binary("bulkhead"), "serve", "--config", &show(&layout.serve_settings)]),
-            // The block of a password's hash goes back to the system with the hash: an allocator that learns
-            // to keep such blocks, as this one does unless told, ends with several for each thread.
+            // Return the memory block of a password hash to the system at once. Without a fixed threshold,
+            // the allocator learns to keep such blocks, and ends up with several for each thread.
             environment: vec![("MALLOC_MMAP_THRESHOLD_".into(), "4194304".into())],
             after: &["agent"],
             files: Some(65_536),
@@ -221,7 +221,7 @@ fn own_parts(own: &OwnParts, bulkhead: &str, base: &Process) -> Vec<Process> {
             name: "registry",
             purpose: "private registry",
             user: Some(own.registry.clone()),
-            // The mask lets the group of its folder, which is that of `serve`, reach its socket.
+            // The umask lets the group of the socket's folder (the group of `serve`) use the socket.
             command: texts(&[
                 "sh",
                 "-c",
@@ -233,7 +233,7 @@ fn own_parts(own: &OwnParts, bulkhead: &str, base: &Process) -> Vec<Process> {
         },
         Process {
             name: "collector",
-            purpose: "bytes of the registry that no tenant holds",
+            purpose: "removes registry blobs that no tenant holds",
             user: Some(own.registry.clone()),
             command: texts(&[
                 bulkhead,
@@ -265,8 +265,8 @@ impl Process {
         let out = File::options().create(true).append(true).open(&log).map_err(failed)?;
         let mut line = self.enclosed();
         if let Some(files) = self.files {
-            // Without CAP_SYS_RESOURCE nothing goes above this process' own limit. No core is ever
-            // written: it would hold secrets.
+            // Without CAP_SYS_RESOURCE, a limit cannot exceed this process' own. Core dumps are off: they
+            // would contain secrets.
             let most = getrlimit(Resource::Nofile).maximum.map_or(files, |most| most.min(files));
             line.extend(texts(&["prlimit", &format!("--nofile={most}:{most}"), "--core=0:0", "--"]));
         }
@@ -299,7 +299,7 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(out.try_clone().map_err(failed)?)
             .stderr(out)
-            // A group of its own: Ctrl-C reaches `up` alone, which then stops all in order.
+            // A separate process group: Ctrl-C reaches only `up`, which then stops all processes in order.
             .process_group(0)
             .spawn()
             .map_err(failed)
@@ -313,16 +313,17 @@ impl Process {
         })
     }
 
-    /// The words that put it into its own cgroup. Where the machine has none, it runs without: the doctor says so.
+    /// Returns the arguments that put the process into its cgroup. Without cgroups it runs without limits,
+    /// and the doctor says so.
     fn enclosed(&self) -> Vec<String> {
         let Some(bounds) = self.bounds() else { return Vec::new() };
         bounds.prepare(Path::new(CGROUPS)).unwrap_or_else(|error| {
-            tracing::warn!(process = self.name, %error, "runs without a limit of memory and tasks");
+            tracing::warn!(process = self.name, %error, "the process runs without limits on memory and tasks");
             Vec::new()
         })
     }
 
-    /// In builds for tests: what the next start of this process, and only that, is armed with.
+    /// In test builds: returns the failpoints for the next start of this process only.
     fn failpoints(&self, folder: &Path) -> Option<(&'static str, String)> {
         if !cfg!(feature = "failpoints") {
             return None;
@@ -337,8 +338,8 @@ impl Process {
         folder.join(format!("run/{}.pid", self.name))
     }
 
-    /// Ends what a killed `up` has left running. An id alone may be another process by now, so its
-    /// time of birth is compared.
+    /// Stops a process that a killed `up` left running. Another process may have the same id by now, so the
+    /// start time is compared.
     pub(super) fn end_leftover(&self, folder: &Path) {
         let file = self.pid_file(folder);
         let Ok(text) = fs::read_to_string(&file) else { return };
@@ -364,7 +365,7 @@ pub(super) fn born(pid: u64) -> Option<u64> {
     rest.split(' ').nth(19)?.parse().ok()
 }
 
-/// Asks a process to stop, and ends it after fifteen seconds.
+/// Sends the stop signal, and kills the process after fifteen seconds.
 fn stop_pid(pid: u64, signal: Signal, own: u64) {
     let Some(id) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return };
     let _ = kill_process(id, signal);
@@ -377,7 +378,7 @@ fn stop_pid(pid: u64, signal: Signal, own: u64) {
     let _ = kill_process(id, Signal::KILL);
 }
 
-/// A process that is kept running until it is stopped.
+/// A process that is restarted until it is stopped.
 pub(super) struct Kept {
     process: Process,
     folder: PathBuf,
@@ -386,18 +387,18 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    /// Starts a process and starts it again, with backoff, whenever it ends.
+    /// Starts a process, and restarts it with backoff whenever it exits.
     pub(super) fn start(process: Process, folder: &Path) -> Result<Self, Failed> {
         let halt = CancellationToken::new();
         let first = process.spawn(folder)?;
         note(&process, folder, first.id());
         let (own, dir, stop) = (process.clone(), folder.to_owned(), halt.clone());
-        // A thread of its own: if `up` itself fails, nothing waits for what it kept running.
+        // A plain thread: if `up` itself fails, it does not wait for this thread.
         let task = std::thread::spawn(move || keep(&own, &dir, first, &stop));
         Ok(Self { process, folder: folder.to_owned(), halt, task })
     }
 
-    /// Stops it for good.
+    /// Stops the process without a restart.
     pub(super) async fn stop(self) {
         self.halt.cancel();
         let (process, folder, task) = (self.process, self.folder, self.task);
@@ -428,7 +429,12 @@ fn keep(process: &Process, folder: &Path, first: std::process::Child, halt: &Can
         }
         let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
         let log = format!("log/{}.log", process.name);
-        tracing::warn!(process = process.name, status, log, "ended, its log says why; it is started again");
+        tracing::warn!(
+            process = process.name,
+            status,
+            log,
+            "the process exited, see its log; it will be restarted"
+        );
         loop {
             std::thread::sleep(pause);
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -441,7 +447,7 @@ fn keep(process: &Process, folder: &Path, first: std::process::Child, halt: &Can
                     child = fresh;
                     break;
                 }
-                Err(error) => tracing::error!(%error, "trying on"),
+                Err(error) => tracing::error!(%error, "the process cannot be started; retrying"),
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What of the platform runs, and whether its own settings can be read.
+//! Checks of the running platform: processes, engine and settings files.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -11,7 +11,7 @@ use super::processes::born;
 use super::service;
 use crate::resolver;
 
-/// Whether each process is still there that `up`, or the service, has started.
+/// Checks that each process that `up` or the service started still runs.
 pub(super) fn processes(data: &Path) -> Finding {
     if service::serves(data) {
         return active(service::not_active().map_err(|error| error.0), service::own_units().len());
@@ -25,7 +25,7 @@ pub(super) fn processes(data: &Path) -> Finding {
     }
     ended.sort();
     match (alive, ended.as_slice()) {
-        (0, _) => good(check, "the platform does not run from this folder"),
+        (0, _) => good(check, "the platform is not running from this folder"),
         (n, []) => good(check, format!("all {n} run")),
         (_, ended) => {
             let last = |name: &String| format!("{name} ({})", last_line(data, name));
@@ -33,55 +33,51 @@ pub(super) fn processes(data: &Path) -> Finding {
             let log = data.join("log");
             warning(
                 check,
-                format!("ended, and started again while `up` runs: {}", list.join(", ")),
+                format!("exited, and restarted while `up` runs: {}", list.join(", ")),
                 format!("{}/NAME.log says why", log.display()),
             )
         }
     }
 }
 
-/// Of units: all are active, or each that is not is named.
+/// Reports that all units are active, or lists the inactive ones.
 fn active(inactive: Result<Vec<(String, String)>, String>, count: usize) -> Finding {
     let check = "processes";
     match inactive {
-        Err(error) => warning(check, error, "is systemd in charge of this machine?"),
+        Err(error) => warning(check, error, "check that systemd runs on this machine"),
         Ok(list) if list.is_empty() => good(check, format!("all {count} units are active")),
         Ok(list) if list.len() == count => {
             good(check, "the service is stopped: systemctl start bulkhead.target starts it")
         }
         Ok(list) => {
             let list: Vec<String> = list.iter().map(|(name, state)| format!("{name} is {state}")).collect();
-            warning(
-                check,
-                list.join(", "),
-                "journalctl -n 20 -u NAME says why; systemd starts it again and again",
-            )
+            warning(check, list.join(", "), "journalctl -n 20 -u NAME shows why; systemd keeps restarting it")
         }
     }
 }
 
-/// Whether the process of a note is there: its id, and when it was born.
+/// Returns whether the process in a pid file (id and start time) still runs.
 fn runs(note: &str) -> bool {
     let mut parts = note.split_whitespace().map(str::parse::<u64>);
     matches!((parts.next(), parts.next()), (Some(Ok(pid)), Some(Ok(own))) if born(pid) == Some(own))
 }
 
-/// How long the engine has for an answer.
+/// Timeout for an answer of the engine.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Whether the container engine answers. A process that is there may hang.
+/// Checks that the container engine answers. A running process may hang.
 pub(super) fn engine(data: &Path) -> Finding {
     let check = "container engine";
     let socket = service::engine_socket(data);
     if !service::serves(data) {
         let Ok(note) = fs::read_to_string(data.join("run/engine.pid")) else {
-            return good(check, "does not run from this folder");
+            return good(check, "is not running from this folder");
         };
         if !runs(&note) {
-            return good(check, "does not run now");
+            return good(check, "is not running now");
         }
     } else if !socket.exists() {
-        return good(check, "does not run now");
+        return good(check, "is not running now");
     }
     ping(check, &socket)
 }
@@ -103,8 +99,10 @@ fn ping(check: &'static str, socket: &Path) -> Finding {
                 answer.map_or_else(|error| error.to_string(), |_| "an answer that is not 200".to_owned());
             warning(
                 check,
-                format!("does not answer: {why}. Running containers go on; none is started or stopped"),
-                "the agent ends an engine that hangs, and `up` or systemd starts a fresh one: look again in a \
+                format!(
+                    "does not answer: {why}. Running containers continue; none can be started or stopped"
+                ),
+                "the agent stops an engine that hangs, and `up` or systemd restarts it: check again in a \
                  minute; the agent's log names the app whose call hung",
             )
         }
@@ -118,14 +116,15 @@ fn last_line(data: &Path, name: &str) -> String {
     line.chars().filter(|c| !c.is_control()).take(300).collect()
 }
 
-/// Whether the file that a person may write for the resolver can be read: with a bad one apps get no names.
+/// Checks that the resolver's optional settings file can be read: with an invalid file, apps cannot resolve
+/// names.
 pub(super) fn resolver_settings(data: &Path) -> Finding {
     match resolver::Settings::load(&service::settings_folder(data).join("resolver.toml")) {
-        Ok(_) => good("resolver settings", "can be read, or are not there"),
+        Ok(_) => good("resolver settings", "readable, or absent"),
         Err(error) => warning(
             "resolver settings",
             error.split_whitespace().collect::<Vec<_>>().join(" "),
-            "write it as upstream = [\"10.0.0.53:53\"], or take the file away; apps get no names until then",
+            "write it as upstream = [\"10.0.0.53:53\"], or remove the file; until then apps cannot resolve names",
         ),
     }
 }
@@ -151,7 +150,7 @@ mod tests {
                 let _ = stream.read(&mut [0; 512]);
                 stream.write_all(answer).unwrap();
             }
-            // The last one is taken and not answered, as by a process that hangs.
+            // The last connection is accepted and not answered, as by an engine that hangs.
             let (_silent, _) = listener.accept().unwrap();
             std::thread::sleep(PATIENCE + Duration::from_secs(1));
         });
@@ -181,7 +180,7 @@ mod tests {
         let own = u64::from(std::process::id());
         fs::write(data.path().join("run/serve.pid"), format!("{own} {}", born(own).unwrap())).unwrap();
         assert_eq!(processes(data.path()).finding, "all 1 run");
-        // The id is another process' by now.
+        // Another process has the id by now.
         fs::write(data.path().join("run/resolver.pid"), format!("{own} 1")).unwrap();
         fs::write(data.path().join("log/resolver.log"), "begins\nno such upstream\n\n").unwrap();
         let finding = processes(data.path());

@@ -1,5 +1,5 @@
-//! `bulkhead install`: the platform as a service of the machine, from the same data folder that `up` uses. Either can
-//! take the folder over from the other: the units are stopped, or `up` is, and the other one starts.
+//! `bulkhead install`: the platform as a systemd service, with the same data folder that `up` uses. Each can
+//! take the folder over from the other: stop the units or `up`, then start the other one.
 
 use std::fs;
 use std::io::Write as _;
@@ -16,9 +16,9 @@ use crate::db::{self, Login};
 use crate::registries::token::{ISSUER, SERVICE};
 use crate::startup;
 
-/// Where the machine's own units lie.
+/// Folder of the machine's systemd units.
 const UNITS: &str = "/etc/systemd/system";
-/// Debian's group of those who may write below /usr/local: they act for root there.
+/// Debian's group `staff`. Its members may write below /usr/local, so they count as root there.
 const STAFF: u32 = 50;
 /// Folders that a unit's sandbox hides or replaces.
 const HIDDEN: [&str; 5] = ["/tmp", "/var/tmp", "/home", "/root", "/run"];
@@ -29,24 +29,24 @@ fn say(text: impl std::fmt::Display) {
     let _ = out.flush();
 }
 
-/// Whose units are on this machine.
+/// The installation that the units on this machine belong to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Installed {
-    /// None.
+    /// No units.
     Nothing,
-    /// Those of a data folder.
+    /// Units of a data folder.
     Folder(PathBuf),
-    /// Those for a given database and registry (`deploy/systemd`).
+    /// Units for an operator's database and registry (`deploy/systemd`).
     Given,
 }
 
-/// Whose units are on this machine.
+/// Returns the installation that the units on this machine belong to.
 #[must_use]
 pub fn installed() -> Installed {
     installed_in(Path::new(UNITS))
 }
 
-/// Whether systemd runs the platform from this data folder.
+/// Returns whether systemd runs the platform from this data folder.
 pub(super) fn serves(data: &Path) -> bool {
     is_of(&installed(), data)
 }
@@ -60,12 +60,12 @@ fn is_of(installed: &Installed, data: &Path) -> bool {
     }
 }
 
-/// Whether a folder is the state of units for a given database and registry.
+/// Returns whether a folder holds the state of units for an operator's database and registry.
 pub(super) fn is_given(data: &Path) -> bool {
     installed() == Installed::Given && serves(data)
 }
 
-/// Where the engine of a data folder listens.
+/// Returns the engine's socket of a data folder.
 pub(super) fn engine_socket(data: &Path) -> PathBuf {
     if is_given(data) {
         units::layout("", "", true).engine.socket
@@ -74,7 +74,7 @@ pub(super) fn engine_socket(data: &Path) -> PathBuf {
     }
 }
 
-/// Where the settings of a data folder's parts lie.
+/// Returns the folder with the settings of a data folder's parts.
 pub(super) fn settings_folder(data: &Path) -> PathBuf {
     if is_given(data) { units::SETTINGS.into() } else { data.to_owned() }
 }
@@ -85,7 +85,7 @@ fn installed_in(folder: &Path) -> Installed {
     data.map_or(Installed::Given, |data| Installed::Folder(data.into()))
 }
 
-/// Names of the units of this platform that lie in a folder.
+/// Returns the names of this platform's units in a folder.
 pub(super) fn unit_files(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names: Vec<String> = entries
@@ -96,7 +96,7 @@ pub(super) fn unit_files(folder: &Path) -> Vec<String> {
     names
 }
 
-/// The units on this machine, without the target.
+/// Returns the units on this machine, without the target.
 pub(super) fn own_units() -> Vec<String> {
     unit_files(Path::new(UNITS))
 }
@@ -113,7 +113,7 @@ fn systemctl(args: &[&str]) -> Result<(), Failed> {
     Err(Failed::doing(format!("systemctl {}", args.join(" ")), String::from_utf8_lossy(&done.stderr).trim()))
 }
 
-/// Refuses what the units could not serve.
+/// Refuses a folder that the units could not use.
 fn require_folder(data: &Path) -> Result<(), Failed> {
     if let Some(hidden) = HIDDEN.iter().find(|hidden| data.starts_with(hidden)) {
         return Err(Failed(format!(
@@ -124,17 +124,17 @@ fn require_folder(data: &Path) -> Result<(), Failed> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/-_.".contains(c);
     if !data.is_absolute() || !data.to_str().is_some_and(|text| text.chars().all(plain)) {
         return Err(Failed(format!(
-            "{} cannot stand in a unit: choose a --data that starts with / and has letters, digits, - _ and . only",
+            "{} is not valid in a unit file: choose a --data that starts with / and has letters, digits, - _ and . only",
             data.display()
         )));
     }
     Ok(())
 }
 
-/// Refuses a program that others than root can exchange: the units run it as root. One below a folder that the sandbox
-/// hides would not start.
+/// Refuses a program that a user other than root can replace: the units run it as root. Also refuses a
+/// program below a folder that the sandbox hides: it would not start.
 fn require_program(program: &Path) -> Result<(), Failed> {
-    let remedy = "run deploy/install, or install the package: both put it where only root writes";
+    let remedy = "run deploy/install, or install the package: both put it where only root can write";
     if let Some(hidden) = HIDDEN.iter().find(|hidden| program.starts_with(hidden)) {
         return Err(Failed(format!(
             "{} is below {hidden}, which the service's sandbox hides: {remedy}",
@@ -147,13 +147,13 @@ fn require_program(program: &Path) -> Result<(), Failed> {
         let group = seen.mode() & 0o020 != 0 && ![0, STAFF].contains(&seen.gid());
         let others = seen.mode() & 0o002 != 0;
         if seen.uid() != 0 || (group || others) && seen.mode() & 0o1000 == 0 {
-            return Err(Failed(format!("others than root can change {}: {remedy}", place.display())));
+            return Err(Failed(format!("a user other than root can change {}: {remedy}", place.display())));
         }
     }
     Ok(())
 }
 
-/// The data folder that is meant: the one asked for, or the one that is installed, or the usual one.
+/// Returns the data folder: the requested one, else the installed one, else the default.
 fn choose(asked: Option<PathBuf>, installed: Installed) -> Result<PathBuf, Failed> {
     match (asked, installed) {
         (_, Installed::Given) => Err(Failed(format!(
@@ -170,16 +170,18 @@ fn choose(asked: Option<PathBuf>, installed: Installed) -> Result<PathBuf, Faile
 }
 
 fn program() -> Result<PathBuf, Failed> {
-    std::env::current_exe().map_err(|error| Failed::doing("the place of this program is not known", error))
+    std::env::current_exe().map_err(|error| Failed::doing("the path of this program is not known", error))
 }
 
-/// Makes the platform a service, or brings it to this version: folder, settings, units, database; then it runs.
+/// Installs or upgrades the service: folder, settings, units, database. Then starts it.
 pub async fn install(asked: Option<PathBuf>, listen: Option<SocketAddr>) -> Result<(), Failed> {
     let data = choose(asked, installed())?;
     require_folder(&data)?;
     require_program(&program()?)?;
     if !Path::new("/run/systemd/system").exists() {
-        return Err(Failed("systemd does not run this machine: use `bulkhead up`, which needs none".into()));
+        return Err(Failed(
+            "systemd does not run on this machine: use `bulkhead up`, which does not need it".into(),
+        ));
     }
     let findings = doctor::examine(&data, None);
     let bad: Vec<String> = findings
@@ -194,7 +196,7 @@ pub async fn install(asked: Option<PathBuf>, listen: Option<SocketAddr>) -> Resu
         say(format!("note: {}: {}\n  {}", finding.check, finding.finding, finding.remedy));
     }
     if installed() != Installed::Nothing {
-        say("stopping the platform; apps go on running");
+        say("stopping the platform; apps keep running");
         stop()?;
     }
     let folder = Folder::open(&data, Some(listen.unwrap_or(settings_file::LISTEN)))?;
@@ -202,7 +204,7 @@ pub async fn install(asked: Option<PathBuf>, listen: Option<SocketAddr>) -> Resu
     let config = make_ready(&folder)?;
     write_units(&folder)?;
     let id = folder.claim.installation.clone();
-    // The units lock the folder themselves.
+    // The units take the lock themselves.
     drop(folder);
     say(format!("installation {id} in {}; starting", data.display()));
     systemctl(&["enable", "--quiet", units::TARGET])?;
@@ -211,31 +213,33 @@ pub async fn install(asked: Option<PathBuf>, listen: Option<SocketAddr>) -> Resu
     tell(&data, &config, id.as_str()).await
 }
 
-/// The first settings of a folder, or the address that was asked for now.
+/// Writes the first settings of a folder. Refuses a requested address that differs from the existing
+/// settings.
 fn write_listen(folder: &Folder, listen: Option<SocketAddr>) -> Result<(), Failed> {
     let path = settings_file::place(&folder.path);
     match (fs::read_to_string(&path), listen) {
         (Err(_), listen) => {
             let listen = listen.unwrap_or(settings_file::LISTEN);
             let text = format!(
-                "# What differs from the defaults; `serve.toml` beside it is made from it at each start.\n\
-                 # Then: systemctl restart {}\n\n[server]\nlisten = \"{listen}\"\n",
+                "# Settings that differ from the defaults. Each start creates `serve.toml` beside this file from it.\n\
+                 # After a change: systemctl restart {}\n\n[server]\nlisten = \"{listen}\"\n",
                 units::TARGET
             );
             super::folder::write_file(&path, &text, (0, folder.serve.gid), 0o640)
         }
         (Ok(text), Some(listen)) if !text.contains(&format!("\"{listen}\"")) => Err(Failed(format!(
-            "{} holds for this folder: write listen = \"{listen}\" into its [server] and leave --listen out",
+            "{} sets the address of this folder: write listen = \"{listen}\" into its [server] and omit --listen",
             path.display()
         ))),
         (Ok(_), _) => Ok(()),
     }
 }
 
-/// `bulkhead prepare`: what the first unit does at each start. Fails while a foreground `up` has the folder.
+/// `bulkhead prepare`: the work of the first unit at each start. Fails while a foreground `up` has the
+/// folder.
 pub fn prepare(data: &Path) -> Result<(), Failed> {
     if !Folder::exists(data) {
-        return Err(Failed(format!("{} is no data folder of Bulkhead", data.display())));
+        return Err(Failed(format!("{} is not a data folder of Bulkhead", data.display())));
     }
     let folder = Folder::open(data, None)?;
     make_ready(&folder).map(drop)
@@ -256,7 +260,7 @@ fn make_ready(folder: &Folder) -> Result<Config, Failed> {
     Ok(config)
 }
 
-/// `bulkhead prepare --database`: brings the database to this version, before `serve` starts.
+/// `bulkhead prepare --database`: migrates the database before `serve` starts.
 pub async fn prepare_database(data: &Path) -> Result<(), Failed> {
     if !Overlay::load(data)?.database() {
         postgres::prepare(data).await?;
@@ -264,7 +268,7 @@ pub async fn prepare_database(data: &Path) -> Result<(), Failed> {
     let config = Config::load(&data.join("serve.toml"), &[]).map_err(|error| Failed(error.to_string()))?;
     startup::migrate(&config).await.map_err(|error| {
         let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-        Failed(format!("the database cannot be brought to this version: {error} {cause}"))
+        Failed(format!("the database cannot be migrated to this version: {error} {cause}"))
     })
 }
 
@@ -272,7 +276,7 @@ fn layout(folder: &Folder, overlay: &Overlay) -> Result<processes::Layout, Faile
     let bin = postgres::programs().map(|(_, bin)| bin).unwrap_or_default();
     let binaries = program()?.parent().map(Path::to_path_buf).unwrap_or_default();
     let mut layout = folder.layout(&bin, &binaries);
-    // systemd makes a cgroup for each unit.
+    // systemd creates a cgroup for each unit.
     layout.engine_cgroup = None;
     if let Some(own) = &mut layout.own {
         own.has_database = !overlay.database();
@@ -291,7 +295,7 @@ fn write_units(folder: &Folder) -> Result<(), Failed> {
     for (name, text) in &fresh {
         super::folder::write_file(&Path::new(UNITS).join(name), text, (0, 0), 0o644)?;
     }
-    // A part that this version, or these settings, have no more.
+    // Units that this version or these settings no longer have.
     for name in own_units().iter().filter(|name| !fresh.iter().any(|(fresh, _)| fresh == *name)) {
         let _ = systemctl(&["disable", "--quiet", "--now", name]);
         let _ = fs::remove_file(Path::new(UNITS).join(name));
@@ -299,7 +303,7 @@ fn write_units(folder: &Folder) -> Result<(), Failed> {
     systemctl(&["daemon-reload"])
 }
 
-/// The state of units, as `systemctl show` tells it: name and state of each that is not active.
+/// Returns name and state of each unit that is not active, from the output of `systemctl show`.
 fn inactive(text: &str) -> Vec<(String, String)> {
     let value = |block: &str, key: &str| {
         let line = block.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
@@ -312,7 +316,7 @@ fn inactive(text: &str) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Units of the platform that are not active, each with its state.
+/// Returns the platform's units that are not active, each with its state.
 pub(super) fn not_active() -> Result<Vec<(String, String)>, Failed> {
     let units = own_units();
     let done = Command::new("systemctl")
@@ -328,15 +332,15 @@ fn require_active() -> Result<(), Failed> {
     let bad = not_active()?;
     let Some((first, _)) = bad.first() else { return Ok(()) };
     let list: Vec<String> = bad.iter().map(|(name, state)| format!("{name} is {state}")).collect();
-    Err(Failed(format!("{}. Its last words: journalctl -n 20 -u {first}", list.join(", "))))
+    Err(Failed(format!("{}. See journalctl -n 20 -u {first}", list.join(", "))))
 }
 
-/// Says where the platform is and, while it has no admin, how the first one gets in.
+/// Prints the platform's address and, while it has no admin, the link for the first admin.
 async fn tell(data: &Path, config: &Config, id: &str) -> Result<(), Failed> {
     let scheme = if config.server.tls_certificate.is_some() { "https" } else { "http" };
     let address =
         config.server.external_url.clone().unwrap_or_else(|| format!("{scheme}://{}", config.server.listen));
-    say(format!("Bulkhead is at {address}, and starts with the machine."));
+    say(format!("Bulkhead is at {address}. It starts with the machine."));
     let login = db::options(&config.database, Login::Runtime).map_err(|error| Failed(error.to_string()))?;
     let pool = db::pool(login, 2);
     let failed = |error: crate::error::Error| Failed(error.to_string());
@@ -352,7 +356,7 @@ async fn tell(data: &Path, config: &Config, id: &str) -> Result<(), Failed> {
     say(format!("Settings: {}. Logs: journalctl -u 'bulkhead-*'", settings_file::place(data).display()));
     if Overlay::load(data)?.registry() {
         say(format!(
-            "Your registry must say: auth.token: realm {address}/auth/token, service {SERVICE}, issuer {ISSUER}, \
+            "Set in your registry: auth.token: realm {address}/auth/token, service {SERVICE}, issuer {ISSUER}, \
              rootcertbundle {}; storage.delete.enabled: true; http.relativeurls: true",
             data.join("registry-token.pem").display()
         ));
@@ -363,7 +367,7 @@ async fn tell(data: &Path, config: &Config, id: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Stops all units, and waits for each: a stop of the target alone returns while its parts still run.
+/// Stops all units and waits for each: stopping the target alone returns while its parts still run.
 fn stop() -> Result<(), Failed> {
     let units = own_units();
     let mut args = vec!["stop", units::TARGET];
@@ -371,7 +375,7 @@ fn stop() -> Result<(), Failed> {
     systemctl(&args)
 }
 
-/// Whether the service of a folder is on its way down, which the folder's lock can be waited for.
+/// Returns whether the service of a folder is stopping; its lock is free soon.
 pub(super) fn is_stopping(data: &Path) -> bool {
     serves(data)
         && Command::new("systemctl")
@@ -381,12 +385,12 @@ pub(super) fn is_stopping(data: &Path) -> bool {
             .is_ok_and(|status| !status.success())
 }
 
-/// Opens the folder of an installation that is to be removed. The units stop once the letters are right, not before.
+/// Opens the folder of an installation for removal. Checks the confirmation before it stops the units.
 pub(super) fn open_to_remove(data: &Path, confirm: &str) -> Result<Folder, Failed> {
     if let Some(id) = claims::installation_of(data) {
         if id.as_str() != confirm {
             return Err(Failed(format!(
-                "this removes the installation {id} with all its tenants, apps and images: say --confirm {id}"
+                "this removes the installation {id} with all its tenants, apps and images: confirm with --confirm {id}"
             )));
         }
         remove(data)?;
@@ -394,13 +398,13 @@ pub(super) fn open_to_remove(data: &Path, confirm: &str) -> Result<Folder, Faile
     Folder::open(data, None)
 }
 
-/// Stops the units of a data folder and takes them away; nothing where it has none.
+/// Stops and removes the units of a data folder, if it has any.
 fn remove(data: &Path) -> Result<(), Failed> {
     let data = data.canonicalize().unwrap_or_else(|_| data.to_owned());
     if installed() == Installed::Folder(data) { remove_units() } else { Ok(()) }
 }
 
-/// Stops all units of this machine and takes them away.
+/// Stops and removes all units of this machine.
 pub(super) fn remove_units() -> Result<(), Failed> {
     systemctl(&["disable", "--quiet", units::TARGET])?;
     stop()?;

@@ -1,5 +1,5 @@
-//! What the units need before their first start: users, settings, keys, the engine's files. What is
-//! there is left as it is, so that it can be run again.
+//! Creates what the units need before their first start: users, settings, keys, the engine's files. Existing
+//! files stay, so it can run again.
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
@@ -16,21 +16,21 @@ use crate::keys::Keys;
 use crate::registries::SigningKey;
 use crate::registries::token::{ISSUER, SERVICE};
 
-/// What was written, for people.
+/// The files that were written.
 #[derive(Debug)]
 pub struct Written {
-    /// Files that are new.
+    /// New files.
     pub fresh: Vec<PathBuf>,
-    /// Files that were there and were left.
+    /// Existing files, unchanged.
     pub kept: Vec<PathBuf>,
-    /// What the registry's own settings must say.
+    /// The required settings of the registry.
     pub registry: String,
 }
 
 /// Writes settings below `settings` and the engine's files below `state`.
 pub fn write(settings: &Path, state: &Path) -> Result<Written, Failed> {
     if !rustix::process::geteuid().is_root() {
-        return Err(Failed("run it as root: it makes users and writes their settings".into()));
+        return Err(Failed("run it as root: it creates users and writes their settings".into()));
     }
     let io = |path: &Path| {
         let path = path.display().to_string();
@@ -41,7 +41,7 @@ pub fn write(settings: &Path, state: &Path) -> Result<Written, Failed> {
     let claim = claims::claim(&settings)?;
     let (serve, prober) = (ensure_user(units::SERVE)?, ensure_user(units::PROBER)?);
     let resolver = ensure_user(units::RESOLVER)?;
-    // Written once with this port, all of them keep to it.
+    // All settings use the port of the first run.
     let known = Config::load(&settings.join("serve.toml"), &[]).ok().map(|config| config.server.pull_listen);
     let pull = match known {
         Some(pull) => pull,
@@ -116,12 +116,12 @@ pub fn write(settings: &Path, state: &Path) -> Result<Written, Failed> {
     Ok(written)
 }
 
-/// Takes back what `write` did, as long as nothing was ever run with it: the user ids of an installation
-/// that has had tenants are theirs for ever.
+/// Reverts `write`, unless the installation has run: the user ids of an installation that has had tenants are
+/// never reused.
 pub fn undo(settings: &Path, state: &Path) -> Result<(), Failed> {
     if state.join("agent/journal").exists() {
         return Err(Failed(format!(
-            "{} has had tenants: their containers, networks and ids are not undone by removing settings",
+            "{} has had tenants: removing the settings would not remove their containers, networks and ids",
             state.display()
         )));
     }

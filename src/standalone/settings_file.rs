@@ -1,5 +1,5 @@
-//! `settings.toml` of a data folder: what an operator sets for the service, over what the folder gives. Only what
-//! differs stands in it. A database or registry that it names takes the place of the private one.
+//! `settings.toml` of a data folder: the operator's settings, which override the folder's own. It holds only
+//! the differences. A database or registry that it names replaces the private one.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -7,21 +7,21 @@ use std::path::{Path, PathBuf};
 use super::{Failed, Folder};
 use crate::config::Config;
 
-/// The address of a service that names none.
+/// The default address of a service.
 pub(super) const LISTEN: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8080);
 
-/// What an operator has set.
+/// The operator's settings.
 #[derive(Debug, Default)]
 pub(super) struct Overlay(toml::Table);
 
-/// Where it lies.
+/// Returns the path of the file.
 pub(super) fn place(data: &Path) -> PathBuf {
     data.join("settings.toml")
 }
 
 impl Overlay {
-    /// Reads it; a folder without one has nothing set.
+    /// Reads the file; without one, nothing is overridden.
     pub(super) fn load(data: &Path) -> Result<Self, Failed> {
         let path = place(data);
         match std::fs::read_to_string(&path) {
@@ -38,17 +38,17 @@ impl Overlay {
         self.0.get(section).and_then(|section| section.get(key)).is_some()
     }
 
-    /// Whether the database is given.
+    /// Returns whether the operator provides the database.
     pub(super) fn database(&self) -> bool {
         self.names("database", "host")
     }
 
-    /// Whether the registry is given.
+    /// Returns whether the operator provides the registry.
     pub(super) fn registry(&self) -> bool {
         self.names("registry", "url")
     }
 
-    /// The settings of `serve`: the folder's own with these over them, as text and as read back.
+    /// Returns the settings of `serve`, with the overrides applied: as text, and parsed.
     pub(super) fn over(&self, folder: &Folder) -> Result<(String, Config), Failed> {
         let mut base = folder.config(LISTEN);
         if self.registry() {
@@ -59,7 +59,7 @@ impl Overlay {
         lay_over(&mut table, &self.0);
         let text = toml::to_string(&table).map_err(failed)?;
         let config = Config::parse(&text, &[]).map_err(|error| {
-            Failed::doing(format!("{} cannot work", place(&folder.path).display()), error)
+            Failed::doing(format!("{} is not valid", place(&folder.path).display()), error)
         })?;
         for (name, fixed) in [
             ("installation", config.installation == base.installation),
@@ -69,7 +69,7 @@ impl Overlay {
         ] {
             if !fixed {
                 return Err(Failed(format!(
-                    "{} sets {name}, which belongs to the data folder: take that line out",
+                    "{} sets {name}, which the data folder decides: remove that line",
                     place(&folder.path).display()
                 )));
             }

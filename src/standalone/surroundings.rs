@@ -1,4 +1,5 @@
-//! What stands around the platform on its machine: others' firewalls, and what of the host answers to tenants.
+//! Checks of the platform's surroundings on the machine: other firewalls, and host sockets that tenants can
+//! reach.
 
 use std::fs;
 use std::path::Path;
@@ -9,11 +10,16 @@ use crate::driver::podman::firewall::kernel;
 use crate::driver::podman::foreign::{self, Author, Wall};
 use crate::driver::podman::host;
 
-/// Firewalls of others: their accepts open nothing of ours, their drops close what we open.
+/// Checks the firewalls of other programs: their accepts open none of our denials, and their drops close what
+/// we open.
 pub(super) fn firewalls() -> Finding {
     let check = "other firewalls";
     let Some(nft) = program("nft") else {
-        return warning(check, "nft is not there to ask", "apt-get install nftables");
+        return warning(
+            check,
+            "nft is not installed, so other firewalls are unknown",
+            "apt-get install nftables",
+        );
     };
     let ask = |args: &[&str]| {
         let done = Command::new(&nft).arg("-j").arg("list").args(args).stderr(Stdio::null()).output();
@@ -30,15 +36,15 @@ pub(super) fn firewalls() -> Finding {
     if flushes && enabled {
         return warning(
             check,
-            "nftables.service empties all tables whenever it is started or reloaded",
-            "nothing breaks: the agent hears of it and loads its table again within milliseconds; to avoid even that, \
+            "nftables.service flushes all tables whenever it starts or reloads",
+            "nothing breaks: the agent is notified and reloads its table within milliseconds; to avoid even that, \
              replace `flush ruleset` in /etc/nftables.conf by deleting that file's own tables",
         );
     }
-    good(check, "none stands in the way")
+    good(check, "none blocks traffic of apps")
 }
 
-/// Each wall with what it stops, and the commands that take it down.
+/// Reports each blocking rule with the traffic that it stops, and the commands that allow it.
 fn blocked(check: &'static str, walls: &[Wall]) -> Finding {
     let list: Vec<String> =
         walls.iter().map(|wall| format!("{} stops {}", wall.chain, wall.stops.join(", "))).collect();
@@ -52,11 +58,14 @@ fn blocked(check: &'static str, walls: &[Wall]) -> Finding {
     warning(
         check,
         list.join("; "),
-        format!("{}. Bulkhead's own table goes on to close all that apps may not reach", remedies.join("; ")),
+        format!(
+            "{}. Bulkhead's own table still blocks everything that apps may not reach",
+            remedies.join("; ")
+        ),
     )
 }
 
-/// What opens a firewall for the bridges of apps.
+/// Returns the command that opens a firewall for the bridges of apps.
 fn remedy(author: Author) -> &'static str {
     match author {
         Author::Firewalld => {
@@ -70,13 +79,13 @@ fn remedy(author: Author) -> &'static str {
             "iptables -I DOCKER-USER -i bk+ -j ACCEPT && iptables -I DOCKER-USER -o bk+ -j ACCEPT, at each start of Docker"
         }
         Author::Other => {
-            "accept, before the rule or policy that drops them, what comes from and goes to interfaces bk* where packets \
-             are forwarded, and port 53 from bk* at the input"
+            "accept traffic from and to the interfaces bk* in the forward chain, before the rule or policy that \
+             drops it, and port 53 from bk* in the input chain"
         }
     }
 }
 
-/// How full the table is that all connections of the machine share.
+/// Checks how full the machine's connection tracking table is.
 pub(super) fn connections() -> Finding {
     crowding(kernel::tracked_of())
 }
@@ -84,20 +93,20 @@ pub(super) fn connections() -> Finding {
 fn crowding(seen: Option<(u64, u64)>) -> Finding {
     let check = "connections";
     match seen {
-        None => good(check, "none is tracked yet"),
+        None => good(check, "no connection is tracked yet"),
         Some((count, most)) if kernel::is_crowded((count, most)) => warning(
             check,
             format!(
-                "{count} of the {most} that the kernel can track are in use; once all are, nobody begins one"
+                "{count} of the {most} that the kernel can track are in use; once all are, no new connection can start"
             ),
-            "the events at /network say whose apps have begun most: suspend that tenant, or raise \
+            "the events at /network name the tenant that opened the most: suspend that tenant, or raise \
              net.netfilter.nf_conntrack_max",
         ),
         Some((count, most)) => good(check, format!("{count} of the {most} that the kernel can track")),
     }
 }
 
-/// What of this machine answers to tenants: nothing should.
+/// Checks which host sockets answer to tenants. None should, except the one for names.
 pub(super) fn host_from_within(data: &Path) -> Finding {
     let check = "host from within";
     let mut listeners = host::listeners();
@@ -114,7 +123,7 @@ pub(super) fn host_from_within(data: &Path) -> Finding {
         return good(
             check,
             format!(
-                "{count} socket(s) listen beyond loopback; all are closed to tenants by plan, and tried once an app runs"
+                "{count} socket(s) listen beyond loopback; the plan blocks tenants from all, which is tested once an app runs"
             ),
         );
     };
@@ -126,7 +135,7 @@ pub(super) fn host_from_within(data: &Path) -> Finding {
         return good(
             check,
             format!(
-                "{count} socket(s) listen beyond loopback; none but the one for names answers from within an app"
+                "{count} socket(s) listen beyond loopback; only the one for names answers from within an app"
             ),
         );
     }
@@ -134,10 +143,10 @@ pub(super) fn host_from_within(data: &Path) -> Finding {
         open.iter().map(|l| format!("{} port {} ({})", l.address, l.port, l.program)).collect();
     let units: Vec<&str> = open.iter().map(|l| l.unit.as_str()).filter(|unit| !unit.is_empty()).collect();
     let remedy = if units.is_empty() {
-        "is the platform up? Its table closes all of them; else end these programs".to_owned()
+        "start the platform, whose table blocks all of them, or stop these programs".to_owned()
     } else {
         format!(
-            "is the platform up? Its table closes all of them; else: systemctl disable --now {}",
+            "start the platform, whose table blocks all of them, or: systemctl disable --now {}",
             units.join(" ")
         )
     };

@@ -1,5 +1,5 @@
-//! The undo of `up`: containers, networks, table, users, claim and data folder of one installation
-//! go; nothing else is touched.
+//! Reverts `up`: removes containers, networks, table, users, claim and data folder of one installation.
+//! Nothing else is touched.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,7 +13,7 @@ use crate::driver::podman::engine::{self, EngineSettings};
 use crate::driver::podman::firewall::kernel;
 use crate::driver::podman::{ports, pull};
 
-/// Removes an installation. `confirm` is its four letters.
+/// Removes an installation. `confirm` is its four-letter id.
 pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
     if !Folder::exists(data) && service::is_given(data) {
         let left = given::uninstall(confirm).await?;
@@ -21,13 +21,13 @@ pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
         return Ok(());
     }
     if !Folder::exists(data) {
-        return Err(Failed(format!("{} is no data folder of Bulkhead", data.display())));
+        return Err(Failed(format!("{} is not a data folder of Bulkhead", data.display())));
     }
     let folder = service::open_to_remove(data, confirm)?;
     let id = folder.claim.installation.clone();
     if confirm != id.as_str() {
         return Err(Failed(format!(
-            "this removes the installation {id} with all its tenants, apps and images: say --confirm {id}"
+            "this removes the installation {id} with all its tenants, apps and images: confirm with --confirm {id}"
         )));
     }
     let bin = postgres::programs().map(|(_, bin)| bin).unwrap_or_default();
@@ -56,7 +56,7 @@ pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
         if is_folder { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }.map_err(failed)?;
     }
     match std::fs::remove_dir(&folder.path) {
-        // A disk of its own is mounted there: emptied is removed.
+        // The folder is a mount point: an empty folder counts as removed.
         Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => Ok(()),
         other => other.map_err(failed),
     }
@@ -72,15 +72,15 @@ pub(super) fn discard_user(name: &str) {
         .status();
 }
 
-/// An engine whose service does not run, and what of it is to be removed.
+/// An engine whose service is stopped, and the parts to remove.
 pub(super) struct EngineParts<'a> {
     /// The engine.
     pub(super) settings: &'a EngineSettings,
-    /// The installation's four letters.
+    /// Id of the installation: four letters.
     pub(super) id: &'a str,
-    /// Its own cgroup, where systemd made none.
+    /// Its own cgroup, unless systemd created it.
     pub(super) group: Option<&'a str>,
-    /// The folder below which it has mounts.
+    /// The folder that contains its mounts.
     pub(super) below: &'a Path,
 }
 
@@ -123,11 +123,11 @@ pub(super) async fn remove_containers(parts: &EngineParts<'_>) -> Result<(), Fai
     Ok(())
 }
 
-/// How long the monitors of containers that are gone may take to end by themselves, in tenths of a second.
+/// How long to wait for the monitors of removed containers to exit, in tenths of a second.
 const PATIENCE: usize = 20;
 
-/// Removes the cgroup that all containers were in, in each hierarchy, and the engine's own. Monitors of containers end
-/// a moment after these, those of commands that were run in them sometimes not at all.
+/// Removes the containers' cgroup in each hierarchy, and the engine's own. Monitors of containers exit
+/// shortly after the containers. Monitors of exec commands sometimes do not exit.
 async fn remove_cgroups(id: &str, engine: Option<&str>) {
     let hierarchies = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
     let roots = hierarchies.map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]);
@@ -169,8 +169,8 @@ fn folders(place: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// The engine leaves storage mounted; a mount would keep the folder from being removed. The deepest
-/// goes first.
+/// Unmounts the storage that the engine leaves mounted, deepest first: a mount prevents the removal of the
+/// folder.
 pub(super) fn unmount_below(folder: &Path) {
     let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let below = format!("{}/", folder.display());

@@ -1,5 +1,5 @@
-//! The table of processes as systemd units, for `deploy/systemd`. A test holds the files there against
-//! this text.
+//! The table of processes as systemd units, for `deploy/systemd`. A test compares the files there with this
+//! text.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -9,26 +9,26 @@ use rustix::process::Signal;
 use super::processes::{Layout, Process, TASKS, table};
 use crate::driver::podman::engine::EngineSettings;
 
-/// Where settings lie when systemd is in charge.
+/// Folder of the settings under systemd.
 pub const SETTINGS: &str = "/etc/bulkhead";
-/// Where state lies.
+/// Folder of the state under systemd.
 pub const STATE: &str = "/var/lib/bulkhead";
-/// Where `serve` keeps the heads of the audit's chain.
+/// Folder in which `serve` keeps the heads of the audit log's chain.
 pub const AUDIT: &str = "/var/lib/bulkhead/audit";
-/// Who may be whom in the database, by what the system says: `serve`, and root at the command line.
+/// Which system user may log in as which database role: `serve`, and root at the command line.
 pub const IDENT: &str = "bulkhead bulkhead bulkhead\nbulkhead bulkhead bulkhead_reconciler\nbulkhead root bulkhead\n\
                          bulkhead root bulkhead_reconciler\n";
-/// Where sockets lie: one folder for each process, made by its unit.
+/// Folder of the sockets: one subfolder for each process, created by its unit.
 const SOCKETS: &str = "/run/bulkhead";
-/// The users.
+/// User of `serve`.
 pub const SERVE: &str = "bulkhead";
-/// The prober's.
+/// User of the prober.
 pub const PROBER: &str = "bulkhead-prober";
 
-/// The resolver's.
+/// User of the resolver.
 pub const RESOLVER: &str = "bulkhead-resolver";
 
-/// The layout when systemd is in charge: database and registry are given, not the installation's own.
+/// Returns the layout under systemd; the operator provides database and registry.
 #[must_use]
 pub fn layout(registry_name: &str, pull_host: &str, may_raise_limits: bool) -> Layout {
     let (settings, state, sockets) = (PathBuf::from(SETTINGS), PathBuf::from(STATE), PathBuf::from(SOCKETS));
@@ -55,12 +55,12 @@ pub fn layout(registry_name: &str, pull_host: &str, may_raise_limits: bool) -> L
     }
 }
 
-/// The target that is all of the platform.
+/// The target of all units of the platform.
 pub const TARGET: &str = "bulkhead.target";
-/// What a target says before the path of the data folder that its units are for.
+/// The comment in a target before the path of the data folder.
 pub(super) const DATA_MARK: &str = "# Data folder: ";
 
-/// All units: file name and text.
+/// Returns all units: file name and text.
 #[must_use]
 pub fn units() -> Vec<(String, String)> {
     let table = table(&layout("x", "x", true));
@@ -68,7 +68,7 @@ pub fn units() -> Vec<(String, String)> {
     units.chain([(TARGET.to_owned(), target(table.iter().map(|process| process.name), None))]).collect()
 }
 
-/// All units of an installation in a data folder: `program` is the one that prepares it at each start.
+/// Returns all units of an installation in a data folder. `program` prepares the folder at each start.
 #[must_use]
 pub fn units_of(layout: &Layout, data: &Path, program: &Path) -> Vec<(String, String)> {
     let table = table(layout);
@@ -81,10 +81,10 @@ pub fn units_of(layout: &Layout, data: &Path, program: &Path) -> Vec<(String, St
     units
 }
 
-/// The unit that makes the data folder ready before all others.
+/// The unit that prepares the data folder before all others start.
 const PREPARE: &str = "prepare";
 
-/// Of an installation in a data folder.
+/// Extra facts of an installation in a data folder.
 struct Own<'a> {
     data: &'a Path,
     program: &'a Path,
@@ -102,7 +102,8 @@ fn target<'a>(names: impl Iterator<Item = &'a str>, data: Option<&Path>) -> Stri
 }
 
 fn prepare(own: &Own<'_>) -> String {
-    // It waits for nothing but the disk. A foreground `up` has the folder locked, and then nothing is started.
+    // Waits only for the disk. If a foreground `up` holds the folder's lock, this unit fails and no other
+    // starts.
     format!(
         "# Written by `bulkhead install`: do not edit.\n[Unit]\nDescription=Bulkhead: data folder\nPartOf={TARGET}\n\
          After=local-fs.target\n\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart={}\nTimeoutStartSec=300\n\
@@ -119,7 +120,7 @@ pub(super) fn file(name: &str) -> String {
     format!("bulkhead-{name}.service")
 }
 
-/// Who is not root sees and may nearly nothing.
+/// A process that is not root can see and do almost nothing.
 const UNPRIVILEGED: &str = "NoNewPrivileges=yes
 CapabilityBoundingSet=
 AmbientCapabilities=
@@ -146,9 +147,9 @@ SystemCallFilter=~@privileged @resources
 SystemCallErrorNumber=EPERM
 ";
 
-/// The root half takes down namespaces and loads tables: it shares the machine's mounts, so nothing here
-/// may give it mounts of its own. Images are unpacked by a child of it: files with the bits of set-user-id are in most
-/// of them (no container gains anything by these), so that making such files cannot be forbidden.
+/// The agent removes namespaces and loads tables. It must share the machine's mounts, so no setting here may
+/// create a mount namespace. A child of it unpacks images, and most images contain set-user-id files
+/// (containers gain nothing by them). Creating such files therefore stays allowed.
 const ROOT_HALF: &str = "NoNewPrivileges=yes
 MemoryDenyWriteExecute=yes
 RestrictAddressFamilies=AF_UNIX AF_NETLINK AF_INET AF_INET6
@@ -157,10 +158,10 @@ CAP_MAC_OVERRIDE CAP_WAKE_ALARM CAP_BLOCK_SUSPEND CAP_AUDIT_CONTROL CAP_AUDIT_RE
 CAP_LINUX_IMMUTABLE CAP_BPF CAP_CHECKPOINT_RESTORE
 ";
 
-/// What root's two processes have in common. ProtectSystem, ProtectHome, PrivateTmp and their like are not here: each
-/// gives a unit mounts of its own, and then the engine's namespaces and file systems are no longer the agent's and the
-/// machine's (systemd.exec(5), MountFlags). System calls that are closed here are closed for containers too, which
-/// have none of them anyway.
+/// Settings that root's two processes share. ProtectSystem, ProtectHome, PrivateTmp and similar settings are
+/// missing on purpose. Each creates a mount namespace for the unit, and the agent and the machine would no
+/// longer see the engine's namespaces and file systems (systemd.exec(5), MountFlags). System calls that are
+/// denied here are denied to containers too, which may not use them anyway.
 const ROOT: &str = "RestrictRealtime=yes
 LockPersonality=yes
 KeyringMode=private
@@ -169,12 +170,12 @@ SystemCallFilter=~@clock @cpu-emulation @module @obsolete @raw-io @reboot @swap
 SystemCallErrorNumber=EPERM
 ";
 
-/// The engine loads AppArmor's profile and makes containers.
+/// The engine loads the AppArmor profile and creates containers.
 const ENGINE: &str = "CapabilityBoundingSet=~CAP_SYS_MODULE CAP_SYS_RAWIO CAP_SYS_BOOT CAP_SYS_TIME CAP_SYS_TTY_CONFIG CAP_SYSLOG \
 CAP_WAKE_ALARM CAP_BLOCK_SUSPEND CAP_AUDIT_CONTROL CAP_AUDIT_READ CAP_LEASE CAP_SYS_PACCT CAP_LINUX_IMMUTABLE
 ";
 
-/// The kernel ends an instance before a part of the platform.
+/// Under memory pressure, the kernel kills an instance before a part of the platform.
 const LAST_TO_GO: &str = "OOMScoreAdjust=-900\n";
 
 fn unit(process: &Process, own: Option<&Own<'_>>) -> String {
@@ -211,7 +212,7 @@ fn unit(process: &Process, own: Option<&Own<'_>>) -> String {
         let _ = writeln!(out, "KillSignal={}", process.stop.as_raw());
     }
     out.push_str("Restart=always\nRestartSec=1\nTimeoutStopSec=20\n");
-    // The group of the registry's folder, which is that of `serve`, reaches its socket.
+    // Lets the group of the registry's folder (the group of `serve`) use the socket.
     match process.name {
         "engine" => {}
         "registry" => out.push_str("UMask=0007\n"),
@@ -236,8 +237,8 @@ fn own_rules(process: &Process, out: &mut String) {
     let folder =
         |mode: &str| format!("RuntimeDirectory=bulkhead/{}\nRuntimeDirectoryMode={mode}\n", process.name);
     match process.name {
-        // Containers and their monitors outlive the engine's service, a restart and an upgrade of it. The engine
-        // leaves a monitor in its own cgroup, and so under its own limits, where it sees this variable.
+        // Containers and their monitors outlive a restart and an upgrade of the engine's service. With this
+        // variable set, the engine leaves a monitor in the engine's cgroup, under the engine's limits.
         "engine" => {
             *out += "UnsetEnvironment=INVOCATION_ID\nOOMPolicy=continue\n";
             *out +=
@@ -247,7 +248,7 @@ fn own_rules(process: &Process, out: &mut String) {
             *out += ENGINE;
         }
         "agent" => {
-            // The group reaches the socket; whoever asks there is checked by user id.
+            // The group can reach the socket; the agent checks the user id of each client.
             let _ = writeln!(out, "Group={SERVE}\nStateDirectory=bulkhead/agent\nStateDirectoryMode=0700");
             *out += &folder("0750");
             *out += ROOT;
@@ -266,8 +267,8 @@ fn own_rules(process: &Process, out: &mut String) {
         }
         _ => {
             let user = process.user.as_deref().unwrap_or("root");
-            // The list of processes stays visible, and their owners as they are: the pool of user ids is held against
-            // them. In a user namespace all others would seem to be one user.
+            // The list of processes and their owners stays visible: the agent compares the pool of user ids
+            // with them. In a user namespace, all other users would look like one.
             let _ = writeln!(
                 out,
                 "User={user}\nGroup={user}\nStateDirectory=bulkhead/audit\nStateDirectoryMode=0700"
@@ -278,12 +279,12 @@ fn own_rules(process: &Process, out: &mut String) {
     }
 }
 
-/// What tells systemd that a process does its work, and what goes before it.
+/// Sets how systemd detects that a process is ready, and the command that runs before it.
 fn readiness(process: &Process, own: Option<&Own<'_>>, out: &mut String) {
     let (kind, seconds) = match process.name {
-        // A cluster that was not stopped replays its log first.
+        // After a crash, the cluster replays its log first.
         "postgres" => ("notify", 1800),
-        // It brings the database to its version first.
+        // Migrates the database first.
         "serve" if own.is_some() => ("notify", 1800),
         "agent" | "prober" | "collector" | "serve" => ("notify", 300),
         _ => ("exec", 90),
@@ -292,12 +293,12 @@ fn readiness(process: &Process, own: Option<&Own<'_>>, out: &mut String) {
     if let Some(own) = own.filter(|_| process.name == "serve") {
         let prepare =
             [show(own.program), "prepare".into(), "--database".into(), "--data".into(), show(own.data)];
-        // With root's rights, outside of the sandbox: `serve` itself may not change tables.
+        // Runs as root, outside the sandbox: `serve` itself may not change tables.
         let _ = writeln!(out, "ExecStartPre=+{}", words(&prepare));
     }
 }
 
-/// The same rules for an installation in a data folder, whose owners and modes are the folder's.
+/// The same rules for an installation in a data folder, which sets owners and modes itself.
 fn folder_rules(process: &Process, data: &Path, out: &mut String) {
     if let Some(user) = &process.user {
         let _ = writeln!(out, "User={user}\nGroup={user}");
@@ -325,8 +326,8 @@ fn folder_rules(process: &Process, data: &Path, out: &mut String) {
             *out += "ProtectProc=invisible\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n";
             *out += &resolver_rules();
         }
-        // It holds who is at the other end of its socket against its own list of users; its compiler of queries writes
-        // programs into memory.
+        // Postgres looks the socket's peer up in the system's users. Its query compiler writes programs into
+        // memory.
         "postgres" => {
             *out += &writes(&["postgres", "run/postgres"]);
             *out +=
@@ -339,7 +340,8 @@ fn folder_rules(process: &Process, data: &Path, out: &mut String) {
         "registry" | "collector" => {
             *out += &writes(&["registry", "run/registry"]);
             *out += "ProtectProc=invisible\nRestrictAddressFamilies=AF_UNIX\n";
-            // The folder of the socket hands its group on; the collector knows `serve` by its user id.
+            // New files in the socket's folder inherit its group. The collector identifies `serve` by user
+            // id.
             *out += &UNPRIVILEGED.replace("PrivateUsers=yes\n", "").replace("RestrictSUIDSGID=yes\n", "");
         }
         _ => {
@@ -351,7 +353,7 @@ fn folder_rules(process: &Process, data: &Path, out: &mut String) {
 }
 
 fn resolver_rules() -> String {
-    // The one capability of all that is not root: to listen where names are asked for.
+    // The only capability outside root: binding port 53.
     UNPRIVILEGED
         .replace(
             "CapabilityBoundingSet=\nAmbientCapabilities=\n",
@@ -362,11 +364,11 @@ fn resolver_rules() -> String {
 
 fn command(process: &Process, own: Option<&Own<'_>>) -> String {
     let mut all = process.command.clone();
-    // systemd wants whole paths.
+    // systemd requires absolute paths.
     if let Some(first) = all.first_mut().filter(|first| !first.starts_with('/')) {
         *first = format!("/usr/bin/{first}");
     }
-    // The lock of the data folder is held as long as the agent runs: no `up` takes the folder meanwhile.
+    // The agent holds the lock of the data folder: no `up` can take the folder meanwhile.
     if let Some(own) = own.filter(|_| process.name == "agent") {
         let lock = show(&own.data.join("lock"));
         let flock = ["/usr/bin/flock", "--no-fork", "--shared", "--nonblock", &lock];
@@ -379,7 +381,7 @@ fn words(all: &[String]) -> String {
     all.iter().map(|one| word(one)).collect::<Vec<_>>().join(" ")
 }
 
-/// A word as systemd reads it back (systemd.service(5), quoting): `%` and `$` stand for themselves.
+/// Quotes a word for systemd (systemd.service(5), quoting); `%` and `$` are escaped.
 fn word(text: &str) -> String {
     let plain = text.replace('%', "%%").replace('$', "$$");
     let bare = |c: char| c.is_ascii_alphanumeric() || "-_./:=@,+%$".contains(c);

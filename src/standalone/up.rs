@@ -1,5 +1,5 @@
-//! `bulkhead up`: checks the machine, makes what is missing, starts everything in order, says where
-//! it is, and stops it again in reverse order. Tenants' containers go on running.
+//! `bulkhead up`: checks the machine, creates missing parts, starts all processes in order, prints the
+//! address, and stops them in reverse order. Tenants' containers keep running.
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -15,7 +15,7 @@ use crate::registries::reach;
 use crate::registries::token::{ISSUER, SERVICE};
 use crate::{startup, telemetry};
 
-/// How `up` was called.
+/// Arguments of `up`.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Data folder.
@@ -59,8 +59,8 @@ pub async fn up(options: Options) -> Result<(), Failed> {
     say(format!("installation {} in {}", folder.claim.installation, folder.path.display()));
     if service::installed() == service::Installed::Folder(folder.path.clone()) {
         say(format!(
-            "note: this folder is the service's too, which takes it back at the next start of the machine (systemctl \
-             disable {} keeps it here)",
+            "note: the installed service uses this folder too, and starts at the next boot of the machine (systemctl \
+             disable {} prevents that)",
             units::TARGET
         ));
     }
@@ -70,7 +70,7 @@ pub async fn up(options: Options) -> Result<(), Failed> {
     let binaries = std::env::current_exe()
         .ok()
         .and_then(|path| path.parent().map(Path::to_path_buf))
-        .ok_or_else(|| Failed("the place of this program is not known".into()))?;
+        .ok_or_else(|| Failed("the path of this program is not known".into()))?;
     let table = processes::table(&folder.layout(&bin, &binaries));
     for process in table.iter().rev() {
         process.end_leftover(&folder.path);
@@ -93,13 +93,13 @@ pub async fn up(options: Options) -> Result<(), Failed> {
         () = &mut stop => {}
         () = doors::watch(&folder, options.listen) => {}
     }
-    say("stopping; tenants' containers go on running");
+    say("stopping; tenants' containers keep running");
     running.stop().await;
     say("stopped");
     Ok(())
 }
 
-/// A socket that was left lying would look like a process that is ready.
+/// Removes sockets of an earlier run: a leftover socket would look like a ready process.
 pub(super) fn remove_sockets(folder: &Folder) {
     for socket in [
         "engine/podman.sock",
@@ -112,7 +112,7 @@ pub(super) fn remove_sockets(folder: &Folder) {
     }
 }
 
-/// Writes the settings of all parts; those of `serve` are given.
+/// Writes the settings of all parts; the caller provides those of `serve`.
 pub(super) fn write_settings(folder: &Folder, serve: &str) -> Result<(), Failed> {
     let toml = |text: Result<String, toml::ser::Error>| text.map_err(|error| Failed(error.to_string()));
     folder.write("serve.toml", serve, (0, folder.serve.gid), 0o440)?;
@@ -137,7 +137,7 @@ pub(super) fn write_settings(folder: &Folder, serve: &str) -> Result<(), Failed>
     folder.write("registry.yml", &registry, (0, folder.registry.gid), 0o440)
 }
 
-/// The secret that signs the registry's upload states: made once, so that uploads survive a restart.
+/// Returns the secret that signs the registry's upload states. It is created once: uploads survive a restart.
 fn http_secret(folder: &Folder) -> Result<String, Failed> {
     let path = folder.path.join("secrets/registry-http-secret");
     if let Ok(text) = std::fs::read_to_string(&path) {
@@ -179,11 +179,11 @@ async fn start(
         demo::run(folder, options.listen, &pool).await?;
     }
     pool.close().await;
-    say("\nCtrl-C stops the platform; apps go on running.");
+    say("\nCtrl-C stops the platform; apps keep running.");
     Ok(())
 }
 
-/// Waits until a process does its work.
+/// Waits until a process is ready.
 async fn ready(folder: &Folder, options: &Options, name: &str) -> Result<(), Failed> {
     match name {
         "postgres" => {
@@ -191,7 +191,7 @@ async fn ready(folder: &Folder, options: &Options, name: &str) -> Result<(), Fai
             let config = folder.config(options.listen);
             startup::migrate(&config).await.map_err(|error| {
                 let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-                Failed(format!("the database cannot be brought to this version: {error} {cause}"))
+                Failed(format!("the database cannot be migrated to this version: {error} {cause}"))
             })?;
             Ok(())
         }
@@ -202,10 +202,10 @@ async fn ready(folder: &Folder, options: &Options, name: &str) -> Result<(), Fai
         "engine" => wait_for(folder, name, || folder.path.join("run/engine/podman.sock").exists()).await,
         "prober" => wait_for(folder, name, || folder.path.join("run/prober/prober.sock").exists()).await,
         "agent" => wait_for(folder, name, || folder.path.join("run/agent/agent.sock").exists()).await,
-        // What asks for names asks again; nothing waits for it.
+        // Clients of the resolver retry, so nothing waits for it.
         "resolver" => Ok(()),
         _ => {
-            // Nothing is sent to a port before it is known to be serve's.
+            // Nothing is sent to a port until the kernel confirms that `serve` owns it.
             for door in [folder.pull_address(), options.listen] {
                 wait_for(folder, name, || doors::is_served(folder, door)).await?;
             }
@@ -219,7 +219,7 @@ fn not_ready(folder: &Folder, name: &str) -> Failed {
     let text = std::fs::read_to_string(&log).unwrap_or_default();
     let last: Vec<&str> = text.lines().rev().take(5).collect();
     let last: Vec<&str> = last.into_iter().rev().collect();
-    Failed(format!("{name} does not come up. The end of {}:\n{}", log.display(), last.join("\n")))
+    Failed(format!("{name} does not start. The end of {}:\n{}", log.display(), last.join("\n")))
 }
 
 async fn wait_for(folder: &Folder, name: &str, there: impl Fn() -> bool) -> Result<(), Failed> {

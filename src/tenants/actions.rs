@@ -1,5 +1,5 @@
-//! What can be done to a tenant: onboard, change, suspend, resume, offboard. Each is one
-//! transaction: rows, audit and work together or not at all.
+//! Actions on a tenant: onboard, change, suspend, resume, offboard. Each is one transaction, which commits
+//! rows, audit events and work together.
 
 use actix_web::http::StatusCode;
 use serde_json::json;
@@ -18,23 +18,22 @@ use crate::quotas::{self, Limits, Resource};
 use crate::reconcile::{Waker, enqueue};
 use crate::uid_ranges;
 
-/// The kind of a tenant's work.
+/// Kind of the work of a tenant.
 pub const WORK: &str = "tenant";
 
-/// A tenant to be onboarded, checked.
+/// A checked new tenant.
 #[derive(Debug)]
 pub struct NewTenant {
     /// Name.
     pub name: TenantName,
-    /// For people.
+    /// Display name.
     pub display_name: String,
     /// All limits.
     pub limits: Limits,
 }
 
-/// The limits of a tenant whose admin says nothing: a small team. Images take four times their packed size on the
-/// engine's disk, unless an admin says otherwise; 4,096 processes are a bound of their own, whatever the number of
-/// instances.
+/// Fills in the default limits, sized for a small team. By default, unpacked images may take four times their
+/// packed size on the engine's disk. The limit of 4,096 processes does not depend on the number of instances.
 pub fn fill_limits(limits: &mut Limits) {
     for (resource, limit) in [
         (Resource::Cpu, 4_000),
@@ -50,7 +49,7 @@ pub fn fill_limits(limits: &mut Limits) {
     limits.or(Resource::ImageBytes, packed.saturating_mul(4));
 }
 
-/// Onboards: tenant, quota, id range, network number, work and audit in one transaction.
+/// Onboards a tenant. One transaction creates tenant, quota, id range, network number, work and audit event.
 pub async fn onboard(
     pool: &PgPool,
     pools: &Pools,
@@ -65,9 +64,9 @@ pub async fn onboard(
     }
     let id = store::insert_tenant(&mut tx, &new.name, &new.display_name).await.map_err(|error| {
         match crate::db::constraint(&error) {
-            Some("tenant_name_is_taken") => Error::AlreadyExists(
-                "this name is taken, or was once: names of tenants are never given again".into(),
-            ),
+            Some("tenant_name_is_taken") => {
+                Error::AlreadyExists("this name is or was in use: tenant names are never reused".into())
+            }
             _ => error.into(),
         }
     })?;
@@ -77,12 +76,12 @@ pub async fn onboard(
     store::insert_network(&mut tx, id, i64::from(pools.networks())).await.map_err(|error| {
         match crate::db::constraint(&error) {
             Some("network_pool_is_used_up") => Error::Conflict(
-                "the pool of networks is used up: numbers are never given twice (BH-425)".into(),
+                "the pool of networks is exhausted: network numbers are never reused (BH-425)".into(),
             ),
             _ => error.into(),
         }
     })?;
-    let ids = format!("ids {} to {} are its own", range.start, range.end - 1);
+    let ids = format!("user ids {} to {} are reserved for this tenant", range.start, range.end - 1);
     store::set_condition(&mut tx, id, "UserIds", "true", "Given", &ids).await?;
     for part in ["Registry", "Network"] {
         store::set_condition(&mut tx, id, part, "unknown", "Pending", "being set up").await?;
@@ -101,7 +100,7 @@ pub async fn onboard(
     Ok(Kept { status: StatusCode::ACCEPTED, body })
 }
 
-/// Changes the display name and limits.
+/// Changes the display name and the limits.
 pub async fn change(
     pool: &PgPool,
     by: By<'_>,
@@ -114,7 +113,7 @@ pub async fn change(
     let (generation, state) = store::lock_tenant(&mut tx, tenant.id).await?;
     expected.check(Some(generation))?;
     if state.starts_with("offboard") {
-        return Err(Error::Conflict(format!("the tenant is {state}; nothing of it can change any more")));
+        return Err(Error::Conflict(format!("the tenant is {state} and can no longer be changed")));
     }
     if let Some(name) = display_name {
         store::set_display_name(&mut tx, tenant.id, name).await?;
@@ -128,16 +127,16 @@ pub async fn change(
     Ok(generation)
 }
 
-/// What a suspension does.
+/// Direction of a suspension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Suspension {
-    /// Apps stop; nothing is lost.
+    /// Stops the apps. Keeps all data.
     Begin,
-    /// Apps run again.
+    /// Starts the apps again.
     End,
 }
 
-/// Suspends or resumes. Doing it again changes nothing.
+/// Suspends or resumes a tenant. Repeating it changes nothing.
 pub async fn suspend(
     pool: &PgPool,
     waker: &Waker,
@@ -155,7 +154,7 @@ pub async fn suspend(
         return Ok(generation);
     }
     if state.starts_with("offboard") {
-        return Err(Error::Conflict(format!("the tenant is {state}")));
+        return Err(Error::Conflict(format!("the tenant is {state} and cannot be suspended or resumed")));
     }
     let generation = store::raise_generation(&mut tx, tenant.id, wanted).await?;
     by.record(&mut tx, tenant.id, action, tenant.name.as_str(), json!({})).await?;
@@ -166,10 +165,10 @@ pub async fn suspend(
     Ok(generation)
 }
 
-/// The steps of an offboarding, in their order. Each is done only when a second look says so.
+/// Steps of an offboarding, in order. A step is done only when a check confirms it.
 pub const STEPS: [&str; 6] = ["credentials", "apps", "connections", "registry", "network", "user-ids"];
 
-/// Starts the offboarding. Doing it again changes nothing.
+/// Starts the offboarding. Repeating it changes nothing.
 pub async fn offboard(pool: &PgPool, waker: &Waker, by: By<'_>, tenant: &TenantRef) -> Result<i64, Error> {
     let mut tx = db::begin(pool, tenant.id).await?;
     let (generation, state) = store::lock_tenant(&mut tx, tenant.id).await?;
@@ -187,7 +186,7 @@ pub async fn offboard(pool: &PgPool, waker: &Waker, by: By<'_>, tenant: &TenantR
     Ok(generation)
 }
 
-/// Writes down that the platform has finished an offboarding.
+/// Records that an offboarding is complete.
 pub async fn record_offboarded(
     tx: &mut Transaction<'_, Postgres>,
     id: TenantId,

@@ -1,4 +1,4 @@
-//! Tenants over the API.
+//! API of tenants.
 
 use actix_web::http::header;
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -39,7 +39,7 @@ fn check_display_name(name: &str, faults: &mut Vec<Fault>) {
             Code(426),
             Kind::Invalid,
             "display_name",
-            "a display name has 1 to 120 characters, and none that controls, hides or turns text",
+            "a display name must have 1 to 120 characters, without control, invisible or bidirectional characters",
         ));
     }
 }
@@ -107,7 +107,7 @@ impl TenantView {
     }
 }
 
-/// GET /api/v1/tenants: by name.
+/// GET /api/v1/tenants: ordered by name.
 pub async fn list_tenants(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
@@ -130,7 +130,7 @@ async fn view(pool: &PgPool, pools: &Pools, id: crate::ids::TenantId) -> Result<
     Ok(view)
 }
 
-/// The ETag of a generation.
+/// Returns the ETag of a generation.
 #[must_use]
 pub fn etag(generation: i64) -> (header::HeaderName, String) {
     (header::ETAG, format!("\"{generation}\""))
@@ -146,7 +146,7 @@ pub async fn get_tenant(
     Ok(HttpResponse::Ok().insert_header(etag(view.generation)).json(view))
 }
 
-/// GET /api/v1/tenants/{tenant}/quota: every limit with its use, things that are counted included.
+/// GET /api/v1/tenants/{tenant}/quota: every limit with its use, counted resources included.
 pub async fn get_quota(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
@@ -242,7 +242,7 @@ pub async fn begin_offboarding(
     scope.actor.require_recent()?;
     if input.confirm != scope.tenant.name.as_str() {
         return Err(Error::fault(
-            Fault::new(Code(426), Kind::Invalid, "confirm", "confirm is the name of the tenant")
+            Fault::new(Code(426), Kind::Invalid, "confirm", "confirm must be the name of the tenant")
                 .because("an offboarding removes the tenant's apps and images and cannot be undone"),
         ));
     }

@@ -1,4 +1,4 @@
-//! The pages of tenants: the list for the platform's people.
+//! Page of tenants: the list for platform roles.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use askama::Template;
@@ -34,7 +34,7 @@ struct ListPage {
     address: String,
 }
 
-/// The colour and shape of a tenant's state.
+/// Returns the style class of a tenant's state.
 #[must_use]
 pub fn mark(state: &str) -> &'static str {
     match state {
@@ -45,7 +45,7 @@ pub fn mark(state: &str) -> &'static str {
     }
 }
 
-/// Bytes for people.
+/// Formats bytes for display.
 #[must_use]
 pub fn bytes(n: i64) -> String {
     let units = [("Ti", 40), ("Gi", 30), ("Mi", 20), ("Ki", 10)];
@@ -64,7 +64,7 @@ pub fn bytes(n: i64) -> String {
     format!("{n} B")
 }
 
-/// Thousandths of a core for people.
+/// Formats thousandths of a core for display.
 #[must_use]
 pub fn cores(millis: i64) -> String {
     let text = format!("{}.{:03}", millis / 1_000, millis % 1_000);

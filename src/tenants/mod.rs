@@ -1,4 +1,4 @@
-//! Tenants: who they are, what they may use, and in which state they are.
+//! Tenants: their names, quotas and states.
 
 use time::OffsetDateTime;
 
@@ -18,37 +18,37 @@ pub use store::{find_for_console, id_of, list_conditions, name_of, tenant_networ
 pub struct Tenant {
     /// Identity.
     pub id: TenantId,
-    /// Name; also its registry project.
+    /// Name of the tenant and of its registry project.
     pub name: TenantName,
-    /// For people.
+    /// Display name.
     pub display_name: String,
     /// `active`, `suspended`, `offboarding`, `offboarded`.
     pub state: String,
-    /// Raised by each change.
+    /// Increased by each change.
     pub generation: i64,
-    /// The last one that was carried out.
+    /// The last generation that was reconciled.
     pub observed_generation: i64,
-    /// When it was onboarded.
+    /// Time of onboarding.
     pub created_at: OffsetDateTime,
-    /// Limits and what is used; counted resources stand at 0.
+    /// Limits and use. Counted resources show 0.
     pub quota: Quota,
 }
 
-/// What stands below a tenant in other nouns and has to be gone before the tenant is. Declared
-/// here, implemented there, wired at start.
+/// Tenant resources of another noun, which offboarding removes before the tenant. Declared here, implemented by
+/// that noun, wired at startup.
 #[async_trait::async_trait]
 pub trait Belongings: Send + Sync + 'static {
-    /// The name of the step, for people.
+    /// Returns the name of the step, for display.
     fn step(&self) -> &'static str;
-    /// Goes on with the removal and says what is still left, by looking again.
+    /// Continues the removal, then returns the remaining resources.
     async fn remove(&self, tenant: TenantId, name: &TenantName) -> Result<Left, crate::reconcile::Failure>;
 }
 
-/// What is left of a tenant's belongings.
+/// What an offboarding step still has to remove.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Left {
     /// Nothing.
     Nothing,
-    /// Something, in words.
+    /// Remaining resources, described in words.
     Some(String),
 }

@@ -1,5 +1,5 @@
-//! Brings a tenant's parts to what is desired: its place on the engine, its registry project, and
-//! in the end its removal, step by step, each step verified by looking again.
+//! Reconciles a tenant: its grant on the engine, its registry project, and its offboarding, step by step. A
+//! check confirms each step.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,6 +8,7 @@ use sqlx::{PgConnection, PgPool};
 
 use super::{Belongings, Left, Tenant, actions, store};
 use crate::config::Pools;
+use crate::db;
 use crate::driver::{Driver, Removal, TenantGrant, TenantLimits};
 use crate::error::Error;
 use crate::ids::{TenantId, TenantName};
@@ -19,11 +20,11 @@ use crate::uid_ranges;
 pub struct TenantReconciler {
     /// Database.
     pub pool: PgPool,
-    /// Pools of the installation.
+    /// Address and id pools of the installation.
     pub pools: Pools,
-    /// What runs workloads.
+    /// Driver of the engine.
     pub driver: Arc<dyn Driver>,
-    /// What has to be gone first, in the order of the steps `credentials` (robots), `apps`, `registry`.
+    /// Tenant resources to remove first, in the order of the steps `credentials` (robots), `apps`, `registry`.
     pub belongings: Vec<Arc<dyn Belongings>>,
 }
 
@@ -61,19 +62,26 @@ impl TenantReconciler {
         let grant = grant(&self.pool, &self.pools, tenant.id, &tenant.name).await?;
         self.driver.ensure_tenant(&grant).await?;
         fail::fail_point!("tenants::ensured", |_| Err(Failure::Transient("failpoint".into())));
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.pool).await?;
         let bridge =
-            format!("subnet {}, closed to every other tenant, the host and the outside", grant.subnet);
+            format!("subnet {}, isolated from other tenants, the host and external networks", grant.subnet);
         store::set_condition(&mut tx, tenant.id, "Network", "true", "Ready", &bridge).await?;
         let project = format!("push to {}/REPOSITORY:TAG", tenant.name);
         store::set_condition(&mut tx, tenant.id, "Registry", "true", "Ready", &project).await?;
         let (status, reason, message) = match tenant.state.as_str() {
-            "suspended" => ("false", "Suspended", "apps are stopped; nothing is lost"),
+            "suspended" => ("false", "Suspended", "apps are stopped; all data is kept"),
             _ => ("true", "Active", "apps may run"),
         };
         store::set_condition(&mut tx, tenant.id, "Active", status, reason, message).await?;
-        store::set_condition(&mut tx, tenant.id, "Converged", "true", "UpToDate", "everything is as desired")
-            .await?;
+        store::set_condition(
+            &mut tx,
+            tenant.id,
+            "Converged",
+            "true",
+            "UpToDate",
+            "the tenant matches its desired state",
+        )
+        .await?;
         store::set_observed(&mut tx, tenant.id, tenant.generation).await?;
         tx.commit().await?;
         Ok(Outcome::Settled)
@@ -103,7 +111,7 @@ impl TenantReconciler {
             return again;
         }
         self.step(tenant.id, "network", "done", "").await?;
-        let mut tx = self.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.pool).await?;
         uid_ranges::release_ranges(&mut tx, tenant.id).await?;
         store::set_step(&mut tx, tenant.id, "user-ids", "done", "").await?;
         for part in ["Network", "Registry", "Active", "Converged"] {
@@ -115,7 +123,7 @@ impl TenantReconciler {
             "UserIds",
             "false",
             "Burnt",
-            "its ids are never given again",
+            "the user ids are never reused",
         )
         .await?;
         store::set_offboarded(&mut tx, tenant.id).await?;
@@ -130,7 +138,7 @@ impl TenantReconciler {
     }
 }
 
-/// What belongs to a tenant on the engine's side.
+/// Builds the tenant's grant on the engine: user ids, network and limits.
 pub async fn grant(
     pool: &PgPool,
     pools: &Pools,
@@ -155,7 +163,7 @@ pub async fn grant(
     })
 }
 
-/// A limit as the driver is told it. Nothing at all is not a bound that a kernel takes: the least one is.
+/// Returns a limit for the driver, at least the minimum of its range: the kernel accepts no bound of zero.
 async fn limit(conn: &mut PgConnection, id: TenantId, resource: Resource) -> Result<u64, Error> {
     let (least, _) = resource.definition().range;
     let limit = quotas::limit(conn, id, resource).await?.max(least);

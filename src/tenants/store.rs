@@ -1,4 +1,4 @@
-//! Tenants' rows.
+//! Rows of tenants.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -36,19 +36,19 @@ pub(super) async fn insert_network(
     Ok(())
 }
 
-/// The number of a tenant's network.
+/// Returns the number of a tenant's network.
 pub async fn tenant_network(conn: &mut PgConnection, id: TenantId) -> Result<u32, Error> {
     let number =
         sqlx::query_scalar!("SELECT number FROM network WHERE tenant_id = $1", id.0).fetch_one(conn).await?;
     u32::try_from(number).map_err(Error::internal)
 }
 
-/// The state of a tenant.
+/// Returns the state of a tenant.
 pub async fn tenant_state(conn: &mut PgConnection, id: TenantId) -> Result<String, Error> {
     Ok(sqlx::query_scalar!("SELECT state FROM tenant WHERE id = $1", id.0).fetch_one(conn).await?)
 }
 
-/// Locks a tenant's row: generation and state.
+/// Locks a tenant's row. Returns generation and state.
 pub(super) async fn lock_tenant(conn: &mut PgConnection, id: TenantId) -> Result<(i64, String), Error> {
     let row = sqlx::query!("SELECT generation, state FROM tenant WHERE id = $1 FOR UPDATE", id.0)
         .fetch_one(conn)
@@ -76,7 +76,7 @@ pub(super) async fn set_display_name(conn: &mut PgConnection, id: TenantId, name
     Ok(())
 }
 
-/// Every app of the tenant has to be looked at, because the tenant's state has changed.
+/// Wakes all apps of the tenant after a change of the tenant's state.
 pub(super) async fn wake_apps(conn: &mut PgConnection, id: TenantId) -> Result<(), Error> {
     sqlx::query!(
         "UPDATE work SET wake = wake + 1, due_at = now(), parked_at = NULL, attempt = 0 \
@@ -98,7 +98,7 @@ pub(super) async fn revoke_tokens(conn: &mut PgConnection, id: TenantId) -> Resu
     Ok(())
 }
 
-/// Everybody's way in ends at once: members, service accounts, open invitations.
+/// Revokes all access to the tenant: members, service accounts, open invitations.
 pub(super) async fn end_access(conn: &mut PgConnection, id: TenantId) -> Result<(), Error> {
     sqlx::query!("DELETE FROM membership WHERE tenant_id = $1", id.0).execute(&mut *conn).await?;
     sqlx::query!(
@@ -146,13 +146,13 @@ pub(super) struct Step {
     pub name: String,
     /// `waiting`, `running`, `done`.
     pub state: String,
-    /// What is still in the way.
+    /// What the step still waits for.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub message: String,
-    /// When it began.
+    /// Start of the step.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     pub started_at: Option<OffsetDateTime>,
-    /// When a second look said that it is done.
+    /// Time at which a check confirmed the step.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<OffsetDateTime>,
 }
@@ -200,7 +200,7 @@ pub(super) async fn set_offboarded(conn: &mut PgConnection, id: TenantId) -> Res
     Ok(())
 }
 
-/// What the platform has to say about a part.
+/// A condition of one part of a tenant.
 #[derive(Debug, Clone, Serialize)]
 pub struct Condition {
     /// Part.
@@ -208,16 +208,16 @@ pub struct Condition {
     pub kind: String,
     /// `true`, `false` or `unknown`.
     pub status: String,
-    /// A stable word.
+    /// A stable machine-readable word.
     pub reason: String,
-    /// A sentence.
+    /// A message for users.
     pub message: String,
-    /// Since when the status is so.
+    /// Time of the last change of the status.
     #[serde(with = "time::serde::rfc3339")]
     pub since: OffsetDateTime,
 }
 
-/// The conditions of a tenant, by part.
+/// Lists the conditions of a tenant, ordered by part.
 pub async fn list_conditions(conn: &mut PgConnection, id: TenantId) -> Result<Vec<Condition>, Error> {
     Ok(sqlx::query_as!(
         Condition,
@@ -229,8 +229,7 @@ pub async fn list_conditions(conn: &mut PgConnection, id: TenantId) -> Result<Ve
     .await?)
 }
 
-/// Writes a condition; the time moves only when the status does, and nothing is written when
-/// nothing changed.
+/// Sets a condition. The time changes only with the status. Nothing is written if nothing changed.
 pub(super) async fn set_condition(
     conn: &mut PgConnection,
     id: TenantId,
@@ -296,7 +295,7 @@ impl From<TenantRow> for Tenant {
     }
 }
 
-/// The resources that a tenant's own row shows: those whose use needs no count.
+/// Resources in a tenant's own row: those whose use needs no count.
 fn own() -> Vec<String> {
     Resource::of_tenants()
         .filter(|resource| resource.is_own())
@@ -320,7 +319,7 @@ pub(super) async fn find_tenant(conn: &mut PgConnection, id: TenantId) -> Result
     Ok(row.map(Into::into))
 }
 
-/// Tenants by name. Offboarded ones are listed too: their names stay taken.
+/// Lists tenants ordered by name. Includes offboarded ones, because their names stay taken.
 pub(super) async fn list_tenants(
     conn: &mut PgConnection,
     after: &str,
@@ -342,19 +341,19 @@ pub(super) async fn list_tenants(
     Ok(rows.into_iter().map(Into::into).collect())
 }
 
-/// The name of a tenant.
+/// Returns the name of a tenant.
 pub async fn name_of(conn: &mut PgConnection, id: TenantId) -> Result<TenantName, Error> {
     Ok(sqlx::query_scalar!(r#"SELECT name AS "name: TenantName" FROM tenant WHERE id = $1"#, id.0)
         .fetch_one(conn)
         .await?)
 }
 
-/// A tenant, for its page.
+/// Returns a tenant, for its page.
 pub async fn find_for_console(conn: &mut PgConnection, id: TenantId) -> Result<Option<Tenant>, Error> {
     find_tenant(conn, id).await
 }
 
-/// The identity of a tenant that has not left.
+/// Returns the id of an active or suspended tenant.
 pub async fn id_of(conn: &mut PgConnection, name: &TenantName) -> Result<Option<TenantId>, Error> {
     let id = sqlx::query_scalar!(
         "SELECT id FROM tenant WHERE name = $1 AND state IN ('active', 'suspended')",

@@ -1,4 +1,4 @@
-//! Whose user id is it, and how much of the pool is left.
+//! API of user ids: the owner of an id, and the use of the pool.
 
 use actix_web::{HttpResponse, web};
 use serde::Serialize;
@@ -46,7 +46,7 @@ pub async fn get_uid(
 ) -> Result<HttpResponse, Error> {
     let uid: i64 = uid
         .parse::<u32>()
-        .map_err(|_| Error::Malformed("a user id is a number from 0 to 4294967295".into()))?
+        .map_err(|_| Error::Malformed("a user id must be a number from 0 to 4294967295".into()))?
         .into();
     let mut conn = db::begin(&pool, Within::Platform).await?;
     let row = store::find_owner(&mut conn, uid).await?.ok_or(Error::NotFound)?;

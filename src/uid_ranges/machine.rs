@@ -1,5 +1,5 @@
-//! Holds the pool against the ids that the machine itself uses: an escaped process must own
-//! nothing on the host. A real allocation that overlaps is a clash; a mere reservation of systemd
+//! Checks the pool of user ids against ids that the machine already uses. An escaped process must own nothing
+//! on the host. An overlap with an allocated id is a clash. An overlap with a range that systemd reserves
 //! (<https://systemd.io/UIDS-GIDS/>) is a warning.
 
 use std::path::Path;
@@ -9,19 +9,19 @@ use serde::Serialize;
 use crate::driver::workload::IdRange;
 use crate::ids::Installation;
 
-/// The stretch that systemd sets aside for its own containers.
+/// Range that systemd reserves for its own containers.
 const SYSTEMD_CONTAINERS: IdRange = IdRange { start: 524_288, size: 1_879_048_192 - 524_288 };
 
-/// Something on the machine that uses ids of the pool.
+/// A user of ids on the machine that overlap the pool.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Clash {
     /// Where it was found, such as `/etc/subuid`.
     pub place: String,
-    /// Who uses them.
+    /// The account or process that uses the ids.
     pub owner: String,
-    /// First id of theirs.
+    /// First id.
     pub start: u64,
-    /// How many.
+    /// Number of ids.
     pub size: u64,
 }
 
@@ -31,17 +31,17 @@ impl std::fmt::Display for Clash {
     }
 }
 
-/// What was found.
+/// Result of the check.
 #[derive(Debug, Default)]
 pub struct Findings {
-    /// Real overlaps.
+    /// Overlaps with allocated ids.
     pub clashes: Vec<Clash>,
-    /// Reservations only.
+    /// Overlaps with reserved ranges.
     pub warnings: Vec<String>,
 }
 
-/// Looks at the machine below `root` (`/` but for tests). Processes in the own cgroup of an
-/// `installation` that is there already are its containers: nobody but root can move a process there.
+/// Checks the machine below `root` (`/`, except in tests). Processes in the cgroup of an existing
+/// `installation` are its own containers: only root can move a process there.
 #[must_use]
 pub fn look(root: &Path, pool: IdRange, installation: Option<&Installation>) -> Findings {
     let mut findings = Findings::default();
@@ -56,8 +56,8 @@ pub fn look(root: &Path, pool: IdRange, installation: Option<&Installation>) -> 
     findings.clashes.extend(processes(&root.join("proc"), pool, installation));
     if pool.overlaps(SYSTEMD_CONTAINERS) {
         findings.warnings.push(
-            "the pool lies within 524288 to 1879048191, which systemd sets aside for its own containers; \
-             systemd-nspawn might pick the same ids"
+            "the pool overlaps 524288 to 1879048191, which systemd reserves for its own containers; \
+             systemd-nspawn may use the same ids"
                 .into(),
         );
     }
@@ -92,7 +92,7 @@ fn subordinates(place: &str, text: &str, pool: IdRange) -> Vec<Clash> {
         .collect()
 }
 
-/// Whether a process is in the cgroup that all containers of the installation are in.
+/// Whether a process is in the cgroup of the installation's containers.
 fn is_own(process: &Path, installation: &Installation) -> bool {
     let text = std::fs::read_to_string(process.join("cgroup")).unwrap_or_default();
     let own = format!("/bulkhead-{installation}/");

@@ -1,5 +1,5 @@
-//! User ids: fixed ranges that no two tenants share, blocks in them that no two apps share, none
-//! ever given again.
+//! User ids: a fixed range per tenant, a block within it per app. Ranges and blocks never overlap and are never
+//! reused.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -19,26 +19,26 @@ pub use store::{list_ranges_of, release_ranges};
 /// A range of a tenant.
 #[derive(Debug, Clone, Serialize)]
 pub struct UidRange {
-    /// Its place in the pool.
+    /// Slot in the pool.
     pub slot: i64,
     /// First id.
     pub start: i64,
     /// One past the last id.
     pub end: i64,
-    /// Blocks that apps have been given.
+    /// Number of blocks allocated to apps.
     pub given_blocks: i64,
-    /// Blocks in all.
+    /// Total number of blocks.
     pub blocks: i64,
-    /// When it was given.
+    /// Time of allocation.
     #[serde(with = "time::serde::rfc3339")]
     pub given_at: OffsetDateTime,
-    /// When its tenant left; it is burnt since.
+    /// Time at which the tenant left. The range is retired since then.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     pub released_at: Option<OffsetDateTime>,
 }
 
 impl UidRange {
-    /// As a driver takes it.
+    /// Returns the range as a driver uses it.
     #[must_use]
     pub fn ids(&self) -> IdRange {
         let start = u32::try_from(self.start).unwrap_or(u32::MAX);
@@ -55,7 +55,7 @@ pub struct Block {
     pub ids: IdRange,
 }
 
-/// Gives a tenant a range, in the transaction of whatever needs it. Fails when the pool is used up.
+/// Allocates a range to a tenant, within the caller's transaction. Fails when the pool is exhausted.
 pub async fn allocate_range(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -63,13 +63,13 @@ pub async fn allocate_range(
 ) -> Result<UidRange, Error> {
     store::insert_range(conn, tenant, pools).await.map_err(|error| match crate::db::constraint(&error) {
         Some("uid_pool_is_used_up" | "uid_range_within_runtime_limit") => {
-            Error::Conflict("the pool of user ids is used up: ranges are never given twice (BH-424)".into())
+            Error::Conflict("the pool of user ids is exhausted: ranges are never reused (BH-424)".into())
         }
         _ => error.into(),
     })
 }
 
-/// Gives an app its block: of the tenant's newest range, or of a new range when that is full.
+/// Allocates a block to an app, from the tenant's newest range or, if that is full, from a new one.
 pub async fn allocate_block(
     conn: &mut PgConnection,
     tenant: TenantId,

@@ -1,4 +1,4 @@
-//! Ranges and blocks. The exclusion constraints are the proof that nothing overlaps.
+//! Ranges and blocks. Exclusion constraints guarantee that nothing overlaps.
 
 use sqlx::PgConnection;
 
@@ -28,8 +28,8 @@ pub(super) async fn insert_range(
     .await
 }
 
-/// The next block of the tenant's newest range with room. The row lock orders two deploys of one
-/// tenant; other tenants are not touched.
+/// Takes the next free block of the tenant's newest range. The row lock serialises two deploys of one tenant
+/// and does not affect other tenants.
 pub(super) async fn take_block(conn: &mut PgConnection, tenant: TenantId) -> Result<Option<Block>, Error> {
     let row = sqlx::query!(
         r#"UPDATE uid_range SET given_blocks = given_blocks + 1
@@ -52,7 +52,7 @@ pub(super) async fn take_block(conn: &mut PgConnection, tenant: TenantId) -> Res
     .transpose()
 }
 
-/// All ranges of a tenant, oldest first.
+/// Lists all ranges of a tenant, oldest first.
 pub async fn list_ranges_of(conn: &mut PgConnection, tenant: TenantId) -> Result<Vec<UidRange>, Error> {
     Ok(sqlx::query_as!(
         UidRange,
@@ -64,7 +64,7 @@ pub async fn list_ranges_of(conn: &mut PgConnection, tenant: TenantId) -> Result
     .await?)
 }
 
-/// Marks a tenant's ranges as burnt.
+/// Retires a tenant's ranges.
 pub async fn release_ranges(conn: &mut PgConnection, tenant: TenantId) -> Result<(), Error> {
     sqlx::query!(
         "UPDATE uid_range SET released_at = now() WHERE tenant_id = $1 AND released_at IS NULL",
@@ -75,7 +75,7 @@ pub async fn release_ranges(conn: &mut PgConnection, tenant: TenantId) -> Result
     Ok(())
 }
 
-/// Who owns an id: tenant, its state, range and, if it lies in a block that was given, the app.
+/// The owner of an id: tenant, state and range, and the app if the id lies in an allocated block.
 pub(super) struct OwnerRow {
     pub(super) tenant: String,
     pub(super) tenant_state: String,
@@ -104,7 +104,7 @@ pub(super) async fn find_owner(conn: &mut PgConnection, id: i64) -> Result<Optio
     .await?)
 }
 
-/// A range as the list of the whole pool shows it.
+/// A range in the list of the whole pool.
 #[derive(Debug, serde::Serialize)]
 pub(super) struct PoolRow {
     pub(super) slot: i64,
@@ -135,7 +135,8 @@ pub(super) async fn list_pool(
     .await?)
 }
 
-/// In use, burnt (by tenants that left and by onboardings that failed), and the next slot.
+/// Counts the ranges in use. Returns that count and the next slot. The difference is the number of retired
+/// ranges, of tenants that left and of onboardings that failed.
 pub(super) async fn count_pool(conn: &mut PgConnection) -> Result<(i64, i64), Error> {
     let row = sqlx::query!(
         r#"SELECT count(*) FILTER (WHERE released_at IS NULL) AS "used!",

@@ -1,7 +1,7 @@
-//! What happens when a part fails in the middle: closed, told without a detail, and the service lives on. A
-//! program of its own: failpoints hold for a whole process.
+//! Failures in the middle of an action: access stays denied, the client sees no detail, and the service
+//! survives. A separate program, because failpoints apply to a whole process.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on panics")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot continue panics")]
 
 #[path = "../it/support/mod.rs"]
 #[allow(dead_code, reason = "not every test needs all of it")]
@@ -50,7 +50,7 @@ async fn when_authentication_fails_no_handler_is_reached(options: PgPoolOptions,
         }
         assert_eq!(ada.get("/account").await.status(), 500);
         fail::remove("access::authenticate");
-        // The process lives, and nothing was done.
+        // The process survives, and nothing was changed.
         ada.page("/account").await;
         assert_eq!(rows(&app).await, before, "{told}");
     }
@@ -72,10 +72,10 @@ async fn a_seal_that_fails_is_made_later(options: PgPoolOptions, connect: PgConn
     assert!(report.findings.is_empty() && report.rounds == 0 && report.unsealed > 0, "{report:?}");
     app.seal().await;
     app.member("olga", "acme", Role::Owner).await;
-    // It dies between the commit and the head's line in the file: the file lacks the newest head.
+    // Crash between the commit and the line in the heads file: the file lacks the newest head.
     seal::seal(work, &key, &Heads::in_file(None)).await.unwrap();
     let report = verify(work, &key, &heads).await.unwrap();
-    assert!(report.findings.is_empty(), "a file that is a head behind is no alarm: {report:?}");
+    assert!(report.findings.is_empty(), "a file that lacks one head is not an alarm: {report:?}");
     app.member("bob", "acme", Role::Viewer).await;
     app.seal().await;
     let report = verify(work, &key, &heads).await.unwrap();
@@ -86,7 +86,7 @@ async fn a_seal_that_fails_is_made_later(options: PgPoolOptions, connect: PgConn
     scenario.teardown();
 }
 
-/// The database goes away in the middle: nobody gets in by that, and what was asked for is told to be away.
+/// The database becomes unavailable during requests: no request is authorized, and clients get 503.
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn without_the_database_nobody_gets_in(options: PgPoolOptions, connect: PgConnectOptions) {
     let app = TestApp::new(options, connect).await;
@@ -97,6 +97,6 @@ async fn without_the_database_nobody_gets_in(options: PgPoolOptions, connect: Pg
     assert_eq!(status, 503);
     assert_eq!(ada.get("/account").await.status(), 503);
     let answer = app.nobody("ada").post("/login", &[("name", "ada"), ("password", support::PASSWORD)]).await;
-    assert_eq!(answer.status(), 503, "a throttle that cannot be asked lets nobody guess");
+    assert_eq!(answer.status(), 503, "without the rate limiter, no password is tried");
     assert!(answer.headers().contains_key("retry-after"));
 }

@@ -1,4 +1,5 @@
-//! Nothing of a request is ignored: each parameter, condition and body is honoured or refused by name, on every address.
+//! No part of a request is ignored: on every address, each parameter, condition and body is used or refused
+//! by name.
 
 use bulkhead::routes;
 use serde_json::{Value, json};
@@ -28,7 +29,7 @@ async fn send(
     (status, body["detail"].as_str().unwrap_or_default().to_owned())
 }
 
-/// An address of the table, for tenant acme.
+/// Fills the parameters of an address, for tenant acme.
 fn fill(path: &str) -> String {
     path.replace("{tenant}", "acme")
         .replace("{repository:.+}", "none")
@@ -50,7 +51,7 @@ async fn every_address_refuses_what_it_does_not_honour(options: PgPoolOptions, c
     let mut tried = 0;
     for (method, path) in api {
         let method = method.as_str();
-        // What leaves a tenant needs a person; the schema is for everybody.
+        // Some addresses need a user; the schema is public.
         let address = fill(path);
         let place = format!("{method} {path}");
         let (status, told) = send(&app, &admin, method, &format!("{address}?unicorns=1"), &[], "").await;
@@ -97,14 +98,14 @@ async fn conditions_hold_where_they_are_taken(options: PgPoolOptions, connect: P
         let headers: Vec<_> = headers.iter().copied().chain([json_kind]).collect();
         send(&app, &admin, "PUT", "/api/v1/services/kafka", &headers, &service).await
     };
-    assert_eq!(put(&[("if-match", "*")]).await.0, 412, "there is none yet");
+    assert_eq!(put(&[("if-match", "*")]).await.0, 412, "the object does not exist yet");
     assert_eq!(put(&[("if-none-match", "*")]).await.0, 201);
     let (status, told) = put(&[("if-none-match", "*")]).await;
     assert!(status == 412 && told.contains("If-None-Match"), "{told}");
     assert_eq!(put(&[("if-match", "*")]).await.0, 200);
     assert_eq!(put(&[("if-match", "\"7\", \"1\"")]).await.0, 200);
     assert_eq!(put(&[("if-match", "\"7\"")]).await.0, 412);
-    // An app that does not exist, and one that does, without any registry.
+    // An app that does not exist, and one that does, without a registry.
     let spec = "spec: v1\nname: web\nimage: web:1\ncpu: 10m\nmemory: 32Mi\n";
     let deploy = async |headers: &[(&str, &str)]| {
         let headers: Vec<_> = headers.iter().copied().chain([("content-type", "application/yaml")]).collect();
@@ -141,7 +142,7 @@ async fn a_body_that_nothing_reads_is_refused(options: PgPoolOptions, connect: P
     assert_eq!(send(&app, &admin, "PUT", suspension, &json_kind, "{}").await.0, 202);
     let (status, told) = send(&app, &admin, "DELETE", suspension, &[("expect", "200-maybe")], "").await;
     assert!(status == 400 && told.contains("Expect"), "{told}");
-    // A parameter that is nearly right, and one that stands twice.
+    // A misspelled parameter, and a duplicate one.
     let (status, told) = send(&app, &admin, "GET", "/api/v1/tenants?limt=3", &[], "").await;
     assert!(status == 400 && told.contains("did you mean limit"), "{told}");
     let (status, told) = send(&app, &admin, "GET", "/api/v1/tenants?limit=3&limit=4", &[], "").await;

@@ -1,4 +1,4 @@
-//! The commands that need no platform: what they print, and how they end.
+//! The commands that need no platform: their output and exit codes.
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
@@ -33,8 +33,8 @@ fn check_shows_every_fault_at_its_line() {
     for part in ["BH-115", ":5:1", "5 | memry: 64Mi", "^", "did you mean memory?", "BH-107", "3 fault(s)"] {
         assert!(shown.contains(part), "{part}: {shown}");
     }
-    assert!(!shown.contains('\u{1b}'), "no colours where nobody looks");
-    // The same faults for programs, and from standard input.
+    assert!(!shown.contains('\u{1b}'), "no colours without a terminal");
+    // The same faults as JSON, and from standard input.
     let (code, json, _) = bulkhead(&["check", "-", "-o", "json"], WRONG);
     let json: Value = serde_json::from_str(&json).unwrap();
     assert_eq!((code, json["ok"].as_bool()), (Some(1), Some(false)));
@@ -55,5 +55,5 @@ fn render_shows_what_it_compiles_to() {
     assert_eq!((code, json["read_only_filesystem"].as_bool()), (Some(0), Some(true)));
     assert!(json["image"].as_str().unwrap().contains("/acme/web@sha256:"), "{json}");
     let (code, _, said) = bulkhead(&["render", "-", "--tenant", "Acme!"], GOOD);
-    assert!(code == Some(2) && said.contains("a tenant name starts with a letter"), "{said}");
+    assert!(code == Some(2) && said.contains("a tenant name must start with a letter"), "{said}");
 }

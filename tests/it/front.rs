@@ -1,5 +1,5 @@
-//! The front against strangers: silent crowds, heads without end, bodies that stall, readers that do not read.
-//! No database: a small application stands behind it, since what is tried here never gets any further.
+//! The HTTP front against strangers: silent crowds, endless heads, stalled bodies, readers that do not read.
+//! No database: a small application stands behind the front, because these requests never get further.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -64,7 +64,7 @@ fn serve(bounds: Bounds, times: Times) -> Served {
 
 const WIDE: Bounds = Bounds { all: 1000, per_source: 1000 };
 
-/// From an address of loopback of one's own.
+/// Connects from a given loopback address.
 fn connect_from(source: [u8; 4], to: SocketAddr) -> TcpStream {
     let socket = rustix::net::socket_with(
         AddressFamily::INET,
@@ -92,7 +92,7 @@ fn all_of(mut stream: &TcpStream) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// The status of an answer that must bear the headers of every answer.
+/// Returns the status of an answer, and checks the headers that every answer must have.
 fn status_with_headers(answer: &str) -> u16 {
     let head = answer.split("\r\n\r\n").next().unwrap().to_ascii_lowercase();
     for name in ["x-request-id", "content-security-policy", "x-content-type-options", "referrer-policy"] {
@@ -134,7 +134,7 @@ async fn the_servers_own_answers_bear_the_headers_of_every_answer() {
         assert_eq!(status_with_headers(&ask(to, endless.as_bytes())), 431);
         let many = format!("GET / HTTP/1.1\r\nhost: x\r\n{}\r\n", "a: b\r\n".repeat(2000));
         assert_eq!(status_with_headers(&ask(to, many.as_bytes())), 431);
-        // Nothing said, half a head, half a body: each within its time.
+        // Nothing, half a head, half a body: each ends within its time.
         for text in
             ["", "GET / HTTP/1.1\r\nhost", "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nabc"]
         {
@@ -142,7 +142,7 @@ async fn the_servers_own_answers_bear_the_headers_of_every_answer() {
             assert_eq!(status_with_headers(&ask(to, text.as_bytes())), 408, "{text:?}");
             assert!(begun.elapsed() < Duration::from_secs(5));
         }
-        // Also where another request came before on the same connection.
+        // Also after another request on the same connection.
         let good = "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nok";
         for (then, status) in
             [("\0\r\n\r\n".to_owned(), 400), (endless.clone(), 431), ("GET /".to_owned(), 408)]
@@ -178,7 +178,7 @@ async fn requests_one_after_the_other_ahead_and_in_pieces_are_answered() {
             assert!(answers.ends_with("three"), "{answers}");
             assert_eq!(answers.matches("HTTP/1.1 200").count(), 3, "{answers}");
         }
-        // A body as large as a registry's upload comes back byte by byte.
+        // A body as large as a registry upload returns byte by byte.
         let body: String = (0..200_000).map(|n| char::from(b'a' + u8::try_from(n % 26).unwrap())).collect();
         let head = format!("PUT /v2/blob HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
         let answer = ask(to, format!("{head}{body}").as_bytes());
@@ -198,7 +198,7 @@ async fn a_crowd_of_silent_sources_locks_no_one_out() {
         for n in 0..3000_u16 {
             let [high, low] = n.to_be_bytes();
             let mut stream = connect_from([127, 7, high, low], to);
-            // Some say nothing, others half a head or half a body.
+            // Some send nothing, others half a head or half a body.
             let said = [
                 &b""[..],
                 b"GET / HTTP/1.1\r\nhost: x\r\nx: y",
@@ -213,7 +213,7 @@ async fn a_crowd_of_silent_sources_locks_no_one_out() {
                 assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
             }
         }
-        // One source alone has its bound, and its own silent connections give way.
+        // One source has its own limit, and its own silent connections are closed first.
         let own: Vec<TcpStream> = (0..80).map(|_| connect_from([127, 9, 9, 9], to)).collect();
         assert_eq!(
             status_with_headers(&ask(to, b"GET /nope HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")),
@@ -241,7 +241,7 @@ async fn a_source_with_all_its_requests_under_way_is_told_so() {
         let answer = ask(to, b"GET /nope HTTP/1.1\r\nhost: x\r\n\r\n");
         assert_eq!(status_with_headers(&answer), 429);
         assert!(answer.contains("retry-after: 1"), "{answer}");
-        // Another source is served, and what was under way is answered.
+        // Another source is served, and the request in progress gets its answer.
         let mut other = connect_from([127, 0, 0, 2], to);
         other.write_all(b"GET /nope HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
         assert_eq!(status_with_headers(&all_of(&other)), 404);
@@ -258,7 +258,7 @@ async fn slow_bodies_and_slow_readers_end() {
     let served = serve(WIDE, Times { body: Duration::from_secs(60), ..times() });
     let to = served.address;
     blocking(move || {
-        // A byte now and then keeps no body alive.
+        // An occasional byte does not keep a body alive.
         let mut drip = connect(to);
         drip.write_all(b"PUT /v2/blob HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n").unwrap();
         let begun = Instant::now();
@@ -266,14 +266,14 @@ async fn slow_bodies_and_slow_readers_end() {
             std::thread::sleep(Duration::from_millis(200));
         }
         assert!(begun.elapsed() < Duration::from_secs(7), "{:?}", begun.elapsed());
-        // A client that reads nothing is cut off: the answer ends early.
+        // A client that does not read is cut off: the answer ends early.
         let mut lazy = connect(to);
         lazy.write_all(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
         std::thread::sleep(Duration::from_secs(4));
         let mut sink = vec![0; 1 << 20];
         let begun = Instant::now();
         while lazy.read(&mut sink).is_ok_and(|n| n > 0) {
-            assert!(begun.elapsed() < Duration::from_secs(5), "the answer goes on");
+            assert!(begun.elapsed() < Duration::from_secs(5), "the answer continues");
         }
     })
     .await;

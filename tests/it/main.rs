@@ -1,7 +1,7 @@
-//! The database's promises against a real Postgres: user ids, quotas, work and leases, who gets in, what a spec
-//! compiles to.
+//! Guarantees of the database against a real Postgres: user ids, quotas, work and leases, access, compiled
+//! specs.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on panics")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot continue panics")]
 
 mod access;
 mod asked;
@@ -14,6 +14,7 @@ mod registry;
 mod render;
 mod support;
 mod sweeps;
+mod transactions;
 mod uid_ranges;
 mod units;
 mod uploads;

@@ -1,9 +1,9 @@
-//! `deploy/packages` leaves no service on that it brings, however it ends. The real script runs with a package manager
-//! that is played, on folders of its own in a mount namespace.
+//! `deploy/packages` leaves no installed service enabled, however it ends. The real script runs with a fake
+//! package manager, on its own folders in a mount namespace.
 
 use std::process::Command;
 
-/// Folders of its own, a package manager, two runs; then what is left, a line for each.
+/// Own folders, a fake package manager, two runs. Then prints what remains, one line each.
 const STAGE: &str = r#"
 set -eu
 mount --make-rprivate /
@@ -69,7 +69,7 @@ fn no_service_is_on_however_an_installation_ends() {
     for ending in ["fails", "TERM", "INT", "HUP"] {
         assert_eq!(play(ending, "fresh"), ["first note"], "{ending}");
     }
-    // Killed, it cannot clean up: what it has brought is masked, and the next run takes all of it back.
+    // Killed, it cannot clean up: the services it installed are masked, and the next run unmasks them.
     let left = play("KILL", "fresh");
     assert!(left.contains(&"first masked postgresql.service".to_owned()), "{left:?}");
     assert!(left.iter().all(|line| line.starts_with("first") && !line.contains(" on ")), "{left:?}");
@@ -83,7 +83,7 @@ fn a_service_that_was_there_before_stays_as_it_is() {
     }
 }
 
-/// A folder with two programs that know their version and nothing else.
+/// Returns a folder with two programs that print this version.
 fn programs(version: &str) -> tempfile::TempDir {
     use std::os::unix::fs::PermissionsExt;
     let folder = tempfile::tempdir().unwrap();
@@ -129,11 +129,11 @@ fn the_package_installs_and_upgrades_without_a_compiler() {
         let meta = std::fs::metadata(root.join(path)).unwrap();
         assert_eq!(std::os::unix::fs::PermissionsExt::mode(&meta.permissions()) & 0o7777, 0o755, "{path}");
     }
-    // Again, as an upgrade: no first steps are named, and where no service is, none is started.
+    // Again, as an upgrade: it prints no first steps, and starts no service that was not there.
     let (good, text) = dpkg(&["-i", file]);
     assert!(good && !text.contains("next:"), "{text}");
     assert!(dpkg(&["-r", "bulkhead"]).0 && !root.join("usr/bin/bulkhead").exists());
-    // Programs of another version than the tree's are not packed.
+    // Programs of another version than the source tree are not packed.
     let other = programs("9.9.9");
     let (good, text) =
         run("deploy/package", &["--folder", &show(other.path()), "--into", &show(into.path())]);
@@ -150,7 +150,7 @@ fn only_an_installed_program_of_this_version_takes_the_place_of_a_build() {
     };
     assert_eq!(look(env!("CARGO_PKG_VERSION")), (true, true));
     assert_eq!(look("0.0.1"), (false, false));
-    // Without the package there is none.
+    // Without the package there is no installed program.
     let (found, text) = run("bash", &["-c", ". deploy/installed && PROGRAMS=/nowhere installed_program"]);
     assert!(!found && text.is_empty(), "{text}");
 }

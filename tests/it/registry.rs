@@ -1,5 +1,5 @@
-//! The registry proxy before a registry that lies: what reaches it is what was parsed, and an answer that names other
-//! bytes is undone.
+//! The registry proxy in front of a dishonest registry. Only parsed requests reach the registry, and an
+//! answer with a different digest is undone.
 
 use std::sync::{Arc, Mutex};
 
@@ -11,10 +11,10 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use crate::support::TestApp;
 
-/// What the registry was asked: method, path with query, type of the body.
+/// The requests that the registry received: method, path with query, type of the body.
 type Asked = Arc<Mutex<Vec<(String, String, String)>>>;
 
-/// A registry that commits other bytes than it is asked to, unless they are `honest`.
+/// A registry that commits other bytes than requested, unless they are `honest`.
 struct Liar {
     asked: Asked,
     honest: Digest,
@@ -79,7 +79,7 @@ async fn an_answer_that_names_other_bytes_is_undone(options: PgPoolOptions, conn
     let uploads = "/v2/acme/web/blobs/uploads/";
     assert_eq!(send(reqwest::Method::POST, uploads, "").await, 202);
     let forged = format!("{uploads}11-22?digest={wanted}&_state=abc%3D");
-    assert_eq!(send(reqwest::Method::PUT, &forged, "").await, 400, "the state is the platform's to know");
+    assert_eq!(send(reqwest::Method::PUT, &forged, "").await, 400, "only the platform may know the state");
     let put = format!("{uploads}11-22?digest={}", wanted.as_str().replace(':', "%3a"));
     assert_eq!(send(reqwest::Method::PUT, &put, "digest=sha256:evil").await, 502);
     let seen = asked.lock().unwrap().clone();
@@ -88,18 +88,18 @@ async fn an_answer_that_names_other_bytes_is_undone(options: PgPoolOptions, conn
     let expected = format!("{uploads}11-22?_state=def%3D&digest={wanted}");
     assert!(
         seen.contains(&("PUT".into(), expected, "application/octet-stream".into())),
-        "what was parsed, and nothing else: {seen:?}"
+        "only parsed requests: {seen:?}"
     );
     let gone = format!("/v2/acme/web/blobs/{other}");
     assert!(seen.iter().any(|(method, path, _)| method == "DELETE" && *path == gone), "{seen:?}");
     assert_eq!(app.number("SELECT count(*) FROM blob WHERE digest <> $1", "").await, 0);
     let open = "SELECT count(*) FROM upload WHERE id = $1 AND digest IS NULL";
-    assert_eq!(app.number(open, "11-22").await, 1, "its bytes count on");
-    // The same upload, answered as it was asked, is on record with its size.
+    assert_eq!(app.number(open, "11-22").await, 1, "its bytes still count");
+    // The same upload with an honest answer is recorded with its size.
     let put = format!("{uploads}11-22?digest={honest}");
     assert_eq!(send(reqwest::Method::PUT, &put, "x").await, 201);
     assert_eq!(app.number("SELECT size FROM blob WHERE digest = $1", honest.as_str()).await, 7);
     assert_eq!(app.number(open, "11-22").await, 0);
-    assert_eq!(send(reqwest::Method::PUT, &put, "x").await, 404, "an upload that is over is none");
+    assert_eq!(send(reqwest::Method::PUT, &put, "x").await, 404, "a finished upload no longer exists");
     handle.stop(false).await;
 }

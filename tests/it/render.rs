@@ -1,4 +1,4 @@
-//! What specs compile to: a snapshot for the eye, and properties that hold for every spec there is.
+//! Compiled specs: a snapshot for review, and properties of every possible spec.
 
 use bulkhead::apps::release::render_example;
 use bulkhead::apps::spec::{AppSpec, Format};
@@ -21,7 +21,7 @@ fn a_spec_compiles_to_this_container() {
     insta::assert_json_snapshot!(render(&spec).unwrap());
 }
 
-/// Pieces that people, machines and attackers put into a spec.
+/// Generates pieces that users, programs and attackers put into a spec.
 fn anything() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),
@@ -97,7 +97,7 @@ fn good() -> Value {
     })
 }
 
-/// Everything that must hold in whatever the engine is handed.
+/// Checks the invariants of every container that the engine receives.
 fn keeps_every_invariant(container: &Value) -> Result<(), TestCaseError> {
     for no in ["privileged", "env_host", "httpproxy", "stdin", "terminal", "init", "publish_image_ports"] {
         prop_assert_eq!(&container[no], &json!(false), "{}", no);
@@ -127,7 +127,7 @@ fn keeps_every_invariant(container: &Value) -> Result<(), TestCaseError> {
         for needed in ["noexec", "nosuid", "nodev"] {
             prop_assert!(options.contains(&json!(needed)), "{}", mount);
         }
-        // Of the host's files an instance sees the two that the platform wrote for it, and reads them alone.
+        // Of the host's files, an instance sees only the two that the platform wrote for it, read-only.
         if mount["type"] == "bind" {
             prop_assert!(options.contains(&json!("ro")), "{}", mount);
             bound.push(mount["destination"].as_str().unwrap().to_owned());

@@ -1,4 +1,4 @@
-//! What the sweep over the registry removes and what it leaves, when requests change the same things at the same time.
+//! The sweep over the registry, while requests change the same objects: removed and kept objects.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ impl Before {
         once(&platform.work, &platform.registry).await.unwrap();
     }
 
-    /// A manifest on record, with these columns besides.
+    /// Inserts a manifest with these additional columns.
     async fn manifest(&self, repository: &str, digest: &Digest, columns: &str, values: &str) {
         self.app
             .sql(&format!(
@@ -48,7 +48,8 @@ impl Before {
             .unwrap()
     }
 
-    /// Runs a sweep that has listed what is to go, and changes the record before it comes to this digest.
+    /// Starts a sweep, and changes the database after the sweep has listed its work but before it handles
+    /// this digest.
     async fn sweep_behind(&self, digest: &Digest, change: &str) {
         let mut held = self.app.root.begin().await.unwrap();
         sqlx::query("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))")
@@ -74,19 +75,19 @@ impl Before {
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn what_came_again_since_it_was_listed_stays(options: PgPoolOptions, connect: PgConnectOptions) {
     let before = Before::start(options, connect).await;
-    // Doomed when it was listed; gone and pushed again when its turn comes.
+    // Deleting when it was listed; removed and pushed again by its turn.
     let again = Digest::of(b"again");
     before.manifest("web", &again, "confirmed, doomed_at", "true, now()").await;
     before.sweep_behind(&again, "UPDATE manifest SET doomed_at = NULL").await;
     assert_eq!(before.count("manifest", &again).await, 1);
     assert_eq!(before.asked("DELETE", again.as_str()), 0, "the registry keeps it");
-    // The same of a blob.
+    // The same with a blob.
     let blob = Digest::of(b"blob");
     before.blob(&blob, &["web"]).await;
     before.app.sql("UPDATE blob SET doomed_at = now()").await;
     before.sweep_behind(&blob, "UPDATE blob SET doomed_at = NULL").await;
     assert_eq!((before.count("blob", &blob).await, before.asked("DELETE", blob.as_str())), (1, 0));
-    // Not confirmed when it was listed, and the registry does not have it; confirmed, or pushed once more, since.
+    // Unconfirmed when it was listed, and missing in the registry; confirmed, or pushed again, since.
     let old = "false, now() - interval '3 minutes'";
     for (text, change) in [
         (&b"confirmed"[..], "UPDATE manifest SET confirmed = true"),
@@ -98,7 +99,7 @@ async fn what_came_again_since_it_was_listed_stays(options: PgPoolOptions, conne
         before.sweep_behind(&digest, change).await;
         assert_eq!(before.count("manifest", &digest).await, 1, "{change}");
     }
-    // What is listed and stays as it was is settled, and stands in the audit log.
+    // An object that has not changed since the list is settled, and the audit log records it.
     let (there, lost) = (Digest::of(b"there"), Digest::of(b"lost"));
     before.seen.lacks.lock().unwrap().push(lost.to_string());
     before.manifest("web", &there, "confirmed, pushed_at", old).await;
@@ -124,14 +125,15 @@ async fn one_that_does_not_go_holds_up_nothing_else(options: PgPoolOptions, conn
     before.sweep().await;
     assert_eq!((before.count("manifest", &bad).await, before.count("manifest", &good).await), (1, 0));
     assert_eq!((before.count("blob", &first).await, before.count("blob", &second).await), (1, 0));
-    // Blobs that came in while the tenant left are swept after it has left, also those in no repository.
+    // Blobs that arrived while the tenant was offboarded are swept afterwards, including those without a
+    // repository.
     let late = Digest::of(b"late");
     before.blob(&late, &[]).await;
     before.app.sql("UPDATE blob SET at = now() - interval '3 hours'").await;
     before.app.sql("UPDATE tenant SET state = 'offboarded'").await;
     before.sweep().await;
     assert_eq!(before.count("blob", &late).await, 0);
-    // A commit that nothing has settled when the tenant was suspended is undone.
+    // A commit that was not settled when the tenant was suspended is undone.
     let open = Digest::of(b"open");
     before.app.sql("UPDATE tenant SET state = 'suspended'").await;
     let upload = format!(
@@ -159,7 +161,7 @@ async fn each_place_of_a_blob_counts_and_is_given_back(options: PgPoolOptions, c
         assert_eq!(used().await, 2 * 32_768, "once for each repository");
     }
     assert_eq!(before.app.number("SELECT count(*) FROM upload", "").await, 0, "each mount is settled");
-    // What is doomed is not mounted any more: a plain upload begins.
+    // A deleting blob is not mounted any more: a plain upload begins.
     before.app.sql("UPDATE blob SET doomed_at = now()").await;
     assert_eq!(before.send("POST", &path.replace("other", "web"), b"").await.0, 202);
     before.app.sql("DELETE FROM upload").await;
@@ -188,14 +190,14 @@ async fn what_could_not_be_confirmed_is_not_stored(options: PgPoolOptions, conne
         let answer = request.body(text.to_string()).send().await.unwrap();
         (answer.status().as_u16(), answer.text().await.unwrap_or_default())
     };
-    // The day's changes are used up: refused before the registry is asked.
+    // The changes of the day are used up: refused before the registry is called.
     let day = "UPDATE quota SET since = (now() AT TIME ZONE 'UTC')::date, used = coalesce(limit_, 20000) \
                WHERE resource = 'changes_per_day'";
     before.app.sql(day).await;
     let (status, text) = push("1").await;
     assert_eq!(status, 403, "{text}");
     assert_eq!(before.asked("PUT", "/manifests/"), 0);
-    // So are the tags; a tag that is there moves on.
+    // So are the tags; an existing tag can still move.
     before.app.sql("UPDATE quota SET used = 0 WHERE resource = 'changes_per_day'").await;
     assert_eq!(push("1").await.0, 201);
     before.app.sql("UPDATE quota_default SET limit_ = 1 WHERE resource = 'tags'").await;

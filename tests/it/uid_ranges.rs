@@ -1,4 +1,4 @@
-//! Ranges and blocks of user ids under many writers: none overlaps another, none is given twice.
+//! Ranges and blocks of user ids under many writers: none overlaps another, and none is allocated twice.
 
 use bulkhead::config::Pools;
 use bulkhead::ids::TenantId;
@@ -27,7 +27,7 @@ async fn tenants(pool: &PgPool, count: i64) -> Vec<TenantId> {
     ids.into_iter().map(TenantId).collect()
 }
 
-/// Two million with `BULKHEAD_UID_ALLOCATIONS=2000000`; fewer otherwise, the same code.
+/// Two million with `BULKHEAD_UID_ALLOCATIONS=2000000`; fewer otherwise, with the same code.
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn many_writers_never_share_an_id(pool: PgPool) {
     let wanted: u32 =
@@ -49,7 +49,7 @@ async fn many_writers_never_share_an_id(pool: PgPool) {
                 turn += 1;
                 let mut tx = pool.begin().await.unwrap();
                 bulkhead::uid_ranges::allocate_range(&mut tx, tenant, &pools).await.unwrap();
-                // Some give up: their slot is lost, and nobody else ever gets it.
+                // Some transactions roll back: their slot is lost and never reused.
                 if turn.is_multiple_of(20) {
                     tx.rollback().await.unwrap();
                 } else {
@@ -119,8 +119,8 @@ async fn a_pool_that_is_used_up_says_so_and_nothing_returns_to_it(pool: PgPool) 
     let mut conn = pool.acquire().await.unwrap();
     bulkhead::uid_ranges::release_ranges(&mut conn, tenants[0]).await.unwrap();
     let error = bulkhead::uid_ranges::allocate_range(&mut conn, tenants[3], &pools).await.unwrap_err();
-    assert!(error.to_string().contains("used up"), "{error}");
-    // The database itself refuses to give a burnt range again.
+    assert!(error.to_string().contains("BH-424"), "{error}");
+    // The database itself refuses to allocate a retired range again.
     let stolen = sqlx::query(
         "INSERT INTO uid_range (slot, tenant_id, pool_start, pool_end, size, block_size) \
          VALUES (1000, $1, 65536 - 1000 * 1024, 1000000, 1024, 1024)",

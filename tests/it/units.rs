@@ -1,4 +1,4 @@
-//! The systemd units are the table of processes, and what is not root may nearly nothing.
+//! The systemd units match the table of processes, and processes without root can do almost nothing.
 
 use std::process::Command;
 
@@ -25,8 +25,8 @@ fn the_units_in_the_tree_are_the_table() {
     }
 }
 
-/// `systemd-analyze security` rates a unit from 0 (closed) to 10 (open); what faces the network or
-/// reads what tenants send stays under 3.
+/// `systemd-analyze security` rates a unit from 0 (closed) to 10 (open). Units that face the network or read
+/// tenants' data stay below 3.
 #[test]
 fn what_is_not_root_is_closed() {
     for name in ["bulkhead-serve.service", "bulkhead-prober.service", "bulkhead-resolver.service"] {
@@ -40,7 +40,7 @@ fn what_is_not_root_is_closed() {
     }
 }
 
-/// In a user namespace all foreign users are one: `serve` would not see who uses ids of its pool.
+/// In a user namespace all foreign users look like one: `serve` could not see the users of its pool's ids.
 #[test]
 fn serve_sees_whose_processes_the_machine_has() {
     for (name, text) in units() {
@@ -50,7 +50,7 @@ fn serve_sees_whose_processes_the_machine_has() {
     }
 }
 
-/// An installation in a data folder, with programs that are on this machine.
+/// Returns the units of an installation in a data folder, with programs of this machine.
 fn folder(has_database: bool, has_registry: bool) -> Vec<(String, String)> {
     let data = Path::new("/var/lib/bulkhead");
     let at = |name: &str| data.join(name);
@@ -110,7 +110,7 @@ fn systemd_reads_the_units_of_a_data_folder() {
     let said = String::from_utf8_lossy(&done.stderr);
     let own: Vec<&str> = said.lines().filter(|line| line.contains("bulkhead")).collect();
     assert!(own.is_empty(), "{own:?}");
-    // All of the platform but root's two parts is closed.
+    // Every part except root's two is closed.
     for part in ["serve", "prober", "resolver", "postgres", "registry", "collector"] {
         let path = dir.path().join(format!("bulkhead-{part}.service"));
         let done = Command::new("systemd-analyze")
@@ -138,11 +138,11 @@ fn what_is_needed_is_ready_first() {
         order.contains("bulkhead-postgres.service") && order.contains("bulkhead-collector.service"),
         "{order}"
     );
-    assert!(text("serve").contains("ExecStartPre=+"), "the database is brought to this version first");
-    // A shell's own sign is not taken for one of systemd's.
+    assert!(text("serve").contains("ExecStartPre=+"), "the database is migrated first");
+    // The shell's own `$` is escaped for systemd.
     assert!(text("registry").contains("serve \\\"$$0\\\"\""), "{}", text("registry"));
     assert!(text("agent").contains("flock --no-fork --shared --nonblock /var/lib/bulkhead/lock"));
-    // Postgres and the collector must know who asks: both see users as they are.
+    // Postgres and the collector identify their clients by user id, so they must see the real users.
     for part in ["postgres", "collector", "registry", "serve"] {
         assert!(!text(part).contains("PrivateUsers=yes"), "{part}");
     }

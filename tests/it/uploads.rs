@@ -1,5 +1,5 @@
-//! Uploads before a registry that writes whatever it is sent, as fast or slowly as it comes: no two requests of one
-//! upload ever reach it at the same time.
+//! Uploads to a registry that writes all bytes it receives, fast or slowly. Two requests of one upload never
+//! reach it at the same time.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,13 +16,13 @@ use tokio::net::TcpStream;
 
 use crate::support::TestApp;
 
-/// What the registry has seen.
+/// The state of the fake registry.
 #[derive(Default)]
 pub(crate) struct Seen {
-    /// Bodies that it reads at this moment, and the most there ever were.
+    /// Bodies that it reads now, and the maximum so far.
     now: AtomicUsize,
     most: AtomicUsize,
-    /// What it answers to PUT in place of 201.
+    /// Its answer to PUT instead of 201.
     refuses: Mutex<Option<u16>>,
     /// Digests that it does not have.
     pub(crate) lacks: Mutex<Vec<String>>,
@@ -76,7 +76,7 @@ async fn answer(req: HttpRequest, mut body: web::Payload, seen: web::Data<Arc<Se
     }
 }
 
-/// A platform before such a registry.
+/// A platform in front of such a registry.
 pub(crate) struct Before {
     pub(crate) app: TestApp,
     pub(crate) seen: Arc<Seen>,
@@ -123,14 +123,14 @@ impl Before {
         (status, location, answer.text().await.unwrap_or_default())
     }
 
-    /// A new upload: its path with its state.
+    /// Starts an upload. Returns its path with its state.
     async fn begin(&self) -> String {
         let (status, location, text) = self.send("POST", UPLOADS, b"").await;
         assert_eq!(status, 202, "{text}");
         location
     }
 
-    /// A request that has sent the first of its bytes and waits.
+    /// Sends the first byte of a request, then waits.
     async fn held(&self, method: &str, path: &str) -> TcpStream {
         self.held_of(method, path, 1 << 20).await
     }
@@ -153,7 +153,8 @@ impl Before {
         stream
     }
 
-    /// How long it takes until this is no longer refused because another request has the upload.
+    /// Polls until the request is no longer refused because of another request on the upload. Returns the
+    /// time.
     async fn freed(&self, method: &str, path: &str) -> (Duration, u16) {
         let begun = Instant::now();
         loop {
@@ -161,13 +162,13 @@ impl Before {
             if status != 409 {
                 return (begun.elapsed(), status);
             }
-            assert!(text.contains("another request on this upload"), "{text}");
+            assert!(text.contains("another request for this upload"), "{text}");
             assert!(begun.elapsed() < Duration::from_secs(20), "{text}");
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
 
-    /// How often it was asked this.
+    /// Returns how often the registry received this request.
     pub(crate) fn asked(&self, method: &str, path: &str) -> usize {
         let asked = self.seen.asked.lock().unwrap();
         asked.iter().filter(|(own, at)| own == method && at.contains(path)).count()
@@ -186,7 +187,7 @@ fn with(location: &str, digest: &Digest) -> String {
 async fn one_request_at_a_time_writes_to_an_upload(options: PgPoolOptions, connect: PgConnectOptions) {
     let before = Before::start(options, connect).await;
     let good = Digest::of(b"12345678");
-    // A PATCH has sent one byte and waits; the same state is committed, cancelled and written to by others.
+    // A PATCH has sent one byte and waits; other requests commit, cancel and write to the same state.
     let upload = before.begin().await;
     let open = before.held("PATCH", &upload).await;
     for (method, path) in
@@ -197,14 +198,15 @@ async fn one_request_at_a_time_writes_to_an_upload(options: PgPoolOptions, conne
     }
     assert_eq!(before.app.number("SELECT count(*) FROM upload WHERE part IS NOT NULL", "").await, 1);
     assert!(before.app.number("SELECT sum(bytes)::bigint FROM upload", "").await > 0, "it counts on");
-    // It is cut off: what came before that is the registry's, which has answered, and the next one goes on there.
+    // The PATCH is cut off: the registry has answered, so its bytes count, and the next request continues
+    // there.
     drop(open);
     let (waited, status) = before.freed("GET", &upload).await;
     assert_eq!(status, 204);
     let (again, status) = before.freed("PUT", &with(&upload, &good)).await;
     assert_eq!(status, 201);
     assert!(waited + again < Duration::from_secs(5), "{waited:?} {again:?}");
-    // A PUT that waits, beside another PUT: the second one changes nothing of what the first has written down.
+    // A waiting PUT, beside another PUT: the second changes nothing that the first has recorded.
     let upload = before.begin().await;
     let open = before.held("PUT", &with(&upload, &good)).await;
     let (status, _, _) = before.send("PUT", &with(&upload, &Digest::of(b"other")), b"other").await;
@@ -214,7 +216,7 @@ async fn one_request_at_a_time_writes_to_an_upload(options: PgPoolOptions, conne
     drop(open);
     assert_eq!(before.freed("DELETE", &upload).await.1, 204);
     assert_eq!(before.app.number("SELECT count(*) FROM upload", "").await, 0);
-    // An answer frees it at once, also a refusal; so does the end of a claim that a crash has left.
+    // An answer frees the upload at once, even a refusal; so does the expiry of a claim after a crash.
     let upload = before.begin().await;
     *before.seen.refuses.lock().unwrap() = Some(400);
     assert_eq!(before.send("PUT", &with(&upload, &good), b"12345678").await.0, 400);
@@ -222,12 +224,12 @@ async fn one_request_at_a_time_writes_to_an_upload(options: PgPoolOptions, conne
     assert_eq!(before.send("PATCH", &upload, b"1234").await.0, 202);
     before.app.sql("UPDATE upload SET part = 'x', part_until = now() + interval '1 second'").await;
     assert_eq!(before.freed("PUT", &with(&upload, &good)).await.1, 201);
-    // One whose commit is not settled takes nothing more.
+    // An upload with an unsettled commit accepts no more requests.
     let upload = before.begin().await;
     before.app.sql(&format!("UPDATE upload SET digest = '{good}'")).await;
     assert_eq!(before.send("PUT", &with(&upload, &good), b"12345678").await.0, 409);
     assert_eq!(before.send("DELETE", &upload, b"").await.0, 409);
-    assert_eq!(before.seen.most.load(Ordering::SeqCst), 1, "never two at once");
+    assert_eq!(before.seen.most.load(Ordering::SeqCst), 1, "never two at the same time");
     before.stop().await;
 }
 

@@ -1,5 +1,5 @@
-//! Work for reconcilers: claimed by one at a time, taken over from the dead, and a result that comes
-//! too late is dropped.
+//! Work for reconcilers: claimed by one worker at a time, taken over from dead workers; late results are
+//! dropped.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 type Step = Box<dyn Fn(Lease) -> (Duration, Result<Outcome, Failure>) + Send + Sync>;
 
-/// Takes notes of who was worked on, and does as the test says.
+/// Records which objects were reconciled, and acts as the test says.
 struct Scribe {
     step: Step,
     now: Mutex<BTreeSet<i64>>,
@@ -129,7 +129,7 @@ async fn two_replicas_share_the_work_and_never_an_object(pool: PgPool) {
     assert_eq!(scribe.doubles.load(Ordering::SeqCst), 0);
     let done = scribe.done.lock().unwrap().clone();
     assert_eq!(done.len(), 121, "each once");
-    // A tenant with much work does not make another one wait behind it.
+    // A tenant with much work does not delay another tenant.
     let place = done.iter().position(|lease| lease.object_id == 1000).unwrap();
     assert!(place < 20, "the small tenant came {place}th");
 }
@@ -152,7 +152,7 @@ async fn a_change_during_the_work_is_not_missed(pool: PgPool) {
 async fn the_work_of_the_dead_is_taken_over_and_their_result_dropped(pool: PgPool) {
     let tenant = tenant(&pool, "acme").await;
     enqueue(&pool, 1, tenant).await;
-    // The first one stalls, as a process that was stopped and goes on later.
+    // The first worker stalls, like a process that was paused and continues later.
     let scribe = Scribe::new(|lease| {
         let slow = Duration::from_millis(if lease.epoch == 1 { 2_500 } else { 50 });
         let result =
@@ -193,18 +193,18 @@ async fn failures_are_tried_again_or_parked_until_something_changes(pool: PgPool
     assert_eq!(scribe.times(2), 1);
     due_now(&pool).await;
     tokio::time::sleep(Duration::from_millis(600)).await;
-    assert_eq!(scribe.times(2), 1, "what is parked rests");
+    assert_eq!(scribe.times(2), 1, "a parked object stays parked");
     enqueue(&pool, 2, tenant).await;
     until("and wakes with a change", || scribe.times(2) == 2).await;
     let left: i64 =
         sqlx::query_scalar("SELECT count(*) FROM work WHERE object_id = 3").fetch_one(&pool).await.unwrap();
-    assert_eq!(left, 0, "what is gone has no row");
+    assert_eq!(left, 0, "a deleted object has no row");
     runner.end().await;
 }
 
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn slow_work_of_many_tenants_leaves_slots_for_others(pool: PgPool) {
-    // Pulls that take long: those of objects below 1000.
+    // Slow pulls: for objects below 1000.
     let scribe = Scribe::new(|lease| {
         let takes = if lease.object_id < 1000 { Duration::from_secs(9) } else { Duration::ZERO };
         (takes, Ok(Outcome::Settled))
@@ -220,13 +220,13 @@ async fn slow_work_of_many_tenants_leaves_slots_for_others(pool: PgPool) {
     let victim = tenant(&pool, "victim").await;
     let runner = run(&pool, &scribe);
     tokio::time::sleep(Duration::from_millis(1500)).await;
-    // Whenever the other one comes: while all is new, and when everything is stuck.
+    // At any time of arrival: while all work is new, and when all slow work is stuck.
     for round in 0..3 {
         let asked = std::time::Instant::now();
         enqueue(&pool, 1000 + round, victim).await;
         until("the victim's work", || scribe.times(1000 + round) == 1).await;
         assert!(asked.elapsed() < Duration::from_secs(3), "{:?}", asked.elapsed());
-        // No tenant has more under way than it may.
+        // No tenant exceeds its maximum of concurrent work.
         let now = scribe.now.lock().unwrap().clone();
         for n in &slow {
             let own = now.range(n * 100..n * 100 + 100).count();
@@ -234,7 +234,7 @@ async fn slow_work_of_many_tenants_leaves_slots_for_others(pool: PgPool) {
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
-    // The slow ones got out of the slots: more than sixteen are under way.
+    // The slow ones left the slots: more than sixteen are in progress.
     assert!(scribe.now.lock().unwrap().len() > 16);
     runner.end().await;
     assert_eq!(scribe.doubles.load(Ordering::SeqCst), 0);

@@ -1,4 +1,4 @@
-//! What everybody gets to see who hands in something wrong.
+//! Answers to invalid requests.
 
 use serde_json::json;
 
@@ -29,7 +29,7 @@ async fn bad_input_is_explained_and_changes_nothing() {
     assert_eq!(machine.ask(&machine.admin, "GET", "/api/v1/tenants?limit=0", None).await.0, 400);
     assert_eq!(machine.ask(&machine.admin, "GET", "/api/v1/tenants?cursor=%21", None).await.0, 400);
     assert_eq!(machine.ask(&machine.admin, "GET", "/api/v1/tenants?nonsense=1", None).await.0, 400);
-    // A repeated request is answered again and not done again.
+    // A repeated request gets the same answer and is not executed again.
     let http = bulkhead::outgoing::client().build().unwrap();
     let post = |name: &str| {
         http.post(format!("{}/api/v1/tenants", machine.address()))
@@ -41,7 +41,7 @@ async fn bad_input_is_explained_and_changes_nothing() {
     assert_eq!(post("once").await.unwrap().status(), 202);
     assert_eq!(post("once").await.unwrap().status(), 202);
     assert_eq!(post("other").await.unwrap().status(), 409);
-    // Lists come in pages, and every row once.
+    // Lists have pages, and every row appears once.
     let (mut names, mut path) = (Vec::new(), "/api/v1/tenants?limit=1".to_owned());
     loop {
         let page = machine.get(&path).await;
@@ -52,7 +52,7 @@ async fn bad_input_is_explained_and_changes_nothing() {
         path = format!("/api/v1/tenants?limit=1&cursor={next}");
     }
     assert_eq!(names, ["acme", "once"]);
-    // A body of 100 MB is refused while it comes; memory does not grow with it.
+    // A body of 100 MB is refused while it arrives; memory does not grow with it.
     let dir = tempfile::tempdir().unwrap();
     let large = dir.path().join("large");
     std::fs::File::create(&large).unwrap().set_len(100_000_000).unwrap();
@@ -78,11 +78,11 @@ async fn bad_input_is_explained_and_changes_nothing() {
     );
     assert_eq!(code, "413");
     assert!(machine.memory("VmHWM:") < before + 8_000, "{before} kB, then {}", machine.memory("VmHWM:"));
-    // A token ends with its time.
+    // A token is valid until it expires.
     let token = machine.token(&["--tenant", "acme", "--name", "short"]);
     assert_eq!(machine.ask(&token, "GET", "/api/v1/tenants/acme", None).await.0, 200);
     machine.sql("UPDATE api_token SET expires_at = now() - interval '1 second' WHERE name = 'short'");
     assert_eq!(machine.ask(&token, "GET", "/api/v1/tenants/acme", None).await.0, 401);
     let denied = machine.sql("SELECT count(*) FROM audit WHERE action IN ('tenant.onboard', 'token.create')");
-    assert!(denied.parse::<i64>().unwrap() >= 4, "every change is on record");
+    assert!(denied.parse::<i64>().unwrap() >= 4, "the audit log has every change");
 }

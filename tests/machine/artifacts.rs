@@ -1,5 +1,5 @@
-//! What clients push today besides images: attestations, signatures, charts, caches. All of it is stored, counted,
-//! listed, pulled and deleted; what runs is an image, and the refusal of all else names what was met.
+//! Artifacts that clients push besides images: attestations, signatures, charts, caches. All are stored,
+//! counted, listed, pulled and deleted. Only images run; the refusal of another artifact names its type.
 
 use bulkhead::ids::Digest;
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const OCTETS: &str = "application/octet-stream";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 
-/// Somebody who pushes to one repository.
+/// A client that pushes to one repository.
 struct Pusher<'m> {
     client: Client<'m>,
     token: String,
@@ -30,14 +30,14 @@ impl<'m> Pusher<'m> {
         (status, text)
     }
 
-    /// The descriptor of a blob, which is uploaded.
+    /// Uploads a blob and returns its descriptor.
     async fn blob(&self, kind: &str, bytes: &[u8]) -> Value {
         let (status, text) = self.client.upload(&self.token, "acme/web", bytes).await;
         assert_eq!(status, 201, "{text}");
         json!({"mediaType": kind, "digest": Digest::of(bytes), "size": bytes.len()})
     }
 
-    /// The descriptor of a manifest, which is pushed under a tag.
+    /// Pushes a manifest under a tag and returns its descriptor.
     async fn manifest(&self, kind: &str, tag: &str, manifest: &Value) -> Value {
         let text = manifest.to_string();
         let digest = Digest::of(text.as_bytes());
@@ -45,7 +45,7 @@ impl<'m> Pusher<'m> {
             self.ask("PUT", &format!("manifests/{tag}"), kind, text.clone().into_bytes()).await;
         assert_eq!(status, 201, "{answer}");
         let (status, back) = self.ask("GET", &format!("manifests/{digest}"), "", vec![]).await;
-        assert_eq!((status, back), (200, text.clone()), "it comes back as it was sent");
+        assert_eq!((status, back), (200, text.clone()), "the manifest is returned unchanged");
         json!({"mediaType": kind, "digest": digest, "size": text.len()})
     }
 }
@@ -73,7 +73,7 @@ async fn whatever_is_no_image_is_stored_and_does_not_run() {
     let (_, text) = pusher.ask("GET", "manifests/1", "", vec![]).await;
     let image = json!({"mediaType": MANIFEST, "digest": Digest::of(text.as_bytes()), "size": text.len(),
         "platform": {"os": "linux", "architecture": "amd64"}});
-    // As buildx sends it: an index with the image, and its attestations beside it.
+    // The form that buildx sends: an index with the image and its attestations.
     let config = pusher.blob(CONFIG, br#"{"architecture":"unknown","os":"unknown","config":{}}"#).await;
     let mut layer = pusher
         .blob("application/vnd.in-toto+json", br#"{"_type":"https://in-toto.io/Statement/v0.1"}"#)
@@ -124,10 +124,10 @@ async fn whatever_is_no_image_is_stored_and_does_not_run() {
         let text = refused(&machine, &format!("web:{tag}")).await;
         assert!(text.contains(met), "{tag}: {text}");
     }
-    // Twins are refused among a manifest's own keys alone.
+    // Duplicate keys are refused only among a manifest's own keys.
     let twins = r#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[],"Manifests":[]}"#;
     assert_eq!(pusher.ask("PUT", "manifests/x", INDEX, twins.into()).await.0, 400);
-    // What is attached is listed by its subject, of one type where that is asked.
+    // Referrers are listed by subject, optionally of one type.
     let list = async |query: &str| {
         let path = format!("referrers/{}{query}", index["digest"].as_str().unwrap());
         let (status, text) = pusher.ask("GET", &path, "", vec![]).await;
@@ -139,21 +139,22 @@ async fn whatever_is_no_image_is_stored_and_does_not_run() {
     assert_eq!(all[0]["annotations"], json!({"org.example.by": "ci"}));
     assert_eq!(all[0]["artifactType"], "application/vnd.dev.cosign.artifact.sig.v1+json");
     assert_eq!(list("?artifactType=a%2Fb").await, json!([]));
-    // All of it is listed, and in pages.
+    // All are listed, in pages.
     let tags = machine.get("/api/v1/tenants/acme/repositories/web/tags").await;
     assert_eq!(tags["items"].as_array().unwrap().len(), 10, "{tags}");
     let (_, page) = pusher.ask("GET", "tags/list?n=2&last=buildx", "", vec![]).await;
     assert_eq!(serde_json::from_str::<Value>(&page).unwrap()["tags"], json!(["cache", "chart"]));
     let (status, text) = pusher.ask("GET", "tags/list?N=2", "", vec![]).await;
     assert!(status == 400 && text.contains("parameter N"), "{text}");
-    // What runs stays, with the reason: by tag, by digest, and by the index that holds it.
+    // Artifacts of running apps stay, with the reason: by tag, by digest, and by the index that contains the
+    // image.
     for reference in ["buildx", index["digest"].as_str().unwrap(), "1", image["digest"].as_str().unwrap()] {
         let (status, text) = pusher.ask("DELETE", &format!("manifests/{reference}"), "", vec![]).await;
         assert!(status == 409 && text.contains("deployed by: web"), "{reference}: {status} {text}");
     }
     let held = pusher.ask("DELETE", &format!("blobs/{}", data["digest"].as_str().unwrap()), "", vec![]).await;
     assert!(held.0 == 409 && held.1.contains("needs this blob"), "{held:?}");
-    // All else is deleted with an ordinary client, and gives its bytes back.
+    // All others can be deleted with an ordinary client, which frees their bytes.
     let before = used(&machine).await;
     let dir = tempfile::tempdir().unwrap();
     let auth = machine.auth_file(dir.path(), &acme);
@@ -167,7 +168,7 @@ async fn whatever_is_no_image_is_stored_and_does_not_run() {
     assert_eq!(
         list("").await.as_array().map(Vec::len),
         Some(1),
-        "its subject stays, and with it what is attached"
+        "the subject and its attached artifacts stay"
     );
     let path = format!("manifests/{}", signature["digest"].as_str().unwrap());
     assert_eq!(pusher.ask("DELETE", &path, "", vec![]).await.0, 202);
@@ -186,7 +187,7 @@ async fn an_upload_goes_on_where_it_was_cut_off() {
     let (status, location, _) =
         client.call(&pusher.token, "POST", "/v2/acme/web/blobs/uploads/", OCTETS, vec![]).await;
     assert_eq!(status, 202);
-    // The connection breaks in the middle of a part, of a PATCH and of the last PUT alike.
+    // The connection breaks during a part, during a PATCH and during the last PUT.
     let cut = |method: &str, query: &str, from: usize, to: usize| {
         let head = format!(
             "{method} {location}{query} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Type: {OCTETS}\r\n\
@@ -218,7 +219,7 @@ async fn an_upload_goes_on_where_it_was_cut_off() {
     assert_eq!(there, 1_000_000);
     cut("PUT", &format!("?digest={digest}"), there, 2_000_000);
     let there = progress(2_000_000).await;
-    // A part that does not begin there is told where to go on.
+    // A part at a wrong offset is answered with the right offset.
     let url = format!("{}{location}", machine.address());
     let wrong = client.http.patch(&url).bearer_auth(&pusher.token).header("content-range", "0-9");
     let answer = wrong.body(bytes[..10].to_vec()).send().await.unwrap();
@@ -239,7 +240,7 @@ async fn an_upload_goes_on_where_it_was_cut_off() {
         assert_eq!(answer.status().as_u16(), status, "{range}");
         assert_eq!(answer.bytes().await.unwrap().len(), length, "{range}");
     }
-    assert_eq!(used(&machine).await, 3_000_000, "it counts once");
+    assert_eq!(used(&machine).await, 3_000_000, "the blob counts once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -257,7 +258,7 @@ async fn what_is_wrong_with_a_name_or_a_right_is_said_with_the_command_that_mend
         let (good, text) = machine.try_push(&acme, &name, &HTTPD);
         assert!(!good && text.contains(&said), "{name}: {text}");
     }
-    // A tenant that is and one that is not are answered alike.
+    // An existing and a missing tenant get the same answer.
     let client = Client { machine: &machine, http: bulkhead::outgoing::client().build().unwrap() };
     let token = client.token(&acme, &["repository:globex/web:pull,push"]).await.unwrap();
     let ask = async |tenant: &str| {
@@ -266,7 +267,7 @@ async fn what_is_wrong_with_a_name_or_a_right_is_said_with_the_command_that_mend
         (status, text.replace(tenant, "TENANT"))
     };
     assert_eq!(ask("globex").await, ask("nobody").await);
-    // A credential that may pull alone.
+    // A credential for pulls only.
     let body = json!({"name": "reader", "push": false});
     let (status, reader) = machine.send("POST", "/api/v1/tenants/acme/robots", body).await;
     assert_eq!(status, 201, "{reader}");

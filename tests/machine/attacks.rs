@@ -1,5 +1,5 @@
-//! A conquered `serve` in front of the root half: everything that its socket allows is tried, as the
-//! very user that `serve` is.
+//! A compromised `serve` against the agent: tries every message that the agent's socket accepts, as the user
+//! of `serve`.
 
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -28,7 +28,7 @@ fn refused(socket: &str, what: &str, message: &Value) {
     assert!(text.contains("failed"), "{what} was not refused: {text}");
 }
 
-/// Runs only as the child of the test below, under the user of `serve`.
+/// Runs only as the child of the test below, as the user of `serve`.
 #[test]
 fn as_a_conquered_serve() {
     let Ok(socket) = std::env::var("BULKHEAD_TEST_ATTACK") else { return };
@@ -108,12 +108,12 @@ fn as_a_conquered_serve() {
         "removal of an app under another name",
         &json!({"remove_app": {"tenant": "evil", "app": "web", "app_id": good["app_id"]}}),
     );
-    // Messages that are none.
+    // Invalid messages.
     for message in [&b"{}"[..], b"", b"\xff\xfe", b"{\"exec\":{\"command\":\"sh\"}}", b"[[[[[[[[[["] {
         let answer = ask(&socket, message);
         assert!(answer.is_none_or(|a| a["failed"].is_object()));
     }
-    // A frame that says it is huge, and one that never comes: the agent hangs up and goes on.
+    // A frame with a huge length, and one that never arrives: the agent closes the connection and continues.
     let mut stream = UnixStream::connect(&socket).unwrap();
     stream.write_all(&u32::MAX.to_be_bytes()).unwrap();
     let mut rest = Vec::new();
@@ -121,9 +121,9 @@ fn as_a_conquered_serve() {
     stream.read_to_end(&mut rest).unwrap();
     assert!(rest.is_empty());
     let idle: Vec<_> = (0..40).map(|_| UnixStream::connect(&socket).unwrap()).collect();
-    assert!(ask(&socket, br#"{"hello":{}}"#).is_some(), "others are still answered");
+    assert!(ask(&socket, br#"{"hello":{}}"#).is_some(), "other clients still get answers");
     drop(idle);
-    // Files of the root half, and the engine, are closed to this user.
+    // This user cannot access the agent's files or the engine.
     let data = std::path::Path::new(&socket).ancestors().nth(3).unwrap();
     for file in ["agent/journal", "run/engine/podman.sock", "agent.toml", "registry.yml", "postgres/data"] {
         assert!(
@@ -144,7 +144,7 @@ async fn a_conquered_serve_gains_nothing_from_the_root_half() {
     let kept = std::fs::read_dir(machine.data.join("agent/apps")).unwrap().next().unwrap().unwrap().path();
     let kept: Value = serde_json::from_slice(&std::fs::read(kept).unwrap()).unwrap();
     let socket = machine.data.join("run/agent/agent.sock").display().to_string();
-    // Root itself is not who is answered.
+    // The agent does not answer root either.
     assert!(ask(&socket, br#"{"hello":{}}"#).is_none());
     let copy = tempfile::Builder::new()
         .permissions(std::fs::Permissions::from_mode(0o755))

@@ -1,4 +1,4 @@
-//! The engine has limits of its own: neither an instance nor its monitor counts within them.
+//! The engine has its own limits: neither an instance nor its monitor counts towards them.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::support::{HTTPD, Machine, run};
 
-/// The agent's record of the only app's first instance.
+/// Returns the agent's record of the only app's first instance.
 fn instance(machine: &Machine) -> Value {
     let files = fs::read_dir(machine.data.join("agent/apps")).unwrap();
     let texts = files.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
@@ -40,7 +40,7 @@ async fn the_engine_has_limits_of_its_own_and_no_monitor_is_within_them() {
     let memory = if unified { "memory.max" } else { "memory.limit_in_bytes" };
     assert_eq!(limit("memory", memory), (1_024_u64 << 20).to_string());
     assert_eq!(limit("pids", "pids.max"), "1024");
-    // The same after the engine and an instance have started again.
+    // Repeat after a restart of the engine and of an instance.
     for round in ["first", "second"] {
         let now = instance(&machine);
         for pid in [now["pid"].to_string(), now["conmon"].to_string()] {
@@ -62,5 +62,5 @@ async fn the_engine_has_limits_of_its_own_and_no_monitor_is_within_them() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
-    assert!(within(&engine(&machine)), "a fresh engine has the limits of the one before");
+    assert!(within(&engine(&machine)), "a restarted engine has the same limits");
 }

@@ -1,11 +1,12 @@
-//! The conformance suite of the OCI distribution specification against the registry proxy, with a registry credential.
+//! The OCI distribution conformance suite against the registry proxy, with a registry credential.
 
 use std::process::Command;
 
 use crate::support::Machine;
 
-/// What is switched off: non-distributable layers would lie elsewhere, and the registry behind stores sha256 alone. The
-/// other three are off by default: sparse indexes and tags as parameters are not in version 1.1.
+/// Tests that are switched off: non-distributable layers would be stored elsewhere, and the registry stores
+/// only sha256. The other three are off by default: sparse indexes and tags as parameters are not in version
+/// 1.1.
 const OFF: [&str; 6] = [
     "Blobs sha512",
     "Non-distributable Layers",
@@ -15,7 +16,7 @@ const OFF: [&str; 6] = [
     "Tag Param sha512",
 ];
 
-/// A number or a word after the dots of a line such as `  Pass....: 700`.
+/// Returns the number or word after the dots of a line such as `  Pass....: 700`.
 fn after<'t>(text: &'t str, label: &str) -> &'t str {
     let line = text
         .lines()
@@ -26,7 +27,7 @@ fn after<'t>(text: &'t str, label: &str) -> &'t str {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_registry_conforms_to_the_specification() {
     let suite = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/conformance/lib/conformance");
-    assert!(std::path::Path::new(suite).exists(), "tests/conformance/fetch (deploy/test does it)");
+    assert!(std::path::Path::new(suite).exists(), "run tests/conformance/fetch (deploy/test does)");
     let machine = Machine::start().await;
     let acme = machine.tenant("acme").await;
     let results = tempfile::tempdir().unwrap();
@@ -59,7 +60,7 @@ async fn the_registry_conforms_to_the_specification() {
         .collect();
     assert_eq!(off, OFF, "{text}");
     println!("{} checks passed", count("Pass"));
-    // What the suite has deleted gives its bytes back: nothing counts but what it leaves itself.
+    // Blobs that the suite deleted free their bytes; only its remaining objects count.
     let count = machine.sql("SELECT count(*) FROM manifest WHERE doomed_at IS NOT NULL");
     assert_eq!(count, "0", "deleted manifests are gone");
 }

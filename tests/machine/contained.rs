@@ -1,4 +1,4 @@
-//! What a running container can and cannot do, seen from inside and from the host.
+//! Permissions and limits of a running container, tested from inside and from the host.
 
 use std::fs;
 
@@ -31,7 +31,7 @@ async fn a_container_is_what_the_design_says() {
         let numbers: Vec<u64> = text.split_whitespace().map(|n| n.parse().unwrap()).collect();
         assert_eq!(numbers, [0, start, 1024], "{map}");
     }
-    // Limits, in the kernel's own words (version 1 or 2 of cgroups).
+    // Limits, as the kernel reports them (cgroup version 1 or 2).
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
     let read = |controller: &str, v1: &str, v2: &str| {
         let line = groups
@@ -48,13 +48,13 @@ async fn a_container_is_what_the_design_says() {
     let name = instance["container"].as_str().unwrap();
     let inside = |script: &str| machine.podman(&["exec", name, "/bin/busybox", "sh", "-c", script]);
     assert!(!inside("echo x > /file").0, "the root file system is read-only");
-    assert!(!inside("echo x > /etc/hosts").0, "names are the platform's");
+    assert!(!inside("echo x > /etc/hosts").0, "the platform owns /etc/hosts");
     assert!(inside("echo x > /tmp/file && echo x > /data/file").0, "scratch is writable");
-    assert!(!inside("busybox cp /bin/busybox /tmp/b && /tmp/b true").0, "scratch runs nothing");
+    assert!(!inside("busybox cp /bin/busybox /tmp/b && /tmp/b true").0, "programs in scratch do not run");
     assert!(!inside("busybox dd if=/dev/zero of=/data/big bs=1M count=3").0, "scratch is bounded");
     assert!(!inside("busybox mount -t tmpfs x /tmp").0);
     assert!(!inside("busybox chroot / true").0);
-    // No file of the host is owned by an id of the block.
+    // No id of the block owns a file of the host.
     assert!(!run("find", &["/etc", "/usr", "/var/log", "-uid", &(start + 1000).to_string()]).1.contains('/'));
 }
 
@@ -79,8 +79,12 @@ async fn tenants_and_apps_are_apart_and_reach_only_what_they_name() {
     let fetch = |from: &serde_json::Value, to: &str| machine.fetches(from, &[], to);
     let at =
         |of: &serde_json::Value, port: u16| format!("http://{}:{port}/", of["address"].as_str().unwrap());
-    assert!(fetch(&web, &at(&api, 8080)), "what is named is open: {}", machine.tail("agent"));
-    // By name, from inside: the platform's hosts file knows what was asked for.
+    assert!(
+        fetch(&web, &at(&api, 8080)),
+        "a destination in connects is reachable: {}",
+        machine.tail("agent")
+    );
+    // By name, from inside: the platform's hosts file contains the names of connects.
     let name = web["container"].as_str().unwrap();
     let mut known = false;
     for _ in 0..20 {
@@ -92,11 +96,11 @@ async fn tenants_and_apps_are_apart_and_reach_only_what_they_name() {
         tokio::time::sleep(std::time::Duration::from_millis(300)).await;
     }
     assert!(known, "by name");
-    assert!(!fetch(&api, &at(&web, 8080)), "and only in the direction that was named");
-    assert!(!fetch(&web, &at(&api, 8081)), "and only on its port");
+    assert!(!fetch(&api, &at(&web, 8080)), "only in the direction of connects");
+    assert!(!fetch(&web, &at(&api, 8081)), "only on the app's port");
     assert!(!fetch(&evil, &at(&web, 8080)) && !fetch(&evil, &at(&api, 8080)), "no other tenant");
     assert!(!fetch(&web, &at(&evil, 8080)));
-    // Host, gateway, outside, metadata.
+    // Host, gateway, internet and metadata are blocked.
     let gateway = {
         let a = web["address"].as_str().unwrap();
         format!("{}.1", a.rsplit_once('.').unwrap().0)
@@ -108,12 +112,12 @@ async fn tenants_and_apps_are_apart_and_reach_only_what_they_name() {
     ] {
         assert!(!fetch(&web, &target), "{target}");
     }
-    // From the host only the prober gets in.
+    // From the host, only the prober has access.
     assert!(
         !run("curl", &["-s", "-m", "3", "--noproxy", "*", &at(&api, 8080)]).1.contains("hello"),
-        "root of the host does not"
+        "root on the host has no access"
     );
-    // A spoofed source gets nowhere, even toward what the real one may reach.
+    // A spoofed source is dropped, even towards destinations of the real source.
     let pid = machine.pid(&evil);
     let spoof = api["address"].as_str().unwrap();
     let ns = |args: &[&str]| {
@@ -123,20 +127,20 @@ async fn tenants_and_apps_are_apart_and_reach_only_what_they_name() {
     };
     assert!(ns(&["ip", "addr", "add", &format!("{spoof}/32"), "dev", "eth0"]).0);
     assert!(!machine.fetches(&evil, &["--interface", spoof], &at(&web, 8080)));
-    // What was tried is on record, with its source.
+    // Denied attempts are recorded with their source.
     let (_, table) = run("nft", &["list", "table", "inet", &format!("bulkhead_{}", machine.id)]);
     assert!(table.contains("169.254.169.254"), "{table}");
-    // The table is flushed by somebody: closed again at once, and recorded.
+    // Another program flushes the table: the agent restores it at once and records it.
     assert!(run("nft", &["delete", "table", "inet", &format!("bulkhead_{}", machine.id)]).0);
     let begun = std::time::Instant::now();
     while !run("nft", &["list", "table", "inet", &format!("bulkhead_{}", machine.id)]).0 {
-        assert!(begun.elapsed().as_secs() < 5, "the table does not come back");
+        assert!(begun.elapsed().as_secs() < 5, "the table is not restored");
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     println!("the table was back after {} ms", begun.elapsed().as_millis());
     assert!(!fetch(&evil, &at(&web, 8080)));
     assert!(fetch(&web, &at(&api, 8080)));
-    // An element that somebody adds to a set is taken out again, and what is as it should be is left alone.
+    // The agent removes a foreign element from a set, and leaves the correct elements alone.
     let table = machine.table();
     let own = |of: &serde_json::Value| of["address"].as_str().unwrap().to_owned();
     let element = format!("{{ \"bk{}1\" . {} . {} . tcp . 8080 }}", machine.id, own(&evil), own(&web));

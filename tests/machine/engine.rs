@@ -1,4 +1,4 @@
-//! An engine that hangs, and what other tenants notice of it.
+//! A hanging engine, and its effect on other tenants.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ async fn two_tenants(machine: &Machine) {
     machine.running("acme", "web").await;
 }
 
-/// The process of an app's first instance, by the agent's own record.
+/// Returns the process of an app's first instance, from the agent's record.
 fn process(machine: &Machine, app: &str) -> i64 {
     let files = std::fs::read_dir(machine.data.join("agent/apps")).unwrap().flatten();
     let texts = files.filter_map(|file| std::fs::read_to_string(file.path()).ok());
@@ -28,7 +28,7 @@ fn lives(pid: i64) -> bool {
     std::path::Path::new(&format!("/proc/{pid}/ns/net")).exists()
 }
 
-/// Kills an instance's process and waits until another one runs in its place; the seconds that it took.
+/// Kills an instance's process and waits until another one runs. Returns the seconds in between.
 async fn restarts(machine: &Machine, app: &str, limit: u64) -> f64 {
     let before = process(machine, app);
     assert!(lives(before));
@@ -39,7 +39,11 @@ async fn restarts(machine: &Machine, app: &str, limit: u64) -> f64 {
         if now > 0 && now != before && lives(now) {
             return begun.elapsed().as_secs_f64();
         }
-        assert!(begun.elapsed() < Duration::from_secs(limit), "{app} stays away\n{}", machine.tail("agent"));
+        assert!(
+            begun.elapsed() < Duration::from_secs(limit),
+            "{app} does not restart\n{}",
+            machine.tail("agent")
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
@@ -66,18 +70,18 @@ async fn an_engine_that_hangs_is_ended_and_instances_are_restarted() {
     for kind in ["engine_hung", "engine_answers"] {
         event(&machine, kind).await;
     }
-    // Nothing else was touched, and what is asked for now goes through.
+    // Nothing else was touched, and new requests succeed.
     machine.running("acme", "web").await;
     assert_eq!(machine.deploy("evil", "web", "image: web:1\nport: 8080\n").await.0, 202);
     machine.running("evil", "web").await;
-    // The same with one that is killed.
+    // The same with a killed engine.
     machine.kill("engine");
     let took = restarts(&machine, "web", 20).await;
     println!("with an engine that was killed: {took:.1} s");
-    // Three ends in a row are called flapping, though it runs.
+    // Three exits in a row count as flapping, although the app runs.
     machine.wait("acme", "web", 40, |app| app["observed"]["instances"][0]["state"] == "running").await;
     let events = machine.sql("SELECT count(*) FROM machine_event WHERE kind = 'engine_hung'");
-    assert_eq!(events, "1", "one that is gone is not ended again");
+    assert_eq!(events, "1", "an engine that is gone is not stopped again");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -100,7 +104,7 @@ async fn an_app_that_hangs_the_engine_is_put_aside_and_the_others_run() {
     machine.kill("agent");
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!(machine.deploy("evil", "culprit", "image: web:1\n").await.0, 202);
-    // While it is tried, another tenant's instance comes back.
+    // While the agent tries it, another tenant's instance restarts.
     tokio::time::sleep(Duration::from_secs(1)).await;
     let took = restarts(&machine, "web", 20).await;
     println!("beside an app that hangs the engine: {took:.1} s");
@@ -113,15 +117,15 @@ async fn an_app_that_hangs_the_engine_is_put_aside_and_the_others_run() {
     let hung = || machine.sql("SELECT count(*) FROM machine_event WHERE kind = 'engine_hung'");
     let before = hung();
     tokio::time::sleep(Duration::from_secs(8)).await;
-    assert_eq!(hung(), before, "it is not tried again by itself");
+    assert_eq!(hung(), before, "the agent does not retry it on its own");
     assert_eq!(machine.get("/readyz").await["apps_put_aside"], 1);
-    // Also not after the agent has died; and others are deployed meanwhile.
+    // Nor after a crash of the agent; other apps deploy meanwhile.
     machine.kill("agent");
     assert_eq!(machine.deploy("acme", "api", "image: web:1\nport: 8080\n").await.0, 202);
     machine.running("acme", "api").await;
     machine.running("acme", "web").await;
     assert_eq!(hung(), before);
-    // Another release of it is tried: the failpoint went with the agent.
+    // Another release is tried: the failpoint ended with the agent.
     assert_eq!(machine.deploy("evil", "culprit", "image: web:1\nenv: { A: b }\n").await.0, 202);
     machine.running("evil", "culprit").await;
 }

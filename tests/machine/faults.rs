@@ -1,4 +1,4 @@
-//! What breaks is repaired or shown with its true reason, and nothing is lost.
+//! Failures are repaired or shown with their true cause, and no data is lost.
 
 use crate::support::{HTTPD, Machine, run};
 
@@ -25,7 +25,7 @@ async fn an_app_that_fails_says_why_and_backs_off() {
         .wait("acme", "ill", 40, |app| app["observed"]["instances"][0]["last_end"]["cause"] == "unhealthy")
         .await;
     assert!(ill["summary"].as_str().unwrap().contains("health check"), "{}", ill["summary"]);
-    // It backs off and starts again while serve hangs: the root half needs nobody for that.
+    // The app backs off and restarts while serve hangs: the agent does not depend on serve.
     machine.signal("serve", "-STOP");
     let kept = || {
         let files = std::fs::read_dir(machine.data.join("agent/apps")).unwrap();
@@ -50,7 +50,7 @@ async fn an_app_that_fails_says_why_and_backs_off() {
         })
         .collect();
     assert!(waits.len() >= 2 && waits.is_sorted() && waits.first() < waits.last(), "{waits:?}");
-    // A bad release leaves the good one alone.
+    // A failing release does not affect the running one.
     machine.push(&robot, "acme/bad:2", &HTTPD);
     machine.deploy("acme", "bad", "image: bad:2\nport: 8080\n").await;
     machine.running("acme", "bad").await;
@@ -74,8 +74,8 @@ async fn what_is_removed_from_outside_comes_back() {
     machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await;
     let first = machine.running("acme", "web").await["observed"]["instances"][0].clone();
     let number = |app: &serde_json::Value| app["observed"]["instances"][0]["number"].as_i64();
-    // A container is removed by hand. Killing and removing are two steps of the engine: the agent does not look
-    // in between, else it would rightly start the killed one again.
+    // A container is removed by hand. Killing and removing are two steps of the engine. The agent must not
+    // observe in between: it would correctly restart the killed container.
     let pid = std::fs::read_to_string(machine.data.join("run/agent.pid")).unwrap();
     let agent = pid.split(' ').next().unwrap();
     assert!(run("kill", &["-STOP", agent]).0);
@@ -84,8 +84,8 @@ async fn what_is_removed_from_outside_comes_back() {
     let second = machine
         .wait("acme", "web", 20, |app| number(app) > first["number"].as_i64() && app["state"] == "running")
         .await;
-    assert!(second["events"].to_string().contains("made anew"), "{}", second["events"]);
-    // Its monitor is killed: the engine goes on saying "running".
+    assert!(second["events"].to_string().contains("the instance is replaced by"), "{}", second["events"]);
+    // Its monitor is killed: the engine still reports "running".
     let instance = second["observed"]["instances"][0].clone();
     let (_, conmon) =
         machine.podman(&["inspect", "-f", "{{.State.ConmonPid}}", instance["container"].as_str().unwrap()]);
@@ -94,7 +94,7 @@ async fn what_is_removed_from_outside_comes_back() {
     machine
         .wait("acme", "web", 20, |app| number(app) > instance["number"].as_i64() && app["state"] == "running")
         .await;
-    // It is stopped by hand: it starts again.
+    // The container is stopped by hand: the agent restarts it.
     let before = machine.app("acme", "web").await["observed"]["instances"][0].clone();
     assert!(machine.podman(&["stop", "-t", "0", before["container"].as_str().unwrap()]).0);
     machine
@@ -102,7 +102,7 @@ async fn what_is_removed_from_outside_comes_back() {
             app["state"] == "running" && app["observed"]["instances"][0]["started"] != before["started"]
         })
         .await;
-    // Its network goes: the bridge alone, and the engine's record with everything on it.
+    // Its network is removed: first only the bridge, then the engine's record with all containers on it.
     let bridge = format!("bk{}0", machine.id);
     for away in ["link", "network"] {
         let before = machine.app("acme", "web").await["observed"]["instances"][0].clone();
@@ -119,21 +119,21 @@ async fn what_is_removed_from_outside_comes_back() {
         assert!(machine.fetches(&after["observed"]["instances"][0], &[], "http://127.0.0.1:8080/"), "{away}");
         assert!(run("ip", &["link", "show", &bridge]).0, "{away}");
     }
-    // Its port is opened to its neighbours: it is closed again.
+    // Port isolation is turned off: the agent turns it on again.
     let (_, ports) = run("ip", &["-o", "link", "show", "master", &bridge]);
     let port = ports.split_whitespace().nth(1).unwrap().split('@').next().unwrap().to_owned();
     let flag = format!("/sys/class/net/{port}/brport/isolated");
     assert!(run("ip", &["link", "set", "dev", &port, "type", "bridge_slave", "isolated", "off"]).0);
     let begun = std::time::Instant::now();
     while std::fs::read_to_string(&flag).unwrap().trim() != "1" {
-        assert!(begun.elapsed().as_secs() < 5, "the port stays open");
+        assert!(begun.elapsed().as_secs() < 5, "the port stays unisolated");
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
     let app = machine.running("acme", "web").await;
     for told in ["network had been removed", "open to its neighbours"] {
         assert!(app["events"].to_string().contains(told), "{told}: {}", app["events"]);
     }
-    // The agent and serve are killed: what runs goes on running and is found again.
+    // The agent and serve are killed: running apps continue, and the new processes find them.
     let before = machine.app("acme", "web").await["observed"]["instances"][0].clone();
     let pid = machine.pid(&before);
     for name in ["agent", "serve"] {
@@ -143,13 +143,13 @@ async fn what_is_removed_from_outside_comes_back() {
     tokio::time::sleep(std::time::Duration::from_secs(2)).await;
     assert_eq!(machine.pid(&before), pid);
     machine.running("acme", "web").await;
-    // The whole platform stops and starts: the same process is still there.
+    // The whole platform stops and starts: the app's process stays the same.
     machine.down();
-    assert!(std::path::Path::new(&format!("/proc/{pid}")).exists(), "apps go on without the platform");
+    assert!(std::path::Path::new(&format!("/proc/{pid}")).exists(), "apps continue without the platform");
     machine.up().await;
     let after = machine.running("acme", "web").await["observed"]["instances"][0].clone();
     assert_eq!((machine.pid(&after), after["number"].as_i64()), (pid, before["number"].as_i64()));
-    // A second `up` on the same folder says so and leaves.
+    // A second `up` on the same folder reports it and exits.
     let data = machine.data.display().to_string();
     let (good, text) =
         run(env!("CARGO_BIN_EXE_bulkhead"), &["up", "--data", &data, "--listen", "127.0.0.1:1"]);
@@ -218,11 +218,11 @@ async fn an_app_that_needs_more_memory_than_it_has_is_told_so() {
     let hungry = machine
         .wait("acme", "hungry", 60, |app| app["observed"]["instances"][0]["last_end"].is_object())
         .await;
-    // The kernel's own word, where it can be read; never a guess.
+    // The kernel's own message, if it is readable; never a guess.
     let readable = std::fs::File::open("/dev/kmsg").is_ok();
     let wanted = if readable { "out_of_memory" } else { "killed" };
     assert_eq!(hungry["observed"]["instances"][0]["last_end"]["cause"], wanted, "{hungry:#}");
-    // Another app that is killed by a signal is not said to have been hungry.
+    // Another app that is killed by a signal is not reported as out of memory.
     machine.push(&robot, "acme/shot:1", &["/bin/busybox", "sleep", "1000"]);
     machine.deploy("acme", "shot", "image: shot:1\n").await;
     let shot = machine.running("acme", "shot").await["observed"]["instances"][0].clone();
@@ -253,12 +253,12 @@ async fn a_followed_log_comes_at_once_and_ends_with_the_right_to_it() {
     let mut text = String::new();
     while text.matches("tick").count() < 3 {
         let more = tokio::time::timeout(std::time::Duration::from_secs(10), stream.next()).await;
-        text.push_str(&String::from_utf8_lossy(&more.expect("lines come").unwrap().unwrap()));
+        text.push_str(&String::from_utf8_lossy(&more.expect("lines arrive").unwrap().unwrap()));
     }
     let lines: Vec<serde_json::Value> =
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert!(lines.iter().all(|line| line["stream"] == "stdout" && line["instance"] == 1), "{text}");
-    // More readers than one tenant may have: the last ones are told, and the platform goes on.
+    // More readers than one tenant may have: the last ones get an error, and the platform continues.
     let mut others = Vec::new();
     for _ in 0..20 {
         others.push(follow().await.unwrap());
@@ -266,11 +266,11 @@ async fn a_followed_log_comes_at_once_and_ends_with_the_right_to_it() {
     assert_eq!(machine.deploy("acme", "other", "image: clock:1\n").await.0, 202);
     machine.running("acme", "other").await;
     drop(others);
-    // The right to it ends, and the stream with it.
+    // Revoking the token ends the stream.
     machine.sql("UPDATE api_token SET revoked_at = now() WHERE name = 'reader'");
     let begun = std::time::Instant::now();
     while stream.next().await.is_some_and(|more| more.is_ok()) {
-        assert!(begun.elapsed().as_secs() < 12, "the stream goes on");
+        assert!(begun.elapsed().as_secs() < 12, "the stream continues");
     }
     assert!(begun.elapsed().as_secs() < 12);
     assert_eq!(follow().await.unwrap().status(), 401);

@@ -1,4 +1,4 @@
-//! Ready, well, and replaced: what ends an instance and what only waits for it.
+//! Readiness, health and replacement: causes that end an instance, and causes that only delay it.
 
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ fn shell(script: &str) -> [&str; 4] {
     ["/bin/busybox", "sh", "-c", script]
 }
 
-/// Deploys with a time to stop of its own.
+/// Deploys with a stop grace of its own.
 async fn slow(machine: &Machine, app: &str, rest: &str) -> Value {
     let spec = format!("spec: v1\nname: {app}\ncpu: 50m\nmemory: 64Mi\n{rest}");
     let path = format!("/api/v1/tenants/acme/apps/{app}");
@@ -53,7 +53,7 @@ async fn a_port_alone_is_waited_for_and_ends_nothing() {
         let (status, body) = machine.deploy("acme", app, &format!("image: {image}:1\n{rest}")).await;
         assert_eq!(status, 202, "{app}: {body}");
     }
-    // Without a check, or over UDP, nothing is waited for.
+    // Without a check, or over UDP, nothing delays readiness.
     machine.running("acme", "none").await;
     machine.running("acme", "syslog").await;
     for (app, sign) in [
@@ -65,16 +65,16 @@ async fn a_port_alone_is_waited_for_and_ends_nothing() {
         let seen = machine.wait("acme", app, 20, |app| app["summary"].as_str().unwrap().contains(sign)).await;
         assert_eq!((seen["state"].as_str(), first(&seen)["restarts"].as_i64()), (Some("changing"), Some(0)));
     }
-    // A check that was asked for ends what fails it, and says what its grace was.
+    // A failed health check ends the instance; the message states the grace.
     let ill = machine.wait("acme", "ill", 30, |app| first(app)["last_end"]["cause"] == "unhealthy").await;
     let detail = first(&ill)["last_end"]["detail"].as_str().unwrap();
     for sign in ["port 8080", "nothing listens", "grace of 1 s"] {
         assert!(detail.contains(sign), "{detail}");
     }
-    // One that ends again and again is not called running in between.
+    // An app that exits repeatedly is not called running in between.
     let flaps = machine.wait("acme", "flaps", 60, |app| app["state"] == "flapping").await;
     assert!(flaps["summary"].as_str().unwrap().contains("times in a row"), "{}", flaps["summary"]);
-    // What an app serves over UDP is reached over UDP.
+    // An app that serves UDP is reachable over UDP.
     let server = machine.running("acme", "syslog").await;
     let client = machine.running("acme", "client").await;
     let to = format!("{}:5514", first(&server)["address"].as_str().unwrap());
@@ -92,12 +92,12 @@ async fn a_port_alone_is_waited_for_and_ends_nothing() {
         if listener.recv(&mut heard).is_ok_and(|length| &heard[..length] == b"over-udp") {
             break;
         }
-        assert!(asked.elapsed().as_secs() < 20, "nothing comes over UDP: {}", machine.tail("agent"));
+        assert!(asked.elapsed().as_secs() < 20, "nothing arrives over UDP: {}", machine.tail("agent"));
     }
-    // The one that needs its time has had it.
+    // The slow app was given its time.
     let late = machine.running("acme", "late").await;
     assert_eq!(first(&late)["restarts"].as_i64(), Some(0), "{late:#}");
-    assert!(begun.elapsed() > Duration::from_secs(24), "it was not taken for ready before it was");
+    assert!(begun.elapsed() > Duration::from_secs(24), "the app was not marked ready too early");
     assert_eq!(first(&late)["why"], Value::Null);
 }
 
@@ -112,7 +112,7 @@ async fn a_scale_replaces_nothing_and_a_release_waits_for_nobody_who_stops() {
     slow(&machine, "web", web).await;
     let before = machine.running("acme", "web").await;
     let (name, started) = (first(&before)["container"].clone(), first(&before)["started"].clone());
-    // More instances, then fewer: the one that there was goes on.
+    // More instances, then fewer: the first instance keeps running.
     let three = slow(&machine, "web", &format!("{web}instances: 3\n")).await;
     assert_eq!(three["revision"].as_i64(), Some(2), "{three}");
     let more = machine.running("acme", "web").await;
@@ -130,7 +130,7 @@ async fn a_scale_replaces_nothing_and_a_release_waits_for_nobody_who_stops() {
     let left =
         fewer["observed"]["instances"].as_array().unwrap().iter().find(|i| i["state"] == "running").unwrap();
     assert_eq!((&left["container"], &left["started"]), (&name, &started));
-    // Two releases one after the other, while what they replace takes a minute to stop.
+    // Two releases in a row, while the replaced instances take a minute to stop.
     let begun = Instant::now();
     for value in ["a", "b", "c"] {
         slow(&machine, "web", &format!("{web}env: {{ RELEASE: {value} }}\n")).await;
@@ -146,8 +146,8 @@ async fn a_scale_replaces_nothing_and_a_release_waits_for_nobody_who_stops() {
             break;
         }
     }
-    assert!(begun.elapsed() < Duration::from_secs(40), "it has waited for the old ones");
-    // A singleton waits, and says for whom and until when.
+    assert!(begun.elapsed() < Duration::from_secs(40), "the release waited for the old instances");
+    // A singleton waits, and its summary says for which instance and until when.
     let single = "image: web:1\nport: 8080\nsingleton: true\nstop_grace: 20\n";
     slow(&machine, "single", single).await;
     machine.running("acme", "single").await;

@@ -1,5 +1,5 @@
-//! Images as an attacker makes them: layers built byte by byte. None of them stops the engine, and none of them
-//! reaches an app of another tenant.
+//! Images crafted by an attacker: layers built byte by byte. None stops the engine, and none affects an app
+//! of another tenant.
 
 use std::fs;
 use std::path::Path;
@@ -20,7 +20,7 @@ pub(crate) const SYMBOLIC_LINK: u8 = b'2';
 const DEVICE: u8 = b'3';
 const PAX: u8 = b'x';
 
-/// A layer of these entries, exactly as they are given.
+/// Builds a layer of exactly these entries.
 pub(crate) fn layer(entries: &[Entry<'_>]) -> Vec<u8> {
     let mut out = Vec::new();
     for (path, kind, link, bytes) in entries {
@@ -46,7 +46,7 @@ pub(crate) fn layer(entries: &[Entry<'_>]) -> Vec<u8> {
     out
 }
 
-/// The records of a PAX header.
+/// Builds the records of a PAX header.
 pub(crate) fn pax(records: &[(&str, &str)]) -> Vec<u8> {
     let mut out = Vec::new();
     for (key, value) in records {
@@ -75,7 +75,7 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     packed.finish().unwrap()
 }
 
-/// An image with these layers and this config, in the OCI layout.
+/// Writes an image with these layers and this config, in the OCI layout.
 fn write(dir: &Path, layers: &[(Vec<u8>, Vec<u8>)], config: &Value) {
     let blobs = dir.join("image/blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();
@@ -105,7 +105,7 @@ fn config(more: Value) -> Value {
     config
 }
 
-/// Pushes busybox with more layers on top.
+/// Pushes busybox with additional layers on top.
 pub(crate) fn push(
     machine: &Machine,
     robot: &(String, String),
@@ -122,7 +122,8 @@ pub(crate) fn push(
     machine.copy(robot, dir.path(), name)
 }
 
-/// Layers whose names of users are a trap for a process that opens them, and what the platform says of each.
+/// Returns layers whose user files are a trap for a process that opens them, with the platform's message for
+/// each.
 fn traps() -> Vec<(&'static str, Vec<Vec<u8>>, &'static str)> {
     let lines = vec![b'\n'; 300 << 10];
     let redirect = pax(&[("SCHILY.xattr.trusted.overlay.redirect", "/evil")]);
@@ -155,7 +156,7 @@ fn traps() -> Vec<(&'static str, Vec<Vec<u8>>, &'static str)> {
     ]
 }
 
-/// Has the platform take layers for harmless that it would refuse: what is left is the agent's own look.
+/// Makes the platform accept layers that it would refuse, so that only the agent's own check remains.
 fn trust(machine: &Machine, layers: &[Vec<u8>]) {
     machine.sql("CREATE TABLE IF NOT EXISTS trusted (digest text PRIMARY KEY, diff text)");
     machine.sql(
@@ -180,7 +181,7 @@ async fn an_image_with_a_trap_is_refused_before_the_engine_opens_it() {
     let (status, body) = machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await;
     assert_eq!(status, 202, "{body}");
     machine.running("acme", "web").await;
-    // At the deploy, for every image, whether its user is a number or a name.
+    // The check runs at deploy, for every image, whether its user is a number or a name.
     for (name, layers, why) in traps() {
         let user = if name == "fifo" { "app" } else { "1000" };
         let (good, text) = push(&machine, &evil, &format!("evil/{name}:1"), &layers, json!({"User": user}));
@@ -192,7 +193,7 @@ async fn an_image_with_a_trap_is_refused_before_the_engine_opens_it() {
         assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-204")), "{name}: {body}");
         assert!(body.to_string().contains(why), "{name}: {body}");
     }
-    // The agent looks for itself, whatever `serve` says.
+    // The agent checks itself, whatever `serve` says.
     machine.sql("DELETE FROM layer; UPDATE quota SET used = 0 WHERE resource = 'image_bytes'");
     for (name, layers, _) in traps() {
         trust(&machine, &layers);
@@ -207,7 +208,7 @@ async fn an_image_with_a_trap_is_refused_before_the_engine_opens_it() {
             .await;
         assert!(app["observed"].to_string().contains(why), "{name}: {app:#}");
     }
-    // The engine answers, other apps are restarted, and the images' owner can delete.
+    // The engine answers, other apps restart, and the images' owner can delete them.
     let app = machine.app("acme", "web").await;
     let before = app["observed"]["instances"][0]["restarts"].as_i64().unwrap();
     assert!(crate::support::run("kill", &["-9", &machine.pid(&app["observed"]["instances"][0])]).0);
@@ -220,7 +221,7 @@ async fn an_image_with_a_trap_is_refused_before_the_engine_opens_it() {
     for (name, ..) in traps() {
         machine.insist("DELETE", &format!("/api/v1/tenants/evil/apps/{name}"), &[], "").await;
     }
-    // No mount and no process of a look is left.
+    // No mount and no process of a check remains.
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let overlay = format!(" {} ", machine.data.join("engine/storage/overlay").display());
     let left = mounts.lines().find(|line| line.contains(&overlay) && line.contains(" - overlay "));
@@ -257,14 +258,14 @@ async fn what_can_never_run_is_refused_with_its_reason_and_fetched_by_nobody() {
         let (status, body) = machine.deploy("acme", "odd", "image: odd:1\nport: 8080\n").await;
         assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-205")), "{own}: {body}");
     }
-    // A config that names other layers than there are: the engine would fetch them in vain.
+    // A config that lists other layers than the manifest: the engine would fetch them for nothing.
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), &[(b"another".to_vec(), gzip(&base()))], &config(json!({})));
     let (good, text) = machine.copy(&acme, dir.path(), "acme/lie:1");
     assert!(good, "{text}");
     let (status, body) = machine.deploy("acme", "lie", "image: lie:1\nport: 8080\n").await;
     assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-204")), "{body}");
-    // Nothing of all this was ever fetched.
+    // None of these images was ever fetched.
     let (good, images) = machine.podman(&["images", "-q"]);
     assert!(good && images.trim().is_empty(), "{images}");
 }
@@ -279,14 +280,14 @@ async fn unpacked_bytes_are_a_quota_and_come_back() {
     assert!(good, "{text}");
     let first = used();
     let busybox = fs::metadata("/bin/busybox").unwrap().len().next_multiple_of(4096);
-    // busybox and a page, and three folders.
+    // busybox, a page, and three folders.
     assert_eq!(first, busybox + 3 * 4096);
-    // The same layers count once; ten thousand empty files take their room.
+    // The same layers count once; ten thousand empty files use their space.
     assert!(push(&machine, &acme, "acme/other:1", &[], json!({})).0);
     assert_eq!(used(), first);
     let names: Vec<String> = (0..10_000).map(|n| format!("f{n}")).collect();
     let files: Vec<Entry<'_>> = names.iter().map(|name| (name.as_str(), FILE, "", &b""[..])).collect();
-    // Beside them something that does not compress, so that the ratio is not what refuses.
+    // Add incompressible data, so that the ratio is not the cause of the refusal.
     let noise: Vec<u8> = (0..1 << 16).flat_map(|_| rand::random::<u64>().to_le_bytes()).collect();
     let mut all = files.clone();
     all.push(("noise", FILE, "", &noise));
@@ -301,7 +302,7 @@ async fn unpacked_bytes_are_a_quota_and_come_back() {
     let (good, text) = push(&machine, &acme, "acme/many:1", &[many], json!({}));
     assert!(good, "{text}");
     assert_eq!(used(), first + 10_000 * 4096 + noise.len() as u64);
-    // The image goes, its blobs are loose for two hours, and its room comes back with them.
+    // After the image is deleted, its blobs stay for two hours; then its quota is freed too.
     let (status, body) =
         machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/acme/repositories/many/tags/1", None).await;
     assert!(status < 300, "{body}");
@@ -348,7 +349,7 @@ async fn an_instance_knows_its_user_and_an_image_without_names_runs() {
     }
 }
 
-/// Something that does not compress.
+/// Returns incompressible data.
 fn noise(megabytes: usize) -> Vec<u8> {
     (0..megabytes << 17).flat_map(|_| rand::random::<u64>().to_le_bytes()).collect()
 }
@@ -370,13 +371,14 @@ async fn a_fetch_has_its_own_bounds_and_leaves_nothing() {
     let big = layer(&[("noise", FILE, "", &noise(64))]);
     let (good, text) = push(&machine, &acme, "acme/big:1", &[big], json!({}));
     assert!(good, "{text}");
-    // Nothing is fetched where nothing is to run.
+    // Without instances, nothing is fetched.
     let spec = |instances: u32| format!("image: big:1\nport: 8080\ninstances: {instances}\n");
     assert_eq!(machine.deploy("acme", "big", &spec(0)).await.0, 202);
     machine.wait("acme", "big", 20, |app| app["observed"]["revision"] == app["revision"]).await;
     let images = || machine.podman(&["images", "-q"]).1.trim().to_owned();
     assert_eq!(images(), "");
-    // The fetch is seen in its cgroup. The agent dies in the middle of it, and the next one begins anew.
+    // The fetch is visible in its cgroup. The agent dies during the fetch, and the next agent starts it
+    // again.
     assert_eq!(machine.deploy("acme", "big", &spec(1)).await.0, 202);
     let begun = std::time::Instant::now();
     while within().is_empty() {
@@ -398,7 +400,7 @@ async fn a_fetch_has_its_own_bounds_and_leaves_nothing() {
 async fn what_the_engine_cannot_unpack_is_said_once_and_not_fetched_again() {
     let machine = Machine::start().await;
     let acme = machine.tenant("acme").await;
-    // A layer that slipped through, as one of an earlier version would.
+    // A layer that was accepted by mistake, as by an earlier version.
     let twice = layer(&[("a", FILE, "", b"x"), ("a", FILE, "", b"y")]);
     trust(&machine, std::slice::from_ref(&twice));
     let (good, text) = push(&machine, &acme, "acme/web:1", &[twice], json!({}));
@@ -413,7 +415,7 @@ async fn what_the_engine_cannot_unpack_is_said_once_and_not_fetched_again() {
     assert_eq!(tries(), 1);
     tokio::time::sleep(std::time::Duration::from_secs(8)).await;
     assert_eq!(tries(), 1);
-    // Another release is another try.
+    // Another release is another attempt.
     let (good, text) = push(&machine, &acme, "acme/web:2", &[], json!({}));
     assert!(good, "{text}");
     assert_eq!(machine.deploy("acme", "web", "image: web:2\nport: 8080\n").await.0, 202);
@@ -440,7 +442,7 @@ async fn a_push_that_dies_while_it_is_measured_is_counted_once() {
     assert_eq!(machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await.0, 202);
     let app = machine.running("acme", "web").await;
     let uid = app["observed"]["instances"][0]["uid"].as_i64().unwrap();
-    assert_eq!(uid, app["uids"]["start"].as_i64().unwrap() + 7, "a name is found on record");
+    assert_eq!(uid, app["uids"]["start"].as_i64().unwrap() + 7, "the name is resolved from the record");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -448,7 +450,7 @@ async fn pushes_stop_first_and_what_was_pushed_can_be_deployed() {
     let machine = Machine::on_a_disk_of("2200m").await;
     let acme = machine.tenant("acme").await;
     machine.push(&acme, "acme/web:1", &HTTPD);
-    // Less than the registry keeps free, more than the engine does: three and two twentieths.
+    // Less than the registry's reserve, more than the engine's: three and two twentieths.
     let stat = rustix::fs::statvfs(&machine.data).unwrap();
     let fill = stat.f_bavail * stat.f_frsize - stat.f_blocks * stat.f_frsize * 14 / 100;
     let filler = machine.data.join("filler");
@@ -459,7 +461,8 @@ async fn pushes_stop_first_and_what_was_pushed_can_be_deployed() {
     assert!(!good && text.contains("503"), "{text}");
     assert_eq!(machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await.0, 202);
     machine.running("acme", "web").await;
-    // Below the engine's part nothing is fetched, the database still writes, and the app says why.
+    // Below the engine's reserve, nothing is fetched, the database can still write, and the app shows the
+    // reason.
     fs::remove_file(&filler).unwrap();
     machine.push(&acme, "acme/late:1", &["/bin/busybox", "sleep", "99999"]);
     let stat = rustix::fs::statvfs(&machine.data).unwrap();

@@ -1,5 +1,5 @@
-//! What an ordinary image expects inside its instance: folders that its user may write to, streams that open again,
-//! its groups. And what an image as an attacker makes it does not get by the same fields.
+//! Expectations of an ordinary image inside its instance: writable folders, reopenable streams, groups. A
+//! crafted image gains nothing by the same fields.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ async fn said(machine: &Machine, app: &str, wanted: &str) -> String {
     }
 }
 
-/// Deploys an image that cannot run; the reason that the app shows.
+/// Deploys an image that cannot run. Returns the reason that the app shows.
 async fn reason(machine: &Machine, app: &str, rest: &str) -> String {
     let (status, body) = machine.deploy("acme", app, &format!("image: {app}:1\n{rest}")).await;
     assert_eq!(status, 202, "{app}: {body}");
@@ -113,7 +113,7 @@ async fn what_an_image_writes_to_belongs_to_its_user() {
         assert!(text.contains(line), "{line}: {text}");
     }
     assert!(text.contains("0 50 51"), "its groups: {text}");
-    // Seen from outside: what may execute is held to the rest all the same.
+    // Seen from outside: executable mounts have all other restrictions.
     let instance = &app["observed"]["instances"][0];
     let pid = machine.pid(instance);
     let mounts = fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap();
@@ -131,7 +131,7 @@ async fn what_an_image_writes_to_belongs_to_its_user() {
         }
         assert_eq!(options.iter().any(|o| o == "noexec"), at != "/tmp", "{at}: {options:?}");
     }
-    // Every id is one of the app's own block.
+    // Every id belongs to the app's own block.
     let start = app["uids"]["start"].as_u64().unwrap();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     for name in ["Uid:", "Gid:", "Groups:"] {
@@ -141,7 +141,7 @@ async fn what_an_image_writes_to_belongs_to_its_user() {
             assert!((start..start + 1024).contains(&id), "{line}");
         }
     }
-    // Without a word about it, shared memory is large enough for a database.
+    // By default, shared memory is large enough for a database.
     let config = json!({"User": "7", "Cmd": ["/bin/busybox", "sh", "-c", "busybox dd if=/dev/zero of=/dev/shm/x bs=1M count=15 && echo fits-; exec sleep 1000"]});
     assert!(push(&machine, &acme, "acme/plain:1", &[], config).0);
     assert_eq!(machine.deploy("acme", "plain", "image: plain:1\n").await.0, 202);
@@ -167,7 +167,7 @@ async fn scratch_never_covers_what_the_platform_fills() {
         ("secret", "/secret", "lies in /run/secrets"),
         ("settings", "/settings/ssl", "lies in /etc"),
         ("loop", "/loop", "too many links"),
-        ("again", "/again: 64Ki, /data", "name one of both"),
+        ("again", "/again: 64Ki, /data", "name only one of the two"),
     ] {
         assert!(push(&machine, &acme, &format!("acme/{app}:1"), &[layer(&links)], json!({})).0);
         let why = reason(&machine, app, &format!("scratch: {{ {path}: 64Ki }}\n")).await;
@@ -179,7 +179,7 @@ async fn scratch_never_covers_what_the_platform_fills() {
             .await;
         assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-127")), "{path}: {body}");
     }
-    // No instance of them was ever made.
+    // No instance of them was ever created.
     let (good, text) = machine.podman(&["ps", "--all", "--format", "{{.Names}}"]);
     assert!(good && !text.contains("acme"), "{text}");
 }
@@ -214,7 +214,7 @@ async fn a_program_that_cannot_run_says_why() {
         let why = reason(&machine, app, "").await;
         assert!(why.contains(sign), "{app}: {why}");
     }
-    // A program with a capability of its own, as its distribution gives it.
+    // A program with a file capability, as its distribution ships it.
     let mut tar = tar::Builder::new(Vec::new());
     let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     tar.append_pax_extensions([("SCHILY.xattr.security.capability", &capability[..])]).unwrap();
@@ -228,7 +228,7 @@ async fn a_program_that_cannot_run_says_why() {
     assert!(push(&machine, &acme, "acme/capable:1", &[capable], words).0);
     let why = reason(&machine, "capable", "").await;
     assert!(why.contains("cap_net_bind_service") && why.contains("setcap -r /srv/server"), "{why}");
-    // Programs in scratch run where the spec says so.
+    // Programs in scratch run if the spec allows it.
     let own = json!({"Cmd": ["/opt/busybox", "sleep", "1000"]});
     let opt: [Entry<'_>; 1] = [("opt/busybox", FILE, "", &program)];
     assert!(push(&machine, &acme, "acme/opt:1", &[layer(&opt)], own).0);

@@ -1,5 +1,5 @@
-//! A real broker as a platform service, and a real client in an app: what the catalogue is for. The broker has
-//! two listeners; one of them advertises itself by the service's name, as brokers do.
+//! A real broker as a platform service, and a real client in an app. The broker has two listeners; one
+//! advertises itself by the service's name, as brokers do.
 
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::outside::Outside;
 use crate::support::{HTTPD, Image, Machine, layer_with, run};
 
-/// Apache Kafka (KRaft) in the world outside of a test.
+/// Apache Kafka (KRaft) in the outside world of a test.
 struct Broker {
     process: Child,
     dir: tempfile::TempDir,
@@ -18,7 +18,7 @@ struct Broker {
 impl Broker {
     fn start(world: &Outside) -> Self {
         let jars = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/kafka/lib");
-        assert!(std::path::Path::new(jars).exists(), "tests/kafka/fetch (deploy/test does it)");
+        assert!(std::path::Path::new(jars).exists(), "run tests/kafka/fetch (deploy/test does)");
         let dir = tempfile::tempdir().unwrap();
         let own = world.service();
         let settings = format!(
@@ -75,7 +75,7 @@ impl Drop for Broker {
     }
 }
 
-/// This machine's kcat with the libraries that it needs.
+/// Returns this machine's kcat with its libraries.
 fn client() -> Vec<(String, Vec<u8>, u32)> {
     let (good, text) = run("ldd", &["/usr/bin/kcat"]);
     assert!(good, "{text}");
@@ -119,7 +119,7 @@ async fn an_app_that_asks_for_kafka_produces_and_consumes_and_no_other_gets_even
         let (good, text) = inside("shop", &read).await;
         assert!(good && text.contains(&format!("order-{n}")), "{broker}: {text}");
     }
-    // The other one: no name, and no packet by address either.
+    // The other app: no name, and no packet by address either.
     let (good, text) = inside("blog", "/usr/bin/kcat -L -m 2 -b kafka:9092").await;
     assert!(!good && !text.contains("orders"), "{text}");
     assert!(!inside("blog", "/bin/busybox grep kafka /etc/hosts").await.0, "not even a name");

@@ -1,5 +1,6 @@
-//! Processes die in the middle of a step. What was accepted is carried out, once; what was not leaves
-//! nothing behind. Each point is exact: the process ends itself there (feature `failpoints`).
+//! Processes that die in the middle of a step. An accepted change is carried out exactly once; a change that
+//! was not accepted leaves nothing behind. Each point is exact: the process ends itself there (feature
+//! `failpoints`).
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,7 @@ use serde_json::json;
 
 use crate::support::{HTTPD, Machine, run};
 
-/// The command of the n-th image: another digest each time.
+/// Returns the command of the n-th image: a different digest each time.
 fn command(n: usize) -> Vec<String> {
     let mut command: Vec<String> = HTTPD.iter().map(ToString::to_string).collect();
     command.extend(["-r".into(), format!("release{n}")]);
@@ -84,7 +85,7 @@ async fn every_step_of_a_deploy_may_be_the_last() {
         let tenant = machine.get("/api/v1/tenants/acme").await;
         assert_eq!(tenant["quota"]["instances"]["used"], json!(2), "{point}: reserved once");
     }
-    // What ran before is not needed any more: only the last two releases' images may be there.
+    // Older images are no longer needed: only those of the last two releases may remain.
     let begun = Instant::now();
     loop {
         let (_, images) = machine.podman(&["images", "-q", "--no-trunc"]);
@@ -147,7 +148,7 @@ async fn every_step_of_onboarding_and_leaving_may_be_the_last() {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         let (_, tenant) = machine.insist("GET", "/api/v1/tenants/tenant-0", &[], "").await;
-        assert_eq!(tenant["quota"]["apps"]["used"], json!(0), "{point}: given back once");
+        assert_eq!(tenant["quota"]["apps"]["used"], json!(0), "{point}: freed once");
         assert_eq!(tenant["quota"]["memory"]["used"], json!(0), "{point}");
     }
 }
@@ -236,7 +237,7 @@ async fn a_reboot_brings_everything_back() {
         })
         .collect();
     machine.down();
-    // What a reboot takes: processes, namespaces, links, tables, mounts and everything in memory.
+    // Everything that a reboot removes: processes, namespaces, links, tables, mounts and all data in memory.
     for pid in &monitors {
         run("kill", &["-9", pid]);
     }
@@ -259,7 +260,7 @@ async fn a_reboot_brings_everything_back() {
     let after = loop {
         let app = machine.running("acme", "web").await;
         let instances = app["observed"]["instances"].as_array().unwrap();
-        // What the platform remembers is not yet what is there.
+        // The platform's stored state is not the current state yet.
         if instances.len() == 2 && instances.iter().all(|i| i["number"].as_i64() > Some(2)) {
             break app;
         }
@@ -269,7 +270,7 @@ async fn a_reboot_brings_everything_back() {
     for instance in after["observed"]["instances"].as_array().unwrap() {
         assert!(machine.fetches(instance, &[], "http://127.0.0.1:8080/"), "{instance:#}");
     }
-    assert!(after["events"].to_string().contains("made anew"), "{}", after["events"]);
+    assert!(after["events"].to_string().contains("the instance is replaced by"), "{}", after["events"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -303,7 +304,7 @@ async fn every_step_of_a_plan_may_be_the_last() {
         } else {
             machine.insist("DELETE", given, &[], "").await.0
         };
-        // A repeated withdrawal finds nothing: the first one was carried out before the process died.
+        // A repeated revocation finds nothing: the first one was carried out before the process died.
         assert!(matches!(status, 202 | 404), "{point}: {status}");
         let begun = Instant::now();
         loop {
@@ -318,11 +319,11 @@ async fn every_step_of_a_plan_may_be_the_last() {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
-    // With serve down and the agent anew, everything is open and closed as before.
+    // With serve down and a new agent, connections are allowed and denied as before.
     machine.kill("agent");
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert!(crate::outside::greets(&place, world.service(), 9092));
-    // One plan for each change, none twice, in order.
+    // One plan for each change, no duplicates, in order.
     let plans = machine.get("/api/v1/tenants/acme/network/plans?limit=200").await;
     let numbers: Vec<i64> =
         plans["items"].as_array().unwrap().iter().map(|plan| plan["number"].as_i64().unwrap()).collect();

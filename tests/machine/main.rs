@@ -1,7 +1,7 @@
-//! The platform on the real machine: `bulkhead up` with its Postgres, registry, engine and firewall,
-//! ordinary clients, real containers.
+//! The platform on the real machine: `bulkhead up` with its Postgres, registry, engine and firewall, ordinary
+//! clients, real containers.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on panics")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot continue panics")]
 
 mod access;
 mod artifacts;

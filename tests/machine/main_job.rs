@@ -1,4 +1,4 @@
-//! The tour of the README: onboard, push, deploy, look, change, roll back, delete, leave.
+//! The tour of the README: onboard, push, deploy, inspect, change, roll back, delete, offboard.
 
 use serde_json::json;
 
@@ -13,7 +13,7 @@ async fn a_newcomers_tour_from_onboarding_to_leaving() {
         tenant["uid_ranges"][0]["end"].as_i64().unwrap() - tenant["uid_ranges"][0]["start"].as_i64().unwrap(),
         65_536
     );
-    // What does not exist yet is said before anything is written.
+    // A missing image is reported before anything is written.
     let (status, body) = machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await;
     assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-200")), "{body}");
     machine.push(&robot, "acme/web:1", &HTTPD);
@@ -48,11 +48,11 @@ async fn a_newcomers_tour_from_onboarding_to_leaving() {
     }
     let owner = machine.get(&format!("/api/v1/uids/{}", start + 1000)).await;
     assert_eq!((owner["tenant"].as_str(), owner["app"]["name"].as_str()), (Some("acme"), Some("web")));
-    // The same again changes nothing.
+    // The same spec again changes nothing.
     let (status, again) = machine.deploy("acme", "web", &format!("image: web:1\n{health}")).await;
     assert_eq!((status, again["changed"].as_bool()), (200, Some(false)));
 
-    // A new release, and back; whoever had looked at an older state is told.
+    // A new release, then a rollback. A client with an outdated generation gets an error.
     let stale = machine
         .try_ask(
             "PUT",
@@ -72,14 +72,14 @@ async fn a_newcomers_tour_from_onboarding_to_leaving() {
     assert_eq!((status, back["revision"].as_i64()), (202, Some(3)), "{back}");
     let third = machine.running("acme", "web").await;
     assert_eq!(third["image"]["digest"], app["image"]["digest"]);
-    // A deployed image stays; the tag list says who runs it.
+    // The image of a deployed app stays; the tag list names the app.
     let tags = machine.get("/api/v1/tenants/acme/repositories/web/tags").await;
     assert_eq!(tags["items"][0]["apps"], json!(["web"]));
     let (status, _) =
         machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/acme/repositories/web/tags/1", None).await;
     assert_eq!(status, 409);
 
-    // Suspended, nothing runs and nothing is lost.
+    // During a suspension nothing runs and nothing is lost.
     let (status, _) = machine.ask(&machine.admin, "PUT", "/api/v1/tenants/acme/suspension", None).await;
     assert_eq!(status, 202);
     machine
@@ -119,7 +119,7 @@ async fn leave(machine: &Machine) {
     let bridge = format!("bk{}0", machine.id);
     assert!(!run("ip", &["link", "show", &bridge]).0, "the bridge is gone");
     let (status, body) = machine.send("POST", "/api/v1/tenants", json!({"name": "acme"})).await;
-    assert_eq!((status, body["code"].as_str()), (409, Some("BH-409")), "a name is never given again");
+    assert_eq!((status, body["code"].as_str()), (409, Some("BH-409")), "a name is never reused");
     let pool = machine.get("/api/v1/uid-ranges").await;
     assert_eq!(pool["items"][0]["state"], "burnt");
 }

@@ -1,5 +1,5 @@
-//! The outside world of a test: a network namespace with addresses that lead nowhere else, and what listens
-//! there. Nothing of it leaves the machine.
+//! The outside world of a test: a network namespace with addresses that lead nowhere else, and its servers.
+//! No packet leaves the machine.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::support::run;
 
-/// Does something within a network namespace, on a thread of its own.
+/// Runs a function within a network namespace, on its own thread.
 pub(crate) fn within<T: Send + 'static>(place: &str, what: impl FnOnce() -> T + Send + 'static) -> T {
     let place = place.to_owned();
     std::thread::spawn(move || {
@@ -27,15 +27,15 @@ fn enter(place: &str) {
     rustix::thread::move_into_link_name_space(file.as_fd(), network).unwrap();
 }
 
-/// The namespace of a process.
+/// Returns the namespace of a process.
 pub(crate) fn of(pid: &str) -> String {
     format!("/proc/{pid}/ns/net")
 }
 
-/// Which slices of the addresses are some test's.
+/// The slices of the address space that tests have taken.
 static TAKEN: Mutex<[bool; 15]> = Mutex::new([false; 15]);
 
-/// The world outside of one test.
+/// The outside world of one test.
 pub(crate) struct Outside {
     name: String,
     slice: u8,
@@ -76,33 +76,33 @@ impl Outside {
         [self.allowed(), self.other(), self.service(), self.metadata(), self.private()]
     }
 
-    /// An address of the public space.
+    /// Returns a public address.
     pub(crate) fn allowed(&self) -> Ipv4Addr {
         Ipv4Addr::new(192, 88, 99, self.slice * 16 + 1)
     }
-    /// Another one beside it.
+    /// Returns another public address.
     pub(crate) fn other(&self) -> Ipv4Addr {
         Ipv4Addr::new(192, 88, 99, self.slice * 16 + 2)
     }
-    /// The address of a platform service, in a private range.
+    /// Returns the address of a platform service, in a private range.
     pub(crate) fn service(&self) -> Ipv4Addr {
         Ipv4Addr::new(172, 31, 200 + self.slice, 2)
     }
-    /// Where a cloud has its metadata.
+    /// Returns the metadata address of clouds.
     pub(crate) fn metadata(&self) -> Ipv4Addr {
         Ipv4Addr::new(169, 254, 77 + self.slice, 254)
     }
-    /// A neighbour in a private range.
+    /// Returns the address of a neighbour in a private range.
     pub(crate) fn private(&self) -> Ipv4Addr {
         Ipv4Addr::new(10, 200, self.slice, 5)
     }
 
-    /// The namespace.
+    /// Returns the namespace.
     pub(crate) fn place(&self) -> String {
         format!("/var/run/netns/{}", self.name)
     }
 
-    /// Answers every connection to a port, on all addresses, with `hello` and then whatever is sent to it.
+    /// Answers every connection to a port, on all addresses, with `hello`, then echoes its input.
     pub(crate) fn serve(&self, port: u16) {
         let (place, stop) = (self.place(), Arc::clone(&self.stop));
         let (ready, wait) = std::sync::mpsc::channel();
@@ -123,8 +123,8 @@ impl Outside {
         wait.recv().unwrap();
     }
 
-    /// The name server of this world: it answers with what is in `names`, for one second, and keeps what it was
-    /// asked.
+    /// Starts the name server of this world. It answers from `names`, with a TTL of one second, and records
+    /// its queries.
     pub(crate) fn names(&self, names: Vec<(&'static str, Vec<Ipv4Addr>)>) -> Arc<Mutex<Vec<String>>> {
         use hickory_proto::op::{Message, ResponseCode};
         use hickory_proto::rr::{RData, Record, RecordType, rdata};
@@ -165,12 +165,12 @@ impl Outside {
         asked
     }
 
-    /// The far end of the wire to this world.
+    /// Returns the address at the far end of the link to this world.
     pub(crate) fn far(&self) -> Ipv4Addr {
         Ipv4Addr::new(198, 18, self.slice, 2)
     }
 
-    /// Sends ten datagrams a second from the service's address to whoever has sent one, for as long as the test lasts.
+    /// Sends ten datagrams per second from the service's address to each earlier sender, until the test ends.
     pub(crate) fn push(&self, port: u16) {
         let (place, own, stop) = (self.place(), self.service(), Arc::clone(&self.stop));
         let (ready, wait) = std::sync::mpsc::channel();
@@ -217,7 +217,7 @@ fn echo(mut stream: TcpStream) {
     }
 }
 
-/// Whether whoever listens there greets, from within a namespace: an opened connection alone proves nothing.
+/// Returns whether the server greets, from within a namespace. An opened connection alone proves nothing.
 pub(crate) fn greets(place: &str, target: Ipv4Addr, port: u16) -> bool {
     within(place, move || greeting(target, port).is_some())
 }
@@ -225,7 +225,7 @@ pub(crate) fn greets(place: &str, target: Ipv4Addr, port: u16) -> bool {
 fn greeting(target: Ipv4Addr, port: u16) -> Option<TcpStream> {
     let mut stream = TcpStream::connect_timeout(&(target, port).into(), Duration::from_millis(1500)).ok()?;
     stream.set_read_timeout(Some(Duration::from_millis(1500))).ok()?;
-    // A web server waits to be asked; the others greet by themselves.
+    // A web server waits for a request; other servers greet first.
     stream.write_all(b"GET / HTTP/1.0\r\n\r\n").ok()?;
     let mut buffer = [0; 512];
     let n = stream.read(&mut buffer).ok()?;
@@ -234,14 +234,14 @@ fn greeting(target: Ipv4Addr, port: u16) -> Option<TcpStream> {
         .then_some(stream)
 }
 
-/// A connection that lives: sends and gets back again and again until it is cut.
+/// A live connection: sends and receives repeatedly until it is cut.
 pub(crate) struct Live {
     rounds: Arc<AtomicUsize>,
     stop: Arc<AtomicBool>,
 }
 
 impl Live {
-    /// Over TCP, to somebody who echoes.
+    /// Over TCP, to an echo server.
     pub(crate) fn tcp(place: &str, target: Ipv4Addr, port: u16) -> Self {
         let live = Self { rounds: Arc::default(), stop: Arc::default() };
         let (rounds, stop, place) = (Arc::clone(&live.rounds), Arc::clone(&live.stop), place.to_owned());
@@ -260,7 +260,7 @@ impl Live {
         live
     }
 
-    /// Over UDP: asks once, and then only listens to what is pushed.
+    /// Over UDP: sends once, then only receives pushed datagrams.
     pub(crate) fn udp(place: &str, target: Ipv4Addr, port: u16) -> Self {
         let live = Self { rounds: Arc::default(), stop: Arc::default() };
         let (rounds, stop, place) = (Arc::clone(&live.rounds), Arc::clone(&live.stop), place.to_owned());

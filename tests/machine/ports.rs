@@ -1,4 +1,5 @@
-//! A user of the machine takes a port of the platform while it is down: nothing is sent there, and `up` says whose it is.
+//! A user of the machine takes a port of the platform while it is down. Nothing is sent there, and `up` names
+//! the user.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::{HTTPD, Machine, run};
 
-/// A listener of the user `nobody` on a port, and the file with all that was sent to it.
+/// A listener of the user `nobody` on a port, and the file with all data that it received.
 struct Squatter(Child, std::path::PathBuf);
 
 impl Squatter {
@@ -25,13 +26,16 @@ impl Squatter {
         let begun = Instant::now();
         let target = std::net::SocketAddr::from(([127, 0, 0, 1], port));
         while bulkhead::driver::listener::require(target, 65_534).is_err() {
-            assert!(begun.elapsed() < Duration::from_secs(10), "nobody does not listen");
+            assert!(
+                begun.elapsed() < Duration::from_secs(10),
+                "the listener of the user nobody did not start"
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
         own
     }
 
-    /// Whether it still listens and has heard nothing.
+    /// Returns whether it still listens and has received nothing.
     fn has_heard_nothing(&mut self) -> bool {
         self.0.try_wait().unwrap().is_none() && fs::read(&self.1).unwrap().is_empty()
     }
@@ -72,7 +76,7 @@ async fn a_port_that_another_user_has_taken_gets_nothing() {
         assert!(squatter.has_heard_nothing(), "something was sent to {port}");
     }
     machine.up().await;
-    // The agent asks whose the port is before each pull: another user's gets no credential.
+    // The agent checks the owner of the port before each pull: another user's port gets no credential.
     let file = machine.data.join("agent.toml");
     let settings = fs::read_to_string(&file).unwrap();
     let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -81,7 +85,7 @@ async fn a_port_that_another_user_has_taken_gets_nothing() {
     machine.kill("agent");
     assert_eq!(machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await.0, 202);
     let begun = Instant::now();
-    while !machine.tail("agent").contains("is not serve's") {
+    while !machine.tail("agent").contains("does not belong to serve") {
         assert!(begun.elapsed() < Duration::from_secs(40), "{}", machine.tail("agent"));
         tokio::time::sleep(Duration::from_millis(200)).await;
     }

@@ -1,5 +1,5 @@
-//! The same binary in production: a second `serve` beside the first, with TLS and metrics; settings that
-//! are refused; what the units need.
+//! The same binary in production: a second `serve` beside the first, with TLS and metrics; invalid settings;
+//! the needs of the units.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -11,7 +11,7 @@ use bulkhead::config::Config;
 
 use crate::support::{HTTPD, Machine, run};
 
-/// A process that is ended when the test is.
+/// A process that is stopped when the test ends.
 struct Serve(Child);
 
 impl Drop for Serve {
@@ -90,7 +90,7 @@ async fn a_second_serve_with_tls_shares_the_work() {
     assert_eq!(answer.status(), 200);
     assert!(answer.headers()["strict-transport-security"].to_str().unwrap().starts_with("max-age="));
     assert!(http.get(format!("http://localhost:{port}/readyz")).send().await.is_err(), "no plain text");
-    // A session over TLS has the prefix that only TLS can set.
+    // A session over TLS uses the cookie prefix that only TLS can set.
     let first = fs::read_to_string(machine.data.join("secrets/first-admin-link")).unwrap();
     let code = first.trim().rsplit('/').next().unwrap();
     let login = http
@@ -106,7 +106,7 @@ async fn a_second_serve_with_tls_shares_the_work() {
         cookie.starts_with("__Host-bulkhead=") && cookie.contains("Secure") && cookie.contains("HttpOnly")
     );
     assert!(!cookie.contains("Domain") && cookie.contains("Path=/"), "{cookie}");
-    // What the one accepts, either may carry out.
+    // Each of the two may carry out changes that the other accepted.
     let spec = "spec: v1\nname: web\nimage: web:1\ncpu: 50m\nmemory: 64Mi\nstop_grace: 1\nport: 8080\n";
     let put = http
         .put(format!("{address}/api/v1/tenants/acme/apps/web"))
@@ -119,11 +119,11 @@ async fn a_second_serve_with_tls_shares_the_work() {
     assert_eq!(put.status(), 202);
     let app = machine.running("acme", "web").await;
     assert_eq!(app["observed"]["instances"].as_array().unwrap().len(), 1);
-    // Metrics have a listener of their own, and only there.
+    // Metrics have their own listener and are served only there.
     let text = http.get(format!("http://127.0.0.1:{metrics}/metrics")).send().await.unwrap();
     assert!(text.text().await.unwrap().contains("bulkhead_http_responses_total{class=\"2xx\"}"));
     assert_eq!(http.get(format!("{address}/metrics")).send().await.unwrap().status(), 404);
-    // Asked to stop, it finishes and leaves.
+    // On SIGTERM it finishes its requests and exits.
     assert!(run("kill", &["-TERM", &second.0.id().to_string()]).0);
     let begun = Instant::now();
     let status = loop {
@@ -161,7 +161,7 @@ async fn settings_that_cannot_work_are_refused_with_the_reason() {
         let (good, text) = serve(name, value);
         assert!(!good && text.contains(why), "{name}: {text}");
     }
-    // Somebody else's process has an id of the pool: said at the start, by serve and by the doctor.
+    // A foreign process has an id of the pool: serve and the doctor report it at start.
     let pool = machine.agent_config()["id_pool"]["start"].as_integer().unwrap() + 5_000_000;
     let foreign = Serve(
         Command::new("setpriv")
@@ -180,9 +180,9 @@ async fn settings_that_cannot_work_are_refused_with_the_reason() {
     assert!(!done.status.success() && text.contains(&who), "{text}");
     let data = machine.data.display().to_string();
     let (good, text) = run(env!("CARGO_BIN_EXE_bulkhead"), &["doctor", "--data", &data]);
-    assert!(!good && text.contains("the pool is used by others"), "{text}");
+    assert!(!good && text.contains("the pool is in use outside Bulkhead"), "{text}");
     drop(foreign);
-    // Another installation's database is left alone.
+    // A database of another installation is not used.
     let done = Command::new(env!("CARGO_BIN_EXE_bulkhead"))
         .args(["serve", "--config", &config])
         .env("BULKHEAD_INSTALLATION", "zzzz")
@@ -205,7 +205,7 @@ fn what_the_units_need_is_written_once_and_can_be_undone() {
     };
     let (good, text) = bulkhead(&[]);
     assert!(good, "{text}");
-    // A whole registry file, and each command in the order in which it works on a fresh machine.
+    // A complete registry file, and each command in the order that works on a fresh machine.
     let steps = [
         "/etc/docker/registry/config.yml",
         "version: 0.1",
@@ -248,17 +248,17 @@ fn the_doctor_says_what_is_there_and_what_to_do() {
         let finding = findings.iter().find(|f| f["check"] == check).unwrap_or_else(|| panic!("{check}"));
         assert!(finding["status"] == "ok" || finding["remedy"].is_string(), "{finding}");
     }
-    // A folder that holds something else is not touched, and a path that is too long is said.
+    // A folder with other files is not touched, and a path that is too long is reported.
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("theirs"), "x").unwrap();
     let path = dir.path().display().to_string();
     let (good, text) = run(env!("CARGO_BIN_EXE_bulkhead"), &["doctor", "--data", &path]);
-    assert!(!good && text.contains("holds something else"), "{text}");
+    assert!(!good && text.contains("holds files of another program"), "{text}");
     let (good, text) =
         run(env!("CARGO_BIN_EXE_bulkhead"), &["up", "--data", &path, "--listen", "127.0.0.1:1"]);
-    assert!(!good && text.contains("nothing foreign is overwritten"), "{text}");
+    assert!(!good && text.contains("existing files are never overwritten"), "{text}");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    // What a machine may lack, taken away in a mount namespace of its own, or with a right less.
+    // Things that a machine may lack, removed in a mount namespace, or missing rights.
     let doctor = env!("CARGO_BIN_EXE_bulkhead");
     for (take, check) in [
         ("mount -t tmpfs x /usr/lib/podman", "missing: netavark"),
@@ -281,8 +281,8 @@ fn the_doctor_says_what_is_there_and_what_to_do() {
     assert!(text.lines().any(|line| line.starts_with("FAILED  nftables")), "{text}");
     let (_, text) =
         run("setpriv", &["--bounding-set=-sys_resource", "--inh-caps=-sys_resource", doctor, "doctor"]);
-    assert!(text.contains("no CAP_SYS_RESOURCE: containers get at most 1024 open files"), "{text}");
-    // One program alone does not start the other.
+    assert!(text.contains("no CAP_SYS_RESOURCE: a container gets at most 1024 open files"), "{text}");
+    // Each program needs the other beside it.
     let alone = tempfile::tempdir().unwrap();
     fs::copy(doctor, alone.path().join("bulkhead")).unwrap();
     let (_, text) = run(&alone.path().join("bulkhead").display().to_string(), &["doctor"]);
@@ -297,5 +297,5 @@ fn the_doctor_says_what_is_there_and_what_to_do() {
         env!("CARGO_BIN_EXE_bulkhead"),
         &["up", "--data", "/tmp/bulkhead-never", "--listen", "0.0.0.0:0"],
     );
-    assert!(!good && text.contains("beyond loopback"), "{text}");
+    assert!(!good && text.contains("is not a loopback address"), "{text}");
 }

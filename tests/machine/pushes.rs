@@ -1,5 +1,5 @@
-//! Pushes as an attacker makes them: what the registry stores is what the record names, whatever a client says and
-//! whenever it hangs up; and pushes of one tenant hold up nobody else.
+//! Pushes by an attacker: the registry stores exactly the recorded blobs, whatever a client claims and
+//! whenever it hangs up. Pushes of one tenant delay no other tenant.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -24,7 +24,7 @@ fn disk(machine: &Machine) -> PathBuf {
     machine.data.join("registry/data/docker/registry/v2")
 }
 
-/// The digests on the registry's disk.
+/// Returns the digests on the registry's disk.
 fn stored(machine: &Machine) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for prefix in std::fs::read_dir(disk(machine).join("blobs/sha256")).into_iter().flatten().flatten() {
@@ -35,7 +35,7 @@ fn stored(machine: &Machine) -> BTreeSet<String> {
     found
 }
 
-/// The digests that the record names.
+/// Returns the digests in the database.
 fn named(machine: &Machine) -> BTreeSet<String> {
     let text = machine.sql("SELECT digest FROM blob UNION SELECT digest FROM manifest");
     text.lines().map(str::to_owned).collect()
@@ -55,7 +55,7 @@ async fn used(machine: &Machine) -> i64 {
     machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"].as_i64().unwrap()
 }
 
-/// Sends a whole request by hand and gives back what was answered within the time.
+/// Sends a request byte by byte and returns the answer received within the time.
 fn raw(machine: &Machine, text: &[u8], patience: Duration) -> String {
     let mut stream = TcpStream::connect(("127.0.0.1", machine.port)).unwrap();
     let _ = stream.write_all(text);
@@ -80,7 +80,7 @@ async fn what_is_committed_is_what_was_asked_for() {
     let ask = async |method: &str, path: &str, kind: &str, body: Vec<u8>| {
         client.call(&token, method, path, kind, body).await
     };
-    // The query names a blob that is there and small, the body as a form another one; in every form of a form.
+    // The query names a small existing blob, the form body another one; in every encoding of a form.
     let boundary = "multipart/form-data; boundary=x";
     let mut refused = 0;
     for (n, kind) in
@@ -117,10 +117,10 @@ async fn what_is_committed_is_what_was_asked_for() {
             );
         }
     }
-    assert!(refused >= 3, "what was sent counts until it is cancelled: {refused}");
+    assert!(refused >= 3, "uploaded bytes count until the upload is cancelled: {refused}");
     assert_eq!(stored(&machine), named(&machine), "60 MiB past the quota");
     machine.sql("DELETE FROM upload");
-    // Parameters that stand twice, elsewhere, in other letters, or where they do not belong.
+    // Parameters that are duplicated, misplaced, in another case, or unknown.
     let bytes = noise(1_000, 77);
     let (other, evil) = (Digest::of(&bytes), Digest::of(b"evil"));
     for query in [
@@ -143,7 +143,7 @@ async fn what_is_committed_is_what_was_asked_for() {
     let (status, _, text) =
         ask("PATCH", &with(&location, &format!("digest={other}")), OCTETS, bytes.clone()).await;
     assert_eq!(status, 400, "{text}");
-    // A state of the client's own, another repository, an upload that was never begun.
+    // A forged state, another repository, an upload that was never started.
     let (_, second, _) = ask("POST", START, OCTETS, vec![]).await;
     let path = with(&with(&location, "_state=abc"), &format!("digest={other}"));
     assert_eq!(ask("PUT", &path, OCTETS, bytes.clone()).await.0, 400);
@@ -151,7 +151,7 @@ async fn what_is_committed_is_what_was_asked_for() {
     let both = client.token(&acme, &["repository:acme/other:pull,push"]).await.unwrap();
     let path = with(&moved, &format!("digest={other}"));
     assert_eq!(client.call(&both, "PUT", &path, OCTETS, bytes.clone()).await.0, 404);
-    // A length beside a transfer encoding: one of them is refused, or the chunks are what counts.
+    // A content length beside a transfer encoding: either the request is refused, or the chunks count.
     let path = with(&second, &format!("digest={other}"));
     let head = format!(
         "PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 5\r\n\
@@ -163,7 +163,7 @@ async fn what_is_committed_is_what_was_asked_for() {
     let answer = raw(&machine, &text, Duration::from_secs(10));
     assert!(answer.starts_with("HTTP/1.1 201") || answer.starts_with("HTTP/1.1 400"), "{answer}");
     assert_eq!(stored(&machine), named(&machine));
-    // An ordinary push goes on as ever, with the digest encoded or not.
+    // An ordinary push still works, with the digest encoded or not.
     let encoded = format!("digest={}", Digest::of(&bytes).as_str().replace(':', "%3A"));
     let (_, location, _) = ask("POST", START, OCTETS, vec![]).await;
     assert_eq!(ask("PUT", &with(&location, &encoded), "text/plain", bytes).await.0, 201);
@@ -197,7 +197,7 @@ async fn a_client_that_hangs_up_leaves_nothing_without_a_record() {
         }
         let mut stream = TcpStream::connect(("127.0.0.1", machine.port)).unwrap();
         stream.write_all(&text).unwrap();
-        // At once, after the half, a little later: the client is gone at each step of the commit once.
+        // At once, halfway, a little later: the client hangs up at each step of the commit.
         tokio::time::sleep(Duration::from_millis(u64::from(n) * 4)).await;
         if n % 3 == 0 {
             let _ = stream.shutdown(std::net::Shutdown::Write);
@@ -209,18 +209,18 @@ async fn a_client_that_hangs_up_leaves_nothing_without_a_record() {
         let (disk, record) = (stored(&machine), named(&machine));
         let open: i64 = machine.sql("SELECT count(*) FROM upload WHERE digest IS NOT NULL").parse().unwrap();
         if disk == record && open == 0 {
-            println!("{} of 40 were stored, each on record", disk.len());
+            println!("{} of 40 were stored, each recorded", disk.len());
             assert!(disk.len() > 5, "the test hangs up too early to say anything");
             break;
         }
         assert!(
             begun.elapsed() < Duration::from_secs(20),
-            "on the disk and not on record: {:?}; open: {open}",
+            "on the disk and not recorded: {:?}; open: {open}",
             disk.difference(&record).collect::<Vec<_>>()
         );
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
-    // `serve` dies between the registry's commit and the record: the bytes are on record later.
+    // `serve` dies between the registry's commit and the record: the bytes are recorded later.
     machine.arm("serve", "registries::blob_commit").await;
     let bytes = noise(90_000, 4_711);
     let (_, location, _) = client.call(&token, "POST", START, OCTETS, vec![]).await;
@@ -276,12 +276,12 @@ async fn bytes_without_a_record_are_found_told_and_removed() {
     };
     wait(&stray).await;
     wait(&fresh).await;
-    assert_eq!(stored(&machine), before, "what is on record stays");
+    assert_eq!(stored(&machine), before, "recorded blobs stay");
     let told =
         machine.sql("SELECT object, detail->>'bytes' FROM audit WHERE action = 'registry.stray' ORDER BY 2");
     assert!(told.contains(&format!("{stray}|100000")) && told.contains(&fresh), "{told}");
     assert!(machine.tail("serve").contains("ALARM"), "{}", machine.tail("serve"));
-    // Two tenants have the same bytes: they go with the last of them, and count until then.
+    // Two tenants have the same bytes: they are deleted with the last tenant's copy, and count until then.
     let evil = machine.tenant("evil").await;
     machine.push(&evil, "evil/web:1", &HTTPD);
     let manifest = machine.sql("SELECT digest FROM manifest WHERE repository = 'web' LIMIT 1");
@@ -297,7 +297,7 @@ async fn bytes_without_a_record_are_found_told_and_removed() {
     assert!(!revision.exists(), "nothing is left of it in the repository");
     machine.sql("UPDATE blob SET at = now() - interval '3 hours'");
     delete("evil").await;
-    assert!(!stored(&machine).contains(&manifest), "nobody has it any more");
+    assert!(!stored(&machine).contains(&manifest), "no tenant has it any more");
     let begun = Instant::now();
     while used(&machine).await > 0 || !stored(&machine).is_empty() {
         assert!(
@@ -311,7 +311,7 @@ async fn bytes_without_a_record_are_found_told_and_removed() {
     let layers = disk(&machine).join("repositories/acme/web/_layers/sha256");
     assert_eq!(std::fs::read_dir(layers).into_iter().flatten().count(), 0, "nor of its layers");
     machine.push(&acme, "acme/web:1", &HTTPD);
-    // A user of the machine reaches neither the registry nor the collector.
+    // A user of the machine can access neither the registry nor the collector.
     for socket in ["registry.sock", "collector.sock"] {
         let path = machine.data.join("run/registry").join(socket).display().to_string();
         assert!(std::path::Path::new(&path).exists());
@@ -342,7 +342,7 @@ async fn things_are_counted_and_not_only_bytes() {
     let token = client.token(&acme, &["repository:acme/web:pull,push"]).await.unwrap();
     let quota = json!({"quota": {"registry_bytes": 10 << 20, "open_uploads": 20, "repositories": 3}});
     assert_eq!(machine.send("PATCH", "/api/v1/tenants/acme", quota).await.0, 202);
-    // Empty uploads have a limit, and each takes of the quota; one that is cancelled gives its place back at once.
+    // Empty uploads have a limit, and each uses quota. A cancelled upload frees its place at once.
     let mut open = Vec::new();
     let text = loop {
         let (status, location, text) = client.call(&token, "POST", START, OCTETS, vec![]).await;
@@ -351,7 +351,7 @@ async fn things_are_counted_and_not_only_bytes() {
             break text;
         }
         open.push(location);
-        assert!(open.len() <= 20, "uploads without end");
+        assert!(open.len() <= 20, "unlimited uploads");
     };
     assert_eq!(open.len(), 20, "{text}");
     let begun = stored_uploads(&machine);
@@ -361,7 +361,7 @@ async fn things_are_counted_and_not_only_bytes() {
     assert_eq!(client.call(&token, "DELETE", &next, "", vec![]).await.0, 204);
     assert_eq!(client.call(&token, "PATCH", &next, OCTETS, vec![1]).await.0, 404);
     assert_eq!(stored_uploads(&machine), begun - 1, "its files are gone");
-    // One that was cut in the middle is given up by the registry, and can be cancelled all the same.
+    // The registry gives up an upload that was cut; it can still be cancelled.
     let (_, location, _) = client.call(&token, "POST", START, OCTETS, vec![]).await;
     let head = format!(
         "PATCH {location} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Type: {OCTETS}\r\n\
@@ -380,7 +380,7 @@ async fn things_are_counted_and_not_only_bytes() {
         assert_eq!(client.call(&token, "DELETE", &location, "", vec![]).await.0, 204);
     }
     assert_eq!(machine.sql("SELECT count(*) FROM upload"), "0");
-    // 320 blobs of four bytes are 10 MiB, and no more fit.
+    // 320 blobs of four bytes fill the 10 MiB of quota.
     let mut pushed = 0;
     for n in 0..400_u32 {
         let (status, location, _) = client.call(&token, "POST", START, OCTETS, vec![]).await;
@@ -398,7 +398,7 @@ async fn things_are_counted_and_not_only_bytes() {
     }
     assert!((318..=320).contains(&pushed), "{pushed} fit");
     assert_eq!(used(&machine).await, pushed * 32_768);
-    // Repositories have a limit, also without a manifest in them.
+    // Repositories have a limit, even without a manifest.
     let more = json!({"quota": {"registry_bytes": 100 << 20}});
     assert_eq!(machine.send("PATCH", "/api/v1/tenants/acme", more).await.0, 202);
     for (name, expected) in [("b", 202), ("c/d", 202), ("e", 403), ("b", 202)] {
@@ -408,7 +408,7 @@ async fn things_are_counted_and_not_only_bytes() {
     }
 }
 
-/// How many uploads lie on the registry's disk.
+/// Returns the number of uploads on the registry's disk.
 fn stored_uploads(machine: &Machine) -> usize {
     let folder = disk(machine).join("repositories/acme/web/_uploads");
     std::fs::read_dir(folder).into_iter().flatten().flatten().count()
@@ -439,7 +439,7 @@ async fn manifests_that_stall_or_cost_hold_up_nobody_else() {
     let grown = machine.memory("VmRSS:").saturating_sub(before);
     println!("serve has grown by {grown} kB under 120 stalled manifests");
     assert!(grown < 100_000, "{grown} kB");
-    // Nobody waits for ever: each is answered, with 429 where there was no place and 408 where nothing came.
+    // No request waits for ever: 429 without a free place, 408 without data.
     let mut answers = BTreeSet::new();
     for stream in &mut stalled {
         stream.set_read_timeout(Some(Duration::from_secs(75))).unwrap();
@@ -450,7 +450,7 @@ async fn manifests_that_stall_or_cost_hold_up_nobody_else() {
     }
     assert!(answers.contains("HTTP/1.1 408") && answers.contains("HTTP/1.1 429"), "{answers:?}");
     drop(stalled);
-    // Lists without end are refused while they are read; one of 5 MB is not read at all.
+    // Endless lists are refused during parsing; a list of 5 MB is not read at all.
     let lists = |size: usize| format!("[{}[]]", "[],".repeat(size / 3));
     let nested = |size: usize| {
         let mut text: Value = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": {}});
@@ -470,7 +470,7 @@ async fn manifests_that_stall_or_cost_hold_up_nobody_else() {
     assert!(answer.starts_with("HTTP/1.1 413"), "{answer}");
 }
 
-/// A request that holds its upload's file open: its head and some bytes.
+/// Sends the head and some bytes of a request that keeps its upload's file open.
 fn held(machine: &Machine, token: &str, method: &str, path: &str, bytes: &[u8]) -> TcpStream {
     let mut stream = TcpStream::connect(("127.0.0.1", machine.port)).unwrap();
     let head = format!(
@@ -498,7 +498,8 @@ async fn what_is_committed_is_never_written_to_again() {
         let path = with(&location, &format!("digest={digest}"));
         assert_eq!(client.call(&token, "PUT", &path, OCTETS, good.clone()).await.0, 409, "round {n}");
         assert_eq!(client.call(&token, "DELETE", &location, OCTETS, vec![]).await.0, 409, "round {n}");
-        // The rest of the first one comes, or it is cut off: then the same state is committed as soon as may be.
+        // The rest of the first request arrives, or the connection is cut: then the same state is committed
+        // as soon as possible.
         if n == 0 {
             let _ = open.write_all(&noise(1_048_576 - first.len(), 3));
             let _ = open.read(&mut [0; 512]);
@@ -527,7 +528,7 @@ async fn what_is_committed_is_never_written_to_again() {
     let path = format!("/v2/victim/w/blobs/{digest}");
     let (status, _, text) = client.call(&own, "GET", &path, "", vec![]).await;
     assert_eq!((status, text.as_bytes()), (200, &good[..]));
-    // Bytes that change nevertheless are told.
+    // Bytes that change anyway are reported.
     let hex = &digest.as_str()[7..];
     let file = disk(&machine).join("blobs/sha256").join(&hex[..2]).join(hex).join("data");
     std::fs::write(file, b"other bytes, and more").unwrap();

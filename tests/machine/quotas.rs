@@ -1,5 +1,5 @@
-//! Limits on the running platform: releases that are cleared away while the app runs, and a release that never comes
-//! up leaves the one that runs.
+//! Limits on the running platform: old releases are removed while the app runs, and a release that does not
+//! start leaves the running one in place.
 
 use serde_json::json;
 
@@ -15,7 +15,7 @@ async fn releases_go_while_the_app_runs_and_those_that_run_stay() {
     machine.deploy("acme", "web", "image: web:1\n").await;
     let first = machine.running("acme", "web").await;
     assert_eq!(first["observed"]["instances"][0]["revision"], 1, "{first}");
-    // None of these comes up: the first release runs on, however many follow.
+    // None of these starts: the first release keeps running, however many follow.
     for n in 0..8 {
         let body = format!("image: web:1\ncommand: [/nonexistent]\nenv: {{ ROUND: \"{n}\" }}\n");
         let (status, answer) = machine.deploy("acme", "web", &body).await;
@@ -38,12 +38,12 @@ async fn releases_go_while_the_app_runs_and_those_that_run_stay() {
     let (status, gone) = machine.send("POST", path, json!({"revision": 3})).await;
     assert_eq!(status, 422, "{gone}");
     assert!(gone["faults"][0]["message"].as_str().unwrap().contains("no longer kept"), "{gone}");
-    // What runs can be rolled back to, although it is far beyond the kept ones.
+    // The running release can be rolled back to, although it is older than the kept ones.
     let (status, answer) = machine.send("POST", path, json!({"revision": 1})).await;
     assert_eq!(status, 202, "{answer}");
     let app = machine.running("acme", "web").await;
     assert_eq!(app["observed"]["instances"][0]["revision"], 10, "{app}");
-    // What is used is on the page of limits, and given back with the app.
+    // The limits page shows the usage, which is freed with the app.
     let quota = machine.get("/api/v1/tenants/acme/quota").await["quota"].clone();
     assert_eq!(quota["manifests"]["used"], 1, "{quota}");
     assert_eq!((&quota["tags"]["used"], &quota["repositories"]["used"]), (&json!(1), &json!(1)));

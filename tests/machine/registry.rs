@@ -1,4 +1,4 @@
-//! The front door against other tenants, wrong credentials, lies and full quotas.
+//! The registry proxy against other tenants, wrong credentials, false claims and full quotas.
 
 use bulkhead::ids::Digest;
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ pub(crate) struct Client<'m> {
 }
 
 impl Client<'_> {
-    /// A token for these scopes, with a robot's credential.
+    /// Requests a token for these scopes, with a registry credential.
     pub(crate) async fn token(&self, robot: &(String, String), scopes: &[&str]) -> Result<String, u16> {
         let query: String = scopes
             .iter()
@@ -60,7 +60,10 @@ impl Client<'_> {
             .call(token, "POST", &format!("/v2/{name}/blobs/uploads/"), "application/octet-stream", vec![])
             .await;
         assert_eq!(status, 202, "{text}");
-        assert!(location.starts_with("/v2/"), "the address of the registry behind is not told: {location}");
+        assert!(
+            location.starts_with("/v2/"),
+            "the address of the registry behind the proxy is hidden: {location}"
+        );
         let digest = Digest::of(bytes);
         let sign = if location.contains('?') { '&' } else { '?' };
         let (status, _, text) = self
@@ -96,7 +99,7 @@ async fn another_tenants_project_is_out_of_reach() {
         assert!(matches!(get(path).await.0, 401 | 403), "{path}");
     }
     assert_eq!(get("/v2/evil/../acme/web/tags/list").await.0 / 100, 4);
-    // Mounting, in every form that the specification knows.
+    // Mounting, in every form of the specification.
     let own = client.token(&acme, &["repository:acme/web:pull,push"]).await.unwrap();
     let bytes = b"a secret layer of acme".to_vec();
     assert_eq!(client.upload(&own, "acme/web", &bytes).await.0, 201);
@@ -119,7 +122,7 @@ async fn another_tenants_project_is_out_of_reach() {
             "{path}"
         );
     }
-    // Within one tenant a mount is fine, and costs its folder in the other repository.
+    // Within one tenant a mount is allowed, and counts the blob's minimum size in the other repository.
     let both = client
         .token(&acme, &["repository:acme/web:pull,push", "repository:acme/other:pull,push"])
         .await
@@ -131,7 +134,7 @@ async fn another_tenants_project_is_out_of_reach() {
         let now = machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"].as_i64();
         assert_eq!(now, Some(used + 32_768));
     }
-    // A blob that no manifest needs is its tenant's to delete; a revoked robot is out at once.
+    // A tenant may delete a blob that no manifest needs. A revoked registry credential loses access at once.
     assert_eq!(client.call(&own, "DELETE", &format!("/v2/acme/web/blobs/{digest}"), "", vec![]).await.0, 202);
     let (status, _) = machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/acme/robots/ci", None).await;
     assert_eq!(status, 204);
@@ -172,7 +175,7 @@ async fn lies_and_full_quotas_are_refused() {
         (with("/layers/0/size", json!(1_000_000)), "a larger size"),
         (with("/layers/0/digest", json!(Digest::of(b"never pushed"))), "a missing layer"),
         (good.to_string().replacen('{', "{\"Layers\":[],", 1), "a key in other letters"),
-        (with("/layers/0/mediaType", json!("no type at all")), "what is no type"),
+        (with("/layers/0/mediaType", json!("no type at all")), "an invalid type"),
         (with("/schemaVersion", json!(1)), "an old schema"),
     ] {
         let (status, _, text) = put(lie, MANIFEST, "1").await;
@@ -184,7 +187,8 @@ async fn lies_and_full_quotas_are_refused() {
     // An image that cannot run is refused at deploy, with the reason.
     let (status, body) = machine.deploy("acme", "web", "image: web:1\n").await;
     assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-202")), "{body}");
-    // So is one for another platform; one that wants to be root runs, with a warning that says what to do.
+    // So is an image for another platform. An image with root as user runs, with a warning that explains the
+    // fix.
     let other = Image { architecture: "arm64", ..Image::of(&HTTPD) };
     assert!(machine.push_image(&acme, "acme/arm:1", &other).0);
     let (status, body) = machine.deploy("acme", "arm", "image: arm:1\n").await;
@@ -197,14 +201,14 @@ async fn lies_and_full_quotas_are_refused() {
     let app = machine.running("acme", "root").await;
     let uid = app["observed"]["instances"][0]["uid"].as_i64().unwrap();
     assert_eq!(uid, app["uids"]["start"].as_i64().unwrap() + 1000);
-    // Orders to a container runtime are stored as what they are, texts, and no such image runs.
+    // Annotations with orders to a container runtime are stored as text, and no such image runs.
     let orders = json!({"run.oci.hooks.stdout": "/etc/nologin", "run.oci.seccomp_bpf_data": "x"});
     let evil = Image { annotations: orders, ..Image::of(&HTTPD) };
     assert!(machine.push_image(&acme, "acme/evil:1", &evil).0);
     let (status, body) = machine.deploy("acme", "evil", "image: evil:1\nport: 8080\n").await;
     assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-203")), "{body}");
     assert!(body["faults"][0]["message"].as_str().unwrap().contains("run.oci.hooks.stdout"), "{body}");
-    // A secret that has expired is none, and it is known when one was last used.
+    // An expired secret is not valid, and the list shows when a secret was last used.
     let robots = machine.get("/api/v1/tenants/acme/robots").await;
     assert!(
         robots["items"][0]["last_used_at"].is_string() && robots["items"][0]["secret"].is_null(),
@@ -228,7 +232,7 @@ async fn lies_and_full_quotas_are_refused() {
     assert!(text.contains(&format!("limit {limit} bytes")), "{text}");
     let used = used().await;
     assert!(used < limit);
-    // A deleted tag gives its bytes back, at once for the manifest.
+    // A deleted tag frees its bytes, at once for the manifest.
     let (status, _) =
         machine.ask(&machine.admin, "DELETE", "/api/v1/tenants/acme/repositories/web/tags/1", None).await;
     assert_eq!(status, 204);
@@ -249,7 +253,7 @@ async fn a_push_that_was_cut_goes_on_or_begins_anew_and_counts_once() {
     let bytes: Vec<u8> = (0..6_000_000_u32).map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
     let octets = "application/octet-stream";
     let begin = || client.call(&token, "POST", "/v2/acme/web/blobs/uploads/", octets, vec![]);
-    // Between two chunks serve dies; the client goes on where it was.
+    // serve dies between two chunks; the client continues at its offset.
     let (status, location, _) = begin().await;
     assert_eq!(status, 202);
     let (status, mut location, _) =
@@ -258,7 +262,7 @@ async fn a_push_that_was_cut_goes_on_or_begins_anew_and_counts_once() {
     machine.kill("serve");
     let begun = std::time::Instant::now();
     while machine.try_ask("GET", "/readyz", &[], "").await.is_none() {
-        assert!(begun.elapsed().as_secs() < 30, "serve does not come back");
+        assert!(begun.elapsed().as_secs() < 30, "serve does not restart");
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
     let (status, next, text) =
@@ -273,8 +277,8 @@ async fn a_push_that_was_cut_goes_on_or_begins_anew_and_counts_once() {
         }
     };
     assert_eq!(finish(location, Digest::of(&bytes)).await.0, 201);
-    // The client dies in the middle of a chunk, again and again: it has promised 20,000,000 bytes and sends
-    // some. What went over counts while the registry keeps it, and no more: the quota still holds a push.
+    // The client repeatedly dies during a chunk: it announces 20,000,000 bytes and sends some. The sent bytes
+    // count while the registry keeps them, and no more: the quota still fits a push.
     let other: Vec<u8> = bytes.iter().rev().copied().collect();
     for _ in 0..4 {
         let (_, location, _) = begin().await;
@@ -293,7 +297,7 @@ async fn a_push_that_was_cut_goes_on_or_begins_anew_and_counts_once() {
     let (status, text) = client.upload(&token, "acme/web", &other).await;
     assert_eq!(status, 201, "{text}");
     let used = machine.get("/api/v1/tenants/acme").await["quota"]["registry_bytes"]["used"].as_i64();
-    assert_eq!(used, Some(12_000_000), "counted once, and nothing of what was cut");
+    assert_eq!(used, Some(12_000_000), "counted once, without the cut chunks");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -325,8 +329,8 @@ async fn what_is_deployed_while_its_tag_is_deleted_is_refused_or_stays() {
     }
     println!("{stayed} stayed, {went} went");
     assert_eq!(stayed + went, 12);
-    // What is known of an image from an earlier look does not outlive the image, by tag or by digest; and
-    // another tenant knows nothing of it.
+    // Cached facts of an image do not outlive the image, by tag or by digest. Another tenant has no access to
+    // them.
     machine.push(&acme, "acme/web:known", &["/bin/busybox", "sleep", "900"]);
     let path = "/api/v1/tenants/acme/apps/known?dry_run=true";
     let look = async |tenant: &str, image: &str| {

@@ -1,5 +1,5 @@
-//! Secrets are where they must be, and nowhere else: canaries through every door, then a search of the logs at
-//! their loudest, the database's dump, the metrics and every answer that was an error.
+//! Secrets are stored only where they must be. Canaries go through every interface; then the test searches
+//! the most verbose logs, the database dump, the metrics and every error answer.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -24,7 +24,7 @@ impl Drop for Serve {
     }
 }
 
-/// One more `serve` over the same database, whose log says everything.
+/// Starts another `serve` over the same database with trace logs.
 fn loud(machine: &Machine, dir: &Path, port: u16, metrics: u16) -> Serve {
     fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
     let mut settings: toml::Table =
@@ -58,16 +58,16 @@ fn loud(machine: &Machine, dir: &Path, port: u16, metrics: u16) -> Serve {
     Serve(child)
 }
 
-/// Everything that was written down anywhere: the logs, the dump, the metrics.
+/// Returns everything that was written: the logs, the dump, the metrics.
 async fn written(machine: &Machine, log: &Path, metrics: u16) -> [(&'static str, String); 3] {
     let url = format!("http://127.0.0.1:{metrics}/metrics");
     let numbers = reqwest::get(url).await.unwrap().text().await.unwrap();
     assert!(numbers.contains("bulkhead_http_responses_total"));
     let socket = machine.data.join("run/postgres").display().to_string();
     let (good, dump) = run("pg_dump", &["-h", &socket, "-U", "postgres", "bulkhead"]);
-    assert!(good && dump.contains("COPY public.account") && dump.contains("ada"), "the dump is one");
+    assert!(good && dump.contains("COPY public.account") && dump.contains("ada"), "the dump is complete");
     let mut logs = fs::read_to_string(log).unwrap();
-    assert!(logs.contains("TRACE") && logs.lines().count() > 100, "the log is at its loudest");
+    assert!(logs.contains("TRACE") && logs.lines().count() > 100, "the log is at its most verbose level");
     for name in ["serve", "agent", "registry", "postgres", "prober", "resolver", "engine"] {
         logs += &fs::read_to_string(machine.data.join(format!("log/{name}.log"))).unwrap_or_default();
     }
@@ -103,7 +103,7 @@ async fn secrets_are_in_no_log_dump_metric_or_error() {
         let text = answer.headers()["set-cookie"].to_str().unwrap();
         text.split(';').next().unwrap().to_owned()
     };
-    // The first admin: the link, a password, a session.
+    // The first admin: link, password, session.
     let link = fs::read_to_string(machine.data.join("secrets/first-admin-link")).unwrap();
     let code = link.trim().rsplit('/').next().unwrap().to_owned();
     let password = "Canary_of_a_password!7261";
@@ -141,7 +141,7 @@ async fn secrets_are_in_no_log_dump_metric_or_error() {
     canaries.push(("invitation", invitation.clone()));
     let made = answer("POST", "/api/v1/me/second-factor", Value::Null).await;
     canaries.push(("second factor", made["secret"].as_str().unwrap().to_owned()));
-    // Used, misused, mistyped: into the wrong field, the wrong header, the wrong door.
+    // Used, misused, mistyped: in the wrong field, the wrong header, the wrong endpoint.
     let mut wrong = vec![
         api("GET", &format!("/api/v1/tenants?token={token}"), Value::Null).await.unwrap(),
         api("POST", "/api/v1/tenants", json!({"name": password})).await.unwrap(),
@@ -177,13 +177,13 @@ async fn secrets_are_in_no_log_dump_metric_or_error() {
     tokio::time::sleep(Duration::from_millis(2_500)).await;
     let written = written(&machine, &log, metrics).await;
     let text = fs::read_to_string(format!("{}.out", machine.data.display())).unwrap();
-    assert!(text.contains(&code), "the one place where the first link is shown");
+    assert!(text.contains(&code), "the only place that shows the first link");
     for (what, canary) in canaries {
         for (place, text) in written.iter().map(|(place, text)| (*place, text)).chain([("an error", &errors)])
         {
             if let Some(at) = text.find(&canary) {
                 let from = text[..at].rfind('\n').map_or(0, |n| n + 1);
-                panic!("{what} stands in {place}: {}", text[from..].lines().next().unwrap_or_default());
+                panic!("{what} is in {place}: {}", text[from..].lines().next().unwrap_or_default());
             }
         }
     }

@@ -1,4 +1,4 @@
-//! More than one installation on a machine, and a disk that runs full.
+//! Two installations on one machine, and a disk that fills up.
 
 use std::time::{Duration, Instant};
 
@@ -25,13 +25,13 @@ async fn two_installations_share_nothing() {
     assert_ne!(one.id, two.id);
     assert_ne!(seen[0].1, seen[1].1, "no subnet is shared");
     assert!(seen[0].2 + seen[0].3 <= seen[1].2 || seen[1].2 + seen[1].3 <= seen[0].2, "no id is shared");
-    // The same tenant and app on both, and neither reaches the other.
+    // The same tenant and app exist on both, and neither reaches the other.
     let target = seen[1].0["observed"]["instances"][0]["address"].as_str().unwrap().to_owned();
     let source = &seen[0].0["observed"]["instances"][0];
     assert!(!one.fetches(source, &[], &format!("http://{target}:8080/")));
     assert!(one.fetches(source, &[], "http://127.0.0.1:8080/"));
     drop(one);
-    // The end of one does not touch the other.
+    // Removing one does not affect the other.
     let app = two.running("acme", "web").await;
     assert!(two.fetches(&app["observed"]["instances"][0], &[], "http://127.0.0.1:8080/"));
 }
@@ -46,16 +46,16 @@ async fn a_full_disk_is_said_and_survived() {
     let filler = machine.data.join("filler");
     let (good, text) = run("sh", &["-c", &format!("cat /dev/zero > {} || true", filler.display())]);
     assert!(good, "{text}");
-    // Nothing new is promised that cannot be kept: refused or unavailable, never half done.
+    // New work that cannot be completed is refused or unavailable, never half done.
     let (pushed, _) = machine.try_push(&robot, "acme/other:1", &["/bin/busybox", "sleep", "12345"]);
     assert!(!pushed, "a push onto a full disk");
     let spec = "spec: v1\nname: late\nimage: web:1\ncpu: 50m\nmemory: 64Mi\nstop_grace: 1\n";
     let path = "/api/v1/tenants/acme/apps/late";
     let refused = machine.try_ask("PUT", path, &[("content-type", "application/yaml")], spec).await;
     let pid = machine.pid(&before);
-    assert!(machine.fetches(&before, &[], "http://127.0.0.1:8080/"), "what runs goes on");
+    assert!(machine.fetches(&before, &[], "http://127.0.0.1:8080/"), "running apps continue");
     std::fs::remove_file(&filler).unwrap();
-    // With room again everything goes on by itself.
+    // With free space again, everything continues by itself.
     let (status, _) = machine.insist("PUT", path, &[("content-type", "application/yaml")], spec).await;
     assert!(matches!(status, 200 | 202), "{refused:?}, then {status}");
     let begun = Instant::now();

@@ -1,5 +1,5 @@
-//! Strangers in front of the real `serve`: a crowd of connections from many addresses, silent or with half a head,
-//! and others are answered all the while.
+//! Strangers against the real `serve`: a crowd of connections from many addresses, silent or with half a
+//! head. Other clients get answers throughout.
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
@@ -46,7 +46,7 @@ async fn a_crowd_from_many_addresses_does_not_lock_others_out() {
         crowd
     });
     let crowd = crowd.await.unwrap();
-    assert!(crowd.len() > 8_000, "{} of them came in", crowd.len());
+    assert!(crowd.len() > 8_000, "{} of them connected", crowd.len());
     for _ in 0..10 {
         let asked = Instant::now();
         machine.get("/api/v1/tenants").await;
@@ -55,7 +55,7 @@ async fn a_crowd_from_many_addresses_does_not_lock_others_out() {
     let after = machine.memory("VmRSS");
     println!("{before} kB before, {after} kB with {} connections tried", crowd.len());
     assert!(after < 512 << 10, "{after} kB");
-    // Database, registry and agent are still reached: a tenant comes, pushes and deploys.
+    // Database, registry and agent are still reachable: a tenant is created, pushes and deploys.
     let robot = machine.tenant("acme").await;
     machine.push(&robot, "acme/web:1", &HTTPD);
     machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await;

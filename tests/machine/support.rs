@@ -1,5 +1,5 @@
-//! A whole installation for a test: the real `bulkhead up` on a folder of its own, with its own
-//! database, registry and engine. Dropping it removes everything, also when the test has failed.
+//! A whole installation for a test: the real `bulkhead up` on a folder of its own, with its own database,
+//! registry and engine. Dropping it removes everything, even after a failed test.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bulkhead::ids::Digest;
 use serde_json::{Value, json};
 
-/// An installation that runs.
+/// A running installation.
 pub(crate) struct Machine {
     pub(crate) data: PathBuf,
     pub(crate) port: u16,
@@ -35,7 +35,7 @@ impl Machine {
         Self::start_with(None).await
     }
 
-    /// With a data folder on a disk of its own, in memory.
+    /// Starts one with a data folder on its own disk, in memory.
     pub(crate) async fn on_a_disk_of(size: &str) -> Self {
         Self::start_with(Some(size)).await
     }
@@ -89,7 +89,7 @@ impl Machine {
             let ended = self.up.as_mut().unwrap().try_wait().unwrap();
             assert!(
                 ended.is_none() && begun.elapsed() < Duration::from_secs(60),
-                "up does not come up:\n{text}"
+                "up does not start:\n{text}"
             );
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -125,7 +125,7 @@ impl Machine {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    /// A request as somebody; the answer's status and body.
+    /// Sends a request with a token. Returns status and body.
     pub(crate) async fn ask(
         &self,
         token: &str,
@@ -147,7 +147,7 @@ impl Machine {
         (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
     }
 
-    /// The same, for a platform that may be dying: none when there is no whole answer.
+    /// The same, for a platform that may be dying: none without a complete answer.
     pub(crate) async fn try_ask(
         &self,
         method: &str,
@@ -165,7 +165,7 @@ impl Machine {
         Some((status, serde_json::from_str(&answer.text().await.ok()?).unwrap_or_default()))
     }
 
-    /// Asks again, as a careful client does, until the answer is not that something is away.
+    /// Retries, as a careful client does, while the answer is that a part is unavailable.
     pub(crate) async fn insist(
         &self,
         method: &str,
@@ -198,7 +198,7 @@ impl Machine {
         self.signal(name, "-9");
     }
 
-    /// Does something to the database that only time would do.
+    /// Changes the database as only time would do.
     pub(crate) fn sql(&self, statement: &str) -> String {
         let socket = self.data.join("run/postgres").display().to_string();
         let (good, text) =
@@ -207,7 +207,7 @@ impl Machine {
         text.trim().to_owned()
     }
 
-    /// Kilobytes of memory that `serve` has.
+    /// Returns the kilobytes of memory that `serve` uses.
     pub(crate) fn memory(&self, field: &str) -> u64 {
         let pid = fs::read_to_string(self.data.join("run/serve.pid")).unwrap();
         let text = fs::read_to_string(format!("/proc/{}/status", pid.split(' ').next().unwrap())).unwrap();
@@ -215,20 +215,20 @@ impl Machine {
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
-    /// Kills a process so that the next one of its name dies at a step; returns when that one is up.
+    /// Kills a process so that the next one of its name dies at a step. Returns when that one is ready.
     pub(crate) async fn arm(&self, name: &str, point: &str) {
         let file = self.data.join(format!("run/{name}.failpoints"));
         fs::write(&file, format!("{point}=panic")).unwrap();
         self.kill(name);
         let begun = Instant::now();
         while file.exists() {
-            assert!(begun.elapsed() < Duration::from_secs(30), "{name} does not come back");
+            assert!(begun.elapsed() < Duration::from_secs(30), "{name} does not restart");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         tokio::time::sleep(Duration::from_millis(400)).await;
     }
 
-    /// How often a process has died at a step on purpose.
+    /// Returns how often a process has died at a step on purpose.
     pub(crate) fn deaths(&self, name: &str) -> usize {
         let text = fs::read_to_string(self.data.join(format!("log/{name}.log"))).unwrap_or_default();
         text.matches("a failpoint ends this process").count()
@@ -244,7 +244,7 @@ impl Machine {
         self.ask(&self.admin, method, path, Some(("application/json", body.to_string()))).await
     }
 
-    /// Onboards a tenant and gives it a robot that may push: its login and secret.
+    /// Onboards a tenant with a registry credential that may push. Returns its login and secret.
     pub(crate) async fn tenant(&self, name: &str) -> (String, String) {
         let (status, body) = self.send("POST", "/api/v1/tenants", json!({"name": name})).await;
         assert_eq!(status, 202, "{body}");
@@ -254,7 +254,7 @@ impl Machine {
         (robot["login"].as_str().unwrap().to_owned(), robot["secret"].as_str().unwrap().to_owned())
     }
 
-    /// Pushes an image with an ordinary client: busybox, and this command.
+    /// Pushes an image with an ordinary client: busybox with this command.
     pub(crate) fn push(&self, robot: &(String, String), image: &str, command: &[&str]) {
         let (good, text) = self.try_push(robot, image, command);
         assert!(good, "{text}");
@@ -276,7 +276,7 @@ impl Machine {
         self.copy(robot, dir.path(), name)
     }
 
-    /// Pushes what lies in a folder, with an ordinary client.
+    /// Pushes the image in a folder, with an ordinary client.
     pub(crate) fn copy(&self, robot: &(String, String), dir: &Path, name: &str) -> (bool, String) {
         let auth = self.auth_file(dir, robot);
         run(
@@ -302,7 +302,7 @@ impl Machine {
         file.display().to_string()
     }
 
-    /// Hands in a spec in YAML.
+    /// Deploys a spec in YAML.
     pub(crate) async fn deploy(&self, tenant: &str, app: &str, rest: &str) -> (u16, Value) {
         let spec = format!("spec: v1\nname: {app}\ncpu: 50m\nmemory: 64Mi\nstop_grace: 1\n{rest}");
         let path = format!("/api/v1/tenants/{tenant}/apps/{app}");
@@ -313,7 +313,7 @@ impl Machine {
         self.get(&format!("/api/v1/tenants/{tenant}/apps/{app}")).await
     }
 
-    /// Waits until an app is as it should be, for at most `seconds`.
+    /// Waits until an app has a state, at most `seconds`.
     pub(crate) async fn wait(
         &self,
         tenant: &str,
@@ -343,7 +343,7 @@ impl Machine {
         .await
     }
 
-    /// The end of a log of the platform's own.
+    /// Returns the end of a log of the platform.
     pub(crate) fn tail(&self, name: &str) -> String {
         let text = fs::read_to_string(self.data.join(format!("log/{name}.log"))).unwrap_or_default();
         let lines: Vec<&str> = text.lines().rev().take(12).collect();
@@ -358,7 +358,7 @@ impl Machine {
         run("podman", &all)
     }
 
-    /// Process id of an instance's container.
+    /// Returns the process id of an instance's container.
     pub(crate) fn pid(&self, instance: &Value) -> String {
         let (good, text) =
             self.podman(&["inspect", "-f", "{{.State.Pid}}", instance["container"].as_str().unwrap()]);
@@ -366,8 +366,8 @@ impl Machine {
         text.trim().to_owned()
     }
 
-    /// Fetches from within the network namespace of an instance: whether the page itself came. A mere
-    /// connection would prove nothing, a middle box may take it.
+    /// Fetches from within the network namespace of an instance. Returns whether the page itself arrived: a
+    /// mere connection proves nothing, because a middlebox may accept it.
     pub(crate) fn fetches(&self, instance: &Value, more: &[&str], url: &str) -> bool {
         let pid = self.pid(instance);
         let mut all = vec!["-t", &pid, "-n", "curl", "-s", "-m", "3", "--noproxy", "*"];
@@ -405,7 +405,7 @@ impl Drop for Machine {
     }
 }
 
-/// What an image says of itself.
+/// The properties of an image.
 pub(crate) struct Image<'a> {
     pub(crate) user: &'a str,
     pub(crate) architecture: &'a str,
@@ -414,12 +414,12 @@ pub(crate) struct Image<'a> {
 }
 
 impl<'a> Image<'a> {
-    /// A usual one: for this platform, run by its own user.
+    /// Returns a usual image: for this platform, with its own user.
     pub(crate) fn of(command: &'a [&'a str]) -> Self {
         Self { user: "app", architecture: "amd64", command, annotations: json!({}) }
     }
 
-    /// Writes it in the OCI layout, with this layer, which is among the blobs already.
+    /// Writes it in the OCI layout, with this layer, which is already among the blobs.
     pub(crate) fn write(&self, dir: &Path, layer: &Digest, size: u64) {
         let blobs = dir.join("image/blobs/sha256");
         let put = |text: String, kind: &str| {
@@ -444,12 +444,12 @@ impl<'a> Image<'a> {
     }
 }
 
-/// The layer of all test images: busybox from this machine and a page.
+/// Writes the layer of all test images: busybox from this machine and a page.
 fn layer(dir: &Path) -> (Digest, u64) {
     layer_with(dir, &[])
 }
 
-/// The same with more files: path, bytes, mode.
+/// Does the same with more files: path, bytes, mode.
 pub(crate) fn layer_with(dir: &Path, more: &[(String, Vec<u8>, u32)]) -> (Digest, u64) {
     let busybox = fs::read("/bin/busybox").expect("busybox-static is installed by deploy/packages");
     let mut layer = tar::Builder::new(Vec::new());

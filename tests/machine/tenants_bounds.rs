@@ -1,5 +1,5 @@
-//! Bounds over all instances of a tenant, and over all tenants: fork bombs and memory in many instances at once leave
-//! the platform and other tenants as they were.
+//! Limits over all instances of a tenant, and over all tenants. Fork bombs and memory hogs in many instances
+//! at once do not affect the platform or other tenants.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::support::{HTTPD, Machine};
 
-/// A file of a group, in either version of control groups.
+/// Returns a file of a group, in either version of control groups.
 fn file(machine: &Machine, group: &str, v1: &str, v2: &str) -> String {
     let own = format!("bulkhead-{}{group}", machine.id);
     if fs::exists("/sys/fs/cgroup/cgroup.controllers").unwrap() {
@@ -53,12 +53,12 @@ async fn fork_bombs_in_many_instances_fill_their_tenants_own_room_alone() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     for _ in 0..20 {
-        // What the engine moves in from outside is a handful beyond.
+        // The processes that the engine moves in from outside add a handful.
         assert!(read(&current).parse::<u64>().unwrap() <= 200 + 40, "{}", read(&current));
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 
-    // Another tenant deploys, and what ran goes on; the culprit is removed.
+    // Another tenant deploys, and running apps continue. Then the culprit is removed.
     machine.deploy("acme", "more", "image: web:1\nport: 8080\n").await;
     machine.running("acme", "more").await;
     let after = machine.running("acme", "web").await["observed"]["instances"][0].clone();
@@ -84,7 +84,7 @@ async fn memory_of_many_instances_is_their_tenants_and_bounds_are_repaired() {
     machine.deploy("evil", "fat", "image: fat:1\ninstances: 4\n").await;
     let app = machine.running("evil", "fat").await;
     let memory = file(&machine, "/t-evil", "memory.limit_in_bytes", "memory.max");
-    // A limit that an admin lowers ends nothing that runs, and holds as soon as that has gone.
+    // A limit that an admin lowers stops no running instance, and applies as soon as instances have exited.
     let (status, body) =
         machine.send("PATCH", "/api/v1/tenants/evil", json!({"quota": {"memory": "96Mi"}})).await;
     assert_eq!(status, 202, "{body}");
@@ -96,7 +96,7 @@ async fn memory_of_many_instances_is_their_tenants_and_bounds_are_repaired() {
     assert_eq!(status, 202);
     let begun = Instant::now();
     while machine.deploy("evil", "thin", "image: fat:1\nsingleton: true\n").await.0 >= 300 {
-        assert!(begun.elapsed().as_secs() < 60, "the memory of what was deleted is not given back");
+        assert!(begun.elapsed().as_secs() < 60, "the memory of deleted apps is not freed");
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     machine.running("evil", "thin").await;
@@ -112,7 +112,7 @@ async fn memory_of_many_instances_is_their_tenants_and_bounds_are_repaired() {
     let after = machine.running("acme", "web").await["observed"]["instances"][0].clone();
     assert_eq!((after["started"].clone(), &after["restarts"]), (before["started"].clone(), &json!(0)));
 
-    // All tenants together leave the platform room.
+    // All tenants together leave room for the platform.
     let total: u64 = read("/proc/meminfo")
         .lines()
         .find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse().ok())
@@ -123,17 +123,17 @@ async fn memory_of_many_instances_is_their_tenants_and_bounds_are_repaired() {
     let pids: u64 = read(&file(&machine, "", "pids.max", "pids.max")).parse().unwrap();
     assert!(pids + 1000 < most, "{pids} of {most}");
 
-    // Bounds that are taken away come back, and that is told.
+    // Removed limits are restored, and the repair is recorded.
     let path = file(&machine, "", "pids.max", "pids.max");
     fs::write(&path, "max").unwrap();
     becomes(&path, &pids.to_string()).await;
     let begun = Instant::now();
     while machine.sql("SELECT count(*) FROM machine_event WHERE kind = 'bounds_repaired'") == "0" {
-        assert!(begun.elapsed().as_secs() < 20, "the repair is not on record");
+        assert!(begun.elapsed().as_secs() < 20, "the repair is not recorded");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 
-    // Nothing of a tenant that leaves stays behind.
+    // Nothing of an offboarded tenant stays behind.
     let leave = machine.send("PUT", "/api/v1/tenants/evil/offboarding", json!({"confirm": "evil"})).await;
     assert_eq!(leave.0, 202, "{leave:?}");
     let begun = Instant::now();

@@ -1,15 +1,13 @@
-//! An instance's own walls, tried from inside: system calls, namespaces, what /proc shows, limits; and that ordinary
-//! programs of many kinds still run behind them.
+//! The isolation of an instance, tested from inside: system calls, namespaces, /proc, limits. Ordinary
+//! programs of many kinds still run.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::Value;
-
 use crate::support::{Image, Machine, layer_with, run};
 
-/// Builds the program that makes system calls, with no library beside it.
+/// Builds the program that makes system calls, statically linked.
 fn probe(dir: &Path) -> Vec<u8> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/machine/golden/probe.c");
     let target = dir.join("probe");
@@ -71,17 +69,18 @@ async fn every_system_call_answers_as_on_record() {
     hidden(&machine, app["observed"]["instances"][0]["container"].as_str().unwrap());
 }
 
-/// What holds where the filter would not: the kernel counts user namespaces of an instance to none. And limits.
+/// The second line of defence behind the filter: the kernel allows an instance no user namespaces. Also
+/// checks limits.
 fn second_lines(pid: &str) {
     let user = format!("--user=/proc/{pid}/ns/user");
     let (good, most) = run("nsenter", &[&user, "sysctl", "-n", "user.max_user_namespaces"]);
     assert!(good && most.trim() == "0", "{most}");
-    // From within, with all rights there and no filter: refused for their number.
+    // From within, with all rights and no filter: the kernel refuses because of the number.
     let (good, text) = run("nsenter", &[&user, "unshare", "--user", "true"]);
     assert!(!good && text.contains("No space left"), "{text}");
     assert!(
         fs::read_to_string("/proc/sys/user/max_user_namespaces").unwrap().trim() != "0",
-        "the host's own stay"
+        "the host's own limit stays"
     );
 
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
@@ -95,7 +94,7 @@ fn second_lines(pid: &str) {
     assert_eq!(fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim(), "500");
 }
 
-/// What tells of the machine is empty, or not there.
+/// Files that reveal the machine are empty or missing.
 fn hidden(machine: &Machine, container: &str) {
     let script = "for f in /proc/cmdline /proc/diskstats /proc/config.gz /proc/iomem /proc/kallsyms /proc/kcore /proc/keys \
                   /proc/timer_list /proc/sched_debug /proc/modules /proc/kmsg /proc/partitions /proc/swaps /proc/interrupts \
@@ -107,11 +106,11 @@ fn hidden(machine: &Machine, container: &str) {
     assert!(good, "{text}");
     assert!(
         text.trim().parse::<u32>().is_ok_and(|lines| lines > 10),
-        "only what programs need is seen: {text}"
+        "programs see only the files that they need: {text}"
     );
 }
 
-/// Files of this machine for an image: programs, folders, and the libraries that they are linked with.
+/// Files of this machine for an image: programs, folders, and their linked libraries.
 struct Files {
     list: Vec<(String, Vec<u8>, u32)>,
     known: std::collections::BTreeSet<PathBuf>,
@@ -129,7 +128,7 @@ impl Files {
             }
             return;
         }
-        // Programs name their libraries as "lib/../bin/x" too, which is no path for an archive.
+        // Programs also name their libraries as "lib/../bin/x", which is not a valid path in an archive.
         let plain = if path.components().any(|part| part.as_os_str() == "..") {
             path.canonicalize().unwrap()
         } else {
@@ -164,8 +163,8 @@ async fn programs_of_many_kinds_run_behind_the_filter() {
         new Worker('require(\"worker_threads\").parentPort.postMessage(1)',{eval:true}).on('message',()=>{\
         const s=http.createServer((q,r)=>r.end('x')).listen(0,'127.0.0.1',()=>http.get({port:s.address().port,host:'127.0.0.1'},\
         r=>{r.resume();r.on('end',()=>{s.close();cp.execFileSync('/bin/busybox',['true']);console.log('good')})}))});";
-    // Name, what has to be on this machine, what an instance runs; the last line that it writes is "good".
-    // A cluster needs more of /dev/shm than an instance has; its server's start without one is what is tried.
+    // Name, the file it needs on this machine, and the script of the instance, whose last line is "good". A
+    // cluster needs more of /dev/shm than an instance has; the test starts its server without one.
     let postgres = "b=/usr/lib/postgresql/15/bin; $b/initdb --version && $b/postgres --describe-config > /tmp/pg && \
         busybox test -s /tmp/pg && echo good";
     let programs: [(&str, &[&str], &str); 6] = [
@@ -238,8 +237,5 @@ async fn programs_of_many_kinds_run_behind_the_filter() {
         tried.push(name);
     }
     println!("ran: {tried:?}");
-    assert!(
-        tried.contains(&"postgres") && tried.contains(&"go"),
-        "both are packages that every installation has"
-    );
+    assert!(tried.contains(&"postgres") && tried.contains(&"go"), "every installation has both packages");
 }

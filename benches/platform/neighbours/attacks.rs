@@ -1,4 +1,4 @@
-//! The attacks: each begins, runs until it is told to stop, and leaves what it made to `calm`.
+//! The attacks. Each starts, runs until it is told to stop, and leaves its objects to `calm`.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -22,7 +22,7 @@ pub(crate) struct Attack {
     pub(crate) begin: fn(Arc<Attackers>, Arc<AtomicBool>) -> Running,
 }
 
-/// Tenants that attack, each with a registry credential and a token of its own.
+/// Attacking tenants, each with its own registry credential and API token.
 pub(crate) struct Attackers {
     machine: Arc<Machine>,
     tenants: Vec<(String, (String, String), String)>,
@@ -36,20 +36,16 @@ pub(crate) const ATTACKS: [Attack; 13] = [
     Attack { name: "bodies", words: "120 manifests of 4 MB that stall", begin: bodies },
     Attack { name: "parsing", words: "manifests of `[[],[],...]`, 16 at once", begin: parsing },
     Attack { name: "names", words: "512 idle connections of 16 instances to the name server", begin: names },
-    Attack {
-        name: "searches",
-        words: "12 dry runs at a time that search for a user's name",
-        begin: searches,
-    },
+    Attack { name: "searches", words: "12 concurrent dry runs that look up a user name", begin: searches },
     Attack {
         name: "pulls",
         words: "four tenants that deploy images of 512 MiB, five apps each",
         begin: pulls,
     },
     Attack { name: "releases", words: "releases of one app, 16 at once", begin: releases },
-    Attack { name: "rows", words: "registry credentials without end, 16 at once", begin: rows },
-    Attack { name: "logs", words: "8 instances that write lines without end", begin: logs },
-    Attack { name: "forks", words: "8 instances that fork without end", begin: forks },
+    Attack { name: "rows", words: "endless registry credentials, 16 at once", begin: rows },
+    Attack { name: "logs", words: "8 instances that write endless log lines", begin: logs },
+    Attack { name: "forks", words: "8 instances that fork endlessly", begin: forks },
     Attack { name: "fifo", words: "an image whose /etc/passwd is a FIFO", begin: fifo },
 ];
 
@@ -70,7 +66,7 @@ pub(crate) async fn settle(machine: &Arc<Machine>) -> Arc<Attackers> {
     Arc::new(Attackers { machine: Arc::clone(machine), tenants, http })
 }
 
-/// Removes the attackers' apps, and waits until the platform rests.
+/// Removes the attackers' apps, and waits until the platform is idle.
 pub(crate) async fn calm(own: &Attackers) {
     for (tenant, ..) in &own.tenants {
         let path = format!("/api/v1/tenants/{tenant}/apps");
@@ -89,7 +85,7 @@ async fn until(stop: &AtomicBool) {
     }
 }
 
-/// So many tasks that do the same again and again until the end.
+/// Starts this many tasks that repeat the same action until stopped.
 async fn crew<F, T>(count: usize, stop: Arc<AtomicBool>, one: F)
 where
     F: Fn(usize, usize) -> T + Send + Sync + Clone + 'static,
@@ -137,7 +133,7 @@ fn requests(own: Arc<Attackers>, stop: Arc<AtomicBool>) -> Running {
                 let busy = answer.status() == 429;
                 let _ = answer.bytes().await;
                 if busy {
-                    // A flood goes on, but one core is the machine's and not the attack's own.
+                    // Pause, so that the attacker does not take a whole core of the shared machine.
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
             } else {
@@ -175,7 +171,7 @@ fn bodies(own: Arc<Attackers>, stop: Arc<AtomicBool>) -> Running {
     })
 }
 
-/// Sends all but the last byte of a manifest and waits.
+/// Sends all but the last byte of a manifest, then waits.
 fn stall(port: u16, token: &str, member: usize) {
     let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else { return };
     let _ = stream.set_read_timeout(Some(Duration::from_secs(9)));
@@ -220,7 +216,7 @@ async fn put_app(own: &Attackers, tenant: usize, app: &str, query: &str, rest: &
     }
 }
 
-/// Instances of the first attacker that run a command; their process ids.
+/// Starts instances of the first attacker that run a command. Returns when they run.
 async fn instances(own: &Attackers, tag: &str, command: &str, count: usize) {
     own.machine.push(&own.tenants[0].1, &format!("evil/{tag}:1"), &["/bin/sh", "-c", command]);
     for n in 0..count {
@@ -271,7 +267,7 @@ fn names(own: Arc<Attackers>, stop: Arc<AtomicBool>) -> Running {
     })
 }
 
-/// Pushes an image whose layer has these files on top of the usual ones.
+/// Pushes an image whose layer contains these additional files.
 fn push_with(own: &Attackers, tenant: usize, name: &str, user: &str, more: &[(String, Vec<u8>, u32)]) {
     let dir = tempfile::tempdir().unwrap();
     let (digest, size) = layer_with(dir.path(), more);
@@ -280,7 +276,7 @@ fn push_with(own: &Attackers, tenant: usize, name: &str, user: &str, more: &[(St
     let (tenant, robot, _) = &own.tenants[tenant];
     let (good, text) = own.machine.copy(robot, dir.path(), &format!("{tenant}/{name}:1"));
     if !good {
-        eprintln!("{name} was refused: {}", text.lines().last().unwrap_or_default());
+        eprintln!("{name} was not accepted: {}", text.lines().last().unwrap_or_default());
     }
 }
 
@@ -295,7 +291,7 @@ fn searches(own: Arc<Attackers>, stop: Arc<AtomicBool>) -> Running {
         crew(12, stop, move |member, round| {
             let own = Arc::clone(&own);
             async move {
-                // Another command each time: nothing is answered from memory.
+                // A different command each time: no answer comes from a cache.
                 let rest = format!("image: many-{member}:1\nenv: {{ N: \"{round}\" }}\ninstances: 0\n");
                 put_app(&own, 0, &format!("dry-{member}"), "?dry_run=true", &rest).await;
             }
@@ -359,7 +355,7 @@ async fn blow_up(own: &Arc<Attackers>, tenant: usize) {
         own.machine.copy(robot, dir.path(), &format!("{name}/large:1"))
     });
     if let Ok((false, text)) = pushed.await {
-        eprintln!("a large image was refused: {}", text.lines().last().unwrap_or_default());
+        eprintln!("a large image was not accepted: {}", text.lines().last().unwrap_or_default());
     }
 }
 
@@ -422,7 +418,7 @@ fn fifo(own: Arc<Attackers>, stop: Arc<AtomicBool>) -> Running {
         image.write(dir.path(), &digest, bytes.len() as u64);
         let (good, text) = own.machine.copy(&own.tenants[0].1, dir.path(), "evil/fifo:1");
         if !good {
-            eprintln!("the FIFO was refused: {}", text.lines().last().unwrap_or_default());
+            eprintln!("the FIFO was not accepted: {}", text.lines().last().unwrap_or_default());
         }
         for n in 0..4 {
             put_app(&own, 0, &format!("fifo-{n}"), "", "image: fifo:1\n").await;

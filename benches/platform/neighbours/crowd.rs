@@ -1,5 +1,5 @@
-//! A crowd of connections of a process of its own: `platform crowd MODE PORT COUNT SECONDS`. Each comes from
-//! another address of the loopback range, and one that is closed is opened again.
+//! A crowd of connections, in a separate process: `platform crowd MODE PORT COUNT SECONDS`. Each connection
+//! comes from another loopback address, and a closed connection is reopened.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::OwnedFd;
@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt};
 
-/// Starts the crowd; it ends by itself.
+/// Starts the crowd. It ends by itself.
 pub(crate) fn spawn(mode: &str, port: u16, count: usize, seconds: u64) -> Child {
     let own = std::env::current_exe().unwrap();
     let args = ["crowd", mode, &port.to_string(), &count.to_string(), &seconds.to_string()];
-    // Strangers have processors of their own: here what they do themselves gives way to all else.
+    // Real strangers have their own processors: lower the priority of the crowd's own work.
     Command::new("nice").args(["-n", "19"]).arg(own).args(args).stdin(Stdio::null()).spawn().unwrap()
 }
 
-/// What the process does.
+/// The main function of the crowd process.
 pub(crate) fn main(args: &[String]) {
     let number = |at: usize| args[at].parse::<u64>().unwrap();
     let (mode, port) = (args[0].as_str(), u16::try_from(number(1)).unwrap());

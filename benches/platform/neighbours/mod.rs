@@ -1,5 +1,6 @@
-//! The cost of a hostile neighbour: a tenant with ten apps and a client at 20 requests a second, first alone,
-//! then beside each attack of another tenant or a stranger at full strength. The tenant alone is the peer.
+//! The cost of a hostile neighbour, for a tenant with ten apps and a client at 20 requests per second. The
+//! tenant runs first alone, then next to each attack of another tenant or a stranger at full strength. The
+//! tenant alone is the peer.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -19,15 +20,15 @@ pub(crate) mod crowd;
 
 use attacks::ATTACKS;
 
-/// How long each attack lasts.
+/// Duration of each attack in seconds.
 const SECONDS: u64 = 20;
-/// The gap between two requests of the client.
+/// Time between two requests of the client.
 const GAP: Duration = Duration::from_millis(50);
-/// A request that takes longer has failed.
+/// A slower request counts as failed.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// The longest that an instance may be away.
+/// Maximum downtime of an instance, in seconds.
 const AWAY: f64 = 5.0;
-/// Processes of the platform, and the MiB that the unit of each allows.
+/// Processes of the platform, and the MiB that each unit allows.
 const PROCESSES: [(&str, u64); 6] = [
     ("serve", 1024),
     ("agent", 1024),
@@ -37,7 +38,7 @@ const PROCESSES: [(&str, u64); 6] = [
     ("engine", 2048),
 ];
 
-/// What the client asks for, in turn.
+/// The kinds of requests that the client sends, in turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Api,
@@ -54,25 +55,25 @@ const TURNS: [Kind; 20] = {
     ]
 };
 
-/// The tenant that is attacked.
+/// The attacked tenant.
 struct Victim {
     machine: Arc<Machine>,
     http: reqwest::Client,
     token: String,
     robot: (String, String),
-    /// The network namespace of an instance of `web`, and the name server there.
+    /// The network namespace of an instance of `web`, and its name server.
     place: String,
     gateway: Ipv4Addr,
 }
 
-/// Milliseconds of the requests that were answered, and the number of those that were not.
+/// Milliseconds of each answered request, and the failed requests.
 #[derive(Default)]
 struct Tally {
     took: BTreeMap<Kind, Vec<f64>>,
     failed: BTreeMap<Kind, Vec<String>>,
 }
 
-/// What the victim saw while something went on.
+/// The victim's measurements during a phase.
 struct Seen {
     tally: Tally,
     restart: f64,
@@ -139,7 +140,7 @@ impl Victim {
         String::new()
     }
 
-    /// One request of a kind; the error in words.
+    /// Sends one request of a kind; returns the error as text.
     async fn ask(&self, kind: Kind, n: usize, registry: &str) -> Result<(), String> {
         let base = format!("{}/api/v1/tenants/victim/apps", self.machine.address());
         let text = |error: reqwest::Error| format!("{error:?}");
@@ -153,7 +154,7 @@ impl Victim {
                 good(asked.send().await.map_err(text)?, 200)?.bytes().await.map_err(text)?;
             }
             Kind::Deploy => {
-                // Without instances: the time to accept is asked for, the engine is another row.
+                // Without instances: only the time to accept counts here. The engine has its own row.
                 let spec = format!(
                     "spec: v1\nname: still\nimage: web:1\ncpu: 50m\nmemory: 64Mi\ninstances: 0\nenv: {{ N: \"{n}\" }}\n"
                 );
@@ -183,7 +184,7 @@ impl Victim {
         Ok(())
     }
 
-    /// Asks 20 times a second for as long as `SECONDS`, and kills an instance meanwhile.
+    /// Sends 20 requests per second for `SECONDS`, and kills an instance meanwhile.
     async fn live(self: &Arc<Self>, killed: usize) -> Seen {
         let tally: Arc<Mutex<Tally>> = Arc::default();
         let registry = self.registry_token().await;
@@ -206,7 +207,9 @@ impl Victim {
                         tally.took.entry(kind).or_default().push(at.elapsed().as_secs_f64() * 1000.0);
                     }
                     Ok(Err(error)) => tally.failed.entry(kind).or_default().push(error),
-                    Err(_) => tally.failed.entry(kind).or_default().push(format!("{kind:?}: not in 5 s")),
+                    Err(_) => {
+                        tally.failed.entry(kind).or_default().push(format!("{kind:?}: no answer in 5 s"))
+                    }
                 }
             }));
             if n.is_multiple_of(10) {
@@ -224,9 +227,9 @@ impl Victim {
         Seen { tally, restart, memory }
     }
 
-    /// Kills an instance on the machine and says after how many seconds another process answers in its place.
+    /// Kills an instance and returns the seconds until another process answers in its place.
     async fn restart(&self, app: usize) -> f64 {
-        // Never the one whose name is asked for: while it is away it has no address.
+        // Not the app whose name is looked up: it has no address while it is down.
         let name = format!("app-{}", 2 + app % 8);
         tokio::time::sleep(Duration::from_secs(SECONDS / 3)).await;
         let file = self.machine.data.join("agent/apps");
@@ -256,25 +259,25 @@ impl Victim {
     }
 }
 
-/// The client of the tenant has an address of its own, as it would have on a network, and no connection is kept.
+/// The tenant's client has its own source address, as on a network, and keeps no connection.
 fn client() -> reqwest::Client {
     let own = std::net::Ipv4Addr::new(127, 200, 0, 1);
     bulkhead::outgoing::client().local_address(Some(own.into())).pool_max_idle_per_host(0).build().unwrap()
 }
 
-/// Whether the name server tells an address for `app-1`, asked from within the namespace.
+/// Returns whether the name server resolves `app-1`, from within the namespace.
 fn resolves(gateway: Ipv4Addr) -> bool {
     let Ok(socket) = UdpSocket::bind("0.0.0.0:0") else { return false };
     let _ = socket.set_read_timeout(Some(PATIENCE));
     let mut question = vec![0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 5];
     question.extend_from_slice(b"app-1\0\0\x01\0\x01");
     let mut buffer = [0; 512];
-    // A client asks again when it hears nothing, as every stub does after a second or more.
+    // Retry without an answer, as every stub resolver does after a second or more.
     socket.send_to(&question, (gateway, 53)).is_ok()
         && socket.recv(&mut buffer).is_ok_and(|n| n > question.len() && buffer[7] > 0)
 }
 
-/// Resident MiB of a process of the platform.
+/// Returns the resident MiB of a process of the platform.
 fn resident(machine: &Machine, name: &str) -> u64 {
     let pid = std::fs::read_to_string(machine.data.join(format!("run/{name}.pid"))).unwrap_or_default();
     let pid = pid.split(' ').next().unwrap_or_default();
@@ -296,17 +299,17 @@ fn p99(values: &[f64]) -> f64 {
     sorted.get(place - 1).copied().unwrap_or(f64::NAN)
 }
 
-/// Runs the attacks whose names are asked for, or all, and prints the table.
+/// Runs the selected attacks, or all, and prints the table.
 pub(crate) async fn measure(asked: &[String]) {
     let machine = Arc::new(Machine::start().await);
-    // Room for tenants that attack: limits of theirs are what is tried, not a small quota.
+    // High limits for the attacking tenants: the platform's bounds are tested, not a small quota.
     let victim = Arc::new(Victim::settle(&machine).await);
     let attackers = attacks::settle(&machine).await;
     println!(
         "\n| beside | API p99 ms | names | deploys | pushes | worst ratio | errors | restart s | most memory of a process |\n\
          | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     );
-    // The first plans and checks are past: what follows is the tenant at rest.
+    // Wait until the first plans and checks are done, then measure the tenant at rest.
     tokio::time::sleep(Duration::from_secs(10)).await;
     let alone = victim.live(0).await;
     let mut floor = BTreeMap::new();

@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::http::asked::{Body, Query};
 use crate::http::parse_json;
 
-/// The answer that shows a token, for the one time.
+/// Builds the only response that shows the token.
 pub(super) fn token_made(name: &str, made: &Made) -> HttpResponse {
     HttpResponse::Created().json(json!({
         "id": made.id, "name": name, "token": made.secret.expose(),
@@ -24,7 +24,7 @@ pub(super) fn token_made(name: &str, made: &Made) -> HttpResponse {
     }))
 }
 
-/// GET /api/v1/tenants/{tenant}/service-accounts: by name.
+/// GET /api/v1/tenants/{tenant}/service-accounts: ordered by name.
 pub async fn list_services(
     scope: TenantScope<ReadActivity>,
     pool: web::Data<PgPool>,
@@ -56,7 +56,7 @@ pub async fn create_service(
     Ok(HttpResponse::Created().json(json!({"name": input.name, "role": input.role})))
 }
 
-/// The service account that the address names.
+/// Path parameter: the service account.
 #[derive(Deserialize)]
 pub struct ServicePath {
     /// Name.
@@ -73,7 +73,7 @@ pub async fn delete_service(
     Ok(HttpResponse::NoContent().finish())
 }
 
-/// GET /api/v1/tenants/{tenant}/tokens: whoever holds them, oldest first.
+/// GET /api/v1/tenants/{tenant}/tokens: tokens of all holders, oldest first.
 pub async fn list_tokens(
     scope: TenantScope<ReadActivity>,
     pool: web::Data<PgPool>,
@@ -93,7 +93,7 @@ struct TokenBody {
     days: Option<i32>,
 }
 
-/// POST /api/v1/tenants/{tenant}/tokens: for a service account.
+/// POST /api/v1/tenants/{tenant}/tokens: creates a token for a service account.
 pub async fn create_token(
     scope: TenantScope<ManageCredentials>,
     req: HttpRequest,

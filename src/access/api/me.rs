@@ -1,4 +1,4 @@
-//! One's own account over the API.
+//! API of the caller's own account.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
@@ -54,7 +54,7 @@ pub async fn end_session(
     Ok(HttpResponse::NoContent().finish())
 }
 
-/// DELETE /api/v1/me/sessions: all but the present one.
+/// DELETE /api/v1/me/sessions: ends all sessions except the current one.
 pub async fn end_other_sessions(scope: SignedIn, desk: DeskData) -> Result<HttpResponse, Error> {
     let ended = desk.end_other_sessions(scope.by()).await?;
     Ok(HttpResponse::Ok().json(json!({"ended": ended})))
@@ -89,7 +89,7 @@ struct ConfirmBody {
     code: String,
 }
 
-/// POST /api/v1/me/confirmation: the session goes on under a new cookie.
+/// POST /api/v1/me/confirmation: the session continues under a new cookie.
 pub async fn confirm(
     scope: SignedIn,
     req: HttpRequest,
@@ -106,7 +106,7 @@ pub async fn confirm(
     Ok(HttpResponse::NoContent().cookie(session_cookie(&req, fresh.expose())).finish())
 }
 
-/// POST /api/v1/me/second-factor: begins to set one up.
+/// POST /api/v1/me/second-factor: starts the setup.
 pub async fn begin_second_factor(scope: SignedIn, desk: DeskData) -> Result<HttpResponse, Error> {
     let setup = desk.begin_second_factor(scope.by()).await?;
     Ok(HttpResponse::Created().json(json!({"secret": setup.secret, "address": setup.address})))
@@ -118,7 +118,7 @@ struct CodeBody {
     code: String,
 }
 
-/// PUT /api/v1/me/second-factor: the first code puts it in force.
+/// PUT /api/v1/me/second-factor: the first valid code activates the factor.
 pub async fn confirm_second_factor(
     scope: SignedIn,
     req: HttpRequest,
@@ -137,7 +137,7 @@ pub async fn remove_second_factor(scope: SignedIn, desk: DeskData) -> Result<Htt
     Ok(HttpResponse::NoContent().finish())
 }
 
-/// The provider that the address names.
+/// Path parameter: the provider.
 #[derive(Deserialize)]
 pub struct ProviderPath {
     provider: String,
@@ -194,7 +194,7 @@ pub async fn revoke_token(
     Ok(HttpResponse::NoContent().finish())
 }
 
-/// DELETE /api/v1/me/tenants/{tenant}: leaves it.
+/// DELETE /api/v1/me/tenants/{tenant}: leaves the tenant.
 pub async fn leave(scope: TenantScope<ReadTenant>, pool: web::Data<PgPool>) -> Result<HttpResponse, Error> {
     scope.actor.require_person()?;
     members::remove(&pool, &scope, &scope.actor.name).await?;

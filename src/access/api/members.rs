@@ -1,4 +1,4 @@
-//! A tenant's people over the API.
+//! API of a tenant's members and invitations.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::http::asked::{Body, Query};
 use crate::http::{OwnAddress, parse_json};
 
-/// GET /api/v1/tenants/{tenant}/members: by name.
+/// GET /api/v1/tenants/{tenant}/members: ordered by name.
 pub async fn list_members(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
@@ -28,7 +28,7 @@ pub async fn list_members(
     Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.name.clone())))
 }
 
-/// The member that the address names.
+/// Path parameter: the member.
 #[derive(Deserialize)]
 pub struct MemberPath {
     /// Name.
@@ -41,9 +41,9 @@ struct RoleBody {
     role: String,
 }
 
-/// The role that a field names.
+/// Parses the field `role`.
 pub(in crate::access) fn role(text: &str) -> Result<Role, Error> {
-    Role::parse(text).ok_or_else(|| accounts::wrong("role", "role is viewer, deployer or owner"))
+    Role::parse(text).ok_or_else(|| accounts::wrong("role", "role must be viewer, deployer or owner"))
 }
 
 /// PUT /api/v1/tenants/{tenant}/members/{member}
@@ -70,13 +70,13 @@ pub async fn remove_member(
     Ok(HttpResponse::NoContent().finish())
 }
 
-/// The answer that shows a link, for the one time.
+/// Builds the only response that shows the link.
 pub(in crate::access) fn link_made(req: &HttpRequest, own: &OwnAddress, made: &Made) -> HttpResponse {
     let address = own.of(req).unwrap_or_default();
     HttpResponse::Created().json(json!({"id": made.id, "link": format!("{address}{}", made.path)}))
 }
 
-/// POST /api/v1/tenants/{tenant}/members/{member}/reset: a link for a new password.
+/// POST /api/v1/tenants/{tenant}/members/{member}/reset: creates a password reset link.
 pub async fn reset_member(
     scope: TenantScope<ManageMembers>,
     req: HttpRequest,
@@ -88,7 +88,7 @@ pub async fn reset_member(
     Ok(link_made(&req, &own, &made))
 }
 
-/// GET /api/v1/tenants/{tenant}/invitations: open ones, oldest first.
+/// GET /api/v1/tenants/{tenant}/invitations: open invitations, oldest first.
 pub async fn list_invitations(
     scope: TenantScope<ReadActivity>,
     pool: web::Data<PgPool>,
@@ -100,7 +100,7 @@ pub async fn list_invitations(
     Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.id)))
 }
 
-/// Hours of an invitation unless said otherwise.
+/// Default lifetime of an invitation in hours.
 pub(super) fn hours() -> i32 {
     HOURS.0
 }

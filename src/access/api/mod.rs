@@ -1,4 +1,4 @@
-//! Access over the API: one's own account, a tenant's people and credentials, the platform's people.
+//! API of access: the caller's own account, a tenant's members and credentials, the platform's accounts.
 
 pub mod credentials;
 pub mod me;
@@ -7,7 +7,7 @@ pub mod people;
 
 use serde::Deserialize;
 
-/// The number that an address ends with.
+/// Path parameter: a number.
 #[derive(Deserialize)]
 pub struct NumberPath {
     /// Number.

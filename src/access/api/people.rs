@@ -1,4 +1,4 @@
-//! The platform's people over the API.
+//! API of the platform's accounts, invitations and tokens.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde::{Deserialize, Deserializer};
@@ -15,7 +15,7 @@ use crate::error::Error;
 use crate::http::asked::{Body, Query};
 use crate::http::{OwnAddress, parse_json};
 
-/// GET /api/v1/accounts: by name.
+/// GET /api/v1/accounts: ordered by name.
 pub async fn list_accounts(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
@@ -27,7 +27,7 @@ pub async fn list_accounts(
     Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.name.clone())))
 }
 
-/// The account that the address names.
+/// Path parameter: the account.
 #[derive(Deserialize)]
 pub struct AccountPath {
     /// Name.
@@ -56,7 +56,7 @@ pub async fn get_account(
     Ok(HttpResponse::Ok().json(body))
 }
 
-/// "Given as none" and "not given" are two things.
+/// Tells an explicit null (`Some(None)`) from an absent field (`None`).
 fn given<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<String>>, D::Error> {
     Option::deserialize(from).map(Some)
 }
@@ -74,7 +74,7 @@ pub(in crate::access) fn platform_role(text: Option<&str>) -> Result<Option<Plat
         None | Some("" | "none") => Ok(None),
         Some(text) => PlatformRole::parse(text)
             .map(Some)
-            .ok_or_else(|| accounts::wrong("platform_role", "platform_role is auditor, admin or null")),
+            .ok_or_else(|| accounts::wrong("platform_role", "platform_role must be auditor, admin or null")),
     }
 }
 
@@ -97,7 +97,7 @@ pub async fn change_account(
     Ok(HttpResponse::Ok().json(json!({"name": name})))
 }
 
-/// POST /api/v1/accounts/{account}/reset: a link for a new password.
+/// POST /api/v1/accounts/{account}/reset: creates a password reset link.
 pub async fn reset_account(
     scope: PlatformScope<ManagePeople>,
     req: HttpRequest,
@@ -119,7 +119,7 @@ pub async fn remove_second_factor(
     Ok(HttpResponse::NoContent().finish())
 }
 
-/// DELETE /api/v1/accounts/{account}/providers: all links to providers.
+/// DELETE /api/v1/accounts/{account}/providers: removes all provider links.
 pub async fn unlink_account(
     scope: PlatformScope<ManagePeople>,
     desk: DeskData,
@@ -129,7 +129,7 @@ pub async fn unlink_account(
     Ok(HttpResponse::NoContent().finish())
 }
 
-/// GET /api/v1/invitations: open ones to the platform itself, oldest first.
+/// GET /api/v1/invitations: open invitations to the platform itself, oldest first.
 pub async fn list_invitations(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
@@ -175,7 +175,7 @@ pub async fn revoke_invitation(
     Ok(HttpResponse::NoContent().finish())
 }
 
-/// GET /api/v1/tokens: those that open the platform, whoever holds them, oldest first.
+/// GET /api/v1/tokens: tokens with a platform role, of all holders, oldest first.
 pub async fn list_tokens(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,

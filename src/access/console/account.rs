@@ -1,4 +1,4 @@
-//! One's own account: password, second factor, sessions, tokens.
+//! Account page: the user's own password, second factor, sessions and tokens.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use askama::Template;
@@ -46,14 +46,14 @@ struct AccountPage {
     sessions: Vec<SessionView>,
     tokens: Vec<TokenView>,
     places: Vec<store::BelongsTo>,
-    /// What a token of one's own could open: value and words.
+    /// Scopes that the user can choose for a token: form value and label.
     openings: Vec<(String, String)>,
-    /// Name (empty when the settings do not have it any more) and label.
+    /// Provider name and label. The name is empty if the provider is no longer configured.
     linked: Vec<(String, String)>,
     others: Vec<(String, String)>,
 }
 
-/// One's own roles and those below them, the smallest first: nobody picks what would be refused.
+/// Lists the user's roles and all lower ones, lowest first. The form offers no role that would be refused.
 fn openings(actor: &Actor, places: &[store::BelongsTo]) -> Vec<(String, String)> {
     let mut list = Vec::new();
     for place in places {
@@ -144,7 +144,7 @@ async fn after(scope: &SignedIn, desk: &DeskData, outcome: Result<(), Error>) ->
     super::after("/account", outcome, async |error| view(scope, desk, error).await).await
 }
 
-/// The present password and the new one.
+/// The current password and the new one.
 #[derive(Deserialize)]
 pub struct PasswordForm {
     #[serde(default)]
@@ -175,7 +175,7 @@ struct SetupPage {
     side: i32,
 }
 
-/// The modules of a QR code as one path: a square for each dark one, with the quiet zone around.
+/// Draws a QR code as one SVG path: one square per dark module, with a quiet zone of four modules.
 fn picture(text: &str) -> Result<(String, i32), Error> {
     use std::fmt::Write as _;
     let code = QrCode::encode_text(text, QrCodeEcc::Medium).map_err(Error::internal)?;
@@ -190,7 +190,7 @@ fn picture(text: &str) -> Result<(String, i32), Error> {
     Ok((path, code.size() + 8))
 }
 
-/// POST /account/second-factor: begins to set one up.
+/// POST /account/second-factor: starts the setup.
 pub async fn begin_second_factor(
     scope: SignedIn,
     desk: DeskData,
@@ -213,7 +213,7 @@ pub async fn begin_second_factor(
     }
 }
 
-/// POST /account/second-factor/confirmation: the first code.
+/// POST /account/second-factor/confirmation: takes the first code.
 pub async fn confirm_second_factor(
     scope: SignedIn,
     req: HttpRequest,
@@ -225,7 +225,7 @@ pub async fn confirm_second_factor(
         Ok(codes) => html::page(&SecretPage {
             frame: frame(&desk.keys, &scope.actor),
             title: "Recovery codes".into(),
-            text: "The second factor is in force. Should you lose the device, each of these opens your account once in the place of a code. Keep them apart from it; they are not shown again.",
+            text: "The second factor is active. If you lose the device, each of these codes works once in place of a device code. Store them apart from the device. They are not shown again.",
             lines: codes,
             back: "/account".into(),
         }),
@@ -243,7 +243,7 @@ pub async fn remove_second_factor(
     after(&scope, &desk, outcome).await
 }
 
-/// Which provider.
+/// Form: the provider.
 #[derive(Deserialize)]
 pub struct ProviderForm {
     name: String,
@@ -259,7 +259,7 @@ pub async fn unlink(
     after(&scope, &desk, outcome).await
 }
 
-/// Which one; empty for all others.
+/// Form: the id of one item. Empty selects all others.
 #[derive(Deserialize)]
 pub struct WhichForm {
     #[serde(default)]
@@ -286,7 +286,7 @@ pub async fn end_session(
     Ok(see_other("/account"))
 }
 
-/// A token of one's own.
+/// Form: a new token of the user.
 #[derive(Deserialize)]
 pub struct TokenForm {
     name: String,
@@ -313,7 +313,7 @@ pub async fn create_token(
         Ok(made) => html::page(&SecretPage {
             frame: frame(&desk.keys, &scope.actor),
             title: format!("Token {}", form.name),
-            text: "Keep it in a password manager now: it is not shown again, and Bulkhead itself keeps only its hash. Automation sends it as Authorization: Bearer …",
+            text: "Store it in a password manager now. It is not shown again: Bulkhead keeps only its hash. Send it as Authorization: Bearer …",
             lines: vec![made.secret.expose().to_owned()],
             back: "/account".into(),
         }),

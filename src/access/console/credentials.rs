@@ -1,4 +1,4 @@
-//! A tenant's service accounts and tokens.
+//! Pages of a tenant's service accounts and tokens.
 
 use actix_web::{HttpResponse, web};
 use askama::Template;
@@ -65,7 +65,7 @@ async fn view<P>(
                 holder: match (row.service_account, row.account) {
                     (Some(service), _) => format!("service account {service}"),
                     (_, Some(account)) => account,
-                    _ => "made by root on the machine".into(),
+                    _ => "created by root on the machine".into(),
                 },
                 name: row.name,
                 role: row.role,
@@ -99,7 +99,7 @@ async fn after<P>(
     super::after(&place(scope), outcome, again).await
 }
 
-/// Which service account, and as what.
+/// Form: the name and the role of a service account.
 #[derive(Deserialize)]
 pub struct ServiceForm {
     name: String,
@@ -130,7 +130,7 @@ pub async fn delete_service(
     after(&scope, &desk, outcome).await
 }
 
-/// A token for a service account.
+/// Form: a new token of a service account.
 #[derive(Deserialize)]
 pub struct TokenForm {
     service: String,
@@ -153,7 +153,7 @@ pub async fn create_token(
         Ok(made) => html::page(&SecretPage {
             frame: tenant_frame(&desk.keys, &scope, "Tokens"),
             title: format!("Token {}", form.name),
-            text: "Keep it where your automation keeps its secrets: it is not shown again. It is sent as Authorization: Bearer …, and opens the registry as the password of any user name.",
+            text: "Store it with the secrets of your automation now. It is not shown again. Send it as Authorization: Bearer …, or to the registry as the password of any user name.",
             lines: vec![made.secret.expose().to_owned()],
             back: place(&scope),
         }),

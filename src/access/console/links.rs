@@ -1,4 +1,4 @@
-//! Pages behind links that are used once: they ask, and only the form uses the link up.
+//! Pages of single-use links. Opening a page changes nothing; only the form uses the link up.
 
 use actix_web::http::StatusCode;
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -22,9 +22,9 @@ struct InvitationPage {
     place: String,
     role: String,
     by: String,
-    /// The person is signed in as the one that it is for.
+    /// The signed-in user is the recipient.
     ready: bool,
-    /// Somebody of that name has an account, and it is not who is signed in.
+    /// The recipient has an account and is not the signed-in user.
     has_account: bool,
     display_name: String,
 }
@@ -62,7 +62,7 @@ pub async fn invitation_page(
     html::page(&view(seen, frame, &who))
 }
 
-/// Name and password of somebody who is new.
+/// Form: name and password of a new user.
 #[derive(Deserialize)]
 pub struct JoinForm {
     #[serde(default)]
@@ -85,7 +85,7 @@ pub async fn accept(
     require_own_page(&req)?;
     let client = Client::of(&req, &own);
     let seen = desk.look_at_link(&client, &code).await?;
-    // Somebody else's session is no answer to an invitation for somebody who is new.
+    // Another user's session must not accept an invitation for a new user.
     let as_whom = match &scope.actor {
         Some(actor) if actor.name == seen.recipient || seen.has_account => Ok(actor),
         _ => Err(NewPerson { display_name: &form.display_name, password: &form.password }),
@@ -164,7 +164,7 @@ struct FirstAdminPage {
     display_name: String,
 }
 
-/// GET /first-admin/{code}: asks; nothing happens yet.
+/// GET /first-admin/{code}: shows the form only.
 pub async fn first_admin_page(
     _: Public,
     req: HttpRequest,
@@ -183,7 +183,7 @@ pub async fn first_admin_page(
     })
 }
 
-/// POST /first-admin/{code}: uses the link up, makes the account and signs in.
+/// POST /first-admin/{code}: uses the link up, creates the account and signs in.
 pub async fn first_admin(
     _: Public,
     req: HttpRequest,

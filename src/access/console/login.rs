@@ -1,4 +1,4 @@
-//! Signing in, the second step, signing out, and proving once more to be there.
+//! Sign-in, second step, sign-out, and confirmation of a session.
 
 use actix_web::http::StatusCode;
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -146,7 +146,7 @@ pub async fn second_factor(
             return Ok(answer);
         }
         Ok(None) if !desk.awaits(step.value()).await? => return Ok(see_other("/login")),
-        Ok(None) => "This is not the code that is shown now, or it was used already.".to_owned(),
+        Ok(None) => "The code is not valid now, or it was already used.".to_owned(),
         Err(error) => inline(error)?,
     };
     page_with(StatusCode::UNAUTHORIZED, &SecondFactorPage { frame: Frame::default(), error })
@@ -172,7 +172,7 @@ pub async fn logout(
     _: Posted<Nothing>,
 ) -> Result<HttpResponse, Error> {
     let provider = desk.sign_out(&Client::of(&req, &own), &scope.actor).await?;
-    // Who came through a provider is signed out there too, where it can do that.
+    // A user who signed in through a provider is signed out there too, if the provider supports it.
     let there = match provider.as_deref().and_then(|name| desk.providers.get(name).ok()) {
         Some(provider) => provider.way_out(&format!("{}/login", own.of(&req).unwrap_or_default())),
         None => None,
@@ -196,7 +196,7 @@ struct ConfirmPage {
     providers: Vec<(String, String)>,
 }
 
-/// Where to go on.
+/// Query: the page to return to.
 #[derive(Deserialize)]
 pub struct NextQuery {
     #[serde(default)]
@@ -233,7 +233,7 @@ pub async fn confirm_page(
     html::page(&confirm_view(&scope, &desk, &query.next, String::new()).await?)
 }
 
-/// Password, code, and where to go on.
+/// Form: password, code, and the page to return to.
 #[derive(Deserialize)]
 pub struct ConfirmForm {
     password: String,
@@ -271,7 +271,7 @@ struct ChoosePage {
     tenants: Vec<store::BelongsTo>,
 }
 
-/// GET /: where somebody belongs. The platform's people see all tenants, a tenant's their own.
+/// GET /: the start page. Users with a platform role see all tenants, tenant members their own.
 pub async fn home(scope: Perhaps, desk: DeskData, pool: web::Data<PgPool>) -> Result<HttpResponse, Error> {
     let Some(actor) = scope.actor else { return Ok(see_other("/login")) };
     if actor.platform.is_some() {

@@ -1,4 +1,4 @@
-//! A tenant's people.
+//! Pages of a tenant's members.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use askama::Template;
@@ -120,7 +120,7 @@ async fn after<P>(
     super::after(&place(scope), outcome, again).await
 }
 
-/// Whom, and as what.
+/// Form: the member and the role.
 #[derive(Deserialize)]
 pub struct MemberForm {
     name: String,

@@ -1,5 +1,5 @@
-//! Pages of access: signing in, one's own account, a tenant's people and tokens, the platform's people. Every
-//! action is a plain form and works without script.
+//! Console pages of access: sign-in, the user's own account, a tenant's members and tokens, the platform's
+//! accounts. Every action is a plain form and works without script.
 
 use actix_web::cookie::{Cookie, SameSite};
 use actix_web::http::{StatusCode, header};
@@ -37,21 +37,21 @@ fn cookie(req: &HttpRequest, name: &'static str, value: &str) -> Cookie<'static>
         .finish()
 }
 
-/// The cookie of a session.
+/// Builds the session cookie.
 #[must_use]
 pub fn session_cookie(req: &HttpRequest, value: &str) -> Cookie<'static> {
     cookie(req, cookie_name(req), value)
 }
 
-/// The cookie by which a browser is known from now on, for 400 days: it opens nothing, and spares its person
-/// from waiting for what others guess.
+/// Builds the cookie that recognises a browser for 400 days. It grants no access. It exempts the user from
+/// delays that the guesses of others cause.
 fn known_cookie(req: &HttpRequest, value: &str) -> Cookie<'static> {
     let mut known = cookie(req, known_name(req), value);
     known.set_max_age(actix_web::cookie::time::Duration::days(400));
     known
 }
 
-/// The cookie of a sign-in that is under way.
+/// Returns the name of the cookie of a sign-in that waits for its second step.
 fn step_name(req: &HttpRequest) -> &'static str {
     if is_secure(req) { "__Host-bulkhead-step" } else { "bulkhead-step-loopback" }
 }
@@ -65,12 +65,12 @@ fn gone(mut cookie: Cookie<'static>) -> Cookie<'static> {
     cookie
 }
 
-/// Sends the browser on.
+/// Redirects the browser with 303 See Other.
 pub(super) fn see_other(to: &str) -> HttpResponse {
     HttpResponse::SeeOther().insert_header((header::LOCATION, to)).finish()
 }
 
-/// Where to go after signing in or confirming: a path of our own, or else home.
+/// Returns the redirect target after sign-in or confirmation: `text` if it is a path of Bulkhead, else `/`.
 #[must_use]
 pub fn own_path(text: &str) -> &str {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"/-_.".contains(&b);
@@ -82,14 +82,14 @@ pub fn own_path(text: &str) -> &str {
     if good { text } else { "/" }
 }
 
-/// A page with another status than 200.
+/// Renders a page with a status other than 200.
 fn page_with(status: StatusCode, template: &impl Template) -> Result<HttpResponse, Error> {
     let mut response = html::page(template)?;
     *response.status_mut() = status;
     Ok(response)
 }
 
-/// After a form: on to the page; or to the proof that one is there; or the page again, which says what was wrong.
+/// Answers a form: redirects to the page, or to the confirmation, or renders the page again with the error.
 pub async fn after<T: Template>(
     place: &str,
     outcome: Result<(), Error>,
@@ -102,7 +102,7 @@ pub async fn after<T: Template>(
     }
 }
 
-/// Either the error's sentence for the form that it belongs to, or the error itself.
+/// Returns the error's message if a form can show it, else the error itself.
 fn inline(error: Error) -> Result<String, Error> {
     match error {
         Error::Invalid(faults) => {
@@ -114,14 +114,14 @@ fn inline(error: Error) -> Result<String, Error> {
     }
 }
 
-/// A time for people.
+/// Formats a time for display.
 #[must_use]
 pub fn when(at: OffsetDateTime) -> String {
     let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute] UTC");
     at.format(format).unwrap_or_default()
 }
 
-/// Somebody of the audit, for people: the numbers are for machines.
+/// Formats an actor of the audit log for display, without its numeric id.
 #[must_use]
 pub fn who(actor: &str) -> String {
     match actor.split_once(':') {
@@ -131,7 +131,7 @@ pub fn who(actor: &str) -> String {
     }
 }
 
-/// What a browser calls itself, in two words.
+/// Shortens a user agent to browser and system.
 #[must_use]
 pub fn browser(agent: &str) -> String {
     let find = |known: &[(&str, &'static str)]| {
@@ -158,7 +158,7 @@ pub fn browser(agent: &str) -> String {
     }
 }
 
-/// What stands around the pages of somebody who is signed in.
+/// Builds the page frame of a signed-in user.
 #[must_use]
 pub fn frame(keys: &Keys, actor: &Actor) -> Frame {
     let form = match &actor.means {
@@ -172,7 +172,7 @@ fn link(label: &'static str, href: String, here: &str) -> Link {
     Link { label, here: label == here, href }
 }
 
-/// The same within a tenant: `here` is the section's word.
+/// Builds the page frame within a tenant. `here` is the label of the current section.
 #[must_use]
 pub fn tenant_frame<P>(keys: &Keys, scope: &TenantScope<P>, here: &str) -> Frame {
     let mut frame = frame(keys, &scope.actor);
@@ -190,7 +190,7 @@ pub fn tenant_frame<P>(keys: &Keys, scope: &TenantScope<P>, here: &str) -> Frame
     frame
 }
 
-/// The same on the platform.
+/// Builds the page frame on the platform.
 #[must_use]
 pub fn platform_frame(keys: &Keys, actor: &Actor, here: &str) -> Frame {
     let mut frame = frame(keys, actor);
@@ -206,7 +206,7 @@ pub fn platform_frame(keys: &Keys, actor: &Actor, here: &str) -> Frame {
     frame
 }
 
-/// Something that is shown once.
+/// Page with a value that is shown once.
 #[derive(Template)]
 #[template(path = "access/secret.html")]
 struct SecretPage {
@@ -217,7 +217,7 @@ struct SecretPage {
     back: String,
 }
 
-/// A link to pass on, for the one time that it is shown.
+/// Shows a link, once, for the user to send to its recipient.
 fn link_page(
     (req, own): (&HttpRequest, &OwnAddress),
     (frame, back): (Frame, String),
@@ -229,10 +229,8 @@ fn link_page(
     html::page(&SecretPage { frame, title, text, lines: vec![link], back })
 }
 
-const INVITED: &str =
-    "Pass this link on. It works once, for three days, for that name alone, and is not shown again.";
-const RESET: &str =
-    "Pass this link on. It works once, for four hours; it ends that person's sessions and tokens.";
+const INVITED: &str = "Send this link to the recipient. It works once, within three days, for that name only. It is not shown again.";
+const RESET: &str = "Send this link to the recipient. It works once, within four hours, and ends that user's sessions and tokens.";
 
 #[cfg(test)]
 mod tests {

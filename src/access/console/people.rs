@@ -1,4 +1,4 @@
-//! The platform's people.
+//! Pages of the platform's accounts.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use askama::Template;
@@ -23,7 +23,7 @@ struct PersonView {
     name: String,
     display_name: String,
     role: String,
-    /// What there is to know of how they sign in; empty when all is well.
+    /// Remark about how the user signs in. Empty if there is nothing to report.
     note: &'static str,
     factor: bool,
     seen: String,
@@ -104,7 +104,7 @@ async fn after(actor: &Actor, desk: &DeskData, outcome: Result<(), Error>) -> Re
     super::after(PLACE, outcome, again).await
 }
 
-/// Whom, and what of them.
+/// Form: the account and the change.
 #[derive(Deserialize)]
 pub struct PersonForm {
     name: String,
@@ -120,7 +120,7 @@ impl PersonForm {
     }
 }
 
-/// POST /people/change: role, or `what` = disable, enable.
+/// POST /people/change: sets the role, or the state if `what` is `disable` or `enable`.
 pub async fn change_person(
     scope: PlatformScope<ManagePeople>,
     desk: DeskData,

@@ -1,4 +1,4 @@
-//! The table of permissions as a page: what the code enforces, not what somebody wrote about it.
+//! Page of the permission table, rendered from the table that the code enforces.
 
 use actix_web::HttpResponse;
 use askama::Template;
@@ -35,7 +35,7 @@ pub async fn permissions_page(_: Public) -> Result<HttpResponse, Error> {
             suspended: match (row.tenant, row.effect) {
                 (None, _) => "",
                 (_, Effect::Reads) => "yes",
-                (_, Effect::Changes) => "the platform's people only",
+                (_, Effect::Changes) => "platform roles only",
             },
         })
         .collect();

@@ -1,4 +1,4 @@
-//! The way to a provider and back, as addresses.
+//! Routes of the redirect to an OpenID provider and of the callback.
 
 use actix_web::http::StatusCode;
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::http::OwnAddress;
 use crate::http::html::Frame;
 
-/// The provider that the address names.
+/// Path parameter: the provider.
 #[derive(Deserialize)]
 pub struct ProviderPath {
     provider: String,
@@ -39,7 +39,9 @@ fn refused(label: &str, reason: String) -> Result<HttpResponse, Error> {
 }
 
 fn callback(req: &HttpRequest, own: &OwnAddress, provider: &str) -> Result<String, Error> {
-    let address = own.of(req).ok_or_else(|| Error::Malformed("this is not an address of ours".into()))?;
+    let address = own
+        .of(req)
+        .ok_or_else(|| Error::Malformed("the host of this request is not an address of Bulkhead".into()))?;
     Ok(format!("{address}/login/providers/{provider}/callback"))
 }
 
@@ -62,15 +64,15 @@ async fn go(
             tracing::warn!(provider = name, reason, "a provider cannot be reached");
             refused(
                 &provider.settings.label,
-                "It cannot be reached right now, or its settings do not fit. Others can sign in meanwhile."
+                "The provider cannot be reached, or its settings are wrong. Other sign-in methods still work."
                     .into(),
             )
         }
     }
 }
 
-/// GET /login/providers/{provider}: sends the browser there. Nothing is written: what comes back must fit the
-/// cookie that it gets.
+/// GET /login/providers/{provider}: redirects the browser to the provider. The server stores nothing: the
+/// callback must match the cookie that this response sets.
 pub async fn begin(
     _: Public,
     req: HttpRequest,
@@ -81,19 +83,19 @@ pub async fn begin(
     go(&req, &own, &desk, &path.provider, Goal::SignIn).await
 }
 
-/// The session of somebody who begins this on one of our own pages. Another site's page could send the browser
-/// here while it is signed in at the provider as somebody else.
+/// Returns the session of a request that comes from one of Bulkhead's own pages. A page of another site could
+/// send the browser here while it is signed in at the provider as a different user.
 fn session_of(scope: &SignedIn, req: &HttpRequest) -> Result<i64, Error> {
     let (_, session) = scope.actor.require_session()?;
     let site = req.headers().get("sec-fetch-site").and_then(|value| value.to_str().ok());
     if site == Some("same-origin") {
         Ok(session)
     } else {
-        Err(Error::Forbidden("begin this on your own account's page".into()))
+        Err(Error::Forbidden("start this from your account page".into()))
     }
 }
 
-/// GET /confirm/{provider}: the provider asks the person anew.
+/// GET /confirm/{provider}: the provider authenticates the user again.
 pub async fn begin_confirmation(
     scope: SignedIn,
     req: HttpRequest,
@@ -105,7 +107,7 @@ pub async fn begin_confirmation(
     go(&req, &own, &desk, &path.provider, Goal::Confirm(session)).await
 }
 
-/// GET /account/providers/{provider}: to sign in through it too from now on.
+/// GET /account/providers/{provider}: links the provider as a way to sign in.
 pub async fn begin_link(
     scope: SignedIn,
     req: HttpRequest,

@@ -1,5 +1,5 @@
-//! What becomes of somebody who comes back from a provider: a session, with the roles that the provider gives;
-//! or a session that there is goes on, confirmed or with one more way in.
+//! Handling of the callback of a provider. The callback starts a session with the roles that the provider
+//! grants, or continues an existing session, which it confirms or links to the provider.
 
 use serde_json::json;
 use subtle::ConstantTimeEq as _;
@@ -17,19 +17,19 @@ use crate::error::Error;
 use crate::ids::{AccountId, AccountName, ActorId, TenantId};
 use crate::quotas::{self, Resource};
 
-/// The kind of a used way among the sign-ins.
+/// Kind of the `sign_in` row that marks a login attempt as used.
 const KIND: &str = "provider";
 
-/// What became of somebody who came back.
+/// Result of a callback.
 pub enum Came {
-    /// A session begins, or goes on: its reference, and where to go.
+    /// A session starts or continues: its reference, and the page to show.
     In(Secret, &'static str),
-    /// Refused, with the reason for the person.
+    /// The callback was refused, with the reason to show.
     Refused(String),
 }
 
 impl Desk {
-    /// Somebody comes back from a provider. The session that there is stays as it is unless everything fits.
+    /// Handles the callback of a provider. An existing session stays unchanged unless every check passes.
     pub async fn come_back(
         &self,
         client: &Client,
@@ -46,28 +46,30 @@ impl Desk {
                 client,
                 "anonymous",
                 &format!("sign-in through {name}"),
-                "what the provider sent does not fit",
+                "invalid response of the provider",
             );
             Ok(Came::Refused(reason.to_string()))
         };
         let Some(way) = Way::parse(&self.keys, name, cookie) else {
-            return refuse(&Refused("it took too long, or was begun in another browser; begin anew".into()));
+            return refuse(&Refused(
+                "the sign-in took too long, or started in another browser; start again".into(),
+            ));
         };
         if !bool::from(way.state().as_bytes().ct_eq(back.state.as_bytes())) {
-            return refuse(&Refused("this answer belongs to another sign-in; begin anew".into()));
+            return refuse(&Refused("this response belongs to another sign-in; start again".into()));
         }
         if back.iss.as_ref().is_some_and(|iss| *iss != provider.settings.issuer) {
-            return refuse(&Refused("this answer is another provider's".into()));
+            return refuse(&Refused("this response comes from another provider".into()));
         }
         if back.error.is_some() || back.code.is_empty() {
-            return refuse(&Refused("the provider let nobody in".into()));
+            return refuse(&Refused("the sign-in was denied".into()));
         }
-        // Used up before the code is: whatever comes of it, this way is not gone twice.
+        // Mark the attempt as used before the code is redeemed: it must not run twice, whatever the outcome.
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         let begun = Begun { account_id: None, provider: Some(name.clone()), session_id: None };
         let hash = credentials::hash(&way.text);
         if !store::mark_used(&mut tx, &hash, KIND, &begun).await? {
-            return refuse(&Refused("this answer was used already; begin anew".into()));
+            return refuse(&Refused("this response was already used; start again".into()));
         }
         tx.commit().await?;
         let vouched = match provider.vouch(&self.keys, callback, &way, back).await {
@@ -78,15 +80,16 @@ impl Desk {
             Goal::SignIn => self.admit(client, provider, &vouched).await,
             Goal::Confirm(session) | Goal::Link(session) => {
                 let now = OffsetDateTime::now_utc().unix_timestamp();
-                // Since this way began, not with a session that the provider had before.
+                // The user must have authenticated since this attempt began; an earlier provider session does
+                // not count.
                 if vouched.authenticated.is_none_or(|at| at > now + 60 || at < way.begun - 5) {
-                    return refuse(&Refused("the provider did not ask you anew".into()));
+                    return refuse(&Refused("the provider did not ask you to sign in again".into()));
                 }
                 match actor {
                     Some(actor) if matches!(actor.means, Means::Session { id, .. } if id == session) => {
                         self.confirm_through(client, &vouched, actor, way.goal, name).await
                     }
-                    _ => refuse(&Refused("the session that this belongs to has ended".into())),
+                    _ => refuse(&Refused("the session of this request has ended; sign in again".into())),
                 }
             }
         }
@@ -109,24 +112,25 @@ impl Desk {
             (Goal::Link(_), None) => {
                 actor.require_recent()?;
                 if !store::insert_identity(&mut tx, &vouched.issuer, &vouched.subject, account).await? {
-                    return Ok(Came::Refused("the provider vouches for somebody else".into()));
+                    return Ok(Came::Refused("the provider account does not match this account".into()));
                 }
                 let detail = json!({"provider": provider});
                 note(&mut tx, None, &actor.id, "account.link", &actor.name, &client.request_id, detail)
                     .await?;
             }
-            _ => return Ok(Came::Refused("the provider vouches for somebody else".into())),
+            _ => return Ok(Came::Refused("the provider account does not match this account".into())),
         }
         match self.renew(&mut tx, client, actor, session).await? {
             Some(fresh) => {
                 tx.commit().await?;
                 Ok(Came::In(fresh, "/account"))
             }
-            None => Ok(Came::Refused("the session that this belongs to has ended".into())),
+            None => Ok(Came::Refused("the session of this request has ended; sign in again".into())),
         }
     }
 
-    /// Lets somebody in: whom we know by issuer and subject, or who is new and has a reason to be here.
+    /// Signs a user in. A user is known by issuer and subject. An unknown user gets an account if the provider
+    /// grants a role or the settings admit all.
     async fn admit(&self, client: &Client, provider: &Provider, vouched: &Vouched) -> Result<Came, Error> {
         let settings = &provider.settings;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
@@ -140,11 +144,11 @@ impl Desk {
                     &format!("sign-in through {}", settings.name),
                     "the account is disabled",
                 );
-                return Ok(Came::Refused("the provider let nobody in".into()));
+                return Ok(Came::Refused("the sign-in was denied".into()));
             }
             None if vouched.given.is_nothing() && !settings.admit_all => {
                 return Ok(Came::Refused(
-                    "the provider knows you, and nothing here is yours yet: ask an admin".into(),
+                    "you signed in at the provider, but have no role here; ask an admin".into(),
                 ));
             }
             None => self.make_account(&mut tx, client, settings, vouched).await?,
@@ -166,7 +170,7 @@ impl Desk {
             &[vouched.preferred.as_deref(), vouched.email.as_deref(), Some(&vouched.subject)],
             &settings.name,
         );
-        // A name that somebody has is never taken for that somebody.
+        // A name that is taken never links the user to that account.
         let mut name: AccountName = match base.parse() {
             Ok(name) => name,
             Err(_) => format!("{base}-user").parse().map_err(Error::internal)?,
@@ -177,9 +181,11 @@ impl Desk {
         }
         let display = claims::display_name(vouched.display.as_deref(), name.as_str());
         let account = store::insert_account(tx, &name, &display, None, None).await?;
-        // Somebody else's tab was first: that one has made the account.
+        // A concurrent sign-in of the same user already created the account.
         if !store::insert_identity(tx, &vouched.issuer, &vouched.subject, account).await? {
-            return Err(Error::Conflict("you were let in elsewhere at this moment; begin anew".into()));
+            return Err(Error::Conflict(
+                "another sign-in of this user has just created the account; start again".into(),
+            ));
         }
         let actor = ActorId::new(&format!("account:{account} {name}"));
         let detail = json!({"provider": settings.name});
@@ -188,8 +194,8 @@ impl Desk {
     }
 }
 
-/// Brings somebody's roles to what the provider says now: those that it gave and does not give any more go.
-/// What was decided by hand stays.
+/// Updates an account's roles to those that the provider grants now, and removes those that it no longer
+/// grants. Roles that were set by hand stay.
 async fn give(
     tx: &mut Tx,
     provider: &str,
@@ -227,9 +233,9 @@ async fn give(
         if place.is_none() {
             match quotas::take_place(tx, id, Resource::Members).await {
                 Ok(()) => {}
-                // The person signs in all the same: only this tenant is full.
+                // Only this tenant is full, so the sign-in continues.
                 Err(Error::QuotaExceeded(_)) => {
-                    tracing::warn!(%tenant, name, provider, "the tenant has all the members that it may have");
+                    tracing::warn!(%tenant, name, provider, "the tenant is at its limit of members; the role is not granted");
                     continue;
                 }
                 Err(other) => return Err(other),

@@ -1,4 +1,4 @@
-//! What a provider's claims give here: name and roles. Pure.
+//! Mapping of a provider's claims to name and roles. Pure.
 
 use serde_json::Value;
 
@@ -8,17 +8,17 @@ use crate::config::Provider as Settings;
 use crate::fault::plain;
 use crate::ids::TenantName;
 
-/// Roles that the claims give.
+/// Roles that the claims grant.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Given {
-    /// On the platform.
+    /// Platform role.
     pub platform: Option<PlatformRole>,
-    /// In tenants, by name; the highest where several values give one.
+    /// Tenant roles, ordered by tenant name. If several values match a tenant, the highest role counts.
     pub tenants: Vec<(TenantName, Role)>,
 }
 
 impl Given {
-    /// Whether there is any.
+    /// Whether the claims grant no role.
     #[must_use]
     pub fn is_nothing(&self) -> bool {
         self.platform.is_none() && self.tenants.is_empty()
@@ -33,7 +33,7 @@ fn values<'a>(settings: &Settings, claims: &'a Extra) -> Vec<&'a str> {
     }
 }
 
-/// What the mapping of the settings makes of a claim: only values that stand there, exactly.
+/// Maps the roles claim through the settings. Only exact matches count.
 pub(super) fn roles(settings: &Settings, claims: &Extra) -> Given {
     let values = values(settings, claims);
     let mut given = Given::default();
@@ -53,7 +53,8 @@ pub(super) fn roles(settings: &Settings, claims: &Extra) -> Given {
     given
 }
 
-/// A name to sign in with, made of what the provider calls somebody; it is only a name, never who it is.
+/// Derives an account name from the provider's name for the user. The name is a label; it does not identify the
+/// user.
 #[must_use]
 pub fn name(preferred: &[Option<&str>], provider: &str) -> String {
     let made = preferred.iter().flatten().map(|text| {
@@ -70,7 +71,7 @@ pub fn name(preferred: &[Option<&str>], provider: &str) -> String {
     made.into_iter().find(|name| !name.is_empty()).unwrap_or_else(|| format!("{provider}-user"))
 }
 
-/// A name for people, without what controls, hides or turns text.
+/// Returns a display name without control, invisible and bidirectional characters.
 #[must_use]
 pub fn display_name(text: Option<&str>, otherwise: &str) -> String {
     let clean: String = text.unwrap_or_default().chars().filter(|c| plain(*c) == *c).take(120).collect();

@@ -1,6 +1,6 @@
-//! OpenID Connect: who the providers are, how they are asked, and what is believed of their answers. A provider
-//! is reached at the issuer that the settings name and at hosts that they name, over TLS, without following
-//! a redirect, within ten seconds and a quarter of a megabyte.
+//! OpenID Connect: configured providers, requests to them, and checks of their responses. A provider is reached
+//! only at the issuer and at the hosts that the settings name. Requests use TLS, follow no redirect, and are
+//! limited to ten seconds and 256 KiB.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -22,13 +22,13 @@ pub use admit::Came;
 pub use vouch::Back;
 pub use way::Goal;
 
-/// How long what a provider says of itself is believed, and how soon it may be asked again.
+/// Lifetime of cached provider metadata. `SOONEST` is the minimum time between two fetches.
 const FRESH: Duration = Duration::from_secs(3_600);
 const SOONEST: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(10);
 const LARGEST: usize = 256 * 1024;
 
-/// Why something did not work, for the log and for the person: never with a secret in it.
+/// Reason of a failure, for the log and for the user. Never contains a secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Refused(pub String);
@@ -51,7 +51,7 @@ pub struct Provider {
     secret: Option<ClientSecret>,
     http: reqwest::Client,
     known: Mutex<Option<Known>>,
-    /// When and why it was not reached: whoever comes next does not wait for the same again.
+    /// Time and reason of the last failed fetch. Callers within `SOONEST` get the same error without a wait.
     away: Mutex<Option<(Instant, Refused)>>,
 }
 
@@ -66,8 +66,8 @@ impl std::fmt::Debug for Provider {
 pub struct Providers(Arc<Vec<Provider>>);
 
 impl Providers {
-    /// From the settings; secrets and certificates are read from their files. Nothing is asked yet: a
-    /// provider that is away keeps nobody else from signing in.
+    /// Loads the providers from the settings, with secrets and certificates from their files. Sends no request:
+    /// an unreachable provider must not block other ways to sign in.
     pub fn load(settings: &[Settings]) -> Result<Self, Error> {
         let one = |settings: &Settings| {
             let read = |path: &std::path::Path| {
@@ -92,18 +92,18 @@ impl Providers {
         Ok(Self(Arc::new(settings.iter().map(one).collect::<Result<_, Error>>()?)))
     }
 
-    /// Name and label of each.
+    /// Returns name and label of each provider.
     #[must_use]
     pub fn buttons(&self) -> Vec<(String, String)> {
         self.0.iter().map(|p| (p.settings.name.clone(), p.settings.label.clone())).collect()
     }
 
-    /// The provider of this name.
+    /// Returns the provider of this name.
     pub fn get(&self, name: &str) -> Result<&Provider, Error> {
         self.0.iter().find(|provider| provider.settings.name == name).ok_or(Error::NotFound)
     }
 
-    /// The provider of this issuer.
+    /// Returns the provider of this issuer.
     #[must_use]
     pub fn of_issuer(&self, issuer: &str) -> Option<&Provider> {
         self.0.iter().find(|provider| provider.settings.issuer == issuer)
@@ -115,8 +115,8 @@ impl Provider {
         ClientId::new(self.settings.client_id.clone())
     }
 
-    /// Whether an address is one that the settings allow: the issuer's own host or one that is named, and
-    /// as well protected as the issuer.
+    /// Checks that an address is allowed: the issuer's own host, or a host of the settings. It must use the
+    /// same scheme as the issuer.
     fn check_address(&self, what: &str, address: &openidconnect::url::Url) -> Result<(), Refused> {
         let issuer = openidconnect::url::Url::parse(&self.settings.issuer)
             .map_err(|error| Refused::because("the issuer", error))?;
@@ -129,12 +129,12 @@ impl Provider {
             Ok(())
         } else {
             Err(Refused(format!(
-                "its {what} is at {host}, which is neither the issuer's host nor among the provider's hosts in the settings"
+                "the {what} of the provider is at {host}, which is neither the issuer's host nor one of the provider's hosts in the settings"
             )))
         }
     }
 
-    /// One request; the answer, if it is small enough and no redirect.
+    /// Sends one request. Returns an error if the response is a redirect or too large.
     async fn send(
         &self,
         request: openidconnect::HttpRequest,
@@ -145,10 +145,10 @@ impl Provider {
         let request = reqwest::Request::try_from(request)
             .map_err(|error| Refused::because("a request", error.without_url()))?;
         let away =
-            |error: reqwest::Error| Refused::because("the provider does not answer", error.without_url());
+            |error: reqwest::Error| Refused::because("the provider does not respond", error.without_url());
         let mut answer = self.http.execute(request).await.map_err(away)?;
         if answer.status().is_redirection() {
-            return Err(Refused("the provider answers with a redirect, and none is followed".into()));
+            return Err(Refused("the provider responds with a redirect, which is not followed".into()));
         }
         let mut response = http::Response::builder().status(answer.status());
         for (name, value) in answer.headers() {
@@ -157,15 +157,15 @@ impl Provider {
         let mut body = Vec::new();
         while let Some(chunk) = answer.chunk().await.map_err(away)? {
             if body.len() + chunk.len() > LARGEST {
-                return Err(Refused("the provider's answer is too large".into()));
+                return Err(Refused("the provider's response is too large".into()));
             }
             body.extend_from_slice(&chunk);
         }
-        response.body(body).map_err(|error| Refused::because("an answer", error))
+        response.body(body).map_err(|error| Refused::because("a response", error))
     }
 
-    /// What the provider says of itself, keys included. Asked anew after an hour, or when `anew`, but never
-    /// more often than every ten seconds.
+    /// Returns the provider's metadata and keys. Fetches them again after an hour or if `anew`, at most once
+    /// every ten seconds.
     async fn metadata(&self, anew: bool) -> Result<Arc<ProviderMetadataWithLogout>, Refused> {
         let mut known = self.known.lock().await;
         if let Some(known) = &*known {
@@ -186,7 +186,7 @@ impl Provider {
         Ok(metadata)
     }
 
-    /// What is known of the provider already, for what must not wait for it.
+    /// Returns the cached metadata, for callers that must not wait.
     fn known(&self) -> Option<Arc<ProviderMetadataWithLogout>> {
         self.known.try_lock().ok()?.as_ref().map(|known| Arc::clone(&known.metadata))
     }
@@ -206,7 +206,7 @@ impl Provider {
     }
 }
 
-/// An error with its causes in one line.
+/// Formats an error and its causes on one line.
 fn flat(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -217,5 +217,5 @@ fn flat(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Claims beyond the usual ones.
+/// Claims beyond the standard ones.
 pub(super) type Extra = HashMap<String, serde_json::Value>;

@@ -1,5 +1,5 @@
-//! Asking a provider who somebody is: the authorization code with PKCE, and every check of the ID token that
-//! comes of it.
+//! Authentication at a provider: the authorization code flow with PKCE, and every check of the resulting ID
+//! token.
 
 use openidconnect::core::{
     CoreAuthPrompt, CoreAuthenticationFlow, CoreClient, CoreGenderClaim, CoreJsonWebKey,
@@ -26,14 +26,14 @@ impl AdditionalClaims for AllClaims {}
 
 type Token = IdToken<AllClaims, CoreGenderClaim, CoreJweContentEncryptionAlgorithm, CoreJwsSigningAlgorithm>;
 
-/// Algorithms that are taken: signatures with a public key alone. Not `none`, and nothing with a shared secret.
+/// Accepted signature algorithms, all with a public key. `none` and shared-secret algorithms are rejected.
 const ALGORITHMS: [CoreJwsSigningAlgorithm; 3] = [
     CoreJwsSigningAlgorithm::RsaSsaPkcs1V15Sha256,
     CoreJwsSigningAlgorithm::RsaSsaPssSha256,
     CoreJwsSigningAlgorithm::EcdsaP256Sha256,
 ];
 
-/// Somebody whom a provider vouches for.
+/// A user that a provider has authenticated.
 #[derive(Debug)]
 pub(super) struct Vouched {
     pub(super) issuer: String,
@@ -45,7 +45,7 @@ pub(super) struct Vouched {
     pub(super) authenticated: Option<i64>,
 }
 
-/// What a provider sends back with the browser.
+/// Query parameters of the callback.
 #[derive(Debug, Default, Deserialize)]
 pub struct Back {
     /// The code.
@@ -54,14 +54,14 @@ pub struct Back {
     /// The state.
     #[serde(default)]
     pub state: String,
-    /// Its issuer (RFC 9207).
+    /// The issuer (RFC 9207).
     pub iss: Option<String>,
-    /// What went wrong there.
+    /// Error code of the provider.
     pub error: Option<String>,
 }
 
 impl Provider {
-    /// Where to send the browser, and what its cookie holds meanwhile.
+    /// Returns the address to send the browser to, and the value of its cookie for this attempt.
     pub async fn way_there(
         &self,
         keys: &Keys,
@@ -83,14 +83,14 @@ impl Provider {
             request = request.add_scope(Scope::new(scope.clone()));
         }
         if goal != Goal::SignIn {
-            // The person is asked there anew, whatever session they have.
+            // Forces the provider to authenticate the user again, despite an existing session there.
             request = request.add_prompt(CoreAuthPrompt::Login).set_max_age(std::time::Duration::ZERO);
         }
         let (address, _, _) = request.url();
         Ok((address.to_string(), way.text))
     }
 
-    /// Changes the code for the ID token and believes what stands in it, if every single thing fits.
+    /// Exchanges the code for the ID token and returns its claims. Fails if any single check fails.
     pub(super) async fn vouch(
         &self,
         keys: &Keys,
@@ -100,8 +100,10 @@ impl Provider {
     ) -> Result<Vouched, Refused> {
         let name = &self.settings.name;
         let metadata = self.metadata(false).await?;
-        let token_endpoint =
-            metadata.token_endpoint().cloned().ok_or_else(|| Refused("it has no token endpoint".into()))?;
+        let token_endpoint = metadata
+            .token_endpoint()
+            .cloned()
+            .ok_or_else(|| Refused("the provider has no token endpoint".into()))?;
         let mut client =
             CoreClient::new(self.client_id(), metadata.issuer().clone(), metadata.jwks().clone())
                 .set_token_uri(token_endpoint)
@@ -116,12 +118,13 @@ impl Provider {
             .request_async(&ask)
             .await
             .map_err(|error| Refused::because("the code", told(&error)))?;
-        let text = answer.id_token().ok_or_else(|| Refused("it sends no ID token".into()))?.to_string();
+        let text =
+            answer.id_token().ok_or_else(|| Refused("the provider sends no ID token".into()))?.to_string();
         let token: Token = text.parse().map_err(|_| Refused("the ID token cannot be read".into()))?;
         let nonce = way.nonce(keys, name);
         let mut verifier = self.verifier(&metadata);
         if token.claims(&verifier, &nonce).is_err() {
-            // Perhaps its keys have changed since they were read.
+            // The provider's keys may have changed since they were fetched.
             verifier = self.verifier(&*self.metadata(true).await?);
         }
         let found = token
@@ -151,7 +154,7 @@ impl Provider {
         }
         let subject = found.subject().as_str();
         if subject.is_empty() || subject.len() > 255 || !subject.is_ascii() {
-            return Err(Refused("its subject is not 1 to 255 ASCII characters".into()));
+            return Err(Refused("the subject is not 1 to 255 ASCII characters".into()));
         }
         let local = |text: Option<&openidconnect::LocalizedClaim<openidconnect::EndUserName>>| {
             text.and_then(|text| text.get(None)).map(|name| name.as_str().to_owned())
@@ -179,7 +182,7 @@ impl Provider {
         verifier.set_allowed_algs(ALGORITHMS).set_other_audience_verifier_fn(|_| false)
     }
 
-    /// Where signing out there begins, if it can be done.
+    /// Returns the address that signs the user out at the provider, if the provider supports it.
     pub fn way_out(&self, home: &str) -> Option<String> {
         let metadata = self.known()?;
         let mut address = metadata.additional_metadata().end_session_endpoint.as_ref()?.url().clone();
@@ -196,16 +199,16 @@ fn redirect(callback: &str) -> Result<RedirectUrl, Refused> {
     RedirectUrl::new(callback.to_owned()).map_err(|error| Refused::because("our own address", error))
 }
 
-/// Why a code was not taken, without the provider's free text, which may hold anything.
+/// Describes why a code was rejected, without the provider's free text, which may contain anything.
 fn told<RE, T>(error: &openidconnect::RequestTokenError<RE, T>) -> String
 where
     RE: std::error::Error + 'static,
     T: openidconnect::ErrorResponse + 'static,
 {
     match error {
-        openidconnect::RequestTokenError::ServerResponse(_) => "the provider does not take it".into(),
+        openidconnect::RequestTokenError::ServerResponse(_) => "the provider rejects the code".into(),
         openidconnect::RequestTokenError::Request(inner) => flat(inner),
-        openidconnect::RequestTokenError::Parse(..) => "the provider's answer cannot be read".into(),
+        openidconnect::RequestTokenError::Parse(..) => "the provider's response cannot be read".into(),
         openidconnect::RequestTokenError::Other(text) => text.clone(),
     }
 }

@@ -1,6 +1,6 @@
-//! One way to a provider and back: state, nonce and PKCE, all three derived from one random value in the
-//! browser's cookie, so that nothing is written before somebody comes back, and what comes back fits exactly
-//! one way there.
+//! State of one login attempt at a provider. State, nonce and PKCE verifier all derive from one random value in
+//! the browser's cookie. The server stores nothing before the callback, and a callback matches exactly one
+//! attempt.
 
 use openidconnect::{Nonce, PkceCodeVerifier};
 use subtle::ConstantTimeEq as _;
@@ -9,17 +9,17 @@ use time::OffsetDateTime;
 use crate::access::credentials::{self, Secret};
 use crate::keys::{Keys, Purpose, mac};
 
-/// Seconds that a way there and back may take.
+/// Lifetime of a login attempt, in seconds.
 pub(super) const LIFE: i64 = 600;
 
-/// What somebody comes back for.
+/// Purpose of a login attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Goal {
     /// To sign in.
     SignIn,
-    /// To prove once more to be there, in this session.
+    /// Confirm the session of this id.
     Confirm(i64),
-    /// To sign in this way too from now on: the account of this session.
+    /// Link the provider to the account of this session.
     Link(i64),
 }
 
@@ -33,7 +33,7 @@ impl Goal {
     }
 }
 
-/// A way to a provider: what the cookie holds, and what follows from it.
+/// A login attempt: the value of the cookie and its parsed parts.
 pub(super) struct Way {
     pub(super) text: String,
     pub(super) goal: Goal,
@@ -41,7 +41,7 @@ pub(super) struct Way {
 }
 
 impl Way {
-    /// `GOAL.SESSION.TIME.RANDOM.MAC`, bound to one provider.
+    /// Creates an attempt for one provider. Format: `GOAL.SESSION.TIME.RANDOM.MAC`.
     pub(super) fn new(keys: &Keys, provider: &str, goal: Goal) -> Self {
         let (word, session) = goal.word();
         let random = Secret::generate("");
@@ -59,7 +59,8 @@ impl Way {
         data_encoding::BASE64URL_NOPAD.encode(&mac)
     }
 
-    /// What the cookie says, if we said it, to this provider, within the last ten minutes.
+    /// Parses a cookie. Returns `None` unless this server issued it, for this provider, within the last ten
+    /// minutes.
     pub(super) fn parse(keys: &Keys, provider: &str, text: &str) -> Option<Self> {
         let (body, seal) = text.rsplit_once('.')?;
         if !bool::from(Self::seal(keys, provider, body).as_bytes().ct_eq(seal.as_bytes())) {

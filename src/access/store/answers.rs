@@ -1,13 +1,13 @@
-//! The answers of repeated requests.
+//! Stored responses of requests with an `Idempotency-Key`.
 
 use sqlx::PgConnection;
 
 use crate::error::Error;
 
-/// Keys that one account or token keeps within 24 hours.
+/// Maximum number of keys per account or token within 24 hours.
 const KEYS: i64 = 2_000;
 
-/// The kept answer to a request with this key: hash of the request, status, body.
+/// Returns the stored response to a request with this key: hash of the request, status, body.
 pub(in crate::access) async fn find_answer(
     conn: &mut PgConnection,
     actor: &str,
@@ -24,7 +24,7 @@ pub(in crate::access) async fn find_answer(
     Ok(row.map(|row| (row.request_hash, row.status, row.response)))
 }
 
-/// Keeps an answer, in the transaction that did the work.
+/// Stores a response, in the transaction of the change. Returns false if the key exists.
 pub(in crate::access) async fn insert_answer(
     conn: &mut PgConnection,
     actor: &str,
@@ -66,7 +66,7 @@ pub(in crate::access) async fn insert_answer(
     Ok(done.rows_affected() == 1)
 }
 
-/// Writes the answer of a request that was begun.
+/// Writes the response of a started request.
 pub(in crate::access) async fn finish_answer(
     conn: &mut PgConnection,
     actor: &str,
@@ -88,7 +88,7 @@ pub(in crate::access) async fn finish_answer(
     Ok(())
 }
 
-/// Removes a request that was begun and changed nothing: the same key may be used again.
+/// Removes a started request that changed nothing. The key can be used again.
 pub(in crate::access) async fn forget_answer(
     conn: &mut PgConnection,
     actor: &str,

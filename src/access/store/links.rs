@@ -1,4 +1,4 @@
-//! Invitations and links for new passwords.
+//! Invitations and password reset links.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 use crate::error::Error;
 use crate::ids::{ActorId, TenantId};
 
-/// A link to be made.
+/// A link to insert.
 pub(in crate::access) struct NewLink<'a> {
     pub(in crate::access) kind: &'a str,
     pub(in crate::access) tenant: Option<TenantId>,
@@ -41,7 +41,7 @@ pub(in crate::access) async fn insert_link(
     .await?)
 }
 
-/// Earlier links of the same kind to the same recipient end when a new one is made.
+/// Revokes earlier links of the same kind to the same recipient.
 pub(in crate::access) async fn end_links(
     conn: &mut PgConnection,
     kind: &str,
@@ -60,7 +60,7 @@ pub(in crate::access) async fn end_links(
     Ok(())
 }
 
-/// Ends the open links that somebody made, and those that were made for them, wherever they lead.
+/// Revokes the open links that an account created or received, in every tenant and on the platform.
 pub(in crate::access) async fn end_links_of(
     conn: &mut PgConnection,
     maker: &str,
@@ -70,7 +70,7 @@ pub(in crate::access) async fn end_links_of(
     Ok(())
 }
 
-/// The same within the tenant that the transaction is about.
+/// Revokes the open links that an account created or received within the tenant of the transaction.
 pub(in crate::access) async fn end_links_within(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -89,7 +89,7 @@ pub(in crate::access) async fn end_links_within(
     Ok(())
 }
 
-/// A link that is good.
+/// A valid link.
 pub(in crate::access) struct Link {
     pub(in crate::access) id: i64,
     pub(in crate::access) kind: String,
@@ -103,7 +103,7 @@ pub(in crate::access) struct Link {
     pub(in crate::access) created_by: String,
 }
 
-/// The link with this hash; looking does not use it up.
+/// Returns the link with this hash. Does not use the link up.
 pub(in crate::access) async fn find_link(
     conn: &mut PgConnection,
     hash: &[u8],
@@ -118,7 +118,7 @@ pub(in crate::access) async fn find_link(
     .await?)
 }
 
-/// Uses a link up; of two at the same time one wins.
+/// Uses a link up. Of two concurrent calls, one succeeds.
 pub(in crate::access) async fn use_link(conn: &mut PgConnection, id: i64) -> Result<bool, Error> {
     let done = sqlx::query!(
         "UPDATE invitation SET used_at = now() WHERE id = $1 AND used_at IS NULL AND revoked_at IS NULL \
@@ -130,7 +130,7 @@ pub(in crate::access) async fn use_link(conn: &mut PgConnection, id: i64) -> Res
     Ok(done.rows_affected() == 1)
 }
 
-/// An open invitation as shown. The link itself is never shown again.
+/// An open invitation as shown. The link itself is not stored.
 #[derive(Debug, Serialize)]
 pub(in crate::access) struct InvitationRow {
     pub(in crate::access) id: i64,
@@ -144,7 +144,7 @@ pub(in crate::access) struct InvitationRow {
     pub(in crate::access) expires_at: OffsetDateTime,
 }
 
-/// Open invitations of a tenant, or (none) of the platform; oldest first.
+/// Lists the open invitations of a tenant, or of the platform (`None`), oldest first.
 pub(in crate::access) async fn list_invitations(
     conn: &mut PgConnection,
     tenant: Option<TenantId>,
@@ -179,7 +179,7 @@ pub(in crate::access) async fn revoke_invitation(
     .await?)
 }
 
-/// Whether the first admin's link is good; it is not used up by looking.
+/// Whether the link for the first admin is valid. Does not use the link up.
 pub(in crate::access) async fn is_first_link_good(
     conn: &mut PgConnection,
     hash: &[u8],
@@ -193,7 +193,7 @@ pub(in crate::access) async fn is_first_link_good(
     .await?)
 }
 
-/// Uses it up; of two at the same time one wins.
+/// Uses the link for the first admin up. Of two concurrent calls, one succeeds.
 pub(in crate::access) async fn use_first_link(conn: &mut PgConnection, hash: &[u8]) -> Result<bool, Error> {
     let done = sqlx::query!(
         "UPDATE first_admin_link SET used_at = now() WHERE hash = $1 AND used_at IS NULL AND expires_at > now()",

@@ -1,4 +1,4 @@
-//! Who belongs to a tenant.
+//! Members of a tenant.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -22,7 +22,7 @@ pub(in crate::access) struct MemberRow {
     pub(in crate::access) disabled: bool,
 }
 
-/// Members by name.
+/// Lists members ordered by name.
 pub(in crate::access) async fn list_members(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -45,7 +45,7 @@ pub(in crate::access) async fn list_members(
     .await?)
 }
 
-/// The member of this name: account, role and source. Locks the row.
+/// Returns account, role and source of the member with this name. Locks the row.
 pub(in crate::access) async fn find_member(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -62,7 +62,7 @@ pub(in crate::access) async fn find_member(
     Ok(row.map(|row| (AccountId(row.account_id), row.role, row.source)))
 }
 
-/// Makes somebody a member, or changes the role; a decision by hand stays one.
+/// Adds a member, or changes role and source.
 pub(in crate::access) async fn set_member(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -93,7 +93,7 @@ pub(in crate::access) async fn delete_member(
     sqlx::query!("DELETE FROM membership WHERE tenant_id = $1 AND account_id = $2", tenant.0, account.0)
         .execute(&mut *conn)
         .await?;
-    // What they made for themselves here goes with them.
+    // Revoke the member's own tokens in this tenant.
     sqlx::query!(
         "UPDATE api_token SET revoked_at = now() WHERE tenant_id = $1 AND account_id = $2 AND revoked_at IS NULL",
         tenant.0,
@@ -104,7 +104,7 @@ pub(in crate::access) async fn delete_member(
     Ok(())
 }
 
-/// Owners who can sign in, under a lock: of two who lower each other one stays.
+/// Counts the owners that can sign in, under a lock: if two owners demote each other, one stays.
 pub(in crate::access) async fn count_owners(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -119,7 +119,7 @@ pub(in crate::access) async fn count_owners(
     .len())
 }
 
-/// A tenant that somebody belongs to.
+/// A tenant that an account is a member of.
 #[derive(Debug, Clone, Serialize)]
 pub(in crate::access) struct BelongsTo {
     #[serde(skip)]
@@ -132,7 +132,7 @@ pub(in crate::access) struct BelongsTo {
     pub(in crate::access) source: String,
 }
 
-/// Where an account belongs, by name.
+/// Lists the tenants of an account.
 pub(in crate::access) async fn tenants_of(
     conn: &mut PgConnection,
     account: AccountId,
@@ -147,7 +147,7 @@ pub(in crate::access) async fn tenants_of(
     .await?)
 }
 
-/// A tenant by name, and whether it is active.
+/// Returns a tenant by name, and whether it is active.
 pub(in crate::access) async fn find_active_tenant(
     conn: &mut PgConnection,
     name: &TenantName,

@@ -1,4 +1,4 @@
-//! Who stands behind a credential, in one question; a file for each of people, sessions, tokens, members,
+//! Lookup of the actor behind a credential, in one query. A file each for accounts, sessions, tokens, members,
 //! links and throttling.
 
 use sqlx::PgConnection;
@@ -19,7 +19,7 @@ mod tokens;
 
 pub(super) use {answers::*, links::*, members::*, people::*, sessions::*, throttle::*, tokens::*};
 
-/// Somebody, and what they are in the tenant that was asked about, if there is such a tenant.
+/// An actor, and the requested tenant with the actor's role in it, if the tenant exists.
 #[derive(Debug)]
 pub(super) struct Facts {
     pub(super) actor: Actor,
@@ -33,19 +33,20 @@ fn tenant(
     role: Option<Role>,
 ) -> Option<(TenantRef, Option<Role>)> {
     let (id, state, name) = (id?, state?, wanted?.clone());
-    // Who leaves takes everybody's roles along.
+    // Offboarding revokes all roles in the tenant.
     let role = role.filter(|_| !state.starts_with("offboard"));
     Some((TenantRef { id: TenantId(id), name, state }, role))
 }
 
-/// Who asks: a person, or a stream that was left open. Only the first keeps a session awake.
+/// The caller of a lookup: a user, or an open stream. Only a user's request keeps a session alive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Asks {
     Person,
     Stream,
 }
 
-/// Who holds the session: idle for at most 30 minutes, 12 hours in all, of an account that is not disabled.
+/// Returns the holder of a session. A session ends after 30 minutes idle, after 12 hours, or if its account is
+/// disabled.
 pub(super) async fn find_session(
     conn: &mut PgConnection,
     hash: &[u8],
@@ -96,7 +97,7 @@ struct TokenRow {
 }
 
 impl TokenRow {
-    /// What a token says is the most that it may do; whoever stands behind it may have less by now.
+    /// Returns the tenant role of the token: the lower of the token's scope and its holder's current role.
     fn role(&self) -> Option<Role> {
         let scope = Role::parse(&self.token_role)?;
         if self.account_id.is_some() {
@@ -138,15 +139,15 @@ impl TokenRow {
             platform: self.platform(),
             account: self.account_id.map(AccountId),
             means: Means::Token { id: self.token_id, hash: hash.to_vec(), expires_at: self.expires_at },
-            // A person's token speaks for the person; what it is called is the holder's choice.
+            // A user's token acts as the user. The token's name is the holder's choice.
             name: self.account.unwrap_or(self.token),
         };
         Facts { actor, tenant: tenant(self.tenant_id, self.tenant_state, wanted, role) }
     }
 }
 
-/// Who holds a token that is neither expired nor revoked, and whose owner is still there. The last use is
-/// written down at most once a minute, so that reading costs no write.
+/// Returns the holder of a token that is neither expired nor revoked, if the holder still exists. Records the
+/// last use at most once a minute, so most reads cause no write.
 pub(super) async fn find_token(
     conn: &mut PgConnection,
     hash: &[u8],
@@ -169,7 +170,7 @@ pub(super) async fn find_token(
     Ok(Some(row.facts(hash, wanted)))
 }
 
-/// The role that an API token of this tenant has now, for the registry's front door.
+/// Returns the current role of an API token in this tenant, for the registry proxy.
 pub async fn registry_role(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -179,7 +180,7 @@ pub async fn registry_role(
     Ok(facts.and_then(|facts| facts.tenant).and_then(|(_, role)| role))
 }
 
-/// Whether there is somebody, or a token, that can do everything.
+/// Whether an enabled admin account exists.
 pub async fn has_admin(conn: &mut PgConnection) -> Result<bool, Error> {
     Ok(sqlx::query_scalar!(
         r#"SELECT EXISTS (SELECT 1 FROM account WHERE platform_role = 'admin' AND disabled_at IS NULL) AS "yes!""#
@@ -188,7 +189,7 @@ pub async fn has_admin(conn: &mut PgConnection) -> Result<bool, Error> {
     .await?)
 }
 
-/// Puts the hash of a link for a first admin in the place of all earlier ones; good for a day.
+/// Stores the hash of a new link for the first admin, valid for a day. Deletes all earlier ones.
 pub(super) async fn replace_first_link(conn: &mut PgConnection, hash: &[u8]) -> Result<(), Error> {
     sqlx::query!("DELETE FROM first_admin_link").execute(&mut *conn).await?;
     sqlx::query!(
@@ -200,7 +201,7 @@ pub(super) async fn replace_first_link(conn: &mut PgConnection, hash: &[u8]) -> 
     Ok(())
 }
 
-/// Removes answers, sessions, sign-ins and buckets that have had their time.
+/// Deletes expired responses, sessions, sign-ins, rate limit buckets and known places.
 pub async fn prune(pool: &sqlx::PgPool) -> Result<(), Error> {
     let mut conn = pool.acquire().await?;
     sqlx::query!("DELETE FROM idempotency WHERE created_at < now() - interval '24 hours'")
@@ -217,8 +218,9 @@ pub async fn prune(pool: &sqlx::PgPool) -> Result<(), Error> {
     Ok(())
 }
 
-/// How the record names whom people call so: a person, else a service account; what is written as on record
-/// stays. Within a tenant only its own people are looked among: nobody learns from it who else is here.
+/// Translates a displayed name to an actor of the audit log: an account, else a service account. An actor id
+/// stays unchanged. Within a tenant only its own members are found, so the filter does not reveal other
+/// accounts.
 pub async fn actor_of(pool: &sqlx::PgPool, text: &str, tenant: Option<TenantId>) -> Result<String, Error> {
     if text.contains(':') || matches!(text, "root" | "platform" | "anonymous" | "many") {
         return Ok(text.to_owned());

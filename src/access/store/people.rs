@@ -1,4 +1,4 @@
-//! Accounts, their providers' identities and their second factors.
+//! Accounts, their provider identities and their second factors.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 use crate::error::Error;
 use crate::ids::{AccountId, AccountName};
 
-/// What signing in needs to know.
+/// The data that a sign-in needs.
 pub(in crate::access) struct ForSignIn {
     pub(in crate::access) id: i64,
     pub(in crate::access) name: String,
@@ -32,8 +32,8 @@ pub(in crate::access) async fn find_for_sign_in(
     .await?)
 }
 
-/// Whether what a password was held against is still so, under a lock that keeps it so until the session is
-/// begun: the password itself, that nobody has shut the account, and whether there is a second factor.
+/// Whether password, second factor and enabled state are unchanged since a password was verified. The lock
+/// keeps them unchanged until the session starts.
 pub(in crate::access) async fn is_unchanged(
     conn: &mut PgConnection,
     before: &ForSignIn,
@@ -60,7 +60,7 @@ pub(in crate::access) async fn find_account_id(
     Ok(id.map(AccountId))
 }
 
-/// An account's name, and whether it is disabled.
+/// Returns an account's name, and whether the account is disabled.
 pub(in crate::access) async fn find_name(
     conn: &mut PgConnection,
     account: AccountId,
@@ -74,7 +74,7 @@ pub(in crate::access) async fn find_name(
     Ok(row.map(|row| (row.name, row.disabled)))
 }
 
-/// The role on the platform, and who gave it.
+/// Returns the platform role and its source.
 pub(in crate::access) async fn platform_standing(
     conn: &mut PgConnection,
     account: AccountId,
@@ -85,7 +85,7 @@ pub(in crate::access) async fn platform_standing(
     Ok((row.platform_role, row.platform_source))
 }
 
-/// The issuers through which an account signs in.
+/// Lists the issuers of an account's provider identities.
 pub(in crate::access) async fn list_issuers(
     conn: &mut PgConnection,
     account: AccountId,
@@ -98,7 +98,7 @@ pub(in crate::access) async fn list_issuers(
     .await?)
 }
 
-/// A person as shown.
+/// An account as shown.
 #[derive(Debug, Clone, Serialize)]
 pub(in crate::access) struct AccountRow {
     #[serde(skip)]
@@ -118,7 +118,7 @@ pub(in crate::access) struct AccountRow {
     pub(in crate::access) disabled_at: Option<OffsetDateTime>,
 }
 
-/// People by name, after `after`; only those of `only`, if given.
+/// Lists accounts ordered by name, after `after`. `only` restricts the list to one name.
 pub(in crate::access) async fn list_accounts(
     conn: &mut PgConnection,
     after: &str,
@@ -162,7 +162,7 @@ pub(in crate::access) async fn insert_account(
     match done {
         Ok(id) => Ok(AccountId(id)),
         Err(error) if crate::db::constraint(&error) == Some("account_name_is_taken") => {
-            Err(Error::AlreadyExists("somebody of this name is here already".into()))
+            Err(Error::AlreadyExists("an account of this name exists".into()))
         }
         Err(error) => Err(error.into()),
     }
@@ -184,7 +184,7 @@ pub(in crate::access) async fn set_password(
     Ok(())
 }
 
-/// Puts a hash of today's strength in the place of a weaker one, if the password was not changed since.
+/// Replaces a hash by a stronger one, unless the password has changed.
 pub(in crate::access) async fn strengthen_password(
     conn: &mut PgConnection,
     account: AccountId,
@@ -229,7 +229,7 @@ pub(in crate::access) async fn set_disabled(
     Ok(())
 }
 
-/// How many can still do everything, counted under a lock: of two admins who remove each other one stays.
+/// Counts the admins that can sign in, under a lock: if two admins remove each other, one stays.
 pub(in crate::access) async fn count_admins(conn: &mut PgConnection) -> Result<i64, Error> {
     let ids = sqlx::query_scalar!(
         "SELECT id FROM account WHERE platform_role = 'admin' AND disabled_at IS NULL \
@@ -240,7 +240,7 @@ pub(in crate::access) async fn count_admins(conn: &mut PgConnection) -> Result<i
     Ok(i64::try_from(ids.len()).unwrap_or(i64::MAX))
 }
 
-/// The sealed secret, the last step that was used, and whether the factor is in force.
+/// The sealed secret, and whether the factor is active.
 pub(in crate::access) struct Factor {
     pub(in crate::access) sealed: Vec<u8>,
     pub(in crate::access) confirmed: bool,
@@ -259,8 +259,7 @@ pub(in crate::access) async fn find_factor(
     .await?)
 }
 
-/// Begins a second factor anew; one that is in force stays until the new one is confirmed elsewhere: it is
-/// refused here.
+/// Starts a second factor, in place of one that is not confirmed. Returns false if a confirmed one exists.
 pub(in crate::access) async fn begin_factor(
     conn: &mut PgConnection,
     account: AccountId,
@@ -278,7 +277,7 @@ pub(in crate::access) async fn begin_factor(
     Ok(done.rows_affected() == 1)
 }
 
-/// Uses a step up: of two that come with the same code, on whatever replica, one wins.
+/// Uses a time step up. Of two requests with the same code, on any replica, one succeeds.
 pub(in crate::access) async fn use_step(
     conn: &mut PgConnection,
     account: AccountId,
@@ -347,7 +346,7 @@ pub(in crate::access) async fn delete_factor(
     Ok(done.rows_affected() == 1)
 }
 
-/// The account behind a provider's issuer and subject.
+/// Returns the account with this provider identity.
 pub(in crate::access) async fn find_identity(
     conn: &mut PgConnection,
     issuer: &str,
@@ -382,7 +381,7 @@ pub(in crate::access) async fn insert_identity(
     Ok(done.rows_affected() == 1)
 }
 
-/// Takes away what ties an account to an issuer, or (none) to all; how many there were.
+/// Deletes the provider identities of an account for one issuer, or for all (`None`). Returns their number.
 pub(in crate::access) async fn delete_identities(
     conn: &mut PgConnection,
     account: AccountId,

@@ -1,4 +1,4 @@
-//! Sessions, sign-ins that are under way, and places.
+//! Sessions, pending sign-ins, and known places.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 use crate::error::Error;
 use crate::ids::AccountId;
 
-/// A session to be begun.
+/// A session to insert.
 pub(in crate::access) struct NewSession<'a> {
     pub(in crate::access) hash: &'a [u8],
     pub(in crate::access) account: AccountId,
@@ -16,7 +16,7 @@ pub(in crate::access) struct NewSession<'a> {
     pub(in crate::access) agent: &'a str,
 }
 
-/// Begins a session. An account has 100 at a time: the oldest ones end.
+/// Inserts a session. An account has at most 100; the oldest ones end.
 pub(in crate::access) async fn insert_session(
     conn: &mut PgConnection,
     new: &NewSession<'_>,
@@ -35,7 +35,7 @@ pub(in crate::access) async fn insert_session(
     .await?)
 }
 
-/// Ends a session; by what it was begun.
+/// Deletes a session. Returns its sign-in method.
 pub(in crate::access) async fn delete_session(
     conn: &mut PgConnection,
     hash: &[u8],
@@ -45,7 +45,7 @@ pub(in crate::access) async fn delete_session(
         .await?)
 }
 
-/// Ends one of an account's own sessions.
+/// Deletes one of an account's own sessions.
 pub(in crate::access) async fn delete_session_of(
     conn: &mut PgConnection,
     account: AccountId,
@@ -57,7 +57,7 @@ pub(in crate::access) async fn delete_session_of(
     Ok(done.rows_affected() == 1)
 }
 
-/// Ends all of an account's sessions but this one, and every sign-in that is under way.
+/// Deletes all sessions of an account except `keep`, and all its pending sign-ins.
 pub(in crate::access) async fn delete_sessions_but(
     conn: &mut PgConnection,
     account: AccountId,
@@ -71,7 +71,7 @@ pub(in crate::access) async fn delete_sessions_but(
     Ok(done.rows_affected())
 }
 
-/// The same session under a new reference, confirmed now.
+/// Gives a session a new reference and marks it as confirmed now.
 pub(in crate::access) async fn rotate_session(
     conn: &mut PgConnection,
     id: i64,
@@ -111,7 +111,7 @@ pub(in crate::access) async fn list_sessions(
     .await?)
 }
 
-/// What a sign-in under way is for.
+/// A pending sign-in.
 pub(in crate::access) struct Begun {
     pub(in crate::access) account_id: Option<i64>,
     pub(in crate::access) provider: Option<String>,
@@ -138,7 +138,7 @@ pub(in crate::access) async fn insert_sign_in(
     Ok(())
 }
 
-/// Counts one more try; none when it is not there, too old, or tried too often.
+/// Counts one more attempt. Returns `None` if the sign-in is missing, expired, or was tried too often.
 pub(in crate::access) async fn try_sign_in(
     conn: &mut PgConnection,
     hash: &[u8],
@@ -170,7 +170,8 @@ pub(in crate::access) async fn is_sign_in_good(
     .await?)
 }
 
-/// Notes that a way to a provider was gone; false when it was gone before. The note outlives the way.
+/// Marks a login attempt at a provider as used. Returns false if it was already marked. The row outlives the
+/// attempt.
 pub(in crate::access) async fn mark_used(
     conn: &mut PgConnection,
     hash: &[u8],
@@ -191,7 +192,7 @@ pub(in crate::access) async fn mark_used(
     Ok(done.rows_affected() == 1)
 }
 
-/// Uses it up: once, whoever comes first.
+/// Uses a pending sign-in up. Of two concurrent calls, one succeeds.
 pub(in crate::access) async fn use_sign_in(
     conn: &mut PgConnection,
     hash: &[u8],

@@ -1,10 +1,10 @@
-//! Buckets: one row each, changed in one statement, so that replicas never count past each other.
+//! Rate limit buckets. One statement changes one row, so concurrent replicas count correctly.
 
 use sqlx::PgConnection;
 
 use crate::error::Error;
 
-/// Takes one from the bucket. None when it was there to take; else the seconds until it is.
+/// Takes one from a bucket. Returns `None` on success, else the seconds until the next one is available.
 pub(in crate::access) async fn take(
     conn: &mut PgConnection,
     key: &[u8],
@@ -35,7 +35,7 @@ pub(in crate::access) async fn take(
     Ok(Some((wait.unwrap_or(0.0) - every * (burst - 1.0)).max(1.0)))
 }
 
-/// Empties a bucket: whoever has proved to be there does not pay for earlier mistakes.
+/// Empties a bucket after a successful authentication, so earlier mistakes no longer count.
 pub(in crate::access) async fn forgive(conn: &mut PgConnection, key: &[u8]) -> Result<(), Error> {
     sqlx::query!("DELETE FROM throttle WHERE key = $1", key).execute(conn).await?;
     Ok(())

@@ -8,7 +8,7 @@ use crate::access::Authority;
 use crate::error::Error;
 use crate::ids::{AccountId, ActorId, TenantId};
 
-/// Whose a token is.
+/// The holder of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::access) enum Holder {
     Person(AccountId),
@@ -71,7 +71,7 @@ pub(in crate::access) struct TokenView {
     pub(in crate::access) last_used_at: Option<OffsetDateTime>,
 }
 
-/// Tokens that open a tenant (or, with none, the platform), whoever holds them; oldest first.
+/// Lists the tokens of a tenant, or of the platform (`None`), of all holders, oldest first.
 pub(in crate::access) async fn list_tokens(
     conn: &mut PgConnection,
     tenant: Option<TenantId>,
@@ -109,7 +109,7 @@ pub(in crate::access) async fn revoke_token(
     .await?)
 }
 
-/// One's own tokens, wherever they open.
+/// Lists an account's own tokens, in all tenants and on the platform.
 pub(in crate::access) async fn list_own_tokens(
     conn: &mut PgConnection,
     account: AccountId,
@@ -125,7 +125,7 @@ pub(in crate::access) async fn list_own_tokens(
     .await?)
 }
 
-/// Revokes one of one's own tokens: where it opened, and its name.
+/// Revokes one of an account's own tokens. Returns its tenant and its name.
 pub(in crate::access) async fn revoke_own_token(
     conn: &mut PgConnection,
     account: AccountId,
@@ -149,7 +149,7 @@ pub(in crate::access) struct ServiceRow {
     pub(in crate::access) created_at: OffsetDateTime,
 }
 
-/// Service accounts by name.
+/// Lists service accounts ordered by name.
 pub(in crate::access) async fn list_services(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -211,7 +211,7 @@ pub(in crate::access) async fn insert_service(
     }
 }
 
-/// Takes a service account away, with every token of it.
+/// Deletes a service account and revokes all its tokens.
 pub(in crate::access) async fn delete_service(
     conn: &mut PgConnection,
     tenant: TenantId,

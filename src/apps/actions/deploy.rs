@@ -1,4 +1,4 @@
-//! A deploy: a new app, or the next release of one.
+//! Deploys an app: creates it, or makes its next release.
 
 use serde_json::json;
 use sqlx::{Postgres, Transaction};
@@ -19,19 +19,19 @@ use crate::reconcile::enqueue;
 use crate::registries;
 use crate::uid_ranges;
 
-/// New apps of a tenant within 24 hours.
+/// Maximum new apps of a tenant within 24 hours.
 const NEW_APPS_A_DAY: i64 = 200;
 
-/// Whether to do it or only to say what would happen.
+/// Selects between a deploy and a preview of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// Do it.
+    /// Applies the deploy.
     Apply,
-    /// Only say.
+    /// Only reports what the deploy would change.
     DryRun,
 }
 
-/// What a deploy led to.
+/// The result of a deploy.
 #[derive(Debug)]
 pub struct Deployed {
     /// Generation.
@@ -42,17 +42,17 @@ pub struct Deployed {
     pub changed: bool,
     /// Whether the app is new.
     pub created: bool,
-    /// Digest that runs.
+    /// Digest of the manifest that runs.
     pub digest: Digest,
-    /// What is reserved.
+    /// Quota that the app reserves.
     pub reserved: Reserved,
-    /// The same in words.
+    /// The reservation as text.
     pub reserved_words: String,
-    /// Warnings: accepted, but probably not as meant.
+    /// Warnings: the spec is accepted but may not behave as intended.
     pub warnings: Vec<Fault>,
 }
 
-/// What of a spec only the tenant's registry can tell.
+/// Facts about a spec that only the tenant's registry knows.
 struct Resolved {
     index_digest: Digest,
     digest: Digest,
@@ -62,7 +62,7 @@ struct Resolved {
 }
 
 impl Apps {
-    /// Deploys a spec: a new app, or the next release of one.
+    /// Deploys a spec: creates the app, or makes its next release.
     pub async fn deploy(
         &self,
         by: By<'_>,
@@ -72,10 +72,10 @@ impl Apps {
         mode: Mode,
     ) -> Result<Deployed, Error> {
         tenant.require_active()?;
-        // Everything that can be wrong is told together: the image, the names, the quota.
+        // Report all faults together: image, names and quota.
         let mut faults = Vec::new();
         let mut conn = db::begin(&self.pool, tenant.id).await?;
-        // Held against the app again under the lock; here it spares the registry a question.
+        // This early check saves a request to the registry. `write` repeats it under the lock.
         let known = store::find_app(&mut conn, tenant.id, spec.name()).await?;
         expected.check(known.map(|app| app.generation))?;
         faults.extend(self.connections.missing(&mut conn, tenant, spec.connects()).await?);
@@ -129,8 +129,8 @@ impl Apps {
         })
     }
 
-    /// The transaction's body. On a dry run it stops before anything is given out: what a sequence has
-    /// given, no rollback brings back.
+    /// Writes the deploy within the transaction. A dry run stops before it allocates anything, because a
+    /// rollback does not return values to a sequence.
     #[expect(clippy::too_many_arguments, reason = "one call, from `deploy`, whose parts these are")]
     async fn write(
         &self,
@@ -159,7 +159,7 @@ impl Apps {
         let peak = existing.as_ref().map_or(wanted, |app| app.peak.max(wanted));
         let asked = Asked::new(existing.as_ref().map(|app| (app.peak, app.reserved)), wanted);
         let short = reservation::check(&quota, asked);
-        // Looked at again under the lock: whoever deletes images holds it too.
+        // Check again under the lock: image deletion holds the same lock.
         if let Some(resolved) = &resolved
             && !is_image_there(
                 tx,
@@ -223,8 +223,8 @@ impl Apps {
         Ok(outcome)
     }
 
-    /// What a new app needs beside the quota: addresses, and its turn. Its ids are never given again, so
-    /// that making and deleting apps in a loop would use up everybody's pool.
+    /// Checks the limits of a new app besides the quota: free addresses, and new apps per day. User ids are
+    /// never reused, so creating and deleting apps in a loop would exhaust the pool that all tenants share.
     async fn require_room(
         &self,
         tx: &mut Transaction<'_, Postgres>,
@@ -233,7 +233,7 @@ impl Apps {
     ) -> Result<(), Error> {
         if store::count_made_lately(tx, tenant.id).await? >= NEW_APPS_A_DAY {
             return Err(Error::Conflict(format!(
-                "{NEW_APPS_A_DAY} new apps a day are enough: each uses up user ids for ever; change the apps that are there"
+                "the tenant has created {NEW_APPS_A_DAY} apps within 24 hours, which is the maximum: each new app uses user ids that are never reused; deploy a new release of an existing app instead"
             )));
         }
         let subnet = self.subnet_of(tx, tenant).await?;

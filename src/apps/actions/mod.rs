@@ -1,6 +1,6 @@
-//! What can be done to an app: deploy, roll back, delete. The outside world is read first (a tag
-//! becomes a digest), then one transaction writes everything: quota, ids, addresses, release,
-//! audit, work. `deploy.rs` and `roll_back.rs` make releases; what they share is here.
+//! Actions on apps: deploy, roll back, delete. An action first reads from outside the database: a tag becomes a
+//! digest. One transaction then writes quota, ids, addresses, release, audit and work. `deploy.rs` and
+//! `roll_back.rs` make releases; this file holds the code that they share.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ pub use deploy::{Deployed, Mode};
 /// The kind of an app's work.
 pub const WORK: &str = "app";
 
-/// What the actions need.
+/// The dependencies of the actions.
 #[derive(Clone)]
 pub struct Apps {
     /// Database.
@@ -42,16 +42,18 @@ pub struct Apps {
     pub registry: Distribution,
     /// Wakes the runner.
     pub waker: Waker,
-    /// What decides about connections.
+    /// Decides about connections.
     pub connections: Arc<dyn Connections>,
-    /// How fresh the picture of the running apps is.
+    /// How fresh the observed state of the running apps is.
     pub sight: Sight,
 }
 
 impl Apps {
     async fn subnet_of(&self, conn: &mut sqlx::PgConnection, tenant: &TenantRef) -> Result<Subnet, Error> {
         let number = crate::tenants::tenant_network(conn, tenant.id).await?;
-        self.pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))
+        self.pools
+            .subnet(number)
+            .ok_or_else(|| Error::internal("the tenant's network number is outside the pool"))
     }
 
     #[expect(clippy::too_many_arguments, reason = "the parts of one change")]
@@ -92,8 +94,8 @@ impl Apps {
         if !store::take_addresses(tx, tenant.id, app, count, subnet).await? {
             return Err(no_address(subnet));
         }
-        // An instance that stops keeps its address to its end. With as many spare ones, no release waits for that; they
-        // are taken while the subnet has plenty.
+        // A stopping instance keeps its address until it ends. Spare addresses let a release start without
+        // waiting for that. The app takes them only while the subnet has many free addresses.
         let spare = peak.instances * peak.surge;
         let free = store::count_free_addresses(tx, tenant.id, subnet).await?;
         if free - spare >= i64::from(subnet.size()) / 2 {
@@ -102,7 +104,7 @@ impl Apps {
         Ok(())
     }
 
-    /// Asks for an app's removal. The reconciler carries it out; the name is free when it is gone.
+    /// Requests an app's deletion. The reconciler carries it out; then the name is free again.
     pub async fn delete(
         &self,
         by: By<'_>,
@@ -127,7 +129,7 @@ impl Apps {
         Ok(generation)
     }
 
-    /// Counts the names of fields that were refused; what people try is where the format may grow.
+    /// Counts the names of refused fields. The counts show which fields the format may need next.
     pub async fn count_refused(&self, faults: &[Fault]) {
         let names: BTreeSet<String> = faults
             .iter()
@@ -153,8 +155,8 @@ impl Apps {
 
 fn no_address(subnet: Subnet) -> Error {
     Error::Conflict(format!(
-        "the tenant's subnet {subnet} has no address left: an app keeps as many as it has ever had instances, and \
-         those of deleted apps rest for a minute"
+        "the tenant's subnet {subnet} has no free address: an app keeps as many addresses as it ever had instances at a time, \
+         and the addresses of a deleted app become free after a minute"
     ))
 }
 

@@ -1,4 +1,4 @@
-//! The way back to an earlier release.
+//! Rolls an app back to an earlier release.
 
 use sqlx::{Postgres, Transaction};
 
@@ -12,7 +12,7 @@ use crate::fault::{Code, Fault, Kind};
 use crate::ids::AppName;
 
 impl Apps {
-    /// Rolls back: a new release with the spec and the digest of an earlier one.
+    /// Rolls back: makes a new release with the spec and the digest of an earlier one.
     pub async fn roll_back(
         &self,
         tx: &mut Transaction<'_, Postgres>,
@@ -38,7 +38,7 @@ impl Apps {
             };
             Error::fault(
                 Fault::new(Code(426), Kind::Invalid, "revision", message)
-                    .instead("GET .../releases lists those that you can roll back to; else deploy the spec again"),
+                    .instead("GET .../releases lists the releases that you can roll back to; otherwise deploy the spec again"),
             )
         })?;
         let spec = release.parse_spec()?;

@@ -1,4 +1,4 @@
-//! What an app asks to reach: names of services, apps and places outside.
+//! The field `connects`: names of services, apps and egress targets.
 
 use std::str::FromStr;
 
@@ -18,12 +18,13 @@ impl Walk<'_, '_> {
         let egress = self.names(get(entries, "egress"), "connects.egress");
         let connects = Connects { services: services?, apps: apps?, egress: egress? };
         if connects.apps.iter().any(|app| app.tenant.is_none() && Some(&app.app) == own) {
-            self.bad(node.at, code::CONNECTS, "connects.apps", "an app does not name itself", "");
+            self.bad(node.at, code::CONNECTS, "connects.apps", "an app cannot connect to itself", "");
         }
-        // Inside, both would have the one name.
+        // Inside the app, both would have the same name.
         for app in connects.apps.iter().filter(|app| app.tenant.is_none()) {
             if connects.services.iter().any(|service| service.as_str() == app.app.as_str()) {
-                let message = "a service and an app of one name: inside, the name would lead to both";
+                let message =
+                    "a service and an app have the same name, which would resolve to both inside the app";
                 self.bad(node.at, code::CONNECTS, "connects", message, "give the app another name");
             }
         }
@@ -46,7 +47,7 @@ impl Walk<'_, '_> {
             let Some(text) = self.text(item, path) else { continue };
             match text.parse() {
                 Ok(name) if names.contains(&name) => {
-                    self.bad(item.at, code::CONNECTS, &path(), "this name stands twice", "");
+                    self.bad(item.at, code::CONNECTS, &path(), "this name is listed twice", "");
                 }
                 Ok(name) => names.push(name),
                 Err(error) => self.bad(item.at, code::NAME, &path(), &error.to_string(), ""),

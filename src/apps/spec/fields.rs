@@ -1,5 +1,4 @@
-//! The fields, one table: names, and the forms of their values. The walk, the schema and the
-//! suggestions all read it.
+//! One table of the fields and the forms of their values. The walk, the schema and the suggestions read it.
 
 use crate::ids::{Digest, RepositoryPath, Tag};
 
@@ -21,9 +20,9 @@ pub(super) const TOP: &[&str] = &[
     "stop_grace",
     "connects",
 ];
-/// Fields that must be there.
+/// Required fields.
 pub(super) const REQUIRED: &[&str] = &["spec", "name", "image", "cpu", "memory"];
-/// Fields of `port` that says more than its number.
+/// Fields of `port` as a group.
 pub(super) const PORT: &[&str] = &["port", "protocol"];
 /// Fields of `health`.
 pub(super) const HEALTH: &[&str] = &["http", "tcp", "grace"];
@@ -31,30 +30,30 @@ pub(super) const HEALTH: &[&str] = &["http", "tcp", "grace"];
 pub(super) const HTTP: &[&str] = &["path", "port"];
 /// Fields of `health.tcp`.
 pub(super) const TCP: &[&str] = &["port"];
-/// Fields of a scratch that says more than its size.
+/// Fields of a scratch entry as a group.
 pub(super) const SCRATCH: &[&str] = &["size", "exec"];
 /// Fields of `connects`.
 pub(super) const CONNECTS: &[&str] = &["services", "apps", "egress"];
-/// Most names in each of them.
+/// Maximum number of names in each of them.
 pub(super) const MOST_CONNECTS: usize = 64;
 
-/// Most instances of an app.
+/// Maximum instances of an app.
 pub const INSTANCES: u32 = 100;
-/// Longest grace of a health check, in seconds.
+/// Maximum grace of a health check, in seconds.
 pub const GRACE: u16 = 600;
-/// Grace of a health check unless given, in seconds.
+/// Default grace of a health check, in seconds.
 pub const GRACE_DEFAULT: u16 = 10;
-/// Longest and default time to stop, in seconds.
+/// Maximum and default time to stop, in seconds.
 pub const STOP_GRACE: (u16, u16) = (120, 30);
-/// Size of `/tmp` unless given.
+/// Default size of `/tmp`, in bytes.
 pub const TMP: u64 = 16 << 20;
-/// Size of `/dev/shm` unless given; the limit of memory bounds what is in it.
+/// Default size of `/dev/shm`, in bytes; the memory limit bounds its content.
 pub const SHM: u64 = 16 << 20;
-/// Smallest memory, and what scratch must leave for the process.
+/// Minimum memory in bytes, and the minimum that scratch must leave for the process.
 pub const LEAST_MEMORY: u64 = 8 << 20;
 pub(super) const MOST_MEMORY: u64 = 1024 << 30;
 
-/// What the image is called by.
+/// The tag or digest of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ImageReference {
     /// A tag, resolved when the release is made.
@@ -82,21 +81,21 @@ impl ImageRef {
         &self.reference
     }
 
-    /// Parses `repository:tag` or `repository@sha256:...`; the error says what is wrong and what to
-    /// do, without the text.
+    /// Parses `repository:tag` or `repository@sha256:...`. The error is a message and a suggestion; it never
+    /// contains the input.
     pub(super) fn parse(text: &str) -> Result<Self, (&'static str, String)> {
         let host = text.split('/').next().filter(|_| text.contains('/'));
         if text.contains("://") || host.is_some_and(|h| h.contains(['.', ':']) || h == "localhost") {
             return Err((
                 "the image names a host",
-                "leave host and tenant out: what is pushed as HOST/TENANT/web:1 is web:1 here; images come from the \
-                 tenant's own project, push it there first"
+                "leave out the host and the tenant: HOST/TENANT/web:1 is web:1 here; images come from the \
+                 tenant's own project, so push the image there first"
                     .into(),
             ));
         }
         let (repository, reference) = if let Some((repository, digest)) = text.split_once('@') {
             if repository.contains(':') {
-                return Err(("the image has a tag and a digest", "give one of both".into()));
+                return Err(("the image has a tag and a digest", "use only one of them".into()));
             }
             let digest = digest.parse().map_err(|error: crate::ids::NameError| {
                 ("the digest of the image has the wrong form", error.to_string())
@@ -129,7 +128,7 @@ impl std::fmt::Display for ImageRef {
     }
 }
 
-/// Cpu in thousandths: `250m`, `2`, `0.25`.
+/// Parses cpu into thousandths of a core: `250m`, `2`, `0.25`.
 pub(super) fn cpu(text: &str) -> Option<u32> {
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     let millis: u64 = if let Some(millis) = text.strip_suffix('m') {
@@ -152,7 +151,7 @@ pub(super) fn cpu(text: &str) -> Option<u32> {
     u32::try_from(millis).ok().filter(|millis| (10..=1_000_000).contains(millis))
 }
 
-/// A size in bytes: a whole number with `Ki`, `Mi` or `Gi`.
+/// Parses a size into bytes: a whole number with `Ki`, `Mi` or `Gi`.
 pub(super) fn size(text: &str) -> Option<u64> {
     let (number, shift) = [("Ki", 10), ("Mi", 20), ("Gi", 30)]
         .iter()
@@ -164,7 +163,7 @@ pub(super) fn size(text: &str) -> Option<u64> {
     (bytes <= MOST_MEMORY).then_some(bytes)
 }
 
-/// A size as it is printed: in the largest unit that it is a multiple of.
+/// Formats a size in the largest unit that divides it.
 pub(super) fn print_size(bytes: u64) -> String {
     for (unit, shift) in [("Gi", 30), ("Mi", 20)] {
         if bytes > 0 && bytes.is_multiple_of(1 << shift) {

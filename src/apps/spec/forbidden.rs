@@ -1,11 +1,11 @@
-//! The names that people know from other platforms, with what is true here instead. Spellings are
-//! folded: `hostNetwork`, `host_network` and `host-network` are one name. The list follows the Pod
-//! Security Standards with their Compose, Marathon, Nomad and Kubernetes spellings.
+//! Field names of other platforms, each with an explanation. Spellings are folded: `hostNetwork`,
+//! `host_network` and `host-network` are the same name. The list follows the Pod Security Standards with their
+//! Compose, Marathon, Nomad and Kubernetes spellings.
 
 use crate::fault::Code;
 use crate::fault::catalogue as code;
 
-/// What to say about a forbidden name.
+/// The explanation of a forbidden name.
 pub(super) struct Forbidden {
     pub(super) code: Code,
     pub(super) reason: &'static str,
@@ -22,7 +22,7 @@ struct Class {
 const CLASSES: &[Class] = &[
     Class {
         code: code::PRIVILEGE,
-        reason: "privileges are what lets one tenant reach another; no app has any",
+        reason: "privileges would let one tenant reach another; no app has any",
         instead: "leave it out: the app runs without capabilities, with system calls filtered and read-only files",
         names: &[
             "privileged",
@@ -76,8 +76,8 @@ const CLASSES: &[Class] = &[
     },
     Class {
         code: code::HOST,
-        reason: "the host is closed to every app",
-        instead: "leave it out; what the app needs of the outside it names under connects",
+        reason: "no app can access the host",
+        instead: "leave it out; list the destinations that the app needs under connects",
         names: &[
             "hostnetwork",
             "hostpid",
@@ -108,7 +108,7 @@ const CLASSES: &[Class] = &[
     },
     Class {
         code: code::IDENTITY,
-        reason: "host ids are given by the platform: a block for each app, never given twice",
+        reason: "the platform assigns host ids: each app has its own block, which is never reused",
         instead: "set USER in the Dockerfile: inside, the app runs as that user",
         names: &[
             "user",
@@ -132,8 +132,8 @@ const CLASSES: &[Class] = &[
     },
     Class {
         code: code::NETWORK,
-        reason: "the platform gives names and addresses and opens only what is asked for",
-        instead: "port for the one port that the app serves on, connects for what it reaches",
+        reason: "the platform assigns names and addresses and allows only the connections that a spec lists",
+        instead: "use port for the one port that the app serves on, and connects for its destinations",
         names: &[
             "ports",
             "exposedports",
@@ -174,8 +174,8 @@ const CLASSES: &[Class] = &[
     },
     Class {
         code: code::STORAGE,
-        reason: "files of the host and of other tenants cannot be written down",
-        instead: "scratch: {/path: 64Mi} for files that may be lost with the instance",
+        reason: "a spec cannot mount files of the host or of other tenants",
+        instead: "use scratch: {/path: 64Mi} for files that may be lost when the instance ends",
         names: &[
             "volumemounts",
             "mounts",
@@ -202,7 +202,7 @@ const CLASSES: &[Class] = &[
     },
     Class {
         code: code::ORCHESTRATOR,
-        reason: "the platform decides it, the same for everybody",
+        reason: "the platform decides this, and treats every app the same",
         instead: "leave it out",
         names: &[
             "restart",
@@ -262,13 +262,13 @@ const CLASSES: &[Class] = &[
     },
     Class {
         code: code::NETWORK,
-        reason: "what an app reaches stands under connects",
-        instead: "connects: {services: [...], apps: [...], egress: [...]}",
+        reason: "the destinations of an app are listed under connects",
+        instead: "use connects: {services: [...], apps: [...], egress: [...]}",
         names: &["services", "egress", "networkpolicy", "allowedhosts"],
     },
     Class {
         code: code::NOT_YET,
-        reason: "it does not exist until it works, and it does not yet in this version",
+        reason: "this version does not support it yet",
         instead: "leave it out for now",
         names: &[
             "secrets",
@@ -287,7 +287,7 @@ const CLASSES: &[Class] = &[
     },
 ];
 
-/// Names that stand for a field of ours.
+/// Other platforms' names for fields of this format.
 const RENAMED: &[(&str, &str)] = &[
     ("replicas", "instances"),
     ("count", "instances"),
@@ -318,12 +318,12 @@ const RENAMED: &[(&str, &str)] = &[
     ("version", "spec"),
 ];
 
-/// Folds the spellings of a name into one.
+/// Folds all spellings of a name into one.
 fn fold(name: &str) -> String {
     name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
 }
 
-/// What is to be said about this name, if it is one that people know from elsewhere.
+/// Returns the explanation if another platform uses this name.
 pub(super) fn look_up(name: &str) -> Option<Forbidden> {
     let folded = fold(name);
     CLASSES.iter().find(|class| class.names.contains(&folded.as_str())).map(|class| Forbidden {
@@ -333,7 +333,7 @@ pub(super) fn look_up(name: &str) -> Option<Forbidden> {
     })
 }
 
-/// The field of ours that this name stands for.
+/// Returns the field of this format that the name stands for.
 pub(super) fn renamed(name: &str) -> Option<&'static str> {
     let folded = fold(name);
     RENAMED.iter().find(|(theirs, _)| *theirs == folded).map(|(_, ours)| *ours)

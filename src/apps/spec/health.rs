@@ -1,4 +1,4 @@
-//! The fields `port` and `health`: where an app serves, and how it is asked whether it is well.
+//! The fields `port` and `health`: the port that an app serves on, and its health check.
 
 use super::read::{Walk, get};
 use super::tree::{At, Node, Value};
@@ -9,7 +9,7 @@ use crate::fault::{Fault, Kind};
 use crate::policy::Protocol;
 
 impl Walk<'_, '_> {
-    /// A number, which is a TCP port, or a group with the port and its protocol.
+    /// Reads `port`: a TCP port number, or a group with the port and its protocol.
     pub(super) fn serves(&mut self, node: &Node<'_>) -> Option<Serves> {
         if !matches!(node.value, Value::Map(_)) {
             return self.port(node, "port").map(Serves::tcp);
@@ -36,7 +36,7 @@ impl Walk<'_, '_> {
         Some(Serves { port: port?, protocol: protocol? })
     }
 
-    /// What is said about health; none when it has faults.
+    /// Reads `health`; none when it has faults.
     pub(super) fn health(
         &mut self,
         node: Option<&Node<'_>>,
@@ -91,7 +91,7 @@ impl Walk<'_, '_> {
             (Some(own), _) => own,
             (None, Some(Serves { protocol: Protocol::Tcp, port })) => Some(port),
             (None, Some(_)) => {
-                let message = "a check asks over TCP, and the app's port is one of UDP";
+                let message = "a health check uses TCP, but the app's port is UDP";
                 self.bad(
                     at,
                     code::HEALTH,
@@ -107,8 +107,8 @@ impl Walk<'_, '_> {
                         at,
                         code::HEALTH,
                         "health",
-                        "no port is known to check",
-                        "give the app a port, or the check its own",
+                        "the health check has no port",
+                        "give the app a port, or give the check its own port",
                     );
                 }
                 None

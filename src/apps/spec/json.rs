@@ -1,5 +1,5 @@
-//! JSON (RFC 8259) into the tree: strict, with places, bounded in depth and number of values. Text
-//! without escapes is borrowed from the source.
+//! Reads JSON (RFC 8259) into the tree: strict, with positions, bounded in depth and number of values. Strings
+//! without escapes borrow from the source.
 
 use std::borrow::Cow;
 
@@ -20,7 +20,7 @@ pub(super) fn read(source: &str) -> Result<Node<'_>, Fault> {
     let node = reader.value(1)?;
     reader.space();
     if reader.at < reader.bytes.len() {
-        return Err(reader.fault("there is something after the end of the document"));
+        return Err(reader.fault("unexpected text after the end of the document"));
     }
     Ok(node)
 }
@@ -48,7 +48,7 @@ impl<'a> Reader<'a> {
             Some(b't') => self.word("true", Value::Bool(true))?,
             Some(b'f') => self.word("false", Value::Bool(false))?,
             Some(b'n') => self.word("null", Value::Null)?,
-            Some(_) => return Err(self.fault("here a value should start")),
+            Some(_) => return Err(self.fault("expected a value")),
             None => return Err(self.fault("the document ends too early")),
         };
         Ok(Node { at, value })
@@ -59,7 +59,7 @@ impl<'a> Reader<'a> {
             self.at += word.len();
             Ok(value)
         } else {
-            Err(self.fault("here a value should start"))
+            Err(self.fault("expected a value"))
         }
     }
 
@@ -89,7 +89,7 @@ impl<'a> Reader<'a> {
             }
             good &= digits(self) > 0;
         }
-        if good { Ok(&self.source[start..self.at]) } else { Err(self.fault("this is not a number of JSON")) }
+        if good { Ok(&self.source[start..self.at]) } else { Err(self.fault("this is not a JSON number")) }
     }
 
     fn text(&mut self) -> Result<Cow<'a, str>, Fault> {
@@ -103,10 +103,10 @@ impl<'a> Reader<'a> {
                 }
                 Some(b'\\') => return self.escaped(start),
                 Some(0..=0x1f) => {
-                    return Err(self.fault("a control character in a text is written as an escape"));
+                    return Err(self.fault("a control character in a string must be escaped"));
                 }
                 Some(_) => self.at += 1,
-                None => return Err(self.fault("the text does not end")),
+                None => return Err(self.fault("the string has no closing quote")),
             }
         }
     }
@@ -124,7 +124,7 @@ impl<'a> Reader<'a> {
                     out.push(self.escape()?);
                 }
                 Some(0..=0x1f) => {
-                    return Err(self.fault("a control character in a text is written as an escape"));
+                    return Err(self.fault("a control character in a string must be escaped"));
                 }
                 Some(_) => {
                     let from = self.at;
@@ -133,7 +133,7 @@ impl<'a> Reader<'a> {
                     }
                     out.push_str(&self.source[from..self.at]);
                 }
-                None => return Err(self.fault("the text does not end")),
+                None => return Err(self.fault("the string has no closing quote")),
             }
         }
     }
@@ -149,7 +149,7 @@ impl<'a> Reader<'a> {
             Some(b'r') => '\r',
             Some(b't') => '\t',
             Some(b'u') => return self.unicode(),
-            _ => return Err(self.fault("there is no such escape")),
+            _ => return Err(self.fault("unknown escape")),
         };
         self.at += 1;
         Ok(c)
@@ -159,25 +159,25 @@ impl<'a> Reader<'a> {
         let high = self.hex()?;
         let code = if (0xd800..0xdc00).contains(&high) {
             if !self.bytes[self.at..].starts_with(b"\\u") {
-                return Err(self.fault("half of a surrogate pair"));
+                return Err(self.fault("incomplete surrogate pair"));
             }
             self.at += 1;
             let low = self.hex()?;
             if !(0xdc00..0xe000).contains(&low) {
-                return Err(self.fault("half of a surrogate pair"));
+                return Err(self.fault("incomplete surrogate pair"));
             }
             0x1_0000 + ((high - 0xd800) << 10) + (low - 0xdc00)
         } else {
             high
         };
-        char::from_u32(code).ok_or_else(|| self.fault("half of a surrogate pair"))
+        char::from_u32(code).ok_or_else(|| self.fault("incomplete surrogate pair"))
     }
 
     fn hex(&mut self) -> Result<u32, Fault> {
         let digits =
             self.source.get(self.at + 1..self.at + 5).filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()));
         let code = digits.and_then(|d| u32::from_str_radix(d, 16).ok());
-        let code = code.ok_or_else(|| self.fault("\\u is followed by four hexadecimal digits"))?;
+        let code = code.ok_or_else(|| self.fault("\\u must be followed by four hexadecimal digits"))?;
         self.at += 5;
         Ok(code)
     }
@@ -199,14 +199,14 @@ impl<'a> Reader<'a> {
                     self.at += 1;
                     return Ok(Value::List(items));
                 }
-                _ => return Err(self.fault("here a , or ] should stand")),
+                _ => return Err(self.fault("expected , or ]")),
             }
         }
     }
 
     fn map(&mut self, depth: usize) -> Result<Value<'a>, Fault> {
         self.at += 1;
-        // The document itself has about this many fields: it never moves while it grows.
+        // A typical document has about this many fields, so the list never reallocates.
         let mut entries = Vec::with_capacity(if depth == 1 { 16 } else { 2 });
         self.space();
         if self.bytes.get(self.at) == Some(&b'}') {
@@ -217,12 +217,12 @@ impl<'a> Reader<'a> {
             self.space();
             let at = At::offset(self.at);
             if self.bytes.get(self.at) != Some(&b'"') {
-                return Err(self.fault("here the name of a field should stand, in quotes"));
+                return Err(self.fault("expected the name of a field in quotes"));
             }
             let name = self.text()?;
             self.space();
             if self.bytes.get(self.at) != Some(&b':') {
-                return Err(self.fault("here a : should stand"));
+                return Err(self.fault("expected :"));
             }
             self.at += 1;
             entries.push((Key { at, name }, self.value(depth + 1)?));
@@ -233,7 +233,7 @@ impl<'a> Reader<'a> {
                     self.at += 1;
                     break;
                 }
-                _ => return Err(self.fault("here a , or } should stand")),
+                _ => return Err(self.fault("expected , or }")),
             }
         }
         Ok(Value::Map(entries))

@@ -1,8 +1,9 @@
-//! The safe spec: the small, closed description that a tenant hands in. What is not listed does not
-//! exist; a value is accepted as written or refused with the reason.
+//! The safe spec: the small, closed description of an app that a tenant submits. Unlisted fields do not exist.
+//! A value is accepted as written, or refused with the reason.
 //!
-//! A document goes through one door: [`AppSpec::parse`] reads it into a tree with places (`json.rs`,
-//! `yaml.rs`), one walk (`read.rs`) against one table of fields (`fields.rs`) finds every fault.
+//! Every document passes through [`AppSpec::parse`]. It reads the document into a tree with positions
+//! (`json.rs`, `yaml.rs`). One walk (`read.rs`) against one table of fields (`fields.rs`) then finds every
+//! fault.
 
 use std::collections::BTreeMap;
 
@@ -30,7 +31,7 @@ pub use fields::{
 pub use schema::schema;
 pub use show::{Colour, show};
 
-/// Largest document, in bytes.
+/// Maximum size of a document, in bytes.
 pub const LIMIT: usize = 64 * 1024;
 
 /// The format of a document.
@@ -42,19 +43,19 @@ pub enum Format {
     Yaml,
 }
 
-/// What an app asks to reach: nothing else is open to it.
+/// The connections that an app requests. All others are blocked.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Connects {
     /// Platform services.
     pub services: Vec<ServiceName>,
-    /// Apps of the own tenant, and of others that have granted them.
+    /// Apps of the same tenant, and apps of other tenants that granted access.
     pub apps: Vec<AppRef>,
-    /// Places outside, as the tenant calls them.
+    /// Egress targets, by the tenant's names.
     pub egress: Vec<EgressName>,
 }
 
 impl Connects {
-    /// Whether something of this name is asked for.
+    /// Returns whether the app requests a connection of this name.
     #[must_use]
     pub fn names(&self, name: &str) -> bool {
         self.services.iter().any(|service| service.as_str() == name)
@@ -63,18 +64,18 @@ impl Connects {
     }
 }
 
-/// What a spec says about `health`.
+/// The value of `health` in a spec.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Asked {
-    /// Nothing: a TCP port is watched for readiness.
+    /// Not set: a TCP port is checked for readiness only.
     Nothing,
-    /// `none`: not even that.
+    /// `none`: no check at all.
     None,
-    /// A check.
+    /// A health check.
     Check(Health),
 }
 
-/// A spec without a fault. There is no other way to one than [`AppSpec::parse`].
+/// A spec without faults. Only [`AppSpec::parse`] and [`AppSpec::from_stored`] create one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AppSpec {
     name: AppName,
@@ -94,14 +95,14 @@ pub struct AppSpec {
 }
 
 impl AppSpec {
-    /// Reads a document. All its faults are reported together, by place; only a document that is no
-    /// document at all stops at its first one.
+    /// Reads a document. Reports all faults together, in order of position. Only a document that cannot be read
+    /// at all stops at its first fault.
     pub fn parse(text: &[u8], format: Format) -> Result<Self, Vec<Fault>> {
         text_of(text).map_err(|fault| vec![fault]).and_then(|source| Self::read(source, format))
     }
 
-    /// Reads a spec as [`AppSpec::to_json`] printed it. The size of a document is a bound for what is
-    /// handed in: printed, the same spec can be larger, by the escapes of its texts.
+    /// Reads a spec that [`AppSpec::to_json`] printed. The size limit applies to submitted documents only:
+    /// escapes in its texts can make the printed spec larger.
     pub fn from_stored(stored: &serde_json::Value) -> Result<Self, Vec<Fault>> {
         Self::read(&stored.to_string(), Format::Json)
     }
@@ -134,12 +135,12 @@ impl AppSpec {
     pub fn image(&self) -> &ImageRef {
         &self.image
     }
-    /// Entrypoint in place of the image's.
+    /// Command that replaces the image's entrypoint.
     #[must_use]
     pub fn command(&self) -> Option<&[String]> {
         self.command.as_deref()
     }
-    /// Arguments in place of the image's.
+    /// Arguments that replace the image's.
     #[must_use]
     pub fn args(&self) -> Option<&[String]> {
         self.args.as_deref()
@@ -149,12 +150,12 @@ impl AppSpec {
     pub fn cpu_millis(&self) -> u32 {
         self.cpu_millis
     }
-    /// Bytes; scratch counts within.
+    /// Bytes, including scratch.
     #[must_use]
     pub fn memory(&self) -> u64 {
         self.memory
     }
-    /// Instances; 0 is stopped but kept.
+    /// Instances; 0 stops the app but keeps it.
     #[must_use]
     pub fn instances(&self) -> u32 {
         self.instances
@@ -169,22 +170,22 @@ impl AppSpec {
     pub fn env(&self) -> &BTreeMap<String, String> {
         &self.env
     }
-    /// Where it serves.
+    /// Port and protocol that it serves on.
     #[must_use]
     pub fn serves(&self) -> Option<Serves> {
         self.port
     }
-    /// The TCP port that it serves on.
+    /// TCP port that it serves on.
     #[must_use]
     pub fn tcp_port(&self) -> Option<u16> {
         self.port.filter(|serves| serves.protocol == Protocol::Tcp).map(|serves| serves.port)
     }
-    /// Whether it says how it is checked, or that it is not.
+    /// Returns whether the spec sets `health`, including `none`.
     #[must_use]
     pub fn says_health(&self) -> bool {
         self.health != Asked::Nothing
     }
-    /// The check in force: the given one, or a connection to the TCP port that only tells whether it is ready.
+    /// Returns the effective check: the given one, or a TCP connection that only decides readiness.
     #[must_use]
     pub fn health(&self) -> Option<Health> {
         match &self.health {
@@ -197,24 +198,24 @@ impl AppSpec {
             }),
         }
     }
-    /// Writable folders by path; `/tmp` and `/dev/shm` are always among them.
+    /// Writable folders by path, always including `/tmp` and `/dev/shm`.
     #[must_use]
     pub fn scratch(&self) -> &BTreeMap<String, Scratch> {
         &self.scratch
     }
-    /// Seconds between the request to stop and the end.
+    /// Seconds between the stop signal and the kill.
     #[must_use]
     pub fn stop_grace(&self) -> u16 {
         self.stop_grace
     }
-    /// What it reaches.
+    /// The connections that it requests.
     #[must_use]
     pub fn connects(&self) -> &Connects {
         &self.connects
     }
 }
 
-/// The text of a body: within the limit, UTF-8, without a byte order mark.
+/// Decodes a body: checks the size limit and UTF-8, and strips a byte order mark.
 fn text_of(text: &[u8]) -> Result<&str, Fault> {
     if text.len() > LIMIT {
         return Err(Fault::new(catalogue::TOO_LARGE, Kind::Invalid, "", "the spec is larger than 64 KiB"));

@@ -1,4 +1,4 @@
-//! Printing a spec: the shortest document that is read as the same spec. The database stores it.
+//! Prints a spec as the shortest document that parses to the same spec. The database stores this form.
 
 use serde_json::{Map, Value, json};
 
@@ -8,7 +8,7 @@ use crate::driver::workload::{HealthCheck, Scratch, Serves};
 use crate::policy::Protocol;
 
 impl AppSpec {
-    /// As JSON, without what is the default.
+    /// Returns the spec as JSON, without fields that have their default.
     #[must_use]
     pub fn to_json(&self) -> Value {
         let mut out = Map::new();

@@ -1,4 +1,4 @@
-//! The walk over the tree: every field is read for itself, so that one fault hides no other.
+//! The walk over the tree: it reads every field independently, so one fault hides no other.
 
 use std::collections::BTreeMap;
 
@@ -9,13 +9,13 @@ use crate::fault::catalogue as code;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::AppName;
 
-/// Reads the document's tree. None when a required field could not be read; a result may still be
-/// beside faults, which then refuse it.
+/// Reads the document's tree. Returns none when a required field is unreadable. A result beside faults is still
+/// refused.
 pub(super) fn walk(source: &str, node: &Node<'_>, faults: &mut Vec<Fault>) -> Option<AppSpec> {
     Walk { source, faults }.document(node)
 }
 
-/// Most faults that are listed.
+/// Maximum number of listed faults.
 const MANY: usize = 200;
 
 pub(super) struct Walk<'s, 'f> {
@@ -31,7 +31,7 @@ pub(super) fn get<'n, 'a>(entries: Entries<'n, 'a>, name: &str) -> Option<&'n No
 
 impl Walk<'_, '_> {
     pub(super) fn add(&mut self, at: At, fault: Fault) {
-        // A document of nothing but faults is not worth more work than its first ones.
+        // Stop at the first faults: a document full of faults is not worth more work.
         if self.faults.len() >= MANY {
             if self.faults.len() == MANY {
                 self.faults.push(Fault::new(
@@ -65,7 +65,7 @@ impl Walk<'_, '_> {
         self.add(at, if instead.is_empty() { fault } else { fault.instead(instead) });
     }
 
-    /// The entries of a group whose fields are `known`; anything else in it is a fault.
+    /// Returns the entries of a group. Fields outside `known` are faults.
     pub(super) fn group<'n, 'a>(
         &mut self,
         node: &'n Node<'a>,
@@ -89,7 +89,7 @@ impl Walk<'_, '_> {
         let full = below(path, &key.name);
         let fault = if let Some(ours) = forbidden::renamed(&name) {
             Fault::new(code::UNKNOWN, Kind::Unknown, full, format!("there is no field {name}"))
-                .because("here it has another name")
+                .because("this format has another name for it")
                 .instead(format!("use {ours}"))
         } else if let Some(entry) = forbidden::look_up(&name) {
             Fault::new(entry.code, Kind::Forbidden, full, format!("{name} is not available here"))
@@ -153,13 +153,7 @@ impl Walk<'_, '_> {
         if let Some(node) = get(entries, "spec")
             && self.text(node, || "spec".into()).is_some_and(|version| version != "v1")
         {
-            self.bad(
-                node.at,
-                code::VERSION,
-                "spec",
-                "this version of the format is not known",
-                "write spec: v1",
-            );
+            self.bad(node.at, code::VERSION, "spec", "unknown version of the format", "write spec: v1");
         }
         let name = get(entries, "name").and_then(|node| self.name(node, || "name".into()));
         let image = get(entries, "image").and_then(|node| self.image(node));
@@ -208,7 +202,7 @@ impl Walk<'_, '_> {
         })
     }
 
-    /// The path is made only when there is something to say about it.
+    /// Builds the path only when there is a fault to report.
     fn name(&mut self, node: &Node<'_>, path: impl Fn() -> String) -> Option<AppName> {
         let text = self.text(node, &path)?;
         match text.parse() {
@@ -247,7 +241,7 @@ impl Walk<'_, '_> {
                     node.at,
                     code::WRONG_TYPE,
                     path,
-                    "takes true or false, as these words stand here",
+                    "takes true or false, in exactly this spelling",
                     instead,
                 );
             }
@@ -342,14 +336,14 @@ impl Walk<'_, '_> {
     }
 }
 
-/// Whether a list may be empty.
+/// The minimum length of a list.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Least {
     None,
     One,
 }
 
-/// The boolean that a text was meant as.
+/// Returns advice if the text was probably meant as a boolean.
 fn meant(text: &str) -> Option<&'static str> {
     match text.to_ascii_lowercase().as_str() {
         "true" | "yes" | "on" | "y" => Some("write true"),

@@ -1,11 +1,11 @@
-//! The JSON Schema of a spec (draft 2020-12), for completion in editors. It says what a field may
-//! be; rules between fields are told by the platform alone.
+//! The JSON Schema of a spec (draft 2020-12), for completion in editors. It describes single fields; only the
+//! platform checks rules between fields.
 
 use serde_json::{Value, json};
 
 use super::fields;
 
-/// The schema.
+/// Returns the schema.
 #[must_use]
 pub fn schema() -> Value {
     let port = json!({"type": "integer", "minimum": 1024, "maximum": 65535});
@@ -33,7 +33,7 @@ pub fn schema() -> Value {
                     {"type": "number", "minimum": 0.01, "maximum": 1000},
                 ],
             },
-            "memory": size("At least 8Mi; scratch counts within."),
+            "memory": size("At least 8Mi, including scratch."),
             "instances": {"type": "integer", "minimum": 0, "maximum": fields::INSTANCES, "default": 1},
             "singleton": {"type": "boolean", "default": false},
             "env": {
@@ -87,7 +87,7 @@ fn scratch() -> Value {
         "type": "object",
         "maxProperties": 16,
         "propertyNames": {"pattern": "^/"},
-        "description": "Writable folders in memory, counted within it; /tmp and /dev/shm have 16Mi unless given.",
+        "description": "Writable folders in memory, which count as memory. Default: 16Mi each for /tmp and /dev/shm.",
         "additionalProperties": {
             "oneOf": [
                 size("Memory-backed."),

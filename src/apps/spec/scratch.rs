@@ -10,11 +10,11 @@ use crate::driver::workload::Scratch;
 use crate::fault::catalogue as code;
 use crate::fault::{Fault, Kind};
 
-/// Most folders that a spec names.
+/// Maximum number of folders in a spec.
 const MOST: usize = 16;
-/// Smallest folder, in bytes.
+/// Minimum size of a folder, in bytes.
 const LEAST: u64 = 4 << 10;
-/// `/dev/shm` of an app whose memory has no room for the default.
+/// Size of `/dev/shm` when the app's memory cannot hold the default.
 const LEAST_SHM: u64 = 1 << 20;
 
 impl Walk<'_, '_> {
@@ -47,7 +47,7 @@ impl Walk<'_, '_> {
                 self.bad(node.at, code::SCRATCH_PATH, "scratch", "has at most 16 paths", "");
             }
         }
-        // A memory too small for the default alone gets a smaller /tmp only if it says so itself.
+        // If the memory is too small for the default `/tmp`, the spec must set a smaller one.
         all.entry("/tmp".to_owned()).or_insert(Scratch::of(fields::TMP));
         let sum = all.values().fold(0_u64, |sum, scratch| sum.saturating_add(scratch.size));
         if memory.is_some_and(|memory| sum.saturating_add(fields::LEAST_MEMORY) > memory) {
@@ -63,8 +63,8 @@ impl Walk<'_, '_> {
             self.add(
                 at,
                 fault
-                    .because("scratch lives in memory and counts within it; /tmp has 16Mi unless given")
-                    .instead("more memory, or a smaller scratch such as scratch: {/tmp: 1Mi}"),
+                    .because("scratch is kept in memory and counts as memory; /tmp has 16Mi by default")
+                    .instead("raise memory, or use a smaller scratch such as scratch: {/tmp: 1Mi}"),
             );
         }
         all.entry(SHM.to_owned()).or_insert(Scratch::of(default_shm(memory.unwrap_or(0), sum)));
@@ -77,17 +77,17 @@ impl Walk<'_, '_> {
             let message = "is an absolute path of at most 128 bytes, without . and .. and not / itself";
             self.bad(key.at, code::SCRATCH_PATH, &path(), message, "such as /var/cache/app");
         } else if let Some(closed) = scratch::closed(&key.name) {
-            let message = format!("lies in {closed}, which the platform fills itself");
+            let message = format!("lies in {closed}, which the platform provides");
             let instead = match closed {
-                "/dev" => "another folder; below /dev only /dev/shm may be scratch",
-                "/etc" => "a folder outside of /etc, and a copy of the configuration that names it",
-                _ => "another folder, such as /run/app",
+                "/dev" => "use another folder; below /dev only /dev/shm may be scratch",
+                "/etc" => "use a folder outside of /etc, and a copy of the configuration with that path",
+                _ => "use another folder, such as /run/app",
             };
             self.bad(key.at, code::SCRATCH_PATH, &path(), &message, instead);
         }
     }
 
-    /// A size, or a group with the size and whether files in the folder may be executed.
+    /// Reads a size, or a group with the size and whether files in the folder may be executed.
     fn one_scratch(&mut self, node: &Node<'_>, path: impl Fn() -> String) -> Option<Scratch> {
         if !matches!(node.value, Value::Map(_)) {
             return self.size(node, path, LEAST).map(Scratch::of);
@@ -106,9 +106,9 @@ impl Walk<'_, '_> {
     }
 }
 
-/// The size of `/dev/shm` where the spec gives none.
+/// Returns the size of `/dev/shm` when the spec sets none.
 pub(super) fn default_shm(memory: u64, others: u64) -> u64 {
     let left = memory.saturating_sub(others).saturating_sub(fields::LEAST_MEMORY);
-    // Whole pages of the printed unit.
+    // Round down to the unit that is printed.
     (left >> 20 << 20).clamp(LEAST_SHM, fields::SHM)
 }

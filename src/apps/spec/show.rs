@@ -1,10 +1,10 @@
-//! Faults on a terminal: the line of the source, a caret under the place, what, why, what instead.
+//! Shows faults on a terminal: the source line, a caret below the position, the message, reason and suggestion.
 
 use std::fmt::Write as _;
 
 use crate::fault::{Fault, Kind, plain};
 
-/// Characters of a source line that are shown.
+/// Maximum characters of a source line that are shown.
 const WINDOW: usize = 160;
 
 /// Whether to use colours.
@@ -16,8 +16,8 @@ pub enum Colour {
     Always,
 }
 
-/// Renders faults with the lines that they are in. What stands in the source cannot steer the
-/// terminal: control characters are replaced.
+/// Renders faults with their source lines. Control characters of the source are replaced, so it cannot control
+/// the terminal.
 #[must_use]
 pub fn show(source: &str, file: &str, faults: &[Fault], colour: Colour) -> String {
     let paint = |code: &str, text: &str| match colour {
@@ -61,8 +61,8 @@ fn visible(text: &str) -> String {
     text.chars().map(|c| if c == '\t' { ' ' } else { plain(c) }).collect()
 }
 
-/// The part of a line around a column (from 1), and the column's place in it: a long line is cut on
-/// both sides.
+/// Returns the part of a line around a column (from 1), and the column's position in that part. Cuts a long
+/// line on both sides.
 fn window(line: &str, column: usize) -> (String, usize) {
     let at = column.saturating_sub(1).min(line.chars().count());
     let from = if at > WINDOW * 3 / 4 { at - WINDOW / 2 } else { 0 };
@@ -73,7 +73,7 @@ fn window(line: &str, column: usize) -> (String, usize) {
     if from > 0 { (format!("…{part}"), at - from + 1) } else { (part, at) }
 }
 
-/// Columns that a character takes: the wide blocks of East Asian scripts and emoji take two.
+/// Returns the columns that a character takes. Wide East Asian characters and emoji take two.
 fn width(c: char) -> usize {
     let wide = matches!(c, '\u{1100}'..='\u{115f}' | '\u{2e80}'..='\u{a4cf}' | '\u{ac00}'..='\u{d7a3}'
         | '\u{f900}'..='\u{faff}' | '\u{fe30}'..='\u{fe6f}' | '\u{ff00}'..='\u{ff60}' | '\u{1f300}'..='\u{1faff}');

@@ -1,4 +1,4 @@
-//! The spec from outside: what is accepted, every fault with its place, and properties.
+//! Tests of the spec's public interface: accepted documents, every fault with its position, and properties.
 
 use proptest::prelude::*;
 
@@ -27,7 +27,7 @@ fn json(text: &str) -> Result<AppSpec, Vec<Fault>> {
     AppSpec::parse(text.as_bytes(), Format::Json)
 }
 
-/// Code, path, line, column of each fault.
+/// Returns code, path, line and column of each fault.
 fn seen(result: Result<AppSpec, Vec<Fault>>) -> Vec<(u16, String, u32, u32)> {
     result.unwrap_err().into_iter().map(|f| (f.code.0, f.path, f.line, f.column)).collect()
 }
@@ -105,7 +105,7 @@ fn scratch_has_a_size_a_use_and_room_for_shared_memory() {
     assert_eq!(AppSpec::from_stored(&spec.to_json()).unwrap(), spec);
     let plain = yaml(&with("scratch", "scratch: {/tmp: {size: 16Mi, exec: false}}")).unwrap();
     assert!(plain.to_json().get("scratch").is_none(), "the default is not printed");
-    // A release of an earlier version that has no room for the default stays one without a fault.
+    // A release of an earlier version, without room for the default, still parses without a fault.
     let small = with("memory", "memory: 25Mi").replace("scratch: { /var/cache: 64Mi }\n", "");
     assert_eq!(yaml(&small).unwrap().scratch()["/dev/shm"].size, 1 << 20);
 }
@@ -299,7 +299,7 @@ fn what_is_stored_is_read_again_however_long_it_became() {
     assert_eq!(AppSpec::from_stored(&spec.to_json()).unwrap(), spec);
 }
 
-/// What the schema refuses, the parser refuses; what the parser takes, the schema takes.
+/// The parser refuses every document that the schema refuses.
 #[test]
 fn the_schema_and_the_parser_agree() {
     let schema = jsonschema::validator_for(&schema()).unwrap();
@@ -459,7 +459,7 @@ proptest! {
         prop_assert_eq!(&AppSpec::from_stored(&spec.to_json()).unwrap(), &spec);
         let printed = spec.to_json().to_string();
         prop_assert_eq!(&json(&printed).unwrap(), &spec);
-        // JSON is YAML, as long as it holds no escape that YAML reads otherwise.
+        // JSON is valid YAML, unless it has an escape that YAML reads differently.
         prop_assert_eq!(&yaml(&printed).unwrap(), &spec);
     }
 

@@ -1,5 +1,5 @@
-//! A document as a tree whose every node knows its place. Both formats are read into it, and one
-//! walk over it finds all faults: there is no second reader that could think otherwise.
+//! A document as a tree in which every node knows its position. Both formats parse into this tree and a single
+//! walk finds all faults, so two readers can never disagree.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -7,12 +7,12 @@ use std::collections::HashSet;
 use crate::fault::catalogue as code;
 use crate::fault::{Fault, Kind, plain};
 
-/// Most nodes of a document.
+/// Maximum number of nodes in a document.
 pub(super) const NODES: usize = 2_000;
-/// Deepest nesting.
+/// Maximum depth of nesting.
 pub(super) const DEPTH: usize = 16;
 
-/// A place: a byte offset (`column` 0), or line and column counted from 1.
+/// A position: a byte offset (`column` is 0), or line and column from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct At {
     pub(super) line: u32,
@@ -24,7 +24,7 @@ impl At {
         Self { line: u32::try_from(offset).unwrap_or(u32::MAX), column: 0 }
     }
 
-    /// Line and column in characters, both from 1.
+    /// Returns line and column in characters, both from 1.
     pub(super) fn place(self, source: &str) -> (u32, u32) {
         if self.column > 0 {
             return (self.line, self.column);
@@ -45,14 +45,14 @@ pub(super) struct Node<'a> {
     pub(super) value: Value<'a>,
 }
 
-/// A key with its place.
+/// A key with its position.
 #[derive(Debug)]
 pub(super) struct Key<'a> {
     pub(super) at: At,
     pub(super) name: Cow<'a, str>,
 }
 
-/// What a node is. Numbers stay as they were written.
+/// The value of a node. Numbers keep their source text.
 #[derive(Debug)]
 pub(super) enum Value<'a> {
     Null,
@@ -64,7 +64,7 @@ pub(super) enum Value<'a> {
 }
 
 impl Value<'_> {
-    /// The type in words, for a fault. Never the value.
+    /// Returns the name of the type, for a fault. Never contains the value.
     pub(super) fn words(&self) -> &'static str {
         match self {
             Self::Null => "nothing (null)",
@@ -77,7 +77,7 @@ impl Value<'_> {
     }
 }
 
-/// Why a document could not be read at all. Only these stop before the walk.
+/// Builds the fault of an unreadable document. Only these faults prevent the walk.
 pub(super) fn broken(code: crate::fault::Code, source: &str, at: At, message: impl Into<String>) -> Fault {
     let (line, column) = at.place(source);
     Fault::new(code, Kind::Invalid, "", message).at(line, column)
@@ -102,9 +102,9 @@ impl Budget {
     }
 }
 
-/// The keys of a group that stand there before.
+/// Returns the keys that repeat an earlier key of the group.
 fn doubled<'n, 'a>(entries: &'n [(Key<'a>, Node<'a>)]) -> impl Iterator<Item = &'n Key<'a>> {
-    // A small group is faster searched than hashed.
+    // In a small group, a search is faster than a hash set.
     let mut seen = HashSet::new();
     let keys = entries.iter().map(|(key, _)| key);
     keys.enumerate()
@@ -128,9 +128,9 @@ fn has_doubled(node: &Node<'_>) -> bool {
     }
 }
 
-/// Adds a fault for each key that stands twice in its group, with its whole path.
+/// Adds a fault with the full path for each repeated key of a group.
 pub(super) fn find_duplicates(source: &str, node: &Node<'_>, faults: &mut Vec<Fault>) {
-    // Paths are made only where there is something to say about them.
+    // Build paths only if there is a duplicate to report.
     if has_doubled(node) {
         name_duplicates(source, node, "", faults);
     }
@@ -151,10 +151,10 @@ fn name_duplicates(source: &str, node: &Node<'_>, path: &str, faults: &mut Vec<F
                         code::DUPLICATE,
                         Kind::Invalid,
                         below(path, &key.name),
-                        "this field stands twice",
+                        "this field is given twice",
                     )
                     .at(line, column)
-                    .because("of two values one would have to be dropped silently"),
+                    .because("one of the two values would be ignored silently"),
                 );
             }
             for (key, value) in entries {
@@ -165,13 +165,13 @@ fn name_duplicates(source: &str, node: &Node<'_>, path: &str, faults: &mut Vec<F
     }
 }
 
-/// The path of a field of a group.
+/// Returns the path of a field in a group.
 pub(super) fn below(path: &str, name: &str) -> String {
     let name = clean(name);
     if path.is_empty() { name } else { format!("{path}.{name}") }
 }
 
-/// A name that somebody wrote, fit to be shown, of at most 64 characters.
+/// Returns a field name from the document in a form that is safe to show, cut to 64 characters.
 pub(super) fn clean(name: &str) -> String {
     name.chars().map(plain).take(64).collect()
 }

@@ -1,5 +1,6 @@
-//! YAML 1.2 into the tree: one document, no anchors, aliases, tags or merge keys, so that a text
-//! means what it says. The grammar is `granit-parser`'s; what is a number or a word is decided here.
+//! Reads YAML 1.2 into the tree: one document without anchors, aliases, tags or merge keys, so the text alone
+//! defines the meaning. `granit-parser` implements the grammar; this file decides which words are numbers or
+//! booleans.
 
 use std::borrow::Cow;
 
@@ -48,7 +49,7 @@ impl<'a> Reader<'a> {
         broken(code, self.source, at(span), message)
     }
 
-    /// The next event that is not a comment.
+    /// Returns the next event, skipping comments.
     fn next(&mut self) -> Result<(Event<'a>, Span), Fault> {
         loop {
             match self.events.next() {
@@ -69,14 +70,10 @@ impl<'a> Reader<'a> {
                             "the document is nested too deep",
                         ));
                     }
-                    // The parser's own words may hold a name from the source: only its kind is told.
-                    return Err(broken(
-                        code::SYNTAX,
-                        self.source,
-                        place,
-                        "this is not YAML that can be read",
-                    )
-                    .because(clean(error.kind().to_string().split(['\'', '"', '`']).next().unwrap_or(""))));
+                    // The parser's message may quote a name from the source, so report only its kind.
+                    return Err(broken(code::SYNTAX, self.source, place, "this is not valid YAML").because(
+                        clean(error.kind().to_string().split(['\'', '"', '`']).next().unwrap_or("")),
+                    ));
                 }
             }
         }
@@ -148,7 +145,7 @@ impl<'a> Reader<'a> {
                     text
                 }
                 _ => {
-                    return Err(self.fault(code::SYNTAX, &span, "the name of a field is a plain text"));
+                    return Err(self.fault(code::SYNTAX, &span, "the name of a field must be a plain text"));
                 }
             };
             let key = Key { at: at(&span), name };
@@ -159,8 +156,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// What an unquoted word is: YAML's core schema, but only `true` and `false` are booleans. `yes`,
-/// `on` and `True` stay the texts that they are, so a field that wants a boolean refuses them.
+/// Converts a scalar by YAML's core schema, except that only `true` and `false` are booleans. `yes`, `on` and
+/// `True` remain texts, so boolean fields refuse them.
 fn scalar(text: Cow<'_, str>, style: ScalarStyle) -> Value<'_> {
     if style != ScalarStyle::Plain {
         return Value::Text(text);

@@ -8,8 +8,8 @@ use crate::driver::workload::Subnet;
 use crate::error::Error;
 use crate::ids::{AppId, AppName, TenantId};
 
-/// Sees to it that the app has `count` addresses: keeps its own, takes the lowest that are free and
-/// rested. False when the subnet has no more.
+/// Ensures that the app has `count` addresses. Keeps its own and takes the lowest that are free and were not
+/// used for a minute. Returns false when the subnet has no more.
 pub(in crate::apps) async fn take_addresses(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -27,7 +27,7 @@ pub(in crate::apps) async fn take_addresses(
     if have >= count {
         return Ok(true);
     }
-    // The first two are the network and its gateway, the last is for broadcast.
+    // The first two addresses are the network and its gateway, the last one is the broadcast address.
     let done = sqlx::query!(
         "INSERT INTO app_address (tenant_id, host, app_id) \
          SELECT $1, n, $2 FROM generate_series(2, $4::bigint - 2) n WHERE NOT EXISTS \
@@ -45,7 +45,7 @@ pub(in crate::apps) async fn take_addresses(
     Ok(i64::try_from(done.rows_affected()).unwrap_or(0) == count - have)
 }
 
-/// Addresses that could be taken now.
+/// Counts the addresses that are available now.
 pub(in crate::apps) async fn count_free_addresses(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -61,7 +61,7 @@ pub(in crate::apps) async fn count_free_addresses(
     Ok(i64::from(subnet.size()) - 3 - taken)
 }
 
-/// The app's addresses, in the order in which it took them: the n-th stays the n-th.
+/// Returns the app's addresses in the order of allocation, so each index stays stable.
 pub(in crate::apps) async fn list_addresses(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -81,12 +81,12 @@ pub(in crate::apps) async fn list_addresses(
             u32::try_from(host)
                 .ok()
                 .and_then(|host| subnet.nth(host))
-                .ok_or_else(|| Error::internal("an address beyond its subnet"))
+                .ok_or_else(|| Error::internal("an address of the app is outside the tenant's subnet"))
         })
         .collect()
 }
 
-/// The app that has the n-th address.
+/// Returns the app with the n-th address.
 pub(in crate::apps) async fn find_at(
     conn: &mut PgConnection,
     tenant: TenantId,

@@ -1,4 +1,4 @@
-//! Apps, releases, addresses and what was seen.
+//! Database rows of apps, releases, addresses and observations.
 
 use sqlx::PgConnection;
 use sqlx::types::Json;
@@ -70,7 +70,7 @@ impl From<AppRow> for App {
     }
 }
 
-/// What a row has reserved: its own sums, or the product of its peak.
+/// Returns the reservation of a row: its own sums, or the product of its peak.
 fn reserved(peak: Peak, cpu: Option<i64>, memory: Option<i64>) -> Reserved {
     let product = peak.reserved();
     Reserved {
@@ -80,7 +80,7 @@ fn reserved(peak: Peak, cpu: Option<i64>, memory: Option<i64>) -> Reserved {
     }
 }
 
-/// An app by name, unless it was removed.
+/// Finds an app by name, unless it was removed.
 pub(super) async fn find_app(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -100,7 +100,7 @@ pub(super) async fn find_app(
     Ok(row.map(Into::into))
 }
 
-/// An app by identity, removed or not.
+/// Finds an app by id, unless it was removed.
 pub(super) async fn find_app_by_id(conn: &mut PgConnection, id: AppId) -> Result<Option<App>, Error> {
     let row = sqlx::query_as!(
         AppRow,
@@ -115,7 +115,7 @@ pub(super) async fn find_app_by_id(conn: &mut PgConnection, id: AppId) -> Result
     Ok(row.map(Into::into))
 }
 
-/// Apps of a tenant by name.
+/// Lists the apps of a tenant by name.
 pub(super) async fn list_apps(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -137,7 +137,7 @@ pub(super) async fn list_apps(
     Ok(rows.into_iter().map(Into::into).collect())
 }
 
-/// Which of these names the tenant has no app for.
+/// Returns the names that belong to no app of the tenant.
 pub(super) async fn list_missing(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -154,8 +154,9 @@ pub(super) async fn list_missing(
     .await?)
 }
 
-/// Locks the tenant's quota and state: from here on no other deploy of this tenant can take any, no image is deleted,
-/// and no suspension or offboarding comes in between. The gate is locked before the other rows.
+/// Locks the tenant's quota and state. Until the transaction ends, no other deploy of this tenant reserves
+/// quota, no image is deleted, and the tenant is not suspended or offboarded. The gate row is locked before the
+/// other rows.
 pub(super) async fn lock_quota(conn: &mut PgConnection, tenant: TenantId) -> Result<(Quota, String), Error> {
     let rows = sqlx::query!(
         r#"SELECT q.resource, coalesce(q.limit_, d.limit_) AS "limit!", q.used, t.state
@@ -178,7 +179,7 @@ pub(super) async fn lock_quota(conn: &mut PgConnection, tenant: TenantId) -> Res
     ))
 }
 
-/// Adds to what is used; the rows' own checks keep it from going below zero.
+/// Changes the used amounts. CHECK constraints of the rows prevent negative values.
 pub(super) async fn add_used(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -220,7 +221,7 @@ pub(super) async fn insert_app(
     Ok(AppId(id))
 }
 
-/// Takes the next release as desired: its revision and the raised generation.
+/// Makes the next release the desired one. Returns the raised generation and the new revision.
 pub(super) async fn advance_app(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -268,7 +269,7 @@ pub(super) async fn set_peak(
     Ok(())
 }
 
-/// What is reserved for an app, removed or not.
+/// Returns the reservation of an app, removed or not.
 pub(super) async fn find_reserved(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -291,7 +292,7 @@ pub(super) async fn find_reserved(
     Ok(reserved(peak, row.reserved_cpu, row.reserved_memory))
 }
 
-/// Apps that the tenant has made within a day, those that are gone again included.
+/// Counts the apps that the tenant created within 24 hours, including removed ones.
 pub(super) async fn count_made_lately(conn: &mut PgConnection, tenant: TenantId) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(
         r#"SELECT count(*) AS "n!" FROM app WHERE tenant_id = $1 AND created_at > now() - interval '1 day'"#,
@@ -301,7 +302,7 @@ pub(super) async fn count_made_lately(conn: &mut PgConnection, tenant: TenantId)
     .await?)
 }
 
-/// Asks for the removal; the row goes when absence was observed.
+/// Requests the removal. The row is marked removed once the absence was observed.
 pub(super) async fn set_deleted(conn: &mut PgConnection, tenant: TenantId, id: AppId) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(
         "UPDATE app SET deleted_at = coalesce(deleted_at, now()), generation = generation + 1, changed_at = now() \
@@ -324,7 +325,7 @@ pub(super) async fn set_removed(conn: &mut PgConnection, tenant: TenantId, id: A
     Ok(done.rows_affected() == 1)
 }
 
-/// Apps of a tenant whose removal was not asked for yet.
+/// Lists the apps of a tenant whose deletion was not requested yet.
 pub(super) async fn list_undeleted(conn: &mut PgConnection, tenant: TenantId) -> Result<Vec<AppName>, Error> {
     Ok(sqlx::query_scalar!(
         r#"SELECT name AS "name: AppName" FROM app WHERE tenant_id = $1 AND removed_at IS NULL

@@ -1,4 +1,4 @@
-//! What was seen and what happened.
+//! Rows of observations and events.
 
 use sqlx::PgConnection;
 use sqlx::types::Json;
@@ -20,8 +20,8 @@ pub(in crate::apps) async fn set_problem(
     Ok(())
 }
 
-/// Writes down what was seen; an older generation than known is dropped, and nothing is written
-/// when nothing changed.
+/// Stores an observation. Drops a generation older than the stored one, and writes nothing when nothing
+/// changed.
 pub(in crate::apps) async fn set_observed(
     conn: &mut PgConnection,
     seen: &AppObserved,
@@ -41,7 +41,7 @@ pub(in crate::apps) async fn set_observed(
     Ok(done.rows_affected() == 1)
 }
 
-/// How many events of an app are kept.
+/// Number of events kept for each app.
 const EVENTS_KEPT: i64 = 200;
 
 pub(in crate::apps) async fn insert_events(
@@ -103,7 +103,7 @@ pub(in crate::apps) async fn insert_machine_events(
     Ok(())
 }
 
-/// Events of the machine by number, the newest first.
+/// Lists the machine's events by number, newest first.
 pub(in crate::apps) async fn list_machine_events(
     conn: &mut PgConnection,
     before: i64,
@@ -119,7 +119,7 @@ pub(in crate::apps) async fn list_machine_events(
     .await?)
 }
 
-/// The newest events of an app, newest first.
+/// Lists the events of an app, newest first.
 pub(in crate::apps) async fn list_events(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -137,7 +137,7 @@ pub(in crate::apps) async fn list_events(
     .await?)
 }
 
-/// Apps that the engine's side should know of, in pages by identity.
+/// Lists the apps that the driver should know, in pages by id.
 pub(in crate::apps) async fn list_expected(
     conn: &mut PgConnection,
     after: i64,
@@ -154,7 +154,7 @@ pub(in crate::apps) async fn list_expected(
     Ok(rows.into_iter().map(|row| (AppId(row.id), TenantId(row.tenant_id), row.generation)).collect())
 }
 
-/// Counts names of fields that were refused.
+/// Counts the names of refused fields.
 pub(in crate::apps) async fn count_refused(conn: &mut PgConnection, names: &[String]) -> Result<(), Error> {
     sqlx::query!(
         "INSERT INTO refused_field (name) SELECT DISTINCT n FROM unnest($1::text[]) n ORDER BY n \
@@ -166,9 +166,8 @@ pub(in crate::apps) async fn count_refused(conn: &mut PgConnection, names: &[Str
     Ok(())
 }
 
-/// Removes what has had its time: machine events of more than 30 days or beyond the newest
-/// 100,000, and all but the names of fields
-/// that are tried most.
+/// Removes machine events older than 30 days or beyond the newest 100,000, and all refused field names except
+/// the 500 most frequent.
 pub(in crate::apps) async fn prune(conn: &mut PgConnection) -> Result<(), Error> {
     sqlx::query!(
         "DELETE FROM machine_event \

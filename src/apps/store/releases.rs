@@ -1,4 +1,4 @@
-//! Rows of releases: written once, never changed. Of each app the newest stay, and those that run.
+//! Rows of releases: written once, never changed. Each app keeps its newest releases and those that still run.
 
 use serde_json::Value;
 use sqlx::PgConnection;
@@ -9,8 +9,8 @@ use crate::driver::workload::InsideUser;
 use crate::error::Error;
 use crate::ids::{AppId, AppName, Digest, RepositoryPath, Tag, TenantId};
 
-/// Writes a release down. Those that are beyond what the tenant keeps go in the same statement, so that no rate of
-/// deploys fills the disk; what is desired, was observed or runs stays.
+/// Inserts a release. The same statement deletes releases beyond the tenant's limit, so frequent deploys cannot
+/// fill the disk. Releases that are desired, observed or running stay.
 pub(in crate::apps) async fn insert_release(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -87,7 +87,7 @@ impl From<ReleaseRow> for Release {
     }
 }
 
-/// Identity, name and present spec of the apps that are not being deleted, by name.
+/// Lists id, name and current spec of a tenant's apps that are not being deleted, by name.
 pub(in crate::apps) async fn list_current(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -103,7 +103,7 @@ pub(in crate::apps) async fn list_current(
     Ok(rows.into_iter().map(|row| (AppId(row.id), row.name, row.spec)).collect())
 }
 
-/// The same of apps of any tenants.
+/// Lists id, name and current spec of the given apps of any tenants.
 pub(in crate::apps) async fn list_current_of(
     conn: &mut PgConnection,
     tenants: &[i64],
@@ -143,7 +143,7 @@ pub(in crate::apps) async fn find_release(
     Ok(row.map(Into::into))
 }
 
-/// The desired releases of a page of apps, in one query.
+/// Returns the desired releases of a page of apps, in one query.
 pub(in crate::apps) async fn list_wanted(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -186,7 +186,7 @@ pub(in crate::apps) async fn list_wanted(
         .collect())
 }
 
-/// Releases, newest first, older than `before`.
+/// Lists releases older than `before`, newest first.
 pub(in crate::apps) async fn list_releases(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -210,7 +210,7 @@ pub(in crate::apps) async fn list_releases(
     Ok(rows.into_iter().map(Into::into).collect())
 }
 
-/// Which apps run one of these digests in any release that can still be rolled back to.
+/// Returns the apps with one of these digests in any release that they can still roll back to.
 pub(in crate::apps) async fn list_holders(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -230,7 +230,8 @@ pub(in crate::apps) async fn list_holders(
     Ok(rows.into_iter().map(|row| (row.digest, row.name)).collect())
 }
 
-/// Removes releases beyond what is kept, and everything of apps that are gone, in batches. How many went.
+/// Removes releases beyond the limit, and all releases and events of removed apps, in batches. Returns the
+/// number of removed rows.
 pub(in crate::apps) async fn prune_releases(conn: &mut PgConnection, batch: i64) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(
         r#"WITH old AS (

@@ -1,5 +1,5 @@
-//! Reading the audit, newest first: one index leads, and a page looks at a bounded number of rows, whatever is
-//! asked for and however long the record is.
+//! Queries of the audit log, newest first. One index leads, and a page reads a bounded number of rows, whatever
+//! the filter and the length of the log.
 
 use serde_json::Value;
 use sqlx::PgConnection;
@@ -9,14 +9,14 @@ use crate::audit::Entry;
 use crate::error::Error;
 use crate::ids::TenantId;
 
-/// How many rows a page looks at, at most: where several filters must hold only one of them can lead. More than
-/// any page is long.
+/// Maximum number of rows that a page examines. If several filters apply, only one can use an index. Larger
+/// than any page.
 const LOOK: i64 = 600;
 
-/// Which rows to list. All that is given must hold.
+/// Selects rows. All filters must match.
 #[derive(Debug, Clone, Default)]
 pub struct Filter {
-    /// Rows of this tenant; none: of all, with their tenant.
+    /// Rows of this tenant. `None` selects all tenants, and rows then name theirs.
     pub tenant: Option<TenantId>,
     /// Exactly this actor.
     pub actor: Option<String>,
@@ -26,18 +26,18 @@ pub struct Filter {
     pub object: Option<String>,
     /// `done` or `denied`.
     pub result: Option<String>,
-    /// At or after.
+    /// At or after this time.
     pub since: Option<OffsetDateTime>,
-    /// Before.
+    /// Before this time.
     pub until: Option<OffsetDateTime>,
-    /// Only rows with a smaller number.
+    /// Rows with a smaller number only.
     pub before: i64,
-    /// At most so many.
+    /// Maximum number of rows.
     pub limit: i64,
 }
 
-/// The filter that leads: the one that is met most rarely, by experience. Each has an index, with the tenant and
-/// without.
+/// The filter that uses the index: the one that usually matches the fewest rows. Each has an index with and
+/// without the tenant.
 enum Leading<'a> {
     Object(&'a str),
     Actor(&'a str),
@@ -58,7 +58,7 @@ impl Filter {
     }
 }
 
-/// A row that was looked at: whether it fits, and how many were looked at with it.
+/// An examined row: whether it matches, and its position among the examined rows.
 struct Looked {
     id: i64,
     at: OffsetDateTime,
@@ -91,9 +91,10 @@ impl From<Looked> for Entry {
     }
 }
 
-/// The rows that fit among the first 600 to which the leading condition leads, and the last of these, fit or
-/// not. A statement for each condition: its plan is made once for a connection, not once for a page. That a column
-/// is the given one is said as a pair with the number, so that no other index has the order that is asked for.
+/// Returns the matching rows among the first 600 of the leading condition, and the last of the 600, matching or
+/// not. There is one statement per condition, so its plan is made once per connection instead of once per page.
+/// The equality of a column is written as a pair with the number, so that only the intended index has the
+/// required order.
 macro_rules! look {
     ($conn:expr, $filter:expr, $span:expr, $order:literal, $where:literal $(, $value:expr)*) => {
         sqlx::query_as!(
@@ -195,11 +196,11 @@ async fn look(conn: &mut PgConnection, filter: &Filter, span: (i64, i64)) -> Res
     Ok(rows)
 }
 
-/// Rows of the audit, newest first, and where the next page starts. A page where several filters must hold may
-/// have fewer rows than asked for, even none, though there are more: it ends where enough was looked at for
-/// once.
+/// Lists rows of the audit log, newest first, with the cursor of the next page. With several filters, a page
+/// may have fewer rows than the limit, even none, although more match: it ends at the maximum number of
+/// examined rows.
 pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<(Vec<Entry>, Option<i64>), Error> {
-    // An index in the order that is asked for, whatever the planner thinks of how few rows a policy leaves.
+    // Force the index order. The planner misjudges how few rows the row-level policy leaves.
     sqlx::query(
         "SELECT set_config('plan_cache_mode', 'force_generic_plan', true), set_config('enable_sort', 'off', true), \
          set_config('enable_bitmapscan', 'off', true), set_config('enable_seqscan', 'off', true)",
@@ -224,7 +225,7 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<(Vec<Entry
     let next = rows.last().filter(|row| full || row.count == LOOK).map(|row| row.id);
     let mut entries: Vec<Entry> = rows.into_iter().filter(|row| row.fits).map(Entry::from).collect();
     if filter.tenant.is_some() {
-        // Within one tenant there is no need to say which.
+        // A list of one tenant does not repeat its name.
         for entry in &mut entries {
             entry.tenant = None;
         }

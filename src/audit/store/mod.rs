@@ -1,9 +1,10 @@
-//! The audit table. Insert-only: nobody but its owner could do more.
+//! Tables of the audit log. Insert-only: only the table's owner has further rights.
 
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
 
 use super::{Event, Refusals};
+use crate::db;
 use crate::error::Error;
 use crate::quotas::{self, Amount, Resource};
 
@@ -13,8 +14,8 @@ mod seals;
 pub use list::{Filter, list};
 pub(super) use seals::*;
 
-/// Puts an event down. One that counts against its tenant's day is refused when the day is used up; the caller's
-/// transaction then ends without a change. The count is part of the same statement.
+/// Inserts an event. An event that counts against its tenant's daily quota is refused when the quota is used
+/// up; the caller's transaction then changes nothing. The count is part of the same statement.
 pub(super) async fn insert_event(conn: &mut PgConnection, event: &Event<'_>) -> Result<(), Error> {
     let counts = event.tenant.is_some() && counts(event);
     let done = sqlx::query_scalar!(
@@ -47,8 +48,9 @@ pub(super) async fn insert_event(conn: &mut PgConnection, event: &Event<'_>) -> 
     }
 }
 
-/// Whether an event counts against its tenant's day. What ends something never does: each such event follows one that
-/// counted, and a tenant can always revoke. Nor does what admins and the platform itself do.
+/// Whether an event counts against its tenant's daily quota. Events that delete or revoke do not count: each
+/// follows a counted event, and a tenant must always be able to revoke. Actions of admins and of the platform
+/// do not count.
 fn counts(event: &Event<'_>) -> bool {
     let (noun, verb) = event.action.split_once('.').unwrap_or((event.action, ""));
     let ends =
@@ -83,16 +85,16 @@ pub(super) async fn insert_refusals(conn: &mut PgConnection, batch: &Refusals) -
     Ok(())
 }
 
-/// Makes the months that are to come.
+/// Creates the partitions of the coming months.
 pub async fn prepare_months(pool: &PgPool) -> Result<(), Error> {
     let mut conn = pool.acquire().await?;
     sqlx::query_scalar!("SELECT audit_prepare_months()").fetch_one(&mut *conn).await?;
     Ok(())
 }
 
-/// Gives up every month that ended more than `months` months ago, a trace of it in the audit itself.
+/// Retires the oldest month if it ended more than `months` months ago, and records that in the audit log.
 pub async fn retire_months(pool: &PgPool, months: u32) -> Result<(), Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = db::begin_for_all(pool).await?;
     let months = i32::try_from(months).unwrap_or(i32::MAX);
     let due = sqlx::query_scalar!(
         r#"SELECT (date_trunc('month', min(at)))::date AS "month?" FROM audit

@@ -1,11 +1,11 @@
-//! Rounds and seals of the audit's chain.
+//! Rounds and seals of the audit log.
 
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
 use crate::error::Error;
 
-/// A row as the chain sees it.
+/// A row, as the chain covers it.
 #[derive(Debug, Clone)]
 pub(in crate::audit) struct Sealable {
     pub(in crate::audit) id: i64,
@@ -20,20 +20,20 @@ pub(in crate::audit) struct Sealable {
     pub(in crate::audit) detail: String,
 }
 
-/// Whoever holds this lock seals; the others wait for their turn, and no round is made twice.
+/// Takes the lock of the sealer. Only one replica seals at a time, so no round is made twice.
 pub(in crate::audit) async fn try_lock(conn: &mut PgConnection) -> Result<bool, Error> {
     Ok(sqlx::query_scalar!(r#"SELECT pg_try_advisory_xact_lock(4712) AS "got!""#).fetch_one(conn).await?)
 }
 
-/// The last round, and up to where the next one can go: no transaction below it is still open.
+/// The last round, and the upper bound of the next one: no transaction below the bound is still open.
 pub(in crate::audit) struct Horizon {
     pub(in crate::audit) number: i64,
     pub(in crate::audit) mac: Option<Vec<u8>>,
     pub(in crate::audit) from: String,
     pub(in crate::audit) to: String,
-    /// The database was put back into another cluster, whose transactions count from a lower number.
+    /// The database was restored into another cluster, whose transaction numbers start lower.
     pub(in crate::audit) restored: bool,
-    /// Whether anything lies between.
+    /// Whether there are rows to seal.
     pub(in crate::audit) some: bool,
 }
 
@@ -61,7 +61,7 @@ pub(in crate::audit) async fn horizon(conn: &mut PgConnection, at_once: i64) -> 
     .await?)
 }
 
-/// Rows of the transactions between two numbers, by tenant and number.
+/// Lists the rows of the transactions between two numbers, ordered by tenant and number.
 pub(in crate::audit) async fn list_between(
     conn: &mut PgConnection,
     horizon: &Horizon,
@@ -78,7 +78,7 @@ pub(in crate::audit) async fn list_between(
     .await?)
 }
 
-/// Rows that no seal has, whatever their transaction: once, after the database was put back.
+/// Lists the rows without a seal, of any transaction. Needed once, after the database was restored.
 pub(in crate::audit) async fn list_unsealed(
     conn: &mut PgConnection,
     to: &str,
@@ -144,7 +144,7 @@ pub(in crate::audit) async fn insert_seal(conn: &mut PgConnection, seal: &Seal) 
     Ok(())
 }
 
-/// Number and MAC of a tenant's last seal.
+/// Returns number and MAC of a tenant's last seal.
 pub(in crate::audit) async fn last_seal(
     conn: &mut PgConnection,
     tenant: Option<i64>,
@@ -159,7 +159,7 @@ pub(in crate::audit) async fn last_seal(
     Ok(row.map(|row| (row.number, row.mac)))
 }
 
-/// A round as it stands.
+/// A stored round.
 #[derive(Debug)]
 pub(in crate::audit) struct RoundRow {
     pub(in crate::audit) number: i64,
@@ -184,7 +184,7 @@ pub(in crate::audit) async fn list_rounds(
     .await?)
 }
 
-/// Seals of rounds, in the order in which the rounds' MACs take them.
+/// Lists the seals of rounds, in the order in which the rounds' MACs cover them.
 pub(in crate::audit) async fn list_seals(
     conn: &mut PgConnection,
     first: i64,
@@ -201,7 +201,7 @@ pub(in crate::audit) async fn list_seals(
     .await?)
 }
 
-/// The rows with these numbers, between these times (which picks the months).
+/// Lists the rows with these numbers between two times. The times select the months.
 pub(in crate::audit) async fn list_rows(
     conn: &mut PgConnection,
     ids: &[i64],
@@ -220,12 +220,12 @@ pub(in crate::audit) async fn list_rows(
     .await?)
 }
 
-/// Where a row with this number is now, if its time was changed.
+/// Returns which of these rows exist with a changed time.
 pub(in crate::audit) async fn list_moved(conn: &mut PgConnection, ids: &[i64]) -> Result<Vec<i64>, Error> {
     Ok(sqlx::query_scalar!("SELECT DISTINCT id FROM audit WHERE id = ANY($1)", ids).fetch_all(conn).await?)
 }
 
-/// How many rows seals must have, and how many are so new that none has them yet.
+/// Counts the rows that must have a seal, and the rows that are too new to have one.
 pub(in crate::audit) async fn count_rows(conn: &mut PgConnection, to: &str) -> Result<(i64, i64), Error> {
     let row = sqlx::query!(
         r#"SELECT count(*) FILTER (WHERE tx < $1::text::xid8 OR tx >= pg_snapshot_xmax(pg_current_snapshot())) AS "sealed!",
@@ -237,7 +237,7 @@ pub(in crate::audit) async fn count_rows(conn: &mut PgConnection, to: &str) -> R
     Ok((row.sealed, row.new))
 }
 
-/// Rows of finished transactions that no seal has: put in behind the platform's back.
+/// Lists rows of finished transactions without a seal: they were inserted outside the platform.
 pub(in crate::audit) async fn list_inserted(conn: &mut PgConnection, to: &str) -> Result<Vec<i64>, Error> {
     Ok(sqlx::query_scalar!(
         r#"SELECT id AS "id!" FROM audit WHERE tx < $1::text::xid8 OR tx >= pg_snapshot_xmax(pg_current_snapshot())
@@ -248,7 +248,7 @@ pub(in crate::audit) async fn list_inserted(conn: &mut PgConnection, to: &str) -
     .await?)
 }
 
-/// Months that were given up: the first day of each, and when.
+/// Lists the retired months: first day, and time of retirement.
 pub(in crate::audit) async fn list_retired(
     conn: &mut PgConnection,
 ) -> Result<Vec<(time::Date, OffsetDateTime)>, Error> {
@@ -256,7 +256,7 @@ pub(in crate::audit) async fn list_retired(
     Ok(rows.into_iter().map(|row| (row.month, row.retired_at)).collect())
 }
 
-/// All that follows in the transaction sees the database as it is now; there may be much to read.
+/// Makes the rest of the transaction see one snapshot of the database, without a statement timeout.
 pub(in crate::audit) async fn look_at_one_moment(conn: &mut PgConnection) -> Result<(), Error> {
     sqlx::raw_sql(
         "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL statement_timeout = 0",

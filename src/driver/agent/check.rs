@@ -1,16 +1,16 @@
-//! The root half's own look at a workload: nothing is believed because `serve` has checked it. The
-//! types already cannot say anything dangerous; here their values are held against bounds.
+//! The agent's own check of a workload, independent of the checks in `serve`. The types cannot express anything
+//! dangerous; this check bounds their values.
 
 use crate::driver::workload::{HealthCheck, Update, Workload};
 
 use super::journal::Recorded;
 use crate::driver::scratch::{SHM, closed, is_path};
 
-/// Most addresses: an instance and one that stops in its place, and one for updates.
+/// Maximum number of addresses: each instance, an old instance that stops beside each, and one for updates.
 const ADDRESSES: usize = 201;
 const MEMORY: u64 = 1 << 40;
 
-/// What is wrong with a workload, if anything.
+/// Checks a workload. Returns the first fault as an error.
 pub(super) fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String> {
     let no = |why: &str| Err(why.to_owned());
     let w = workload;
@@ -24,7 +24,7 @@ pub(super) fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String
         || w.groups.len() > 64
         || !w.groups.iter().all(|id| group(*id))
     {
-        return no("the user inside or a group of it is not in the block, or the user is root");
+        return no("the user or one of its groups is not in the block, or the user is root");
     }
     if !(10..=1_000_000).contains(&w.cpu_millis) || !((8 << 20)..=MEMORY).contains(&w.memory) {
         return no("cpu or memory is out of bounds");
@@ -38,16 +38,16 @@ pub(super) fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String
         let host = u32::from(*address).wrapping_sub(u32::from(tenant.subnet.address()));
         if !tenant.subnet.contains(*address) || host < 2 || host >= last || w.addresses[..n].contains(address)
         {
-            return no("an address is not a host of the tenant's subnet, or stands twice");
+            return no("an address is not a host address of the tenant's subnet, or occurs twice");
         }
     }
     if w.scratch.len() > 18
         || !w.scratch.keys().all(|path| is_path(path) && closed(path).is_none())
         || !w.scratch.contains_key("/tmp")
     {
-        return no("a scratch path is not possible");
+        return no("a scratch path is invalid");
     }
-    // Shared memory has a default that a small app never fills; the limit of memory bounds it all the same.
+    // The default of shared memory is larger than a small app ever uses; the memory limit bounds it anyway.
     let counted = w.scratch.iter().filter(|(path, _)| *path != SHM);
     let scratch = counted.fold(0_u64, |sum, (_, scratch)| sum.saturating_add(scratch.size));
     let shm = w.scratch.get(SHM).map_or(0, |shm| shm.size);
@@ -62,7 +62,7 @@ pub(super) fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String
     for text in texts.chain(w.env.values()) {
         sum += text.len();
         if text.contains('\0') {
-            return no("a text holds NUL");
+            return no("command, args or env contain the character NUL");
         }
     }
     if sum > 256 << 10 || w.env.len() > 256 {
@@ -74,7 +74,7 @@ pub(super) fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String
             && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
     };
     if !w.env.keys().all(key) {
-        return no("the name of a variable is not possible");
+        return no("the name of an environment variable is invalid");
     }
     if w.port.is_some_and(|port| port < 1024) {
         return no("a port is below 1024");
@@ -94,7 +94,7 @@ pub(super) fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String
         }
     }
     if w.stop_grace > 600 || w.revision < 1 || w.generation < 1 {
-        return no("a number is out of bounds");
+        return no("stop_grace, revision or generation is out of bounds");
     }
     Ok(())
 }

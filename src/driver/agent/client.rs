@@ -1,4 +1,4 @@
-//! The side of `serve`: a driver that asks the root half over its socket.
+//! The client that runs in `serve`: a driver that calls the agent over its socket.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use crate::driver::{
 use crate::ids::{AppId, AppName, TenantId, TenantName};
 use crate::policy::TenantFlows;
 
-/// The root half, as seen from `serve`.
+/// A connection to the agent, used by `serve`.
 #[derive(Debug, Clone)]
 pub struct AgentClient {
     socket: PathBuf,
@@ -29,7 +29,7 @@ fn away(error: impl std::fmt::Display) -> Error {
 }
 
 impl AgentClient {
-    /// The agent behind this socket.
+    /// Returns a client of the agent at this socket.
     #[must_use]
     pub fn new(socket: PathBuf) -> Self {
         Self { socket }
@@ -50,7 +50,7 @@ impl AgentClient {
         match tokio::time::timeout(patience, frames.next()).await {
             Ok(Some(Ok(frame))) => serde_json::from_slice(&frame).map_err(away),
             Ok(Some(Err(error))) => Err(away(error)),
-            Ok(None) => Err(away("it hung up")),
+            Ok(None) => Err(away("it closed the connection")),
             Err(_) => Err(away("no answer in time")),
         }
     }
@@ -63,7 +63,7 @@ impl AgentClient {
         }
     }
 
-    /// Asks who is there.
+    /// Returns the installation and the protocol version of the agent.
     pub async fn hello(&self) -> Result<(crate::ids::Installation, u32), Error> {
         match self.call(&Request::Hello {}, 3).await? {
             Reply::Hello { installation, protocol } => Ok((installation, protocol)),
@@ -91,7 +91,7 @@ impl Driver for AgentClient {
 
     async fn ensure_app(&self, workload: &Workload, pull: Option<&PullSecret>) -> Result<(), Error> {
         let request = Request::EnsureApp { workload: Box::new(workload.clone()), pull: pull.cloned() };
-        // A large image takes its time; the lease is renewed meanwhile.
+        // Fetching a large image takes long; the lease is renewed meanwhile.
         self.call(&request, 1800).await.map(drop)
     }
 

@@ -1,4 +1,4 @@
-//! Settings of the root half. The file is root's; what stands in it bounds what `serve` can ever ask.
+//! Settings of the agent. The file belongs to root and bounds everything that `serve` can request.
 
 use std::path::{Path, PathBuf};
 
@@ -15,69 +15,69 @@ use crate::policy::Cidr;
 pub struct AgentConfig {
     /// The four letters of the installation.
     pub installation: Installation,
-    /// Folder of the journal, the desired state and the logs. Root's alone.
+    /// Folder of the journal, the desired state and the logs. Only root has access.
     pub state_dir: PathBuf,
-    /// Socket on which `serve` asks.
+    /// Socket on which `serve` connects.
     pub socket: PathBuf,
-    /// User id of `serve`: the only one that is answered.
+    /// User id of `serve`, the only one whose requests are answered.
     pub peer_uid: u32,
     /// Socket of the container engine.
     pub engine_socket: PathBuf,
-    /// Ids that tenants may be given.
+    /// User ids that may be allocated to tenants.
     pub id_pool: IdRange,
-    /// Ids of a tenant's range: exactly so many, from the pool's start on.
+    /// Exact number of ids in a tenant's range, counted from the start of the pool.
     pub range_size: u32,
-    /// Ids of an app's block: exactly so many.
+    /// Exact number of ids in an app's block.
     pub block_size: u32,
-    /// Addresses that tenants may be given.
+    /// Addresses that may be allocated to tenants.
     pub network_pool: Subnet,
-    /// Prefix of a tenant's subnet: the n-th of the pool belongs to the network with the number n.
+    /// Prefix length of a tenant's subnet: the n-th subnet of the pool belongs to network number n.
     pub subnet_prefix: u8,
     /// A folder on the disk of the engine's storage.
     pub engine_storage: PathBuf,
-    /// The engine's folder of what is gone after a reboot.
+    /// The engine's folder for state that does not survive a reboot.
     #[serde(default = "usual_run")]
     pub engine_run: PathBuf,
     /// Socket of the prober.
     pub prober_socket: PathBuf,
-    /// User id of the prober: the only one that may connect from the host into the bridges.
+    /// User id of the prober, the only one that may connect from the host into the bridges.
     pub prober_uid: u32,
-    /// Socket on which the resolver asks.
+    /// Socket on which the resolver connects.
     pub resolver_socket: PathBuf,
-    /// User id of the resolver: the only one that is answered there.
+    /// User id of the resolver, the only one whose questions are answered.
     pub resolver_uid: u32,
-    /// Its group, which reaches the socket.
+    /// Group of the resolver, which has access to the socket.
     pub resolver_gid: u32,
-    /// Addresses that no app reaches either, beside the built-in ranges and the machine's own; a platform service may
-    /// have single ones in them.
+    /// Blocked ranges: no app reaches them, beside the reserved ranges and the machine's own addresses. A platform
+    /// service may use single addresses in them.
     #[serde(default)]
     pub closed: Vec<Cidr>,
-    /// How many connections the apps of one tenant may begin in a second, in the mean; five times as many at once. The
-    /// kernel tracks those of all tenants in one table.
+    /// Maximum mean rate of new connections of one tenant's apps, in connections per second; a burst may be five
+    /// times as large. The kernel tracks the connections of all tenants in one table.
     #[serde(default = "usual_pace")]
     pub new_connections_per_second: u32,
-    /// Name under which the engine knows the registry; its own configuration leads it to Bulkhead.
+    /// Name of the registry in the engine's configuration, which maps it to Bulkhead.
     pub registry_name: String,
-    /// Where that name leads: Bulkhead's listener for pulls.
+    /// Address of Bulkhead's listener for pulls, to which that name leads.
     pub pull_host: String,
 }
 
 const PACE: &str = "new_connections_per_second";
 
-/// How many connections the apps of one tenant may begin in a second unless a person has set another number.
+/// Default of [`AgentConfig::new_connections_per_second`].
 #[must_use]
 pub fn usual_pace() -> u32 {
     1_000
 }
 
-/// Where the engine keeps what is gone after a reboot, in the shipped unit.
+/// Default of [`AgentConfig::engine_run`], as in the shipped unit.
 #[must_use]
 pub fn usual_run() -> PathBuf {
     "/run/bulkhead-engine".into()
 }
 
 impl AgentConfig {
-    /// The engine, as its own command line knows it.
+    /// Returns the engine's settings, as its own command line needs them.
     #[must_use]
     pub fn engine(&self) -> EngineSettings {
         EngineSettings {
@@ -90,7 +90,7 @@ impl AgentConfig {
         }
     }
 
-    /// Reads the file.
+    /// Reads and checks the file.
     pub fn load(path: &Path) -> Result<Self, String> {
         let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
         let config: Self = toml::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -98,7 +98,7 @@ impl AgentConfig {
         Ok(config)
     }
 
-    /// What a person has set in an earlier file is kept when the file is written anew.
+    /// Takes over an operator's settings from an earlier file when the file is written again.
     pub fn keep_from(&mut self, path: &Path) -> Result<(), String> {
         let failed = |key: &str, error: toml::de::Error| format!("{}: {key}{error}", path.display());
         let text = match std::fs::read_to_string(path) {
@@ -121,41 +121,41 @@ impl AgentConfig {
         let pool = self.pool();
         if let Some(range) = self.closed.iter().find(|range| range.overlaps(pool)) {
             return Err(format!(
-                "closed: {range} touches {pool}, where tenants are: they are closed to each other in any case"
+                "closed: {range} overlaps {pool}, the tenants' subnets, which are isolated anyway. Remove {range}"
             ));
         }
         if !(1..=1_000_000).contains(&self.new_connections_per_second) {
-            return Err(format!("{PACE} is 1 to 1000000"));
+            return Err(format!("{PACE} must be between 1 and 1000000"));
         }
         Ok(())
     }
 
-    /// The subnet of the network with this number.
+    /// Returns the subnet of the network with this number.
     #[must_use]
     pub fn subnet(&self, number: u32) -> Option<Subnet> {
         self.network_pool.part(self.subnet_prefix, number)
     }
 
-    /// Name of a tenant's bridge and network: at most 15 bytes.
+    /// Returns the name of a tenant's bridge and network: at most 15 bytes.
     #[must_use]
     pub fn bridge(&self, number: u32) -> String {
         format!("{}{number}", self.bridge_prefix())
     }
 
-    /// What the names of all its bridges begin with.
+    /// Returns the prefix of all bridge names.
     #[must_use]
     pub fn bridge_prefix(&self) -> String {
         format!("bk{}", self.installation)
     }
 
-    /// The pool of tenants' subnets, as the firewall sees it.
+    /// Returns the pool of tenants' subnets, as the firewall uses it.
     #[must_use]
     pub fn pool(&self) -> Cidr {
         let pool = self.network_pool;
         Cidr::new(pool.address(), pool.prefix()).unwrap_or(Cidr::of(pool.address()))
     }
 
-    /// Name of the nftables table.
+    /// Returns the name of the nftables table.
     #[must_use]
     pub fn table(&self) -> String {
         format!("bulkhead_{}", self.installation)

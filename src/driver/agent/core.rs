@@ -1,5 +1,5 @@
-//! The root half as a whole: what it holds, how it starts, how it keeps the firewall and the
-//! networks as they must be, and what it tells about it.
+//! The agent's state, startup and background tasks: it keeps the firewall and the networks correct and reports what
+//! it observes.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -37,135 +37,135 @@ use crate::permits::FairPermits;
 use crate::policy::never;
 use crate::readiness;
 
-/// How often the engine is asked what there is.
+/// Interval of the engine's listings.
 const LOOK: Duration = Duration::from_millis(400);
-/// How often the table is held against what it must be.
+/// Interval of the firewall table's checks.
 const WATCH: Duration = Duration::from_secs(1);
-/// In which of these looks the table's sets are looked at too.
+/// Every n-th of these checks also compares the table's sets.
 const SETS: u64 = 30;
-/// How often what must be open and closed is tried.
+/// Interval of probes of allowed and denied connections.
 const PROBE: Duration = Duration::from_secs(60);
-/// How many images of one tenant are fetched at a time, and of all tenants.
+/// Maximum number of concurrent image fetches, per tenant and in total.
 const FETCHES: (usize, usize) = (1, 3);
-/// How long an engine has to come up before the agent starts without it.
+/// How long the agent waits for the engine at startup before it starts without it.
 const START: Duration = Duration::from_secs(10);
-/// How often networks are looked at.
+/// Interval of the networks' checks.
 const NETWORKS: Duration = Duration::from_secs(5);
 
-/// What the engine listed, and a count that rises with each listing.
+/// The engine's last list of containers, and a count that rises with each listing.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Listing {
     pub(super) round: u64,
-    /// When it was made; none before the first.
+    /// Time of the listing; none before the first.
     pub(super) at: Option<tokio::time::Instant>,
     pub(super) containers: Arc<HashMap<String, Listed>>,
 }
 
-/// The root half.
+/// The agent.
 pub(super) struct Agent {
     pub(super) config: AgentConfig,
     pub(super) podman: Podman,
     pub(super) engine: Engine,
     pub(super) oom: OutOfMemory,
-    /// The file of the system call filter that every instance is under.
+    /// The system call filter of every instance.
     pub(super) filter: PathBuf,
     pub(super) journal: Mutex<Journal>,
-    /// What each tenant may use of the machine.
+    /// Resource limits of each tenant.
     pub(super) limits: Mutex<LimitBook>,
-    /// The control groups that hold it to that.
+    /// The control groups that enforce these limits.
     pub(super) groups: Groups,
     pub(super) apps: Mutex<HashMap<AppId, Arc<App>>>,
     pub(super) listing: watch::Sender<Listing>,
-    /// Rises when a listing is asked for out of turn.
+    /// Notified to request a listing at once.
     pub(super) look: Notify,
     pub(super) firewall: tokio::sync::Mutex<Option<InForce>>,
-    /// What each tenant's apps may begin to talk to.
+    /// The allowed flows of each tenant's apps.
     pub(super) flows: Mutex<Flows>,
-    /// What was found for domains.
+    /// Addresses resolved for domains.
     pub(super) found: Mutex<names::Found>,
     /// The machine's own addresses.
     pub(super) own: Mutex<Vec<crate::policy::never::Range>>,
-    /// Room for probes that were asked for.
+    /// Permits for requested probes.
     pub(super) probes: tokio::sync::Semaphore,
-    /// Room for those that the platform makes itself.
+    /// Permits for the platform's own probes.
     pub(super) platform_probes: tokio::sync::Semaphore,
-    /// What of them was told as an event, and when last.
+    /// Probe results that were reported as an event, and the time of the last report.
     pub(super) told: Mutex<HashMap<String, std::time::Instant>>,
-    /// What was counted of connections that are about to close.
+    /// Counts of connections that are about to be closed.
     pub(super) counts: Mutex<super::network::Counts>,
-    /// How many are being made for a tenant.
+    /// Number of probes under way for a tenant.
     pub(super) probing: Mutex<HashMap<TenantName, usize>>,
-    /// What the platform itself has tried from an instance lately: source, target, port.
+    /// Recent probes of the platform from an instance: source, target, port.
     pub(super) tried: Mutex<HashMap<(std::net::Ipv4Addr, std::net::Ipv4Addr, u16), std::time::Instant>>,
-    /// Ports whose instance an earlier version has left otherwise, and that could not be settled yet.
+    /// Ports of instances that an earlier version configured differently and that could not be reconfigured yet.
     pub(super) unsettled: Mutex<HashSet<Port>>,
-    /// Ports that were found not to be held to their card. Their app closes them.
+    /// Ports found without a lock to their MAC address. Their app closes them.
     pub(super) unlocked: Mutex<HashSet<Port>>,
-    /// When it was last told that the machine tracks nearly as many connections as it can.
+    /// Time of the last report that the connection tracking table is nearly full.
     pub(super) crowded: Mutex<Option<std::time::Instant>>,
-    /// What listens on the machine, and when that was looked at.
+    /// The machine's listening sockets, and when they were read.
     pub(super) listening: tokio::sync::Mutex<Option<(std::time::Instant, Vec<Listener>)>>,
-    /// Connections that are to be ended, because their rule is gone.
+    /// Connections to close because their rule is gone.
     pub(super) gone: Mutex<BTreeSet<Gone>>,
-    /// There are some.
+    /// Notified when `gone` is not empty.
     pub(super) cut: Notify,
-    /// What was refused lately.
+    /// Recently denied connections.
     pub(super) denials: Mutex<Denials>,
     version: Mutex<u64>,
     changed: Notify,
-    /// Held for reading while an image is fetched and not yet on record; for writing while images
-    /// are removed.
+    /// Held for reading while an image is fetched and not yet recorded; held for writing while images are removed.
     pub(super) images: Images,
-    /// Held while an app is put on record.
+    /// Held while an app is recorded.
     pub(super) recording: tokio::sync::Mutex<()>,
-    /// Who looks at an image.
+    /// Permits to inspect an image.
     pub(super) looks: FairPermits<TenantName>,
-    /// Who reads stored lines of logs.
+    /// Permits to read stored log lines.
     pub(super) stored: FairPermits<TenantName>,
     /// Fetches images.
     pub(super) fetcher: Fetcher,
-    /// Images that are being fetched, and how far they are.
+    /// Images that are being fetched, and their progress.
     pub(super) fetching: Fetches,
-    /// Room for fetches: of one tenant, and of all.
+    /// Permits to fetch, per tenant and in total.
     pub(super) fetches: FairPermits<TenantName>,
-    /// Room for requests of `serve`, by tenant.
+    /// Permits for requests of `serve`, by tenant.
     pub(super) turns: FairPermits<Option<TenantName>>,
-    /// What was found in images, by identity.
+    /// Results of inspecting images, by image id.
     pub(super) looked: Mutex<HashMap<String, super::app::Looked>>,
-    /// A release has taken over, or an app has gone: images may be left over.
+    /// Notified after a release has taken over or an app was removed: images may be unused.
     pub(super) tidy: Notify,
-    /// Pipes of logs that were there when the agent started, until their instance's reader takes them.
+    /// Log pipes that existed when the agent started, until the reader of their instance takes them.
     pub(super) pipes: Mutex<app::Pipes>,
-    /// How fast logs are read: those of each tenant, and all.
+    /// Rate limits of reading logs, per tenant and in total.
     pub(super) log_paces: Mutex<Paces<TenantName>>,
-    /// How many read logs of a tenant.
+    /// Number of log readers of a tenant.
     pub(super) readers: Mutex<HashMap<TenantName, usize>>,
-    /// Who may change an app's record.
+    /// Serialises changes of an app's record.
     pub(super) gates: Mutex<HashMap<AppId, Arc<Gate>>>,
     boot: String,
     machine: Mutex<VecDeque<AppEvent>>,
 }
 
-/// Who may change an app's record: one at a time, and nobody once it leaves.
+/// Serialises changes of an app's record: one at a time, and none once the app is being removed.
 #[derive(Default)]
 pub(super) struct Gate {
     pub(super) turn: tokio::sync::Mutex<()>,
     pub(super) leave: CancellationToken,
 }
 
-/// Locks; a panic elsewhere does not make the state of all others unusable.
+/// Locks a mutex. A panic in one task does not make the shared state unusable for all others.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Runs the root half until it is told to stop. Containers go on running.
+/// Runs the agent until it is asked to stop. Containers keep running.
 pub async fn run(config: AgentConfig, stop: impl Future<Output = ()>) -> Result<(), String> {
     let agent = Agent::open(config).await?;
     agent.note_own_addresses().await;
     agent.refresh_firewall().await.map_err(|error| error.to_string())?;
-    // Heard from before the bridges are looked at: nothing is forgotten in between.
-    let ear = neighbours::forgetting()
-        .inspect_err(|error| tracing::warn!(%error, "bridges are looked at every few seconds alone"));
+    // Subscribed before the bridges are checked: no change in between is missed.
+    let ear = neighbours::forgetting().inspect_err(
+        |error| tracing::warn!(%error, "no netlink events; bridges are checked every few seconds"),
+    );
     agent.adopt().await?;
     let looking = tokio::spawn(looking(Arc::clone(&agent)));
     let watching = tokio::spawn(watching(Arc::clone(&agent)));
@@ -199,7 +199,7 @@ impl Agent {
             let path = config.state_dir.join(folder);
             std::fs::create_dir_all(&path).map_err(|error| format!("{}: {error}", path.display()))?;
         }
-        // First of all: a monitor that waits for its log's reader holds up the engine.
+        // First of all: a monitor that waits for its log's reader blocks the engine.
         let pipes = app::open_all(&config.state_dir.join("logs"));
         let journal = Journal::open(&config.state_dir.join("journal"))?;
         let flows = Flows::open(&config.state_dir.join("flows")).map_err(|error| error.to_string())?;
@@ -268,13 +268,13 @@ impl Agent {
         self.config.state_dir.join("logs").join(app.to_string())
     }
 
-    /// Takes over what is on record: everything that ran is found again, everything that should
-    /// run and does not is started.
+    /// Resumes from the recorded state: finds everything that runs, and starts everything that should run and does
+    /// not.
     async fn adopt(self: &Arc<Self>) -> Result<(), String> {
         let all = Kept::load_all(&self.apps_dir()).map_err(|error| error.to_string())?;
         self.settle(&all).await;
         for mut kept in all {
-            // A power failure may have kept the file of an app that had gone: its identity is never used again.
+            // A power failure may restore the file of a removed app. The id of a removed app is never used again.
             kept.removing |= lock(&self.journal).is_removed(kept.workload.app_id);
             let app = App::spawn(Arc::clone(self), kept);
             lock(&self.apps).insert(app.id, app);
@@ -291,7 +291,7 @@ impl Agent {
         Arc::clone(lock(&self.gates).entry(id).or_default())
     }
 
-    /// Addresses of an app's running instances.
+    /// Returns the addresses of an app's running instances.
     pub(super) fn running(&self, tenant: &TenantName, app: AppId) -> Vec<std::net::Ipv4Addr> {
         let Some(app) = self.app(app).filter(|app| app.tenant == *tenant) else { return Vec::new() };
         let kept = lock(&app.kept);
@@ -311,7 +311,7 @@ impl Agent {
         let mut machine = lock(&self.machine);
         machine.push_back(AppEvent { seq, at: OffsetDateTime::now_utc(), kind: kind.into(), text });
         while machine.len() > 200 {
-            // An alarm is the last to go.
+            // Alarms are dropped last.
             let plain = machine.iter().position(|event| event.kind != "probe_alarm").unwrap_or(0);
             machine.remove(plain);
         }
@@ -320,8 +320,8 @@ impl Agent {
         self.changed.notify_waiters();
     }
 
-    /// Something about an app has changed. The app bears the number of the change before anybody can
-    /// see that number: else whoever asks in between would never hear of it.
+    /// Announces a change of an app. The app stores the new version before a reader can see it. Otherwise a reader
+    /// in between would never get this change.
     pub(super) fn touch(&self, own: &AtomicU64) {
         let mut version = lock(&self.version);
         *version += 1;
@@ -330,7 +330,7 @@ impl Agent {
         self.changed.notify_waiters();
     }
 
-    /// What has changed since a cursor, waiting for something if nothing has.
+    /// Returns the changes since a cursor. Waits for a change if there is none.
     pub(super) async fn observe(&self, cursor: Option<&str>, wait: Duration) -> Observed {
         let since = cursor
             .and_then(|cursor| cursor.split_once(':'))
@@ -370,8 +370,8 @@ impl Agent {
     }
 }
 
-/// Waits a while for an engine that is only just starting. One that hangs is not waited for: instances are watched
-/// without it, and it is ended.
+/// Waits for an engine that is just starting. It does not wait for an engine that hangs: instances are watched
+/// without it, and the engine is killed.
 async fn await_engine(podman: &Podman) {
     let begun = tokio::time::Instant::now();
     while begun.elapsed() < START {
@@ -379,17 +379,17 @@ async fn await_engine(podman: &Podman) {
         match podman.ping().await {
             Ok(()) => return,
             Err(error) if asked.elapsed() > Duration::from_secs(1) => {
-                tracing::warn!(%error, "the engine hangs; the agent starts without it");
+                tracing::warn!(%error, "the engine does not answer in time; the agent starts without it");
                 return;
             }
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
-    tracing::warn!("no engine answers; the agent starts without it");
+    tracing::warn!("the engine is not up; the agent starts without it");
 }
 
-/// Asks the engine again and again for its containers, and tells all apps. While the engine does not answer, apps are
-/// told all the same: their processes are looked at without it.
+/// Lists the engine's containers in a loop and wakes all apps. Apps are woken even if the engine does not answer:
+/// their processes are checked without it.
 async fn looking(agent: Arc<Agent>) {
     let mut round = 0;
     loop {
@@ -418,9 +418,10 @@ async fn looking(agent: Arc<Agent>) {
             }
             Err(error) => {
                 if agent.engine.silent() {
-                    tracing::warn!(%error, "the engine cannot be asked");
+                    tracing::warn!(%error, "the engine does not list its containers");
                 }
-                // Where nothing listens, its supervisor starts it: only what hangs is ended.
+                // If nothing listens on the socket, the supervisor starts the engine. Only an engine that hangs is
+                // killed.
                 if asked.elapsed() >= agent.engine.patience() {
                     agent.end_hung_engine(asked).await;
                 }
@@ -432,12 +433,12 @@ async fn looking(agent: Arc<Agent>) {
     }
 }
 
-/// Repairs the table as soon as the kernel tells that somebody else has been at it.
+/// Repairs the table as soon as the kernel reports a change that the agent did not make.
 async fn hearing(agent: Arc<Agent>) {
     let ear = match firewall::watch::open() {
         Ok(ear) => ear,
         Err(error) => {
-            tracing::warn!(%error, "the kernel's messages are not heard; the table is looked at every second");
+            tracing::warn!(%error, "the kernel's netfilter events are not available; the table is checked every second");
             return;
         }
     };
@@ -445,12 +446,12 @@ async fn hearing(agent: Arc<Agent>) {
         ear.heard().await;
         agent.repair_firewall(Depth::Shape).await;
         agent.repair_firewall(Depth::Whole).await;
-        // Whoever changes tables all the time does not keep us at it.
+        // A program that changes tables all the time must not keep the agent busy.
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
-/// Ends the tracked connections of rules that are gone, one after another: their packets are dropped already.
+/// Closes the tracked connections of removed rules, one after another. Their packets are already dropped.
 async fn cutting(agent: Arc<Agent>) {
     loop {
         agent.cut.notified().await;
@@ -458,7 +459,7 @@ async fn cutting(agent: Arc<Agent>) {
     }
 }
 
-/// Tries what must be open and what must be closed, again and again.
+/// Probes allowed and denied connections at regular intervals.
 async fn probing(agent: Arc<Agent>) {
     let mut round = 0;
     loop {
@@ -467,7 +468,7 @@ async fn probing(agent: Arc<Agent>) {
     }
 }
 
-/// Keeps the tenants' networks as they must be: beside all else, since the engine may let it wait.
+/// Keeps the tenants' networks correct. It runs in its own task because the engine may block it.
 async fn keeping(agent: Arc<Agent>) {
     loop {
         tokio::time::sleep(NETWORKS).await;
@@ -475,7 +476,7 @@ async fn keeping(agent: Arc<Agent>) {
     }
 }
 
-/// Keeps the table as it must be.
+/// Keeps the firewall table correct.
 async fn watching(agent: Arc<Agent>) {
     let mut networks_at = tokio::time::Instant::now();
     let mut round = 0_u64;
@@ -493,7 +494,7 @@ async fn watching(agent: Arc<Agent>) {
         agent.keep_found_open().await;
         agent.note_own_addresses().await;
         if let Err(error) = agent.refresh_firewall().await {
-            tracing::warn!(%error, "the machine's new addresses are closed later");
+            tracing::warn!(%error, "the firewall cannot be refreshed; it is tried again");
         }
         tokio::task::block_in_place(|| agent.keep_groups());
     }

@@ -1,6 +1,6 @@
-//! The container engine as the agent sees it: which calls wait for it, whether it answers, and what happens when it
-//! does not. An engine that hangs is ended, so that its supervisor starts a fresh one; containers and their monitors
-//! go on. The app whose call hung it twice, the second time alone, is put aside.
+//! Tracks the container engine: which calls wait for it, whether it answers, and what happens if it does not. An
+//! engine that hangs is killed, and its supervisor starts a new one; containers and their monitors keep running. An
+//! app whose calls hang the engine twice, the second time alone, is put aside.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,36 +15,37 @@ use super::core::{Agent, lock};
 use crate::driver::EngineSeen;
 use crate::ids::AppId;
 
-/// The shortest and the longest time that the engine has for a listing.
+/// Minimum and maximum time limit of a listing.
 const PATIENCE: (Duration, Duration) = (Duration::from_millis(1_500), Duration::from_secs(15));
-/// How much longer than the slowest listing of late it may take.
+/// The time limit is this multiple of the slowest recent listing.
 const SLACK: u32 = 8;
-/// How many listings "of late" are.
+/// Number of recent listings.
 const LATELY: usize = 32;
-/// How long a fresh engine has to come up before it is judged again.
+/// How long a new engine may take to come up before it is judged again.
 const RECOVERY: Duration = Duration::from_secs(10);
-/// A start that takes longer while listings are answered fails by itself, not by the engine.
+/// A start that takes longer while listings are answered fails on its own; the engine is not at fault.
 const SLOW: time::Duration = time::Duration::seconds(20);
-/// Times that an app's call may hang the engine, the last of them while no other call waited.
+/// Number of times that an app's call may hang the engine, the last of them while no other call waited.
 pub(super) const STRIKES: u32 = 2;
-/// Times after which it is put aside although others waited too: their calls may be there all the time.
+/// Number of times after which an app is put aside even if other calls waited too. Those may be waiting all the
+/// time.
 pub(super) const MOST_STRIKES: u32 = 6;
-/// The longest that the start of an app that is tried alone keeps the others waiting.
+/// Maximum time that the start of a suspected app blocks the starts of others.
 pub(super) const ALONE: Duration = Duration::from_secs(20);
 
 /// A call that waits for the engine.
 #[derive(Debug, Clone, Copy)]
 struct Call {
-    /// None where the call is for no start: a stop, a removal, tidying up.
+    /// None if the call does not start an instance: a stop, a removal, a cleanup.
     app: Option<AppId>,
     since: Instant,
 }
 
-/// What is known of the engine.
+/// State of the engine.
 pub(super) struct Engine {
     state: Mutex<State>,
-    /// Held for reading by every start of an instance, and for writing by the start of an app that may have hung the
-    /// engine before: if it hangs again, no other app is to blame.
+    /// Held for reading by every start of an instance, and for writing by the start of an app that may have hung
+    /// the engine before. If the engine hangs again, no other app is the cause.
     pub(super) turn: tokio::sync::RwLock<()>,
 }
 
@@ -52,24 +53,24 @@ struct State {
     calls: BTreeMap<u64, Call>,
     next: u64,
     took: Vec<Duration>,
-    /// Since when it has not answered.
+    /// Since when the engine has not answered.
     silent: Option<OffsetDateTime>,
     answered: OffsetDateTime,
-    /// Not judged before.
+    /// The engine is not judged before this time.
     judged_from: Instant,
-    /// How many were ended since the last answer.
+    /// Number of engines killed since the last answer.
     ended: u32,
     put_aside: u32,
 }
 
-/// A call under way; it ends with this value.
+/// A call under way; dropping the value ends it.
 pub(super) struct Waiting<'a> {
     engine: &'a Engine,
     id: u64,
 }
 
 impl Waiting<'_> {
-    /// The same app's next call begins.
+    /// Marks the start of the same app's next call.
     pub(super) fn next(&self) {
         if let Some(call) = lock(&self.engine.state).calls.get_mut(&self.id) {
             call.since = Instant::now();
@@ -101,18 +102,18 @@ impl Engine {
         }
     }
 
-    /// A call for an app begins.
+    /// Registers a call for an app.
     pub(super) fn begin(&self, app: AppId) -> Waiting<'_> {
         self.enter(Some(app))
     }
 
-    /// A call begins that no app is blamed for: while it waits, no other one is to blame alone.
+    /// Registers a call that no app is blamed for. While it waits, no app is the only suspect.
     pub(super) fn beside(&self) -> Waiting<'_> {
         self.enter(None)
     }
 
-    /// Whether a start that began then failed by its own length: it waited as long as calls may, and the engine has
-    /// answered listings meanwhile.
+    /// Returns whether a start that began then took too long on its own: it waited as long as a call may, and the
+    /// engine answered listings meanwhile.
     pub(super) fn is_slow_with(&self, begun: OffsetDateTime) -> bool {
         OffsetDateTime::now_utc() - begun > SLOW && lock(&self.state).answered - begun > SLOW
     }
@@ -125,17 +126,17 @@ impl Engine {
         Waiting { engine: self, id }
     }
 
-    /// How long a listing may take: by what the last ones took, so that a machine with many containers or much to do
-    /// is not taken for one that hangs.
+    /// Returns the time limit of a listing, derived from recent listings. A slow listing on a busy machine, or on
+    /// one with many containers, is not mistaken for a hang.
     pub(super) fn patience(&self) -> Duration {
         let state = lock(&self.state);
         let slowest = state.took.iter().max().copied().unwrap_or_default();
-        // A fresh engine that does not answer either has a slow machine to blame, perhaps: it gets more time.
+        // If a new engine does not answer either, the machine may be slow: the limit grows.
         let least = PATIENCE.0 * 2_u32.pow(state.ended.min(4));
         (slowest * SLACK).max(least).clamp(PATIENCE.0, PATIENCE.1)
     }
 
-    /// It has answered; whether it had been silent.
+    /// Records an answer. Returns whether the engine had been silent.
     pub(super) fn answered(&self, took: Duration) -> bool {
         let mut state = lock(&self.state);
         if state.took.len() >= LATELY {
@@ -148,7 +149,7 @@ impl Engine {
         state.silent.take().is_some()
     }
 
-    /// It has not answered; whether that is news.
+    /// Records a missing answer. Returns whether the silence is new.
     pub(super) fn silent(&self) -> bool {
         let mut state = lock(&self.state);
         let news = state.silent.is_none();
@@ -158,7 +159,7 @@ impl Engine {
         news
     }
 
-    /// What `serve` is told.
+    /// Returns the engine's state as reported to `serve`.
     pub(super) fn seen(&self) -> EngineSeen {
         let state = lock(&self.state);
         EngineSeen { silent_since: state.silent, put_aside: state.put_aside }
@@ -168,7 +169,8 @@ impl Engine {
         lock(&self.state).put_aside = put_aside;
     }
 
-    /// Apps whose calls have waited since before `asked`, and whether there is one of them and no other call.
+    /// Returns the apps whose calls have waited since before `asked`, and whether exactly one app and no other call
+    /// waits.
     fn suspects(&self, asked: Instant) -> (Vec<AppId>, bool) {
         let state = lock(&self.state);
         let waiting: Vec<Option<AppId>> =
@@ -180,7 +182,7 @@ impl Engine {
         (apps, alone)
     }
 
-    /// Whether it may be judged now: a fresh engine has its time to come up.
+    /// Returns whether the engine may be judged now. A new engine gets time to come up.
     fn is_due(&self) -> bool {
         let mut state = lock(&self.state);
         let due = Instant::now() >= state.judged_from;
@@ -193,8 +195,8 @@ impl Engine {
 }
 
 impl Agent {
-    /// The engine has not answered a listing that was asked for at `asked`: it is ended, and the apps whose calls it
-    /// did not come back from are noted.
+    /// Kills the engine because it has not answered a listing requested at `asked`. Records a strike for the apps
+    /// whose calls were waiting.
     pub(super) async fn end_hung_engine(self: &Arc<Self>, asked: Instant) {
         if !self.engine.is_due() {
             return;
@@ -203,14 +205,14 @@ impl Agent {
         let socket = self.config.engine_socket.clone();
         let ended = tokio::task::spawn_blocking(move || end(&socket)).await;
         let what = match ended {
-            Ok(Ok(pid)) => format!("the agent ended its process {pid}; a fresh one is started"),
-            Ok(Err(why)) => format!("its process could not be ended: {why}"),
+            Ok(Ok(pid)) => format!("the agent killed its process {pid}; its supervisor starts a new one"),
+            Ok(Err(why)) => format!("its process cannot be killed: {why}"),
             Err(error) => error.to_string(),
         };
         self.machine_event(
             "engine_hung",
             format!(
-                "the container engine did not answer: {what}. Running containers go on. Calls for {} app(s) waited",
+                "the container engine did not answer: {what}. Containers keep running. Calls for {} app(s) were waiting",
                 suspects.len()
             ),
         );
@@ -221,7 +223,7 @@ impl Agent {
         }
     }
 
-    /// Counts the apps that are put aside, for what is told about the engine.
+    /// Counts the apps that are put aside and reports the number with the engine's state.
     pub(super) fn count_put_aside(&self) {
         let apps: Vec<_> = lock(&self.apps).values().cloned().collect();
         let count = apps.iter().filter(|app| lock(&app.kept).is_put_aside()).count();
@@ -229,19 +231,19 @@ impl Agent {
     }
 }
 
-/// In builds for tests: stops the engine as a container that hangs it would.
+/// In test builds: stops the engine, as a container that hangs it would.
 #[cfg(feature = "failpoints")]
 pub(super) fn hang(socket: &Path) {
     let _ = signal(socket, Signal::STOP);
 }
 
-/// Ends the process that listens on the engine's socket.
+/// Kills the process that listens on the engine's socket.
 fn end(socket: &Path) -> Result<i32, String> {
     signal(socket, Signal::KILL)
 }
 
-/// Sends a signal to the process that listens on the engine's socket. The kernel says which one it is; a process of another
-/// program there is left alone.
+/// Sends a signal to the process that listens on the engine's socket. The kernel reports the process. A process of
+/// another program is left alone.
 fn signal(socket: &Path, what: Signal) -> Result<i32, String> {
     let stream = rustix::net::socket_with(
         rustix::net::AddressFamily::UNIX,
@@ -251,13 +253,13 @@ fn signal(socket: &Path, what: Signal) -> Result<i32, String> {
     )
     .map_err(|error| error.to_string())?;
     let address = rustix::net::SocketAddrUnix::new(socket).map_err(|error| error.to_string())?;
-    // A full queue of connections is no answer either: then the kernel cannot be asked who listens.
+    // A full backlog of connections is no answer either: the kernel then cannot report the listener.
     rustix::net::connect(&stream, &address).map_err(|error| format!("its socket: {error}"))?;
     let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|error| error.to_string())?;
     let pid: Pid = peer.pid;
     let number = pid.as_raw_nonzero().get();
     let handle = pidfd_open(pid, PidfdFlags::empty()).map_err(|error| error.to_string())?;
-    // Looked at through the handle's own process: the number cannot have passed on while the handle is held.
+    // Read while the pidfd is held: the process id cannot have been reused.
     let program = std::fs::read_link(format!("/proc/{number}/exe")).map_err(|error| error.to_string())?;
     let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
     if number == 1 || !name.starts_with("podman") {

@@ -1,5 +1,5 @@
-//! Which images are being fetched, for which app, and how far each is: an app that does not run yet says what it waits
-//! for.
+//! Tracks which images are being fetched, for which app, and their progress. An app that does not run yet shows
+//! what it waits for.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -14,9 +14,9 @@ use crate::driver::Fetching;
 use crate::driver::workload::Workload;
 use crate::ids::AppId;
 
-/// How often the bytes of a fetch are told.
+/// Interval at which the bytes of a fetch are reported.
 const PROGRESS: Duration = Duration::from_secs(1);
-/// How deep the folder of a fetch is looked into, and how many files are counted.
+/// Maximum depth and maximum number of files when the folder of a fetch is measured.
 const LOOK: (usize, usize) = (4, 2_000);
 
 #[derive(Debug)]
@@ -32,12 +32,12 @@ pub(super) struct Fetches(Arc<Shared>);
 #[derive(Debug, Default)]
 struct Shared {
     all: Mutex<HashMap<AppId, Entry>>,
-    /// Rises when a fetch begins, gets its turn, or is over.
+    /// Rises when a fetch begins, gets its turn, or ends.
     rounds: AtomicU64,
     changed: Notify,
 }
 
-/// A fetch on record; dropped, it is over.
+/// A recorded fetch; dropping it ends the record.
 #[derive(Debug)]
 pub(super) struct Recorded {
     fetches: Fetches,
@@ -49,12 +49,13 @@ impl Fetches {
         change(&mut self.0.all.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// A count that rises when a fetch begins, gets its turn, or is over.
+    /// Returns a count that rises when a fetch begins, gets its turn, or ends.
     pub(super) fn rounds(&self) -> u64 {
         self.0.rounds.load(Ordering::Relaxed)
     }
 
-    /// Waits for such a change; while something is fetched, not for long: how far it is changes all the time.
+    /// Waits for such a change. While a fetch is under way, it returns after [`PROGRESS`]: the byte count changes
+    /// all the time.
     pub(super) async fn changed(&self) {
         if self.with(|all| all.is_empty()) {
             self.0.changed.notified().await;
@@ -79,7 +80,7 @@ impl Fetches {
         Recorded { fetches: self.clone(), app }
     }
 
-    /// All fetches, with the bytes that each has so far.
+    /// Returns all fetches, each with its bytes so far.
     pub(super) fn seen(&self) -> Vec<Fetching> {
         let all: Vec<(Fetching, Option<PathBuf>)> = self
             .with(|all| all.values().map(|entry| (entry.fetching.clone(), entry.folder.clone())).collect());
@@ -93,7 +94,7 @@ impl Fetches {
 }
 
 impl Recorded {
-    /// Its turn has come; what it fetches lies in this folder first.
+    /// Marks the start of the fetch; its data is first written to this folder.
     pub(super) fn begin(&self, folder: PathBuf) {
         self.fetches.with(|all| {
             if let Some(entry) = all.get_mut(&self.app) {
@@ -113,7 +114,7 @@ impl Drop for Recorded {
     }
 }
 
-/// Bytes of the files below a folder; links are not followed.
+/// Returns the bytes of the files below a folder; links are not followed.
 fn size(folder: &Path) -> u64 {
     let mut open = vec![(folder.to_owned(), 0)];
     let (mut sum, mut seen) = (0_u64, 0);

@@ -1,6 +1,5 @@
-//! What each tenant's apps may begin to talk to, as `serve` last said: root's own copy, one file a
-//! tenant, replaced in one step, so that everything is open and closed as before after a reboot with
-//! `serve` down.
+//! The allowed flows of each tenant's apps, as `serve` last sent them. The agent keeps its own copy: one file per
+//! tenant, replaced atomically. After a reboot, the same flows are allowed and denied even if `serve` is down.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -11,9 +10,9 @@ use crate::ids::{AppId, TenantName};
 use crate::policy::never::{self, Range};
 use crate::policy::{AppFlows, Cidr, Flow, Target, TenantFlows};
 
-/// Most flows of a tenant.
+/// Maximum number of flows of a tenant.
 pub(super) const MOST: usize = 20_000;
-/// The most that a plan's number may rise at once: else one message could shut out every honest one.
+/// Maximum increase of a plan's number in one message. Otherwise one message could shut out all valid later ones.
 const LEAP: i64 = 1 << 20;
 
 /// All tenants' flows.
@@ -21,12 +20,12 @@ const LEAP: i64 = 1 << 20;
 pub(super) struct Flows {
     folder: PathBuf,
     by_tenant: HashMap<TenantName, TenantFlows>,
-    /// The highest number that any plan had.
+    /// The highest number of any plan so far.
     highest: Option<i64>,
 }
 
 impl Flows {
-    /// Reads what is on record. A file that cannot be read is said, and its tenant has no flow.
+    /// Reads the stored flows. A file that cannot be read is logged, and its tenant has no flows.
     pub(super) fn open(folder: &Path) -> std::io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let mut by_tenant = HashMap::new();
@@ -40,15 +39,15 @@ impl Flows {
                 .and_then(|text| serde_json::from_slice::<TenantFlows>(&text).map_err(|e| e.to_string()))
             {
                 Ok(flows) => drop(by_tenant.insert(flows.tenant.clone(), flows)),
-                Err(error) => tracing::error!(path = %path.display(), error, "these flows cannot be read"),
+                Err(error) => tracing::error!(path = %path.display(), error, "a flows file cannot be read"),
             }
         }
         let highest = by_tenant.values().map(|flows: &TenantFlows| flows.plan).max();
         Ok(Self { folder: folder.to_owned(), by_tenant, highest })
     }
 
-    /// Takes over a tenant's flows, on the disk before they are believed. Returns the number of the plan that is
-    /// held then: a higher one than was handed in means that a newer one was here, and nothing was taken.
+    /// Stores a tenant's flows on disk, then uses them. Returns the number of the plan in use. A higher number than
+    /// the given one means that a newer plan was already there, and nothing was stored.
     pub(super) fn take(&mut self, flows: TenantFlows) -> Result<i64, Error> {
         if let Some(known) = self.by_tenant.get(&flows.tenant) {
             if flows.plan < known.plan {
@@ -58,9 +57,9 @@ impl Flows {
                 return Ok(known.plan);
             }
         }
-        // All tenants' plans have one row of numbers.
+        // The plans of all tenants share one sequence of numbers.
         if self.highest.is_some_and(|highest| flows.plan - highest > LEAP) {
-            return Err(Error::Rejected("a plan's number rises by too much".into()));
+            return Err(Error::Rejected("a plan's number rises by too much in one message".into()));
         }
         fail::fail_point!("agent::flows", |_| Err(Error::Transient("failpoint".into())));
         self.save(&flows).map_err(|error| Error::Transient(error.to_string()))?;
@@ -77,40 +76,40 @@ impl Flows {
         file.write_all(&serde_json::to_vec(flows)?)?;
         file.sync_data()?;
         std::fs::rename(fresh, self.folder.join(format!("{}.json", flows.tenant)))?;
-        // The folder too: a power failure must not bring back what was withdrawn.
+        // Syncs the folder too: a power failure must not bring back a withdrawn flow.
         std::fs::File::open(&self.folder)?.sync_all()
     }
 
-    /// Forgets a tenant that has left.
+    /// Forgets a tenant that was offboarded.
     pub(super) fn forget(&mut self, tenant: &TenantName) {
         self.by_tenant.remove(tenant);
         let _ = std::fs::remove_file(self.folder.join(format!("{tenant}.json")));
     }
 
-    /// The flows of one app.
+    /// Returns the flows of one app.
     pub(super) fn of(&self, tenant: &TenantName, app: AppId) -> &[Flow] {
         let apps = self.by_tenant.get(tenant).map_or(&[][..], |flows| &flows.apps);
         apps.iter().find(|own| own.app == app).map_or(&[], |own| &own.flows)
     }
 
-    /// Those flows of one app that are counted.
+    /// Returns the flows of one app that are counted.
     pub(super) fn watched(&self, tenant: &TenantName, app: AppId) -> &[Flow] {
         let apps = self.by_tenant.get(tenant).map_or(&[][..], |flows| &flows.watched);
         apps.iter().find(|own| own.app == app).map_or(&[], |own| &own.flows)
     }
 
-    /// Whether a tenant is on trial at a second since 1970.
+    /// Returns whether a tenant is in audit mode at a time in seconds since 1970.
     pub(super) fn on_trial(&self, tenant: &TenantName, now: i64) -> bool {
         self.by_tenant.get(tenant).and_then(|flows| flows.trial_until).is_some_and(|until| until > now)
     }
 
-    /// All, by tenant.
+    /// Returns the flows of all tenants.
     pub(super) fn all(&self) -> impl Iterator<Item = &TenantFlows> {
         self.by_tenant.values()
     }
 }
 
-/// Why a flow can never be in force on this machine, if it cannot: what `serve` says is not believed.
+/// Returns why a flow can never be applied on this machine, if it cannot. This check does not rely on `serve`.
 pub(super) fn obstacle(flow: &Flow, pool: Cidr, own: &[Range]) -> Option<String> {
     if flow.port == 0 {
         return Some("a flow has no port".into());
@@ -119,7 +118,7 @@ pub(super) fn obstacle(flow: &Flow, pool: Cidr, own: &[Range]) -> Option<String>
         && flow.name.len() <= 100
         && flow.name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-/".contains(&b));
     if !named {
-        return Some("the name of a flow is not possible".into());
+        return Some("the name of a flow is invalid".into());
     }
     let (network, wall) = match &flow.target {
         Target::App { .. } | Target::Domain { .. } => return None,
@@ -127,17 +126,17 @@ pub(super) fn obstacle(flow: &Flow, pool: Cidr, own: &[Range]) -> Option<String>
         Target::Outside { network } => (network, never::against_outside(*network, own)),
     };
     if network.overlaps(pool) {
-        return Some(format!("{network} touches the addresses of tenants"));
+        return Some(format!("{network} overlaps the addresses of tenants"));
     }
-    wall.map(|range| format!("{network} touches {}", range.words))
+    wall.map(|range| format!("{network} overlaps {}", range.words))
 }
 
-/// Holds the form of a tenant's flows against bounds. One that can never be in force is no reason to refuse the
-/// others, of which some may be there to close something: it is left out, and told.
+/// Checks the number and the size of a tenant's plan. A flow that can never be applied does not invalidate the
+/// others, some of which may close something: it is left out and reported.
 pub(super) fn check(flows: &TenantFlows) -> Result<(), String> {
     let count = |apps: &[AppFlows]| apps.iter().map(|app| app.flows.len()).sum::<usize>();
     if flows.plan < 1 || count(&flows.apps) > MOST || count(&flows.watched) > MOST {
-        return Err(format!("a plan has a number and at most {MOST} flows"));
+        return Err(format!("a plan must have a number and at most {MOST} flows"));
     }
     Ok(())
 }

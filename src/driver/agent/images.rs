@@ -1,5 +1,5 @@
-//! Images that the engine holds: which ones are in use, and the removal of all others. Nothing waits for a removal but
-//! a fetch of the very image that is being removed.
+//! Finds the images in the engine's store that are in use, and removes all others. Only a fetch of the same image
+//! waits for a removal.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
@@ -12,7 +12,7 @@ use super::core::{Agent, lock};
 use crate::driver::Error;
 use crate::driver::podman::render;
 
-/// Names of images that are about to be in use or about to go.
+/// Names of images that are about to be used or removed.
 #[derive(Default)]
 pub(super) struct Images {
     state: Mutex<State>,
@@ -21,9 +21,9 @@ pub(super) struct Images {
 
 #[derive(Default)]
 struct State {
-    /// Being fetched or put on record, and by how many.
+    /// Images being fetched or recorded, and by how many tasks.
     held: HashMap<String, usize>,
-    /// Being removed.
+    /// Images being removed.
     going: HashSet<String>,
 }
 
@@ -63,7 +63,7 @@ impl Drop for Going<'_> {
 }
 
 impl Images {
-    /// Keeps an image from being removed; waits for a removal of the same one that has begun.
+    /// Protects an image from removal; waits for a removal of the same image that has already begun.
     pub(super) async fn hold(&self, name: &str) -> Held<'_> {
         loop {
             let gone = self.gone.notified();
@@ -78,7 +78,7 @@ impl Images {
         }
     }
 
-    /// Begins the removal of an image, by all of its names; nothing where one of them is held.
+    /// Begins the removal of an image under all of its names. Returns none if one of them is held.
     fn let_go(&self, names: &[String]) -> Option<Going<'_>> {
         let mut state = lock(&self.state);
         if names.iter().any(|name| state.held.contains_key(name)) {
@@ -89,24 +89,25 @@ impl Images {
     }
 }
 
-/// Removes images that no app needs any more, when something has changed and once an hour.
+/// Removes images that no app needs, after a change and once an hour.
 pub(super) async fn tidying(agent: Arc<Agent>) {
     loop {
         let _ = tokio::time::timeout(Duration::from_secs(3600), agent.tidy.notified()).await;
         if let Err(error) = agent.remove_unused_images().await {
             tracing::warn!(%error, "unused images cannot be removed");
         }
-        // A burst of changes is one occasion.
+        // A burst of changes causes one run.
         tokio::time::sleep(Duration::from_secs(5)).await;
     }
 }
 
 impl Agent {
-    /// Removes images of neither the desired nor the former release of any app. A rollback fetches its image again: the
-    /// registry keeps what was deployed. An image that cannot be removed keeps no other one.
+    /// Removes images that belong to neither the desired nor the previous release of any app. A rollback fetches
+    /// its image again: the registry keeps deployed images. A removal that fails does not stop the others.
     async fn remove_unused_images(&self) -> Result<(), Error> {
         for (id, names) in self.podman.images().await? {
-            // Begun before the apps are looked at: one that takes the image from now on waits, and fetches it again.
+            // Begun before the apps are checked: an app that needs the image from now on waits and fetches it
+            // again.
             let Some(_going) = self.images.let_go(&names) else { continue };
             if self.needs_one_of(&names) {
                 continue;

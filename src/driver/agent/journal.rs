@@ -1,6 +1,6 @@
-//! Which range, network and registry project belong to which tenant, and which block to which app:
-//! root's own record, append-only, the first write wins for ever. It is what lets the root half
-//! refuse another tenant's things on its own, whatever `serve` says.
+//! The agent's own append-only record of allocations: id range, network and registry project of each tenant, and id
+//! block of each app. The first write wins forever. With it the agent rejects a request for another tenant's
+//! resources on its own, whatever `serve` sends.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{File, OpenOptions};
@@ -44,15 +44,15 @@ pub(super) struct Journal {
     file: File,
     tenants: HashMap<TenantName, Recorded>,
     blocks: HashMap<AppId, (TenantName, AppName, IdRange)>,
-    /// Which block starts here, so that a new one is held against its neighbours alone.
+    /// App of each block by its first id. A new block is compared only with its neighbours.
     starts: BTreeMap<u32, AppId>,
     removed: HashSet<AppId>,
     length: u64,
 }
 
 impl Journal {
-    /// Opens the journal; a line that cannot be read refuses the start: root's record is whole or
-    /// nothing. Only a last line that was cut off by a crash is dropped, since nobody was told yes.
+    /// Opens the journal. A line that cannot be read is an error: the agent does not start with a partial record.
+    /// Only an incomplete last line, left by a crash, is dropped: its request was never confirmed.
     pub(super) fn open(path: &Path) -> Result<Self, String> {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
@@ -67,7 +67,7 @@ impl Journal {
             .open(path)
             .map_err(|error| error.to_string())?;
         file.set_len(whole as u64).and_then(|()| file.sync_all()).map_err(|error| error.to_string())?;
-        // The file's own entry in its folder, too.
+        // Syncs the file's entry in its folder too.
         if let Some(folder) = path.parent() {
             File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| error.to_string())?;
         }
@@ -117,7 +117,7 @@ impl Journal {
         let mut line = serde_json::to_vec(&entry).map_err(|error| error.to_string())?;
         line.push(b'\n');
         if let Err(error) = self.file.write_all(&line).and_then(|()| self.file.sync_data()) {
-            // Half a line must not stay: the next one would be appended to it, and neither could be read.
+            // An incomplete line must not stay: the next line would be appended to it, and neither could be read.
             self.file.set_len(self.length).map_err(|worse| format!("{error}; and {worse}"))?;
             return Err(error.to_string());
         }
@@ -126,8 +126,8 @@ impl Journal {
         Ok(())
     }
 
-    /// Records a tenant's place, or finds it as it was recorded. Ranges may be added, nothing else
-    /// ever changes.
+    /// Records a tenant's allocation, or compares it with the recorded one. Ranges may be added; nothing else ever
+    /// changes.
     pub(super) fn claim_tenant(&mut self, config: &AgentConfig, grant: &TenantGrant) -> Result<(), String> {
         if grant.ranges.is_empty() || grant.ranges.len() > 256 {
             return Err("a tenant has 1 to 256 id ranges".into());
@@ -139,7 +139,7 @@ impl Journal {
             if range.size != config.range_size
                 || !(range.start - config.id_pool.start).is_multiple_of(config.range_size)
             {
-                return Err("an id range is not one of the pool's own".into());
+                return Err("an id range has the wrong size or is not aligned to the pool".into());
             }
             if self
                 .tenants
@@ -150,16 +150,16 @@ impl Journal {
             }
         }
         if config.subnet(grant.network) != Some(grant.subnet) {
-            return Err("the network's number and subnet are not one of the pool's own".into());
+            return Err("the network's number and subnet do not belong together in the pool".into());
         }
         if let Some(known) = self.tenants.get(&grant.tenant) {
             if known.retired {
-                return Err("this tenant has left; its name and ids are burnt".into());
+                return Err("this tenant has left; its name and ids are retired and never reused".into());
             }
             if (known.tenant_id, known.network, known.subnet)
                 != (grant.tenant_id, grant.network, grant.subnet)
             {
-                return Err("the journal has another identity, network or subnet for this tenant".into());
+                return Err("the journal has another id, network or subnet for this tenant".into());
             }
         } else {
             let taken = |r: &Recorded| {
@@ -168,7 +168,7 @@ impl Journal {
                     || r.subnet.overlaps(grant.subnet)
             };
             if self.tenants.values().any(taken) {
-                return Err("the identity, network or subnet belongs to another tenant".into());
+                return Err("the id, network or subnet belongs to another tenant".into());
             }
             self.write(Entry::Tenant {
                 tenant: grant.tenant.clone(),
@@ -186,7 +186,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Records an app's block, or finds it as it was recorded.
+    /// Records an app's block, or compares it with the recorded one.
     pub(super) fn claim_block(
         &mut self,
         config: &AgentConfig,
@@ -197,7 +197,7 @@ impl Journal {
     ) -> Result<Recorded, String> {
         let recorded = self.tenant(tenant).ok_or("this tenant is not in the journal")?.clone();
         if self.removed.contains(&app_id) {
-            return Err("this app was removed; its identity is not given again".into());
+            return Err("this app was removed; its id is never reused".into());
         }
         if !recorded.ranges.iter().any(|range| range.contains(block)) {
             return Err("the block lies outside the tenant's ranges".into());
@@ -205,7 +205,7 @@ impl Journal {
         if block.size != config.block_size
             || !(block.start - config.id_pool.start).is_multiple_of(config.block_size)
         {
-            return Err("the block is not one of the range's own".into());
+            return Err("the block has the wrong size or is not aligned to the range's own blocks".into());
         }
         if let Some((owner, name, own)) = self.blocks.get(&app_id) {
             if (owner, name, *own) != (tenant, app, block) {
@@ -213,7 +213,7 @@ impl Journal {
             }
             return Ok(recorded);
         }
-        // All blocks are of one size and aligned: two that overlap start at the same id.
+        // All blocks have one size and are aligned: two overlapping blocks start at the same id.
         if self.starts.contains_key(&block.start) {
             return Err("the block belongs to another app".into());
         }
@@ -221,25 +221,25 @@ impl Journal {
         Ok(recorded)
     }
 
-    /// A tenant that has not left.
+    /// Returns a tenant that was not offboarded.
     #[must_use]
     pub(super) fn tenant(&self, name: &TenantName) -> Option<&Recorded> {
         self.tenants.get(name).filter(|recorded| !recorded.retired)
     }
 
-    /// A tenant, also one that has left.
+    /// Returns a tenant, also one that was offboarded.
     #[must_use]
     pub(super) fn ever(&self, name: &TenantName) -> Option<&Recorded> {
         self.tenants.get(name)
     }
 
-    /// The subnet of each network, also of those whose tenant has left.
+    /// Returns the subnet of each network, also those of offboarded tenants.
     #[must_use]
     pub(super) fn subnets(&self) -> Vec<(u32, Subnet)> {
         self.tenants.values().map(|recorded| (recorded.network, recorded.subnet)).collect()
     }
 
-    /// Tenant and number of each network, by the name of its bridge.
+    /// Returns the tenant and number of each network, by the name of its bridge.
     #[must_use]
     pub(super) fn bridges(&self, config: &AgentConfig) -> HashMap<String, (TenantName, u32)> {
         let bridge = |(name, recorded): (&TenantName, &Recorded)| {
@@ -248,7 +248,7 @@ impl Journal {
         self.tenants.iter().map(bridge).collect()
     }
 
-    /// Every tenant's subnet, by its first address.
+    /// Returns every tenant's subnet, by its first address.
     pub(super) fn by_subnet(&self) -> BTreeMap<Ipv4Addr, (TenantName, Subnet)> {
         let one = |(name, recorded): (&TenantName, &Recorded)| {
             (recorded.subnet.address(), (name.clone(), recorded.subnet))
@@ -256,23 +256,23 @@ impl Journal {
         self.tenants.iter().map(one).collect()
     }
 
-    /// The tenant and name that an app was recorded with.
+    /// Returns the recorded tenant and name of an app.
     #[must_use]
     pub(super) fn app(&self, id: AppId) -> Option<(&TenantName, &AppName)> {
         self.blocks.get(&id).map(|(tenant, app, _)| (tenant, app))
     }
 
-    /// Whether an app was removed.
+    /// Returns whether an app was removed.
     pub(super) fn is_removed(&self, id: AppId) -> bool {
         self.removed.contains(&id)
     }
 
-    /// Records that an app is removed: whatever comes later, it does not return.
+    /// Records that an app is removed. A removed app can never be recorded again.
     pub(super) fn remove_app(&mut self, id: AppId) -> Result<(), String> {
         if self.removed.contains(&id) { Ok(()) } else { self.write(Entry::Removed { app_id: id }) }
     }
 
-    /// Records that a tenant has left.
+    /// Records that a tenant was offboarded.
     pub(super) fn retire(&mut self, tenant: &TenantName) -> Result<(), String> {
         if self.tenant(tenant).is_some() {
             self.write(Entry::Retired { tenant: tenant.clone() })?;
@@ -333,7 +333,7 @@ mod tests {
         journal.claim_tenant(&config(), &grant("acme", 0)).unwrap();
         journal.claim_block(&config(), &"acme".parse().unwrap(), &app, AppId(1), block).unwrap();
         drop(journal);
-        // A crash in the middle of a line loses that line only.
+        // A crash in the middle of a line loses only that line.
         let mut file = OpenOptions::new().append(true).open(&path).unwrap();
         file.write_all(b"{\"tenant\":{\"ten").unwrap();
         let mut journal = Journal::open(&path).unwrap();

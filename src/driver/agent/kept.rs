@@ -1,5 +1,5 @@
-//! Root's own copy of what shall run: one file an app, replaced in one step. From it everything is
-//! started again after a crash or a reboot, with `serve` down. Credentials are never in it.
+//! The agent's own copy of each app's desired state: one file per app, replaced atomically. After a crash or a
+//! reboot the agent starts everything from it, even if `serve` is down. It never contains credentials.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -12,10 +12,10 @@ use crate::driver::podman::ports::Port;
 use crate::driver::workload::Workload;
 use crate::driver::{AppEvent, Ending, InstanceState};
 
-/// Most events that are kept.
+/// Maximum number of stored events.
 const EVENTS: usize = 50;
 
-/// How long an app is put aside whose calls hung the engine.
+/// How long an app whose calls hung the engine is put aside.
 const ASIDE: time::Duration = time::Duration::hours(1);
 
 /// An instance.
@@ -33,32 +33,33 @@ pub(super) struct Instance {
     #[serde(with = "time::serde::rfc3339::option", default)]
     pub(super) next_start: Option<OffsetDateTime>,
     pub(super) restarts: u32,
-    /// Failures in a row, for the backoff.
+    /// Consecutive failures, for the backoff.
     pub(super) failures: u32,
     pub(super) last_end: Option<Ending>,
-    /// Why it is not ready, while it runs.
+    /// Why the running instance is not ready.
     #[serde(default)]
     pub(super) why: Option<String>,
-    /// Process, when it started (from /proc), its monitor: an id alone may be another's by now.
+    /// Process id, its start time from /proc, and the process id of its monitor. A process id alone may have been
+    /// reused.
     pub(super) pid: i32,
     pub(super) born: u64,
     pub(super) conmon: i32,
     pub(super) uid: Option<u32>,
-    /// Path of its network namespace, to be taken down when it has ended.
+    /// Path of its network namespace, which is removed after the instance has ended.
     #[serde(default)]
     pub(super) sandbox: String,
-    /// Its port on the bridge.
+    /// The instance's port on the bridge.
     #[serde(default)]
     pub(super) port: Option<Port>,
-    /// Where the engine keeps its hosts file.
+    /// Path of its hosts file in the engine's storage.
     pub(super) hosts: String,
-    /// The container's identity in the engine, and the file in which its monitor writes the exit code: how a run has
-    /// ended is known without the engine.
+    /// Id of the container in the engine, and the file into which its monitor writes the exit code. With both the
+    /// agent learns how a run ended without the engine.
     #[serde(default)]
     pub(super) identity: String,
     #[serde(default)]
     pub(super) exit_file: String,
-    /// The boot of the machine in which its process was started: after another one, no process is left.
+    /// Boot id of the machine when the process was started. After another boot the process no longer exists.
     #[serde(default)]
     pub(super) boot: String,
 }
@@ -103,23 +104,23 @@ impl Instance {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Kept {
     pub(super) workload: Workload,
-    /// What ran well before: instances of it are kept alive while the new one proves itself.
+    /// The last healthy release. Its instances keep running until the new release is healthy.
     pub(super) previous: Option<Workload>,
     pub(super) removing: bool,
     pub(super) next_number: u32,
     pub(super) instances: Vec<Instance>,
     pub(super) seq: u64,
     pub(super) events: VecDeque<AppEvent>,
-    /// Whether the desired revision has been well once.
+    /// Whether the desired revision has been healthy once.
     pub(super) proven: bool,
     pub(super) message: Option<String>,
-    /// Times that a call for the desired revision hung the engine.
+    /// Number of calls for the desired revision that hung the engine.
     #[serde(default)]
     pub(super) strikes: u32,
-    /// Why the desired revision is not started any more.
+    /// Why the desired revision is no longer started.
     #[serde(default)]
     pub(super) put_aside: Option<String>,
-    /// Since when.
+    /// When the desired revision was put aside.
     #[serde(default)]
     pub(super) put_aside_at: Option<OffsetDateTime>,
 }
@@ -153,7 +154,8 @@ impl Kept {
         }
     }
 
-    /// Whether a release changes nothing but the number of instances: each that runs is kept, at its address.
+    /// Returns whether a release changes only the number of instances. Each running instance then keeps its
+    /// address.
     pub(super) fn keeps_running(&self, workload: &Workload) -> bool {
         self.workload.runs_the_same(workload)
             && self
@@ -162,59 +164,59 @@ impl Kept {
                 .all(|i| i.revision != self.workload.revision || i.slot < workload.addresses.len())
     }
 
-    /// Lets what runs of the desired release be instances of the next one.
+    /// Moves the instances of the desired release to the next one.
     pub(super) fn scale(&mut self, workload: &Workload) {
         let (before, now) = (self.workload.instances, workload.instances);
         let own = self.instances.iter_mut().filter(|i| i.revision == self.workload.revision);
         own.for_each(|i| i.revision = workload.revision);
         let text = format!(
-            "release {}: {now} instance(s) instead of {before}; what runs is kept",
+            "release {}: {now} instance(s) instead of {before}; running instances are kept",
             workload.revision
         );
         self.event("scaled", text);
     }
 
-    /// Whether instances of the desired revision are started no more.
+    /// Returns whether instances of the desired revision are no longer started.
     pub(super) fn is_put_aside(&self) -> bool {
         self.put_aside.is_some()
     }
 
-    /// Ends the time for which it is put aside; whether it has come to its end.
+    /// Resumes an app that was put aside for long enough. Returns whether it did.
     pub(super) fn take_up_again(&mut self, now: OffsetDateTime) -> bool {
         if self.put_aside.is_none() || *self.put_aside_at.get_or_insert(now) + ASIDE > now {
             return false;
         }
         (self.put_aside, self.put_aside_at, self.message) = (None, None, None);
-        // The next time that it hangs the engine is the last one.
+        // The next hang puts it aside again.
         self.strikes = self.strikes.min(1);
-        self.event("taken_up", "it is tried again after an hour");
+        self.event("taken_up", "the app is tried again after an hour");
         true
     }
 
-    /// Every address that belongs to it: of what it is and of what it was before.
+    /// Returns every address that belongs to the app: those of the desired and of the previous release.
     pub(super) fn addresses(&self) -> Vec<std::net::Ipv4Addr> {
         let both = std::iter::once(&self.workload).chain(&self.previous);
         both.flat_map(|workload| workload.addresses.iter().copied()).collect()
     }
 
-    /// Addresses of the instances that there are: rules are made for these alone.
+    /// Returns the addresses of existing instances. Only these get rules.
     pub(super) fn in_use(&self) -> Vec<std::net::Ipv4Addr> {
         self.instances.iter().filter_map(|instance| self.address_of(instance)).collect()
     }
 
-    /// Addresses of the instances that run on their bridge.
+    /// Returns the addresses of instances that run on their bridge.
     pub(super) fn attached(&self) -> Vec<std::net::Ipv4Addr> {
         use InstanceState::{Running, Starting, Unhealthy};
         let attached = self.instances.iter().filter(|i| matches!(i.state, Starting | Running | Unhealthy));
         attached.filter_map(|instance| self.address_of(instance)).collect()
     }
 
-    /// The address of an instance.
+    /// Returns the address of an instance.
     pub(super) fn address_of(&self, instance: &Instance) -> Option<std::net::Ipv4Addr> {
         self.workload_of(instance.revision)?.addresses.get(instance.slot).copied()
     }
 
-    /// The workload that an instance was made from.
+    /// Returns the workload from which an instance was created.
     pub(super) fn workload_of(&self, revision: i64) -> Option<&Workload> {
         if self.workload.revision == revision {
             return Some(&self.workload);
@@ -222,7 +224,7 @@ impl Kept {
         self.previous.as_ref().filter(|previous| previous.revision == revision)
     }
 
-    /// Replaces the file in one step, on the disk.
+    /// Replaces the file atomically and syncs it to disk.
     pub(super) fn save(&self, dir: &Path) -> std::io::Result<()> {
         fail::fail_point!("agent::save", |_| Err(std::io::Error::other("failpoint")));
         let path = dir.join(format!("{}.json", self.workload.app_id));
@@ -233,7 +235,7 @@ impl Kept {
         std::fs::rename(fresh, path)
     }
 
-    /// Every app that is on record. One that cannot be read is left and said: its containers go on.
+    /// Reads every recorded app. A file that cannot be read is logged and kept: its containers keep running.
     pub(super) fn load_all(dir: &Path) -> std::io::Result<Vec<Self>> {
         let mut all = Vec::new();
         for entry in std::fs::read_dir(dir)? {
@@ -245,7 +247,7 @@ impl Kept {
                 {
                     Ok(kept) => all.push(kept),
                     Err(error) => {
-                        tracing::error!(path = %path.display(), error, "this record cannot be read");
+                        tracing::error!(path = %path.display(), error, "an app cannot be read; its containers keep running");
                     }
                 }
             }

@@ -1,6 +1,6 @@
-//! What each tenant may use of the machine, as `serve` last said: root's own copy, one file a tenant, so that after a
-//! reboot instances start within their tenant's bounds before `serve` is there. The bounds of all tenants together are
-//! the machine's and not for `serve` to say.
+//! Resource limits of each tenant, as `serve` last sent them. The agent keeps its own copy, one file per tenant:
+//! after a reboot, instances start within their tenant's limits before `serve` is up. The limits of all tenants
+//! together follow from the machine; `serve` cannot set them.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io::Write;
@@ -17,12 +17,12 @@ use crate::ids::TenantName;
 pub(super) struct LimitBook {
     folder: PathBuf,
     by_tenant: HashMap<TenantName, TenantLimits>,
-    /// Bounds that this process has set, by group: another value there is not ours.
+    /// Limits that this process has set, by group. A different value was set from outside.
     set: HashMap<String, Bounds>,
 }
 
 impl LimitBook {
-    /// Reads what is on record. A file that cannot be read is said; `serve` says its limits again.
+    /// Reads the stored limits. A file that cannot be read is logged; `serve` sends its limits again.
     pub(super) fn open(folder: &Path) -> std::io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let mut by_tenant = HashMap::new();
@@ -33,13 +33,13 @@ impl LimitBook {
             let read = std::fs::read(&path).map_err(|error| error.to_string());
             match read.and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string())) {
                 Ok(limits) => drop(by_tenant.insert(name, limits)),
-                Err(error) => tracing::error!(path = %path.display(), error, "these limits cannot be read"),
+                Err(error) => tracing::error!(path = %path.display(), error, "a limits file cannot be read"),
             }
         }
         Ok(Self { folder: folder.to_owned(), by_tenant, set: HashMap::new() })
     }
 
-    /// Takes over a tenant's limits, on the disk before they are believed.
+    /// Stores a tenant's limits on disk, then uses them.
     pub(super) fn take(&mut self, tenant: &TenantName, limits: &TenantLimits) -> Result<(), Error> {
         check(limits).map_err(|why| Error::Rejected(why.into()))?;
         if self.by_tenant.get(tenant) == Some(limits) {
@@ -65,7 +65,7 @@ impl LimitBook {
     }
 }
 
-/// What is wrong with limits, if anything.
+/// Checks the bounds of limits.
 fn check(limits: &TenantLimits) -> Result<(), &'static str> {
     let good = (10..=10_000_000).contains(&limits.cpu_millis)
         && ((8 << 20)..=(1 << 50)).contains(&limits.memory)
@@ -74,23 +74,25 @@ fn check(limits: &TenantLimits) -> Result<(), &'static str> {
 }
 
 impl Agent {
-    /// Makes a tenant's group and the one above it where they are missing, and sets their bounds, before anything
-    /// starts in them. Bounds that were changed from outside come back, and an event says so.
+    /// Creates a tenant's group and its parent if they are missing, and sets their limits, before anything starts
+    /// in them. Limits that were changed from outside are restored, and an event reports it.
     ///
     /// # Errors
-    /// [`Error::Transient`] where the kernel refuses.
+    /// [`Error::Transient`] if the kernel refuses.
     pub(super) fn ensure_group(&self, tenant: &TenantName) -> Result<(), Error> {
         let id = &self.config.installation;
         let limits = lock(&self.limits).by_tenant.get(tenant).copied();
-        // Of a tenant that an earlier version has left nothing is known until `serve` says it: the bound of all holds.
+        // The limits of a tenant from an earlier version are unknown until `serve` sends them. Until then only the
+        // limit of all tenants applies.
         let own =
             limits.map_or_else(Bounds::default, |limits| cgroups::of_tenant(&self.widened(tenant, limits)));
         self.set_group(cgroups::of_all(id), Capacity::of_this_machine().of_all_tenants())?;
         self.set_group(cgroups::parent(id, tenant), own)
     }
 
-    /// Limits that were lowered below what runs wait until it is gone: they refuse what is new, and end nothing. What is
-    /// being stopped has no claim, and no app has more than its description with one instance more for an update.
+    /// Raises limits that are lower than the current use. Lowered limits refuse new instances and stop none.
+    /// Instances that are stopping do not count. An app counts at most the instances of its description and one for
+    /// an update.
     fn widened(&self, tenant: &TenantName, mut limits: TenantLimits) -> TenantLimits {
         let (mut cpu, mut memory) = (0_u64, 0_u64);
         let apps: Vec<_> = lock(&self.apps).values().filter(|app| app.tenant == *tenant).cloned().collect();
@@ -113,24 +115,24 @@ impl Agent {
             .map_err(|error| Error::Transient(format!("control group: {error}")))?;
         let known = lock(&self.limits).set.insert(group, bounds) == Some(bounds);
         if known && !changed.is_empty() {
-            let text = format!("bounds were changed from outside and are set again: {}", changed.join("; "));
+            let text = format!("limits were changed from outside and are restored: {}", changed.join("; "));
             self.machine_event("bounds_repaired", text);
         }
         Ok(())
     }
 
-    /// Repairs the bounds of all tenants that have apps here, and removes groups of tenants that have left: the last
-    /// process of an instance may outlive its tenant's offboarding by moments.
+    /// Repairs the limits of all tenants that have apps here. Removes groups of offboarded tenants: the last
+    /// process of an instance may outlive the offboarding by moments.
     pub(super) fn keep_groups(&self) {
         let tenants: BTreeSet<TenantName> = lock(&self.apps).values().map(|app| app.tenant.clone()).collect();
         for tenant in &tenants {
             if let Err(error) = self.ensure_group(tenant) {
-                tracing::warn!(%error, %tenant, "a tenant's bounds cannot be set");
+                tracing::warn!(%error, %tenant, "a tenant's limits cannot be set");
             }
         }
         let id = &self.config.installation;
         for tenant in self.groups.tenants(id) {
-            // A name is never given again, so none comes back meanwhile.
+            // The name of an offboarded tenant is never reused, so the tenant cannot return meanwhile.
             let has_left = lock(&self.journal).tenant(&tenant).is_none();
             if has_left && !tenants.contains(&tenant) {
                 let _ = self.groups.remove(&cgroups::parent(id, &tenant));
@@ -138,12 +140,12 @@ impl Agent {
         }
     }
 
-    /// Removes what a tenant that has left had.
+    /// Removes the limits and the group of an offboarded tenant.
     pub(super) fn forget_group(&self, tenant: &TenantName) {
         let group = cgroups::parent(&self.config.installation, tenant);
         lock(&self.limits).forget(tenant, &group);
         if !self.groups.remove(&group) {
-            tracing::info!(%tenant, "the control group of a tenant that has left is still in use");
+            tracing::info!(%tenant, "the control group of an offboarded tenant is still in use; it is removed later");
         }
     }
 }

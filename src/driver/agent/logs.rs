@@ -1,6 +1,6 @@
-//! Logs of instances: two bounded segments per instance, of what the engine's monitor writes into a pipe that the
-//! agent reads (`app/reading.rs`). An instance of an earlier version writes into a file, which the engine truncates
-//! where it should rotate: that one is read along, and the gap is shown. Memory holds one chunk.
+//! Logs of instances: two bounded segments per instance. The engine's monitor writes into a pipe that the agent
+//! reads (`app/reading.rs`). An instance of an earlier version writes into a file, which the engine truncates
+//! instead of rotating: the agent follows that file and marks the gap. Memory holds one chunk.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -11,11 +11,11 @@ use time::format_description::well_known::Rfc3339;
 
 use crate::driver::{LogLine, LogStreamName};
 
-/// Bytes of a segment; there are two.
+/// Bytes of a segment; each instance has two.
 const SEGMENT: u64 = 4 << 20;
-/// Longest line that is kept, in bytes.
+/// Maximum length of a stored line, in bytes.
 const LINE: usize = 16 << 10;
-/// Bytes that are read at a time, so that one loud app does not hold up the others.
+/// Bytes read at a time, so that one noisy app does not delay the others.
 const CHUNK: u64 = 4 << 20;
 
 /// The log of one instance.
@@ -30,7 +30,7 @@ pub(super) struct Tail {
 }
 
 impl Tail {
-    /// Reads along a raw log into segments `<instance>.log` and `<instance>.log.1` of a folder.
+    /// Follows a raw log and writes it into the segments `<instance>.log` and `<instance>.log.1` of a folder.
     #[must_use]
     pub(super) fn new(raw: PathBuf, dir: PathBuf, instance: u32) -> Self {
         let written = std::fs::metadata(dir.join(format!("{instance}.log"))).map_or(0, |m| m.len());
@@ -45,7 +45,7 @@ impl Tail {
         self.dir.join(format!("{}.log", self.instance))
     }
 
-    /// Takes over what is new; returns the lines for whoever follows.
+    /// Reads new data from the raw log. Returns the lines for log followers.
     pub(super) fn advance(&mut self) -> std::io::Result<Vec<LogLine>> {
         let mut file = match File::open(&self.raw) {
             Ok(file) => file,
@@ -55,10 +55,10 @@ impl Tail {
         let length = file.metadata()?.len();
         let mut lines = Vec::new();
         if length < self.offset {
-            // The engine has truncated: what was between is lost, and that is said.
+            // The engine has truncated the file: the lines in between are lost, and a note says so.
             self.offset = 0;
             self.partial.clear();
-            lines.push(self.note("some lines are missing here: they came faster than they could be kept"));
+            lines.push(self.note("lines are missing here: they came faster than they could be stored"));
         }
         if length > self.offset {
             file.seek(SeekFrom::Start(self.offset))?;
@@ -70,7 +70,7 @@ impl Tail {
         Ok(lines)
     }
 
-    /// Takes over what was read elsewhere; returns the lines for whoever follows.
+    /// Takes data that was read elsewhere. Returns the lines for log followers.
     pub(super) fn take(&mut self, bytes: &[u8]) -> std::io::Result<Vec<LogLine>> {
         let mut lines = Vec::new();
         self.split(bytes, &mut lines);
@@ -89,7 +89,7 @@ impl Tail {
         }
     }
 
-    /// A line of the platform itself.
+    /// Returns a line written by the platform itself.
     #[must_use]
     pub(super) fn note(&self, text: &str) -> LogLine {
         LogLine {
@@ -134,7 +134,7 @@ impl Tail {
     }
 }
 
-/// `TIME STREAM F|P TEXT`: the engine's own form. What the app wrote comes after the third space.
+/// Parses the engine's own format `TIME STREAM F|P TEXT`. The app's text begins after the third space.
 fn parse(line: &[u8], instance: u32) -> Option<LogLine> {
     let text = String::from_utf8_lossy(line.strip_suffix(b"\n").unwrap_or(line));
     let mut parts = text.splitn(4, ' ');
@@ -153,7 +153,7 @@ fn parse(line: &[u8], instance: u32) -> Option<LogLine> {
     Some(LogLine { instance, at, stream, text: text[..end].trim_end_matches('\r').to_owned() })
 }
 
-/// Segments of an app: number of the instance, whether it is the rotated one, path.
+/// Returns the segments of an app: instance number, whether it is the rotated one, path.
 fn segments(dir: &Path) -> Vec<(u32, bool, PathBuf)> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     entries
@@ -170,10 +170,10 @@ fn segments(dir: &Path) -> Vec<(u32, bool, PathBuf)> {
         .collect()
 }
 
-/// How many instances that have ended keep their log.
+/// Number of ended instances whose log is kept.
 const ENDED: usize = 5;
 
-/// Removes the logs of all but the instances that are there and the last few that have ended.
+/// Removes the logs of all instances except the existing ones and the last few that have ended.
 pub(super) fn prune(dir: &Path, there: &[u32]) {
     let mut ended: Vec<u32> = segments(dir)
         .into_iter()
@@ -189,10 +189,10 @@ pub(super) fn prune(dir: &Path, there: &[u32]) {
     }
 }
 
-/// Bytes of all segments together that are read for one question.
+/// Maximum bytes of all segments together that one query reads.
 const READ: u64 = 4 << 20;
 
-/// The last lines of an app's instances, oldest first, as far as a bounded read goes back.
+/// Returns the last lines of an app's instances, oldest first, as far back as a bounded read reaches.
 pub(super) fn last(dir: &Path, instance: Option<u32>, count: usize) -> Vec<LogLine> {
     let mut files = segments(dir);
     files.retain(|(number, ..)| instance.is_none_or(|wanted| wanted == *number));
@@ -208,7 +208,7 @@ pub(super) fn last(dir: &Path, instance: Option<u32>, count: usize) -> Vec<LogLi
             continue;
         }
         let mut own = std::collections::VecDeque::new();
-        // Where the read begins in the middle of a line, the rest of that line is no line.
+        // If the read begins in the middle of a line, the rest of that line is skipped.
         let whole = BufReader::new(file).split(b'\n').map_while(Result::ok).skip(usize::from(skip > 0));
         for line in whole {
             if own.len() == count {
@@ -246,7 +246,7 @@ mod tests {
         assert_eq!(lines[0].stream, LogStreamName::Platform);
         assert_eq!(lines[1].text, "after");
         assert_eq!(last(&dir.path().join("own"), None, 10).len(), 4);
-        // A forged prefix stays text.
+        // A forged prefix remains text.
         std::fs::write(
             &raw,
             format!("{stamp} stdout F after\n{stamp} stdout F 2099-01-01T00:00:00Z stderr F x\n"),

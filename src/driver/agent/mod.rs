@@ -1,5 +1,5 @@
-//! The root half and the way to it: closed messages over a unix socket. `client.rs` is the side of
-//! `serve`; everything else runs as root and believes nothing that it is told.
+//! The agent and its protocol: a fixed set of messages over a unix socket. `client.rs` runs in `serve`; everything
+//! else runs as root and validates every request itself.
 
 mod app;
 mod check;

@@ -1,5 +1,5 @@
-//! Names, as the root half answers for them: which app asks is known by its address, what it may know by its
-//! flows. An address that was found for a domain is in the kernel's set before the answer leaves.
+//! Answers the resolver's questions. The source address identifies the app; its flows determine which names it may
+//! resolve. A resolved address is in the kernel's set before the answer is sent.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -21,28 +21,28 @@ use crate::policy::never::{self, Range};
 use crate::policy::{Cidr, Target};
 use crate::resolver::{Answer, Question};
 
-/// Seconds that the address of an app or a service is good for: it may be another one after the next release.
+/// Time to live of an app's or a service's address, in seconds: it may change with the next release.
 const OWN: u32 = 5;
-/// The least that a domain's address stays open, and how long it does beyond its time: clients use what they
-/// were told longer than they were told to.
+/// Minimum time that a domain's address stays open, and the time added to its time to live, in seconds. Clients use
+/// addresses longer than their time to live.
 const FLOOR: u32 = 60;
 const GRACE: u64 = 15 * 60;
-/// Seconds that an address may close earlier than the latest answer would have it, within the grace: a question that
+/// Seconds by which an address may close earlier than the latest answer demands, within the grace. A query that
 /// changes nothing else leaves the firewall alone.
 const SLACK: u64 = 60;
-/// The longest that an address is good for.
+/// Maximum time to live, in seconds.
 const CEILING: u32 = 3600;
-/// Most addresses of one domain that are open for an app at a time.
+/// Maximum number of addresses of one domain that are open for an app at a time.
 const OPEN: usize = 64;
 
-/// What was found for the domains that apps may talk to.
+/// Resolved addresses of the domains that apps may reach.
 pub(super) type Found = std::collections::HashMap<(AppId, DomainName), BTreeMap<Ipv4Addr, u64>>;
 
-/// Starts to answer the resolver.
+/// Starts answering the resolver.
 pub(super) fn serve(agent: Arc<Agent>) -> Result<JoinHandle<()>, String> {
     let path = agent.config.resolver_socket.clone();
-    // A folder that the resolver's group alone enters: who else tries is not even heard.
-    let folder = path.parent().ok_or("the resolver's socket is in no folder")?;
+    // Only the resolver's group may enter this folder: other users cannot connect at all.
+    let folder = path.parent().ok_or("the path of the resolver's socket has no folder")?;
     let failed = |error: std::io::Error| format!("{}: {error}", folder.display());
     std::fs::create_dir_all(folder).map_err(failed)?;
     std::os::unix::fs::chown(folder, Some(0), Some(agent.config.resolver_gid)).map_err(failed)?;
@@ -52,7 +52,7 @@ pub(super) fn serve(agent: Arc<Agent>) -> Result<JoinHandle<()>, String> {
     std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666))
         .map_err(|error| error.to_string())?;
     let room = Arc::new(Semaphore::new(256));
-    // Of one tenant, known by its bridge, and of all; the rest is for the question where to listen.
+    // Permits per tenant, identified by its bridge, and in total. The rest is for the question where to listen.
     let tenants = FairPermits::new(48, 224);
     Ok(tokio::spawn(async move {
         loop {
@@ -62,7 +62,9 @@ pub(super) fn serve(agent: Arc<Agent>) -> Result<JoinHandle<()>, String> {
                 continue;
             };
             if stream.peer_cred().map(|peer| peer.uid()).ok() != Some(agent.config.resolver_uid) {
-                tracing::warn!("somebody who is not the resolver knocked and was not answered");
+                tracing::warn!(
+                    "a process of another user than the resolver connected to its socket and was refused"
+                );
                 continue;
             }
             let (agent, tenants) = (Arc::clone(&agent), tenants.clone());
@@ -99,7 +101,7 @@ async fn answer(agent: &Agent, tenants: &FairPermits<Ipv4Addr>, stream: UnixStre
 }
 
 impl Agent {
-    /// The bridges' own addresses.
+    /// Returns the bridges' own addresses.
     fn gateways(&self) -> Vec<Ipv4Addr> {
         let apps: Vec<_> = lock(&self.apps).values().map(|app| app.tenant.clone()).collect();
         let journal = lock(&self.journal);
@@ -110,9 +112,9 @@ impl Agent {
         all
     }
 
-    /// Who asks: the app that has an instance at this address, behind this bridge.
+    /// Returns the app that has an instance at this address behind this bridge.
     ///
-    /// A record may be locked while it is written to the disk: other work goes on beside.
+    /// A record may be locked while it is written to disk: other tasks continue meanwhile.
     fn asker(&self, source: Ipv4Addr, gateway: Ipv4Addr) -> Option<(TenantName, AppId)> {
         tokio::task::block_in_place(|| self.asker_of(source, gateway))
     }
@@ -126,7 +128,7 @@ impl Agent {
         })
     }
 
-    /// What an app may know of a name.
+    /// Answers a query for a name, as far as the app's flows allow.
     fn name(&self, source: Ipv4Addr, gateway: Ipv4Addr, name: &str) -> Answer {
         let Some((tenant, app)) = self.asker(source, gateway) else { return Answer::Refused {} };
         if self.app(app).is_some_and(|own| own.name.as_str() == name) {
@@ -159,7 +161,7 @@ impl Agent {
         if known { Answer::Known { addresses, ttl: OWN } } else { Answer::Unknown {} }
     }
 
-    /// Opens what was found for a domain, as far as it may be, and says what is open then.
+    /// Opens the addresses resolved for a domain, as far as allowed, and returns the open ones.
     async fn found(
         &self,
         source: Ipv4Addr,
@@ -183,9 +185,9 @@ impl Agent {
         let before = addresses.len();
         addresses.retain(|address| is_outside(*address, pool, &own));
         if addresses.len() < before {
-            // A name that leads inside is somebody's attempt, or somebody's mistake; neither gets anywhere.
+            // A name that resolves to an internal address is an attack or a mistake; the address stays closed.
             let text =
-                format!("{domain} was found at an address that nobody reaches; {tenant} was not given it");
+                format!("{domain} resolves to a reserved or blocked address; it is withheld from {tenant}");
             self.tell("name_refused", text);
         }
         if addresses.is_empty() {
@@ -217,15 +219,15 @@ impl Agent {
         match self.refresh_firewall().await {
             Ok(()) => Answer::Known { addresses, ttl },
             Err(error) => {
-                tracing::warn!(%error, "an address is not open, so it is not told");
-                // Not taken for open by the next question.
+                tracing::warn!(%error, "a resolved address cannot be opened; the query fails");
+                // The next query must not take these addresses for open.
                 lock(&self.found).insert(key, before);
                 Answer::Failed {}
             }
         }
     }
 
-    /// Keeps open what somebody still uses: a connection outlives what its name was good for.
+    /// Extends addresses that are still in use: a connection may outlive the time to live of its name.
     pub(super) async fn keep_found_open(&self) {
         let soon = seconds() + 120;
         let closing: Vec<Ipv4Addr> = lock(&self.found)
@@ -257,7 +259,7 @@ impl Agent {
         }
     }
 
-    /// What is open of what was found: for names that their apps still may have, until their time is over.
+    /// Returns the open addresses of resolved names, until their time is over.
     pub(super) fn resolved(&self) -> Found {
         let now = seconds();
         let mut found = lock(&self.found);

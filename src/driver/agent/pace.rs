@@ -1,10 +1,10 @@
-//! A pace for bytes and lines together: what was taken beyond it is owed, and who owes waits.
+//! Rate limits bytes and lines together. Use beyond the rate becomes a debt, and the debtor waits until it is paid.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-/// How much a second, and how much at once.
+/// Rates per second, and burst sizes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rate {
     pub(super) bytes: u32,
@@ -13,7 +13,7 @@ pub(super) struct Rate {
     pub(super) burst_lines: u32,
 }
 
-/// What is left of a rate.
+/// The remaining budget of a rate.
 #[derive(Debug)]
 pub(super) struct Pace {
     rate: Rate,
@@ -35,7 +35,7 @@ impl Pace {
         self.lines = fill(self.lines, self.rate.lines, self.rate.burst_lines);
     }
 
-    /// How long until something may be taken again.
+    /// Returns how long to wait until the debt is paid.
     pub(super) fn wait(&mut self) -> Duration {
         self.wait_at(Instant::now())
     }
@@ -46,22 +46,22 @@ impl Pace {
         Duration::from_secs_f64(owed(self.bytes, self.rate.bytes).max(owed(self.lines, self.rate.lines)))
     }
 
-    /// Counts what was taken.
+    /// Counts used bytes and lines.
     pub(super) fn spend(&mut self, bytes: usize, lines: usize) {
         let number = |n: usize| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
         self.bytes -= number(bytes);
         self.lines -= number(lines);
     }
 
-    /// Whether nothing was taken lately.
+    /// Returns whether the budget is full: nothing was used lately.
     pub(super) fn is_full(&mut self) -> bool {
         self.advance(Instant::now());
         self.bytes >= self.rate.burst_bytes.into() && self.lines >= self.rate.burst_lines.into()
     }
 }
 
-/// The paces of all tenants: each has its own, and what they have in common. A tenant within its fair share of that
-/// waits for its own alone, however much the others take.
+/// The rate limits of all tenants: one per tenant, and one in common. A tenant within its fair share of the common
+/// rate waits only for its own limit, whatever the others use.
 #[derive(Debug)]
 pub(super) struct Paces<T> {
     each: Rate,
@@ -83,13 +83,13 @@ impl<T: Clone + Eq + Hash> Paces<T> {
         Self { each, common, all: Pace::new(common), tenants: HashMap::new(), pruned: now }
     }
 
-    /// How long a tenant has to wait, after what was taken is counted. What is taken without waiting (`in_turn` is
-    /// false) is the tenant's own affair.
+    /// Counts used bytes and lines, and returns how long the tenant has to wait. Use without waiting (`in_turn` is
+    /// false) does not count against the common rate.
     pub(super) fn wait(&mut self, tenant: &T, taken: (usize, usize), in_turn: bool) -> Duration {
         let now = Instant::now();
         if now.duration_since(self.pruned) > Duration::from_secs(1) {
             self.pruned = now;
-            // Those that are full again are as good as none.
+            // A full budget equals a new one.
             self.tenants.retain(|_, share| !share.own.is_full());
         }
         let active = u32::try_from(self.tenants.len()).unwrap_or(u32::MAX).max(1);
@@ -131,7 +131,7 @@ mod tests {
         }
         assert!(paces.wait(&"quiet", (1000, 1), true).is_zero());
         assert!(!paces.wait(&"quiet", (1500, 1), true).is_zero(), "beyond its share, and all are in debt");
-        // Instances that end at once take nothing from the others.
+        // Instances that end at once use nothing of the common rate.
         let mut paces = Paces::new(each, common);
         assert!(!paces.wait(&"crashing", (1_000_000, 1), false).is_zero());
         assert!(paces.wait(&"other", (7900, 1), true).is_zero());

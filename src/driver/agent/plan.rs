@@ -1,32 +1,32 @@
-//! What to do next for one app: pure, from what is desired and what there is.
+//! Plans the next steps of one app: a pure function of the desired and the observed state.
 
 use crate::driver::workload::{Update, Workload};
 
-/// An instance as far as the plan is concerned.
+/// The parts of an instance that the plan needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Part {
     /// Number.
     pub(super) number: u32,
-    /// Release that it runs.
+    /// Revision of its release.
     pub(super) revision: i64,
-    /// Whether it runs and is well.
+    /// Whether it runs and is healthy.
     pub(super) well: bool,
-    /// Whether it is being stopped already.
+    /// Whether it is already being stopped.
     pub(super) stopping: bool,
-    /// Place among the app's addresses.
+    /// Index of its address among the app's addresses.
     pub(super) slot: usize,
 }
 
 /// One step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
-    /// Make an instance of the desired revision at this place.
+    /// Create an instance of the desired revision at this address.
     Create(usize),
     /// Stop and remove an instance.
     Stop(u32),
 }
 
-/// The next steps. Each round does what is safe now; the next round looks again.
+/// Returns the next steps. Each round takes the steps that are safe now; the next round plans again.
 #[must_use]
 pub(super) fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
     let wanted = workload.instances as usize;
@@ -41,13 +41,13 @@ pub(super) fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
             .find(|slot| !taken.contains(slot) && !parts.iter().any(|part| part.slot == *slot))
     };
     let mut steps = Vec::new();
-    // Too many of the desired revision: those that are not well go first, then the youngest.
+    // Too many instances of the desired revision: unhealthy ones stop first, then the youngest.
     if new_count > wanted {
         let mut excess: Vec<&Part> = parts.iter().filter(current).collect();
         excess.sort_by_key(|part| (part.well, std::cmp::Reverse(part.number)));
         steps.extend(excess.iter().take(new_count - wanted).map(|part| Step::Stop(part.number)));
     }
-    // The old ones: an ill one is worth nothing; a well one goes when enough others are well.
+    // Old instances: unhealthy ones stop at once, healthy ones when enough others are healthy.
     let replace = workload.update == Update::Replace || wanted == 0;
     let mut well_left = old_well;
     let mut olds: Vec<&Part> = parts.iter().filter(old).collect();
@@ -61,7 +61,7 @@ pub(super) fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
             }
         }
     }
-    // New ones: with old ones there, one at a time and only when the last one is well.
+    // New instances: while old ones exist, one at a time, and only when the last new one is healthy.
     let busy = parts.iter().any(|part| part.stopping && part.revision != workload.revision);
     let held = match workload.update {
         Update::Replace => old_count > 0 || parts.iter().any(|part| part.stopping),
@@ -75,7 +75,7 @@ pub(super) fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
                 taken.push(slot);
                 steps.push(Step::Create(slot));
             } else if steps.is_empty() && !parts.iter().any(|part| part.stopping) {
-                // No place is left, and none becomes free: an old one has to give way, an ill one first.
+                // No address is free, and none becomes free: an old instance must stop, an unhealthy one first.
                 if let Some(part) = parts.iter().filter(old).min_by_key(|part| (part.well, part.number)) {
                     steps.push(Step::Stop(part.number));
                 }
@@ -86,7 +86,8 @@ pub(super) fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
     steps
 }
 
-/// The instance whose end the next one waits for: a singleton's old one, or one whose address is the last.
+/// Returns the instance whose stop the next one waits for: a singleton's old one, or one that has the last free
+/// address.
 #[must_use]
 pub(super) fn waits_for(workload: &Workload, parts: &[Part]) -> Option<u32> {
     let count = parts.iter().filter(|part| part.revision == workload.revision && !part.stopping).count();
@@ -136,8 +137,8 @@ mod tests {
         }
     }
 
-    /// Plays rounds until nothing is left to do; in each, new instances become well or not, and
-    /// what is to be stopped is gone in the next. Returns the least number of well instances.
+    /// Plays rounds until no step is left. In each round new instances become healthy or not, and stopping
+    /// instances are gone in the next. Returns the lowest number of healthy instances.
     fn play(w: &Workload, mut parts: Vec<Part>, heals: bool) -> (Vec<Part>, usize) {
         let mut least = usize::MAX;
         let mut next = 100;
@@ -229,7 +230,7 @@ mod tests {
 
     #[test]
     fn a_change_in_the_middle_of_a_change_takes_no_more_away() {
-        // Two run; release 2 has one that is well, and one of release 1 is being stopped for it, slowly.
+        // Two instances run. Release 2 has a healthy one, for which an instance of release 1 is stopping slowly.
         let mut parts = running(3, 1);
         parts[0] = Part { stopping: true, well: false, ..parts[0] };
         parts[2].revision = 2;
@@ -252,7 +253,7 @@ mod tests {
 
     #[test]
     fn a_rollback_waits_for_nobody_who_stops() {
-        // Release 2 is bad; release 1 stops slowly, and release 3 brings it back.
+        // Release 2 is bad; release 1 stops slowly, and release 3 rolls back to it.
         let parts = [
             Part { stopping: true, well: false, ..running(1, 1)[0] },
             Part { number: 7, revision: 2, well: false, stopping: false, slot: 1 },

@@ -1,6 +1,6 @@
-//! The messages between `serve` and the root half: closed, neutral, length-prefixed JSON (u32 big
-//! endian, at most [`MAX_FRAME`] bytes). One request a connection; the answer is one [`Reply`],
-//! except for logs, which are a row of `Reply::Log` ended by `Reply::Done`.
+//! The messages between `serve` and the agent: a closed set of types that names no engine, as length-prefixed JSON
+//! (u32 big endian, at most [`MAX_FRAME`] bytes). One request per connection. The answer is one [`Reply`]; for logs
+//! it is a sequence of `Reply::Log` that ends with `Reply::Done`.
 
 use serde::{Deserialize, Serialize};
 
@@ -14,25 +14,25 @@ use crate::policy::TenantFlows;
 /// Largest frame, in bytes.
 pub const MAX_FRAME: usize = 4 * 1024 * 1024;
 
-/// Version of the messages. Another one is refused at `Hello`.
+/// Version of the messages. `Hello` refuses any other.
 pub const PROTOCOL: u32 = 4;
 
-/// What `serve` may ask.
+/// A request of `serve`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// Who is there?
+    /// Asks for the installation and the version.
     Hello {},
     /// [`super::super::Driver::ensure_tenant`]
     EnsureTenant {
-        /// What belongs to the tenant.
+        /// The tenant's allocations and limits.
         grant: TenantGrant,
     },
     /// [`super::super::Driver::remove_tenant`]
     RemoveTenant {
         /// Name.
         tenant: TenantName,
-        /// Identity.
+        /// Id.
         tenant_id: TenantId,
     },
     /// [`super::super::Driver::ensure_app`]
@@ -44,7 +44,7 @@ pub enum Request {
     },
     /// [`super::super::Driver::ensure_flows`]
     EnsureFlows {
-        /// All that the tenant's apps may begin to talk to.
+        /// The allowed flows of the tenant's apps.
         flows: TenantFlows,
     },
     /// [`super::super::Driver::denied`]
@@ -62,12 +62,12 @@ pub enum Request {
     Listeners {},
     /// [`super::super::Driver::probe`]
     Probe {
-        /// Which.
+        /// The probe.
         probe: Probe,
     },
     /// [`super::super::Driver::permits`]
     Permits {
-        /// From where and where to.
+        /// Source and target.
         probe: Probe,
     },
     /// [`super::super::Driver::probe_tenant`]
@@ -81,24 +81,24 @@ pub enum Request {
         tenant: TenantName,
         /// App.
         app: AppName,
-        /// Identity.
+        /// Id.
         app_id: AppId,
     },
     /// [`super::super::Driver::observe`]
     Observe {
-        /// Where the last answer ended.
+        /// Cursor of the last answer.
         cursor: Option<String>,
-        /// How long to wait for something new, at most 30,000 milliseconds.
+        /// How long to wait for a change, at most 30,000 milliseconds.
         wait_ms: u32,
     },
     /// [`super::super::Driver::logs`]
     Logs {
-        /// Which.
+        /// The query.
         query: LogQuery,
     },
 }
 
-/// What the root half answers.
+/// An answer of the agent.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Reply {
@@ -109,14 +109,14 @@ pub enum Reply {
         /// The agent's [`PROTOCOL`].
         protocol: u32,
     },
-    /// It is done.
+    /// The request succeeded.
     Done {},
-    /// To the two removals.
+    /// To both removals.
     Removal {
-        /// How far it is.
+        /// Progress of the removal.
         removal: Removal,
     },
-    /// A part of the answer to `Observe`: large answers come in several frames, `last` ends them.
+    /// A part of the answer to `Observe`. Large answers come in several frames; `last` marks the final one.
     Observed {
         /// Cursor, completeness, events; `apps` holds this frame's share.
         observed: Observed,
@@ -125,42 +125,42 @@ pub enum Reply {
     },
     /// To `EnsureFlows`.
     Plan {
-        /// The plan that is held.
+        /// Number of the stored plan.
         number: i64,
     },
     /// To `Walls`.
     Walls {
-        /// What nobody reaches.
+        /// The machine's own addresses and the blocked ranges.
         walls: Walls,
     },
     /// To `Used`.
     Used {
-        /// What was counted.
+        /// The counts.
         used: Vec<Used>,
     },
     /// To `Listeners`.
     Listeners {
-        /// By protocol and port.
+        /// Listening sockets by protocol and port.
         listeners: Vec<Listener>,
     },
     /// To `Permits`.
     Permits {
-        /// Whether they do.
+        /// Whether the rules allow the connection.
         permits: Option<bool>,
     },
     /// To `ProbeTenant`.
     ProbedTenant {
-        /// What came of it.
+        /// The results.
         probed: Probed,
     },
     /// To `Probe`.
     Probed {
-        /// What became of it.
+        /// The outcome.
         outcome: ProbeOutcome,
     },
     /// To `Denied`.
     Denied {
-        /// The newest first.
+        /// Denied connections, the newest first.
         denied: Vec<Denied>,
     },
     /// A log line.
@@ -168,14 +168,14 @@ pub enum Reply {
         /// The line.
         line: LogLine,
     },
-    /// It was not done.
+    /// The request failed.
     Failed {
-        /// Why.
+        /// The reason.
         error: Error,
     },
 }
 
-/// Splits what was observed so that no frame exceeds its bound.
+/// Splits observed state so that no frame exceeds [`MAX_FRAME`].
 #[must_use]
 pub fn split(observed: Observed) -> Vec<Reply> {
     const SHARE: usize = MAX_FRAME / 2;
@@ -183,7 +183,7 @@ pub fn split(observed: Observed) -> Vec<Reply> {
     let mut bytes = 0;
     for mut app in observed.apps {
         let mut size = serde_json::to_vec(&app).map_or(0, |json| json.len());
-        // Events are the first thing that can be missed: one app never stops what is told of the others.
+        // Events are dropped first: one app must not prevent the report of the others.
         while size > SHARE && !app.events.is_empty() {
             let half = app.events.len().div_ceil(2);
             app.events.drain(..half);

@@ -1,6 +1,7 @@
-//! Control groups above those of single instances: one of all tenants, which leaves the platform room, and one of each
-//! tenant below it with the tenant's whole quota. Instances and what watches them are in their tenant's. The same
-//! bounds are written for version 1, with a tree for each controller, and for version 2, with one.
+//! Cgroups above those of single instances. One group holds all tenants and leaves the platform room. Below it, a
+//! group for each tenant has the tenant's whole quota. Instances and the processes that watch them run in the group
+//! of their tenant. The same limits are written for version 1, with a tree for each controller, and for version 2,
+//! with one tree.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -13,19 +14,20 @@ use crate::ids::{Installation, TenantName};
 pub const ROOT: &str = "/sys/fs/cgroup";
 /// The scheduler's period in microseconds.
 const PERIOD: u64 = 100_000;
-/// Controllers that bound tenants.
+/// Controllers that limit tenants.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
-/// The kernel rounds bounds of memory to pages, which are as large as this on some machines.
+/// The kernel rounds memory limits to pages, which are this large on some machines.
 const PAGE: u64 = 64 << 10;
-/// Bytes beyond a tenant's quota: the quota is that of its instances, and the processes that watch and clean up
-/// after them count here too.
+/// Bytes beyond a tenant's quota. The quota is for the instances, but the processes that watch and clean up after
+/// them count in the same group.
 const WATCHERS: u64 = 256 << 20;
 const BUSY: io::ErrorKind = io::ErrorKind::ResourceBusy;
-/// Weight of all tenants together against the platform's processes, each of which has the usual one of 1024 and 100.
+/// Weights of all tenants together, for version 1 and version 2. The platform's processes have the defaults, 1024
+/// and 100.
 const SHARES: u64 = 512;
 const WEIGHT: u64 = 50;
 
-/// What a group may use at most; nothing where there is no bound.
+/// Limits of a group; none means no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Bounds {
     /// Thousandths of a core.
@@ -34,21 +36,21 @@ pub struct Bounds {
     pub memory: Option<u64>,
     /// Processes and threads.
     pub pids: Option<u64>,
-    /// Whether it gives way when others want the processors.
+    /// Whether the group yields when others need the processors.
     pub yields: bool,
 }
 
-/// What a machine has.
+/// Capacity of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capacity {
     /// Bytes of memory.
     pub memory: u64,
-    /// Processes and threads that there can be.
+    /// Maximum number of processes and threads.
     pub pids: u64,
 }
 
 impl Capacity {
-    /// Of this machine. What cannot be read is no bound.
+    /// Reads the capacity of this machine. A value that cannot be read sets no limit.
     #[must_use]
     pub fn of_this_machine() -> Self {
         let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
@@ -60,8 +62,9 @@ impl Capacity {
         Self { memory: kib.map_or(u64::MAX, |kib| kib << 10), pids: ids.min(threads) }
     }
 
-    /// What all tenants together may have: the rest is the platform's. A fifth of the memory, from 1 to 4 GiB but
-    /// never more than half; an eighth of the processes, from 1,024 to 8,192 but never more than half.
+    /// Returns the limits of all tenants together; the rest is reserved for the platform. The reserve is a fifth of
+    /// the memory, from 1 to 4 GiB, and an eighth of the processes, from 1,024 to 8,192. It is never more than half
+    /// of either.
     #[must_use]
     pub fn of_all_tenants(self) -> Bounds {
         let reserve = (self.memory / 5).clamp(1 << 30, 4 << 30).min(self.memory / 2);
@@ -75,7 +78,7 @@ impl Capacity {
     }
 }
 
-/// A tenant's whole quota.
+/// Returns the limits for a tenant's whole quota.
 #[must_use]
 pub fn of_tenant(limits: &TenantLimits) -> Bounds {
     Bounds {
@@ -86,19 +89,19 @@ pub fn of_tenant(limits: &TenantLimits) -> Bounds {
     }
 }
 
-/// The group of all tenants, as the engine names it.
+/// Returns the group of all tenants, as the engine names it.
 #[must_use]
 pub fn of_all(installation: &Installation) -> String {
     format!("/bulkhead-{installation}")
 }
 
-/// The group of a tenant. No name of a tenant is that of a group which the engine makes.
+/// Returns the group of a tenant. No tenant's group has the name of a group that the engine creates.
 #[must_use]
 pub fn parent(installation: &Installation, tenant: &TenantName) -> String {
     format!("{}/t-{tenant}", of_all(installation))
 }
 
-/// The hierarchies of a machine.
+/// The cgroup hierarchies of a machine.
 #[derive(Debug, Clone)]
 pub struct Groups {
     root: PathBuf,
@@ -106,7 +109,7 @@ pub struct Groups {
 }
 
 impl Groups {
-    /// Those mounted below a folder.
+    /// Uses the hierarchies that are mounted below a folder.
     #[must_use]
     pub fn below(root: &Path) -> Self {
         Self { root: root.to_owned(), unified: root.join("cgroup.controllers").exists() }
@@ -117,8 +120,8 @@ impl Groups {
         if self.unified { self.root.join(group) } else { self.root.join(controller).join(group) }
     }
 
-    /// Makes a group and sets its bounds where they are others. Returns what was changed of a group that was there. A
-    /// bound that the kernel cannot lower at once stays until a later call.
+    /// Creates a group and sets the limits that differ. Returns the changes of a group that existed before. A limit
+    /// that the kernel cannot lower yet waits for a later call.
     pub fn ensure(&self, group: &str, bounds: &Bounds) -> io::Result<Vec<String>> {
         let mut changed = Vec::new();
         for controller in CONTROLLERS {
@@ -130,7 +133,7 @@ impl Groups {
             }
             for (file, value) in self.values(controller, bounds) {
                 let path = folder.join(file);
-                // Swap is not counted on every machine; all else has to be there.
+                // Not every machine counts swap; all other files must exist.
                 if file.contains("sw") && !path.exists() {
                     continue;
                 }
@@ -140,9 +143,9 @@ impl Groups {
                 }
                 match write(&path, &value) {
                     Ok(()) => {}
-                    // Version 1 refuses a bound below what is in use, or below that of a group within.
+                    // Version 1 refuses a limit below the current use, or below the limit of a group within.
                     Err(error) if !fresh && matches!(error.kind(), BUSY | io::ErrorKind::InvalidInput) => {
-                        tracing::warn!(%error, "a bound cannot be lowered yet");
+                        tracing::warn!(%error, "a cgroup limit cannot be lowered yet");
                         continue;
                     }
                     Err(error) => return Err(error),
@@ -155,7 +158,8 @@ impl Groups {
         Ok(changed)
     }
 
-    /// Version 2: the controllers have to be handed down at each step, the group itself included, for its instances.
+    /// Enables the controllers at each level, as version 2 requires. The group itself is included, for its
+    /// instances.
     fn delegate(&self, group: &str) -> io::Result<()> {
         let mut place = self.root.clone();
         let parts = group.split('/').filter(|part| !part.is_empty());
@@ -170,7 +174,7 @@ impl Groups {
         Ok(())
     }
 
-    /// Files and what stands in them, as the kernel prints it.
+    /// Returns files and their values, as the kernel prints them.
     fn values(&self, controller: &str, bounds: &Bounds) -> Vec<(&'static str, String)> {
         let text = |value: Option<u64>| value.map_or_else(|| "max".to_owned(), |value| value.to_string());
         let quota = bounds.cpu_millis.map(|millis| (millis * PERIOD / 1000).max(1000));
@@ -188,7 +192,8 @@ impl Groups {
             ("memory", true) => {
                 vec![("memory.max", text(memory)), ("memory.swap.max", "0".to_owned())]
             }
-            // Memory with swap is never below memory alone: the one is widened before the other, or narrowed after it.
+            // The limit with swap must never be below the limit without it. It is raised first, or lowered
+            // last.
             ("memory", false) => memory
                 .map(|bytes| {
                     let bytes = bytes.to_string();
@@ -199,7 +204,7 @@ impl Groups {
         }
     }
 
-    /// Tenants that have a group, whether in one hierarchy or in all.
+    /// Returns the tenants that have a group in any hierarchy.
     #[must_use]
     pub fn tenants(&self, installation: &Installation) -> BTreeSet<TenantName> {
         let all = of_all(installation);
@@ -209,13 +214,13 @@ impl Groups {
         inner.filter_map(|entry| entry.file_name().to_str()?.strip_prefix("t-")?.parse().ok()).collect()
     }
 
-    /// Removes a group and those within it; whether it is gone everywhere.
+    /// Removes a group and the groups within it. Returns whether it is gone from every hierarchy.
     #[must_use]
     pub fn remove(&self, group: &str) -> bool {
         let mut places: Vec<PathBuf> = if self.unified {
             vec![self.folder("", group)]
         } else {
-            // The engine makes it in every hierarchy, not only in ours.
+            // The engine creates the group in every hierarchy, not only in those of `CONTROLLERS`.
             let all = std::fs::read_dir(&self.root).into_iter().flatten().flatten();
             all.map(|entry| entry.path().join(group.trim_start_matches('/'))).collect()
         };
@@ -224,7 +229,7 @@ impl Groups {
     }
 }
 
-/// Removes a group and those within it; whether it is gone.
+/// Removes a group and the groups within it. Returns whether it is gone.
 #[must_use]
 pub fn remove(place: &Path) -> bool {
     let inner = std::fs::read_dir(place).into_iter().flatten().flatten();
@@ -236,7 +241,7 @@ pub fn remove(place: &Path) -> bool {
 
 fn write(path: &Path, value: &str) -> io::Result<()> {
     let wrote = std::fs::write(path, value);
-    // Version 1: widening memory while memory with swap is still narrow.
+    // Version 1 refuses to raise the memory limit above the limit with swap: raise that one first.
     let wrote = match wrote {
         Err(error) if error.raw_os_error() == Some(22) && path.ends_with("memory.limit_in_bytes") => {
             let both = path.with_file_name("memory.memsw.limit_in_bytes");
@@ -264,7 +269,7 @@ mod tests {
         std::fs::write(root.path().join("cgroup.subtree_control"), "cpu memory pids\n").unwrap();
         let tenant = root.path().join("bulkhead-abcd/t-acme");
         std::fs::create_dir_all(&tenant).unwrap();
-        // The kernel makes these files with the folder.
+        // The kernel creates these files with the folder.
         std::fs::write(tenant.join("memory.swap.max"), "max\n").unwrap();
         let groups = Groups::below(root.path());
         groups.ensure("/bulkhead-abcd/t-acme", &of_tenant(&LIMITS)).unwrap();
@@ -277,7 +282,7 @@ mod tests {
         assert_eq!(
             read(root.path().join("cgroup.subtree_control")),
             "cpu memory pids\n",
-            "what is there is left"
+            "existing controllers are kept"
         );
     }
 
@@ -290,7 +295,10 @@ mod tests {
         }
         let groups = Groups::below(root.path());
         let bounds = Capacity { memory: 16 << 30, pids: 32_768 }.of_all_tenants();
-        assert!(groups.ensure("/bulkhead-abcd", &bounds).unwrap().is_empty(), "new is not changed");
+        assert!(
+            groups.ensure("/bulkhead-abcd", &bounds).unwrap().is_empty(),
+            "a new group reports no changes"
+        );
         groups.ensure("/bulkhead-abcd/t-acme", &of_tenant(&LIMITS)).unwrap();
         assert_eq!(read(at("pids/bulkhead-abcd/pids.max")), "28672");
         assert_eq!(read(at("cpu/bulkhead-abcd/cpu.shares")), "512");
@@ -304,7 +312,7 @@ mod tests {
         let changed = groups.ensure("/bulkhead-abcd/t-acme", &of_tenant(&LIMITS)).unwrap();
         assert_eq!(changed, ["/bulkhead-abcd/t-acme pids.max: max instead of 100"]);
         assert_eq!(read(at("pids/bulkhead-abcd/t-acme/pids.max")), "100");
-        // What the engine has made in one hierarchy alone counts too.
+        // A group that the engine created in only one hierarchy counts too.
         std::fs::create_dir_all(at("cpu/bulkhead-abcd/t-left")).unwrap();
         std::fs::create_dir_all(at("cpu/bulkhead-abcd/libpod")).unwrap();
         let id: Installation = "abcd".parse().unwrap();

@@ -1,4 +1,5 @@
-//! The engine's API over its socket. Only what is needed, every answer bounded in time.
+//! Client of the engine's API over its socket. It has only the calls that Bulkhead needs, and every call has a time
+//! limit.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,28 +10,28 @@ use serde_json::{Value, json};
 
 use crate::driver::Error;
 
-/// The engine.
+/// A client of the engine.
 #[derive(Debug, Clone)]
 pub struct Podman {
     client: reqwest::Client,
 }
 
-/// A container as the engine lists it.
+/// A container in the engine's list.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Listed {
-    /// Identity in the engine.
+    /// Id in the engine.
     pub id: String,
     /// Names.
     #[serde(default)]
     pub names: Vec<String>,
-    /// Labels, of which only our own are read: an image brings as many as it likes.
+    /// Labels. Only Bulkhead's own are read: an image brings any number of labels.
     #[serde(default)]
     labels: Option<OwnLabels>,
-    /// The engine's own word, which is not believed alone.
+    /// State as the engine reports it. It is not trusted alone.
     #[serde(default)]
     pub state: String,
-    /// Process.
+    /// Process id.
     #[serde(default)]
     pub pid: i32,
     /// Exit code of the last run.
@@ -45,35 +46,35 @@ struct OwnLabels {
 }
 
 impl Listed {
-    /// The app that it belongs to.
+    /// Returns the app that the container belongs to.
     #[must_use]
     pub fn app(&self) -> Option<&str> {
         self.labels.as_ref()?.app.as_deref()
     }
 
-    /// Its name.
+    /// Returns the name of the container.
     #[must_use]
     pub fn name(&self) -> &str {
         self.names.first().map(String::as_str).unwrap_or_default()
     }
 }
 
-/// What matters of an inspection.
+/// The parts of an inspection that Bulkhead uses.
 #[derive(Debug, Clone)]
 pub struct Inspected {
-    /// Process.
+    /// Process id.
     pub pid: i32,
-    /// Monitor of the container.
+    /// Process id of the container's monitor.
     pub conmon: i32,
     /// Path of its network namespace.
     pub sandbox: String,
     /// Path of its hosts file.
     pub hosts: String,
-    /// The engine's own word for its state.
+    /// State as the engine reports it.
     pub state: String,
     /// Exit code of the last run.
     pub exit_code: i32,
-    /// Identity in the engine.
+    /// Id in the engine.
     pub id: String,
     /// Keys of its annotations.
     pub annotations: Vec<String>,
@@ -81,12 +82,12 @@ pub struct Inspected {
     pub healthcheck: Vec<String>,
 }
 
-/// What matters of an image in the engine's store.
+/// The parts of an image in the engine's store that Bulkhead uses.
 #[derive(Debug, Clone)]
 pub struct ImageSeen {
-    /// Identity.
+    /// Id.
     pub id: String,
-    /// Folders of its layers, the topmost first.
+    /// Folders of its layers, topmost first.
     pub layers: Vec<std::path::PathBuf>,
     /// `ENV`.
     pub env: Vec<String>,
@@ -105,7 +106,7 @@ fn away(error: impl std::fmt::Display) -> Error {
 }
 
 impl Podman {
-    /// The engine behind this socket.
+    /// Creates a client of the engine behind this socket.
     pub fn new(socket: &Path) -> Result<Self, Error> {
         let client = crate::outgoing::client().unix_socket(socket).build().map_err(away)?;
         Ok(Self { client })
@@ -129,7 +130,7 @@ impl Podman {
         Ok((status, serde_json::from_str(&text).unwrap_or(Value::Null)))
     }
 
-    /// Calls and expects success or one of `also`; anything else is an error with the engine's text.
+    /// Calls the engine. Any status other than success or one of `also` is an error with the engine's text.
     async fn expect(
         &self,
         method: Method,
@@ -150,19 +151,19 @@ impl Podman {
         Err(Error::Transient(text))
     }
 
-    /// Whether the engine answers.
+    /// Checks that the engine answers.
     pub async fn ping(&self) -> Result<(), Error> {
         self.expect(Method::GET, "_ping", None, &[], 2).await.map(drop)
     }
 
-    /// All containers of an installation. Waits at most for `patience`, the body included.
+    /// Lists all containers of an installation. The time limit `patience` includes the body.
     pub async fn list(&self, installation: &str, patience: Duration) -> Result<Vec<Listed>, Error> {
         let filter = json!({"label": [format!("bulkhead.installation={installation}")]}).to_string();
         let path = format!("containers/json?all=true&filters={}", escape(&filter));
         let request = self.client.get(format!("http://engine/v4.0.0/libpod/{path}"));
         let answer = request.timeout(patience).send().await.map_err(away)?;
         let answer = answer.error_for_status().map_err(away)?;
-        // Read straight into what is needed: the answer holds every label of every image.
+        // Parsed straight into the fields that are needed: the answer holds every label of every image.
         let bytes = answer.bytes().await.map_err(away)?;
         let list: Option<Vec<Listed>> = serde_json::from_slice(&bytes).map_err(away)?;
         Ok(list.unwrap_or_default())
@@ -175,7 +176,7 @@ impl Podman {
         Ok(status.is_success())
     }
 
-    /// Looks at one image; none when the engine does not have it.
+    /// Reads one image; none when the engine does not have it.
     pub async fn image(&self, image: &str) -> Result<Option<ImageSeen>, Error> {
         let path = format!("images/{}/json", escape(image));
         let (status, value) = self.call(Method::GET, &path, None, Duration::from_secs(20)).await?;
@@ -201,7 +202,7 @@ impl Podman {
         }))
     }
 
-    /// All images: identity, and the names with digests under which the engine knows each.
+    /// Lists all images: id, and the names with digests under which the engine knows each.
     pub async fn images(&self) -> Result<Vec<(String, Vec<String>)>, Error> {
         let value = self.expect(Method::GET, "images/json", None, &[], 60).await?;
         let list = value.as_array().cloned().unwrap_or_default();
@@ -215,9 +216,11 @@ impl Podman {
             .collect())
     }
 
-    /// Removes an image that no container uses, name by name: the engine refuses one of several names by its id, and the
-    /// last name takes the image with it. One that is used stays. Never by force: that would take a running container
-    /// with it. Whether nothing of it is left.
+    /// Removes an image that no container uses; an image in use stays. Returns whether nothing of the image is
+    /// left.
+    ///
+    /// Names are removed one by one. The engine refuses to remove an image with several names by its id, and the
+    /// last name removes the image. The removal is never forced: that would also remove a running container.
     pub async fn remove_image(&self, id: &str, names: &[String]) -> Result<bool, Error> {
         let id = id.to_owned();
         let all = if names.is_empty() { std::slice::from_ref(&id) } else { names };
@@ -228,7 +231,7 @@ impl Podman {
         Ok(self.image(&id).await?.is_none())
     }
 
-    /// Makes a container; one of that name that exists is not an error.
+    /// Creates a container. Returns [`Error::Conflict`] when the name is already in use.
     pub async fn create(&self, spec: &Value) -> Result<(), Error> {
         match self.expect(Method::POST, "containers/create", Some(spec), &[], 30).await {
             Ok(_) => Ok(()),
@@ -237,7 +240,7 @@ impl Podman {
         }
     }
 
-    /// Prepares a container: namespaces and network are there, its process is not.
+    /// Prepares a container: its namespaces and network exist, but its process has not started.
     pub async fn init(&self, name: &str) -> Result<(), Error> {
         self.expect(Method::POST, &format!("containers/{name}/init"), None, &[304], 30).await.map(drop)
     }
@@ -253,13 +256,13 @@ impl Podman {
         self.expect(Method::POST, &path, None, &[304, 404], u64::from(grace) + 20).await.map(drop)
     }
 
-    /// Removes a container, whatever its state.
+    /// Removes a container in any state.
     pub async fn remove(&self, name: &str) -> Result<(), Error> {
         let path = format!("containers/{name}?force=true&v=true&timeout=0");
         self.expect(Method::DELETE, &path, None, &[404], 60).await.map(drop)
     }
 
-    /// Looks at one container; none when there is none of this name.
+    /// Inspects one container; none when the engine does not have it.
     pub async fn find(&self, name: &str) -> Result<Option<Inspected>, Error> {
         let (status, value) =
             self.call(Method::GET, &format!("containers/{name}/json"), None, Duration::from_secs(10)).await?;
@@ -288,13 +291,13 @@ impl Podman {
         }))
     }
 
-    /// Looks at one container that must be there.
+    /// Inspects one container that must exist.
     pub async fn inspect(&self, name: &str) -> Result<Inspected, Error> {
-        self.find(name).await?.ok_or_else(|| Error::Transient("the container is not there".into()))
+        self.find(name).await?.ok_or_else(|| Error::Transient("the container does not exist".into()))
     }
 
-    /// Sees to it that a network exists as it should. It gives no addresses: those are Bulkhead's own,
-    /// and the engine keeps an address for ever when an instance ends by itself.
+    /// Ensures that a network exists, and returns whether it was created. The engine assigns no addresses; Bulkhead
+    /// does. The engine would never free the address of an instance that ends by itself.
     pub async fn ensure_network(&self, name: &str) -> Result<bool, Error> {
         let (status, _) =
             self.call(Method::GET, &format!("networks/{name}/exists"), None, Duration::from_secs(20)).await?;
@@ -314,7 +317,7 @@ impl Podman {
         self.expect(Method::DELETE, &format!("networks/{name}"), None, &[404], 60).await.map(drop)
     }
 
-    /// Names of all networks.
+    /// Lists the names of all networks.
     pub async fn networks(&self) -> Result<Vec<String>, Error> {
         let value = self.expect(Method::GET, "networks/json", None, &[], 20).await?;
         let list = value.as_array().cloned().unwrap_or_default();
@@ -322,7 +325,7 @@ impl Podman {
     }
 }
 
-/// Percent-encodes everything but what is unreserved (RFC 3986).
+/// Percent-encodes everything except unreserved characters (RFC 3986).
 fn escape(text: &str) -> String {
     use std::fmt::Write as _;
     text.bytes().fold(String::new(), |mut out, b| {

@@ -1,17 +1,17 @@
-//! What of an image's config the engine or the runtime takes as an order, or can never start with. Pure: the
-//! preflight of a deploy and the agent both ask, each for itself.
+//! Parts of an image's config that the engine or the runtime takes as instructions, or can never start with. Pure:
+//! the preflight of a deploy and the agent each check them.
 
-/// Folders of the kernel's own at run time, whatever the image holds there.
+/// Folders that the kernel fills at run time, whatever the image has there.
 pub const KERNELS: [&str; 3] = ["proc", "sys", "dev"];
-/// Longest working directory, in bytes.
+/// Maximum length of a working directory, in bytes.
 const PATH: usize = 1024;
 
-/// Says what of these is refused.
+/// Refuses a dangerous config. The error names the part and says why.
 ///
-/// - An environment entry without a value is filled by the engine (Podman 4.3) from the environment of the engine
-///   itself, `*` with all of it.
+/// - The engine (Podman 4.3) fills an environment entry without a value from its own environment, and `*` with
+///   the whole environment.
 /// - A working directory in `/proc` leads the runtime to a folder of the host (CVE-2024-21626).
-/// - With a signal that is none, the engine makes no container.
+/// - With an invalid stop signal, the engine creates no container.
 pub fn of_config(env: &[String], working_dir: &str, stop_signal: &str) -> Result<(), String> {
     for entry in env {
         environment(entry)?;

@@ -1,4 +1,4 @@
-//! An ear at the kernel: what it tells everybody over netlink, heard by a thread of its own.
+//! Netlink monitor: a thread that receives the messages that the kernel sends to a netlink group.
 
 use std::io;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use rustix::net::{
 };
 use tokio::sync::Notify;
 
-/// Least that a message is: its head (`struct nlmsghdr`) and the first word of what it is about.
+/// Minimum length of a message: its header (`struct nlmsghdr`) and the first word of its payload.
 const LEAST: usize = 20;
 
 /// A thread that listens for as long as the process lives.
@@ -16,7 +16,8 @@ const LEAST: usize = 20;
 pub struct Ear(Arc<Notify>);
 
 impl Ear {
-    /// Begins to listen to groups (a mask) of a netlink family. `matters` is asked of each message, head included.
+    /// Starts to listen to groups (a mask) of a netlink family. `matters` decides for each message, header
+    /// included, whether it is relevant.
     pub fn open(
         name: &str,
         family: Option<Protocol>,
@@ -33,10 +34,10 @@ impl Ear {
                 match recv(&socket, &mut *buffer, RecvFlags::empty()) {
                     Ok((_, n)) if !any(buffer.get(..n).unwrap_or_default(), matters) => {}
                     Err(rustix::io::Errno::INTR) => {}
-                    // More came than fitted: something that matters may have been among it.
+                    // A relevant message arrived, or the buffer overflowed and may have lost one.
                     Ok(_) | Err(rustix::io::Errno::NOBUFS) => tell.notify_one(),
                     Err(error) => {
-                        tracing::warn!(%error, "the kernel's messages are not heard any more");
+                        tracing::warn!(%error, "the netlink monitor has stopped: kernel messages cannot be read");
                         return;
                     }
                 }
@@ -45,19 +46,19 @@ impl Ear {
         Ok(Self(heard))
     }
 
-    /// Returns once something that matters was told, or messages were missed.
+    /// Returns once a relevant message arrived, or messages were lost.
     pub async fn heard(&self) {
         self.0.notified().await;
     }
 }
 
-/// A number of a message, in the machine's own order.
+/// Reads a number of a message, in the machine's byte order.
 #[must_use]
 pub fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }
 
-/// Whether one of these messages matters.
+/// Whether one of these messages is relevant.
 fn any(mut bytes: &[u8], matters: fn(&[u8]) -> bool) -> bool {
     while let Some(length) = bytes.get(..4).and_then(|length| length.try_into().ok()).map(u32::from_ne_bytes)
     {
@@ -99,7 +100,7 @@ mod tests {
 
     #[test]
     fn what_is_no_message_ends_the_reading() {
-        assert!(!any(&[0; 64], |_| true), "one without a length would be read for ever");
+        assert!(!any(&[0; 64], |_| true), "a message without a length would be read for ever");
         assert!(!any(&message(7, 4_000_000_000), is_seven));
         for cut in 0..24 {
             assert!(!any(&message(7, 24)[..cut], is_seven));

@@ -1,28 +1,28 @@
-//! The engine as an installation runs it: its own storage, its own settings, its own socket. The
-//! facts are those of Debian 12's Podman 4.3.
+//! The engine of an installation, with its own storage, settings and socket. The facts are those of Podman 4.3 in
+//! Debian 12.
 
 use std::path::{Path, PathBuf};
 
 use super::seccomp;
 
-/// What starts containers. Never crun: it takes orders from annotations (`run.oci.*`: a host file to
-/// write to, another system call filter), and the engine copies an image's annotations to its containers.
+/// The runtime that starts containers. Never crun: it takes instructions from annotations (`run.oci.*`: a host file
+/// to write to, another system call filter), and the engine copies an image's annotations to its containers.
 pub const RUNTIME: &str = "runc";
 
-/// Where an engine lives and what its machine lacks.
+/// Paths and addresses of an engine, and the limits of its machine.
 #[derive(Debug, Clone)]
 pub struct EngineSettings {
     /// Folder of storage and settings.
     pub root: PathBuf,
-    /// Folder of what is gone after a reboot.
+    /// Folder of state that ends with a reboot.
     pub run: PathBuf,
     /// Socket of the API.
     pub socket: PathBuf,
-    /// Name under which the engine knows the registry.
+    /// Name of the registry in the engine.
     pub registry_name: String,
-    /// Where that name leads: Bulkhead's listener for pulls.
+    /// Address behind that name: Bulkhead's listener for pulls.
     pub pull_host: String,
-    /// Whether limits above those of this process can be set (`CAP_SYS_RESOURCE`).
+    /// Whether this process can raise limits above its own (`CAP_SYS_RESOURCE`).
     pub may_raise_limits: bool,
 }
 
@@ -32,16 +32,16 @@ impl EngineSettings {
     }
 }
 
-/// The engine's own files: name within the folder, and text.
+/// Returns the engine's own files: name within the folder, and text.
 #[must_use]
 pub fn files(settings: &EngineSettings) -> Vec<(&'static str, String)> {
-    // Without CAP_SYS_RESOURCE the defaults of the distribution cannot be set at all.
+    // Without CAP_SYS_RESOURCE, the distribution's default limits cannot be set at all.
     let limits = if settings.may_raise_limits {
         "\"nofile=65536:65536\", \"nproc=4096:4096\""
     } else {
         "\"nofile=1024:1024\", \"nproc=1024:1024\""
     };
-    // No core of an instance is ever written; locked memory and message queues are small.
+    // Instances write no core files; locked memory and message queues are small.
     let limits = format!(
         "default_ulimits = [{limits}, \"core=0:0\", \"memlock=65536:65536\", \"msgqueue=262144:262144\"]"
     );
@@ -75,7 +75,7 @@ pub fn files(settings: &EngineSettings) -> Vec<(&'static str, String)> {
     ]
 }
 
-/// The command that serves the API: program, arguments, environment.
+/// Returns the command that serves the API: program, arguments, environment.
 #[must_use]
 pub fn command(settings: &EngineSettings) -> (&'static str, Vec<String>, Vec<(String, String)>) {
     let (program, mut args, env) = client(settings);
@@ -84,7 +84,7 @@ pub fn command(settings: &EngineSettings) -> (&'static str, Vec<String>, Vec<(St
     (program, args, env)
 }
 
-/// The same engine on the command line, without a command: program, arguments, environment.
+/// Returns the command line of the same engine, without a subcommand: program, arguments, environment.
 #[must_use]
 pub fn client(settings: &EngineSettings) -> (&'static str, Vec<String>, Vec<(String, String)>) {
     let show = |path: &Path| path.display().to_string();
@@ -93,7 +93,7 @@ pub fn client(settings: &EngineSettings) -> (&'static str, Vec<String>, Vec<(Str
         &show(&settings.file("storage")),
         "--runroot",
         &show(&settings.run),
-        // The engine's own mark of a reboot: shared with another engine it would be seen once only.
+        // The engine's own marker of a reboot. If two engines shared it, only one would notice the reboot.
         "--tmpdir",
         &show(&settings.run.join("engine")),
         "--runtime",

@@ -1,5 +1,5 @@
-//! The host as a tenant could see it: what listens on it beyond loopback, whether it answers from within an
-//! instance's network, and whose firewall stands beside ours.
+//! The host as a tenant could see it: its listeners beyond loopback, whether they answer from within an instance's
+//! network, and the other firewalls on the machine.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream};
@@ -11,35 +11,35 @@ use serde_json::Value;
 use crate::driver::podman::namespace;
 use crate::policy::Protocol;
 
-/// Something that listens on the host.
+/// A socket that listens on the host.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Listener {
     /// Protocol.
     pub protocol: Protocol,
     /// Port.
     pub port: u16,
-    /// Where: an address, or all of them.
+    /// Address on which it listens, possibly all of them.
     pub address: IpAddr,
-    /// The program, if it could be found out.
+    /// The program, if known.
     pub program: String,
     /// Its systemd unit, if it has one.
     pub unit: String,
-    /// Whether it answered from within an instance's network; none while none runs, and for UDP, where
+    /// Whether it answered from within an instance's network. None while no instance runs, and for UDP, where
     /// silence says nothing.
     pub answers: Option<bool>,
-    /// Whether it is where apps ask for names: the one thing that is to answer.
+    /// Whether it is the resolver of the apps: the only listener that must answer.
     pub names: bool,
 }
 
-/// The state of a socket that waits for connections, in the kernel's list.
+/// State of a listening TCP socket in the kernel's list.
 pub(super) const LISTENS: &str = "0A";
-/// The state of a UDP socket that is not connected.
+/// State of a UDP socket that is not connected.
 const UNCONNECTED: &str = "07";
-/// Most listeners that are tried, and how many at once.
+/// Maximum number of listeners that are tried, in total and at once.
 const TRIED: usize = 64;
 const AT_ONCE: usize = 8;
 
-/// An address as the kernel's lists write it.
+/// Parses an address of the kernel's lists.
 pub(super) fn address(hex: &str) -> Option<IpAddr> {
     if hex.len() == 8 {
         return Some(Ipv4Addr::from(u32::from_str_radix(hex, 16).ok()?.to_ne_bytes()).into());
@@ -51,7 +51,7 @@ pub(super) fn address(hex: &str) -> Option<IpAddr> {
     Some(Ipv6Addr::from(octets).to_canonical())
 }
 
-/// A line of the kernel's list: address, port, inode.
+/// Parses a line of the kernel's list: address, port, inode.
 fn listening(line: &str, state: &str) -> Option<(IpAddr, u16, String)> {
     let fields: Vec<&str> = line.split_whitespace().collect();
     let (local, port) = fields.get(1)?.split_once(':')?;
@@ -60,7 +60,7 @@ fn listening(line: &str, state: &str) -> Option<(IpAddr, u16, String)> {
         .then(|| (address, port, (*fields.get(9).unwrap_or(&"")).to_owned()))
 }
 
-/// Program and unit of each socket, by its inode.
+/// Returns program and unit of each socket, by its inode.
 fn owners() -> HashMap<String, (String, String)> {
     let mut found = HashMap::new();
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -86,7 +86,7 @@ fn owners() -> HashMap<String, (String, String)> {
     found
 }
 
-/// What listens on the host beyond loopback.
+/// Returns the sockets that listen on the host beyond loopback.
 #[must_use]
 pub fn listeners() -> Vec<Listener> {
     let owners = owners();
@@ -108,8 +108,8 @@ pub fn listeners() -> Vec<Listener> {
     found
 }
 
-/// Where each TCP listener is tried from within a network namespace: its place in the list, address and port. Who
-/// listens everywhere is tried at the gateway; who listens at one address, there.
+/// Returns where each TCP listener is tried from within a network namespace: index in the list, address, port. A
+/// listener on all addresses is tried at the gateway; a listener on one address is tried there.
 pub fn targets(sandbox: &str, listeners: &mut [Listener]) -> Vec<(usize, Ipv4Addr, u16)> {
     let Some(gateway) = namespace::begin(sandbox, gateway).wait().ok().flatten() else { return Vec::new() };
     for listener in listeners.iter_mut() {
@@ -129,7 +129,7 @@ pub fn targets(sandbox: &str, listeners: &mut [Listener]) -> Vec<(usize, Ipv4Add
 
 /// Tries listeners from within a network namespace.
 pub fn try_from_within(sandbox: &str, targets: &[(usize, Ipv4Addr, u16)], listeners: &mut [Listener]) {
-    // A few at a time: each is a thread of its own, which enters the namespace and ends.
+    // A few at a time: each attempt takes a thread of its own, which enters the namespace and ends.
     for few in targets.chunks(AT_ONCE) {
         let tries: Vec<_> = few
             .iter()
@@ -153,7 +153,7 @@ pub fn try_from_within(sandbox: &str, targets: &[(usize, Ipv4Addr, u16)], listen
     }
 }
 
-/// The default gateway of the network that this thread is in.
+/// Returns the default gateway of this thread's network.
 fn gateway() -> Option<Ipv4Addr> {
     let text = std::fs::read_to_string("/proc/thread-self/net/route").ok()?;
     text.lines().skip(1).find_map(|line| {
@@ -165,7 +165,7 @@ fn gateway() -> Option<Ipv4Addr> {
     })
 }
 
-/// Tables of others, as `family` and `name`, from what `nft -j list tables` says.
+/// Returns the tables of other programs, as `family` and `name`, from the output of `nft -j list tables`.
 #[must_use]
 pub fn foreign_tables(json: &[u8]) -> Vec<(String, String)> {
     let value: Value = serde_json::from_slice(json).unwrap_or_default();
@@ -187,7 +187,7 @@ mod tests {
         assert_eq!((address.to_string().as_str(), port, inode.as_str()), ("0.0.0.0", 8080, "4711"));
         assert_eq!(listening(line, UNCONNECTED), None);
         let loopback = line.replace("00000000:1F90", "0100007F:1F90");
-        assert_eq!(listening(&loopback, LISTENS), None, "loopback is nobody's");
+        assert_eq!(listening(&loopback, LISTENS), None, "loopback does not count");
         let six = line.replace("00000000:1F90", "00000000000000000000000000000000:0016");
         assert_eq!(listening(&six, LISTENS).unwrap().1, 22);
         let six = line.replace("00000000:1F90", "00000000000000000000000001000000:0016");

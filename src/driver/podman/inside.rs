@@ -1,5 +1,6 @@
-//! What the agent settles inside an instance that is prepared and not started: its writable folders belong to its user,
-//! and its standard output and error open again. No process of the app runs yet, so nothing moves meanwhile.
+//! Settings inside an instance that is prepared but not started. Its user becomes the owner of its writable
+//! folders, and can open its standard output and error again. No process of the app runs yet, so nothing changes
+//! meanwhile.
 
 use std::os::fd::OwnedFd;
 
@@ -12,14 +13,14 @@ use super::render::Mount;
 use crate::driver::workload::Workload;
 use crate::driver::{Error, scratch};
 
-/// The type of a file system in memory (statfs(2)).
+/// Type of a file system in memory (statfs(2)).
 const TMPFS: i64 = 0x0102_1994;
-/// The mode of a folder that the image does not have.
+/// Mode of a folder that the image does not have.
 const OWN: u32 = 0o700;
-/// The mode of a folder that many write to.
+/// Mode of a folder with many writers.
 const SHARED: u32 = 0o1777;
 
-/// The mode of a writable folder: that of the image's own folder, always writable for its user.
+/// Returns the mode of a writable folder: that of the image's own folder, always writable for its user.
 #[must_use]
 pub fn mode(path: &str, images: Option<u32>) -> u32 {
     match images {
@@ -29,14 +30,15 @@ pub fn mode(path: &str, images: Option<u32>) -> u32 {
     }
 }
 
-/// Gives the instance's user the folders and the pipes that are its own.
+/// Makes the instance's user the owner of its folders and pipes.
 pub fn settle(pid: i32, workload: &Workload, mounts: &[Mount]) -> Result<(), Error> {
     if pid <= 1 {
         return Err(Error::Transient("the container has no process".into()));
     }
-    // Its number may pass on to another process; what is opened below this folder is of this one, or fails.
+    // The process id may pass to another process. Everything opened below this folder is of this process, or
+    // fails.
     let process = process(pid, workload).map_err(|error| {
-        Error::Transient(format!("the prepared process of the instance is not there any more: {error}"))
+        Error::Transient(format!("the prepared process of the instance no longer exists: {error}"))
     })?;
     let host = |id: u16| workload.block.start + u32::from(id);
     let (uid, gid) = (Uid::from_raw(host(workload.user.uid)), Gid::from_raw(host(workload.user.gid)));
@@ -48,7 +50,7 @@ pub fn settle(pid: i32, workload: &Workload, mounts: &[Mount]) -> Result<(), Err
     }
     for number in [1, 2] {
         let path = format!("fd/{number}");
-        // The engine's own pipe; anything else has its rights already.
+        // The engine's own pipe; any other file has the right owner already.
         let seen =
             statat(&process, &path, AtFlags::empty()).map_err(|error| failed("a standard stream", error))?;
         if FileType::from_raw_mode(seen.st_mode) == FileType::Fifo {
@@ -59,7 +61,7 @@ pub fn settle(pid: i32, workload: &Workload, mounts: &[Mount]) -> Result<(), Err
     Ok(())
 }
 
-/// The folder of a process in `/proc`, of one whose ids are the app's.
+/// Opens the `/proc` folder of a process, and checks that its ids are the app's.
 fn process(pid: i32, workload: &Workload) -> std::io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let folder = open(format!("/proc/{pid}"), flags, Mode::empty())?;
@@ -69,7 +71,7 @@ fn process(pid: i32, workload: &Workload) -> std::io::Result<OwnedFd> {
     if mapped == Some(workload.block.start) {
         Ok(folder)
     } else {
-        Err(std::io::Error::other("another process has its number"))
+        Err(std::io::Error::other("another process has its process id"))
     }
 }
 
@@ -78,7 +80,7 @@ fn give(process: &OwnedFd, mount: &Mount, uid: Uid, gid: Gid) -> rustix::io::Res
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let within = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     let folder = openat2(&root, mount.path.trim_start_matches('/'), flags, Mode::empty(), within)?;
-    // The mount itself and nothing of the image: a file system in memory, apart from that of the root.
+    // It must be the mount itself, not the image: a file system in memory, different from the root's.
     let other = fstat(&root)?.st_dev == fstat(&folder)?.st_dev;
     if other || fstatfs(&folder)?.f_type != TMPFS {
         return Err(rustix::io::Errno::XDEV);

@@ -1,5 +1,5 @@
-//! What listens inside an instance, for the sentence that says why its port does not answer. The kernel's list of the
-//! instance's network is read to a bound: an app makes as many sockets as it likes.
+//! Listeners inside an instance, for the sentence that says why its port does not answer. Only a limited part of
+//! the kernel's list is read: an app can open any number of sockets.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -7,12 +7,12 @@ use std::net::SocketAddr;
 
 use super::host::{LISTENS, address};
 
-/// Bytes of a list that are read; what listens stands first in it.
+/// Maximum bytes of a list that are read; listeners come first in it.
 const READ: u64 = 64 << 10;
-/// Most listeners that are named.
+/// Maximum number of listeners that are named.
 const NAMED: usize = 5;
 
-/// What listens in the network of a process, over TCP.
+/// Returns the TCP listeners in the network of a process.
 #[must_use]
 pub fn of(pid: i32) -> Vec<SocketAddr> {
     let mut all: Vec<SocketAddr> = ["tcp", "tcp6"]
@@ -33,7 +33,7 @@ fn listener(line: &str) -> Option<SocketAddr> {
     (*fields.get(3)? == LISTENS).then(|| Some(SocketAddr::new(address(local)?, port)))?
 }
 
-/// Why a port takes no connection, and what to change.
+/// Says why a port accepts no connections, and what to change.
 #[must_use]
 pub fn explain(port: u16, listening: &[SocketAddr]) -> String {
     let shown = |at: &SocketAddr| {
@@ -47,18 +47,18 @@ pub fn explain(port: u16, listening: &[SocketAddr]) -> String {
     let loopback = !own.is_empty() && own.iter().all(|at| at.ip().is_loopback());
     if loopback {
         return format!(
-            "port {port} takes no connection: the app listens on {} only; listen on 0.0.0.0",
+            "port {port} accepts no connections: the app listens on {} only; listen on 0.0.0.0",
             list(&own)
         );
     }
     if !own.is_empty() {
-        return format!("port {port} takes no connection, though the app listens on {}", list(&own));
+        return format!("port {port} accepts no connections, though the app listens on {}", list(&own));
     }
     if listening.is_empty() {
-        return format!("port {port} takes no connection: nothing listens in the instance");
+        return format!("port {port} accepts no connections: nothing listens in the instance");
     }
     format!(
-        "port {port} takes no connection: the app listens on {}; write its port in the spec, or let it listen on {port}",
+        "port {port} accepts no connections: the app listens on {}; write its port in the spec, or let it listen on {port}",
         list(listening)
     )
 }

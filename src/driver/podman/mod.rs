@@ -1,7 +1,8 @@
-//! Podman and nftables: what the root half drives.
+//! Podman and nftables, driven by the agent.
 
 pub mod cgroups;
 pub mod client;
+mod content;
 pub mod dangers;
 pub mod ear;
 pub mod engine;

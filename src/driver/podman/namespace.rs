@@ -1,4 +1,4 @@
-//! Doing something within an instance's network namespace: on a thread of its own, which ends with it.
+//! Runs a function in an instance's network namespace, on a thread of its own that ends with the function.
 
 use std::fs::File;
 use std::io;
@@ -8,15 +8,15 @@ use std::thread::JoinHandle;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tokio::sync::oneshot;
 
-/// Something that was begun.
+/// A function that was started in a namespace.
 #[derive(Debug)]
 pub struct Begun<T>(io::Result<JoinHandle<io::Result<T>>>);
 
 fn ended<E>(_: E) -> io::Error {
-    io::Error::other("what was done in the namespace has ended early")
+    io::Error::other("the thread in the network namespace ended early")
 }
 
-/// Begins to do something in the namespace at a path.
+/// Starts a function in the namespace at a path.
 #[must_use]
 pub fn begin<T: Send + 'static>(path: &str, what: impl FnOnce() -> T + Send + 'static) -> Begun<T> {
     let path = path.to_owned();
@@ -28,13 +28,13 @@ pub fn begin<T: Send + 'static>(path: &str, what: impl FnOnce() -> T + Send + 's
 }
 
 impl<T> Begun<T> {
-    /// Waits until it is done, on this thread.
+    /// Waits for the result, and blocks this thread meanwhile.
     pub fn wait(self) -> io::Result<T> {
         self.0?.join().map_err(ended)?
     }
 }
 
-/// Does something in the namespace at a path.
+/// Runs a function in the namespace at a path.
 pub async fn within<T: Send + 'static>(
     path: &str,
     what: impl FnOnce() -> T + Send + 'static,
@@ -43,7 +43,7 @@ pub async fn within<T: Send + 'static>(
     let begun = begin(path, move || _ = done.send(what()));
     match wait.await {
         Ok(outcome) => Ok(outcome),
-        // The thread has ended without: why, it says.
+        // The thread ended without a result; its own error says why.
         Err(never) => begun.wait().and_then(|()| Err(ended(never))),
     }
 }

@@ -1,7 +1,10 @@
-//! Who is who on a bridge, as the machine sees it. Every address belongs to one card, and the machine is told so:
-//! it neither asks nor listens to whoever says something else (`arp off`). What it was told the kernel forgets when
-//! the bridge gets another card (or the same one again), goes down, or is told to ask: udev does the first by a policy
-//! of its own. Until it is told again nobody is reached there, neither whoever belongs there nor anybody else.
+//! Static neighbour entries of the machine on tenants' bridges. Every address belongs to one MAC address, and the
+//! machine has a permanent entry for it. The machine sends no ARP requests on a bridge and ignores ARP from others
+//! (`arp off`).
+//!
+//! The kernel drops these entries when the bridge gets another MAC address (or the same one again), goes down, or
+//! has ARP turned on. udev does the first by a policy of its own. Until the entries are restored, the machine
+//! reaches no address on that bridge, neither the right instance nor another one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -14,38 +17,38 @@ use super::firewall::card;
 use super::ports::{batch, failed, is_there, json, set};
 use crate::driver::Error;
 
-/// The group of what is told about neighbours, as a mask (`RTMGRP_NEIGH`).
+/// Netlink group of neighbour messages, as a mask (`RTMGRP_NEIGH`).
 const GROUP: u32 = 1 << 2;
-/// A neighbour was forgotten (`RTM_DELNEIGH`).
+/// Message type: a neighbour entry was removed (`RTM_DELNEIGH`).
 const FORGOTTEN: u16 = 29;
-/// Of IPv4 (`AF_INET`); a bridge's own table of cards is told in the same group.
+/// Address family IPv4 (`AF_INET`). The same group also reports a bridge's own forwarding table.
 const IPV4: u8 = 2;
-/// A link that asks nobody for a card, and answers nobody (`IFF_NOARP`).
+/// Link flag: the link neither sends nor answers ARP (`IFF_NOARP`).
 const NO_ARP: u32 = 0x80;
 
-/// Held while a bridge is prepared and told of its neighbours, whom the first makes it forget: two instances may start
-/// at once.
+/// Held while a bridge is prepared and its entries are written. Preparing a bridge drops its entries, and two
+/// instances may start at once.
 static TURN: Mutex<()> = Mutex::const_new(());
 
-/// A bridge's gateway, and who is on it.
+/// Gateway of a bridge, and the addresses on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Neighbours {
-    /// Address of the machine itself there.
+    /// Address of the machine itself on the bridge.
     pub gateway: Ipv4Addr,
     /// Addresses of all instances.
     pub addresses: BTreeSet<Ipv4Addr>,
-    /// Those that must be known by now: what is missing of the others is no event.
+    /// Addresses whose entries must exist by now. A missing entry of another address is no event.
     pub attached: BTreeSet<Ipv4Addr>,
 }
 
-/// Hears that the machine has forgotten some neighbour, on whatever link.
+/// Opens a monitor for removed neighbour entries, on any link.
 pub fn forgetting() -> io::Result<Ear> {
     Ear::open("neighbours", None, GROUP, |message| {
         u16_at(message, 4) == Some(FORGOTTEN) && message.get(16) == Some(&IPV4)
     })
 }
 
-/// Prepares the bridge and tells the machine who has an address on it.
+/// Prepares the bridge, and writes the neighbour entry of an address on it.
 pub async fn introduce(bridge: &str, gateway: Ipv4Addr, own: Ipv4Addr) -> Result<(), Error> {
     let _turn = TURN.lock().await;
     prepare(bridge, gateway).await?;
@@ -56,12 +59,12 @@ fn known_as(bridge: &str, own: Ipv4Addr) -> String {
     format!("neigh replace {own} lladdr {} dev {bridge} nud permanent\n", card(own))
 }
 
-/// Gives a bridge its card and lets it ask nobody. Left to itself a bridge takes the lowest card of its ports, and
-/// another one with each port that comes or goes. Whether it was not so.
+/// Sets the MAC address of a bridge and turns its ARP off. By default a bridge takes the lowest MAC address of its
+/// ports, and another one as ports come and go. Returns whether it had to change the bridge.
 async fn prepare(bridge: &str, gateway: Ipv4Addr) -> Result<bool, Error> {
     let read = async |file: &str| {
         let text = tokio::fs::read_to_string(format!("/sys/class/net/{bridge}/{file}")).await;
-        text.map(|text| text.trim().to_owned()).map_err(failed("the bridge"))
+        text.map(|text| text.trim().to_owned()).map_err(failed("the bridge cannot be read"))
     };
     let card = card(gateway);
     let flags = u32::from_str_radix(read("flags").await?.trim_start_matches("0x"), 16).unwrap_or(0);
@@ -72,22 +75,21 @@ async fn prepare(bridge: &str, gateway: Ipv4Addr) -> Result<bool, Error> {
     Ok(true)
 }
 
-/// What was set right, by bridge, and what could not be.
+/// Repaired bridges, and the first failure.
 #[derive(Debug, Default)]
 pub struct Held {
-    /// Bridge and words.
+    /// Name of the bridge, and a description of the repair.
     pub mended: Vec<(String, String)>,
-    /// The first that could not be.
+    /// The first error.
     pub failed: Option<Error>,
 }
 
-/// Sees to it that each of these bridges is prepared and that its neighbours are known; a bridge that is not there is
-/// left.
+/// Ensures that each of these bridges is prepared and has its neighbour entries. Skips bridges that do not exist.
 pub async fn hold(bridges: &BTreeMap<String, Neighbours>) -> Held {
     let _turn = TURN.lock().await;
     let mut held = Held::default();
     let mut there: Vec<_> = bridges.iter().filter(|(bridge, _)| is_there(bridge)).collect();
-    // A bridge that goes away in this moment is none of the others' trouble.
+    // A bridge that disappears at this moment does not affect the others.
     let mut changed = BTreeSet::new();
     for (bridge, neighbours) in &there {
         match prepare(bridge, neighbours.gateway).await {
@@ -107,25 +109,26 @@ pub async fn hold(bridges: &BTreeMap<String, Neighbours>) -> Held {
         let of = |own: &&Ipv4Addr| known.get(&(bridge.clone(), **own)) != Some(&card(**own));
         text.extend(neighbours.addresses.iter().filter(of).map(|own| known_as(bridge, *own)));
         let forgotten = neighbours.attached.iter().filter(of).count();
-        let another = if changed.contains(bridge) { "it had another card or asked around" } else { "" };
+        let another =
+            if changed.contains(bridge) { "its MAC address or its ARP setting was wrong" } else { "" };
         let what = match (forgotten, another) {
             (0, another) if another.is_empty() || neighbours.attached.is_empty() => continue,
             (0, another) => another.to_owned(),
-            (n, "") => format!("the machine had forgotten {n} of its neighbours"),
-            (n, another) => format!("{another}, and the machine had forgotten {n} of its neighbours"),
+            (n, "") => format!("static neighbour entries were missing ({n})"),
+            (n, another) => format!("{another}, and static neighbour entries were missing ({n})"),
         };
         held.mended.push((bridge.clone(), what));
     }
     if !text.is_empty()
         && let Err(error) = batch(&["-force"], &text).await
     {
-        // What of it was done shows with the next look.
+        // The next check shows which of the entries were written.
         held = Held { mended: Vec::new(), failed: held.failed.or(Some(error)) };
     }
     held
 }
 
-/// The cards that the machine knows for good, by link and address.
+/// Returns the permanent neighbour entries of the machine: MAC address, by link and IP address.
 async fn known() -> Result<BTreeMap<(String, Ipv4Addr), String>, Error> {
     let value = json(&["-j", "-4", "neigh", "show", "nud", "permanent"]).await?;
     let known = value.as_array().into_iter().flatten().filter_map(|entry| {

@@ -1,5 +1,5 @@
-//! Whom the kernel killed for memory, from its own log. The engine's flag is always false, and an
-//! instance's cgroup is gone once it has ended; the log names the cgroup and stays.
+//! Instances that the kernel killed for memory, read from its log. The engine's flag is always false, and the
+//! cgroup of an instance is gone once the instance has ended. The log names the cgroup and stays.
 
 use std::collections::{HashSet, VecDeque};
 use std::fs::File;
@@ -8,10 +8,10 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
 
-/// Most containers that are remembered.
+/// Maximum number of containers that are remembered.
 const MOST: usize = 4096;
 
-/// The kernel's log, read as far as it goes.
+/// The kernel's log, and the killed containers that were read from it.
 #[derive(Debug)]
 pub struct OutOfMemory {
     state: Mutex<State>,
@@ -25,7 +25,7 @@ struct State {
 }
 
 impl OutOfMemory {
-    /// Opens the log. Where it cannot be read, nobody is ever said to have been killed for memory.
+    /// Opens the log. If it cannot be read, no instance is ever reported as killed for memory.
     #[must_use]
     pub fn open() -> Self {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -47,7 +47,7 @@ impl OutOfMemory {
         state.known.contains(container)
     }
 
-    /// Reads on, so that nothing is overwritten before it was read.
+    /// Reads new records, before the kernel overwrites them.
     pub fn advance(&self) {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).advance();
     }
@@ -82,9 +82,9 @@ impl State {
     }
 }
 
-/// The container of a record such as `3,1,2,-;oom-kill:constraint=CONSTRAINT_MEMCG,...,
-/// oom_memcg=/x/libpod-ID,task_memcg=/x/libpod-ID,task=java,pid=7,uid=1`. What comes after `task=` is
-/// chosen by the process and not looked at; only the kernel's own records are (facility 0).
+/// Returns the container of a record such as `3,1,2,-;oom-kill:constraint=CONSTRAINT_MEMCG,...,
+/// oom_memcg=/x/libpod-ID,task_memcg=/x/libpod-ID,task=java,pid=7,uid=1`. The text after `task=` is chosen by the
+/// process and is ignored. Only the kernel's own records count (facility 0).
 fn container_of(record: &str) -> Option<String> {
     let (head, text) = record.split_once(';')?;
     let priority: u32 = head.split(',').next()?.parse().ok()?;
@@ -111,7 +111,7 @@ mod tests {
              task_memcg=/bulkhead-x/libpod-{id}/container,task=a,pid=7,uid=1\n SUBSYSTEM=x"
         );
         assert_eq!(container_of(&format!("6,12,99,-;{text}")), Some(id.clone()));
-        // A user's record (facility 1 and up), and a process that named itself cleverly.
+        // A user's record (facility 1 and above), and a process with a misleading name.
         assert_eq!(container_of(&format!("14,12,99,-;{text}")), None);
         let named =
             format!("6,1,2,-;oom-kill:constraint=x,oom_memcg=/y,task=b,task_memcg=/libpod-{id},pid=1,uid=1");

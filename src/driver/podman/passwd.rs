@@ -1,11 +1,11 @@
-//! The `/etc/passwd` and `/etc/group` of an instance, written by the platform: the image's own lines, and one for
-//! the user that the instance runs as, so that programs find its name and home. The engine is told to leave both
-//! files alone, and reads these instead of the image's.
+//! `/etc/passwd` and `/etc/group` of an instance, written by the platform. They contain the image's own lines and
+//! one for the user of the instance, so that programs find its name and home. The engine is configured to leave
+//! both files alone, and reads these instead of the image's.
 
 use super::rootfs::Names;
 use crate::driver::workload::InsideUser;
 
-/// Both files for a user; `working_dir` is the home of one that the image does not know.
+/// Returns both files for a user. A user that the image does not know has `working_dir` as its home.
 #[must_use]
 pub fn write(image: &Names, user: InsideUser, working_dir: &str) -> Names {
     let InsideUser { uid, gid } = user;
@@ -17,8 +17,8 @@ pub fn write(image: &Names, user: InsideUser, working_dir: &str) -> Names {
     }
 }
 
-/// The file, with this line unless one of its lines has this id (the third field in both). A line whose name is the
-/// number of another id is left out: the engine takes ids for names first.
+/// Returns the file, with this line added unless one of its lines has this id (the third field in both files).
+/// Drops lines whose name is the number of another id: the engine takes ids for names first.
 fn with_line(file: &[u8], id: u16, line: String) -> Vec<u8> {
     let wanted = id.to_string();
     let field = |line: &[u8], n: usize| line.split(|b| *b == b':').nth(n).unwrap_or_default().to_vec();

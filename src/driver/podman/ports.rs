@@ -1,8 +1,10 @@
-//! The bridge's ports. A port that is isolated passes nothing to another one by itself: traffic
-//! between two instances of one tenant goes up to the host and through the forward hook like all
-//! other traffic, with or without br_netfilter. An instance knows its gateway and nobody else, and is told its card:
-//! nothing is asked or answered by ARP, so nobody can answer in another one's place, and nobody fills the table of
-//! neighbours that the whole machine shares.
+//! Ports of a tenant's bridge. An isolated port passes nothing to another port by itself. Traffic between two
+//! instances of one tenant goes up to the host and through the forward hook like all other traffic, with or without
+//! br_netfilter.
+//!
+//! An instance has a static neighbour entry for its gateway and no other neighbour. The agent sets its MAC
+//! address. ARP is neither sent nor answered. An instance can therefore not answer in place of another one, or fill
+//! the neighbour table that the whole machine shares.
 
 use std::collections::{BTreeSet, HashSet};
 use std::net::Ipv4Addr;
@@ -22,7 +24,7 @@ use crate::driver::workload::Subnet;
 use crate::policy::Cidr;
 use crate::policy::never::{self, Range};
 
-/// How long a program that changes or reads links may take.
+/// Time limit of a program that changes or reads links.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(super) fn failed(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
@@ -33,7 +35,7 @@ pub(super) async fn json(args: &[&str]) -> Result<Value, Error> {
     look("ip", args).await
 }
 
-/// Runs a program to its end, for as long as it may take, with a text to read.
+/// Runs a program to its end, within the time limit. The text is its standard input.
 async fn finish(program: &'static str, args: &[&str], text: &str) -> Result<Output, Error> {
     let mut child = Command::new(program)
         .args(args)
@@ -46,33 +48,33 @@ async fn finish(program: &'static str, args: &[&str], text: &str) -> Result<Outp
     let stdin = child.stdin.take();
     let write = async {
         if let Some(mut stdin) = stdin {
-            // Whoever has ended does not read on; its end says why.
+            // A program that has ended does not read on; its exit status says why.
             let _ = stdin.write_all(text.as_bytes()).await;
         }
     };
     let both = async { tokio::join!(write, child.wait_with_output()).1 };
     match tokio::time::timeout(PATIENCE, both).await {
         Ok(done) => done.map_err(failed(program)),
-        Err(_) => Err(Error::Transient(format!("{program} does not end"))),
+        Err(_) => Err(Error::Transient(format!("{program} did not finish in time"))),
     }
 }
 
 async fn look(program: &'static str, args: &[&str]) -> Result<Value, Error> {
     let done = finish(program, args, "").await?;
     if !done.status.success() {
-        return Err(Error::Transient("a network namespace cannot be read".into()));
+        return Err(Error::Transient("the state of the network cannot be read".into()));
     }
     serde_json::from_slice(&done.stdout).map_err(|error| Error::Transient(error.to_string()))
 }
 
-/// Gives `ip` several commands at once; with the argument `-force` one that fails does not keep it from the others.
+/// Runs several commands of `ip` at once. With the argument `-force`, a failed command does not stop the others.
 pub(super) async fn batch(args: &[&str], text: &str) -> Result<(), Error> {
     let done = finish("ip", &[args, &["-batch", "-"]].concat(), text).await?;
     if done.status.success() {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&done.stderr).lines().next().unwrap_or_default().to_owned();
-    Err(Error::Transient(format!("the network of an instance: {text}")))
+    Err(Error::Transient(format!("the network of an instance cannot be set up: {text}")))
 }
 
 fn namespace_of(sandbox: &str) -> &str {
@@ -85,15 +87,15 @@ pub(super) async fn set(args: &[&str]) -> Result<(), Error> {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&done.stderr).trim().to_owned();
-    // It is so already, or gone with its other end in the meantime.
+    // The change is already in place, or the link disappeared with its other end in the meantime.
     if text.contains("File exists") || text.contains("Cannot find device") && args.contains(&"delete") {
         Ok(())
     } else {
-        Err(Error::Transient(format!("the network of an instance: {text}")))
+        Err(Error::Transient(format!("the network of an instance cannot be set up: {text}")))
     }
 }
 
-/// The addresses that this machine has, but for those of `pool` and loopback: nobody reaches them.
+/// Returns the machine's addresses, except loopback and those of `pool`. No tenant reaches them.
 pub async fn own_addresses(pool: impl Fn(&Ipv4Addr) -> bool) -> Result<Vec<Range>, Error> {
     let value = json(&["-j", "-4", "addr", "show"]).await?;
     let addresses: BTreeSet<Ipv4Addr> = value
@@ -107,21 +109,21 @@ pub async fn own_addresses(pool: impl Fn(&Ipv4Addr) -> bool) -> Result<Vec<Range
     Ok(addresses.into_iter().map(|address| never::own(Cidr::of(address))).collect())
 }
 
-/// Gives an instance its card and its address, between the attachment of its network and its start.
+/// Sets the MAC address and the IP address of an instance, after its network is attached and before it starts.
 pub async fn address(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet) -> Result<(), Error> {
     let namespace = namespace_of(sandbox);
     set(&["-n", namespace, "link", "set", "dev", "eth0", "address", &card(own)]).await?;
     settle(bridge, sandbox, own, subnet).await
 }
 
-/// Gives an instance its address and its way out, and the machine its way to it. One that runs already loses nothing
-/// by it: its connections go on.
+/// Sets the address and the default route of an instance, and the machine's neighbour entry for it. A running
+/// instance keeps its connections.
 pub async fn settle(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet) -> Result<(), Error> {
     settle_within(bridge, sandbox, own, subnet).await?;
     neighbours::introduce(bridge, subnet.gateway(), own).await
 }
 
-/// The half of it within the instance, by which it still asks nobody and is reached as before.
+/// Does only the part within the instance. After it, the instance sends no ARP and is reachable as before.
 pub async fn settle_within(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: Subnet) -> Result<(), Error> {
     let name = namespace_of(sandbox);
     let (gateway, prefix) = (subnet.gateway(), subnet.prefix());
@@ -134,8 +136,11 @@ pub async fn settle_within(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: S
         card(gateway)
     );
     batch(&["-n", name], &inside).await?;
-    namespace::within(sandbox, close_ipv6).await.and_then(|closed| closed).map_err(failed("IPv6"))?;
-    // An earlier version gave the address with all of its neighbours.
+    namespace::within(sandbox, close_ipv6)
+        .await
+        .and_then(|closed| closed)
+        .map_err(failed("IPv6 cannot be disabled"))?;
+    // An earlier version assigned the address with the prefix of the whole subnet.
     let wide = format!("{own}/{prefix}");
     let there = json(&["-n", name, "-j", "-4", "addr", "show", "dev", "eth0"]).await?;
     let has_wide = there[0]["addr_info"]
@@ -147,18 +152,18 @@ pub async fn settle_within(bridge: &str, sandbox: &str, own: Ipv4Addr, subnet: S
     Ok(())
 }
 
-/// Closes IPv6 on the link of the namespace that this thread is in, where it leads nowhere: else an app could ask for
-/// neighbours there, and fill the machine's table of them.
+/// Disables IPv6 on the link of this thread's namespace, where it leads nowhere. With IPv6 an app could ask for
+/// neighbours and fill the machine's neighbour table.
 fn close_ipv6() -> std::io::Result<()> {
     match std::fs::write("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "1") {
-        // A kernel without IPv6 has nothing to close.
+        // A kernel without IPv6 has nothing to disable.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
 }
 
-/// Takes down the namespace of an instance that has ended, and its port with it: the engine leaves
-/// both lying when an instance ends by itself.
+/// Removes the namespace of an instance that has ended, and its port with it. The engine leaves both behind when an
+/// instance ends by itself.
 pub async fn release(sandbox: &str) {
     let namespace = namespace_of(sandbox);
     if namespace.starts_with("netns-") {
@@ -176,14 +181,14 @@ pub(super) fn is_there(bridge: &str) -> bool {
     Path::new(&format!("/sys/class/net/{bridge}")).exists()
 }
 
-/// What a port is marked with: the address of the instance behind it.
+/// Returns the mark of a port: the address of the instance behind it.
 fn mark(own: Ipv4Addr) -> String {
     format!("bulkhead:{own}")
 }
 
-/// Takes down the ports that an address has on a bridge. A namespace lives on for minutes after its
-/// last process, as long as a connection of it waits for an answer; it would go on answering for the
-/// address, and so stand in the way of the next instance there.
+/// Removes the ports that an address has on a bridge. A namespace outlives its last process by minutes, as long as
+/// one of its connections waits for an answer. It would keep answering for the address and block the next instance
+/// there.
 pub async fn clear(bridge: &str, own: Ipv4Addr) -> Result<(), Error> {
     let mark = mark(own);
     remove_ports(bridge, |port| port["ifalias"].as_str() == Some(mark.as_str())).await
@@ -202,7 +207,7 @@ async fn remove_ports(bridge: &str, which: impl Fn(&Value) -> bool) -> Result<()
     Ok(())
 }
 
-/// Takes down a bridge that the engine has left, with its ports, and looks again: whether it is gone.
+/// Removes a bridge that the engine left behind, with its ports. Returns whether it is gone.
 pub async fn remove_bridge(bridge: &str) -> Result<bool, Error> {
     remove_ports(bridge, |_| true).await?;
     if is_there(bridge) {
@@ -211,28 +216,28 @@ pub async fn remove_bridge(bridge: &str) -> Result<bool, Error> {
     Ok(!is_there(bridge))
 }
 
-/// A port of a bridge. A name alone may be another's by now.
+/// A port of a bridge. The name alone may belong to another port by now.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Port {
     /// Name.
     name: String,
-    /// The kernel's number for it.
+    /// Interface index in the kernel.
     index: i64,
 }
 
-/// How a port is found.
+/// Observed state of a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Seen {
-    /// On its bridge, closed to its neighbours.
+    /// On its bridge, and isolated from its neighbours.
     Closed,
-    /// On its bridge, and somebody has opened it.
+    /// On its bridge, but another program has opened it.
     Open,
-    /// Not on a bridge any more.
+    /// No longer on a bridge.
     Gone,
 }
 
 impl Port {
-    /// Looks at the port.
+    /// Reads the state of the port.
     #[must_use]
     pub fn look(&self) -> Seen {
         let read = |file: &str| std::fs::read_to_string(format!("/sys/class/net/{}/{file}", self.name));
@@ -249,26 +254,26 @@ impl Port {
         }
     }
 
-    /// Whether somebody has taken away its lock to its card, looked at anew.
+    /// Reads again whether another program has removed the port's lock to its MAC address.
     pub async fn is_unlocked(&self) -> bool {
         unlocked().await.is_ok_and(|unlocked| unlocked.contains(self))
     }
 
-    /// Closes the port to its neighbours. The bridge learns nothing from what comes in there, sends nothing there that
-    /// it does not know to belong there, and takes nothing from there that comes from another card.
+    /// Closes the port to its neighbours. The bridge learns no addresses from the port and sends it only frames
+    /// for its own MAC address. It accepts no frames from another MAC address there.
     pub async fn close(&self) -> Result<(), Error> {
         let closed = ["isolated", "on", "learning", "off", "flood", "off"];
         let port = ["link", "set", "dev", &self.name, "type", "bridge_slave"];
         if set(&[&port[..], &closed, &["locked", "on"]].concat()).await.is_ok() {
             return Ok(());
         }
-        // Kernels before 5.18 know no lock. No app has the right to send from another card.
+        // Kernels before 5.18 have no such lock. No app has the right to send from another MAC address.
         set(&[&port[..], &closed].concat()).await?;
-        tracing::warn!(port = self.name, "this kernel does not hold a port to its card");
+        tracing::warn!(port = self.name, "this kernel cannot lock a bridge port to its MAC address");
         Ok(())
     }
 
-    /// Tells the bridge whose card is behind the port.
+    /// Adds the forwarding entry of the MAC address behind the port to the bridge.
     async fn bind(&self, own: Ipv4Addr) -> Result<(), Error> {
         let card = card(own);
         let args = ["fdb", "replace", &card, "dev", &self.name, "master", "static"];
@@ -277,12 +282,12 @@ impl Port {
             return Ok(());
         }
         let text = String::from_utf8_lossy(&done.stderr).trim().to_owned();
-        Err(Error::Transient(format!("the port of an instance: {text}")))
+        Err(Error::Transient(format!("the bridge port of an instance cannot be set up: {text}")))
     }
 }
 
-/// Ports whose lock to their card somebody has taken away. The files that [`Port::look`] reads do not tell it, nor
-/// does a kernel that has none.
+/// Returns the ports whose lock to their MAC address another program has removed. The files that [`Port::look`]
+/// reads do not show the lock. A kernel without such locks reports no port.
 pub async fn unlocked() -> Result<HashSet<Port>, Error> {
     let links = look("bridge", &["-j", "-d", "link", "show"]).await?;
     let open = links.as_array().into_iter().flatten().filter(|link| link["locked"] == false);
@@ -291,12 +296,13 @@ pub async fn unlocked() -> Result<HashSet<Port>, Error> {
     Ok(open.filter_map(port).collect())
 }
 
-/// Closes and marks the port of an instance whose network is attached and whose process has not
-/// started.
+/// Closes and marks the port of an instance whose network is attached and whose process has not started.
 pub async fn isolate(bridge: &str, sandbox: &str, own: Ipv4Addr) -> Result<Port, Error> {
     let namespace = namespace_of(sandbox);
     let inside = json(&["-n", namespace, "-j", "link", "show", "dev", "eth0"]).await?;
-    let index = inside[0]["link_index"].as_i64().ok_or_else(|| Error::Transient("no peer of eth0".into()))?;
+    let index = inside[0]["link_index"]
+        .as_i64()
+        .ok_or_else(|| Error::Transient("eth0 of the instance has no peer".into()))?;
     let links = json(&["-j", "link", "show", "master", bridge]).await?;
     let port = links
         .as_array()
@@ -313,7 +319,7 @@ pub async fn isolate(bridge: &str, sandbox: &str, own: Ipv4Addr) -> Result<Port,
         let path = format!("/proc/sys/net/{family}/conf/{bridge}/{key}");
         match tokio::fs::write(&path, value).await {
             Ok(()) => {}
-            // A kernel without IPv6 has nothing to close there.
+            // A kernel without IPv6 has nothing to disable.
             Err(error) if family == "ipv6" && error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(key)(error)),
         }

@@ -1,5 +1,5 @@
-//! What keeps the program of an image from running here, found in its files before the engine tries: the engine's own
-//! words for it are few and alike.
+//! Finds the reason why the program of an image cannot run here in the image's files, before the engine tries. The
+//! engine's own messages for it are few and alike.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -10,36 +10,38 @@ use serde::{Deserialize, Serialize};
 
 use super::tree::{Person, Place, follow};
 
-/// Where programs are looked for when neither spec nor image says.
+/// `PATH` when neither spec nor image sets it.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Bytes of the head of a file that are looked at, as the kernel does.
+/// Bytes of the head of a file that are read, as the kernel does.
 const HEAD: usize = 256;
-/// Most program headers that are looked at.
+/// Maximum number of program headers that are read.
 const HEADERS: usize = 64;
-/// Machines whose programs run here (elf(5): x86-64, and i386).
+/// Machines whose programs run here (elf(5): x86-64 and i386).
 const MACHINES: [u16; 2] = [62, 3];
-/// Most folders of PATH.
+/// Maximum number of folders in PATH.
 const FOLDERS: usize = 64;
-/// Interpreters of interpreters that are followed.
+/// Maximum depth of interpreters of interpreters.
 const DEPTH: u8 = 4;
 
-/// What an instance will run, and as whom.
+/// The program of an instance, and its user.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Program {
     /// The first word of the command.
     pub word: String,
-    /// `PATH`, as the program's environment has it.
+    /// `PATH` in the program's environment.
     pub path: Option<String>,
     /// The working directory.
     pub working_dir: String,
-    /// Who runs it.
+    /// User that runs it.
     pub person: Person,
-    /// Folders without links in which nothing may be executed.
+    /// Writable folders, without links; each belongs to the person.
+    pub scratch: Vec<String>,
+    /// Folders, with links resolved, in which no file may be executed.
     pub closed: Vec<String>,
 }
 
-/// Looks at a program; the error is a sentence that says why it cannot run and what to change.
+/// Checks a program. The error is a sentence that says why it cannot run and what to change.
 pub fn check(root: BorrowedFd<'_>, program: &Program) -> Result<(), String> {
     check_working_dir(root, program)?;
     let word = program.word.as_str();
@@ -69,12 +71,16 @@ fn show(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(120).collect()
 }
 
-/// The folder exists by now: the engine makes one that the image does not have.
+/// The folder exists by now: the engine creates it if the image does not have it.
 fn check_working_dir(root: BorrowedFd<'_>, program: &Program) -> Result<(), String> {
     let dir = program.working_dir.as_str();
     let Ok(place) = follow(root, dir) else { return Ok(()) };
     let Some((_, stat)) = &place.there else { return Ok(()) };
-    if place.passed.iter().chain([stat]).any(|stat| !program.person.may(stat, 1)) {
+    // A scratch folder belongs to the person, so only the image's folders above it count.
+    let is_covered = |folder: &&String| place.path == **folder || lies_in(&place.path, folder);
+    let own = program.scratch.iter().find(is_covered).map(|folder| folder.matches('/').count());
+    let folders = place.passed.iter().chain([stat]).take(own.unwrap_or(usize::MAX));
+    if folders.into_iter().any(|stat| !program.person.may(stat, 1)) {
         let (uid, mode) = (program.person.uid, stat.st_mode & 0o7777);
         return Err(format!(
             "user {uid} may not enter its working directory {} (owner {}:{}, mode {mode:04o}); chmod or chown it in the \
@@ -87,7 +93,7 @@ fn check_working_dir(root: BorrowedFd<'_>, program: &Program) -> Result<(), Stri
     Ok(())
 }
 
-/// The file that the command's first word stands for; none when there is none.
+/// Returns the file that the command's first word stands for; none when it does not exist.
 fn find(root: BorrowedFd<'_>, program: &Program) -> Result<Option<Place>, String> {
     let word = program.word.as_str();
     if word.contains('/') {
@@ -102,7 +108,7 @@ fn find(root: BorrowedFd<'_>, program: &Program) -> Result<Option<Place>, String
     let mut denied = None;
     let folders: Vec<&str> = program.path.as_deref().unwrap_or(PATH).split(':').collect();
     if folders.len() > FOLDERS {
-        return Err(format!("its PATH names {} folders; {FOLDERS} are the most", folders.len()));
+        return Err(format!("its PATH names {} folders; the maximum is {FOLDERS}", folders.len()));
     }
     for folder in folders {
         let folder = if folder.is_empty() { program.working_dir.as_str() } else { folder };
@@ -129,10 +135,10 @@ fn examine(
     found: &Place,
     depth: u8,
 ) -> Result<(), String> {
-    // What the kernel fills is not the image's; the start itself shows what it is.
+    // A path that the kernel fills is not in the image; only the start shows its contents.
     let Some((_, stat)) = &found.there else { return Ok(()) };
     if found.kind() != Some(FileType::RegularFile) {
-        return Err(format!("its command {shown} is a folder or another thing that is no file"));
+        return Err(format!("its command {shown} is a folder or another thing that is not a file"));
     }
     if let Some(folder) = program.closed.iter().find(|folder| lies_in(&found.path, folder)) {
         return Err(format!(
@@ -157,7 +163,7 @@ fn examine(
     }
     if !head.starts_with(b"\x7fELF") {
         return Err(format!(
-            "its command {shown} is no program: it starts neither as an ELF file nor with #! and an interpreter"
+            "its command {shown} is not a program: it starts neither as an ELF file nor with #! and an interpreter"
         ));
     }
     if let Some(machine) = foreign_machine(&head) {
@@ -183,7 +189,7 @@ fn lies_in(path: &str, folder: &str) -> bool {
 }
 
 fn may_execute(program: &Program, shown: &str, found: &Place, stat: &Stat) -> Result<(), String> {
-    // A list of rights beside the mode may give what the mode does not.
+    // An access control list may grant what the mode does not.
     let mut none = [0_u8; 0];
     let lists =
         found.handle().is_some_and(|path| getxattr(path, "system.posix_acl_access", &mut none).is_ok());
@@ -208,8 +214,8 @@ fn may_execute(program: &Program, shown: &str, found: &Place, stat: &Stat) -> Re
     Ok(())
 }
 
-/// The capabilities that the kernel would have to give to whoever runs the file, or refuse (capabilities(7),
-/// linux/capability.h: struct vfs_cap_data).
+/// Returns the capabilities of the file, which the kernel would have to grant to its process, or refuse to run it
+/// (capabilities(7), linux/capability.h: struct vfs_cap_data).
 fn capabilities(found: &Place) -> Option<String> {
     let mut data = [0_u8; 64];
     let length = getxattr(found.handle()?, "security.capability", &mut data).ok()?;
@@ -235,7 +241,7 @@ fn parse_capabilities(data: &[u8]) -> Option<String> {
     Some(names.collect::<Vec<_>>().join(", "))
 }
 
-/// Opens a regular file for reading; what was found is a handle to it, so that nothing takes its place.
+/// Opens a regular file for reading. It reopens the handle that was found, so that no other file takes its place.
 fn read_only(found: &Place) -> Option<File> {
     let (file, _) = found.there.as_ref()?;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -253,7 +259,7 @@ fn script(
     let Ok(line) = std::str::from_utf8(line) else { return Ok(()) };
     if line.ends_with('\r') {
         return Err(format!(
-            "the first line of its command {shown} ends as Windows ends lines; write the file with plain line feeds"
+            "the first line of its command {shown} ends with a Windows line break; write the file with plain line feeds"
         ));
     }
     let mut words = line.split([' ', '\t']).filter(|word| !word.is_empty());
@@ -283,10 +289,10 @@ fn script(
     examine(root, program, &format!("{shown} (by {name})"), &place, depth + 1)
 }
 
-/// The name of the machine that an ELF file is for, unless it runs here.
+/// Returns the name of the machine that an ELF file is for, unless it runs here.
 fn foreign_machine(head: &[u8]) -> Option<String> {
     let machine = u16::from_le_bytes(head.get(18..20)?.try_into().ok()?);
-    // Big-endian machines are none of ours, whatever their number.
+    // Big-endian machines are not supported, whatever their number.
     if head.get(5) == Some(&1) && MACHINES.contains(&machine) {
         return None;
     }
@@ -295,7 +301,7 @@ fn foreign_machine(head: &[u8]) -> Option<String> {
     Some(known.map_or_else(|| format!("machine {machine}"), |(_, name)| (*name).to_owned()))
 }
 
-/// The loader that an ELF file names (elf(5): `PT_INTERP`).
+/// Returns the loader that an ELF file names (elf(5): `PT_INTERP`).
 fn loader(mut file: &File, head: &[u8]) -> Option<String> {
     const INTERP: u64 = 3;
     let wide = head.get(4) == Some(&2);
@@ -342,7 +348,7 @@ mod tests {
         fs::set_permissions(&at, fs::Permissions::from_mode(mode)).unwrap();
     }
 
-    /// An ELF file with a loader, or none.
+    /// An ELF file with a loader, or without one.
     fn elf(machine: u16, loader: &str) -> Vec<u8> {
         let mut out = vec![0_u8; 64];
         out[..6].copy_from_slice(b"\x7fELF\x02\x01");
@@ -389,7 +395,7 @@ mod tests {
         symlink("/proc/self/exe", root.join("bin/self")).unwrap();
         let top = rustix::fs::openat(rustix::fs::CWD, root, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())
             .unwrap();
-        // The files are root's or the tester's own; the app is another.
+        // The files belong to root or to the tester; the app runs as another user.
         let person = Person { uid: 1_999, gid: 1_999, groups: vec![] };
         let look = |word: &str, dir: &str| {
             let program = Program {
@@ -397,6 +403,7 @@ mod tests {
                 path: None,
                 working_dir: dir.into(),
                 person: person.clone(),
+                scratch: vec!["/tmp".into(), "/srv/data".into()],
                 closed: vec!["/tmp".into()],
             };
             check(top.as_fd(), &program)
@@ -431,6 +438,16 @@ mod tests {
         }
         assert!(look("good", "/shut").unwrap_err().contains("may not enter its working directory /shut"));
         assert_eq!(look("good", "/new"), Ok(()));
+        // What a scratch folder covers belongs to the app.
+        for folder in ["srv/data/own", "srv/shut/own"] {
+            fs::create_dir_all(root.join(folder)).unwrap();
+        }
+        for folder in ["srv/data/own", "srv/data", "srv/shut"] {
+            fs::set_permissions(root.join(folder), fs::Permissions::from_mode(0o700)).unwrap();
+        }
+        assert_eq!(look("good", "/srv/data"), Ok(()));
+        assert_eq!(look("good", "/srv/data/own"), Ok(()));
+        assert!(look("good", "/srv/shut").is_err());
     }
 
     #[test]

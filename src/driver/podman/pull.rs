@@ -1,6 +1,6 @@
-//! Fetching an image, in a process and a cgroup of its own. The engine itself unpacks nothing: what a layer costs in
-//! memory, processor time and processes is bounded, and what takes too long is ended with all that it started.
-//! The credential is in a file of root's, never among the arguments.
+//! Fetches an image in a process and a cgroup of its own. The engine itself unpacks nothing. The memory, processor
+//! time and processes that a layer takes are limited. A fetch that takes too long is ended with all processes that
+//! it started. The credential is in a file that root owns, never among the arguments.
 
 use std::ffi::OsString;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -18,25 +18,25 @@ use tokio::io::AsyncReadExt;
 use super::engine::{self, EngineSettings};
 use crate::driver::{Error, PullSecret};
 
-/// The longest that a fetch takes, and the least that each has.
+/// Maximum time of a fetch, and the minimum that every fetch has.
 const LIMIT: Duration = Duration::from_secs(900);
 const LEAST: Duration = Duration::from_secs(120);
-/// Bytes of an image for which it has one more second.
+/// Bytes of an image that add one second to its time limit.
 const BYTES_A_SECOND: u64 = 4 << 20;
-/// Memory of one fetch, and of all together, in bytes.
+/// Memory limits of one fetch, and of all together, in bytes.
 const MEMORY: (u64, u64) = (768 << 20, 1536 << 20);
-/// Processes and threads, likewise.
+/// Limits of processes and threads, likewise.
 const PIDS: (u32, u32) = (256, 512);
 /// Processor time of one fetch, in microseconds of each period of 100,000.
 const CPU: u64 = 100_000;
-/// Most bytes of what the engine says about a failure that are read.
+/// Maximum bytes that are read of the engine's error output.
 const WORDS: u64 = 16 << 10;
-/// The argument that makes the agent's program enter cgroups and become another program.
+/// Argument that makes the agent's program enter cgroups and become another program.
 pub const ENTER: &str = "--enter-cgroups";
 
 static NUMBER: AtomicU64 = AtomicU64::new(0);
 
-/// Where fetches run.
+/// Fetches the images of an engine.
 #[derive(Debug)]
 pub struct Fetcher {
     engine: EngineSettings,
@@ -44,20 +44,20 @@ pub struct Fetcher {
     group: String,
 }
 
-/// Name of the cgroup of an installation's fetches.
+/// Returns the name of the cgroup of an installation's fetches.
 #[must_use]
 pub fn group(installation: &str) -> String {
     format!("bulkhead-{installation}-pulls")
 }
 
 impl Fetcher {
-    /// For this engine.
+    /// Creates a fetcher for this engine.
     #[must_use]
     pub fn new(engine: EngineSettings, installation: &str) -> Self {
         Self { engine, group: group(installation) }
     }
 
-    /// Ends what an earlier run of the agent has left, with its files.
+    /// Ends the fetches that an earlier run of the agent left behind, and removes their files.
     pub fn sweep(&self) {
         for place in places(&self.group) {
             clear(&place);
@@ -71,11 +71,11 @@ impl Fetcher {
 
     /// Fetches an image by digest.
     ///
-    /// The credential is bound to the address that is really asked: one without an address would be
-    /// dropped when the engine's settings lead the image's name to another place (containers/image,
-    /// "we must not blindly send the credentials intended for the primary endpoint to mirrors").
+    /// The credential is bound to the address that the engine really contacts. A credential without an address
+    /// would be dropped when the engine's settings redirect the image's name (containers/image, "we must not
+    /// blindly send the credentials intended for the primary endpoint to mirrors").
     ///
-    /// `begun` is told the folder in which what is fetched lies first.
+    /// `begun` receives the folder that holds the fetched data first.
     pub async fn fetch(
         &self,
         image: &str,
@@ -92,7 +92,7 @@ impl Fetcher {
         let auth = own.prepare(&self.engine.pull_host, secret).map_err(failed)?;
         begun(&own.folder);
         if let Err(error) = make_groups(&self.group, &own.groups) {
-            tracing::error!(%error, "no image is fetched: its cgroup cannot be made, and without bounds none is");
+            tracing::error!(%error, "the image is not fetched: its cgroup, which limits the fetch, cannot be created");
             return Err(failed(error));
         }
         let (program, args, environment) = engine::client(&self.engine);
@@ -105,7 +105,7 @@ impl Fetcher {
             .envs(environment)
             .env("PATH", std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()))
             .env("HOME", &own.folder)
-            // What is being fetched lies on the disk of the engine, and goes with this folder.
+            // Fetched data is on the engine's disk, and is removed with this folder.
             .env("TMPDIR", &own.folder)
             .current_dir(&own.folder)
             .stdin(Stdio::null())
@@ -140,22 +140,22 @@ impl Fetcher {
     }
 }
 
-/// How long an image of so many bytes, unpacked, may take.
+/// Returns the time limit for an image of this many bytes, unpacked.
 fn limit(bytes: u64) -> Duration {
     (LEAST + Duration::from_secs(bytes / BYTES_A_SECOND)).min(LIMIT)
 }
 
-/// The child's part: enters the cgroups that it is given, up to `--`, then becomes the program behind that.
+/// The child's part: enters the given cgroups, up to `--`, then becomes the program that follows.
 #[must_use]
 pub fn enter(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     for place in arguments.by_ref().take_while(|argument| argument != "--") {
-        // 0 stands for the process that writes.
+        // 0 stands for the writing process.
         if let Err(error) = std::fs::write(Path::new(&place).join("cgroup.procs"), "0") {
             eprintln!("{}: {error}", place.display());
             return ExitCode::FAILURE;
         }
     }
-    // What the engine writes is read by users of containers.
+    // Users of containers read the files that the engine writes.
     rustix::process::umask(Mode::from_raw_mode(0o022));
     if let Some(program) = arguments.next() {
         eprintln!("{}", std::process::Command::new(program).args(arguments).exec());
@@ -163,23 +163,24 @@ pub fn enter(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// What the engine says when an image can never be unpacked (Podman 4.3.1, as seen).
+/// Messages of the engine for an image that can never be unpacked (Podman 4.3.1, as observed), each with the reason
+/// for the tenant.
 const NEVER: [(&str, &str); 5] = [
     ("duplicates of file paths not supported", "a layer of the image names a path twice"),
-    ("invalid header", "a layer of the image is not packed as it says"),
+    ("invalid header", "a layer of the image is not packed as its media type says"),
     ("does not match config's DiffID", "the layers of the image are not those that its config names"),
-    ("unsupported MIME type", "the image is of a kind that the engine does not take"),
+    ("unsupported MIME type", "the engine does not support the media type of the image"),
     ("too many layers", "the image has too many layers"),
 ];
 
-/// The engine's text names our own address; people need to know only what it means. It names paths of the image too:
-/// what a tenant has written is never taken for the engine's own words.
+/// Classifies the engine's error text. The text contains Bulkhead's own address, so people see only its meaning. It
+/// also contains paths of the image: text that a tenant wrote is never taken for the engine's own words.
 fn classify(words: &str, killed: bool) -> Error {
     let later = || Error::Transient("the image could not be fetched; trying again".into());
     let full = || Error::Transient("the machine has no room to unpack this image".into());
     if let Some((_, unpacked)) = words.split_once("processing tar file(") {
         let (inside, outcome) = unpacked.rsplit_once("): ").unwrap_or((unpacked.trim_end_matches(')'), ""));
-        // A process that was killed says nothing about the image.
+        // A killed process says nothing about the image.
         if killed || outcome.starts_with("signal: ") {
             return later();
         }
@@ -187,7 +188,7 @@ fn classify(words: &str, killed: bool) -> Error {
         let told = if inside.is_empty() { outcome } else { inside };
         if told.starts_with("lsetxattr ") {
             return Error::Rejected(
-                "a layer of the image sets extended attributes that the machine's file system does not take"
+                "a layer of the image sets extended attributes that the machine's file system does not support"
                     .into(),
             );
         }
@@ -204,7 +205,7 @@ fn classify(words: &str, killed: bool) -> Error {
     if words.contains("no space left on device") || words.contains("disk quota exceeded") {
         return full();
     }
-    // A line that broke says nothing about the image either.
+    // A broken connection says nothing about the image either.
     let broken = ["connection reset", "connection refused", "signal: killed", "timeout", "unexpected EOF"];
     if !killed
         && !broken.iter().any(|sign| words.contains(sign))
@@ -215,14 +216,14 @@ fn classify(words: &str, killed: bool) -> Error {
     later()
 }
 
-/// What one fetch has of its own. Dropped, whatever happened, its processes and files go.
+/// Resources of one fetch. Dropping them ends its processes and removes its files, in every case.
 struct Own {
     folder: PathBuf,
     groups: Vec<PathBuf>,
 }
 
 impl Own {
-    /// Its folder with the credential in it; the file's path.
+    /// Creates its folder with the credential in it, and returns the path of the credential.
     fn prepare(&self, host: &str, secret: &PullSecret) -> std::io::Result<PathBuf> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
         let login = data_encoding::BASE64.encode(format!("engine:{}", secret.expose()).as_bytes());
@@ -239,7 +240,7 @@ impl Own {
 impl Drop for Own {
     fn drop(&mut self) {
         let (folder, groups) = (std::mem::take(&mut self.folder), std::mem::take(&mut self.groups));
-        // Processes take a moment to end; nothing waits for it.
+        // Processes take a moment to end; the caller does not wait for it.
         let ended = std::thread::Builder::new().spawn(move || {
             for place in groups {
                 clear(&place);
@@ -247,13 +248,13 @@ impl Drop for Own {
             let _ = std::fs::remove_dir_all(folder);
         });
         if let Err(error) = ended {
-            // The next start of the agent sweeps it.
-            tracing::error!(%error, "what a fetch has left stays for now");
+            // The next start of the agent removes it.
+            tracing::error!(%error, "the files of a fetch are not removed yet");
         }
     }
 }
 
-/// Where a cgroup of this name is: in the one hierarchy of version 2, or in those of version 1 that matter.
+/// Returns the folders of a cgroup of this name: one in version 2, or one in each relevant hierarchy of version 1.
 fn places(name: &str) -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
     if root.join("cgroup.controllers").exists() {
@@ -262,7 +263,7 @@ fn places(name: &str) -> Vec<PathBuf> {
     ["memory", "pids", "cpu"].iter().map(|controller| root.join(controller).join(name)).collect()
 }
 
-/// The bounds of a cgroup: file and value, for version 2 and for each controller of version 1.
+/// Returns the limits of a cgroup: file and value, for version 2 and for each controller of version 1.
 fn bounds(place: &Path, memory: u64, pids: u32, cpu: Option<u64>) -> Vec<(&'static str, String)> {
     let controller = |name: &str| place.starts_with(Path::new("/sys/fs/cgroup").join(name));
     let cpu = cpu.map(|quota| quota.to_string());
@@ -293,9 +294,9 @@ fn make_groups(parent: &str, groups: &[PathBuf]) -> std::io::Result<()> {
         let controllers = "+memory +pids +cpu";
         let version2 = Path::new("/sys/fs/cgroup/cgroup.subtree_control");
         if version2.exists() {
-            // Where systemd is in charge it has done so.
+            // Where systemd is in charge, it has already done so.
             let _ = std::fs::write(version2, controllers);
-            // Not every machine can weigh disk access; where it can, unpacking gives way.
+            // Not every machine can weight disk access; where it can, unpacking yields.
             let _ = std::fs::write(version2, "+io");
         }
         make(above, &bounds(above, MEMORY.1, PIDS.1, Some((cores * CPU / 2).max(CPU / 2))))?;
@@ -314,7 +315,7 @@ fn make(place: &Path, bounds: &[(&str, String)]) -> std::io::Result<()> {
     std::fs::create_dir_all(place)?;
     for (file, value) in bounds {
         let path = place.join(file);
-        // Without swap there is no file for it.
+        // Without swap this file does not exist.
         if let Err(error) = std::fs::write(&path, value)
             && !file.contains("swap")
         {
@@ -324,7 +325,7 @@ fn make(place: &Path, bounds: &[(&str, String)]) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Ends all processes of a cgroup and those within it, and removes it.
+/// Ends all processes of a cgroup and of the groups within it, and removes it.
 fn clear(place: &Path) {
     for _ in 0..50 {
         let inner = std::fs::read_dir(place).into_iter().flatten().flatten();
@@ -355,7 +356,7 @@ mod tests {
             "Error: writing blob: adding layer with blob \"sha256:f1\": processing tar file(open /a/b: not a directory): exit status 1",
             "Error: writing blob: layer 1 does not match config's DiffID \"sha256:00\"",
             "manifest unknown",
-            // Paths are the tenant's own words.
+            // The tenant chooses the paths.
             "Error: writing blob: processing tar file(lsetxattr /timeout: operation not permitted): exit status 1",
             "Error: writing blob: processing tar file(lsetxattr /big: no space left on device): exit status 1",
             "Error: processing tar file(open /x: connection refused: not a directory): exit status 1",

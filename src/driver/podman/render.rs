@@ -1,5 +1,5 @@
-//! From a workload to what the engine is told, pure. Every field that matters is written here;
-//! nothing is copied through.
+//! Renders a workload into the engine's create call. Pure. Every field that matters is written here; nothing is
+//! copied through.
 
 use serde_json::{Value, json};
 
@@ -8,13 +8,14 @@ use crate::driver::agent::config::AgentConfig;
 use crate::driver::scratch;
 use crate::driver::workload::Workload;
 
-/// Processes and threads of an instance.
+/// Maximum number of processes and threads of an instance.
 pub const PIDS: u32 = 512;
-/// Bytes of `/dev/shm` of a release that is older than its own field.
+/// Bytes of `/dev/shm` in a release that predates the field for it.
 const SHM: u64 = 1 << 20;
-/// How much sooner than other processes the kernel ends an instance when the machine's memory is short.
+/// OOM score adjustment of an instance: when the machine is short of memory, the kernel kills instances before
+/// other processes.
 const OOM_SCORE: i32 = 500;
-/// What tells of the machine and of its other tenants, beside what the engine hides by itself.
+/// Files that reveal the machine and its other tenants, in addition to those that the engine itself hides.
 const MASKED: [&str; 24] = [
     "/proc/buddyinfo",
     "/proc/cmdline",
@@ -44,14 +45,14 @@ const MASKED: [&str; 24] = [
 /// The scheduler's period in microseconds.
 const PERIOD: u64 = 100_000;
 
-/// Annotations that an image may have: texts for people. The engine copies an image's annotations to
-/// its containers, where some runtimes take others as orders.
+/// Whether an image may have this annotation, because it is text for people. The engine copies an image's
+/// annotations to its containers, where some runtimes take others as instructions.
 #[must_use]
 pub fn is_harmless_annotation(key: &str) -> bool {
     ["org.opencontainers.image.", "com.docker.", "vnd.docker."].iter().any(|prefix| key.starts_with(prefix))
 }
 
-/// Annotations that the engine itself gives to every container that it makes.
+/// Annotations that the engine itself adds to every container that it creates.
 const ENGINES_OWN: [&str; 4] = [
     "io.podman.annotations.autoremove",
     "io.podman.annotations.init",
@@ -59,18 +60,18 @@ const ENGINES_OWN: [&str; 4] = [
     "io.podman.annotations.publish-all",
 ];
 
-/// Whether a container that was made is what was asked for, in what an image could have added to it.
+/// Checks that the image added nothing to a container that was created.
 pub fn check_made(annotations: &[String], healthcheck: &[String]) -> Result<(), String> {
     if annotations.iter().any(|key| !ENGINES_OWN.contains(&key.as_str()) && !is_harmless_annotation(key)) {
-        return Err("the image has annotations that a container runtime could take as orders".into());
+        return Err("the image has annotations that a container runtime could take as instructions".into());
     }
     if healthcheck != ["NONE"] {
-        return Err("the image's own health check could not be switched off".into());
+        return Err("the image's own health check could not be disabled".into());
     }
     Ok(())
 }
 
-/// One instance to be made.
+/// One instance to create.
 #[derive(Debug)]
 pub struct Instance<'a> {
     /// Name of its container.
@@ -81,9 +82,9 @@ pub struct Instance<'a> {
     pub gateway: std::net::Ipv4Addr,
     /// Its network.
     pub network: &'a str,
-    /// Where the engine writes its log.
+    /// Path of the log that the engine writes.
     pub log: &'a str,
-    /// The file of the system call filter.
+    /// Path of the system call filter.
     pub filter: &'a str,
     /// Its `/etc/passwd` and `/etc/group`, as the platform wrote them.
     pub names: [&'a str; 2],
@@ -94,7 +95,7 @@ pub struct Instance<'a> {
 /// A writable folder in memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
-    /// Where, without links.
+    /// Path, with links resolved.
     pub path: String,
     /// Bytes.
     pub size: u64,
@@ -104,16 +105,16 @@ pub struct Mount {
     pub mode: u32,
 }
 
-/// Where an instance has the two files.
+/// Paths of the two files in an instance.
 const NAMES: [&str; 2] = ["/etc/passwd", "/etc/group"];
 
-/// Name of an instance's container.
+/// Returns the name of an instance's container.
 #[must_use]
 pub fn name(config: &AgentConfig, workload: &Workload, number: u32) -> String {
     format!("bk-{}-{}-{}-{}-{number}", config.installation, workload.tenant, workload.app, workload.revision)
 }
 
-/// The image as the engine knows it: by digest, under a name that does not change with ports.
+/// Returns the image as the engine knows it: by digest, under a name that does not change with ports.
 #[must_use]
 pub fn image(config: &AgentConfig, workload: &Workload) -> String {
     format!(
@@ -122,13 +123,13 @@ pub fn image(config: &AgentConfig, workload: &Workload) -> String {
     )
 }
 
-/// The body of the engine's create call (libpod's specification of a container).
+/// Returns the body of the engine's create call (libpod's specification of a container).
 #[must_use]
 pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>) -> Value {
     let w = workload;
     let map = json!([{"container_id": 0, "host_id": w.block.start, "size": w.block.size}]);
-    // The engine's own /dev/shm is a mount on the host that it fails to take down after an instance
-    // has ended by itself ("device or resource busy"); this one lives and dies with the instance.
+    // The engine's own /dev/shm is a mount on the host. The engine fails to unmount it after an instance has
+    // ended by itself ("device or resource busy"). This mount ends with the instance.
     let old_shm = Mount { path: scratch::SHM.to_owned(), size: SHM, exec: false, mode: 0o1777 };
     let has_shm = instance.scratch.iter().any(|mount| mount.path == scratch::SHM);
     let mounts: Vec<Value> = instance
@@ -166,7 +167,7 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
         },
         "user": format!("{}:{}", w.user.uid, w.user.gid),
         "groups": w.groups.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        // The engine neither reads nor copies the image's own.
+        // The engine neither reads nor copies the image's own files.
         "manage_password": false,
         "userns": {"nsmode": "private"},
         "idmappings": {
@@ -196,23 +197,23 @@ pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>
             "memory": {"limit": w.memory, "swap": w.memory},
             "pids": {"limit": PIDS},
         },
-        // When memory is short on the machine, instances go first and the platform last.
+        // When the machine is short of memory, the kernel kills instances first and the platform last.
         "oom_score_adj": OOM_SCORE,
         "restart_policy": "no",
         "stop_timeout": w.stop_grace,
         "stdin": false,
         "terminal": false,
         "init": false,
-        // An image's own would be run by the engine, as root and outside the instance's limits.
+        // The engine would run an image's own check as root and outside the instance's limits.
         "healthconfig": {"Test": ["NONE"]},
         "systemd": "false",
         "sdnotifyMode": "ignore",
-        // A pipe: a bound of its size would make the engine's monitor put a file in its place.
+        // A pipe: with a size limit, the engine's monitor would put a file in its place.
         "log_configuration": {"driver": "k8s-file", "path": instance.log},
     });
     if let Some(command) = &w.command {
         spec["entrypoint"] = json!(command);
-        // An empty list, so that the image's own CMD is not appended to another program.
+        // With an empty list the engine does not append the image's own CMD to another program.
         spec["command"] = json!(w.args.clone().unwrap_or_default());
     } else if let Some(args) = &w.args {
         spec["command"] = json!(args);

@@ -1,9 +1,10 @@
-//! A look at what an image holds before the engine starts anything from it. The engine reads `etc/passwd` and
-//! `etc/group` of an image as root while it holds the container's lock: a FIFO there blocks it for good, a large
-//! file takes its memory. So the image is mounted read-only, exactly as the kernel will show it to the container
-//! (whiteouts and `trusted.overlay.*` attributes included), and the files are looked at without opening them first.
+//! Checks the contents of an image before the engine starts anything from it. The engine reads `etc/passwd` and
+//! `etc/group` of an image as root while it holds the container's lock. A FIFO there blocks it for good, and a
+//! large file takes its memory. The image is therefore mounted read-only, exactly as the kernel will show it to the
+//! container (whiteouts and `trusted.overlay.*` attributes included). Its files are examined without opening them
+//! first.
 //!
-//! The mount is made by a child process in a mount namespace of its own: it ends with the child, whatever happens.
+//! A child process makes the mount in a mount namespace of its own. The mount ends with the child in every case.
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,87 +19,89 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
 
 use super::client::ImageSeen;
-use super::dangers;
 use super::program::{self, Program};
 use super::tree::{self, Person};
+use super::{content, dangers};
 use crate::driver::{Error, scratch};
 
-/// Largest `etc/passwd` and `etc/group` of an image, in bytes.
+/// Maximum size of `etc/passwd` and `etc/group` of an image, in bytes.
 pub const NAMES: u64 = 256 << 10;
-/// The argument that makes the agent's program look at an image instead.
+/// Argument that makes the agent's program check an image instead.
 pub const ARGUMENT: &str = "--look-at-image";
-/// How long a look may take.
+/// Time limit of a check.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Most layers of an image: what one mount can name.
+/// Maximum number of layers of an image: one mount cannot name more.
 const LAYERS: usize = 128;
-/// Symbolic links that a path may lead through.
+/// Paths are opened below the root, and through no symbolic link.
 const IN_PLACE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
 
-/// What a look is asked for.
+/// Input of a check.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Question {
     /// Folder of the engine's layers.
     overlay: PathBuf,
-    /// Identities of the layers, the topmost first.
+    /// Ids of the layers, topmost first.
     layers: Vec<String>,
     /// The image's working directory.
     working_dir: String,
-    /// What the instance asks of the image.
+    /// Requirements of the instance.
     wanted: Wanted,
 }
 
-/// What an instance asks of an image.
+/// Requirements of an instance on an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Wanted {
     /// Writable folders, as the spec names them.
     pub scratch: Vec<String>,
-    /// Those in which files may be executed.
+    /// The size of each writable folder in bytes, in the same order.
+    pub sizes: Vec<u64>,
+    /// The writable folders in which files may be executed.
     pub exec: Vec<String>,
     /// The first word of the command.
     pub word: String,
     /// `PATH` of the program.
     pub path: Option<String>,
-    /// Who runs it.
+    /// User that runs it.
     pub person: Person,
 }
 
-/// A writable folder, where the image's own links lead to.
+/// A writable folder, with the image's links resolved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Folder {
-    /// The path without links.
+    /// The path with links resolved.
     pub path: String,
-    /// The mode of the folder that the image has there.
+    /// The mode of the image's folder at that path, if it has one.
     pub mode: Option<u32>,
 }
 
-/// What a look found.
+/// Data that a check returns.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Found {
-    /// The two files.
+    /// `etc/passwd` and `etc/group`.
     pub names: Names,
     /// Each writable folder, in the order of the question.
     pub scratch: Vec<Folder>,
-    /// Why the instance cannot start, with what to change.
+    /// Why the instance cannot start, and what to change.
     pub trouble: Option<String>,
 }
 
-/// What a look found.
+/// Result of a check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Verdict {
-    /// Nothing of it is harmful.
+    /// Nothing in the image is harmful.
     Fine(Found),
-    /// The image is refused, and why.
+    /// The image is refused, for this reason.
     Refused(String),
-    /// It could not be looked at.
+    /// The image could not be checked.
     Failed(String),
 }
 
-/// The two files of an image; empty when they are absent.
+/// `etc/passwd` and `etc/group` of an image; empty when absent.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Names {
@@ -108,12 +111,12 @@ pub struct Names {
     pub group: Vec<u8>,
 }
 
-/// Looks at an image of the engine: its config, then its files.
+/// Checks an image of the engine: first its config, then its files.
 pub async fn look(image: &ImageSeen, wanted: &Wanted) -> Result<Found, Error> {
     dangers::of_config(&image.env, &image.working_dir, &image.stop_signal).map_err(Error::Rejected)?;
     let question =
         question(image, wanted).map_err(|why| Error::Transient(format!("the image's layers: {why}")))?;
-    let failed = |error: std::io::Error| Error::Transient(format!("the image cannot be looked at: {error}"));
+    let failed = |error: std::io::Error| Error::Transient(format!("the image cannot be checked: {error}"));
     let program = std::env::current_exe().map_err(failed)?;
     let mut child = tokio::process::Command::new("unshare")
         .args(["--mount", "--propagation", "private", "--"])
@@ -135,17 +138,17 @@ pub async fn look(image: &ImageSeen, wanted: &Wanted) -> Result<Found, Error> {
         child.wait_with_output().await
     };
     let Ok(done) = tokio::time::timeout(PATIENCE, asked).await else {
-        return Err(Error::Transient("the image could not be looked at in time".into()));
+        return Err(Error::Transient("the check of the image did not finish in time".into()));
     };
     match serde_json::from_slice(&done.map_err(failed)?.stdout) {
         Ok(Verdict::Fine(found)) => Ok(found),
         Ok(Verdict::Refused(why)) => Err(Error::Rejected(why)),
-        Ok(Verdict::Failed(why)) => Err(Error::Transient(format!("the image cannot be looked at: {why}"))),
-        Err(_) => Err(Error::Transient("the look at the image gave no answer".into())),
+        Ok(Verdict::Failed(why)) => Err(Error::Transient(format!("the image cannot be checked: {why}"))),
+        Err(_) => Err(Error::Transient("the check of the image gave no answer".into())),
     }
 }
 
-/// From the folders that the engine names: `.../overlay/IDENTITY/diff`.
+/// Builds the question from the folders that the engine names: `.../overlay/IDENTITY/diff`.
 fn question(image: &ImageSeen, wanted: &Wanted) -> Result<Question, String> {
     let mut overlay = None;
     let mut layers = Vec::new();
@@ -158,7 +161,7 @@ fn question(image: &ImageSeen, wanted: &Wanted) -> Result<Question, String> {
             || !name.bytes().all(|b| b.is_ascii_hexdigit())
             || overlay.as_deref().is_some_and(|known: &Path| known != above)
         {
-            return Err("a layer lies where none should".into());
+            return Err("a layer is not in the engine's folder of layers".into());
         }
         overlay = Some(above.to_owned());
         layers.push(name.to_owned());
@@ -170,7 +173,7 @@ fn question(image: &ImageSeen, wanted: &Wanted) -> Result<Question, String> {
     Ok(Question { overlay, layers, working_dir: image.working_dir.clone(), wanted: wanted.clone() })
 }
 
-/// The child's part: reads the question, mounts, looks, answers. Its mount namespace is its own.
+/// The child's part: reads the question, mounts, checks, answers. It runs in its own mount namespace.
 #[must_use]
 pub fn answer() -> std::process::ExitCode {
     let verdict = ask().unwrap_or_else(Verdict::Failed);
@@ -189,7 +192,7 @@ fn ask() -> Result<Verdict, String> {
     Ok(examine(root.as_fd(), &question.working_dir, &question.wanted))
 }
 
-/// The image as the kernel shows it.
+/// Opens the image as the kernel shows it.
 fn open_root(question: &Question) -> Result<OwnedFd, String> {
     let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let open = |path: &Path| {
@@ -215,7 +218,7 @@ fn open_root(question: &Question) -> Result<OwnedFd, String> {
     open(&question.overlay)
 }
 
-/// Looks at a file tree. Nothing is opened but regular files of bounded size.
+/// Checks a file tree. It opens only regular files of limited size.
 fn examine(root: BorrowedFd<'_>, working_dir: &str, wanted: &Wanted) -> Verdict {
     match open_in(root, "etc") {
         Ok(None) => {}
@@ -232,7 +235,10 @@ fn examine(root: BorrowedFd<'_>, working_dir: &str, wanted: &Wanted) -> Verdict 
     }
     let names = Names { passwd, group };
     let (scratch, trouble) = match folders(root, &wanted.scratch) {
-        Ok(scratch) => (scratch, None),
+        Ok(scratch) => {
+            let full = overfull(root, &scratch, wanted);
+            (scratch, full)
+        }
         Err(why) => (Vec::new(), Some(why)),
     };
     let is_closed = |(_, asked): &(&Folder, &String)| !wanted.exec.contains(asked);
@@ -241,6 +247,7 @@ fn examine(root: BorrowedFd<'_>, working_dir: &str, wanted: &Wanted) -> Verdict 
         path: wanted.path.clone(),
         working_dir: if working_dir.is_empty() { "/".to_owned() } else { working_dir.to_owned() },
         person: wanted.person.clone(),
+        scratch: scratch.iter().map(|folder| folder.path.clone()).collect(),
         closed: scratch
             .iter()
             .zip(&wanted.scratch)
@@ -252,11 +259,12 @@ fn examine(root: BorrowedFd<'_>, working_dir: &str, wanted: &Wanted) -> Verdict 
     Verdict::Fine(Found { names, scratch, trouble })
 }
 
-/// Where the writable folders lie, by the image's own links; the error is a sentence that names the one that cannot be.
+/// Returns the writable folders with the image's links resolved. The error is a sentence that names the folder that
+/// is not possible.
 fn folders(root: BorrowedFd<'_>, asked: &[String]) -> Result<Vec<Folder>, String> {
     let mut all: Vec<Folder> = Vec::new();
     for path in asked {
-        // The kernel's own folder is not the image's.
+        // The kernel's own folder is not in the image.
         let folder = if path == scratch::SHM {
             Folder { path: path.clone(), mode: None }
         } else {
@@ -266,7 +274,7 @@ fn folders(root: BorrowedFd<'_>, asked: &[String]) -> Result<Vec<Folder>, String
                 None => None,
                 Some(FileType::Directory) => place.there.as_ref().map(|(_, stat)| stat.st_mode & 0o7777),
                 Some(_) => {
-                    let instead = "name a folder that is none in the image, or the folder above it";
+                    let instead = "name a path that the image does not have, or the folder above it";
                     return Err(format!("the scratch {path} is a file in the image; {instead}"));
                 }
             };
@@ -294,13 +302,32 @@ fn folders(root: BorrowedFd<'_>, asked: &[String]) -> Result<Vec<Folder>, String
         };
         if let Some(n) = all.iter().position(meets) {
             return Err(format!(
-                "the scratch {path}{leads} lies in or around the scratch {}; name one of both",
+                "the scratch {path}{leads} lies in or around the scratch {}; name only one of the two",
                 asked[n]
             ));
         }
         all.push(folder);
     }
     Ok(all)
+}
+
+/// Returns a sentence about the first writable folder that is smaller than the files of the image that it starts with.
+fn overfull(root: BorrowedFd<'_>, scratch: &[Folder], wanted: &Wanted) -> Option<String> {
+    const MIB: u64 = 1 << 20;
+    let all = scratch.iter().zip(&wanted.scratch).zip(&wanted.sizes);
+    all.filter(|((folder, _), _)| folder.mode.is_some()).find_map(|((folder, asked), size)| {
+        let needed = content::measure(root, &folder.path);
+        (needed > *size).then(|| {
+            format!(
+                "the scratch {asked} has {} KiB, and the image has {} KiB of files in that folder, which are copied into \
+                 the scratch at each start; write {asked}: {}Mi or more under scratch, with as much more memory, or delete \
+                 the files in the Dockerfile",
+                size / 1024,
+                needed / 1024,
+                (needed + needed / 4).div_ceil(MIB)
+            )
+        })
+    })
 }
 
 fn refused(why: &str) -> Verdict {
@@ -311,7 +338,7 @@ fn kind(file: &OwnedFd) -> Option<FileType> {
     fstat(file).ok().map(|stat| FileType::from_raw_mode(stat.st_mode))
 }
 
-/// What is at a path, without opening it and without following any link; none when nothing is.
+/// Returns a handle to a path, without opening the file and without following links; none when it does not exist.
 fn open_in(root: BorrowedFd<'_>, path: &str) -> Result<Option<OwnedFd>, String> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     match openat2(root, path, flags, Mode::empty(), IN_PLACE) {
@@ -321,7 +348,7 @@ fn open_in(root: BorrowedFd<'_>, path: &str) -> Result<Option<OwnedFd>, String> 
     }
 }
 
-/// The bytes of a regular file of bounded size; none when it is absent.
+/// Returns the bytes of a regular file of limited size; empty when it is absent.
 fn file(root: BorrowedFd<'_>, path: &'static str) -> Result<Vec<u8>, Verdict> {
     let Some(found) = open_in(root, path).map_err(Verdict::Failed)? else { return Ok(Vec::new()) };
     let failed = |error: &dyn std::fmt::Display| Verdict::Failed(format!("{path}: {error}"));
@@ -339,7 +366,7 @@ fn file(root: BorrowedFd<'_>, path: &'static str) -> Result<Vec<u8>, Verdict> {
     if u64::try_from(stat.st_size).unwrap_or(u64::MAX) > NAMES {
         return Err(refused(&format!("its {path} is larger than 256 KiB")));
     }
-    // Only now it is opened; the mount is read-only, and what it shows does not change.
+    // The file is opened only now. The mount is read-only, so its contents do not change.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let opened = openat2(root, path, flags, Mode::empty(), IN_PLACE).map_err(|error| failed(&error))?;
     let mut bytes = Vec::new();
@@ -347,8 +374,8 @@ fn file(root: BorrowedFd<'_>, path: &'static str) -> Result<Vec<u8>, Verdict> {
     Ok(bytes)
 }
 
-/// The runtime enters the working directory as root, following links, and by way of `/proc/self/fd` it would enter
-/// a folder of the host (CVE-2024-21626).
+/// Checks the working directory. The runtime enters it as root and follows links. By way of `/proc/self/fd` it
+/// would enter a folder of the host (CVE-2024-21626).
 fn examine_working_dir(root: BorrowedFd<'_>, working_dir: &str) -> Result<(), &'static str> {
     let inside = working_dir.trim_start_matches('/');
     if inside.is_empty() {
@@ -393,6 +420,7 @@ mod tests {
     fn wanted(scratch: &[&str]) -> Wanted {
         Wanted {
             scratch: scratch.iter().map(ToString::to_string).collect(),
+            sizes: vec![8192; scratch.len()],
             exec: Vec::new(),
             word: String::new(),
             path: None,
@@ -416,7 +444,7 @@ mod tests {
         fs::write(root.join("etc/passwd"), "app:x:1:1::/:/bin/sh\n").unwrap();
         let Verdict::Fine(found) = verdict(root, "/") else { panic!() };
         assert_eq!(found.names.passwd, b"app:x:1:1::/:/bin/sh\n");
-        // Opened, this would block for ever.
+        // Opening it would block for ever.
         let fifo = root.join("etc/group");
         rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o644), 0).unwrap();
         assert!(why(root, "").contains("etc/group is a FIFO"));
@@ -504,13 +532,18 @@ mod tests {
             ("/shm", "/dev"),
             ("/top", "cannot be a folder"),
             ("/file", "is a file"),
-            ("/file/x", "no folder"),
+            ("/file/x", "not a folder"),
         ] {
             let why = look(&[bad]).unwrap_err();
             assert!(why.contains(sign) && why.contains(bad), "{bad}: {why}");
         }
+        fs::write(root.join("data/first"), vec![0; 8192]).unwrap();
+        assert_eq!(look(&["/data"]).unwrap()[0].0, "/data");
+        fs::write(root.join("data/one-more"), "x").unwrap();
+        let why = look(&["/same"]).unwrap_err();
+        assert!(why.contains("has 12 KiB of files") && why.contains("/same: 1Mi"), "{why}");
         for twice in [["/data", "/same"], ["/run", "/var/run/x"], ["/var/run/x/y", "/run/x"]] {
-            assert!(look(&twice).unwrap_err().contains("one of both"), "{twice:?}");
+            assert!(look(&twice).unwrap_err().contains("one of the two"), "{twice:?}");
         }
     }
 }

@@ -1,12 +1,13 @@
 //! The platform's own system call filter: an allow-list, in the engine's format, compiled in. The engine's default
-//! lets every container make user namespaces, and with them mounts, raw sockets and packet filters of its own.
+//! filter lets every container create user namespaces, and with them mounts, raw sockets and packet filters of its
+//! own.
 //!
-//! - A call that is not named does not exist (`ENOSYS`): libraries then fall back, and calls of later kernels stay
-//!   closed without a change here. Calls that are refused by name answer `EPERM`.
-//! - `clone3` hides its flags in memory, where no filter sees them: it does not exist, and `clone` allows no flag of
-//!   a namespace.
+//! - A call that is not named fails with `ENOSYS`. Libraries then fall back, and calls of later kernels stay closed
+//!   without a change here. Calls that are denied by name fail with `EPERM`.
+//! - `clone3` hides its flags in memory, where no filter sees them. It fails with `ENOSYS`, and `clone` allows no
+//!   flag of a namespace.
 //! - Sockets are `AF_UNIX`, TCP, UDP and ping over `AF_INET` and `AF_INET6`, and `AF_NETLINK` for routes.
-//! - `sync` and `syncfs` succeed without doing anything: they would write out the machine's disk for one app.
+//! - `sync` and `syncfs` succeed without effect: they would write out the machine's disk for one app.
 //! - A program of another architecture (32-bit, x32) is killed at its first call.
 
 use std::io::Write;
@@ -14,10 +15,10 @@ use std::path::{Path, PathBuf};
 
 /// The filter.
 pub const PROFILE: &str = include_str!("seccomp.json");
-/// Name of its file.
+/// Name of the filter's file.
 pub const FILE: &str = "seccomp.json";
 
-/// Writes the filter into a folder of root's, in one step, unless it is there as it should be.
+/// Writes the filter into a folder that root owns, in one step. Does nothing if the file is up to date.
 pub fn install(folder: &Path) -> std::io::Result<PathBuf> {
     let path = folder.join(FILE);
     if std::fs::read(&path).is_ok_and(|text| text == PROFILE.as_bytes()) {
@@ -131,7 +132,7 @@ mod tests {
                 by_name.entry(name.as_str().unwrap().into()).or_default().push(bound);
             }
         }
-        // A rule without arguments takes the place of all others of its call.
+        // A rule without arguments replaces all others of its call.
         for (name, bound) in &by_name {
             assert!(bound.len() == 1 || bound.iter().all(|bound| *bound), "{name}");
         }

@@ -1,4 +1,4 @@
-//! Paths in the file tree of an image, followed as the runtime will follow them once the instance has its root. No
+//! Resolves paths in the file tree of an image, as the runtime resolves them once the instance has its root. No
 //! file is opened on the way, and no link leads out of the tree.
 
 use std::collections::VecDeque;
@@ -10,28 +10,29 @@ use rustix::io::Errno;
 
 use super::dangers::KERNELS;
 
-/// Most symbolic links that a path leads through (path_resolution(7)).
+/// Maximum number of symbolic links in a path (path_resolution(7)).
 const LINKS: usize = 40;
-/// Most names that one look at an image opens, over all of its paths: the process of a look does nothing else.
+/// Maximum number of names that one check of an image opens, over all of its paths. The process of a check does
+/// nothing else.
 const STEPS: u32 = 20_000;
 /// Names are opened one by one, from the root, through folders only.
 const IN_PLACE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
-/// Folders on the way, for the permission to pass through each of them.
+/// Folders on the path, to check the permission to pass through each of them.
 type Passed = Vec<Stat>;
 
-/// What a path leads to.
+/// Target of a path.
 #[derive(Debug)]
 pub struct Place {
-    /// The path without links, from the root.
+    /// The path with links resolved, from the root.
     pub path: String,
-    /// What is there; none when nothing is.
+    /// The file at the path; none when it does not exist.
     pub there: Option<(OwnedFd, Stat)>,
     /// The folders above it.
     pub passed: Passed,
 }
 
 impl Place {
-    /// The kind of file that is there.
+    /// Returns the type of the file.
     #[must_use]
     pub fn kind(&self) -> Option<FileType> {
         self.there.as_ref().map(|(_, stat)| FileType::from_raw_mode(stat.st_mode))
@@ -44,24 +45,24 @@ impl Place {
         KERNELS.contains(&first)
     }
 
-    /// The file, as a path that this process can name.
+    /// Returns the file as a path that this process can open.
     #[must_use]
     pub fn handle(&self) -> Option<String> {
         self.there.as_ref().map(|(file, _)| format!("/proc/self/fd/{}", file.as_raw_fd()))
     }
 }
 
-/// What is said then.
-const SPENT: &str = "leads, with the other paths of the image, over more than 20,000 names";
+/// Error text when the limit is reached.
+const SPENT: &str = "leads, together with the other paths of the image, through more than 20,000 names";
 
 static OPENED: AtomicU32 = AtomicU32::new(0);
 
-/// Whether this look has used up its steps; each question is one.
+/// Whether this check has used up its steps; each call counts as one.
 fn is_spent() -> bool {
     OPENED.fetch_add(1, Ordering::Relaxed) >= STEPS
 }
 
-/// Follows a path. The error says what is in its way, in words that follow the name of the path.
+/// Resolves a path. The error says what blocks it, in words that follow the name of the path.
 pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
     let mut left: VecDeque<String> = path.split('/').map(str::to_owned).collect();
     let mut walked: Vec<String> = Vec::new();
@@ -74,7 +75,7 @@ pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
             "" | "." => continue,
             ".." => {
                 if missing {
-                    return Err("leads through a folder that is not there".into());
+                    return Err("leads through a folder that does not exist".into());
                 }
                 if walked.pop().is_some() {
                     passed.pop();
@@ -102,7 +103,7 @@ pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
                 missing = true;
                 continue;
             }
-            Err(Errno::NOTDIR) => return Err("leads through a file that is no folder".into()),
+            Err(Errno::NOTDIR) => return Err("leads through a file that is not a folder".into()),
             Err(error) => return Err(format!("cannot be followed: {error}")),
         };
         let stat = fstat(&found).map_err(|error| error.to_string())?;
@@ -112,8 +113,9 @@ pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
                 return Err("leads through too many links".into());
             }
             let target = readlinkat(&found, "", Vec::new()).map_err(|error| error.to_string())?;
-            let target =
-                target.into_string().map_err(|_| "leads through a link that is no text".to_owned())?;
+            let target = target
+                .into_string()
+                .map_err(|_| "leads through a link whose target is not text".to_owned())?;
             walked.pop();
             if target.starts_with('/') {
                 walked.clear();
@@ -126,7 +128,7 @@ pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
         }
         passed.push(stat);
         there = Some((found, stat));
-        // What the image has there is hidden by the kernel's own.
+        // The kernel's own files hide those of the image.
         if walked.first().is_some_and(|first| KERNELS.contains(&first.as_str())) {
             missing = true;
             there = None;
@@ -141,7 +143,7 @@ pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
     if there.is_some() {
         passed.pop();
     }
-    // A link to a folder that is the last of the path, or `..`: the folder itself is what is there.
+    // The path ends in a link to a folder, or in `..`: its target is the folder itself.
     if there.is_none() && !missing {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let found =
@@ -153,7 +155,7 @@ pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
     Ok(Place { path: format!("/{}", walked.join("/")), there, passed })
 }
 
-/// A user with all groups, inside.
+/// A user inside the container, with all groups.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Person {
@@ -166,7 +168,7 @@ pub struct Person {
 }
 
 impl Person {
-    /// Whether the mode of a file gives this person a right: 4 to read, 2 to write, 1 to execute or pass through.
+    /// Whether the mode of a file grants this user a right: 4 to read, 2 to write, 1 to execute or pass through.
     #[must_use]
     pub fn may(&self, stat: &Stat, right: u32) -> bool {
         let shift = if stat.st_uid == self.uid {
@@ -246,7 +248,7 @@ mod tests {
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY;
         let top = rustix::fs::openat(rustix::fs::CWD, dir.path(), flags, Mode::empty()).unwrap();
-        // In a process of its own the count begins with nothing; here other tests have counted too.
+        // In a process of its own the count starts at zero; here other tests have counted too.
         let before = OPENED.swap(0, Ordering::Relaxed);
         let told = follow(top.as_fd(), "/l0").unwrap_err();
         OPENED.store(before, Ordering::Relaxed);

@@ -1,7 +1,8 @@
-//! Who holds a connection. A bound in all and one per source; when the whole is full, a connection that waits for
-//! its client makes room for a newcomer: the one that has waited longest, of the source that holds most. Sources that
-//! hold few are equal: a client with some connections is not first in line beside strangers with one each. So silent
-//! connections, however many and from however many addresses, never lock a client out that has something to say.
+//! Admission of connections: one limit in total, one per source. When the total is reached, a newcomer replaces
+//! a connection that waits for its client. The replaced connection is the one that waited longest, of the
+//! source with the most connections. Sources with at most [`FEW`] connections rank equally: a client with
+//! several connections is not evicted before strangers with one each. Silent connections from any number of
+//! addresses therefore never lock out an active client.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -12,24 +13,24 @@ use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
 
-/// How many connections there may be.
+/// Limits of the number of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
-    /// In all.
+    /// In total.
     pub all: usize,
-    /// Of one source.
+    /// Per source.
     pub per_source: usize,
 }
 
-/// Connections up to which all sources are equal: as many as one client has.
+/// Number of connections up to which sources rank equally: as many as one client opens.
 const FEW: usize = 16;
 
-/// Why a connection is not taken.
+/// The reason for refusing a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Full {
-    /// Its source has as many as it may.
+    /// The source has reached its limit.
     Source,
-    /// There are as many as there may be, and all are being answered.
+    /// The total is reached, and every connection is being answered.
     All,
 }
 
@@ -46,7 +47,8 @@ struct Table {
 struct State {
     seats: HashMap<u64, Held>,
     sources: HashMap<IpAddr, Own>,
-    /// Sources with a connection that waits for its client: by how many they hold beyond a few, then by how long it waits.
+    /// Sources with a waiting connection, ordered by their connections beyond [`FEW`], then by the time of
+    /// waiting.
     order: BTreeSet<(usize, Reverse<u64>, IpAddr)>,
     next: u64,
     closed: bool,
@@ -55,7 +57,7 @@ struct State {
 struct Held {
     source: IpAddr,
     line: Arc<Line>,
-    /// When it began to wait for its client.
+    /// Number of the event at which it began to wait for its client.
     since: Option<u64>,
 }
 
@@ -65,7 +67,7 @@ struct Own {
     waiting: BTreeMap<u64, u64>,
 }
 
-/// Tells the task of a connection that it has to end.
+/// Tells a connection's task to end.
 #[derive(Default)]
 struct Line {
     cut: AtomicBool,
@@ -79,7 +81,7 @@ impl Line {
     }
 }
 
-/// A connection's place in the table; given back when it is dropped.
+/// A connection's place in the table, freed on drop.
 pub(super) struct Seat {
     table: Arc<Table>,
     id: u64,
@@ -93,8 +95,8 @@ impl Admissions {
         Self(Arc::new(Table { bounds, state: Mutex::default() }))
     }
 
-    /// A place for a connection of this source, which waits for its client from now on. A source that is not
-    /// `counted` (a trusted proxy) is bound by the whole only.
+    /// Admits a connection of this source, which waits for its client from now on. A source that is not
+    /// `counted` (a trusted proxy) is subject to the total only.
     pub(super) fn admit(&self, source: IpAddr, counted: bool) -> Result<Seat, Full> {
         let bounds = self.0.bounds;
         let mut state = self.0.lock();
@@ -109,7 +111,8 @@ impl Admissions {
             let own = state.sources.get(&source).map_or(0, |own| own.held);
             let largest = state.order.last().map(|(held, _, source)| (*held, *source));
             match largest {
-                // Never at the cost of a source that holds less, unless this one holds few itself.
+                // Never evict from a source with fewer connections, unless the newcomer's source has few
+                // itself.
                 Some((held, largest)) if largest == source || held > own.max(FEW) || own < FEW => {
                     state.evict(largest)
                 }
@@ -127,7 +130,7 @@ impl Admissions {
         Ok(Seat { table: Arc::clone(&self.0), id, line })
     }
 
-    /// No connection is taken any more; those that wait for their clients end, now and later.
+    /// Stops admitting. Ends connections that wait for their client, now and later.
     pub(super) fn close(&self) {
         let mut state = self.0.lock();
         state.closed = true;
@@ -154,7 +157,7 @@ impl State {
         own.waiting.first_key_value().map(|(since, _)| (own.held.max(FEW), Reverse(*since), source))
     }
 
-    /// Around each change of a source: off the order, and on it again.
+    /// Call `unlist` before and `list` after each change of a source.
     fn unlist(&mut self, source: IpAddr) {
         if let Some(place) = self.place(source) {
             self.order.remove(&place);
@@ -166,7 +169,7 @@ impl State {
         }
     }
 
-    /// Ends the connection of a source that has waited longest for its client.
+    /// Ends the source's connection that has waited longest for its client.
     fn evict(&mut self, source: IpAddr) -> bool {
         let first = self.sources.get(&source).and_then(|own| own.waiting.values().next().copied());
         let Some(id) = first else { return false };
@@ -216,12 +219,12 @@ impl State {
 }
 
 impl Seat {
-    /// Whether the connection waits for its client: it may then be ended for a newcomer.
+    /// Sets whether the connection waits for its client; if so, a newcomer may replace it.
     pub(super) fn waits(&self, waits: bool) {
         self.table.lock().wait(self.id, waits);
     }
 
-    /// Ready once the connection has to make room.
+    /// Ready once the connection has to end.
     pub(super) fn poll_cut(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.line.waker.register(cx.waker());
         if self.line.cut.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
@@ -270,7 +273,7 @@ mod tests {
         assert_eq!(table.held(), 1000);
         let newcomer = table.admit(ip(99_999), true).unwrap();
         newcomer.waits(false);
-        // Being answered, it is ended for none of those that come after.
+        // While it is being answered, no later connection replaces it.
         let more: Vec<Seat> = (50_000..60_000).map(|n| table.admit(ip(n), true).unwrap()).collect();
         assert!(!is_cut(&newcomer));
         drop((silent, more, newcomer));
@@ -287,10 +290,10 @@ mod tests {
         for seat in &own[..FEW - 1] {
             seat.waits(false);
         }
-        // Its newest one waits for its head: those that have waited longer go before it.
+        // Its newest connection waits for a head: connections that have waited longer are replaced first.
         let _more: Vec<Seat> = (200..250).map(|n| table.admit(ip(n), true).unwrap()).collect();
         assert!(own.iter().all(|seat| !is_cut(seat)));
-        // Beyond a few it takes no place from those who hold less.
+        // Above `FEW`, it replaces no connection of sources with fewer.
         own[FEW - 1].waits(false);
         assert_eq!(table.admit(ip(999), true).err(), Some(Full::All));
     }
@@ -307,7 +310,7 @@ mod tests {
         fourth.waits(false);
         assert_eq!(table.admit(ip(1), true).err(), Some(Full::Source));
         assert!(table.admit(ip(2), true).is_ok());
-        // A trusted proxy is no source.
+        // A trusted proxy is not limited as a source.
         assert!(table.admit(ip(1), false).is_ok());
     }
 

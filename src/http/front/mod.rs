@@ -1,6 +1,6 @@
-//! The front: what stands between a listener and the web server. It bounds connections in all and per source, the
-//! size and time of heads, the pace of bodies and of answers, and gives every answer our headers, also those that
-//! no handler made. A connection costs little until its first head has arrived whole.
+//! The front between a listener and the web server. It bounds connections in total and per source, the size and
+//! time of heads, and the rate of bodies and answers. It adds the platform's headers to every answer, including
+//! answers that no handler made. A connection costs little until its first head is complete.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -37,25 +37,25 @@ mod room;
 mod service;
 mod wire;
 
-/// Length of the queue of connections that the kernel has accepted.
+/// Length of the kernel's queue of accepted connections.
 const BACKLOG: i32 = 4096;
-/// Most refused connections at once that are read a little longer, so that their client sees the answer.
+/// Maximum number of refused connections that are still read, so that their clients see the answer.
 const FAREWELLS: usize = 64;
 
-/// How long clients may take.
+/// Time limits for clients.
 #[derive(Debug, Clone)]
 pub struct Times {
-    /// For a whole head, with the handshake of TLS before it.
+    /// For a complete head, including the TLS handshake before it.
     pub head: Duration,
     /// Between two requests.
     pub idle: Duration,
-    /// For the whole body of a request that is none of the registry's.
+    /// For the complete body of a request outside the registry.
     pub body: Duration,
-    /// Bytes a second that a body has to bring, and that an answer has to be read at, on average ...
+    /// Minimum average rate in bytes a second, for sending a body and for reading an answer.
     pub rate: u64,
-    /// ... after this much waiting; what is earned is kept up to twice as much.
+    /// Waiting time before `rate` applies; a client can earn up to twice as much.
     pub grace: Duration,
-    /// For what is still sent after a refusal.
+    /// For reading data that the client still sends after a refusal.
     pub drain: Duration,
 }
 
@@ -76,26 +76,26 @@ impl Default for Times {
 pub struct Front {
     /// Name in the log.
     pub name: &'static str,
-    /// Where clients connect.
+    /// Socket for clients.
     pub listener: TcpListener,
-    /// TLS, if it speaks it.
+    /// TLS settings; none for plain HTTP.
     pub tls: Option<rustls::ServerConfig>,
-    /// Threads that answer.
+    /// Number of worker threads.
     pub workers: usize,
-    /// Connections.
+    /// Limits of connections.
     pub bounds: Bounds,
-    /// Whose word about clients counts.
+    /// Proxies whose forwarded client address is trusted.
     pub proxies: Proxies,
-    /// Patience.
+    /// Time limits.
     pub times: Times,
 }
 
-/// What the connections of one listener share.
+/// State that all connections of a listener share.
 #[derive(Clone)]
 struct Shared {
     admissions: Admissions,
     farewells: FairPermits<IpAddr>,
-    /// Requests under way of clients behind trusted proxies.
+    /// Requests in progress of clients behind trusted proxies.
     behind: FairPermits<IpAddr>,
     proxies: Arc<Proxies>,
     times: Times,
@@ -103,15 +103,15 @@ struct Shared {
 }
 
 impl Front {
-    /// Over this listener, with the patience that is usual.
+    /// Creates a front for this listener, with the default time limits.
     #[must_use]
     pub fn new(name: &'static str, listener: TcpListener, workers: usize, bounds: Bounds) -> Self {
         Self { name, listener, tls: None, workers, bounds, proxies: Proxies::None, times: Times::default() }
     }
 
-    /// Serves until the handle of what is returned says stop.
+    /// Serves until the returned server's handle stops it.
     ///
-    /// `app`: makes the application of a worker; the outermost layer of it is [`super::outermost`].
+    /// `app` makes the application of a worker; its outermost layer is [`super::outermost`].
     pub fn serve<F, I, S>(self, app: F) -> io::Result<Server>
     where
         F: Fn() -> I + Send + Clone + 'static,
@@ -139,7 +139,7 @@ impl Front {
             times: self.times,
             tls,
         };
-        // The front bounds connections itself: a worker that pauses would lock everyone out.
+        // The front limits connections itself: a paused worker would lock out every client.
         let builder = ServerBuilder::new()
             .workers(self.workers)
             .max_concurrent_connections(1 << 30)
@@ -190,14 +190,14 @@ impl Front {
     }
 }
 
-/// Whether a request came over TLS.
+/// Returns whether a request came over TLS.
 #[must_use]
 pub fn is_secure(req: &actix_web::HttpRequest) -> bool {
     req.conn_data::<Rc<Conn>>().is_some_and(|conn| conn.secure)
 }
 
 impl Shared {
-    /// One connection from its first byte to its end.
+    /// Handles one connection from its first byte to its end.
     async fn connection<A>(&self, stream: TcpStream, config: ServiceConfig, answer: impl FnOnce(Wire) -> A)
     where
         A: Future,
@@ -212,7 +212,7 @@ impl Shared {
         let conn = Conn::new(seat, self.tls.is_some());
         let own = Rc::clone(&conn);
         let run = async {
-            // Until the first byte comes, there is nothing but a socket and this future.
+            // Before the first byte, a connection consists of a socket and this future only.
             let by = accepted + self.times.head;
             let _ = timeout_at(by, stream.readable()).await;
             let io: Box<dyn Io> = match &self.tls {
@@ -224,7 +224,7 @@ impl Shared {
             };
             let mut wire = Box::new(Wire::new(io, conn, self.times.clone(), config, accepted));
             match poll_fn(|cx| wire.poll_first(cx)).await {
-                // Boxed: a connection that has said nothing does not pay for the room of the dispatcher.
+                // Boxed: a connection without a request does not pay for the dispatcher's memory.
                 Ok(Begun::Head) => drop(Box::pin(answer(*wire)).await),
                 Ok(Begun::Refused(status)) => {
                     let secure = wire.conn.secure;
@@ -242,7 +242,8 @@ impl Shared {
         .await;
     }
 
-    /// Answers a connection for which there is no room. Over TLS that would need a handshake: it is closed.
+    /// Answers a connection that was not admitted. Over TLS an answer would need a handshake, so the connection
+    /// is closed.
     async fn turn_away(&self, mut stream: TcpStream, source: IpAddr, full: Full) {
         if self.tls.is_some() {
             return;

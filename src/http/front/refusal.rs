@@ -1,4 +1,4 @@
-//! Answers that no handler made: a head that is too large, too slow or none at all, and no room.
+//! Answers that no handler makes: for a head that is too large, too slow or invalid, and for a full server.
 
 use std::time::Duration;
 
@@ -28,7 +28,8 @@ fn detail(status: StatusCode) -> &'static str {
     }
 }
 
-/// The answer with this status, as problem+json with the headers of every answer. It closes the connection.
+/// Builds the answer with this status, as problem+json with the headers of every answer. It closes the
+/// connection.
 #[must_use]
 pub(super) fn response(status: StatusCode, secure: bool) -> HttpResponse<BoxBody> {
     let id = crate::http::fresh_id();
@@ -55,7 +56,7 @@ pub(super) fn response(status: StatusCode, secure: bool) -> HttpResponse<BoxBody
     response
 }
 
-/// The same as bytes, for a connection that has no dispatcher yet.
+/// Builds the same answer as bytes, for a connection without a dispatcher.
 #[must_use]
 pub(super) fn bytes(status: StatusCode, secure: bool) -> Vec<u8> {
     let response = response(status, secure);

@@ -1,19 +1,19 @@
-//! How many connections this process bears: from its descriptors and its memory, with a reserve for the database,
-//! the agent and the registry.
+//! Computes how many connections this process supports, from its descriptors and memory. A reserve remains for
+//! the database, the agent and the registry.
 
 use std::fs;
 
 use super::admit::Bounds;
 use crate::config::Config;
 
-/// Descriptors that stay free for files, the agent, the registry and listeners.
+/// Descriptors reserved for files, the agent, the registry and listeners.
 const RESERVE: u64 = 256;
-/// Memory that a connection may cost at most: a head, a body of the API, buffers of the answer.
+/// Maximum memory of a connection: a head, a body of the API, buffers of the answer.
 const EACH: u64 = 128 << 10;
-/// Fewest connections, whatever the machine.
+/// Minimum number of connections on any machine.
 const LEAST: u64 = 64;
 
-/// Raises the soft limit of descriptors to the hard one and returns it.
+/// Raises the soft limit of descriptors to the hard limit and returns it.
 fn descriptors() -> u64 {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
@@ -26,7 +26,7 @@ fn descriptors() -> u64 {
     limit.current.unwrap_or(1 << 20)
 }
 
-/// Bytes that this process may use: the least of its control groups and of the machine.
+/// Returns the bytes that this process may use: the smallest limit of its control groups and the machine.
 fn memory() -> u64 {
     let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let files = own.lines().flat_map(limit_files);
@@ -40,7 +40,7 @@ fn total(meminfo: &str) -> Option<u64> {
     line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
 }
 
-/// The files that may bound the memory of a line in /proc/self/cgroup: those of the group and of all above it.
+/// Returns the files that may limit memory for a line of /proc/self/cgroup: of the group and of its ancestors.
 fn limit_files(line: &str) -> Vec<String> {
     let mut parts = line.splitn(3, ':').skip(1);
     let (root, file) = match parts.next() {
@@ -60,13 +60,13 @@ fn limit_files(line: &str) -> Vec<String> {
 }
 
 fn bear(descriptors: u64, memory: u64, database: u64) -> usize {
-    // A request may need a second one, toward the registry or the agent.
+    // A request may need a second connection, to the registry or the agent.
     let by_descriptors = descriptors.saturating_sub(RESERVE + 2 * database) / 2;
     let by_memory = memory / 2 / EACH;
     usize::try_from(by_descriptors.min(by_memory).max(LEAST)).unwrap_or(usize::MAX)
 }
 
-/// The bounds of the public listener.
+/// Returns the limits of the public listener.
 #[must_use]
 pub fn bounds(config: &Config) -> Bounds {
     let all = config

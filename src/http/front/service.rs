@@ -1,5 +1,5 @@
-//! The application as a connection calls it: it is told when an answer is done, answers what the stream has refused,
-//! and bounds the requests under way of each client behind a trusted proxy.
+//! The application as called by a connection. It reports finished answers, answers requests that the stream
+//! refused, and bounds the requests in progress of each client behind a trusted proxy.
 
 use std::fmt;
 use std::future::Future;
@@ -107,7 +107,7 @@ where
 }
 
 impl<S> Fronted<S> {
-    /// A place among the requests of a client behind a trusted proxy.
+    /// Takes a permit for a client behind a trusted proxy.
     fn room(&self, req: &Request) -> Result<Option<Permit<IpAddr>>, StatusCode> {
         let Some(peer) = req.peer_addr().map(|peer| peer.ip()) else { return Ok(None) };
         let proxies = &self.shared.proxies;
@@ -117,7 +117,7 @@ impl<S> Fronted<S> {
         let lines: Vec<&[u8]> = req.headers().get_all(FORWARDED).map(HeaderValue::as_bytes).collect();
         let own = lines.is_empty();
         let source = network(proxies.client(peer, lines.into_iter()));
-        // The proxy's own requests (its health checks) are bounded by its connections.
+        // The proxy's own requests (its health checks) are limited by its connections.
         if own && source == network(peer) {
             return Ok(None);
         }
@@ -129,7 +129,7 @@ impl<S> Fronted<S> {
     }
 }
 
-/// Tells the stream, when it is dropped, that the request is answered.
+/// Tells the stream on drop that the request is answered.
 struct Done(Rc<Conn>);
 
 impl Drop for Done {
@@ -138,7 +138,7 @@ impl Drop for Done {
     }
 }
 
-/// The body of an answer, with what is given back at its end.
+/// The body of an answer, with the permits that are returned at its end.
 pub(super) struct Answer {
     body: BoxBody,
     _done: Option<Done>,

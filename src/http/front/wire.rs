@@ -1,6 +1,6 @@
-//! One connection as the HTTP dispatcher sees it: a stream that hands on whole heads of bounded size, that ends when
-//! a head or a body takes too long, and that gives up on clients which do not read. The dispatcher never meets a head
-//! that it would refuse by itself, so that every answer is ours and bears our headers.
+//! One connection as seen by the HTTP dispatcher. The stream passes on complete heads of bounded size. It ends
+//! when a head or a body takes too long, or when the client does not read. The dispatcher never sees a head
+//! that it would refuse itself, so every answer carries the platform's headers.
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -21,20 +21,20 @@ use tokio_util::codec::Decoder;
 use super::Times;
 use super::admit::Seat;
 
-/// Largest head of a request, in bytes.
+/// Maximum size of a request's head, in bytes.
 pub(super) const HEAD_LIMIT: usize = 16 << 10;
-/// Bytes that are read at once.
+/// Bytes read at once.
 const READ: usize = 8 << 10;
-/// Most bytes and time that the end of a refused connection waits for its client to stop sending.
+/// Maximum bytes that are drained from a refused connection before it is closed.
 const DRAIN: usize = 256 << 10;
 
-/// A byte stream of either sort.
+/// A plain or TLS byte stream.
 pub(super) trait Io: AsyncRead + AsyncWrite + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Unpin> Io for T {}
 
-/// What the stream and the service of a connection tell each other.
+/// State shared by the stream and the service of a connection.
 pub(super) struct Conn {
-    /// Its place among the connections.
+    /// Its place in the table of connections.
     pub(super) seat: Seat,
     /// Whether it came over TLS.
     pub(super) secure: bool,
@@ -47,7 +47,7 @@ pub(super) struct Conn {
 }
 
 impl Conn {
-    /// A connection that waits for its first head.
+    /// Creates a connection that waits for its first head.
     #[must_use]
     pub(super) fn new(seat: Seat, secure: bool) -> Rc<Self> {
         Rc::new(Self {
@@ -61,12 +61,12 @@ impl Conn {
         })
     }
 
-    /// What has to be answered instead of the request, once.
+    /// Takes the status to answer instead of the request; set at most once.
     pub(super) fn take_refusal(&self) -> Option<StatusCode> {
         self.refusal.take()
     }
 
-    /// The request has been answered.
+    /// Marks the request as answered.
     pub(super) fn answered(&self) {
         self.busy.set(false);
         self.wake();
@@ -78,7 +78,7 @@ impl Conn {
         }
     }
 
-    /// Notes whether the client lets us wait, in either direction.
+    /// Sets whether the client makes the server wait, for reads and for writes.
     fn waits(&self, reads: Option<bool>, writes: Option<bool>) {
         let before = self.reads.get() || self.writes.get();
         self.reads.set(reads.unwrap_or_else(|| self.reads.get()));
@@ -90,7 +90,7 @@ impl Conn {
     }
 }
 
-/// A clock that is made when it is first needed.
+/// A timer that is created on first use.
 #[derive(Default)]
 struct Clock(Option<Pin<Box<Sleep>>>);
 
@@ -104,8 +104,8 @@ impl Clock {
     }
 }
 
-/// How long a client may still let us wait: it earns time by what it sends or takes, and keeps no more than twice the
-/// grace, or what the kernel's buffers took at once would buy it an hour.
+/// The time that a client may still let the server wait. It earns time by the bytes it sends or reads. The
+/// maximum is twice the grace: otherwise bytes that the kernel buffered at once would earn an hour.
 #[derive(Clone, Copy)]
 struct Pace {
     left: Duration,
@@ -123,42 +123,42 @@ impl Pace {
         self.left = (self.left.saturating_sub(waited) + earned).min(times.grace * 2);
     }
 
-    /// When the client will have been too slow.
+    /// Returns when the client counts as too slow.
     fn deadline(&mut self) -> Instant {
         *self.since.get_or_insert_with(Instant::now) + self.left
     }
 }
 
 enum Phase {
-    /// The next head has not arrived whole.
+    /// The next head is incomplete.
     Head,
     /// The body is being read.
     Body,
-    /// The request is whole and is being answered.
+    /// The request is complete and is being answered.
     Busy,
-    /// Something was refused: the connection ends after the answer.
+    /// The request was refused: the connection ends after the answer.
     Refused,
 }
 
 /// The stream.
 pub(super) struct Wire {
     io: Box<dyn Io>,
-    /// What it shares with the service.
+    /// State shared with the service.
     pub(super) conn: Rc<Conn>,
     times: Times,
-    /// Reads the same bytes as the dispatcher, to know where a request ends.
+    /// Parses the same bytes as the dispatcher, to find the end of a request.
     tee: Codec,
     phase: Phase,
-    /// Read, and not handed on yet.
+    /// Bytes read but not passed on.
     held: BytesMut,
-    /// How far `held` was searched for the end of a head.
+    /// Length of the part of `held` that was searched for the end of a head.
     searched: usize,
-    /// Handed on next.
+    /// Bytes to pass on next.
     out: BytesMut,
-    /// When the wait for this head began, and when its first byte came.
+    /// Start of the wait for this head, and the time of its first byte.
     idle: Instant,
     begun: Option<Instant>,
-    /// When the body of a request has to be whole.
+    /// Deadline of the request's body.
     body_by: Option<Instant>,
     reading: Pace,
     writing: Pace,
@@ -168,18 +168,18 @@ pub(super) struct Wire {
     drain_by: Option<Instant>,
 }
 
-/// What came of the wait for a head.
+/// The result of waiting for a head.
 pub(super) enum Begun {
-    /// A whole head is there.
+    /// A complete head arrived.
     Head,
-    /// The client has gone.
+    /// The client closed the connection.
     Gone,
-    /// It is refused.
+    /// The head is refused.
     Refused(StatusCode),
 }
 
 impl Wire {
-    /// A stream whose head has to be whole within the limits, counted from `accepted`.
+    /// Creates a stream whose first head must be complete within the limits, counted from `accepted`.
     pub(super) fn new(
         io: Box<dyn Io>,
         conn: Rc<Conn>,
@@ -208,7 +208,7 @@ impl Wire {
         }
     }
 
-    /// Waits for the first head, before anything is set up to answer it.
+    /// Waits for the first head, before the dispatcher is set up.
     pub(super) fn poll_first(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Begun>> {
         self.poll_head(cx)
     }
@@ -225,7 +225,8 @@ impl Wire {
             while let Some(b'\r' | b'\n') = self.held.first() {
                 self.held.advance(1);
             }
-            // No request begins with it: a client that tries TLS first on a plain port goes on at once, and others do.
+            // No request begins with such a byte. Clients that try TLS first on a plain port get their answer
+            // at once.
             if self.held.first().is_some_and(|byte| !byte.is_ascii_graphic()) {
                 return Poll::Ready(Ok(Begun::Refused(StatusCode::BAD_REQUEST)));
             }
@@ -273,11 +274,12 @@ impl Wire {
         Poll::Ready(Ok(buffer.filled().len()))
     }
 
-    /// The head is parsed by the dispatcher's own parser: what that refuses is refused here.
+    /// Parses the head with the dispatcher's parser, so this stream refuses every head that the dispatcher
+    /// would refuse.
     fn take_head(&mut self, end: usize) -> Begun {
         let head = self.held.split_to(end);
         if self.held.is_empty() {
-            // Nothing is kept for a connection that holds nothing.
+            // Free the buffer: an idle connection keeps no memory.
             self.held = BytesMut::new();
         }
         let mut copy = BytesMut::from(&head[..]);
@@ -291,7 +293,7 @@ impl Wire {
         let body = match self.tee.message_type() {
             MessageType::None => false,
             MessageType::Payload => true,
-            // What comes after an upgrade or a CONNECT has no end that we know.
+            // The bytes after an upgrade or a CONNECT have no known end.
             MessageType::Stream => return Begun::Refused(StatusCode::BAD_REQUEST),
         };
         let now = Instant::now();
@@ -313,7 +315,7 @@ impl Wire {
         Begun::Head
     }
 
-    /// Bytes of a body: those that belong to it are handed on, the others belong to the next head.
+    /// Splits received bytes: those of the body are passed on, the rest belongs to the next head.
     fn body(&mut self, bytes: &[u8]) -> Result<(), StatusCode> {
         let mut rest = BytesMut::from(bytes);
         loop {
@@ -323,7 +325,7 @@ impl Wire {
                     break;
                 }
                 Ok(Some(_)) => {}
-                // An incomplete chunk header stays within the parser: the dispatcher's has the same.
+                // The parser keeps an incomplete chunk header, as the dispatcher's parser does.
                 Ok(None) => {
                     rest.clear();
                     break;
@@ -337,8 +339,8 @@ impl Wire {
         Ok(())
     }
 
-    /// The answer is now this. Between two requests the dispatcher is handed one that the service answers so; while a
-    /// request is under way, the service ends it.
+    /// Sets the answer to this status. Between two requests, the dispatcher gets an artificial request that the
+    /// service answers with it. During a request, the service ends that request.
     fn refuse(&mut self, status: StatusCode) {
         if !self.conn.busy.replace(true) {
             self.out = BytesMut::from(&b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n"[..]);
@@ -366,7 +368,7 @@ impl Wire {
         let deadline = self.body_by.map_or(slow, |by| by.min(slow));
         std::task::ready!(self.read_clock.poll(cx, deadline));
         if !self.conn.busy.get() {
-            // It was answered already, and the rest is waited for in vain.
+            // The request is already answered, and the rest of its body does not arrive.
             return Poll::Ready(Ok(false));
         }
         self.refuse_body(cx, StatusCode::REQUEST_TIMEOUT);
@@ -380,8 +382,8 @@ impl Wire {
 }
 
 impl Wire {
-    /// Holds a flush or a shutdown to the time that the client has: with TLS both wait for it to read, since what was
-    /// written stands in a buffer of our own.
+    /// Limits a flush or a shutdown to the client's remaining time. With TLS both wait for the client to read,
+    /// because written data stays in a buffer of this process.
     fn bound(&mut self, cx: &mut Context<'_>, outcome: Poll<io::Result<()>>) -> Poll<io::Result<()>> {
         if outcome.is_ready() {
             self.conn.waits(None, Some(false));
@@ -395,7 +397,7 @@ impl Wire {
     }
 }
 
-/// Where the head in these bytes ends: after its first empty line.
+/// Returns the end of the head: the offset after its first empty line.
 fn head_end(bytes: &[u8], mut from: usize) -> Option<usize> {
     while let Some(at) = bytes[from..].iter().position(|byte| *byte == b'\n') {
         let after = from + at + 1;
@@ -437,7 +439,7 @@ impl AsyncRead for Wire {
                     wire.idle = Instant::now();
                     wire.begun = (!wire.held.is_empty()).then_some(wire.idle);
                 }
-                // A client that hangs up is heard; what it sends ahead is bounded.
+                // Keep reading to notice a client that hangs up; the bytes that it sends ahead are bounded.
                 Phase::Busy => {
                     *wire.conn.waker.borrow_mut() = Some(cx.waker().clone());
                     if wire.held.len() >= HEAD_LIMIT {
@@ -477,8 +479,8 @@ impl AsyncWrite for Wire {
         wire.bound(cx, outcome)
     }
 
-    /// Half closed first, and what the client still sends is read for a moment: an answer that is followed by a reset
-    /// would be lost.
+    /// Half-closes the connection first, then reads the client's data for a moment. A reset right after the
+    /// answer would destroy the answer.
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let wire = self.get_mut();
         if wire.drain_by.is_none() {
@@ -522,7 +524,7 @@ mod tests {
         assert_eq!(head_end(b"", 0), None);
     }
 
-    /// A client over TLS that reads nothing: what is written is buffered, and no flush comes to its end.
+    /// A TLS client that reads nothing: written data is buffered, and no flush completes.
     struct Unread;
 
     impl AsyncRead for Unread {
@@ -572,10 +574,10 @@ mod tests {
         pace.since = Instant::now().checked_sub(Duration::from_secs(4));
         pace.moved(2000, &times);
         assert_eq!(left(&pace), 10 + 2 - 4);
-        // Our own work costs the client nothing: only a wait that has begun counts.
+        // The server's own work costs the client nothing: only waiting counts.
         pace.moved(0, &times);
         assert_eq!(left(&pace), 8);
-        // A burst that buffers took buys no hour.
+        // A burst into buffers does not earn an hour.
         pace.moved(100_000_000, &times);
         assert_eq!(left(&pace), 20);
         pace.since = Instant::now().checked_sub(Duration::from_secs(60));

@@ -1,19 +1,20 @@
-//! The tar format, read as a stream in bounded memory: blocks in, one entry after the other out. Long names and
-//! PAX records are merged into their entry; what no builder writes and readers disagree about is refused.
+//! Reads the tar format as a stream in bounded memory and returns one entry after the other. Merges long names
+//! and PAX records into their entry. Refuses forms that no builder writes or that readers interpret
+//! differently.
 
 use std::io::{ErrorKind, Read};
 
 use super::Stop;
 
 const BLOCK: usize = 512;
-/// Most bytes of the headers that belong to one entry (what Go's reader takes).
+/// Maximum bytes of the headers of one entry (the limit of Go's reader).
 const EXTENSION: u64 = 1 << 20;
-/// Longest path and longest link, in bytes (PATH_MAX without its NUL).
+/// Maximum length of a path and of a link, in bytes (PATH_MAX without its NUL).
 pub(super) const PATH: usize = 4095;
-/// Most bytes behind the end of the archive: the engine holds them in memory.
+/// Maximum bytes after the end of the archive: the engine holds them in memory.
 const BEHIND: u64 = 1 << 20;
 
-/// What an entry is.
+/// The type of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Type {
     /// A regular file.
@@ -22,9 +23,9 @@ pub(super) enum Type {
     HardLink,
     /// A symbolic link.
     SymbolicLink,
-    /// A device; whether it is the one that hides what lies below (0, 0).
+    /// A device. Device (0, 0) is a whiteout: it hides the lower layers' file.
     Device {
-        /// It is.
+        /// Whether it is a whiteout.
         whiteout: bool,
     },
     /// A directory.
@@ -33,7 +34,7 @@ pub(super) enum Type {
     Fifo,
 }
 
-/// One entry.
+/// One entry of an archive.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) path: Vec<u8>,
@@ -45,12 +46,12 @@ pub(super) struct Entry {
 /// Reads an archive.
 pub(super) struct Archive<R> {
     input: R,
-    /// Bytes of the entry's content, with its padding, that were not read yet.
+    /// Unread bytes of the entry's content.
     left: u64,
     padding: u64,
-    /// Bytes that were read.
+    /// Bytes read so far.
     taken: u64,
-    /// Bytes of the headers that stand for themselves.
+    /// Bytes of all global headers.
     globals: u64,
 }
 
@@ -70,12 +71,12 @@ impl<R: Read> Archive<R> {
         Self { input, left: 0, padding: 0, taken: 0, globals: 0 }
     }
 
-    /// Bytes that were read.
+    /// Returns the number of bytes read so far.
     pub(super) fn taken(&self) -> u64 {
         self.taken
     }
 
-    /// The next entry; none at the end.
+    /// Returns the next entry; none at the end.
     pub(super) fn next(&mut self) -> Result<Option<Entry>, Stop> {
         self.skip()?;
         let mut extension = Extension::default();
@@ -88,7 +89,7 @@ impl<R: Read> Archive<R> {
             let size = header.size()?;
             match header.kind() {
                 kind @ (b'x' | b'g' | b'L' | b'K') => {
-                    // A global header stands for itself; those of an archive have one bound together.
+                    // Global headers belong to no entry; all of an archive share one limit.
                     let sum = if kind == b'g' { &mut self.globals } else { &mut extended };
                     *sum = sum.saturating_add(size).saturating_add(BLOCK as u64);
                     if *sum > EXTENSION {
@@ -132,16 +133,16 @@ impl<R: Read> Archive<R> {
             b'5' => Type::Directory,
             b'6' => Type::Fifo,
             b'S' => return refuse("it has a sparse file"),
-            _ => return refuse("it has an entry of a type that is not known"),
+            _ => return refuse("it has an entry of an unknown type"),
         };
-        // Others have no content, whatever their header says.
+        // Other types have no content, whatever size the header claims.
         let size = if kind == Type::File { size } else { 0 };
         self.left = size;
         self.padding = size.wrapping_neg() % BLOCK as u64;
         Ok(Entry { path, link, kind, size })
     }
 
-    /// The content of the entry, up to `most` bytes.
+    /// Reads the content of the entry, up to `most` bytes.
     pub(super) fn content(&mut self, most: u64) -> Result<Vec<u8>, Stop> {
         let mut bytes = Vec::new();
         let read = (&mut self.input).take(self.left.min(most)).read_to_end(&mut bytes)?;
@@ -162,7 +163,7 @@ impl<R: Read> Archive<R> {
         Ok(())
     }
 
-    /// The bytes of an extension.
+    /// Reads the bytes of an extension.
     fn bytes(&mut self, size: u64) -> Result<Vec<u8>, Stop> {
         (self.left, self.padding) = (size, size.wrapping_neg() % BLOCK as u64);
         let bytes = self.content(size)?;
@@ -170,7 +171,7 @@ impl<R: Read> Archive<R> {
         Ok(bytes)
     }
 
-    /// The next header; none at the end of the archive.
+    /// Reads the next header; none at the end of the archive.
     fn block(&mut self) -> Result<Option<[u8; BLOCK]>, Stop> {
         let mut block = [0; BLOCK];
         match self.fill(&mut block)? {
@@ -192,7 +193,7 @@ impl<R: Read> Archive<R> {
         }
     }
 
-    /// Reads a whole block, or as much as there is.
+    /// Reads a complete block, or all bytes that remain.
     fn fill(&mut self, block: &mut [u8; BLOCK]) -> Result<usize, Stop> {
         let mut filled = 0;
         while filled < BLOCK {
@@ -209,7 +210,7 @@ impl<R: Read> Archive<R> {
         Ok(filled)
     }
 
-    /// Reads on to the end of the input: how many bytes there were in all.
+    /// Reads to the end of the input. Returns the total number of bytes.
     pub(super) fn finish(mut self) -> Result<u64, Stop> {
         let behind = std::io::copy(&mut (&mut self.input).take(BEHIND + 1), &mut std::io::sink())?;
         if behind > BEHIND { refuse("more than 1 MiB follows its end") } else { Ok(self.taken + behind) }
@@ -219,13 +220,13 @@ impl<R: Read> Archive<R> {
 /// A header block.
 struct Header<'a>(&'a [u8; BLOCK]);
 
-/// A field up to its first NUL.
+/// Returns the bytes of a field before its first NUL.
 fn text(field: &[u8]) -> &[u8] {
     field.split(|b| *b == 0).next().unwrap_or_default()
 }
 
 impl Header<'_> {
-    /// Whether the checksum holds; the sum was signed in old archives.
+    /// Checks the checksum. Old archives computed a signed sum.
     fn is_whole(&self) -> bool {
         let Some(told) = octal(&self.0[148..156]) else { return false };
         let bytes = self.0.iter().enumerate().map(|(n, b)| if (148..156).contains(&n) { b' ' } else { *b });
@@ -252,7 +253,7 @@ impl Header<'_> {
     fn path(&self) -> Vec<u8> {
         let name = text(&self.0[..100]);
         let prefix = text(&self.0[345..500]);
-        // Only the form of POSIX has a prefix.
+        // Only the POSIX format has a prefix.
         if &self.0[257..263] == b"ustar\0" && !prefix.is_empty() {
             return [prefix, b"/", name].concat();
         }
@@ -269,13 +270,13 @@ fn octal(field: &[u8]) -> Option<u64> {
     if text.is_empty() { Some(0) } else { u64::from_str_radix(text, 8).ok() }
 }
 
-/// A number in octal digits, or in binary when the first bit is set.
+/// Parses a number: octal digits, or binary if the first bit is set.
 fn number(field: &[u8]) -> Result<u64, Stop> {
     let value = match field {
         [0x80, rest @ ..] => {
             rest.iter().try_fold(0_u64, |sum, b| sum.checked_mul(256).map(|sum| sum | u64::from(*b)))
         }
-        // Negative, or of more than 88 bits.
+        // Negative, or longer than 88 bits.
         [first, ..] if first & 0x80 != 0 => None,
         _ => octal(field),
     };
@@ -304,7 +305,7 @@ fn records(bytes: &[u8], into: &mut Extension) -> Result<(), Stop> {
     each(bytes, |key, value| {
         match key {
             b"path" | b"linkpath" if value.contains(&0) => return refuse("a path in it has a NUL byte"),
-            // An empty value takes back what was given before.
+            // An empty value revokes an earlier one.
             b"path" => into.path = Some(value.to_vec()).filter(|value| !value.is_empty()),
             b"linkpath" => into.link = Some(value.to_vec()).filter(|value| !value.is_empty()),
             b"size" => {
@@ -315,9 +316,11 @@ fn records(bytes: &[u8], into: &mut Extension) -> Result<(), Stop> {
                 into.size = Some(size);
             }
             _ if key.starts_with(b"GNU.sparse.") => return refuse("it has a sparse file"),
-            // `trusted.overlay.redirect` shows one folder in the place of another.
+            // `trusted.overlay.redirect` makes overlayfs show another folder in this place.
             _ if key.starts_with(b"SCHILY.xattr.trusted.") => {
-                return refuse("it sets trusted attributes, which are orders to the kernel");
+                return refuse(
+                    "it sets trusted attributes, which would control the kernel's overlay file system",
+                );
             }
             _ => {}
         }
@@ -325,10 +328,10 @@ fn records(bytes: &[u8], into: &mut Extension) -> Result<(), Stop> {
     })
 }
 
-/// A header for all that follows says nothing that matters.
+/// Checks a global header: only keys that do not affect entries are accepted.
 fn global(bytes: &[u8]) -> Result<(), Stop> {
     each(bytes, |key, _| match key {
         b"comment" | b"mtime" | b"atime" | b"ctime" | b"uid" | b"gid" | b"uname" | b"gname" => Ok(()),
-        _ => refuse("it has a header for all entries that changes them"),
+        _ => refuse("it has a header that changes all entries"),
     })
 }

@@ -1,7 +1,8 @@
-//! What an image becomes on the engine's disk, and what it would give a process of root to open: measured once for
-//! each layer by a bounded read of it as a stream. Nothing is ever unpacked here.
+//! Measures each layer once by a bounded read of its stream: its size on the engine's disk, and the files that
+//! a privileged process would open in it. Nothing is unpacked here.
 //!
-//! The engine (Podman 4.3 with containers/storage) decides what can be unpacked; its rules are those of `tree.rs`.
+//! The engine (Podman 4.3 with containers/storage) decides what can be unpacked; `tree.rs` implements its
+//! rules.
 
 use std::io::{BufReader, Cursor, Read};
 use std::time::Instant;
@@ -20,38 +21,38 @@ pub use packing::Packing;
 use archive::{Archive, Entry, Type};
 use tree::{Node, Tree};
 
-/// Largest `etc/passwd` and `etc/group`, in bytes.
+/// Maximum size of `etc/passwd` and `etc/group`, in bytes.
 const NAMES: u64 = 256 << 10;
-/// How much of them is kept to look names up in.
+/// Maximum bytes of them that are stored for name lookups.
 const KEPT: usize = 32 << 10;
-/// Most files of a layer whose text is held while it is read.
+/// Maximum number of files in a layer whose text is held during the read.
 const HELD: usize = 64;
-/// Bytes that a file takes at least on the disk.
+/// Minimum bytes that a file takes on the disk.
 const DISK_BLOCK: u64 = 4096;
-/// A layer may unpack to so many times its size, and in any case to `SMALL`.
+/// A layer may unpack to this many times its size, and always to `SMALL`.
 const RATIO: u64 = 200;
 const SMALL: u64 = 1 << 20;
-/// Most bytes that one layer may unpack to.
+/// Maximum bytes that one layer may unpack to.
 const LARGEST: u64 = 32 << 30;
 
-/// Why a layer was not read to its end.
+/// The reason why a layer was not read to its end.
 #[derive(Debug)]
 pub enum Stop {
-    /// It will never be taken, and why.
+    /// The layer is never accepted, with the reason.
     Refused(String),
-    /// More than was left of the quota.
+    /// The layer exceeds the remaining quota.
     Quota,
-    /// It took too long.
+    /// The time limit was reached.
     Late,
-    /// Other bytes came than its digest names.
+    /// The received bytes do not match the digest.
     Altered,
-    /// It could not be read.
+    /// The layer could not be read.
     Broken(std::io::Error),
 }
 
 impl From<std::io::Error> for Stop {
     fn from(error: std::io::Error) -> Self {
-        // The bounds of the stream below come up through the readers above it as errors of theirs.
+        // The limits of the lower stream arrive wrapped in errors of the readers above it.
         match error.downcast::<Bound>() {
             Ok(Bound::Ratio) => Self::Refused(format!("it unpacks to more than {RATIO} times its size")),
             Ok(Bound::Size) => Self::Refused("it unpacks to more than 32 GiB".into()),
@@ -68,7 +69,7 @@ impl From<std::io::Error> for Stop {
     }
 }
 
-/// A bound that a stream has met.
+/// A limit that a stream has reached.
 #[derive(Debug, thiserror::Error)]
 enum Bound {
     #[error("ratio")]
@@ -83,26 +84,26 @@ enum Bound {
     Away(std::io::Error),
 }
 
-/// What a layer has at a path.
+/// The content of a layer at a path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum There {
-    /// Nothing: what lies below counts.
+    /// Nothing: the lower layers decide.
     Nothing,
-    /// It hides what lies below.
+    /// A whiteout: hides the path of the lower layers.
     Hidden,
-    /// A directory; whether it hides what lies below in it.
+    /// A directory.
     Directory {
-        /// It does.
+        /// Whether it hides the content of the lower layers.
         opaque: bool,
     },
-    /// A regular file of bounded size, and the text of it that is kept.
+    /// A regular file of bounded size, with its stored text.
     File(String),
-    /// Something that is refused, in a few words.
+    /// A refused file, with the reason.
     Refused(String),
 }
 
-/// What is known of a layer.
+/// The result of measuring a layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerReport {
     /// Digest of the unpacked layer.
@@ -111,13 +112,13 @@ pub struct LayerReport {
     pub bytes: u64,
     /// Files and directories in it.
     pub files: u64,
-    /// How it is packed; not known of a layer that is not taken.
+    /// Compression; none for a refused layer.
     #[serde(default)]
     pub packing: Option<Packing>,
-    /// Why it is not taken; empty when it is.
+    /// Reason of the refusal; empty for an accepted layer.
     #[serde(default)]
     pub refused: String,
-    /// Whether it hides everything below.
+    /// Whether it hides all lower layers.
     #[serde(default)]
     pub opaque: bool,
     /// `etc`.
@@ -129,7 +130,7 @@ pub struct LayerReport {
 }
 
 impl LayerReport {
-    /// The report on a layer that is not taken.
+    /// Creates the report of a refused layer.
     #[must_use]
     pub fn refused(why: String) -> Self {
         Self {
@@ -146,19 +147,20 @@ impl LayerReport {
     }
 }
 
-/// Bounds of one read.
+/// Limits of one read.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
-    /// Bytes of the layer as it is stored.
+    /// Bytes of the stored layer.
     pub stored: u64,
-    /// Bytes that it may become on the engine's disk.
+    /// Bytes that it may take on the engine's disk.
     pub budget: u64,
-    /// When it must have ended.
+    /// Deadline.
     pub until: Instant,
 }
 
-/// Measures one layer: gzip (all its members) or a plain archive, told apart by its first bytes. A verdict is given
-/// only on the very bytes that the digest names: what was not needed for it is read to its end, too.
+/// Measures one layer: gzip (all its members) or a plain archive, detected by its first bytes. The verdict
+/// applies only to the exact bytes of the digest, so bytes that the verdict does not need are read to the end
+/// too.
 pub fn measure(layer: impl Read, digest: &Digest, bounds: Bounds) -> Result<LayerReport, Stop> {
     let mut stored = Stored { input: layer, hash: Sha256::new(), read: 0, bounds };
     let outcome = unpack(&mut stored, bounds);
@@ -190,7 +192,7 @@ fn digest_of(hash: Sha256) -> Option<Digest> {
     format!("sha256:{}", data_encoding::HEXLOWER.encode(&hash.finalize())).parse().ok()
 }
 
-/// The layer as it is stored: what goes wrong here is not the layer's fault.
+/// The stored layer. Errors here are not the layer's fault.
 struct Stored<R> {
     input: R,
     hash: Sha256,
@@ -199,7 +201,7 @@ struct Stored<R> {
 }
 
 impl<R: Read> Stored<R> {
-    /// Reads on to the end, and holds all that came against the digest and the size.
+    /// Reads to the end and compares all bytes with the digest and the size.
     fn check(mut self, digest: &Digest) -> Result<(), Stop> {
         std::io::copy(&mut self, &mut std::io::sink())?;
         if self.read == self.bounds.stored && digest_of(self.hash).as_ref() == Some(digest) {
@@ -227,7 +229,7 @@ impl<R: Read> Read for Stored<R> {
     }
 }
 
-/// The unpacked layer: counted, hashed and held to its bounds.
+/// The unpacked layer: counted, hashed and limited.
 struct Unpacked<R> {
     input: R,
     hash: Sha256,
@@ -271,7 +273,7 @@ fn walk(input: &mut impl Read, bounds: Bounds) -> Result<LayerReport, Stop> {
     let (mut bytes, mut held) = (0_u64, 0);
     while let Some(entry) = archive.next()? {
         bytes = bytes.saturating_add(entry.size.next_multiple_of(DISK_BLOCK).max(DISK_BLOCK));
-        // Bytes that become no file count as they are: the engine reads them, too.
+        // Bytes that belong to no file count too, because the engine reads them.
         if bytes.max(archive.taken()) > bounds.budget {
             return Err(Stop::Quota);
         }
@@ -303,10 +305,10 @@ fn may_be_names(entry: &Entry) -> bool {
     entry.kind == Type::File && entry.size <= NAMES && matches!(last, b"passwd" | b"group")
 }
 
-/// Whole lines of a file, as far as they are kept. No NUL: the database takes none.
+/// Returns the complete lines that are stored of a file. Removes NUL, which the database refuses.
 fn kept(bytes: &[u8]) -> Box<str> {
     let mut text = String::from_utf8_lossy(bytes).replace('\0', "");
-    // What replaces bytes that are no text is longer than they are.
+    // The replacement of a non-text byte is longer than the byte.
     if text.len() > KEPT {
         let end = text.as_bytes()[..KEPT].iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
         text.truncate(end);
@@ -339,25 +341,25 @@ fn names(node: Option<&Node>, path: &str) -> There {
     There::Refused(format!("{path} is {what}, not a regular file"))
 }
 
-/// What the layers of an image are together, from the bottom.
+/// The merged layers of an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Merged {
-    /// Why the image is not taken.
+    /// Reason why the image is refused.
     pub refused: Option<String>,
-    /// `etc/passwd`, as far as it is kept.
+    /// `etc/passwd`, up to the stored length.
     pub passwd: String,
-    /// `etc/group`, likewise.
+    /// `etc/group`, up to the stored length.
     pub group: String,
 }
 
-/// The first layer that is not taken, and why.
+/// Returns the first refused layer with its reason.
 #[must_use]
 pub fn refusal(layers: &[LayerReport]) -> Option<String> {
     let (n, layer) = layers.iter().enumerate().find(|(_, layer)| !layer.refused.is_empty())?;
     Some(format!("layer {} of {}: {}", n + 1, layers.len(), layer.refused))
 }
 
-/// The first layer that is packed in another way than its media type says, and how.
+/// Returns the first layer whose compression contradicts its media type, with both.
 pub fn mislabelled<'a>(
     layers: &[LayerReport],
     media_types: impl IntoIterator<Item = &'a str>,
@@ -369,7 +371,7 @@ pub fn mislabelled<'a>(
     })
 }
 
-/// Lays layers upon each other as the kernel does.
+/// Merges layers in the same way as the kernel's overlay file system.
 #[must_use]
 pub fn merge(layers: &[LayerReport]) -> Merged {
     if let Some(why) = refusal(layers) {
@@ -380,7 +382,7 @@ pub fn merge(layers: &[LayerReport]) -> Merged {
     for layer in layers.iter().rev() {
         match &layer.etc {
             There::Directory { .. } => is_directory = true,
-            // Below a directory it is hidden; at the top it is what the image has.
+            // Below a directory it is hidden; at the top it is the image's `etc`.
             There::Refused(why) if !is_directory => return stopped(why),
             There::Hidden | There::Refused(_) | There::File(_) => break,
             There::Nothing => {}

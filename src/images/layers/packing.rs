@@ -1,47 +1,47 @@
-//! How a layer is packed, told by its first bytes. The engine tells it by the same bytes: a layer that one reader takes
-//! for a plain archive and another one unpacks would hold two file trees. So each form that the engine knows is named
-//! here, and an archive that is not packed has to say so itself.
+//! The compression of a layer, detected by its first bytes. The engine uses the same bytes. A layer that one
+//! reader treats as a plain archive and another one decompresses would contain two file trees. Therefore every
+//! format that the engine knows is listed here, and a plain archive must carry the tar magic.
 
 use serde::{Deserialize, Serialize};
 
 use super::Stop;
 
-/// Bytes of a layer that are looked at: one block of an archive.
+/// Bytes used for the detection: one block of an archive.
 pub(super) const HEAD: usize = 512;
 
-/// How a layer is packed.
+/// The compression of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Packing {
-    /// A tar archive as it is.
+    /// An uncompressed tar archive.
     Plain,
     /// gzip.
     Gzip,
 }
 
 impl Packing {
-    /// How the layer is packed that begins with these bytes.
+    /// Detects the compression from the first bytes.
     pub(super) fn of(head: &[u8]) -> Result<Self, Stop> {
         let refuse = |what: &str| {
             Err(Stop::Refused(format!(
-                "it is packed with {what}, which is not taken: push it packed with gzip"
+                "it is packed with {what}, which is not supported: push it packed with gzip"
             )))
         };
         match head {
             [0x1f, 0x8b, ..] => Ok(Self::Gzip),
             [0x28, 0xb5, 0x2f, 0xfd, ..] => refuse("zstd"),
-            // A frame that readers of zstd skip.
+            // A frame that zstd readers skip.
             [first, 0x2a, 0x4d, 0x18, ..] if first & 0xf0 == 0x50 => refuse("zstd"),
             [0xfd, b'7', b'z', b'X', b'Z', ..] => refuse("xz"),
             [b'B', b'Z', b'h', ..] => refuse("bzip2"),
-            // The end of an archive without entries, or no bytes at all.
+            // The end of an archive without entries, or an empty layer.
             head if head.iter().all(|byte| *byte == 0) => Ok(Self::Plain),
             head if head.len() == HEAD && &head[257..262] == b"ustar" => Ok(Self::Plain),
-            _ => Err(Stop::Refused("it is not a tar archive, packed with gzip or not packed".into())),
+            _ => Err(Stop::Refused("it is not a tar archive, plain or packed with gzip".into())),
         }
     }
 
-    /// Why a layer that is packed in this way is not what its media type says; none where it is.
+    /// Describes the contradiction between this compression and a media type; none if they agree.
     #[must_use]
     pub fn against(self, media_type: &str) -> Option<String> {
         let says = match media_type.rsplit(['.', '+']).next() {
@@ -53,7 +53,7 @@ impl Packing {
             Self::Gzip => "gzip",
             Self::Plain => "a plain archive",
         };
-        (says != is).then(|| format!("its mediaType ({media_type}) says {says}, and it is {is}"))
+        (says != is).then(|| format!("its mediaType ({media_type}) means {says}, but the layer is {is}"))
     }
 }
 
@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn what_the_engine_would_unpack_is_never_a_plain_archive() {
-        // Each of these is a legal name of a file in an archive.
+        // Each of these is a valid name of a file in an archive.
         for start in [
             &b"\xfd7zXZ\0"[..],
             b"BZh9",
@@ -86,7 +86,7 @@ mod tests {
         assert_eq!(Packing::of(&[0; HEAD]).unwrap(), Packing::Plain);
         assert_eq!(Packing::of(b"").unwrap(), Packing::Plain);
         assert_eq!(Packing::of(b"\x1f\x8b").unwrap(), Packing::Gzip);
-        // The oldest form of tar has no word for itself: no builder writes it.
+        // The oldest tar format has no magic; no builder writes it.
         for start in [&b"name"[..], b"\x1f", b"PK\x03\x04"] {
             let mut head = archive(start);
             head[257..262].fill(0);

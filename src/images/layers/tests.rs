@@ -1,4 +1,4 @@
-//! The measuring of layers, with archives built byte by byte.
+//! Tests of the measurement, with archives built byte by byte.
 
 use std::time::Duration;
 
@@ -71,7 +71,7 @@ fn a_layer_is_measured_as_it_lies_on_the_disk() {
     assert_eq!(found.diff_id, Digest::of(&plain));
     let packed = report(&gzip(&plain));
     assert_eq!(packed, LayerReport { packing: Some(Packing::Gzip), ..found.clone() });
-    // Members of gzip are one stream.
+    // The members of gzip form one stream.
     let (first, second) = plain.split_at(700);
     assert_eq!(report(&[gzip(first), gzip(second)].concat()), packed);
     let many: Vec<u8> =
@@ -79,7 +79,7 @@ fn a_layer_is_measured_as_it_lies_on_the_disk() {
     assert_eq!(report(&many).bytes, 2000 * 4096);
 }
 
-/// What Podman 4.3.1 was seen to refuse and to take.
+/// Cases that Podman 4.3.1 was observed to refuse or accept.
 #[test]
 fn what_the_engine_cannot_unpack_is_refused_and_nothing_else() {
     let f = |path: &'static str| (path, b'0', "", &b"x"[..]);
@@ -145,7 +145,7 @@ fn names_of_users_are_regular_files_however_they_are_spelled() {
     assert!(refused(&[&[("etc/passwd", b'0', "", &vec![b'\n'; 300 << 10])]]).contains("256 KiB"));
     assert!(refused(&[&[("p", b'6', "", b""), ("etc/passwd", b'1', "p", b"")]]).contains("FIFO"));
     assert!(refused(&[&[dir, ("x", b'2', "etc", b""), ("x/passwd", b'6', "", b"")]]).contains("FIFO"));
-    // The upper layer wins, as whiteouts and opaque folders do.
+    // The upper layer wins; whiteouts and opaque folders hide lower files.
     let good: &[Given<'_>] = &[dir, ("etc/passwd", b'0', "", APP)];
     let bad: &[Given<'_>] = &[dir, ("etc/passwd", b'6', "", b"")];
     assert_eq!(merged(&[bad, good]).passwd.as_bytes(), APP);
@@ -154,7 +154,7 @@ fn names_of_users_are_regular_files_however_they_are_spelled() {
     for hidden in ["etc/.wh.passwd", "etc/.wh..wh..opq", ".wh.etc", ".wh..wh..opq"] {
         assert_eq!(merged(&[bad, &[(hidden, b'0', "", b"")]]), Merged::default(), "{hidden}");
     }
-    // A link below a folder is hidden with all that it would show.
+    // A folder in an upper layer hides a link and everything behind it.
     assert_eq!(merged(&[&[("etc", b'2', "x", b"")], good]).refused, None);
     // Device 0, 0 is the kernel's own whiteout.
     let mut device = header(b"etc/passwd", b'3', "", 0);
@@ -189,7 +189,7 @@ fn long_names_and_records_of_every_form_are_heard() {
     }
     let sparse = b"33 GNU.sparse.realsize=1000000000\n";
     assert!(why(&extended(b'x', &[b"34", &sparse[2..]].concat(), &file)).contains("sparse"));
-    // A record of 2 GiB is not read: its header alone is enough.
+    // A record of 2 GiB is refused by its header, without reading it.
     let bomb = header(b"x", b'x', "", 2 << 30);
     assert!(why(bomb.as_bytes()).contains("1 MiB"));
     assert!(why(&extended(b'x', b"99 path=a\n", &file)).contains("extended header"));
@@ -209,15 +209,15 @@ impl Read for Away {
 fn bombs_cost_what_their_bounds_say() {
     let zeros = layer(&[("a", b'0', "", &vec![0; 8 << 20])]);
     assert!(why(&gzip(&zeros)).contains("200 times"));
-    // Small ones compress as well as they like.
+    // Small layers may compress at any ratio.
     assert_eq!(report(&gzip(&layer(&[("a", b'0', "", &vec![0; 900 << 10])]))).files, 1);
-    // A claim of 2 GiB, and nothing behind it.
+    // A claimed size of 2 GiB without content.
     assert!(why(header(b"a", b'0', "", 2 << 30).as_bytes()).contains("cut off"));
     let quota = Bounds { budget: 1 << 20, ..bounds(8 << 20) };
     assert!(matches!(measure(&zeros[..], &Digest::of(&zeros[..]), quota), Err(Stop::Quota)));
     let late = Bounds { until: Instant::now(), ..bounds(zeros.len()) };
     assert!(matches!(measure(&zeros[..], &Digest::of(&zeros[..]), late), Err(Stop::Late)));
-    // What follows the end of the archive is held in memory by the engine.
+    // The engine holds the bytes after the archive's end in memory.
     let mut behind = layer(&[("a", b'0', "", b"")]);
     behind.resize(behind.len() + (2 << 20), 1);
     assert!(why(&behind).contains("follows its end"));
@@ -231,13 +231,13 @@ fn bombs_cost_what_their_bounds_say() {
         matches!(measure(Away, &Digest::of(b""), bounds(1)), Err(Stop::Broken(_))),
         "the registry's fault is not the layer's"
     );
-    // Deep paths and circles of links end.
+    // Deep paths and link loops terminate.
     let deep = "d/".repeat(49) + "x";
     let many: Vec<Given<'_>> = vec![("l", b'2', "l/l/l/l", b""), (&deep, b'0', "", b"")];
     assert_eq!(report(&layer(&many)).files, 51);
 }
 
-/// Gives one byte at a time.
+/// Returns one byte at a time.
 struct Slow<'a>(&'a [u8]);
 impl Read for Slow<'_> {
     fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
@@ -246,7 +246,7 @@ impl Read for Slow<'_> {
     }
 }
 
-/// One reader takes it for an archive, the engine for something packed: two file trees in one layer.
+/// One reader sees an archive, the engine sees compressed data: two file trees in one layer.
 #[test]
 fn a_layer_of_two_forms_is_refused() {
     let inner = b"what the engine would find";
@@ -257,7 +257,7 @@ fn a_layer_of_two_forms_is_refused() {
         assert_eq!(tar::Archive::new(&bytes[..]).entries().unwrap().count(), 1, "a plain archive to others");
         assert!(why(&bytes).contains("is packed with"), "{magic:?}");
     }
-    // The first bytes come one by one: the form is still told from all of them.
+    // Even if the first bytes arrive one by one, all of them decide the format.
     let packed = gzip(&layer(&[("a", b'0', "", b"x")]));
     let found = measure(Slow(&packed), &Digest::of(&packed), bounds(packed.len())).unwrap();
     assert_eq!((found.files, found.packing), (1, Some(Packing::Gzip)));
@@ -275,7 +275,7 @@ fn a_verdict_is_only_given_on_the_bytes_of_the_digest() {
             let other = measure(&bytes[..], &Digest::of(bytes), bounds(size));
             assert!(matches!(other, Err(Stop::Altered)), "{other:?}");
         }
-        // Cut off on its way, before and behind the place where the verdict falls.
+        // Cut off in transit, before and after the point of the verdict.
         for cut in [1, 600, bytes.len() - 1] {
             let other = measure(&bytes[..cut.min(bytes.len() - 1)], &Digest::of(bytes), bounds(bytes.len()));
             assert!(matches!(other, Err(Stop::Altered)), "{cut}: {other:?}");
@@ -292,7 +292,7 @@ fn what_becomes_no_file_counts_as_it_is_read() {
     // Headers without content, before one entry.
     let empty = header(b"x", b'x', "", 0).as_bytes().repeat(3_000);
     assert!(why(&empty).contains("1 MiB"));
-    // Headers of entries: each within its bound, and all of them count.
+    // Headers of entries: each within its limit, but all of them count.
     let comment = format!("{} comment={}\n", 100_000 + 16, "x".repeat(100_000));
     assert_eq!(comment.len(), 100_016);
     let fat: Vec<u8> = (0..20)

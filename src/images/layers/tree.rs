@@ -1,6 +1,6 @@
-//! The file tree that the engine makes of a layer, without the files: the engine (containers/storage) unpacks each
-//! layer by itself, in a root of its own, and stops at what it cannot make. What it refuses is refused here, and
-//! what it would leave at `etc`, `etc/passwd` and `etc/group` is known in the end.
+//! The file tree that the engine creates from a layer, without the files. The engine (containers/storage)
+//! unpacks each layer separately into its own root and stops at entries that it cannot create. This code
+//! refuses the same entries, and knows the final `etc`, `etc/passwd` and `etc/group`.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
@@ -8,13 +8,13 @@ use std::hash::{BuildHasher, RandomState};
 use super::Stop;
 use super::archive::{Entry, PATH, Type};
 
-/// Most entries of a layer, with the folders that no entry names.
+/// Maximum entries of a layer, including folders that no entry names.
 pub(super) const ENTRIES: usize = 500_000;
-/// Most symbolic links on one path (what the kernel follows).
+/// Maximum symbolic links on one path (the kernel's limit).
 const LINKS: usize = 40;
-/// Most steps that all paths of a layer take together.
+/// Maximum steps of all paths of a layer together.
 const STEPS: usize = 50_000_000;
-/// Most bytes of a layer's links and lists of names that are held together.
+/// Maximum bytes of a layer's links and name lists that are held together.
 const TEXT: usize = 8 << 20;
 
 /// A file of a layer.
@@ -23,27 +23,27 @@ pub(super) enum Node {
     Directory {
         opaque: bool,
     },
-    /// Its size, and its text where it may be a list of names.
+    /// Its size, and its text if it may be a name list.
     File(u64, Option<Box<str>>),
     SymbolicLink(Box<[u8]>),
     Fifo,
     Device,
-    /// Hides what lies below.
+    /// Hides the lower layers' file.
     Whiteout,
 }
 
-/// A tree. Names are kept as keyed hashes: what a layer calls its files takes no memory.
+/// A tree. Names are stored as keyed hashes, so long file names take no memory.
 pub(super) struct Tree {
     nodes: Vec<Node>,
     links: HashMap<(u32, u64), u32>,
     seen: HashSet<u64>,
     hasher: RandomState,
     steps: usize,
-    /// Files and directories, each name of a hard link by itself.
+    /// Number of files and directories; each name of a hard link counts.
     made: usize,
-    /// Bytes of text that nodes hold.
+    /// Bytes of text that the nodes hold.
     held: usize,
-    /// Folders that no entry names.
+    /// Number of folders that no entry names.
     implied: u64,
 }
 
@@ -53,7 +53,7 @@ fn refuse<T>(why: &str) -> Result<T, Stop> {
     Err(Stop::Refused(format!("it cannot be unpacked: {why}")))
 }
 
-/// The parts of a path as seen from the root; none leads out of it.
+/// Splits a path relative to the root; `..` never leads out of it.
 fn parts(path: &[u8]) -> Vec<&[u8]> {
     let mut parts = Vec::new();
     for part in path.split(|b| *b == b'/') {
@@ -68,7 +68,7 @@ fn parts(path: &[u8]) -> Vec<&[u8]> {
     parts
 }
 
-/// A path as Go's `filepath.Clean` writes it: the engine holds these against each other.
+/// Normalizes a path like Go's `filepath.Clean`: the engine compares paths in this form.
 fn clean(path: &[u8]) -> Vec<u8> {
     let rooted = path.first() == Some(&b'/');
     let mut parts: Vec<&[u8]> = Vec::new();
@@ -101,12 +101,12 @@ impl Tree {
         }
     }
 
-    /// How many files there are, the root left out.
+    /// Returns the number of files without the root.
     pub(super) fn len(&self) -> usize {
         self.made
     }
 
-    /// How many folders there are that no entry names.
+    /// Returns the number of folders that no entry names.
     pub(super) fn implied(&self) -> u64 {
         self.implied
     }
@@ -131,7 +131,7 @@ impl Tree {
         Ok(id)
     }
 
-    /// Gives a node a name; hard links are several names of one node.
+    /// Names a node; a hard link adds another name to the same node.
     fn name(&mut self, parent: u32, name: &[u8], id: u32) -> Result<(), Stop> {
         if self.made >= ENTRIES {
             return Err(Stop::Refused(format!("it has more than {ENTRIES} files")));
@@ -156,8 +156,8 @@ impl Tree {
         matches!(self.nodes[id as usize], Node::Directory { .. })
     }
 
-    /// The folder at these parts, following links. Missing ones are made when `make` is set, but none behind a link
-    /// to nowhere.
+    /// Returns the folder at a path, following links. With `make`, creates missing folders, except behind a
+    /// dangling link.
     fn folder(&mut self, path: &[&[u8]], make: bool) -> Result<Option<u32>, Stop> {
         let mut here = ROOT;
         let straight = path.iter().take_while(|part| match self.child(here, part) {
@@ -173,7 +173,7 @@ impl Tree {
             return Ok(Some(here));
         }
         let mut open: Vec<Vec<u8>> = path.iter().rev().map(|part| part.to_vec()).collect();
-        // How many of the open parts come from a link; only others are made.
+        // Number of open parts that come from a link; only other parts are created.
         let mut linked = 0_usize;
         let mut way = vec![ROOT];
         let mut links = 0;
@@ -224,7 +224,7 @@ impl Tree {
         Ok(way.last().copied())
     }
 
-    /// Unpacks one entry. `text` is its content, where it may be a list of names.
+    /// Unpacks one entry. `text` is its content if it may be a name list.
     pub(super) fn add(&mut self, entry: &Entry, text: Option<Box<str>>) -> Result<(), Stop> {
         if !self.seen.insert(self.hasher.hash_one(clean(&entry.path))) {
             return refuse("it names a path twice");
@@ -234,9 +234,9 @@ impl Tree {
         }
         let path = parts(&entry.path);
         let Some((name, above)) = path.split_last() else {
-            // The root itself: only its attributes can be set.
+            // The root itself: an entry can only set its attributes.
             let plain = entry.kind == Type::Directory || !entry.path.starts_with(b"/");
-            return if plain { Ok(()) } else { refuse("a file stands in the place of its root") };
+            return if plain { Ok(()) } else { refuse("a file replaces its root") };
         };
         if entry.path.len() > PATH {
             return refuse("a path is too long");
@@ -261,7 +261,7 @@ impl Tree {
             Type::Fifo => Node::Fifo,
             Type::Device { whiteout: true } => Node::Whiteout,
             Type::Device { whiteout: false } => Node::Device,
-            Type::SymbolicLink if entry.link.is_empty() => return refuse("a symbolic link leads nowhere"),
+            Type::SymbolicLink if entry.link.is_empty() => return refuse("a symbolic link has no target"),
             Type::SymbolicLink => Node::SymbolicLink(entry.link.clone().into()),
             Type::HardLink => return self.hard_link(parent, name, &entry.link),
         };
@@ -270,7 +270,7 @@ impl Tree {
 
     fn whiteout(&mut self, parent: u32, hidden: &[u8]) -> Result<(), Stop> {
         if hidden == b".wh..opq" {
-            // Of the root itself nothing can be hidden but what other layers hold, as of any folder.
+            // An opaque root hides the lower layers, like any opaque folder.
             self.nodes[parent as usize] = Node::Directory { opaque: true };
             return Ok(());
         }
@@ -289,11 +289,11 @@ impl Tree {
         let Some(found) = found.filter(|id| !self.is_directory(*id)) else {
             return refuse("a hard link leads to a file that is not in the same layer, or to a directory");
         };
-        // The very file: an entry that replaces one of its names leaves the other.
+        // Same node: an entry that replaces one name leaves the others.
         self.name(parent, name, found)
     }
 
-    /// What is at the path of one or two names; none when nothing is.
+    /// Returns the node at a path of one or two names, if any.
     pub(super) fn at(&self, path: &[&str]) -> Option<&Node> {
         let mut here = ROOT;
         for (n, name) in path.iter().enumerate() {
@@ -305,7 +305,7 @@ impl Tree {
         Some(&self.nodes[here as usize])
     }
 
-    /// Whether the layer hides all that lies below it.
+    /// Returns whether the layer hides all lower layers.
     pub(super) fn is_opaque(&self) -> bool {
         self.nodes[ROOT as usize] == Node::Directory { opaque: true }
     }
@@ -328,7 +328,7 @@ mod tests {
             tree.add(&entry(&format!("h{n}"), Type::HardLink, "etc/passwd"), None).unwrap();
         }
         assert_eq!((tree.len(), tree.nodes.len(), tree.held), (50_002, 3, text.len()));
-        // One name that is replaced leaves the others.
+        // Replacing one name leaves the others.
         tree.add(&entry("/h0", Type::Fifo, ""), None).unwrap();
         assert_eq!(tree.at(&["h0"]), Some(&Node::Fifo));
         assert!(matches!(tree.at(&["h1"]), Some(Node::File(1, Some(kept))) if **kept == *text));
@@ -342,7 +342,7 @@ mod tests {
             (0..5_000).try_for_each(|n| tree.add(&entry(&format!("s{n}"), Type::SymbolicLink, &long), None));
         assert!(matches!(outcome, Err(Stop::Refused(why)) if why.contains("8 MiB")));
         assert!(tree.held <= TEXT + long.len() && tree.len() > 2_000, "{} {}", tree.held, tree.len());
-        // Paths of folders that are there already count like others.
+        // Paths of existing folders count like others.
         let mut tree = Tree::new();
         tree.add(&entry("a/b/c", Type::File, ""), None).unwrap();
         tree.steps = STEPS - 1;

@@ -1,4 +1,4 @@
-//! The outside: asked for by a tenant, decided by the platform, withdrawn by the tenant.
+//! Egress targets: requested by a tenant, approved or refused by the platform, withdrawn by the tenant.
 
 use serde_json::json;
 use sqlx::PgPool;
@@ -12,23 +12,23 @@ use crate::networks::store::{self, Wish};
 use crate::quotas::{self, Resource};
 use crate::reconcile::Waker;
 
-/// What is decided about what was asked for.
+/// The decision on a request.
 #[derive(Debug)]
 pub struct Decision {
-    /// Number of the request that was looked at.
+    /// Number of the request that was reviewed.
     pub id: i64,
     /// Whether it is approved.
     pub approved: bool,
-    /// What whoever asked is told.
+    /// Note to the tenant.
     pub note: Option<String>,
-    /// Days after which it ends, at most as many as were asked for.
+    /// Days until the approval expires, at most the number requested.
     pub days: Option<i32>,
 }
 
-/// Most requests of a tenant that wait at a time.
+/// Maximum number of a tenant's pending requests.
 const WAITING: i64 = 20;
 
-/// Asks for a place outside. Whether that is new: the same wish again changes nothing.
+/// Requests an egress target. Returns whether the request is new: an identical one changes nothing.
 pub async fn ask(pool: &PgPool, by: By<'_>, tenant: &TenantRef, wish: &Wish) -> Result<bool, Error> {
     tenant.require_active()?;
     let mut tx = db::begin(pool, tenant.id).await?;
@@ -43,22 +43,22 @@ pub async fn ask(pool: &PgPool, by: By<'_>, tenant: &TenantRef, wish: &Wish) -> 
             return Ok(false);
         }
         return Err(Error::AlreadyExists(format!(
-            "{} is {} for other addresses or ports: withdraw it first, or take another name",
+            "{} is already {} for other addresses or ports. Withdraw it first, or choose another name",
             wish.name, known.state
         )));
     }
     quotas::take_place(&mut tx, tenant.id, Resource::EgressTargets).await?;
     if store::count_waiting(&mut tx, tenant.id).await? >= WAITING {
         return Err(Error::Conflict(format!(
-            "{WAITING} requests wait for a decision already; withdraw one, or wait"
+            "{WAITING} requests are already pending. Withdraw one, or wait for a decision"
         )));
     }
-    // One that has ended by itself gives its name free.
+    // A target that has expired releases its name.
     store::withdraw_target(&mut tx, tenant.id, &wish.name, by.actor.id.as_str()).await?;
     store::insert_target(&mut tx, tenant.id, wish, by.actor.id.as_str()).await.map_err(|error| {
         match constraint(&error) {
             Some("egress_name_is_taken") => {
-                Error::AlreadyExists("somebody has just asked for a target of this name".into())
+                Error::AlreadyExists("another request has just taken this name".into())
             }
             _ => error.into(),
         }
@@ -69,7 +69,7 @@ pub async fn ask(pool: &PgPool, by: By<'_>, tenant: &TenantRef, wish: &Wish) -> 
     Ok(true)
 }
 
-/// Approves or refuses what a tenant asked for.
+/// Approves or refuses a request.
 pub async fn decide(
     pool: &PgPool,
     waker: &Waker,
@@ -85,22 +85,25 @@ pub async fn decide(
     let decided = (state, decision.note.as_deref(), decision.days);
     if known.id != decision.id {
         return Err(Error::Conflict(
-            "the tenant asks for something else under this name by now: look at it again".into(),
+            "the tenant has changed the request of this name. Review it again".into(),
         ));
     }
     if !store::decide_target(&mut tx, tenant.id, known.id, decided, by.actor.id.as_str()).await? {
-        return Err(Error::Conflict(format!("this target is {} and waits for no decision", known.state)));
+        return Err(Error::Conflict(format!(
+            "this target is {}, so there is nothing to decide",
+            known.state
+        )));
     }
     let detail = json!({"place": known.place, "protocol": known.protocol, "ports": known.ports, "note": decision.note});
     by.record(&mut tx, tenant.id, action, name.as_str(), detail).await?;
-    let words = format!("the egress target {name}, asked for by {}, is {state}", known.asked_by);
+    let words = format!("the egress target {name}, requested by {}, is {state}", known.asked_by);
     note(&mut tx, tenant.id, by.actor.id.as_str(), &words).await?;
     tx.commit().await?;
     waker.wake();
     Ok(())
 }
 
-/// Withdraws what was asked for, or closes what was approved.
+/// Withdraws a request, or closes an approved target.
 pub async fn withdraw_target(
     pool: &PgPool,
     waker: &Waker,

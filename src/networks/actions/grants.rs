@@ -1,4 +1,4 @@
-//! Grants between tenants: offered by the one, accepted by the other, ended by either alone.
+//! Grants between tenants: offered by one, accepted by the other, ended by either side.
 
 use actix_web::http::StatusCode;
 use serde_json::json;
@@ -16,25 +16,25 @@ use crate::networks::store::{self, NewOffer};
 use crate::quotas::{self, Resource};
 use crate::reconcile::Waker;
 
-/// An offer, checked.
+/// A validated offer.
 #[derive(Debug)]
 pub struct Offer {
-    /// The own app.
+    /// The tenant's own app.
     pub app: AppName,
-    /// To whom.
+    /// The tenant that may accept it.
     pub tenant: TenantName,
-    /// To which app of theirs; to all without it.
+    /// The only app that may use the grant; `None` for all apps of that tenant.
     pub to_app: Option<AppName>,
-    /// Days that it lasts; without end when absent.
+    /// Days until it expires; `None` for no expiry.
     pub days: Option<i32>,
 }
 
-/// Most open offers of a tenant to one other.
+/// Maximum number of a tenant's open offers to one other tenant.
 const OFFERS_TO_ONE: i64 = 50;
-/// Most offers of a tenant within 24 hours, withdrawn ones included: their rows stay for a while.
+/// Maximum number of a tenant's offers in 24 hours. Withdrawn offers count: their rows are kept for a while.
 const OFFERS_A_DAY: i64 = 1_000;
 
-/// Offers an app to another tenant. Whether there is such a tenant, the answer does not tell.
+/// Offers an app to another tenant. The answer does not reveal whether that tenant exists.
 pub async fn offer(
     pool: &PgPool,
     by: By<'_>,
@@ -44,7 +44,7 @@ pub async fn offer(
 ) -> Result<Kept, Error> {
     tenant.require_active()?;
     if offer.tenant == tenant.name {
-        let message = "an own app needs no grant: name it in connects.apps";
+        let message = "your own app needs no grant. Name it in connects.apps";
         return Err(Error::fault(Fault::new(Code(426), Kind::Invalid, "tenant", message)));
     }
     let mut tx = db::begin(pool, tenant.id).await?;
@@ -59,12 +59,12 @@ pub async fn offer(
     held.require_place(all)?;
     if to_one >= OFFERS_TO_ONE {
         return Err(Error::Conflict(format!(
-            "at most {OFFERS_TO_ONE} offers to one tenant are open at a time; withdraw one"
+            "{OFFERS_TO_ONE} offers to that tenant are open, the maximum. Withdraw one first"
         )));
     }
     if today >= OFFERS_A_DAY {
         return Err(Error::Conflict(format!(
-            "a tenant makes at most {OFFERS_A_DAY} offers within 24 hours; wait"
+            "this tenant made {OFFERS_A_DAY} offers in 24 hours, the maximum. Try again later"
         )));
     }
     let new = NewOffer {
@@ -77,7 +77,7 @@ pub async fn offer(
     let id = store::insert_offer(&mut tx, tenant.id, &new, by.actor.id.as_str()).await.map_err(|error| {
         match constraint(&error) {
             Some("grant_is_offered_already") => Error::AlreadyExists(
-                "this is offered already; withdraw that offer to make another one".into(),
+                "this app is already offered to that tenant. Withdraw that offer first".into(),
             ),
             _ => error.into(),
         }
@@ -90,7 +90,7 @@ pub async fn offer(
     Ok(Kept { status: StatusCode::CREATED, body })
 }
 
-/// Accepts what another tenant has offered: from then on apps may name it.
+/// Accepts an offer. From then on, apps may name the granted app.
 pub async fn accept(
     pool: &PgPool,
     waker: &Waker,
@@ -115,7 +115,7 @@ pub async fn accept(
     Ok(())
 }
 
-/// Ends a grant, by whichever side: what runs over it is cut.
+/// Ends a grant from either side. Its open connections are closed.
 pub async fn end(pool: &PgPool, waker: &Waker, by: By<'_>, tenant: &TenantRef, id: i64) -> Result<(), Error> {
     let mut tx = db::begin(pool, tenant.id).await?;
     let who = by.actor.id.as_str();
@@ -129,9 +129,10 @@ pub async fn end(pool: &PgPool, waker: &Waker, by: By<'_>, tenant: &TenantRef, i
         match received {
             Some((_, name, _)) if ended => {
                 by.record(&mut tx, tenant.id, "grant.end", &name, json!({"id": id})).await?;
-                note(&mut tx, tenant.id, who, &format!("the grant of {name} is given back")).await?;
+                note(&mut tx, tenant.id, who, &format!("the grant of {name} is ended by its receiver"))
+                    .await?;
             }
-            // An offer that was not accepted is declined: it is not shown again.
+            // An offer that was not accepted is declined and no longer shown.
             Some((from, name, false)) => {
                 store::insert_answer(&mut tx, tenant.id, from, id, who).await?;
                 store::end_answer(&mut tx, tenant.id, id, who).await?;

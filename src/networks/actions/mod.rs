@@ -1,4 +1,4 @@
-//! What can be decided about connections. Each is one transaction: rows, record and work together.
+//! Actions on a tenant's connections. Each is one transaction that writes rows, audit event and work.
 
 mod egress;
 mod grants;

@@ -1,4 +1,4 @@
-//! A roll-out under way: held up, let go on, taken back. Each is a person's decision.
+//! Actions on a running rollout: pause, resume, abort, end the observation window.
 
 use serde_json::json;
 use sqlx::{PgConnection, PgPool};
@@ -16,13 +16,13 @@ async fn find(conn: &mut PgConnection, id: i64) -> Result<Rollout, Error> {
 
 fn not_now(rollout: &Rollout) -> Error {
     Error::Conflict(match rollout.stage {
-        Stage::Over => format!("the roll-out {} is over", rollout.id),
-        Stage::Undo => format!("the roll-out {} is being taken back; that is not stopped", rollout.id),
-        _ => format!("the roll-out {} is not paused", rollout.id),
+        Stage::Over => format!("the rollout {} is over", rollout.id),
+        Stage::Undo => format!("the rollout {} is rolling back, which cannot be stopped", rollout.id),
+        _ => format!("the rollout {} is not paused", rollout.id),
     })
 }
 
-/// Holds a roll-out up where it is: whom it has reached keeps what it brought, nobody else is reached.
+/// Pauses a rollout. Tenants that it has reached keep the change, other tenants are not reached.
 pub async fn pause(pool: &PgPool, by: By<'_>, id: i64, reason: &str) -> Result<(), Error> {
     let mut tx = db::begin(pool, Within::Platform).await?;
     let rollout = find(&mut tx, id).await?;
@@ -39,7 +39,7 @@ pub async fn pause(pool: &PgPool, by: By<'_>, id: i64, reason: &str) -> Result<(
     Ok(())
 }
 
-/// Lets a roll-out go on that was paused; whatever it waited for is accepted as it is.
+/// Resumes a paused rollout, and accepts the finding for which it was paused.
 pub async fn resume(pool: &PgPool, waker: &Waker, by: By<'_>, id: i64, reason: &str) -> Result<(), Error> {
     let mut tx = db::begin(pool, Within::Platform).await?;
     let rollout = find(&mut tx, id).await?;
@@ -55,7 +55,7 @@ pub async fn resume(pool: &PgPool, waker: &Waker, by: By<'_>, id: i64, reason: &
     Ok(())
 }
 
-/// Ends a window before its time: what was counted by then decides.
+/// Ends an observation window early. The packets counted until now decide.
 pub async fn end_window(
     pool: &PgPool,
     waker: &Waker,
@@ -67,9 +67,9 @@ pub async fn end_window(
     let rollout = find(&mut tx, id).await?;
     if !store::end_window(&mut tx, id).await? {
         return Err(Error::Conflict(match (rollout.stage, &rollout.paused_by) {
-            (Stage::Window, Some(_)) => format!("the roll-out {id} is paused; let it go on first"),
-            (Stage::Window, None) => format!("the window of the roll-out {id} is about to end by itself"),
-            _ => format!("the roll-out {id} is not within a window"),
+            (Stage::Window, Some(_)) => format!("the rollout {id} is paused. Resume it first"),
+            (Stage::Window, None) => format!("the observation window of the rollout {id} is ending already"),
+            _ => format!("the rollout {id} has no open observation window"),
         }));
     }
     let left = rollout.until.map_or(0, |until| (until - time::OffsetDateTime::now_utc()).whole_seconds());
@@ -81,7 +81,7 @@ pub async fn end_window(
     Ok(())
 }
 
-/// Takes a roll-out back, wherever it is.
+/// Aborts a rollout in any stage and rolls it back.
 pub async fn abort(pool: &PgPool, waker: &Waker, by: By<'_>, id: i64, reason: &str) -> Result<(), Error> {
     let mut tx = db::begin(pool, Within::Platform).await?;
     let rollout = find(&mut tx, id).await?;

@@ -1,4 +1,4 @@
-//! The catalogue of services, and who may use what.
+//! The service catalogue, and the tenants' access to services.
 
 use serde_json::json;
 use sqlx::{PgConnection, PgPool};
@@ -15,27 +15,26 @@ use crate::networks::store::{NewRollout, Rollout};
 use crate::networks::{Endpoint, store};
 use crate::reconcile::{Waker, enqueue};
 
-/// What became of a service that was put in or changed.
+/// The result of a request to create or change a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Put {
-    /// It is so; nobody had to be told.
+    /// The service is changed. No rollout was needed.
     Done {
         /// Its generation.
         generation: i64,
-        /// Whether it is new.
+        /// Whether the service is new.
         new: bool,
     },
-    /// Tenants use it: this roll-out brings it to them.
+    /// Tenants use the service: a rollout brings the change to them.
     Begun {
-        /// Its generation until then.
+        /// Its generation until the rollout ends.
         generation: i64,
-        /// Number of the roll-out.
+        /// Number of the rollout.
         rollout: i64,
     },
 }
 
-/// Puts a service into the catalogue, or changes it. Where tenants use it and what it answers at changes, a
-/// roll-out begins.
+/// Creates or changes a service. If tenants use it and its endpoints change, starts a rollout.
 pub async fn put_service(
     pool: &PgPool,
     waker: &Waker,
@@ -52,7 +51,7 @@ pub async fn put_service(
         refuse_first(staging)?;
         return put_now(tx, by, name, what, true).await;
     };
-    // Held: nobody is given it meanwhile, and no other change comes between.
+    // With the lock held, no tenant gains access and no other change is made in between.
     store::lock_service(&mut tx, id).await?;
     let (_, known) = store::find_service(&mut tx, name).await?.ok_or(Error::NotFound)?;
     expected.check(Some(known.generation))?;
@@ -63,11 +62,11 @@ pub async fn put_service(
         let id = under_way.id;
         return match under_way.stage {
             rollouts::Stage::Undo => Err(Error::Conflict(format!(
-                "the roll-out {id} of this service is being taken back: put it once that is over"
+                "the rollout {id} of this service is rolling back. Try again when it is over"
             ))),
             _ if same => Ok(Put::Begun { generation: known.generation, rollout: id }),
             _ => Err(Error::Conflict(format!(
-                "the roll-out {id} of this service is under way, to other endpoints or in other stages: wait until it is \
+                "the rollout {id} of this service is running, with other endpoints or stages. Wait until it is \
                  over, or abort it"
             ))),
         };
@@ -103,7 +102,7 @@ pub async fn put_service(
     Ok(Put::Begun { generation: known.generation, rollout })
 }
 
-/// Whether a roll-out goes through these stages; of one about which nothing is said, anything is right.
+/// Reports whether a rollout has these stages. A request without stages matches any rollout.
 fn is_staged(rollout: &Rollout, staging: &Staging) -> bool {
     let canaries = staging.canaries.as_ref().is_none_or(|names| {
         let mut names: Vec<String> = names.iter().map(ToString::to_string).collect();
@@ -130,19 +129,19 @@ async fn put_now(
     Ok(Put::Done { generation, new })
 }
 
-/// Where nothing is rolled out, nobody is first.
+/// Rejects canary tenants where no rollout takes place.
 fn refuse_first(staging: &Staging) -> Result<(), Error> {
     match staging.canaries.as_deref() {
         None | Some([]) => Ok(()),
         Some(_) => {
             let message =
-                "no tenant uses the service, or what it answers at stays the same: nobody is reached first";
+                "no rollout takes place: no tenant uses the service, or its endpoints do not change";
             Err(Error::fault(Fault::new(Code(426), Kind::Invalid, "rollout.canaries", message)))
         }
     }
 }
 
-/// The tenants of these names, each of which must be able to use the service.
+/// Returns the ids of these tenants. Each must be allowed to use the service.
 async fn identify(conn: &mut PgConnection, service: i64, names: &[TenantName]) -> Result<Vec<i64>, Error> {
     let texts: Vec<String> = names.iter().map(ToString::to_string).collect();
     let known = store::list_users_named(conn, service, &texts).await?;
@@ -151,7 +150,7 @@ async fn identify(conn: &mut PgConnection, service: i64, names: &[TenantName]) -
         .enumerate()
         .filter(|(_, name)| !known.iter().any(|(known, _)| known == *name))
         .map(|(n, name)| {
-            let message = format!("{name} may not use this service, so it cannot be first");
+            let message = format!("{name} may not use this service, so it cannot be a canary tenant");
             Fault::new(Code(426), Kind::Invalid, format!("rollout.canaries[{n}]"), message)
         })
         .collect();
@@ -162,19 +161,19 @@ async fn identify(conn: &mut PgConnection, service: i64, names: &[TenantName]) -
     }
 }
 
-/// Takes a service out of the catalogue, once no tenant may use it.
+/// Deletes a service that no tenant may use.
 pub async fn delete_service(pool: &PgPool, by: By<'_>, name: &ServiceName) -> Result<(), Error> {
     let mut tx = db::begin(pool, Within::Platform).await?;
     let (id, _) = store::find_service(&mut tx, name).await?.ok_or(Error::NotFound)?;
     if let Some(under_way) = store::find_under_way(&mut tx, id).await? {
         return Err(Error::Conflict(format!(
-            "the roll-out {} of this service is under way: abort it first",
+            "the rollout {} of this service is running. Abort it first",
             under_way.id
         )));
     }
     store::delete_service(&mut tx, id).await.map_err(|error| match constraint(&error) {
         Some("service_is_in_use") => Error::Conflict(
-            "tenants may use this service: take it from them first, so that it is seen whom it cuts off"
+            "tenants may use this service. Remove their access first, so that you see which tenants it affects"
                 .into(),
         ),
         _ => error.into(),
@@ -184,7 +183,7 @@ pub async fn delete_service(pool: &PgPool, by: By<'_>, name: &ServiceName) -> Re
     Ok(())
 }
 
-/// Lets a tenant use a service.
+/// Allows a tenant to use a service.
 pub async fn give(
     pool: &PgPool,
     waker: &Waker,
@@ -206,7 +205,7 @@ pub async fn give(
     Ok(())
 }
 
-/// Takes a service from a tenant: what runs over it is cut.
+/// Removes a tenant's access to a service. Its open connections are closed.
 pub async fn take(
     pool: &PgPool,
     waker: &Waker,

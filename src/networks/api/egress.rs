@@ -1,4 +1,4 @@
-//! Places outside.
+//! Egress targets over the API.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
@@ -26,7 +26,7 @@ fn tcp() -> String {
     "tcp".into()
 }
 
-/// A place outside, as it was written.
+/// The body of a request for an egress target.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(in crate::networks) struct WishBody {
@@ -41,7 +41,7 @@ pub(in crate::networks) struct WishBody {
     pub(in crate::networks) days: Option<i32>,
 }
 
-/// The same, checked.
+/// Validates the body.
 pub(in crate::networks) async fn check_wish(
     name: EgressName,
     input: WishBody,
@@ -71,17 +71,18 @@ pub(in crate::networks) async fn check_wish(
     }
     let reason = input.reason.trim().to_owned();
     if !(1..=500).contains(&reason.chars().count()) {
-        faults.push(fault(
-            "reason",
-            "say in 1 to 500 characters what it is needed for: whoever decides reads it",
-        ));
+        faults
+            .push(fault("reason", "give the reason in 1 to 500 characters: the admin who decides reads it"));
     }
     super::days(input.days, &mut faults);
     if let Some(Place::Network(network)) = place {
         let (tenants, own) = super::walls(config, driver).await;
         faults.extend(check_network(network, "network", against_outside(network, &own), tenants).err());
         if network.prefix() < 8 {
-            faults.push(fault("network", "a network of at most 16 million addresses: a prefix of 8 or more"));
+            faults.push(fault(
+                "network",
+                "the prefix of a network is at least 8, which is 16 million addresses",
+            ));
         }
     }
     match (place, protocol) {
@@ -92,7 +93,7 @@ pub(in crate::networks) async fn check_wish(
     }
 }
 
-/// PUT /api/v1/tenants/{tenant}/egress/{name}: asks for a place.
+/// PUT /api/v1/tenants/{tenant}/egress/{name}: requests a target.
 pub async fn ask(
     scope: TenantScope<ManageConnections>,
     req: HttpRequest,
@@ -110,7 +111,7 @@ pub async fn ask(
     Ok(answer.json(target))
 }
 
-/// GET /api/v1/tenants/{tenant}/egress: the newest first, also those that have ended.
+/// GET /api/v1/tenants/{tenant}/egress: all targets, ended ones included, the newest first.
 pub async fn list_targets(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
@@ -166,7 +167,7 @@ pub async fn decide(
     Ok(HttpResponse::Accepted().json(json!({"name": name, "approved": approved})))
 }
 
-/// GET /api/v1/egress: what waits for a decision, the oldest first.
+/// GET /api/v1/egress: pending requests of all tenants, the oldest first.
 pub async fn list_waiting(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,

@@ -25,7 +25,7 @@ struct OfferBody {
     days: Option<i32>,
 }
 
-/// An offer as it was written, checked.
+/// Validates an offer.
 pub(in crate::networks) fn check_offer(
     app: &str,
     tenant: &str,
@@ -60,7 +60,7 @@ pub async fn offer(
     Ok(HttpResponse::build(kept.status).json(kept.body))
 }
 
-/// GET /api/v1/tenants/{tenant}/grants: what the tenant gives, by number.
+/// GET /api/v1/tenants/{tenant}/grants: grants that the tenant offers, by number.
 pub async fn list_given(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
@@ -72,7 +72,7 @@ pub async fn list_given(
     Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.id)))
 }
 
-/// GET /api/v1/tenants/{tenant}/grants/received: what the tenant is given, by number.
+/// GET /api/v1/tenants/{tenant}/grants/received: grants that the tenant receives, by number.
 pub async fn list_received(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
@@ -95,7 +95,7 @@ pub async fn accept(
     Ok(HttpResponse::Accepted().json(json!({"id": path.id, "state": "accepted"})))
 }
 
-/// DELETE /api/v1/tenants/{tenant}/grants/{id}: withdraws, gives back or declines, from either side.
+/// DELETE /api/v1/tenants/{tenant}/grants/{id}: withdraws, ends or declines a grant, from either side.
 pub async fn end(
     scope: TenantScope<ManageConnections>,
     pool: web::Data<PgPool>,

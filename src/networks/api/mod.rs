@@ -1,4 +1,4 @@
-//! The noun over the API.
+//! The networks API.
 
 use serde::Deserialize;
 
@@ -17,21 +17,22 @@ pub mod rollouts;
 pub mod services;
 pub mod trial;
 
-/// The number that the address names.
+/// The number in the path.
 #[derive(Deserialize)]
 pub struct NumberPath {
     /// Number.
     pub id: i64,
 }
 
-/// The name that the address names; a text that cannot be one names nothing.
+/// The name in the path. An invalid name is answered with 404.
 #[derive(Deserialize)]
 pub struct NamePath {
     name: String,
 }
 
 impl NamePath {
-    /// For whoever makes something of this name: a text that cannot be one is told as that.
+    /// Parses the name for a request that creates an object: an invalid name is a validation fault, not a
+    /// 404.
     fn checked<T: std::str::FromStr>(&self) -> Result<T, Error>
     where
         T::Err: std::fmt::Display,
@@ -61,8 +62,8 @@ fn days(days: Option<i32>, faults: &mut Vec<Fault>) {
     }
 }
 
-/// The pool of tenants' addresses, and what nobody reaches on the machine beside the built-in ranges. While the agent does not answer, the latter
-/// are not known here; it holds them by itself in any case.
+/// Returns the pool of the tenants' subnets and the reserved ranges of the machine. The machine's ranges are
+/// empty while the agent does not answer. The agent enforces them in any case.
 async fn walls(config: &Config, driver: &dyn Driver) -> (Cidr, Vec<Range>) {
     let walls = driver.walls().await.unwrap_or_default();
     (super::connections::pool(&config.pools), walls.ranges())

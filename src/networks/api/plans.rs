@@ -1,4 +1,4 @@
-//! Plans: what opened and closed when, and why.
+//! Plans: the connections that each opened and closed, and the decisions behind it.
 
 use actix_web::{HttpResponse, web};
 use sqlx::PgPool;
@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::http::asked::Query;
 use crate::networks::store;
 
-/// GET /api/v1/network/plans: of all tenants, the newest first.
+/// GET /api/v1/network/plans: the plans of all tenants, the newest first.
 pub async fn list_all(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
@@ -23,7 +23,7 @@ pub async fn list_all(
     Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.number)))
 }
 
-/// GET /api/v1/network/events: what was found and done on the machine, the newest first.
+/// GET /api/v1/network/events: the machine's events, the newest first.
 pub async fn list_events(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,

@@ -1,4 +1,4 @@
-//! Can an app reach something? And what did it try in vain?
+//! Whether an app can reach a destination, and which of its packets were denied.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -35,7 +35,7 @@ pub struct ReachQuery {
     protocol: Option<String>,
 }
 
-/// What is the same for every address: read once.
+/// Reads the facts that are the same for every address.
 async fn around(
     conn: &mut PgConnection,
     tenant: &TenantRef,
@@ -48,12 +48,12 @@ async fn around(
     Ok(Known { pool: connections::pool(pools), subnet, app: None, services, closed })
 }
 
-/// What nobody reaches on the machine; while the agent does not answer, it is not known here.
+/// Returns the machine's reserved ranges. They are empty while the agent does not answer.
 async fn closed(driver: &dyn Driver) -> Vec<Range> {
     driver.walls().await.unwrap_or_default().ranges()
 }
 
-/// The own app that has an address.
+/// Returns the tenant's own app at an address, if any.
 async fn owner(
     conn: &mut PgConnection,
     tenant: &TenantRef,
@@ -77,7 +77,7 @@ struct Reach {
     closed: Option<Closed>,
 }
 
-/// A name as `connects` has it: an own app bears no tenant there, and is meant with it too.
+/// Returns a name as `connects` spells it: the tenant's own app has no tenant prefix there.
 fn own_name(tenant: &TenantName, to: &str) -> String {
     match to.split_once('/') {
         Some((prefix, app)) if prefix == tenant.as_str() => app.to_owned(),
@@ -85,13 +85,13 @@ fn own_name(tenant: &TenantName, to: &str) -> String {
     }
 }
 
-/// What was asked for, resolved.
+/// A resolved query.
 pub(in crate::networks) struct Asked {
     app: AppId,
     protocol: Protocol,
     port: u16,
     reach: Reach,
-    /// Where a probe would go; none for a name that leads nowhere.
+    /// The destination of a probe; `None` for a name without an address.
     target: Option<ProbeTarget>,
 }
 
@@ -112,7 +112,7 @@ pub(in crate::networks) async fn resolve(
     let to = match query.to.parse::<Ipv4Addr>() {
         Ok(address) => To::Address(address),
         Err(_) if query.to.len() <= 100 => To::Name(own_name(&tenant.name, &query.to)),
-        Err(_) => return Err(Error::Malformed("to is a name of connects, or an IPv4 address".into())),
+        Err(_) => return Err(Error::Malformed("to is a name under connects, or an IPv4 address".into())),
     };
     let configured = match to {
         To::Address(_) => closed(driver).await,
@@ -142,7 +142,7 @@ pub(in crate::networks) async fn resolve(
     };
     let flow = explain::flow(own, &to, (protocol, port), at.map(|at| (&tenant.name, at)));
     let through = flow.map(|flow| flow.name.clone());
-    // What never leaves the app is nobody's to open or close.
+    // Traffic that never leaves the app is not subject to policy.
     let inside = matches!(&to, To::Address(to) if to.is_loopback() || to.is_unspecified());
     let itself = match &to {
         To::Name(to) => to == name.as_str(),
@@ -151,10 +151,10 @@ pub(in crate::networks) async fn resolve(
     let on_trial = standing.as_ref().is_some_and(|standing| standing.trial.is_some());
     let (through, closed) = match &to {
         _ if itself => {
-            (Some("itself: an app talks to itself without leaving its own network".to_owned()), closed)
+            (Some("itself: an app's traffic to itself does not leave its own network".to_owned()), closed)
         }
         To::Name(_) => (through, closed),
-        // Where a name leads, where another tenant's app is and what a trial lets out, only the machine knows.
+        // Only the agent knows a domain's addresses, other tenants' instances, and the effect of audit mode.
         To::Address(address) => {
             drop(conn);
             let target = ProbeTarget::Address(*address);
@@ -164,10 +164,10 @@ pub(in crate::networks) async fn resolve(
             match (through, permits) {
                 (Some(_), Some(false)) if in_force => {
                     let why = if at.is_some() {
-                        "the app that this address is kept for is open, and no instance of it has the address now"
+                        "the plan allows the app that owns this address, but no instance has the address now"
                     } else {
-                        "the plan opens it, and the machine keeps it closed: it has become an address of its own, or its \
-                         configuration closes it"
+                        "the plan allows it, but the machine denies it: the machine has this address now, or its \
+                         configuration blocks it"
                     };
                     (None, Closed { why: why.to_owned(), ask: None })
                 }
@@ -187,7 +187,7 @@ pub(in crate::networks) async fn resolve(
             Target::Domain { .. } => None,
         },
         (To::Name(_), None) if itself => Some(ProbeTarget::App { tenant: tenant.name.clone(), app }),
-        // An own app that is not named: a probe shows that it is closed.
+        // For the tenant's own app that is not named, a probe shows that it is denied.
         (To::Name(name), None) => match name.parse() {
             Ok(name) => find_id(&mut conn, tenant.id, &name)
                 .await?
@@ -208,19 +208,19 @@ impl ReachQuery {
 }
 
 impl Asked {
-    /// The answer in a sentence.
+    /// Returns the answer as a sentence.
     pub(in crate::networks) fn words(&self, app: &AppName, to: &str) -> String {
         let port = self.port;
         match (&self.reach.through, &self.reach.closed) {
-            (Some(name), _) => format!("Open: {app} may talk to {to} on port {port}, through {name}."),
-            (None, Some(Closed { why, ask: Some(ask) })) => format!("Closed: {why}. To open it: {ask}."),
-            (None, Some(Closed { why, .. })) => format!("Closed: {why}."),
-            (None, None) => "Closed.".to_owned(),
+            (Some(name), _) => format!("Open: {app} may connect to {to} on port {port}, through {name}."),
+            (None, Some(Closed { why, ask: Some(ask) })) => format!("Denied: {why}. To allow it: {ask}."),
+            (None, Some(Closed { why, .. })) => format!("Denied: {why}."),
+            (None, None) => "Denied.".to_owned(),
         }
     }
 }
 
-/// GET /api/v1/tenants/{tenant}/apps/{app}/reach: from the plan that stands.
+/// GET /api/v1/tenants/{tenant}/apps/{app}/reach: answers from the current plan.
 pub async fn get_reach(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
@@ -243,7 +243,8 @@ struct Probed {
     agrees: bool,
 }
 
-/// POST /api/v1/tenants/{tenant}/apps/{app}/reach: the same, and tried from within an instance of the app.
+/// POST /api/v1/tenants/{tenant}/apps/{app}/reach: the same, and probes it from inside an instance of the
+/// app.
 pub async fn post_reach(
     scope: TenantScope<Deploy>,
     pool: web::Data<PgPool>,
@@ -254,11 +255,12 @@ pub async fn post_reach(
 ) -> Result<HttpResponse, Error> {
     let Asked { app, protocol, port, reach, target } =
         resolve(&scope.tenant, &pool, (&config.pools, &**driver), &path.name()?, &query).await?;
-    // A domain has an address only once an app asks for it; what is not there has none: the plan's answer stands.
+    // A domain has no address until an app looks it up, and neither has an unknown name: the plan's answer
+    // stands.
     let Some(target) = target else {
         let words = match query.to.parse::<Ipv4Addr>() {
-            Ok(_) => "not tried: what is sent there never leaves the app".to_owned(),
-            Err(_) => "not tried: this name has no address here; an address can be tried".to_owned(),
+            Ok(_) => "not tested: traffic to this address never leaves the app".to_owned(),
+            Err(_) => "not tested: this name has no address here. Use an address to test".to_owned(),
         };
         return Ok(HttpResponse::Ok().json(Probed { reach, probe: "none", words, agrees: true }));
     };
@@ -280,7 +282,7 @@ pub async fn post_reach(
 }
 
 fn away(error: crate::driver::Error) -> Error {
-    tracing::warn!(%error, "the agent cannot be asked");
+    tracing::warn!(%error, "the agent does not answer");
     Error::Unavailable("the agent does not answer".into(), std::time::Duration::from_secs(5))
 }
 
@@ -295,25 +297,27 @@ fn name_closed(plan: &AppPlan, name: &str, asks: bool, (protocol, port): (Protoc
         let closed = |why: String, ask: &str| Closed { why, ask: Some(ask.to_owned()) };
         return if asks {
             closed(
-                format!("the app names {name}, and it is not given, granted or approved, or not any more"),
-                "whoever gave it gives it again: the platform's admin a service or a place outside, the owner an app",
+                format!(
+                    "the app names {name}, but service access, a grant or an approval is missing or has ended"
+                ),
+                "ask the platform's admin for a service or an egress target, the owner of an app for a grant",
             )
         } else if name.parse::<DomainName>().is_ok() {
             closed(
-                format!("the outside, and {name} is not approved under this name"),
-                "ask for an egress target with this domain; once approved, name it in connects.egress",
+                format!("a domain outside the platform; there is no approved egress target {name}"),
+                "request an egress target for this domain; once it is approved, name it in connects.egress",
             )
         } else {
             closed(
                 format!("the app does not name {name} under connects"),
-                "name it under connects; the answer to the deploy says what is missing",
+                "name it under connects; the response to the deploy lists any missing access",
             )
         };
     }
-    Closed { why: format!("{name} is open on {}, not on {protocol} {port}", ports.join(", ")), ask: None }
+    Closed { why: format!("{name} is allowed on {}, not on {protocol} {port}", ports.join(", ")), ask: None }
 }
 
-/// Most refusals that are told at a time, the newest.
+/// Maximum number of denied packets in an answer, the newest.
 const DENIED: usize = 100;
 
 #[derive(Serialize)]
@@ -324,8 +328,7 @@ pub(in crate::networks) struct DeniedView {
     pub(in crate::networks) closed: Closed,
 }
 
-/// GET /api/v1/tenants/{tenant}/apps/{app}/denied: packets that were not let through lately, the newest
-/// first, at most 100.
+/// GET /api/v1/tenants/{tenant}/apps/{app}/denied: recently denied packets, the newest first, at most 100.
 pub async fn get_denied(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,
@@ -337,7 +340,7 @@ pub async fn get_denied(
     Ok(HttpResponse::Ok().json(json!({"items": items, "next": null})))
 }
 
-/// What of an app's packets was refused lately, and why.
+/// Returns an app's recently denied packets, each with the reason.
 pub(in crate::networks) async fn denials(
     tenant: &TenantRef,
     pool: &PgPool,

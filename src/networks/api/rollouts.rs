@@ -1,4 +1,4 @@
-//! Roll-outs: how far each is, what was used and tried, and the decisions about it.
+//! Rollouts over the API: progress, recorded use, probe results, and actions.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
@@ -17,10 +17,10 @@ use crate::networks::rollouts::Staging;
 use crate::networks::{actions, store};
 use crate::reconcile::Waker;
 
-/// Most of what was used and tried that is told with a roll-out.
+/// Maximum number of uses and of probe results in an answer.
 pub(in crate::networks) const TOLD: i64 = 200;
 
-/// How a change is to be rolled out, as it is handed in.
+/// The stages of a rollout, as a request gives them.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(in crate::networks) struct StagingBody {
@@ -30,7 +30,7 @@ pub(in crate::networks) struct StagingBody {
 }
 
 impl StagingBody {
-    /// Checked; what is wrong with it is put to the others.
+    /// Validates the stages. Adds its faults to `faults`.
     pub(super) fn check(self, faults: &mut Vec<Fault>) -> Staging {
         let mut fault = |path: String, message: String| {
             faults.push(Fault::new(Code(426), Kind::Invalid, format!("rollout.{path}"), message));
@@ -38,14 +38,14 @@ impl StagingBody {
         let usual = Staging::default();
         let window_hours = self.window_hours.unwrap_or(usual.window_hours);
         if !(0..=168).contains(&window_hours) {
-            fault("window_hours".into(), "a window has 0 to 168 hours".into());
+            fault("window_hours".into(), "the observation window lasts 0 to 168 hours".into());
         }
         let observe_seconds = self.observe_seconds.unwrap_or(usual.observe_seconds);
         if !(0..=86400).contains(&observe_seconds) {
-            fault("observe_seconds".into(), "the first tenants are looked at for 0 to 86400 seconds".into());
+            fault("observe_seconds".into(), "the canary tenants are observed for 0 to 86400 seconds".into());
         }
         if self.canaries.as_ref().is_some_and(|names| names.len() > 100) {
-            fault("canaries".into(), "at most 100 tenants are first".into());
+            fault("canaries".into(), "there are at most 100 canary tenants".into());
         }
         let mut named = |(n, name): (usize, &String)| {
             name.parse::<TenantName>()
@@ -70,8 +70,8 @@ pub async fn list_rollouts(
     Ok(HttpResponse::Ok().json(Page::new(rows, limit, |row| row.id)))
 }
 
-/// GET /api/v1/network/rollouts/{id}: with what was used of what it closes, and what was tried; of each at most
-/// 200, the numbers of all beside them.
+/// GET /api/v1/network/rollouts/{id}: includes the recorded use of removed endpoints and the probe results.
+/// Each list has at most 200 items, with the total count beside it.
 pub async fn get_rollout(
     _: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
@@ -99,7 +99,7 @@ fn reason(req: &HttpRequest, body: &[u8]) -> Result<String, Error> {
     check_reason(&reason)
 }
 
-/// A reason of bounded length.
+/// Validates the length of a reason.
 pub(in crate::networks) fn check_reason(text: &str) -> Result<String, Error> {
     if text.chars().count() > 500 {
         let message = "a reason has at most 500 characters";
@@ -133,7 +133,7 @@ pub async fn resume(
     Ok(HttpResponse::Accepted().finish())
 }
 
-/// DELETE /api/v1/network/rollouts/{id}/window: it ends now.
+/// DELETE /api/v1/network/rollouts/{id}/window: ends the observation window now.
 pub async fn end_window(
     scope: PlatformScope<ManageNetwork>,
     req: HttpRequest,

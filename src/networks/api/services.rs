@@ -1,4 +1,4 @@
-//! The catalogue of services, and who may use what.
+//! The service catalogue and the tenants' access to services, over the API.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
@@ -30,12 +30,12 @@ struct ServiceBody {
     #[serde(default)]
     description: String,
     endpoints: Vec<Endpoint>,
-    /// How a change reaches the tenants that use it.
+    /// The stages in which a change reaches the tenants that use the service.
     #[serde(default)]
     rollout: StagingBody,
 }
 
-/// Holds what is to be put into the catalogue against its bounds and the walls.
+/// Validates a service against its limits and the reserved ranges.
 pub(in crate::networks) async fn check_service(
     description: &str,
     endpoints: &mut [Endpoint],
@@ -58,7 +58,7 @@ pub(in crate::networks) async fn check_service(
             faults.push(fault(format!("{path}.port"), "a port is 1 to 65535"));
         }
         if endpoints[..n].contains(endpoint) {
-            faults.push(fault(path.clone(), "this endpoint stands twice"));
+            faults.push(fault(path.clone(), "this endpoint is listed twice"));
         }
         let wall = against_service(endpoint.network, &own);
         faults.extend(check_network(endpoint.network, &format!("{path}.network"), wall, tenants).err());
@@ -67,8 +67,8 @@ pub(in crate::networks) async fn check_service(
     if faults.is_empty() { Ok(staging) } else { Err(Error::Invalid(faults)) }
 }
 
-/// PUT /api/v1/services/{name}: 202 with the number of a roll-out where tenants use it and it answers elsewhere
-/// than before.
+/// PUT /api/v1/services/{name}: answers 202 with the number of a rollout if tenants use the service and its
+/// endpoints change.
 pub async fn put_service(
     scope: PlatformScope<ManageNetwork>,
     req: HttpRequest,
@@ -127,7 +127,7 @@ pub async fn delete_service(
     Ok(HttpResponse::NoContent().finish())
 }
 
-/// GET /api/v1/tenants/{tenant}/services: those that the tenant may use, by name.
+/// GET /api/v1/tenants/{tenant}/services: services that the tenant may use, by name.
 pub async fn list_given(
     scope: TenantScope<ReadTenant>,
     pool: web::Data<PgPool>,

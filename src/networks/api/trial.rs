@@ -1,4 +1,4 @@
-//! Trials.
+//! Audit mode over the API.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
@@ -32,7 +32,7 @@ pub async fn begin(
     let TrialBody { hours } = parse_json(&req, &body)?;
     scope.actor.require_recent()?;
     if !(1..=168).contains(&hours) {
-        let message = "a trial has 1 to 168 hours: everything outside is open meanwhile";
+        let message = "audit mode lasts 1 to 168 hours: it allows all egress outside the reserved ranges";
         return Err(Error::fault(Fault::new(Code(426), Kind::Invalid, "hours", message)));
     }
     let until = actions::begin_trial(&pool, &waker, scope.by(), &scope.tenant, hours).await?;
@@ -49,7 +49,7 @@ pub async fn end(
     Ok(HttpResponse::Accepted().finish())
 }
 
-/// GET /api/v1/tenants/{tenant}/network/trial: until when; 404 while there is none.
+/// GET /api/v1/tenants/{tenant}/network/trial: the end of audit mode; 404 if it is off.
 pub async fn get(scope: TenantScope<ReadTenant>, pool: web::Data<PgPool>) -> Result<HttpResponse, Error> {
     let mut conn = db::begin(&pool, scope.tenant.id).await?;
     let until = store::decided_trial(&mut conn, scope.tenant.id).await?.ok_or(Error::NotFound)?;

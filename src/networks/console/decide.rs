@@ -1,4 +1,4 @@
-//! The forms of a tenant's network: offering, accepting and ending grants, asking for places outside.
+//! The forms of a tenant's network page: grants and egress targets.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
@@ -35,7 +35,7 @@ async fn done<P>(
     after(&format!("/tenants/{}/network", scope.tenant.name), outcome, again).await
 }
 
-/// A grant to be offered.
+/// The form that offers a grant.
 #[derive(Deserialize)]
 pub struct OfferForm {
     app: String,
@@ -46,14 +46,14 @@ pub struct OfferForm {
     days: String,
 }
 
-/// An optional number of days, as a form has it.
+/// Parses an optional number of days.
 pub(super) fn days(text: &str) -> Result<Option<i32>, Error> {
     match text.trim() {
         "" => Ok(None),
         text => text
             .parse()
             .map(Some)
-            .map_err(|_| Error::Conflict("days is a whole number, or empty for no end".into())),
+            .map_err(|_| Error::Conflict("days must be a whole number, or empty for no expiry".into())),
     }
 }
 
@@ -75,7 +75,7 @@ pub async fn offer(
     done(&scope, &req, outcome).await
 }
 
-/// Which grant.
+/// The form that names a grant.
 #[derive(Deserialize)]
 pub struct GrantForm {
     id: i64,
@@ -105,7 +105,7 @@ pub async fn end(
     done(&scope, &req, outcome).await
 }
 
-/// A place outside to be asked for.
+/// The form that requests an egress target.
 #[derive(Deserialize)]
 pub struct EgressForm {
     name: String,
@@ -140,8 +140,8 @@ pub async fn ask(
         let ports = form.0.ports.split([',', ' ']).filter(|port| !port.is_empty()).map(str::parse);
         let ports = ports
             .collect::<Result<_, _>>()
-            .map_err(|_| Error::Conflict("ports are numbers, such as 443".into()))?;
-        // Digits, dots and a slash are addresses; a name has a letter.
+            .map_err(|_| Error::Conflict("ports must be numbers, such as 443".into()))?;
+        // A domain has a letter; an address or a network has only digits, dots and a slash.
         let place = form.0.network.trim().to_owned();
         let is_name = place.contains(|c: char| c.is_ascii_alphabetic());
         let (network, domain) = if is_name { (String::new(), place) } else { (place, String::new()) };

@@ -1,4 +1,4 @@
-//! The noun's pages: a tenant's network, and the platform's. Every action is a plain form.
+//! The network pages of a tenant and of the platform. Every action is a plain form.
 
 use serde_json::Value;
 
@@ -33,10 +33,10 @@ fn texts(list: &Value) -> Vec<String> {
 impl From<Plan> for PlanRow {
     fn from(plan: Plan) -> Self {
         let (state, mark) = match plan.state.as_str() {
-            "in_force" => ("in force", "running"),
-            "proven" => ("being applied", "changing"),
-            "refused" => ("not proven", "failed"),
-            _ => ("over", "stopped"),
+            "in_force" => ("Applied", "running"),
+            "proven" => ("Applying", "changing"),
+            "refused" => ("Not verified", "failed"),
+            _ => ("Superseded", "stopped"),
         };
         let causes = plan.causes.as_array().into_iter().flatten().map(|cause| {
             let text = |key: &str| cause[key].as_str().unwrap_or_default();
@@ -45,9 +45,9 @@ impl From<Plan> for PlanRow {
         let probed: Option<Probed> = plan.probed.and_then(|probed| serde_json::from_value(probed).ok());
         let tried = match &probed {
             None => String::new(),
-            Some(probed) if probed.apps == 0 => "not tried: no app ran".to_owned(),
+            Some(probed) if probed.apps == 0 => "Not tested: no app was running".to_owned(),
             Some(Probed { apps, open, closed, .. }) => {
-                format!("tried from {apps} app(s): {open} that must be open, {closed} that must be closed")
+                format!("Tested from {apps} app(s): {open} must be open, {closed} must be closed")
             }
         };
         Self {

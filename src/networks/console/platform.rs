@@ -1,4 +1,4 @@
-//! The platform's network: what waits for a decision, the catalogue, the plans of all tenants, the walls.
+//! The platform's network page: pending requests, the catalogue, all tenants' plans, reserved ranges.
 
 use actix_web::{HttpResponse, web};
 use askama::Template;
@@ -25,10 +25,10 @@ use crate::reconcile::Waker;
 use crate::tenants;
 
 const PLACE: &str = "/network";
-/// Most rows of a list on the first page.
+/// Maximum number of rows of a list on the first page.
 const SHOWN: i64 = 20;
 
-/// Cuts a list that was read with one row more than is shown. Whether there was one.
+/// Truncates a list that was read with one row more than is shown. Returns whether it was longer.
 fn cut<T>(rows: &mut Vec<T>) -> bool {
     let shown = usize::try_from(SHOWN).unwrap_or(usize::MAX);
     let more = rows.len() > shown;
@@ -63,32 +63,32 @@ struct EventRow {
 impl From<MachineEvent> for EventRow {
     fn from(event: MachineEvent) -> Self {
         let (mark, word) = match event.kind.as_str() {
-            "probe_alarm" => ("failed", "alarm"),
+            "probe_alarm" => ("failed", "Alarm"),
             "probe_failed" | "plan_refused" | "flow_left_out" | "connections_crowded" => {
-                ("attention", "look at it")
+                ("attention", "Warning")
             }
-            "firewall_repaired" | "neighbours_repaired" => ("attention", "repaired"),
-            _ => ("stopped", "note"),
+            "firewall_repaired" | "neighbours_repaired" => ("attention", "Repaired"),
+            _ => ("stopped", "Note"),
         };
         Self { at: when(event.at), text: event.text, mark, word }
     }
 }
 
-/// What listens on the machine, as tenants could see it.
+/// Lists the sockets that listen on the machine, and whether tenants can reach them.
 async fn host(driver: &dyn Driver) -> (Vec<ListenerRow>, &'static str) {
     let Ok(listeners) = driver.listeners().await else {
-        return (Vec::new(), "The agent does not answer; try again in a moment.");
+        return (Vec::new(), "The agent does not answer. Try again in a moment.");
     };
     let rows = listeners.into_iter().map(|listener| {
         let (state, mark) = match listener.answers {
-            Some(true) if listener.names => ("answers to tenants, for names, as it should", "running"),
-            Some(true) => ("answers to tenants", "failed"),
-            Some(false) => ("closed, tried from within an app", "running"),
-            None => ("closed by plan", "running"),
+            Some(true) if listener.names => ("Name server, open to tenants", "running"),
+            Some(true) => ("Open to tenants", "failed"),
+            Some(false) => ("Closed, tested from inside an app", "running"),
+            None => ("Closed by plan", "running"),
         };
         let remedy =
             match (listener.answers.map(|answers| answers && !listener.names), listener.unit.as_str()) {
-                (Some(true), "") => "end this program, or let it listen on loopback alone".to_owned(),
+                (Some(true), "") => "Stop this program, or let it listen only on loopback".to_owned(),
                 (Some(true), unit) => format!("systemctl disable --now {unit}"),
                 _ => String::new(),
             };
@@ -96,7 +96,7 @@ async fn host(driver: &dyn Driver) -> (Vec<ListenerRow>, &'static str) {
         let program = [listener.program, listener.unit].join(" ").trim().to_owned();
         ListenerRow { at, program, state, mark, remedy }
     });
-    (rows.collect(), "Nothing listens beyond loopback.")
+    (rows.collect(), "No program listens on an address other than loopback.")
 }
 
 #[derive(Template)]
@@ -188,7 +188,7 @@ struct ServicesPage {
     next: String,
 }
 
-/// GET /network/services: all, by name.
+/// GET /network/services: all services, by name.
 pub async fn services_page(
     scope: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
@@ -207,7 +207,7 @@ pub async fn services_page(
     })
 }
 
-/// What is decided.
+/// The form that decides a request.
 #[derive(Deserialize)]
 pub struct DecisionForm {
     id: i64,

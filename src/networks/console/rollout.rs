@@ -1,5 +1,4 @@
-//! A roll-out's page: how far it is, what was used and tried, and the decisions about it; and the form that begins
-//! one.
+//! A rollout's page: progress, recorded use, probe results, actions. Also the form that changes a service.
 
 use actix_web::{HttpResponse, web};
 use askama::Template;
@@ -29,7 +28,7 @@ use crate::networks::{Endpoint, actions::abort, actions::end_window, actions::pa
 use crate::policy::Protocol;
 use crate::reconcile::Waker;
 
-/// A roll-out in a list.
+/// A rollout in a list.
 pub(super) struct RolloutRow {
     pub(super) id: i64,
     pub(super) service: String,
@@ -44,15 +43,15 @@ pub(super) struct RolloutRow {
 impl From<&Rollout> for RolloutRow {
     fn from(rollout: &Rollout) -> Self {
         let (state, mark) = match (rollout.stage, rollout.paused_by.as_deref(), rollout.outcome.as_deref()) {
-            (Stage::Over, _, Some("done")) => ("done", "running"),
-            (Stage::Over, _, Some("aborted")) => ("aborted", "stopped"),
-            (Stage::Over, ..) => ("rolled back", "failed"),
-            (Stage::Undo, ..) => ("being taken back", "changing"),
-            (_, Some("platform"), _) => ("waits for a decision", "attention"),
-            (_, Some(_), _) => ("paused", "stopped"),
-            (Stage::Window, ..) => ("counting what is used", "changing"),
-            (Stage::Canary, ..) => ("reaching the first tenants", "changing"),
-            (Stage::All, ..) => ("reaching all tenants", "changing"),
+            (Stage::Over, _, Some("done")) => ("Done", "running"),
+            (Stage::Over, _, Some("aborted")) => ("Aborted", "stopped"),
+            (Stage::Over, ..) => ("Rolled back", "failed"),
+            (Stage::Undo, ..) => ("Rolling back", "changing"),
+            (_, Some("platform"), _) => ("Needs approval", "attention"),
+            (_, Some(_), _) => ("Paused", "stopped"),
+            (Stage::Window, ..) => ("Observing use", "changing"),
+            (Stage::Canary, ..) => ("Canary stage", "changing"),
+            (Stage::All, ..) => ("Rolling out", "changing"),
         };
         let progress = match rollout.stage {
             Stage::Over => String::new(),
@@ -71,7 +70,7 @@ impl From<&Rollout> for RolloutRow {
     }
 }
 
-/// One of the stages that a roll-out goes through.
+/// A stage on the page.
 struct Leg {
     name: &'static str,
     words: String,
@@ -90,22 +89,22 @@ fn legs(rollout: &Rollout) -> Vec<Leg> {
         _ => "stopped",
     };
     let window = match rollout.window_hours {
-        0 => "none was asked for".to_owned(),
-        hours => format!("{hours} h in which what it closes is counted"),
+        0 => "None".to_owned(),
+        hours => format!("Counts connections to the removed endpoints for {hours} h"),
     };
     let first = match &rollout.canaries {
-        None => "chosen when it comes to it".to_owned(),
-        Some(ids) if ids.is_empty() => "nobody is first".to_owned(),
+        None => "Chosen when the stage starts".to_owned(),
+        Some(ids) if ids.is_empty() => "None".to_owned(),
         Some(_) => rollout.canary_names.join(", "),
     };
     vec![
-        Leg { name: "Window", words: window, mark: mark(0) },
-        Leg { name: "First tenants", words: first, mark: mark(1) },
-        Leg { name: "All tenants", words: "the others, some at a time".to_owned(), mark: mark(2) },
+        Leg { name: "Observation window", words: window, mark: mark(0) },
+        Leg { name: "Canary tenants", words: first, mark: mark(1) },
+        Leg { name: "All tenants", words: "The other tenants, in batches".to_owned(), mark: mark(2) },
     ]
 }
 
-/// Something that can be decided about a roll-out: a button.
+/// A button of the page.
 struct Choice {
     what: &'static str,
     label: &'static str,
@@ -120,11 +119,11 @@ fn decisions(rollout: &Rollout) -> Vec<Choice> {
     if !is_under_way(rollout) {
         return Vec::new();
     }
-    let abort = Choice { what: "abort", label: "Abort and take back", class: "quiet danger" };
-    let end = Choice { what: "end", label: "End the window now", class: "quiet" };
+    let abort = Choice { what: "abort", label: "Abort and roll back", class: "quiet danger" };
+    let end = Choice { what: "end", label: "End the observation window", class: "quiet" };
     let pause = Choice { what: "pause", label: "Pause", class: "quiet" };
     match (rollout.paused_by.is_some(), rollout.stage) {
-        (true, _) => vec![Choice { what: "resume", label: "Let it go on", class: "" }, abort],
+        (true, _) => vec![Choice { what: "resume", label: "Resume", class: "" }, abort],
         (false, Stage::Window) if rollout.until > Some(OffsetDateTime::now_utc()) => vec![pause, end, abort],
         (false, _) => vec![pause, abort],
     }
@@ -198,7 +197,7 @@ struct RolloutsPage {
     next: String,
 }
 
-/// GET /network/rollouts: all, the newest first.
+/// GET /network/rollouts: all rollouts, the newest first.
 pub async fn rollouts_page(
     scope: PlatformScope<ReadPlatform>,
     pool: web::Data<PgPool>,
@@ -227,7 +226,7 @@ pub async fn rollout_page(
     html::page(&view(&scope.actor, &pool, &keys, path.id, String::new()).await?)
 }
 
-/// What is decided about a roll-out.
+/// The form that pauses, resumes or aborts a rollout.
 #[derive(Deserialize)]
 pub struct DecisionForm {
     what: String,
@@ -251,7 +250,9 @@ pub async fn decide(
             "resume" => resume(&pool, &waker, scope.by(), path.id, &reason).await,
             "end" => end_window(&pool, &waker, scope.by(), path.id, &reason).await,
             "abort" => abort(&pool, &waker, scope.by(), path.id, &reason).await,
-            _ => Err(Error::Conflict("a roll-out is paused, resumed or aborted, or its window ends".into())),
+            _ => Err(Error::Conflict(
+                "unknown action: choose pause, resume, abort, or end for the observation window".into(),
+            )),
         }
     };
     let outcome = make.await;
@@ -259,13 +260,13 @@ pub async fn decide(
     after(&format!("/network/rollouts/{}", path.id), outcome, again).await
 }
 
-/// A service to be put into the catalogue.
+/// The form that creates or changes a service.
 #[derive(Deserialize)]
 pub struct ServiceForm {
     name: String,
     #[serde(default)]
     description: String,
-    /// One a line: address, protocol (TCP if it is left out), port.
+    /// One endpoint a line: address, protocol (TCP if omitted), port.
     endpoints: String,
     #[serde(default)]
     window_hours: String,
@@ -306,7 +307,7 @@ pub async fn put_service(
         let mut endpoints = lines.map(endpoint).collect::<Result<Vec<_>, _>>()?;
         let hours = match window_hours.trim() {
             "" => None,
-            text => Some(text.parse().map_err(|_| Error::Conflict("hours are a whole number".into()))?),
+            text => Some(text.parse().map_err(|_| Error::Conflict("hours must be a whole number".into()))?),
         };
         let first: Vec<String> =
             canaries.split([',', ' ']).filter(|name| !name.is_empty()).map(str::to_owned).collect();
@@ -315,7 +316,7 @@ pub async fn put_service(
             observe_seconds: None,
             canaries: Some(first).filter(|first| !first.is_empty()),
         };
-        // Nothing said about it keeps what was said.
+        // An empty description keeps the current one.
         let mut conn = db::begin(&pool, Within::Platform).await?;
         let known = store::find_service(&mut conn, &name).await?.map(|(_, known)| known.description);
         drop(conn);

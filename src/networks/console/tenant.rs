@@ -1,4 +1,4 @@
-//! A tenant's network: who may talk to whom, what was refused and why, and the requests that would open it.
+//! A tenant's network page: allowed and denied connections, and the requests that would allow more.
 
 use actix_web::{HttpResponse, web};
 use askama::Template;
@@ -65,7 +65,7 @@ pub(super) struct NetworkPage {
     trial: String,
     services: Vec<Service>,
     coming: Vec<String>,
-    /// Lists of which only the beginning is shown, as the API calls them.
+    /// API names of the lists that are cut to their first rows.
     long: Vec<&'static str>,
     received: Vec<GrantRow>,
     given: Vec<GrantRow>,
@@ -79,7 +79,8 @@ pub(super) struct NetworkPage {
     asked_port: String,
 }
 
-/// `?app=`: whose refusals; with `to` and `port`: whether it gets there.
+/// `?app=` selects an app's denied connections. With `to` and `port`, the page also says whether the app
+/// reaches them.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Look {
@@ -91,12 +92,12 @@ pub struct Look {
     port: String,
 }
 
-/// Most rows of a list that the page shows.
+/// Maximum number of rows of a list.
 const LISTED: i64 = 50;
-/// Most connections that the page shows.
+/// Maximum number of connections.
 const SHOWN: usize = 100;
 
-/// What the page is made from.
+/// The sources of the page's data.
 #[derive(Clone)]
 pub(super) struct Parts {
     pub(super) pool: web::Data<PgPool>,
@@ -124,7 +125,7 @@ pub(super) async fn view<P>(
     let plans = store::list_plans(&mut conn, Some(tenant), i64::MAX, 5).await?;
     drop(conn);
     let apps = standing.as_ref().map_or(&[][..], |standing| &standing.apps);
-    // Of one app, if one is chosen: a tenant may have thousands.
+    // Only one app's flows if an app is selected: a tenant may have thousands of apps.
     let chosen = |app: &AppPlan| look.app.is_empty() || app.name.as_str() == look.app;
     let flows = apps.iter().filter(|app| chosen(app)).flat_map(|app| {
         app.flows.iter().map(|flow| FlowRow {
@@ -140,7 +141,7 @@ pub(super) async fn view<P>(
             },
         })
     });
-    let until = |at: Option<time::OffsetDateTime>| at.map_or_else(|| "no end".to_owned(), when);
+    let until = |at: Option<time::OffsetDateTime>| at.map_or_else(|| "No expiry".to_owned(), when);
     let mut page = NetworkPage {
         frame: tenant_frame(&parts.keys, scope, "Network"),
         tenant: scope.tenant.name.to_string(),
@@ -166,7 +167,7 @@ pub(super) async fn view<P>(
             .into_iter()
             .map(|row| GrantRow {
                 id: row.id,
-                app: row.to_app.map_or_else(|| "every app here".into(), |app| format!("the app {app} here")),
+                app: row.to_app.map_or_else(|| "all apps here".into(), |app| format!("the app {app} here")),
                 other: format!("{}/{}", row.tenant, row.app),
                 state: row.state,
                 until: until(row.expires_at),
@@ -186,7 +187,7 @@ pub(super) async fn view<P>(
         plans: plans.into_iter().map(PlanRow::from).collect(),
         chosen: look.app.clone(),
         denied: Vec::new(),
-        denied_note: "Choose an app to see what it tried in vain.",
+        denied_note: "Select an app to see its denied connections.",
         answer: String::new(),
         asked_to: look.to.clone(),
         asked_port: look.port.clone(),
@@ -197,7 +198,7 @@ pub(super) async fn view<P>(
     Ok(page)
 }
 
-/// What a coming change of a service is, for whom it will reach.
+/// Describes the pending change of a service.
 fn coming_words(name: &ServiceName, ends: &[Endpoint], services: &[Service]) -> String {
     let now =
         services.iter().find(|service| service.name == *name).map_or(&[][..], |service| &service.endpoints);
@@ -208,13 +209,13 @@ fn coming_words(name: &ServiceName, ends: &[Endpoint], services: &[Service]) -> 
     let opens = list(ends.iter().filter(|end| !now.contains(end)).collect());
     let closes = list(now.iter().filter(|end| !ends.contains(end)).collect());
     match (opens.as_str(), closes.as_str()) {
-        (_, "") => format!("The service {name} will answer at {opens} too."),
+        (_, "") => format!("The service {name} gets the additional endpoints {opens}."),
         ("", _) => format!(
-            "{closes} of the service {name} will close; whether an app uses it until then is counted."
+            "The service {name} loses the endpoints {closes}. Connections to them are counted until then."
         ),
         _ => format!(
-            "The service {name} will answer at {opens}, and {closes} will close; whether an app uses it until then is \
-             counted."
+            "The service {name} moves to {opens} and loses {closes}. Connections to the old endpoints are counted \
+             until then."
         ),
     }
 }
@@ -239,7 +240,7 @@ fn egress_row(row: store::Target) -> EgressRow {
     }
 }
 
-/// What is asked about one app.
+/// Adds the selected app's denied connections and the answer to the reach query.
 async fn fill<P>(
     page: &mut NetworkPage,
     scope: &TenantScope<P>,
@@ -250,7 +251,7 @@ async fn fill<P>(
     let pools = &parts.config.pools;
     match reach::denials(&scope.tenant, &parts.pool, pools, &**parts.driver, app).await {
         Ok(rows) => {
-            page.denied_note = "Nothing was refused lately.";
+            page.denied_note = "No connection of this app was denied recently.";
             page.denied = rows
                 .into_iter()
                 .take(50)
@@ -258,7 +259,7 @@ async fn fill<P>(
                     target: format!("{} {} {}", row.denied.target, row.denied.protocol, row.denied.port),
                     at: when(row.denied.last),
                     why: if row.denied.let_through {
-                        format!("let through on trial; closed afterwards: {}", row.closed.why)
+                        format!("allowed in audit mode, denied afterwards: {}", row.closed.why)
                     } else {
                         row.closed.why
                     },
@@ -266,7 +267,7 @@ async fn fill<P>(
                 })
                 .collect();
         }
-        Err(Error::Unavailable(..)) => page.denied_note = "The agent does not answer; try again in a moment.",
+        Err(Error::Unavailable(..)) => page.denied_note = "The agent does not answer. Try again in a moment.",
         Err(Error::NotFound) => page.denied_note = "There is no such app.",
         Err(error) => return Err(error),
     }

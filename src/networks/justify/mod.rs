@@ -1,6 +1,6 @@
-//! The first half of the proof: every flow of a plan is justified by what was decided, and everything that
-//! was asked for and decided is in it. Written apart from what compiles the plan. The second half, whether
-//! the firewall's text says the same, is made where the text is applied.
+//! Verifies a plan: each flow follows from the decisions, and no requested and decided flow is missing. This
+//! checker is written apart from the compiler. The agent runs the second half, which verifies the firewall's
+//! text, before it applies the text.
 
 use super::compile::Gap;
 use super::{AppPlan, Facts, Place};
@@ -10,17 +10,17 @@ use crate::ids::TenantName;
 use crate::policy::never::{against_outside, against_service};
 use crate::policy::{Cidr, Flow, Target};
 
-/// Whether a plan is what was decided; else the first flow that is not, and why.
+/// Checks a plan against the decisions. On failure, names the first flow that is wrong and says why.
 pub fn justify(facts: &Facts, plans: &[AppPlan], gaps: &[Gap], pool: Cidr) -> Result<(), String> {
     if plans.len() != facts.apps.len() {
-        return Err("the plan has other apps than the tenant".to_owned());
+        return Err("the plan's apps differ from the tenant's".to_owned());
     }
     for plan in plans {
         let app = facts
             .apps
             .iter()
             .find(|app| app.id == plan.app && app.name == plan.name)
-            .ok_or_else(|| format!("{} is no app of the tenant", plan.name))?;
+            .ok_or_else(|| format!("{} is not an app of the tenant", plan.name))?;
         for flow in &plan.flows {
             reason(facts, app, flow, pool).map_err(|why| {
                 format!(
@@ -39,7 +39,7 @@ fn reason(facts: &Facts, app: &Connecting, flow: &Flow, pool: Cidr) -> Result<()
     match &flow.target {
         Target::App { tenant, app: id } => {
             if !connects.apps.iter().any(|name| name.to_string() == flow.name) {
-                return Err("the app does not name it");
+                return Err("the app does not name this app");
             }
             let serves = Some(Serves { protocol: flow.protocol, port: flow.port });
             let agreed = if *tenant == facts.tenant {
@@ -51,7 +51,7 @@ fn reason(facts: &Facts, app: &Connecting, flow: &Flow, pool: Cidr) -> Result<()
             } else {
                 facts.grants.iter().any(|grant| granted(grant, tenant, app, flow) && grant.id == *id)
             };
-            if agreed { Ok(()) } else { Err("the other side has not agreed to this app and port") }
+            if agreed { Ok(()) } else { Err("there is no such app and port, or no accepted grant for them") }
         }
         Target::Service { network } => {
             let named = connects.services.iter().any(|name| name.as_str() == flow.name);
@@ -82,7 +82,7 @@ fn reason(facts: &Facts, app: &Connecting, flow: &Flow, pool: Cidr) -> Result<()
                 Target::Outside { network } => {
                     clear(network.overlaps(pool) || against_outside(*network, &[]).is_some())
                 }
-                // What a name leads to is held against the walls each time that it is looked up.
+                // The resolver checks a domain's addresses against the reserved ranges at each lookup.
                 _ => Ok(()),
             }
         }
@@ -98,7 +98,7 @@ fn is_there(place: &Place, target: &Target) -> bool {
 }
 
 fn clear(walled: bool) -> Result<(), &'static str> {
-    if walled { Err("it touches what nobody reaches") } else { Ok(()) }
+    if walled { Err("it overlaps a reserved range") } else { Ok(()) }
 }
 
 fn granted(grant: &super::Granted, tenant: &TenantName, app: &Connecting, flow: &Flow) -> bool {
@@ -109,7 +109,7 @@ fn granted(grant: &super::Granted, tenant: &TenantName, app: &Connecting, flow: 
         && grant.only.as_ref().is_none_or(|only| *only == app.name)
 }
 
-/// Each name under `connects` has a flow, or is told as a gap.
+/// Checks that each name under `connects` has a flow or is reported as a gap.
 fn wanted(facts: &Facts, app: &Connecting, plan: &AppPlan, gaps: &[Gap]) -> Result<(), String> {
     let names = (app.connects.apps.iter().map(ToString::to_string))
         .chain(app.connects.services.iter().map(ToString::to_string))
@@ -117,10 +117,13 @@ fn wanted(facts: &Facts, app: &Connecting, plan: &AppPlan, gaps: &[Gap]) -> Resu
     for name in names {
         let told = gaps.iter().any(|gap| gap.app == app.name.as_str() && gap.name == name);
         if !told && !plan.flows.iter().any(|flow| flow.name == name) {
-            return Err(format!("{} of {} asks for {name}, and it stays closed", app.name, facts.tenant));
+            return Err(format!(
+                "{} of {} requires {name}, but the plan has no flow for it",
+                app.name, facts.tenant
+            ));
         }
     }
-    // A service has all of its endpoints, a target all of its ports.
+    // All endpoints of a service and all ports of a target must be open.
     for (service, endpoints) in facts.services.iter().filter(|(name, _)| app.connects.services.contains(name))
     {
         for end in endpoints {

@@ -1,4 +1,4 @@
-//! What the first half of the proof must find.
+//! Tests that plan verification finds planted faults.
 
 use super::*;
 use crate::apps::spec::Connects;
@@ -99,11 +99,11 @@ fn what_is_compiled_is_justified_and_what_is_not_to_be_had_is_told() {
         told,
         [
             ("job", "the app serves on no port"),
-            ("beta/log", "it is not granted, or the grant has ended"),
+            ("beta/log", "the app is not granted, or the grant has ended"),
             ("search", "the tenant may not use this service"),
             (
                 "mail",
-                "the egress target is not approved, has ended, or is closed by the platform's own configuration"
+                "the egress target is not approved, has expired, or is blocked by the platform's configuration"
             ),
         ]
     );
@@ -183,7 +183,7 @@ fn a_service_that_came_to_lie_behind_a_wall_is_not_opened() {
     let mut facts = facts();
     facts.services[0].1[0].network = "10.64.0.2".parse().unwrap();
     let (plans, gaps) = compile(&facts);
-    assert!(justify(&facts, &plans, &gaps, pool()).unwrap_err().contains("nobody reaches"));
+    assert!(justify(&facts, &plans, &gaps, pool()).unwrap_err().contains("reserved range"));
     facts.services[0].1[0].network = "169.254.169.254".parse().unwrap();
     let (plans, gaps) = compile(&facts);
     assert!(justify(&facts, &plans, &gaps, pool()).is_err());

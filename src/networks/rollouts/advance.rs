@@ -1,5 +1,6 @@
-//! The steps of a roll-out: `window.rs` counts, `spread.rs` reaches, `verify.rs` looks; taking back is here. Each looks at what the database says, does one thing, and writes down what came of it;
-//! whoever repeats a step, because somebody died in the middle of it, does no more than was meant.
+//! The steps of a rollout. `window.rs` counts use, `spread.rs` reaches tenants, `verify.rs` checks the
+//! result; rolling back is here. Each step reads the database, does one thing, and stores the result. A step
+//! that is repeated after a crash has no further effect.
 
 use std::time::Duration;
 
@@ -8,32 +9,33 @@ use sqlx::PgConnection;
 
 use super::{Stage, WORK};
 use crate::audit;
+use crate::db;
 use crate::error::Error;
 use crate::ids::ActorId;
 use crate::networks::connections::Network;
 use crate::networks::store::{self, Rollout, Whom};
 use crate::reconcile::{Failure, Lease, Outcome, Reconciler};
 
-/// How many tenants are reached at a time, and looked at before the next are.
+/// Number of tenants that are reached at a time. They are checked before the next ones are reached.
 pub(super) const BATCH: i64 = 100;
-/// How long a plan may take to be in force, in seconds, before a person is asked.
+/// How long a plan may take to be applied, in seconds, before the rollout needs approval.
 pub(super) const PATIENCE: i64 = 120;
-/// How often a window's counters are read.
+/// How often the counters of an observation window are read.
 pub(super) const COUNTING: Duration = Duration::from_secs(5);
 pub(super) const SOON: Duration = Duration::from_millis(200);
 
-/// The reconciler of roll-outs.
+/// The reconciler of rollouts.
 pub struct RolloutReconciler(pub Network);
 
-/// What a step came to.
+/// The result of a step.
 pub(super) enum Step {
-    /// Go on with this at once.
+    /// Continue at once.
     On,
-    /// Look again.
+    /// Requeue after this time.
     Wait(Duration, String),
-    /// A person has to decide.
+    /// Needs approval.
     Ask(String),
-    /// It is taken back.
+    /// Roll back.
     Back(String),
 }
 
@@ -51,7 +53,7 @@ impl Reconciler for RolloutReconciler {
         if rollout.stage == Stage::Over {
             return Ok(Outcome::Gone);
         }
-        // Whoever lets it go on, wakes this.
+        // Resuming wakes it.
         if rollout.paused_by.is_some() && rollout.stage != Stage::Undo {
             return Ok(Outcome::Settled);
         }
@@ -82,10 +84,10 @@ impl Reconciler for RolloutReconciler {
 }
 
 impl RolloutReconciler {
-    /// Writes down what a step came to.
+    /// Stores the result of a step.
     async fn conclude(&self, rollout: &Rollout, step: Step) -> Result<Outcome, Failure> {
         let (id, stage) = (rollout.id, rollout.stage);
-        let mut tx = self.0.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.0.pool).await?;
         let outcome = match step {
             Step::On => Outcome::Again(Duration::ZERO),
             Step::Wait(after, message) => {
@@ -98,7 +100,7 @@ impl RolloutReconciler {
                 if store::pause(&mut tx, id, ActorId::platform().as_str(), &message).await?
                     || store::note_paused(&mut tx, id, &message).await?
                 {
-                    tracing::error!(rollout = id, message, "a roll-out waits for a person");
+                    tracing::error!(rollout = id, message, "a rollout needs approval");
                     record(&mut tx, rollout, "rollout.paused", json!({"why": message})).await?;
                 }
                 Outcome::Settled
@@ -107,7 +109,7 @@ impl RolloutReconciler {
                 if store::set_stage(&mut tx, id, (stage, Stage::Undo), (Some("rolled_back"), &message))
                     .await?
                 {
-                    tracing::error!(rollout = id, message, "a roll-out is taken back");
+                    tracing::error!(rollout = id, message, "a rollout is rolled back");
                     record(&mut tx, rollout, "rollout.rolled-back", json!({"why": message})).await?;
                 }
                 Outcome::Again(Duration::ZERO)
@@ -118,7 +120,7 @@ impl RolloutReconciler {
     }
 
     pub(super) async fn go_on(&self, rollout: &Rollout, to: Stage, message: &str) -> Result<Step, Failure> {
-        let mut tx = self.0.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.0.pool).await?;
         if store::set_stage(&mut tx, rollout.id, (rollout.stage, to), (None, message)).await? {
             record(&mut tx, rollout, "rollout.stage", json!({"stage": to, "why": message})).await?;
         }
@@ -127,10 +129,10 @@ impl RolloutReconciler {
         Ok(Step::On)
     }
 
-    /// Takes it back from whom it means something to, some at a time.
+    /// Rolls back, a batch of tenants at a time.
     async fn undo(&self, rollout: &Rollout) -> Result<Step, Failure> {
         let message = rollout.message.clone();
-        let mut tx = self.0.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.0.pool).await?;
         let late = store::find_unsettled(&mut tx, rollout.id, Whom::Left).await?;
         let waits = late.as_ref().is_some_and(|late| late.seconds <= PATIENCE);
         if waits {
@@ -138,7 +140,7 @@ impl RolloutReconciler {
         }
         let left = store::leave_tenants(&mut tx, rollout, BATCH).await?;
         if !left.is_empty() {
-            let words = format!("the roll-out {} of {} is taken back", rollout.id, rollout.service);
+            let words = format!("the rollout {} of {} is rolled back", rollout.id, rollout.service);
             store::note_tenants(&mut tx, &left, ActorId::platform().as_str(), &words).await?;
             tx.commit().await?;
             fail::fail_point!("rollouts::left");
@@ -146,7 +148,7 @@ impl RolloutReconciler {
         }
         let message = match late {
             None => message,
-            Some(late) => format!("{message}; the plans of {} tenant(s) are not in force yet", late.count),
+            Some(late) => format!("{message}; the plans of {} tenant(s) are not applied yet", late.count),
         };
         if store::set_stage(&mut tx, rollout.id, (Stage::Undo, Stage::Over), (None, &message)).await? {
             record(&mut tx, rollout, "rollout.taken-back", json!({"outcome": rollout.outcome})).await?;

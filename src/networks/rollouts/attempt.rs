@@ -1,4 +1,4 @@
-//! Trying from within tenants' apps what a roll-out opens and closes.
+//! Probes the endpoints that a rollout opens and closes from inside tenants' apps.
 
 use std::collections::BTreeSet;
 
@@ -12,32 +12,32 @@ use crate::networks::store::{PlanOf, Rollout};
 use crate::policy::{Protocol, Target};
 use crate::reconcile::Failure;
 
-/// How many are tried at a time: others ask too.
+/// Number of concurrent probes: other callers need room.
 const AT_ONCE: usize = 4;
-/// How often one is tried that others keep waiting.
+/// Number of attempts while other probes keep the agent busy.
 const AGAIN: u32 = 20;
-/// Most apps of a tenant, places of an app, and tries in all: each may last one and a half seconds, and whoever
-/// aborts a roll-out waits for them.
+/// Maximum number of apps of a tenant, of endpoints of an app, and of probes in all. A probe may last 1.5
+/// seconds, and an abort waits for the probes.
 const APPS: usize = 3;
 const PLACES: usize = 16;
 const MOST: usize = 120;
 
-/// What came of it.
+/// The results of a round of probes.
 #[derive(Debug, Default)]
 pub(super) struct Tried {
-    /// What was tried.
+    /// The probes that ran.
     pub(super) checks: Vec<Check>,
-    /// Apps of which no instance runs: by number and name.
+    /// Apps without a running instance: id and name.
     pub(super) idle: Vec<(AppId, String)>,
 }
 
-/// Where something answers, in words.
+/// Describes the destination of a check.
 pub(super) fn place(check: &Check) -> String {
     format!("{} {} {}", check.address, check.protocol, check.port)
 }
 
-/// What is tried from an app: that the endpoints answer that hold for it, and that those do not that went.
-/// Endpoints of more than one address cannot be tried.
+/// Returns the checks for a tenant: the endpoints that apply to it must answer, the removed ones must not.
+/// Endpoints of more than one address cannot be probed.
 fn wanted(rollout: &Rollout, plan: &PlanOf, reached: bool) -> Vec<Check> {
     let now: &[Endpoint] = if reached { &rollout.endpoints } else { &rollout.before };
     let uses = |app: &&crate::networks::AppPlan| {
@@ -47,8 +47,8 @@ fn wanted(rollout: &Rollout, plan: &PlanOf, reached: bool) -> Vec<Check> {
     };
     let mut out = Vec::new();
     for app in plan.apps.iter().filter(uses).take(APPS) {
-        // Open to the app for another reason, it is not closed; where a name leads, or what a trial lets out, is not
-        // known here.
+        // An endpoint that the app may use for another reason is not closed. The addresses of a domain and
+        // the effect of audit mode are not known here.
         let otherwise = |end: &Endpoint| {
             plan.on_trial
                 || app.flows.iter().any(|flow| {
@@ -82,20 +82,20 @@ fn wanted(rollout: &Rollout, plan: &PlanOf, reached: bool) -> Vec<Check> {
     out
 }
 
-/// Whether what came of it is as it must be. `dead`: whether it did not answer before either: then it is no fault of
-/// the roll-out that it does not now, unless the firewall says so.
+/// Reports whether an outcome is as expected. `dead`: the endpoint did not answer before the rollout either.
+/// The rollout is then not at fault, unless the firewall denies the probe.
 fn judge(check: &Check, dead: bool) -> bool {
     match (check.open, check.outcome) {
         (false, outcome) => !outcome.is_through(),
         (true, ProbeOutcome::Prohibited) => false,
         (true, ProbeOutcome::Reached | ProbeOutcome::Opened) => true,
-        // Nobody has to answer a datagram.
+        // A datagram needs no answer.
         (true, ProbeOutcome::Silent | ProbeOutcome::Unreachable) => dead || check.protocol == Protocol::Udp,
         (true, ProbeOutcome::Refused) => dead,
     }
 }
 
-/// Tries from within the apps of these plans. `dead`: places that answered nobody before.
+/// Probes from inside the apps of these plans. `dead`: endpoints that did not answer before.
 pub(super) async fn attempt(
     driver: &dyn Driver,
     rollout: &Rollout,
@@ -125,7 +125,7 @@ pub(super) async fn attempt(
     Ok(tried)
 }
 
-/// Tries one; the inner error is one of whose app no instance runs.
+/// Runs one check. The inner error is a check whose app has no running instance.
 async fn one(driver: &dyn Driver, check: Check) -> Result<Result<Check, Check>, Failure> {
     let probe = Probe {
         tenant: check.tenant_name.clone(),
@@ -139,12 +139,12 @@ async fn one(driver: &dyn Driver, check: Check) -> Result<Result<Check, Check>, 
         match driver.probe(&probe).await {
             Ok(outcome) => return Ok(Ok(Check { outcome, ..check })),
             Err(Error::Rejected(_)) => return Ok(Err(check)),
-            // Others are being tried.
+            // Other probes are running.
             Err(Error::Transient(_)) => tokio::time::sleep(std::time::Duration::from_millis(300)).await,
             Err(error) => return Err(error.into()),
         }
     }
-    Err(Failure::Transient("the agent does not get to try what is open; it is asked again".into()))
+    Err(Failure::Transient("the agent is too busy to run the probes; they are tried again".into()))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
-//! How a change of a service reaches the tenants that use it: in stages, each of which stands in the database
-//! before it acts, so that it goes on from there whoever dies. `advance.rs` takes the steps, `attempt.rs` tries from
-//! within apps what must be open and what must be closed.
+//! Rollouts: how a change of a service reaches the tenants that use it. Each stage is stored in the database
+//! before it acts, so a rollout continues after a crash of any process. `advance.rs` runs the steps.
+//! `attempt.rs` probes from inside apps the flows that must be open and those that must be closed.
 
 use std::net::Ipv4Addr;
 
@@ -16,28 +16,28 @@ mod spread;
 mod verify;
 mod window;
 
-/// The kind of a roll-out's work; the object is the roll-out.
+/// The kind of a rollout's work; the object is the rollout.
 pub const WORK: &str = "rollout";
 
-/// How far a roll-out is.
+/// The stage of a rollout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, sqlx::Type)]
 #[serde(rename_all = "lowercase")]
 #[sqlx(type_name = "text", rename_all = "lowercase")]
 pub enum Stage {
-    /// Nothing has changed yet; what is used of what will be closed is counted.
+    /// Observation window: nothing changes, and use of the endpoints that will be removed is counted.
     Window,
-    /// It holds for the first tenants.
+    /// The change reaches the canary tenants.
     Canary,
-    /// It reaches all others.
+    /// The change reaches all other tenants.
     All,
-    /// It is taken back.
+    /// The rollout is rolling back.
     Undo,
-    /// It has ended.
+    /// The rollout has ended.
     Over,
 }
 
 impl Stage {
-    /// Its name.
+    /// Returns the stage's name in the API and the database.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -50,14 +50,14 @@ impl Stage {
     }
 }
 
-/// How a change is to be rolled out.
+/// The stages of a rollout.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Staging {
-    /// Hours in which what it closes is counted before it is closed; 0 for none.
+    /// Length of the observation window, in hours; 0 for none.
     pub window_hours: i32,
-    /// Seconds that the first tenants are looked at before the others follow.
+    /// How long the canary tenants are observed before the others follow, in seconds.
     pub observe_seconds: i32,
-    /// Who is first: chosen when absent, nobody when empty.
+    /// Canary tenants: chosen if `None`, no canary stage if empty.
     pub canaries: Option<Vec<TenantName>>,
 }
 
@@ -67,7 +67,7 @@ impl Default for Staging {
     }
 }
 
-/// Something that was tried from within an app.
+/// A probe from inside an app, and its result.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Check {
     /// Tenant.
@@ -78,22 +78,22 @@ pub struct Check {
     pub app: AppId,
     /// Its name.
     pub app_name: AppName,
-    /// Where to.
+    /// Destination.
     pub address: Ipv4Addr,
     /// Protocol.
     pub protocol: Protocol,
     /// Port.
     pub port: u16,
-    /// Whether it must be open; closed otherwise.
+    /// Whether it must be open; if not, it must be closed.
     pub open: bool,
-    /// What came of it.
+    /// Outcome of the probe.
     pub outcome: ProbeOutcome,
-    /// Whether that is as it must be.
+    /// Whether the outcome is as expected.
     pub good: bool,
 }
 
 impl Check {
-    /// What it must be, in a word.
+    /// Returns the expected state as a word.
     #[must_use]
     pub fn must_be(&self) -> &'static str {
         if self.open { "open" } else { "closed" }

@@ -1,4 +1,4 @@
-//! Reaching tenants: the first ones, then all others, a part at a time.
+//! Reaches tenants: the canary tenants first, then all others in batches.
 
 use std::collections::BTreeSet;
 
@@ -8,17 +8,18 @@ use time::OffsetDateTime;
 use super::Stage;
 use super::advance::{BATCH, COUNTING, RolloutReconciler, SOON, Step, record};
 use super::attempt::attempt;
+use crate::db;
 use crate::networks::store::{self, Pick, Rollout, Whom};
 use crate::reconcile::Failure;
 
-/// From within how many tenants' apps it is tried: of those reached last, and at the end.
+/// Number of tenants whose apps are probed: of the last batch, and at the end.
 const OF_BATCH: i64 = 5;
 const SAMPLE: i64 = 20;
-/// Of a hundred users of a service, one is first; these at most.
+/// One in a hundred users of a service is a canary tenant, up to this number.
 const CANARIES: i64 = 10;
 
 impl RolloutReconciler {
-    /// The first tenants: as it was before, reached, in force, tried, looked at, tried once more.
+    /// The canary stage: probe, reach the canary tenants, wait for their plans, probe, observe, probe again.
     pub(super) async fn canary(&self, rollout: &Rollout) -> Result<Step, Failure> {
         let Some(canaries) = &rollout.canaries else {
             let mut conn = self.0.pool.acquire().await?;
@@ -29,7 +30,7 @@ impl RolloutReconciler {
             return Ok(Step::On);
         };
         if canaries.is_empty() {
-            return self.go_on(rollout, Stage::All, "nobody is reached first").await;
+            return self.go_on(rollout, Stage::All, "there are no canary tenants").await;
         }
         if rollout.reached == 0 {
             self.try_before(rollout, Pick::These(canaries)).await?;
@@ -37,10 +38,10 @@ impl RolloutReconciler {
             return match reached {
                 None => Ok(Step::On),
                 Some(0) => {
-                    let message = "none of the first tenants uses the service any more";
+                    let message = "the canary tenants no longer use the service";
                     self.go_on(rollout, Stage::All, message).await
                 }
-                Some(_) => Ok(Step::Wait(SOON, "the first tenants' plans are being made".into())),
+                Some(_) => Ok(Step::Wait(SOON, "waiting for the plans of the canary tenants".into())),
             };
         }
         if let Some(step) = self.not_in_force(rollout, Whom::Reached).await? {
@@ -49,7 +50,7 @@ impl RolloutReconciler {
         let first = rollout.until.is_none();
         let left = rollout.until.map_or(time::Duration::ZERO, |until| until - OffsetDateTime::now_utc());
         if left.is_positive() {
-            let message = format!("the first tenants are looked at; {}", said(rollout));
+            let message = format!("observing the canary tenants; {}", said(rollout));
             return Ok(Step::Wait(left.unsigned_abs().min(COUNTING), message));
         }
         let summary = match self.tried(rollout, "canary", Pick::These(canaries), CANARIES * 10).await? {
@@ -65,7 +66,8 @@ impl RolloutReconciler {
         self.go_on(rollout, Stage::All, &summary).await
     }
 
-    /// Tries, before anybody is reached, what answers: what does not is no fault of the roll-out later.
+    /// Probes the endpoints before any tenant is reached. An endpoint that does not answer then is no fault
+    /// of the rollout later.
     async fn try_before(&self, rollout: &Rollout, pick: Pick<'_>) -> Result<(), Failure> {
         let mut conn = self.0.pool.acquire().await?;
         let plans = store::list_using_plans(&mut conn, rollout, (pick, false), CANARIES).await?;
@@ -75,14 +77,14 @@ impl RolloutReconciler {
         Ok(store::put_checks(&mut conn, rollout.id, "before", &before.checks).await?)
     }
 
-    /// Reaches tenants, and how many; none if somebody has stopped it meanwhile.
+    /// Reaches tenants and returns their number; `None` if the rollout was paused or aborted meanwhile.
     async fn reach(
         &self,
         rollout: &Rollout,
         only: Option<&[i64]>,
         most: i64,
     ) -> Result<Option<usize>, Failure> {
-        let mut tx = self.0.pool.begin().await?;
+        let mut tx = db::begin_for_all(&self.0.pool).await?;
         if !store::set_progress(&mut tx, rollout.id, rollout.stage, (None, &rollout.message)).await? {
             return Ok(None);
         }
@@ -93,7 +95,8 @@ impl RolloutReconciler {
         Ok(Some(reached.len()))
     }
 
-    /// All others, some at a time, of whom some are tried before the next; then it is what the service says.
+    /// The last stage: reaches all other tenants in batches and probes a sample before each next batch. At
+    /// the end, copies the change to the service.
     pub(super) async fn all(&self, rollout: &Rollout) -> Result<Step, Failure> {
         if let Some(step) = self.not_in_force(rollout, Whom::Reached).await? {
             return Ok(step);
@@ -117,8 +120,9 @@ impl RolloutReconciler {
     }
 
     async fn finish(&self, rollout: &Rollout, summary: &str) -> Result<Step, Failure> {
-        let mut tx = self.0.pool.begin().await?;
-        // Whoever is being given the service at this moment, is seen below or sees what is written here.
+        let mut tx = db::begin_for_all(&self.0.pool).await?;
+        // A tenant that gains access at this moment is either listed below, or sees the change that is
+        // written here.
         store::lock_service(&mut tx, rollout.service_id).await?;
         if !store::set_stage(&mut tx, rollout.id, (Stage::All, Stage::Over), (Some("done"), summary)).await? {
             return Ok(Step::On);
@@ -126,7 +130,7 @@ impl RolloutReconciler {
         let late = store::list_unreached(&mut tx, rollout.service_id).await?;
         store::note_tenants(&mut tx, &late, &rollout.begun_by, &goes_on(rollout)).await?;
         store::adopt(&mut tx, rollout.id).await?;
-        // Nothing changes for these: what held for them is what the service says now.
+        // Nothing changes for these tenants: the service now has the endpoints that they have.
         store::leave_tenants(&mut tx, rollout, i64::MAX).await?;
         record(&mut tx, rollout, "rollout.done", json!({"endpoints": rollout.endpoints, "checks": summary}))
             .await?;
@@ -137,10 +141,10 @@ impl RolloutReconciler {
 }
 
 fn goes_on(rollout: &Rollout) -> String {
-    format!("the roll-out {} of {} goes on", rollout.id, rollout.service)
+    format!("the rollout {} of {} continues", rollout.id, rollout.service)
 }
 
-/// The sentence that is kept while the first tenants are looked at.
+/// Returns the part of the message that is kept while the canary tenants are observed.
 fn said(rollout: &Rollout) -> &str {
     rollout.message.split_once("; ").map_or(rollout.message.as_str(), |(_, said)| said)
 }

@@ -1,4 +1,4 @@
-//! Whether what a roll-out has brought is in force, and is what it says.
+//! Verifies that the change of a rollout is applied and works.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -9,19 +9,19 @@ use super::attempt::{Tried, attempt, place};
 use crate::networks::store::{self, Before, Pick, Rollout, Whom};
 use crate::reconcile::Failure;
 
-/// After what time a fault is looked at again.
+/// Delay before a fault is checked again.
 const CONFIRM: Duration = Duration::from_secs(1);
 
 impl RolloutReconciler {
-    /// What there is to wait for, or to turn back for, before the next step.
+    /// Returns the reason to wait or to roll back before the next step, if any.
     pub(super) async fn not_in_force(&self, rollout: &Rollout, whom: Whom) -> Result<Option<Step>, Failure> {
         let mut conn = self.0.pool.acquire().await?;
         if let Some((tenant, why)) = store::find_unproven(&mut conn, rollout.id).await? {
-            return Ok(Some(Step::Back(format!("the plan of {tenant} is not proven: {why}"))));
+            return Ok(Some(Step::Back(format!("the plan of {tenant} failed verification: {why}"))));
         }
         let Some(late) = store::find_unsettled(&mut conn, rollout.id, whom).await? else { return Ok(None) };
         let words =
-            format!("{} tenant(s) whose plan is not in force yet, such as {}", late.count, late.example);
+            format!("{} tenant(s) whose plan is not applied yet, such as {}", late.count, late.example);
         if late.seconds <= PATIENCE {
             let message = match whom {
                 Whom::Reached => format!("{} of {} tenants are reached; ", rollout.reached, rollout.tenants),
@@ -29,12 +29,12 @@ impl RolloutReconciler {
             };
             return Ok(Some(Step::Wait(SOON, format!("{message}waiting for {words}"))));
         }
-        // Whoever has let it go on knows of them.
+        // A user who resumed the rollout knows of them.
         Ok((!rollout.resumed)
-            .then(|| Step::Ask(format!("waited {PATIENCE} s for {words}; resuming goes on without"))))
+            .then(|| Step::Ask(format!("waited {PATIENCE} s for {words}. Resume to continue without them"))))
     }
 
-    /// Tries it, and says what follows if it is not as it must be; else what was tried, in words.
+    /// Runs the probes. Returns a summary if all are as expected, or the next step if not.
     pub(super) async fn tried(
         &self,
         rollout: &Rollout,
@@ -47,7 +47,7 @@ impl RolloutReconciler {
         let known_open = store::list_found_open(&mut conn, rollout.id, stage).await?;
         let plans = store::list_using_plans(&mut conn, rollout, (pick, true), most).await?;
         drop(conn);
-        // What answered somebody before answers.
+        // An endpoint that answered one app before must answer.
         let word = |before: &Before| format!("{} {} {}", before.network, before.protocol, before.port);
         let alive: BTreeSet<String> = before.iter().filter(|before| before.good).map(word).collect();
         let dead =
@@ -56,8 +56,8 @@ impl RolloutReconciler {
         let checks = self.confirmed(rollout, checks, &dead).await?;
         let mut conn = self.0.pool.acquire().await?;
         store::put_checks(&mut conn, rollout.id, stage, &checks).await?;
-        // What must be closed and is not comes first: taking back would not close it. Whoever has let it go on, knows
-        // of what was found by then.
+        // An endpoint that must be closed and is open comes first: rolling back would not close it. A user
+        // who resumed the rollout knows of the earlier findings.
         let known = |check: &Check| {
             rollout.resumed && known_open.iter().any(|(app, at)| *app == check.app && *at == place(check))
         };
@@ -67,28 +67,28 @@ impl RolloutReconciler {
         if let Some(shut) = checks.iter().find(|check| !check.good && check.open) {
             return Ok(Err(Step::Back(shut.to_string())));
         }
-        // An app that could be tried before and cannot now may be what the change has ended. Of the first tenants' that
-        // is asked once.
+        // An app that could be probed before and cannot now may have failed because of the change. For canary
+        // tenants, this needs approval once.
         let asks =
             !rollout.resumed && (stage == "canary" || rollout.canaries.as_ref().is_some_and(Vec::is_empty));
         let ended =
             idle.iter().find(|(app, _)| before.iter().any(|before| before.app == *app && before.good));
         if let Some((_, name)) = ended.filter(|_| asks) {
             return Ok(Err(Step::Ask(format!(
-                "{name} ran before and does not now; resuming goes on without"
+                "{name} ran before the change and does not run now. Resume to continue without it"
             ))));
         }
         if checks.is_empty() && !idle.is_empty() && stage == "canary" && !rollout.resumed {
             return Ok(Err(Step::Ask(
-                "no app of the first tenants runs that uses the service: nothing can be tried; resuming goes on without"
+                "no app of a canary tenant that uses the service is running, so nothing was tested. Resume to continue without a test"
                     .to_owned(),
             )));
         }
         Ok(Ok(summary(&checks)))
     }
 
-    /// What is not as it must be is tried once more, under the plan that stands then: its tenant may have changed it
-    /// in between. What is not wanted any more is no fault.
+    /// Probes unexpected outcomes once more, under the plan of that moment: the tenant may have changed its
+    /// plan. A flow that is no longer required is no fault.
     async fn confirmed(
         &self,
         rollout: &Rollout,
@@ -114,11 +114,11 @@ impl RolloutReconciler {
 
 fn summary(checks: &[Check]) -> String {
     if checks.is_empty() {
-        return "nothing was tried: no app was found running that uses the service".to_owned();
+        return "nothing was tested: no running app uses the service".to_owned();
     }
     let open = checks.iter().filter(|check| check.open).count();
     format!(
-        "tried {open} that must be open and {} that must be closed: all as they must be",
+        "tested {open} endpoint(s) that must be open and {} that must be closed: all as expected",
         checks.len() - open
     )
 }

@@ -1,4 +1,4 @@
-//! Everything that was decided about one tenant's connections, as reconcilers read it.
+//! Reads the decisions about one tenant's connections, for the reconcilers.
 
 use sqlx::PgConnection;
 use sqlx::types::Json;
@@ -10,7 +10,7 @@ use crate::ids::{AppId, AppName, EgressName, ServiceName, TenantId, TenantName};
 use crate::networks::{Approved, Endpoint, Granted, Place};
 use crate::policy::Protocol;
 
-/// Services that a tenant may use, with the endpoints that hold for it.
+/// Returns the services that a tenant may use, each with the endpoints that apply to it.
 pub(in crate::networks) async fn decided_services(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -26,8 +26,8 @@ pub(in crate::networks) async fn decided_services(
     Ok(rows.into_iter().map(|row| (row.name, row.endpoints.0)).collect())
 }
 
-/// What of a service is about to close for a tenant: the endpoints that will hold, where a window counts what is
-/// used of the others.
+/// Returns the services with a pending change for a tenant, each with its coming endpoints. Use of the other
+/// endpoints is counted during the observation window.
 pub(in crate::networks) async fn decided_windows(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -43,7 +43,7 @@ pub(in crate::networks) async fn decided_windows(
     Ok(rows.into_iter().map(|row| (row.service, row.endpoints.0)).collect())
 }
 
-/// Apps of others on which both sides agree, and when the first of these agreements ends.
+/// Returns the accepted grants of other tenants' apps, and when the first of them expires.
 pub(in crate::networks) async fn decided_grants(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -64,7 +64,7 @@ pub(in crate::networks) async fn decided_grants(
     let mut granted = Vec::with_capacity(rows.len());
     let mut ends = None;
     for row in rows {
-        // An app that is gone, or being deleted, is granted to nobody.
+        // A deleted or deleting app is not granted.
         let Some(app) = apps.iter().find(|app| app.id.0 == row.app_id) else { continue };
         ends = ends.into_iter().chain(row.expires_at).min();
         granted.push(Granted {
@@ -79,7 +79,7 @@ pub(in crate::networks) async fn decided_grants(
     Ok((granted, ends))
 }
 
-/// Approved places outside, and when the first of them ends.
+/// Returns the approved egress targets, and when the first of them expires.
 pub(in crate::networks) async fn decided_egress(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -98,9 +98,11 @@ pub(in crate::networks) async fn decided_egress(
         .map(|row| {
             Ok(Approved {
                 name: row.name,
-                place: Place::of(row.network.as_deref(), row.domain.as_deref())
-                    .ok_or_else(|| Error::internal("a place that is none"))?,
-                protocol: Protocol::parse(&row.protocol).ok_or_else(|| Error::internal("a protocol"))?,
+                place: Place::of(row.network.as_deref(), row.domain.as_deref()).ok_or_else(|| {
+                    Error::internal("an egress target has neither a network nor a domain, or both")
+                })?,
+                protocol: Protocol::parse(&row.protocol)
+                    .ok_or_else(|| Error::internal("an egress target has an unknown protocol"))?,
                 until: row.expires_at.map(OffsetDateTime::unix_timestamp),
                 ports: row.ports.into_iter().filter_map(|port| u16::try_from(port).ok()).collect(),
             })
@@ -109,7 +111,7 @@ pub(in crate::networks) async fn decided_egress(
     Ok((approved, ends))
 }
 
-/// Until when a tenant is on trial, if it is.
+/// Returns the end of a tenant's audit mode, if it is on.
 pub(in crate::networks) async fn decided_trial(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -122,7 +124,7 @@ pub(in crate::networks) async fn decided_trial(
     .await?)
 }
 
-/// Begins a trial, or moves its end.
+/// Starts audit mode, or moves its end.
 pub(in crate::networks) async fn put_trial(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -141,7 +143,7 @@ pub(in crate::networks) async fn put_trial(
     .await?)
 }
 
-/// Ends a trial. Whether there was one.
+/// Ends audit mode. Returns whether it was on.
 pub(in crate::networks) async fn end_trial(conn: &mut PgConnection, tenant: TenantId) -> Result<bool, Error> {
     let done = sqlx::query!("DELETE FROM network_trial WHERE tenant_id = $1", tenant.0).execute(conn).await?;
     Ok(done.rows_affected() > 0)

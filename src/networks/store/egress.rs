@@ -1,4 +1,4 @@
-//! Places outside: asked for by the tenant, decided by the platform.
+//! Egress targets: requested by the tenant, decided by the platform.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -9,14 +9,14 @@ use crate::ids::{EgressName, TenantId};
 use crate::networks::Place;
 use crate::policy::Protocol;
 
-/// A place outside, as asked for.
+/// A requested egress target.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Target {
-    /// Number: what is decided is decided about exactly this one.
+    /// Number. A decision refers to exactly this request.
     pub id: i64,
     /// Tenant.
     pub tenant: String,
-    /// What the tenant calls it.
+    /// The tenant's name for it.
     pub name: String,
     /// Addresses, or a domain.
     pub place: String,
@@ -28,39 +28,39 @@ pub(crate) struct Target {
     pub reason: String,
     /// `asked`, `approved`, `refused`, `withdrawn`, `expired`.
     pub state: String,
-    /// By whom.
+    /// Actor who requested it.
     pub asked_by: String,
-    /// When.
+    /// When it was requested.
     #[serde(with = "time::serde::rfc3339")]
     pub asked_at: OffsetDateTime,
-    /// Who decided.
+    /// Actor who decided.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decided_by: Option<String>,
-    /// When.
+    /// When it was decided.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     pub decided_at: Option<OffsetDateTime>,
-    /// What whoever decided had to say.
+    /// Note of the admin who decided.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
-    /// Its end.
+    /// When it expires.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<OffsetDateTime>,
 }
 
-/// A place to be asked for.
+/// A new request for an egress target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wish {
-    /// What the tenant calls it.
+    /// The tenant's name for it.
     pub name: EgressName,
-    /// Where it is.
+    /// Addresses or domain.
     pub place: Place,
     /// Protocol.
     pub protocol: Protocol,
     /// Ports, in order.
     pub ports: Vec<u16>,
-    /// Why.
+    /// Why the tenant needs it.
     pub reason: String,
-    /// Days that it is wanted for; without end when absent.
+    /// Days until it expires; `None` for no expiry.
     pub days: Option<i32>,
 }
 
@@ -95,7 +95,7 @@ pub(in crate::networks) async fn insert_target(
     .map(drop)
 }
 
-/// A tenant's places by number, the newest first; those of one name if it is given.
+/// Lists a tenant's targets by number, the newest first.
 pub(in crate::networks) async fn list_targets(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -117,7 +117,7 @@ pub(in crate::networks) async fn list_targets(
     .await?)
 }
 
-/// The newest of a name.
+/// Returns the newest target of a name.
 pub(in crate::networks) async fn find_target(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -137,7 +137,7 @@ pub(in crate::networks) async fn find_target(
     .await?)
 }
 
-/// What waits for a decision, whosever it is, the oldest first.
+/// Lists the pending requests of all tenants, the oldest first.
 pub(in crate::networks) async fn list_waiting(
     conn: &mut PgConnection,
     after: i64,
@@ -156,7 +156,7 @@ pub(in crate::networks) async fn list_waiting(
     .await?)
 }
 
-/// Decides about what was asked for. Whether it was still waiting.
+/// Decides a request. Returns whether it was still pending.
 pub(in crate::networks) async fn decide_target(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -180,7 +180,7 @@ pub(in crate::networks) async fn decide_target(
     Ok(done.rows_affected() > 0)
 }
 
-/// Withdraws what is asked for or open under a name. Whether there was something.
+/// Withdraws the pending or approved target of a name. Returns whether there was one.
 pub(in crate::networks) async fn withdraw_target(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -199,7 +199,7 @@ pub(in crate::networks) async fn withdraw_target(
     Ok(done.rows_affected() > 0)
 }
 
-/// Which of these names are not open to the tenant now.
+/// Returns the names that are not approved for the tenant now.
 pub(in crate::networks) async fn list_closed_targets(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -216,7 +216,7 @@ pub(in crate::networks) async fn list_closed_targets(
     .await?)
 }
 
-/// How many of a tenant's requests wait.
+/// Returns the number of a tenant's pending requests.
 pub(in crate::networks) async fn count_waiting(
     conn: &mut PgConnection,
     tenant: TenantId,

@@ -1,4 +1,5 @@
-//! Grants: the offer is the giver's row, the answer the receiver's. Nobody writes the other's.
+//! Grants: the offer is a row of the giver, the answer a row of the receiver. Neither side writes the other's
+//! row.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -7,40 +8,40 @@ use time::OffsetDateTime;
 use crate::error::Error;
 use crate::ids::{AppId, AppName, TenantId, TenantName};
 
-/// A grant that this tenant gives.
+/// A grant that this tenant offers.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Given {
     /// Number.
     pub id: i64,
-    /// Its app.
+    /// The tenant's own app.
     pub app: String,
-    /// To whom.
+    /// The receiving tenant.
     pub tenant: String,
-    /// To which app of theirs; to all without it.
+    /// The only app that may use the grant; absent for all apps of that tenant.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub to_app: Option<String>,
     /// `offered`, `accepted`, or `ended` by the other side.
     pub state: String,
-    /// By whom.
+    /// Actor who offered it.
     pub offered_by: String,
-    /// When.
+    /// When it was offered.
     #[serde(with = "time::serde::rfc3339")]
     pub offered_at: OffsetDateTime,
-    /// Its end.
+    /// When it expires.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<OffsetDateTime>,
 }
 
-/// A grant that this tenant is given.
+/// A grant that this tenant receives.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Received {
     /// Number.
     pub id: i64,
-    /// Whose app.
+    /// The offering tenant.
     pub tenant: String,
-    /// Which.
+    /// The granted app.
     pub app: String,
-    /// To which app here; to all without it.
+    /// The only app here that may use the grant; absent for all apps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub to_app: Option<String>,
     /// `offered` or `accepted`.
@@ -48,12 +49,12 @@ pub(crate) struct Received {
     /// When it was offered.
     #[serde(with = "time::serde::rfc3339")]
     pub offered_at: OffsetDateTime,
-    /// Its end.
+    /// When it expires.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<OffsetDateTime>,
 }
 
-/// An offer to be made.
+/// A new offer.
 pub(in crate::networks) struct NewOffer<'a> {
     pub(in crate::networks) app: AppId,
     pub(in crate::networks) app_name: &'a AppName,
@@ -83,7 +84,7 @@ pub(in crate::networks) async fn insert_offer(
     .await
 }
 
-/// What this tenant gives and has not withdrawn, by number.
+/// Lists the grants that this tenant offers and has not withdrawn, by number.
 pub(in crate::networks) async fn list_given(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -106,7 +107,8 @@ pub(in crate::networks) async fn list_given(
     .await?)
 }
 
-/// What this tenant is given, by number. The function answers for the tenant of the transaction.
+/// Lists the grants that this tenant receives, by number. The SQL function reads the tenant from the
+/// transaction.
 pub(in crate::networks) async fn list_received(
     conn: &mut PgConnection,
     after: i64,
@@ -125,7 +127,7 @@ pub(in crate::networks) async fn list_received(
     .await?)
 }
 
-/// What is offered to this tenant under a number: whose, which app, and whether it was accepted.
+/// Returns the offer of a number to this tenant: the offering tenant, the app, and whether it is accepted.
 pub(in crate::networks) async fn find_received(
     conn: &mut PgConnection,
     id: i64,
@@ -140,7 +142,7 @@ pub(in crate::networks) async fn find_received(
     Ok(row.map(|row| (TenantId(row.from), row.name, row.accepted)))
 }
 
-/// Which of these apps of others this tenant may name, as `TENANT/APP`, for the app `own`.
+/// Returns those of the names, as `TENANT/APP`, that this tenant has accepted.
 pub(in crate::networks) async fn list_accepted(
     conn: &mut PgConnection,
     names: &[String],
@@ -173,7 +175,7 @@ pub(in crate::networks) async fn insert_answer(
     .map(drop)
 }
 
-/// Ends what this tenant has accepted. Whether there was something to end.
+/// Ends a grant that this tenant accepted. Returns whether there was one.
 pub(in crate::networks) async fn end_answer(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -192,7 +194,7 @@ pub(in crate::networks) async fn end_answer(
     Ok(done.rows_affected() > 0)
 }
 
-/// Withdraws what this tenant has offered: the app, and to whom.
+/// Withdraws an offer of this tenant. Returns the app and the receiving tenant.
 pub(in crate::networks) async fn withdraw_offer(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -211,7 +213,7 @@ pub(in crate::networks) async fn withdraw_offer(
     Ok(row.map(|row| (row.app, row.to_tenant)))
 }
 
-/// Wakes whoever has accepted one offer of this tenant, or any of an app's.
+/// Wakes the tenants that accepted one offer of this tenant, or any offer of an app.
 pub(in crate::networks) async fn wake_receivers(
     conn: &mut PgConnection,
     app: Option<AppId>,
@@ -224,7 +226,7 @@ pub(in crate::networks) async fn wake_receivers(
     Ok(())
 }
 
-/// How many offers a tenant has open, how many of them to one other, and how many it made within 24 hours.
+/// Returns a tenant's number of open offers, of those to one other tenant, and of those made within 24 hours.
 pub(in crate::networks) async fn count_offers(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -242,8 +244,8 @@ pub(in crate::networks) async fn count_offers(
     Ok((row.all, row.to_one, row.today))
 }
 
-/// Holds an offer to this tenant as it is until the transaction ends: whoever withdraws it meanwhile waits, and
-/// then sees that it was accepted. Whether it is still open.
+/// Locks an offer to this tenant until the transaction ends. A concurrent withdrawal waits and then sees the
+/// acceptance. Returns whether the offer is still open.
 pub(in crate::networks) async fn lock_offer(conn: &mut PgConnection, offer: i64) -> Result<bool, Error> {
     let open =
         sqlx::query_scalar!(r#"SELECT network_lock_offer($1) AS "open!""#, offer).fetch_one(conn).await?;

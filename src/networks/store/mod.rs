@@ -1,4 +1,4 @@
-//! Services, grants, places outside, plans and roll-outs in the database.
+//! Services, grants, egress targets, plans and rollouts in the database.
 
 mod decided;
 mod egress;

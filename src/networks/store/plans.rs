@@ -1,4 +1,4 @@
-//! Plans: the one that stands, those that there were, and what led to them.
+//! Plans: the current one, past ones, and the decisions behind them.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -10,49 +10,49 @@ use crate::error::Error;
 use crate::ids::TenantId;
 use crate::networks::AppPlan;
 
-/// The plan that stands.
+/// The current plan.
 #[derive(Debug, Clone)]
 pub(in crate::networks) struct Standing {
     pub(in crate::networks) number: i64,
     pub(in crate::networks) hash: String,
     pub(in crate::networks) apps: Vec<AppPlan>,
     pub(in crate::networks) in_force: bool,
-    /// Until when there is a trial under it.
+    /// End of audit mode under this plan, in seconds since 1970.
     pub(in crate::networks) trial: Option<i64>,
 }
 
-/// One of all plans.
+/// A row of the plan history.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Plan {
     /// Number.
     pub number: i64,
-    /// Whose apps it is about.
+    /// The tenant of its apps.
     pub tenant: String,
-    /// SHA-256 of all that is open under it.
+    /// SHA-256 of everything that is open under it.
     pub hash: String,
-    /// What it opens, in words.
+    /// Descriptions of the flows that it opens.
     pub opens: Value,
-    /// What it closes, in words.
+    /// Descriptions of the flows that it closes.
     pub closes: Value,
-    /// Who decided what led to it.
+    /// The decisions behind it, each with its actor.
     pub causes: Value,
     /// `proven`, `refused`, `in_force`, `superseded`.
     pub state: String,
-    /// Why it is not in force, if it is not.
+    /// Why it is not applied; empty if it is.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub message: String,
     /// When it was made.
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
-    /// When it came into force.
+    /// When it was applied.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     pub in_force_at: Option<OffsetDateTime>,
-    /// What was tried of it from within the tenant's apps.
+    /// The result of testing it from inside the tenant's apps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub probed: Option<serde_json::Value>,
 }
 
-/// What led to a plan.
+/// A decision behind a plan.
 #[derive(Debug, Clone, Serialize)]
 pub(in crate::networks) struct Cause {
     pub(in crate::networks) actor: String,
@@ -61,7 +61,7 @@ pub(in crate::networks) struct Cause {
     pub(in crate::networks) at: OffsetDateTime,
 }
 
-/// Puts down what was decided: it becomes part of the next plan. While none can be made, 500 causes are enough.
+/// Records a decision for the next plan. While no plan can be made, at most 500 causes are kept.
 pub(in crate::networks) async fn insert_cause(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -80,7 +80,7 @@ pub(in crate::networks) async fn insert_cause(
     Ok(())
 }
 
-/// Takes what was decided since the last plan.
+/// Takes the decisions since the last plan.
 pub(in crate::networks) async fn take_causes(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -96,7 +96,7 @@ pub(in crate::networks) async fn take_causes(
     Ok(causes)
 }
 
-/// Whether a tenant's plan is in force and nothing was decided since: then there is nothing to look at.
+/// Reports whether a tenant's plan is applied and no decision was made since.
 pub(in crate::networks) async fn is_settled(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -111,7 +111,7 @@ pub(in crate::networks) async fn is_settled(
     Ok(settled.unwrap_or(false))
 }
 
-/// The plan that stands, locked: plans of a tenant are made one after another.
+/// Returns the current plan, locked: plans of a tenant are made one after another.
 pub(in crate::networks) async fn lock_plan(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -135,7 +135,7 @@ pub(in crate::networks) async fn lock_plan(
     })
 }
 
-/// The plan that stands; none before the first.
+/// Returns the current plan; `None` before the first.
 pub(in crate::networks) async fn find_standing(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -155,7 +155,7 @@ pub(in crate::networks) async fn find_standing(
     }))
 }
 
-/// What a plan is, before it has a number.
+/// A plan that has no number yet.
 pub(in crate::networks) struct NewPlan<'a> {
     pub(in crate::networks) hash: &'a str,
     pub(in crate::networks) opens: &'a [String],
@@ -164,7 +164,7 @@ pub(in crate::networks) struct NewPlan<'a> {
     pub(in crate::networks) refused: Option<&'a str>,
 }
 
-/// Writes a plan down. Of those that are over, a tenant keeps 500.
+/// Inserts a plan. Of superseded and refused plans, a tenant keeps 500.
 pub(in crate::networks) async fn insert_plan(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -187,7 +187,7 @@ pub(in crate::networks) async fn insert_plan(
     .await?)
 }
 
-/// Makes a plan the one that stands.
+/// Makes a plan the current one.
 pub(in crate::networks) async fn set_standing(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -208,7 +208,7 @@ pub(in crate::networks) async fn set_standing(
     Ok(())
 }
 
-/// A plan is in force; those before it have been superseded. Whether it was not until now.
+/// Marks a plan as applied and earlier ones as superseded. Returns whether it was not applied before.
 pub(in crate::networks) async fn set_in_force(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -236,7 +236,7 @@ pub(in crate::networks) async fn set_in_force(
     Ok(done.rows_affected() > 0)
 }
 
-/// Why a plan is not in force yet.
+/// Records why a plan is not applied yet.
 pub(in crate::networks) async fn set_plan_message(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -253,7 +253,7 @@ pub(in crate::networks) async fn set_plan_message(
     Ok(())
 }
 
-/// Plans by number, the newest first: a tenant's, or (none) all.
+/// Lists plans by number, the newest first: one tenant's, or all tenants' for `None`.
 pub(in crate::networks) async fn list_plans(
     conn: &mut PgConnection,
     tenant: Option<TenantId>,
@@ -285,7 +285,7 @@ pub(in crate::networks) async fn list_plans(
     }
 }
 
-/// One plan: a tenant's, or (none) whosever it is.
+/// Returns one plan: one tenant's, or any tenant's for `None`.
 pub(in crate::networks) async fn find_plan(
     conn: &mut PgConnection,
     tenant: Option<TenantId>,
@@ -295,7 +295,8 @@ pub(in crate::networks) async fn find_plan(
     Ok(found.into_iter().find(|plan| plan.number == number))
 }
 
-/// What a tenant that leaves has given and asked for ends, and whoever it gave to is woken.
+/// Ends all grants, requests and service access of a tenant in offboarding, and wakes the tenants that
+/// accepted its grants.
 pub(in crate::networks) async fn end_all(conn: &mut PgConnection, tenant: TenantId) -> Result<(), Error> {
     sqlx::query!(
         "UPDATE grant_offer SET withdrawn_by = 'platform', withdrawn_at = now() \
@@ -329,7 +330,7 @@ pub(in crate::networks) async fn end_all(conn: &mut PgConnection, tenant: Tenant
     Ok(())
 }
 
-/// The newest plan of a tenant, if it is this one and was refused.
+/// Returns the newest plan of a tenant if it has this hash and was refused.
 pub(in crate::networks) async fn find_refused(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -344,7 +345,7 @@ pub(in crate::networks) async fn find_refused(
     Ok(newest.filter(|plan| plan.hash == hash && plan.state == "refused").map(|plan| plan.number))
 }
 
-/// Sees to it that plans are numbered beyond what the other side has seen.
+/// Raises the next plan number above one that the agent has seen.
 pub(in crate::networks) async fn number_beyond(conn: &mut PgConnection, seen: i64) -> Result<(), Error> {
     sqlx::query!(
         "SELECT setval('network_plan_number', greatest($1, (SELECT last_value FROM network_plan_number)))",
@@ -355,7 +356,7 @@ pub(in crate::networks) async fn number_beyond(conn: &mut PgConnection, seen: i6
     Ok(())
 }
 
-/// Forgets that a plan is in force: the next look makes a new one.
+/// Marks the plan as not applied: the next reconcile makes a new one.
 pub(in crate::networks) async fn unset_standing(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -366,7 +367,7 @@ pub(in crate::networks) async fn unset_standing(
     Ok(())
 }
 
-/// Removes plans that were over a quarter ago.
+/// Deletes plans that were superseded or refused over 90 days ago.
 pub(in crate::networks) async fn prune(conn: &mut PgConnection) -> Result<(), Error> {
     sqlx::query!(
         "DELETE FROM network_plan WHERE state IN ('superseded', 'refused') AND created_at < now() - interval '90 days'"

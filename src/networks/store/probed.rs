@@ -1,4 +1,4 @@
-//! What was tried of a plan, kept with it, and what is to be tried.
+//! Tests of applied plans: their results, and the plans that are due.
 
 use sqlx::PgConnection;
 use time::OffsetDateTime;
@@ -7,17 +7,17 @@ use crate::driver::Probed;
 use crate::error::Error;
 use crate::ids::{TenantId, TenantName};
 
-/// A plan that is in force and is to be tried.
+/// An applied plan that is due for a test.
 pub(in crate::networks) struct Due {
     pub(in crate::networks) tenant_id: TenantId,
     pub(in crate::networks) tenant: TenantName,
     pub(in crate::networks) number: i64,
     pub(in crate::networks) in_force_at: OffsetDateTime,
-    /// Apps that may begin to talk to something, or be talked to.
+    /// Number of apps with a flow.
     pub(in crate::networks) apps: i64,
 }
 
-/// Plans that are due to be tried, the one that has waited longest first.
+/// Lists the plans that are due for a test, the oldest first.
 pub(in crate::networks) async fn list_due_probes(
     conn: &mut PgConnection,
     limit: i64,
@@ -35,7 +35,7 @@ pub(in crate::networks) async fn list_due_probes(
     .await?)
 }
 
-/// When the next plan is due to be tried.
+/// Returns when the next plan is due for a test.
 pub(in crate::networks) async fn find_next_probe(
     conn: &mut PgConnection,
 ) -> Result<Option<OffsetDateTime>, Error> {
@@ -48,7 +48,7 @@ pub(in crate::networks) async fn find_next_probe(
     .flatten())
 }
 
-/// Writes down with a plan what was tried, and after how many seconds it is tried again, if it is.
+/// Stores the result of a test. `again`: seconds until the next test, if any.
 pub(in crate::networks) async fn set_probed(
     conn: &mut PgConnection,
     tenant: TenantId,

@@ -1,4 +1,4 @@
-//! The catalogue, and which tenant may use what.
+//! The service catalogue, and the tenants' access to services.
 
 use sqlx::PgConnection;
 use sqlx::types::Json;
@@ -25,7 +25,7 @@ impl From<ServiceRow> for Service {
     }
 }
 
-/// The catalogue, by name: for the platform.
+/// Lists the catalogue by name, for the platform.
 pub(in crate::networks) async fn list_services(
     conn: &mut PgConnection,
     after: &str,
@@ -43,7 +43,7 @@ pub(in crate::networks) async fn list_services(
     Ok(rows.into_iter().map(Into::into).collect())
 }
 
-/// Services that a tenant may use, by name, with the endpoints that hold for it.
+/// Lists the services that a tenant may use, by name, each with the endpoints that apply to it.
 pub(in crate::networks) async fn list_given_services(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -65,7 +65,7 @@ pub(in crate::networks) async fn list_given_services(
     Ok(rows.into_iter().map(Into::into).collect())
 }
 
-/// One of them, with its identity.
+/// Returns a service with its id.
 pub(in crate::networks) async fn find_service(
     conn: &mut PgConnection,
     name: &ServiceName,
@@ -90,7 +90,7 @@ pub(in crate::networks) async fn find_service(
     }))
 }
 
-/// Which of these services can be seen: within a tenant, those that it may use.
+/// Returns the visible ones of these services: inside a tenant's transaction, those that it may use.
 pub(in crate::networks) async fn list_named_services(
     conn: &mut PgConnection,
     names: &[String],
@@ -98,7 +98,7 @@ pub(in crate::networks) async fn list_named_services(
     Ok(sqlx::query_scalar!("SELECT name FROM service WHERE name = ANY ($1)", names).fetch_all(conn).await?)
 }
 
-/// Puts a service into the catalogue, or changes it. Its generation.
+/// Creates or changes a service. Returns its generation.
 pub(in crate::networks) async fn put_service(
     conn: &mut PgConnection,
     name: &ServiceName,
@@ -121,7 +121,7 @@ pub(in crate::networks) async fn delete_service(conn: &mut PgConnection, id: i64
     sqlx::query!("DELETE FROM service WHERE id = $1", id).execute(conn).await.map(drop)
 }
 
-/// Lets a tenant use a service. Whether it could not before.
+/// Gives a tenant access to a service. Returns whether it had none before.
 pub(in crate::networks) async fn give_service(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -139,7 +139,7 @@ pub(in crate::networks) async fn give_service(
     Ok(done.rows_affected() > 0)
 }
 
-/// Takes a service from a tenant. Whether it had it.
+/// Removes a tenant's access to a service. Returns whether it had any.
 pub(in crate::networks) async fn take_service(
     conn: &mut PgConnection,
     tenant: TenantId,

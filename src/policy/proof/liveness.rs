@@ -1,4 +1,4 @@
-//! What must be open is open: a table that closes everything proves nothing.
+//! Checks that every required flow is open: a table that denies everything would pass every other check.
 
 use rustc_hash::FxHashMap;
 
@@ -6,17 +6,17 @@ use super::{Court, about, packet};
 use crate::policy::read::Rule;
 use crate::policy::{Cidr, Flow, Protocol, Target};
 
-/// Ranges that are open from a source over a protocol to a port.
+/// Open ranges, by source, protocol and port.
 pub(super) type Wide = FxHashMap<(u32, Protocol, u16), Vec<(u32, u32)>>;
 
-/// Whether one of the ranges holds all of another.
+/// Reports whether one of the ranges contains all of `to`.
 pub(super) fn reaches(wide: &Wide, from: (u32, Protocol, u16), to: Cidr) -> bool {
     wide.get(&from)
         .is_some_and(|ranges| ranges.iter().any(|(first, last)| *first <= to.first() && to.last() <= *last))
 }
 
 impl Court<'_> {
-    /// What must be open is open: a table that closes everything proves nothing.
+    /// Checks that every required flow is open.
     pub(super) fn required(&mut self) {
         let mut wide = Wide::default();
         for rule in &self.table.outside {
@@ -27,13 +27,13 @@ impl Court<'_> {
             for source in place.addresses.iter().map(|address| address.to_bits()) {
                 if !self.table.sources.contains(&(place.network, source)) {
                     let witness = about(place.network, source);
-                    self.breach(witness, "an instance may not send at all".to_owned());
+                    self.breach(witness, "an instance is not allowed to send".to_owned());
                 }
                 let gateway =
                     self.walls.homes.get(&place.network).map(|home| (place.network, home.first() + 1));
                 if !gateway.is_some_and(|gateway| self.table.gateways.contains(&gateway)) {
                     let witness = about(place.network, source);
-                    self.breach(witness, "an instance cannot ask for names".to_owned());
+                    self.breach(witness, "an instance cannot send DNS queries".to_owned());
                 }
                 for flow in self.flows(*app) {
                     self.covered(place.network, source, flow, &wide);
@@ -55,7 +55,7 @@ impl Court<'_> {
             Target::Service { network: to } if to.prefix() == 32 => {
                 Some(to.first()).filter(|to| !table.services.contains(&exact(*to))).into_iter().collect()
             }
-            // Open only while somebody has asked for it: nothing is required.
+            // Open only after a DNS query of the app: nothing is required.
             Target::Domain { .. } => Vec::new(),
             Target::Service { network: to } | Target::Outside { network: to } => {
                 let open = reaches(wide, (source, protocol, port), *to);
@@ -65,7 +65,7 @@ impl Court<'_> {
         for target in missing {
             self.breach(
                 packet(&exact(target), target),
-                format!("{} is asked for and stays closed", flow.name),
+                format!("{} must be allowed and is denied", flow.name),
             );
         }
     }

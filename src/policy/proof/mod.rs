@@ -1,9 +1,9 @@
-//! The proof: whether a table allows exactly what stands behind it. Written apart from what compiles the
-//! table, and run on the very text that will be applied; the only way to a [`Proven`], without which
-//! nothing is applied.
+//! Verifies that a table allows exactly the flows that were decided. This checker is written apart from the
+//! compiler of the table and runs on the very text that will be applied. It is the only source of a
+//! [`Proven`], and nothing is applied without one.
 //!
-//! Each element of each set is held against the regions that its target touches; every required flow is
-//! then looked for among them. A fault comes with a packet that shows it.
+//! It checks each element of each set against the regions that the element's target touches. Then it looks
+//! for every required flow among the elements. Each fault names a packet that demonstrates it.
 
 use rustc_hash::FxHashMap;
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,10 +19,10 @@ mod liveness;
 
 use liveness::{Wide, reaches};
 
-/// Most breaches that are told; their number is told in any case.
+/// Maximum number of faults that are reported in detail. Their count is always exact.
 const TOLD: usize = 20;
 
-/// What whoever applies a table holds by itself and takes from nobody.
+/// The facts that the agent holds itself and accepts from no other process.
 #[derive(Debug, Clone)]
 pub struct Walls {
     /// The table's shape.
@@ -33,7 +33,7 @@ pub struct Walls {
 }
 
 impl Walls {
-    /// From the shape, the closed and private ranges, and the subnet of each network.
+    /// Builds them from the shape, the reserved ranges, and the subnet of each network.
     #[must_use]
     pub fn new(shell: Shell, never: Vec<Range>, subnets: Vec<(u32, Cidr)>) -> Self {
         let space = Space::cut(&never, shell.pool, &subnets);
@@ -41,7 +41,7 @@ impl Walls {
     }
 }
 
-/// Where an app is, by the records of whoever applies.
+/// The place of an app, from the agent's own records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// Its tenant.
@@ -54,47 +54,47 @@ pub struct Place {
     pub addresses: Vec<Ipv4Addr>,
 }
 
-/// What stands behind a table: who is where, and who may begin to talk to whom.
+/// The facts that a table must match: the addresses of the apps and their allowed flows.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Standing {
     /// Apps.
     pub apps: FxHashMap<AppId, Place>,
-    /// What each may begin to talk to.
+    /// Allowed flows by app.
     pub flows: FxHashMap<AppId, Vec<Flow>>,
-    /// What was found for the domains that an app may talk to: each address until a second of the clock that
-    /// never goes back.
+    /// Addresses that DNS returned for the domains of an app. Each is valid until a second of the monotonic
+    /// clock.
     pub resolved: FxHashMap<(AppId, DomainName), BTreeMap<Ipv4Addr, u64>>,
-    /// Networks whose packets outside are let through and written down.
+    /// Networks in audit mode.
     pub trial: BTreeSet<u32>,
-    /// Of what each may begin to talk to, what is counted.
+    /// The flows of each app that are counted.
     pub watched: FxHashMap<AppId, Vec<Flow>>,
 }
 
 /// A fault of a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Breach {
-    /// A packet that it lets through, or does not let through.
+    /// A packet that the table wrongly allows or wrongly denies.
     pub witness: Packet,
-    /// What is wrong.
+    /// The fault.
     pub why: String,
 }
 
-/// Why a text was not proven.
+/// Why a text failed verification.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Refused {
-    /// It has another shape than the one that can be proven.
+    /// The text differs from the only shape that can be verified.
     Unreadable(Unreadable),
-    /// The ranges that nobody reaches are not those of the wall.
+    /// The reserved ranges in the table differ from the agent's.
     Never,
-    /// It allows too much or too little: how often, and the first ones.
+    /// The table allows too much or too little: the number of faults, and the first ones.
     Breached(usize, Vec<Breach>),
 }
 
 impl std::fmt::Display for Refused {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Unreadable(error) => write!(f, "it cannot be read: {error}"),
-            Self::Never => f.write_str("the ranges that nobody reaches are not those of the wall"),
+            Self::Unreadable(error) => write!(f, "the table cannot be parsed: {error}"),
+            Self::Never => f.write_str("the reserved ranges in the table differ from the agent's"),
             Self::Breached(count, told) => {
                 write!(f, "{count} fault(s)")?;
                 told.iter().take(3).try_for_each(|breach| write!(f, "; {}: {}", breach.witness, breach.why))
@@ -103,7 +103,7 @@ impl std::fmt::Display for Refused {
     }
 }
 
-/// A text that was proven, with what it makes of the table.
+/// A verified text, with the table that results from it.
 #[derive(Debug)]
 pub struct Proven {
     text: String,
@@ -111,25 +111,25 @@ pub struct Proven {
 }
 
 impl Proven {
-    /// What is applied.
+    /// Returns the text to apply.
     #[must_use]
     pub fn text(&self) -> &str {
         &self.text
     }
-    /// What the table is then.
+    /// Returns the table that results.
     #[must_use]
     pub fn into_table(self) -> Table {
         self.table
     }
 }
 
-/// Proves a whole table.
+/// Verifies a whole table.
 pub fn prove(text: String, walls: &Walls, standing: &Standing) -> Result<Proven, Refused> {
     let table = read::table(&text, &walls.shell).map_err(Refused::Unreadable)?;
     judge(text, table, walls, standing)
 }
 
-/// Proves a change of a table that was proven: what it is afterwards is judged as a whole.
+/// Verifies a change of a verified table: the table that results is verified as a whole.
 pub fn prove_change(
     text: String,
     before: &Table,
@@ -141,7 +141,7 @@ pub fn prove_change(
 }
 
 fn judge(text: String, table: Table, walls: &Walls, standing: &Standing) -> Result<Proven, Refused> {
-    // The kernel's set takes no range within another: each of the wall's is there, or is within one that is.
+    // A kernel set takes no range inside another: a reserved range is an element itself, or lies inside one.
     let known = |range: &(u32, u32)| {
         walls.never.iter().any(|wall| (wall.network.first(), wall.network.last()) == *range)
     };
@@ -154,8 +154,7 @@ fn judge(text: String, table: Table, walls: &Walls, standing: &Standing) -> Resu
     }
     let mut safety = Court::new(&table, walls, standing);
     let mut liveness = Court { told: Vec::new(), count: 0, owners: FxHashMap::default(), ..safety };
-    // Two halves that know nothing of each other: nothing that is open must not be, nothing is closed that must be
-    // open.
+    // Two independent halves: no flow is open that must be closed, and no flow is closed that must be open.
     std::thread::scope(|scope| {
         scope.spawn(|| liveness.required());
         safety.allowed();
@@ -174,7 +173,7 @@ struct Court<'a> {
     table: &'a Table,
     walls: &'a Walls,
     standing: &'a Standing,
-    /// Whose an address is.
+    /// The app at each address.
     owners: FxHashMap<u32, AppId>,
     count: usize,
     told: Vec<Breach>,
@@ -190,7 +189,7 @@ fn packet(rule: &Rule, target: u32) -> Packet {
     }
 }
 
-/// A packet from an address, where no target matters.
+/// A packet from an address whose destination does not matter.
 fn about(network: u32, source: u32) -> Packet {
     Packet {
         network,
@@ -209,7 +208,7 @@ impl<'a> Court<'a> {
             for address in &place.addresses {
                 if court.owners.insert(address.to_bits(), *app).is_some() {
                     let witness = about(place.network, address.to_bits());
-                    court.breach(witness, "two apps have one address".to_owned());
+                    court.breach(witness, "two apps have the same address".to_owned());
                 }
             }
         }
@@ -223,13 +222,13 @@ impl<'a> Court<'a> {
         }
     }
 
-    /// The app that sends from an address of a network, if it may be there at all.
+    /// Returns the app that sends from an address of a network, if the address may send at all.
     fn sender(&self, network: u32, source: u32) -> Option<AppId> {
         let app = *self.owners.get(&source)?;
         (self.standing.apps.get(&app)?.network == network).then_some(app)
     }
 
-    /// Nothing is open that must not be.
+    /// Checks that no flow is open that must be closed.
     fn allowed(&mut self) {
         self.sources();
         self.gateways();
@@ -242,15 +241,15 @@ impl<'a> Court<'a> {
         }
     }
 
-    /// No address passes that is not an instance's, in its own tenant's subnet.
+    /// Checks that each source is an instance's address in its own tenant's subnet.
     fn sources(&mut self) {
         for (network, source) in &self.table.sources {
             let home = self.walls.homes.get(network);
-            // Neither the network itself, nor its gateway, nor what all of it hears.
+            // Excludes the network address, the gateway and the broadcast address.
             let fits = home.is_some_and(|home| *source > home.first() + 1 && *source < home.last());
             if !fits || self.sender(*network, *source).is_none() {
                 let witness = about(*network, *source);
-                self.breach(witness, "the source is no instance of this network".to_owned());
+                self.breach(witness, "the source is not an instance of this network".to_owned());
             }
         }
     }
@@ -259,12 +258,12 @@ impl<'a> Court<'a> {
         self.standing.flows.get(&app).map_or(&[], Vec::as_slice)
     }
 
-    /// Whether one element is justified, over all that it allows.
+    /// Checks one element over every address that it allows.
     fn rule(&mut self, set: Set, rule: &Rule) {
         let sender = self.sender(rule.network, rule.source);
         let Some(sender) = sender.filter(|_| self.table.sources.contains(&(rule.network, rule.source)))
         else {
-            self.breach(packet(rule, rule.first), "the source is no instance of this network".to_owned());
+            self.breach(packet(rule, rule.first), "the source is not an instance of this network".to_owned());
             return;
         };
         let walls = self.walls;
@@ -278,29 +277,31 @@ impl<'a> Court<'a> {
     fn justify(&self, set: Set, rule: &Rule, sender: AppId, at: u32, region: Region) -> Result<(), String> {
         let same = |flow: &&Flow| flow.protocol == rule.protocol && flow.port == rule.port;
         match (set, region) {
-            (Set::Watched, _) => Err("what is counted is judged by itself".to_owned()),
-            (_, Region::Never(what)) => Err(format!("the target is {what}: nothing opens it")),
+            (Set::Watched, _) => Err("counted flows are verified separately".to_owned()),
+            (_, Region::Never(what)) => Err(format!("the target is {what}: always denied")),
             (_, Region::Unused) => {
-                Err("the target is an address of the pool that belongs to no tenant".to_owned())
+                Err("the target is in the pool of subnets, and no tenant has it".to_owned())
             }
             (Set::Outside | Set::Resolved, Region::Private(what)) => {
-                Err(format!("the target is {what}: only a single address of a service opens it"))
+                Err(format!("the target is {what}: only a single address of a service may be allowed there"))
             }
             (Set::Services | Set::Outside | Set::Resolved, Region::Tenant(_)) => {
-                Err("the target is an instance, and the set is not the one for instances".to_owned())
+                Err("the target is an instance, and this set is not for instances".to_owned())
             }
-            (Set::Pairs, Region::Private(_) | Region::Outside) => Err("the target is no instance".to_owned()),
+            (Set::Pairs, Region::Private(_) | Region::Outside) => {
+                Err("the target is not an instance".to_owned())
+            }
             (Set::Pairs, Region::Tenant(network)) => {
                 let receiver =
                     self.owners.get(&at).and_then(|app| Some((*app, self.standing.apps.get(app)?)));
                 let Some((app, place)) = receiver.filter(|(_, place)| place.network == network) else {
-                    return Err("the target is no instance of this network".to_owned());
+                    return Err("the target is not an instance of this network".to_owned());
                 };
                 let meant = |flow: &&Flow| matches!(&flow.target, Target::App { tenant, app: own } if *own == app && *tenant == place.tenant);
                 if self.flows(sender).iter().filter(same).any(|flow| meant(&flow)) {
                     Ok(())
                 } else {
-                    Err("the app does not name this app and port, or is not granted them".to_owned())
+                    Err("the app does not name this app and port, or has no grant for them".to_owned())
                 }
             }
             (Set::Services, Region::Private(_) | Region::Outside) => {
@@ -323,7 +324,7 @@ impl<'a> Court<'a> {
                 if self.flows(sender).iter().filter(same).any(|flow| meant(&flow)) {
                     Ok(())
                 } else {
-                    Err("the address was not found for a domain that the app names on this port".to_owned())
+                    Err("the address does not belong to a domain that the app names on this port".to_owned())
                 }
             }
             (Set::Outside, Region::Outside) => {
@@ -336,23 +337,24 @@ impl<'a> Court<'a> {
                 if self.flows(sender).iter().filter(same).any(|flow| meant(&flow)) {
                     Ok(())
                 } else {
-                    Err("the app does not name a target that holds all of this range".to_owned())
+                    Err("the app does not name a target that contains all of this range".to_owned())
                 }
             }
         }
     }
 
-    /// Names are asked for at the own bridge alone.
+    /// Checks that each network accepts DNS queries only at its own bridge.
     fn gateways(&mut self) {
         for (network, address) in &self.table.gateways {
             if self.walls.homes.get(network).is_none_or(|home| *address != home.first() + 1) {
                 let witness = about(*network, *address);
-                self.breach(witness, "this is not the address of the network's bridge".to_owned());
+                self.breach(witness, "the address is not the one of the network's bridge".to_owned());
             }
         }
     }
 
-    /// Only who is on trial is let out on trial; how far, the shape says: outside, and never behind a wall.
+    /// Checks that exactly the tenants in audit mode are in the set. The shape limits audit mode to the
+    /// outside, and excludes the reserved ranges.
     fn trials(&mut self) {
         let (there, meant) = (&self.table.trial, &self.standing.trial);
         let wrong: Vec<u32> = there
@@ -364,12 +366,13 @@ impl<'a> Court<'a> {
         for network in wrong {
             self.breach(
                 about(network, 0),
-                "this network is let out on trial, or is not, otherwise than meant".to_owned(),
+                "this network is in audit mode and must not be, or must be and is not".to_owned(),
             );
         }
     }
 
-    /// Only what is meant to be counted is. That it opens nothing, the shape says.
+    /// Checks that exactly the flows to be counted are counted. The shape ensures that counting allows
+    /// nothing.
     fn counted(&mut self) {
         for rule in &self.table.watched {
             let meant =
@@ -379,7 +382,7 @@ impl<'a> Court<'a> {
                     && (flow.protocol, flow.port) == (rule.protocol, rule.port)
             };
             if !meant.is_some_and(|flows| flows.iter().any(is)) {
-                self.breach(packet(rule, rule.first), "this is counted and not meant to be".to_owned());
+                self.breach(packet(rule, rule.first), "the flow is counted and must not be".to_owned());
             }
         }
         let mut wide = Wide::default();
@@ -397,7 +400,7 @@ impl<'a> Court<'a> {
                 if !reaches(&wide, (source, protocol, port), to) {
                     let (first, last) = (to.first(), to.last());
                     let rule = Rule { network: place.network, source, first, last, protocol, port };
-                    self.breach(packet(&rule, first), format!("{} is to be counted and is not", flow.name));
+                    self.breach(packet(&rule, first), format!("{} must be counted and is not", flow.name));
                 }
             }
         }

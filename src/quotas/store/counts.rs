@@ -1,4 +1,4 @@
-//! Things that are counted: what of each table is live, and what goes when too much of it is dead.
+//! Counted resources: which rows of a table are live, and which dead rows are deleted.
 
 use sqlx::{PgConnection, PgPool};
 
@@ -7,14 +7,14 @@ use crate::error::Error;
 use crate::ids::TenantId;
 use crate::quotas::{How, Quota, Resource};
 
-/// Rows of each kind that a tenant has used up (revoked, expired, withdrawn) and that are still shown. The audit log
-/// keeps what happened to the others.
+/// Number of dead rows (revoked, expired, withdrawn) of each kind that a tenant keeps visible. The audit log
+/// keeps the history of the others.
 const DEAD_KEPT: i64 = 1_000;
 
-/// Dead rows that one statement of housekeeping deletes.
+/// Maximum number of dead rows that one housekeeping statement deletes.
 const BATCH: i64 = 1_000;
 
-/// The live rows of some resources, in one statement. Tenant 0 is the platform itself.
+/// Counts the live rows of some resources in one statement. Tenant 0 is the platform itself.
 async fn count(
     conn: &mut PgConnection,
     tenant: i64,
@@ -57,21 +57,21 @@ async fn count_one(conn: &mut PgConnection, tenant: i64, resource: Resource) -> 
     Ok(count(conn, tenant, &[resource]).await?.first().map_or(0, |(_, n)| *n))
 }
 
-/// Takes the place of one more row of a tenant: locks the resource, counts the live rows under the lock, refuses when
-/// none fits. The caller inserts within the same transaction. Dead rows beyond those that are kept go on the way.
+/// Takes the place of one more row of a tenant. Locks the resource, counts the live rows under the lock, and
+/// fails if none fits. The caller inserts within the same transaction. Also deletes surplus dead rows.
 pub async fn take_place(conn: &mut PgConnection, tenant: TenantId, resource: Resource) -> Result<(), Error> {
     let held = lock(conn, tenant, resource).await?;
     held.require_place(count_one(conn, tenant.0, resource).await?)?;
     drop_dead(conn, tenant, resource).await
 }
 
-/// The same for a row of the platform itself.
+/// Takes the place of one more row of the platform itself.
 pub async fn take_platform_place(conn: &mut PgConnection, resource: Resource) -> Result<(), Error> {
     let held = lock_platform(conn, resource).await?;
     held.require_place(count_one(conn, 0, resource).await?)
 }
 
-/// Every limit of a tenant with its use, counted resources included.
+/// Returns every limit of a tenant with its use, counted resources included.
 pub async fn read_counted(conn: &mut PgConnection, tenant: TenantId) -> Result<Quota, Error> {
     let mut quota = read(conn, tenant).await?;
     let counted: Vec<Resource> =
@@ -82,7 +82,7 @@ pub async fn read_counted(conn: &mut PgConnection, tenant: TenantId) -> Result<Q
     Ok(quota)
 }
 
-/// Deletes the oldest dead rows of a kind beyond those that are kept, a few at a time: as many are made, as many go.
+/// Deletes the oldest surplus dead rows of a kind, a few per call, so that deletion keeps up with creation.
 async fn drop_dead(conn: &mut PgConnection, tenant: TenantId, resource: Resource) -> Result<(), Error> {
     match resource {
         Resource::RegistryCredentials => {
@@ -142,9 +142,9 @@ async fn drop_dead(conn: &mut PgConnection, tenant: TenantId, resource: Resource
     Ok(())
 }
 
-/// Deletes what has been dead for 90 days, in batches, until nothing of it is left.
+/// Deletes rows that have been dead for 90 days, in batches, until none is left.
 pub async fn prune(pool: &PgPool) -> Result<(), Error> {
-    // Tokens before the service accounts that they are of, answers before the offers that they are to.
+    // Delete tokens before their service accounts, and answers before their offers.
     for _ in 0..10_000 {
         let mut conn = pool.acquire().await?;
         let gone = sqlx::query_scalar!(

@@ -1,4 +1,4 @@
-//! Rows of limits and use. Every change happens under the row's lock, in the caller's transaction.
+//! Rows of limits and use. Each change happens under the row's lock, in the caller's transaction.
 
 use sqlx::PgConnection;
 use sqlx::types::Json;
@@ -12,7 +12,7 @@ mod counts;
 
 pub use counts::{prune, read_counted, take_place, take_platform_place};
 
-/// Gives a new tenant a row of every resource, with the limits that are its own.
+/// Inserts a row of every resource for a new tenant, and sets its own limits.
 pub async fn insert_rows(conn: &mut PgConnection, tenant: TenantId, limits: &Limits) -> Result<(), Error> {
     let names: Vec<String> = Resource::of_tenants().map(|resource| resource.name().to_owned()).collect();
     sqlx::query!(
@@ -25,7 +25,7 @@ pub async fn insert_rows(conn: &mut PgConnection, tenant: TenantId, limits: &Lim
     set_limits(conn, tenant, limits).await
 }
 
-/// Sets those limits of a tenant that are given.
+/// Sets the given limits of a tenant.
 pub async fn set_limits(conn: &mut PgConnection, tenant: TenantId, limits: &Limits) -> Result<(), Error> {
     enter(conn, tenant).await?;
     let names: Vec<String> = limits.iter().map(|(resource, _)| resource.name().to_owned()).collect();
@@ -49,7 +49,7 @@ pub async fn set_limits(conn: &mut PgConnection, tenant: TenantId, limits: &Limi
     Ok(())
 }
 
-/// Writes the limits of the settings down, as `serve` starts.
+/// Stores the limits of the settings when `serve` starts.
 pub async fn declare(conn: &mut PgConnection, limits: &config::Limits) -> Result<(), Error> {
     let rows: Vec<(Resource, i64)> = defaults(limits);
     let names: Vec<String> = rows.iter().map(|(resource, _)| resource.name().to_owned()).collect();
@@ -65,17 +65,17 @@ pub async fn declare(conn: &mut PgConnection, limits: &config::Limits) -> Result
     Ok(())
 }
 
-/// The limits of the settings, by resource. Those that a tenant has from its onboarding on are not among them.
+/// Returns the limits of the settings by resource, without those that each tenant sets at onboarding.
 fn defaults(limits: &config::Limits) -> Vec<(Resource, i64)> {
     Resource::ALL.iter().filter_map(|resource| Some((*resource, limits.of(resource.name())?))).collect()
 }
 
-/// Locks the gate of a tenant: for a transaction that changes several resources.
+/// Locks the gate of a tenant, for a transaction that changes several resources.
 pub async fn enter(conn: &mut PgConnection, tenant: TenantId) -> Result<(), Error> {
     lock(conn, tenant, GATE).await.map(drop)
 }
 
-/// Locks one resource of a tenant until the transaction ends: its limit and its stored use.
+/// Locks one resource of a tenant until the transaction ends. Returns its limit and stored use.
 pub async fn lock(conn: &mut PgConnection, tenant: TenantId, resource: Resource) -> Result<Held, Error> {
     for _ in 0..2 {
         let row = sqlx::query!(
@@ -89,7 +89,7 @@ pub async fn lock(conn: &mut PgConnection, tenant: TenantId, resource: Resource)
         if let Some(row) = row {
             return Ok(Held { resource, amount: Amount { limit: row.limit, used: row.used } });
         }
-        // A resource that is newer than the tenant.
+        // The resource is newer than the tenant.
         sqlx::query!(
             "INSERT INTO quota (tenant_id, resource) VALUES ($1, $2) ON CONFLICT DO NOTHING",
             tenant.0,
@@ -112,7 +112,7 @@ pub async fn lock_platform(conn: &mut PgConnection, resource: Resource) -> Resul
     Ok(Held { resource, amount: Amount { limit, used: 0 } })
 }
 
-/// Takes an amount of a resource, or refuses with the numbers.
+/// Reserves an amount of a resource. Returns an error with the numbers if it does not fit.
 pub async fn reserve(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -129,7 +129,7 @@ pub async fn reserve(
     add_used(conn, tenant, &[(resource, amount)]).await
 }
 
-/// Gives an amount of a resource back; the use never falls below 0.
+/// Releases an amount of a resource. The use never falls below 0.
 pub async fn release(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -147,8 +147,8 @@ pub async fn release(
     Ok(())
 }
 
-/// Adds to the use of resources whose rows (or the gate) the transaction holds already, in one statement. Nothing is
-/// written where nothing changes; below 0 the table itself refuses.
+/// Adds to the use of resources whose rows (or the gate) the transaction has locked, in one statement. Writes
+/// nothing if nothing changes. The table rejects a use below 0.
 pub async fn add_used(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -172,8 +172,8 @@ pub async fn add_used(
     Ok(())
 }
 
-/// Locks a counted resource and refuses unless one more fits beside `count`. Right only where `count` was taken under
-/// a lock that every writer of these rows holds; else [`lock`], count, [`Held::require_place`].
+/// Locks a counted resource and requires room for one more beside `count`. Correct only if `count` was taken
+/// under a lock that every writer of these rows holds. Otherwise use [`lock`], count, [`Held::require_place`].
 pub async fn check_count(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -183,7 +183,7 @@ pub async fn check_count(
     lock(conn, tenant, resource).await?.require_place(count)
 }
 
-/// Checks that a tenant may make one more change today; the change itself counts when it is recorded.
+/// Checks that a tenant may make one more change today. The change itself counts when it is recorded.
 pub async fn check_day(conn: &mut PgConnection, tenant: TenantId) -> Result<(), Error> {
     let day = sqlx::query!(
         r#"SELECT coalesce(q.limit_, d.limit_) AS "limit!", q.used,
@@ -202,7 +202,7 @@ pub async fn check_day(conn: &mut PgConnection, tenant: TenantId) -> Result<(), 
     }
 }
 
-/// The limit that holds, without a lock.
+/// Returns the effective limit, without a lock.
 pub async fn limit(conn: &mut PgConnection, tenant: TenantId, resource: Resource) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(
         r#"SELECT coalesce((SELECT q.limit_ FROM quota q WHERE q.tenant_id = $1 AND q.resource = $2), d.limit_) AS "limit!"
@@ -214,7 +214,7 @@ pub async fn limit(conn: &mut PgConnection, tenant: TenantId, resource: Resource
     .await?)
 }
 
-/// Every limit of a tenant with its stored use; counted resources stand at 0.
+/// Returns every limit of a tenant with its stored use. Counted resources show 0.
 pub async fn read(conn: &mut PgConnection, tenant: TenantId) -> Result<Quota, Error> {
     let Json(quota) = sqlx::query_scalar!(
         r#"SELECT coalesce(jsonb_object_agg(q.resource,

@@ -8,14 +8,14 @@ use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, TenantName};
 
-/// What came of asking for an upload.
+/// The result of claiming an upload.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::registries) enum Claimed {
-    /// The upload is this request's, under this number.
+    /// This request holds the upload, under this claim number.
     Taken(String),
-    /// Another request writes to it, or its commit is not settled yet.
+    /// Another request writes to it, or its commit is not settled.
     Busy,
-    /// There is no such upload in this repository.
+    /// The repository has no such upload.
     Unknown,
 }
 
@@ -64,8 +64,7 @@ async fn is_on_record(
     .await?)
 }
 
-/// The registry has taken bytes of a claimed upload: how far it is, and its state from then on. Whether the claim still
-/// stands.
+/// Stores the progress and the registry's new state of a claimed upload. Returns whether the claim still holds.
 pub(in crate::registries) async fn note_part(
     pool: &PgPool,
     tenant: &TenantName,
@@ -88,8 +87,8 @@ pub(in crate::registries) async fn note_part(
     Ok(noted == 1)
 }
 
-/// Puts on record that the registry is asked to commit a claimed upload; what is being collected at the moment is
-/// waited for. Whether the claim still stands.
+/// Records that the registry is about to commit a claimed upload; waits while the digest is being collected.
+/// Returns whether the claim still holds.
 pub(in crate::registries) async fn ask_commit(
     pool: &PgPool,
     tenant: &TenantName,
@@ -113,8 +112,8 @@ pub(in crate::registries) async fn ask_commit(
     Ok(asked == 1)
 }
 
-/// Puts a mount on record, where the repository that it comes from has the blob: until it is settled nobody collects the
-/// blob. The number to settle it by; none where there is no such blob.
+/// Records a mount if the source repository has the blob. Until the mount is settled, the collector keeps the
+/// blob. Returns the id for settling it; none without such a blob.
 pub(in crate::registries) async fn begin_mount(
     pool: &PgPool,
     tenant: &TenantName,
@@ -140,7 +139,7 @@ pub(in crate::registries) async fn begin_mount(
     Ok(id)
 }
 
-/// A mount came to nothing: the registry has not taken it.
+/// Removes a mount that the registry refused.
 pub(in crate::registries) async fn end_mount(
     pool: &PgPool,
     tenant: &TenantName,
@@ -158,7 +157,7 @@ pub(in crate::registries) async fn end_mount(
     Ok(())
 }
 
-/// Claims an upload that the sweep has found, unless a request has it, or something came since.
+/// Claims an upload for the sweep, unless a request holds it or it changed since.
 pub(in crate::registries) async fn claim_old_upload(
     pool: &PgPool,
     old: &OldUpload,
@@ -179,7 +178,7 @@ pub(in crate::registries) async fn claim_old_upload(
     Ok(part)
 }
 
-/// Renews a claim; whether it still stands.
+/// Renews a claim. Returns whether it still holds.
 pub(in crate::registries) async fn renew_part(
     pool: &PgPool,
     tenant: &TenantName,
@@ -199,17 +198,17 @@ pub(in crate::registries) async fn renew_part(
     Ok(renewed == 1)
 }
 
-/// What a request that ends leaves of its upload.
+/// The state in which a request leaves its upload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::registries) enum Ends {
-    /// The registry has answered: the next request may come.
+    /// The registry answered: the next request may proceed.
     Answered,
-    /// The connection to the registry was cut: it may still write what is on its way, so the next request waits a few
-    /// seconds.
+    /// The connection to the registry was cut: data in transit may still be written, so the next request waits
+    /// a few seconds.
     Cut,
 }
 
-/// Gives a claim back. Nothing was committed: that the registry was asked to is forgotten.
+/// Releases a claim without a commit, and clears the record of the requested commit.
 pub(in crate::registries) async fn release_part(
     pool: &PgPool,
     tenant: &TenantName,
@@ -231,7 +230,7 @@ pub(in crate::registries) async fn release_part(
     Ok(())
 }
 
-/// Forgets the upload of a claim: its bytes count no more.
+/// Deletes the upload of a claim; its bytes no longer count.
 pub(in crate::registries) async fn delete_upload(
     pool: &PgPool,
     tenant: &TenantName,

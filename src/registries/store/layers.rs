@@ -1,4 +1,4 @@
-//! Rows of layers: what each becomes when it is unpacked, and what it takes of the quota.
+//! Rows of layers: the measured report and the quota that it uses.
 
 use sqlx::types::Json;
 use sqlx::{PgConnection, PgPool};
@@ -10,7 +10,7 @@ use crate::ids::{Digest, RepositoryPath, TenantId, TenantName};
 use crate::images::layers::LayerReport;
 use crate::quotas::{self, Amount, Resource};
 
-/// The reports on those of these layers that were measured.
+/// Returns the reports of the given layers that were measured.
 pub(in crate::registries) async fn list_reports(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -27,8 +27,8 @@ pub(in crate::registries) async fn list_reports(
     Ok(rows.into_iter().map(|row| (row.digest, row.report.0)).collect())
 }
 
-/// Writes a report down and takes its bytes of the quota; or refuses with the numbers. A layer that is on record, or
-/// whose blob is going, changes nothing.
+/// Stores a report and reserves its bytes in the quota; fails with the numbers when the quota is exceeded. Does
+/// nothing for a layer that is already stored or whose blob is being deleted.
 pub(in crate::registries) async fn insert_report(
     pool: &PgPool,
     tenant: &TenantName,
@@ -55,7 +55,7 @@ pub(in crate::registries) async fn insert_report(
     Ok(())
 }
 
-/// A tenant's quota of unpacked bytes, and its use.
+/// Returns limit and use of a tenant's quota of unpacked bytes.
 pub(in crate::registries) async fn image_use(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -71,7 +71,8 @@ pub(in crate::registries) async fn image_use(
     .await?)
 }
 
-/// Bytes that an image takes on the engine's disk, as far as its layers were measured; 0 for one of an earlier version.
+/// Returns the bytes that an image takes on the engine's disk, as far as measured; 0 for an image of an earlier
+/// version.
 pub async fn image_bytes(
     conn: &mut PgConnection,
     tenant: TenantId,

@@ -1,4 +1,4 @@
-//! Robots, manifests, tags, blobs and what they weigh; a file for each of reading, pushing and removing.
+//! Rows of registry credentials, manifests, tags and blobs, with their quota use.
 
 use sqlx::PgConnection;
 
@@ -34,10 +34,11 @@ pub(in crate::registries) async fn tenant_state(
         .await?)
 }
 
-/// What a blob, a manifest and an open upload count at least: their files and folders take about so much.
+/// Minimum bytes counted for a blob, a manifest and an open upload: roughly the size of their files and
+/// folders.
 pub(in crate::registries) const FLOOR: u64 = 32 << 10;
 
-/// What a blob or a manifest of so many bytes counts.
+/// Returns the bytes counted for a blob or manifest of this size.
 fn weight(size: u64) -> i64 {
     signed(size.max(FLOOR))
 }
@@ -50,7 +51,7 @@ fn signed(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 
-/// Bytes used, uploads under way included, and the limit.
+/// Returns the used bytes, including open uploads, and the limit.
 pub(in crate::registries) async fn registry_use(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -68,7 +69,7 @@ pub(in crate::registries) async fn registry_use(
     Ok((positive(row.used), positive(row.limit)))
 }
 
-/// Locks the gate of a tenant's quota: whoever adds to its project or takes from it comes one after another.
+/// Locks the gate row of a tenant's quota, which serializes changes to its project.
 pub(in crate::registries) async fn lock_project(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -82,14 +83,14 @@ pub(in crate::registries) async fn lock_project(
     .await?)
 }
 
-/// The same for a push: only an active tenant adds to its project.
+/// Locks the project for a push, which requires an active tenant.
 async fn lock_active(conn: &mut PgConnection, tenant: &TenantName) -> Result<i64, Error> {
     let id = lock_project(conn, tenant).await?;
     require_active(conn, tenant).await?;
     Ok(id)
 }
 
-/// Refuses a push of a tenant that is not active.
+/// Refuses a push unless the tenant is active.
 async fn require_active(conn: &mut PgConnection, tenant: &TenantName) -> Result<(), Error> {
     match tenant_state(conn, tenant).await?.as_deref() {
         Some("active") => Ok(()),
@@ -100,10 +101,10 @@ async fn require_active(conn: &mut PgConnection, tenant: &TenantName) -> Result<
     }
 }
 
-/// What is doomed cannot be pushed again before it is gone.
+/// The error for pushing content that is still being deleted.
 fn going() -> Error {
     Error::Unavailable(
-        "this very content is being removed; push again".into(),
+        "this content is being deleted; push it again in a few seconds".into(),
         std::time::Duration::from_secs(5),
     )
 }

@@ -1,4 +1,4 @@
-//! Rows of a push: blobs and manifests as they come, and what they take of the quota.
+//! Rows of a push: new blobs and manifests, and their quota use.
 
 use sqlx::{PgConnection, PgPool};
 
@@ -10,7 +10,7 @@ use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
 use crate::quotas::{self, Resource};
 use crate::registries::proxy::Asked;
 
-/// A blob is there: it counts once, its upload no more.
+/// Records a blob: it counts once, and its upload no longer counts.
 pub(in crate::registries) async fn commit_blob(
     pool: &PgPool,
     tenant: &TenantName,
@@ -53,7 +53,7 @@ pub(in crate::registries) async fn commit_blob(
     .execute(&mut *tx)
     .await?
     .rows_affected();
-    // Each further repository keeps a folder for it.
+    // Every further repository stores a folder for the blob.
     if placed == 1 && count_places(&mut tx, tenant_id, digest).await? > 1 {
         add_used(&mut tx, TenantId(tenant_id), signed(FLOOR)).await?;
     }
@@ -66,7 +66,7 @@ pub(in crate::registries) async fn commit_blob(
     Ok(())
 }
 
-/// How many repositories of a tenant have a blob.
+/// Counts the repositories of a tenant that have a blob.
 async fn count_places(conn: &mut PgConnection, tenant: i64, digest: &Digest) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(
         r#"SELECT count(*) AS "n!" FROM blob_place WHERE tenant_id = $1 AND digest = $2"#,
@@ -77,39 +77,39 @@ async fn count_places(conn: &mut PgConnection, tenant: i64, digest: &Digest) -> 
     .await?)
 }
 
-/// A manifest as it was pushed.
+/// A pushed manifest.
 pub(in crate::registries) struct NewManifest {
     pub(in crate::registries) digest: Digest,
     pub(in crate::registries) media_type: String,
     pub(in crate::registries) size: u64,
     /// Bytes of its parts.
     pub(in crate::registries) total: u64,
-    /// Digest, and whether it is a blob.
+    /// Digest, and whether the part is a blob.
     pub(in crate::registries) parts: Vec<(Digest, bool)>,
     pub(in crate::registries) pushed_by: String,
-    /// What it is attached to, if anything.
+    /// Its subject, if it is attached to one.
     pub(in crate::registries) attached: Option<Attached>,
 }
 
-/// A manifest's place in the list of its subject's referrers.
+/// A manifest's entry in its subject's list of referrers.
 pub(in crate::registries) struct Attached {
     pub(in crate::registries) subject: Digest,
     pub(in crate::registries) artifact_type: String,
-    /// The text of a JSON object.
+    /// A JSON object as text.
     pub(in crate::registries) annotations: String,
 }
 
-/// What came of writing a manifest down.
+/// The result of recording a manifest.
 pub(in crate::registries) enum Noted {
-    /// It is on record.
+    /// It is recorded.
     Yes,
-    /// It does not fit.
+    /// It exceeds the quota.
     Full { used: u64, limit: u64 },
-    /// It names something that is not there (any more).
+    /// It references missing or deleted content.
     Unknown,
 }
 
-/// Writes a manifest down before it is handed on.
+/// Records a manifest before it is sent to the registry.
 pub(in crate::registries) async fn insert_manifest(
     pool: &PgPool,
     tenant: &TenantName,
@@ -145,7 +145,7 @@ pub(in crate::registries) async fn insert_manifest(
         return Ok(Noted::Unknown);
     }
     enter_repository(&mut tx, tenant_id, repository).await?;
-    // What its confirmation will need is asked for first: nothing is stored that could not be confirmed.
+    // Check the limits of the confirmation first: no manifest is stored that could not be confirmed.
     quotas::check_day(&mut tx, TenantId(tenant_id)).await?;
     if let Some(tag) = tag {
         check_tags(&mut tx, TenantId(tenant_id), repository, tag).await?;
@@ -154,7 +154,7 @@ pub(in crate::registries) async fn insert_manifest(
         sqlx::query_scalar!(r#"SELECT count(*) AS "n!" FROM manifest WHERE tenant_id = $1"#, tenant_id)
             .fetch_one(&mut *tx)
             .await?;
-    // One that is pushed again, and was not settled yet, is young again.
+    // A repeated push of an unconfirmed manifest renews its time.
     let inserted = sqlx::query_scalar!(
         "INSERT INTO manifest (tenant_id, repository, digest, media_type, size, total, pushed_by) \
          VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (tenant_id, repository, digest) \
@@ -206,8 +206,7 @@ pub(in crate::registries) async fn insert_manifest(
     Ok(Noted::Yes)
 }
 
-/// The registry does not have a blob that is on record: the record is mended, so that the next push
-/// sends it.
+/// Removes a recorded blob that the registry lost, so the next push sends it again.
 pub(in crate::registries) async fn forget_blob(
     pool: &PgPool,
     tenant: &TenantName,
@@ -221,7 +220,7 @@ pub(in crate::registries) async fn forget_blob(
     Ok(())
 }
 
-/// A repository has a blob no longer. The transaction holds the project's lock.
+/// Removes a blob from a repository. The transaction holds the project's lock.
 pub(super) async fn delete_place(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -243,10 +242,10 @@ pub(super) async fn delete_place(
     Ok(())
 }
 
-/// Most tags of a repository.
+/// Maximum tags of a repository.
 const TAGS: i64 = 2_000;
 
-/// Whether a tag is there or one more fits. The transaction holds the project's lock.
+/// Checks that a tag exists or that one more fits. The transaction holds the project's lock.
 async fn check_tags(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -268,7 +267,7 @@ async fn check_tags(
     quotas::check_count(conn, tenant, Resource::Tags, count.all).await
 }
 
-/// The registry has it: the tag moves, and it is on record who pushed.
+/// Confirms a manifest that the registry stored: moves the tag and records the push in the audit log.
 pub(in crate::registries) async fn confirm_manifest(
     pool: &PgPool,
     asked: &Asked,
@@ -315,7 +314,7 @@ pub(in crate::registries) async fn confirm_manifest(
     Ok(())
 }
 
-/// Manifests that were written down and never confirmed.
+/// Lists manifests that were recorded but not confirmed.
 pub(in crate::registries) async fn list_unconfirmed(
     conn: &mut PgConnection,
 ) -> Result<Vec<(TenantId, TenantName, RepositoryPath, Digest)>, Error> {
@@ -329,7 +328,8 @@ pub(in crate::registries) async fn list_unconfirmed(
     Ok(rows.into_iter().map(|r| (TenantId(r.tenant_id), r.name, r.repository, r.digest)).collect())
 }
 
-/// Whether a manifest is neither confirmed nor pushed again, within a transaction that holds its digest.
+/// Returns whether a manifest is still unconfirmed and not pushed again, within a transaction that locks its
+/// digest.
 pub(in crate::registries) async fn is_unconfirmed(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -347,7 +347,8 @@ pub(in crate::registries) async fn is_unconfirmed(
     .await?)
 }
 
-/// The registry has a manifest whose push was cut off: it is confirmed, and in the audit log as the platform's own.
+/// Confirms a manifest of an interrupted push that the registry has. The audit log shows the platform as the
+/// actor.
 pub(in crate::registries) async fn settle_manifest(
     conn: &mut PgConnection,
     tenant: TenantId,

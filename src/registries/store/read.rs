@@ -1,4 +1,4 @@
-//! What there is: manifests, tags, repositories, as clients and people ask for them.
+//! Reads of manifests, tags and repositories.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
 
-/// The digest that a tag stands for.
+/// Returns the digest of a tag.
 pub(in crate::registries) async fn find_tag(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -25,7 +25,7 @@ pub(in crate::registries) async fn find_tag(
     .await?)
 }
 
-/// The digest, if this tenant has such a manifest.
+/// Returns the digest if the repository has this manifest.
 pub(in crate::registries) async fn find_manifest(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -43,8 +43,8 @@ pub(in crate::registries) async fn find_manifest(
     .await?)
 }
 
-/// Whether a repository of this tenant has a blob, as far as the platform knows: what it does not know
-/// is not counted, and what is doomed is gone.
+/// Returns whether a repository has a blob according to the database. Unrecorded blobs and blobs marked for
+/// deletion do not count.
 pub(in crate::registries) async fn has_blob(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -63,8 +63,8 @@ pub(in crate::registries) async fn has_blob(
     .await?)
 }
 
-/// Whether all these manifests are there and stay, within a transaction that holds the tenant's
-/// quota: whoever removes manifests holds it too.
+/// Returns whether all these manifests exist, within a transaction that holds the tenant's quota lock.
+/// Deletions take the same lock, so the manifests stay until the transaction ends.
 pub async fn are_manifests_there(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -84,7 +84,7 @@ pub async fn are_manifests_there(
     .await?)
 }
 
-/// Names of tags in the order of their bytes, after one of them; none where the repository is not known.
+/// Lists tag names in byte order after a name; none for an unknown repository.
 pub(in crate::registries) async fn list_tag_names(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -113,11 +113,11 @@ pub(in crate::registries) struct Referrer {
     pub(in crate::registries) media_type: String,
     pub(in crate::registries) size: i64,
     pub(in crate::registries) artifact_type: String,
-    /// The text of a JSON object.
+    /// A JSON object as text.
     pub(in crate::registries) annotations: String,
 }
 
-/// The manifests that are attached to a subject, by digest, of one type where it is given.
+/// Lists the manifests attached to a subject, by digest, optionally of one type.
 pub(in crate::registries) async fn list_referrers(
     conn: &mut PgConnection,
     (tenant, repository): (&TenantName, &RepositoryPath),
@@ -143,7 +143,7 @@ pub(in crate::registries) async fn list_referrers(
     .await?)
 }
 
-/// The size of a blob that a repository of this tenant has, as [`has_blob`] knows it.
+/// Returns the size of a blob if the repository has it in the sense of [`has_blob`].
 pub(in crate::registries) async fn find_blob_size(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -163,7 +163,7 @@ pub(in crate::registries) async fn find_blob_size(
     Ok(size.map(super::positive))
 }
 
-/// A repository of this tenant that has a blob.
+/// Returns a repository of the tenant that has a blob.
 pub(in crate::registries) async fn find_place(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -180,7 +180,7 @@ pub(in crate::registries) async fn find_place(
     .await?)
 }
 
-/// The names of a tenant's repositories.
+/// Lists the names of a tenant's repositories.
 pub(in crate::registries) async fn list_repository_names(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -194,7 +194,7 @@ pub(in crate::registries) async fn list_repository_names(
     .await?)
 }
 
-/// A repository of the tenant that has a manifest of this digest.
+/// Returns a repository of the tenant that has a manifest with this digest.
 pub(in crate::registries) async fn find_manifest_place(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -210,7 +210,7 @@ pub(in crate::registries) async fn find_manifest_place(
     .await?)
 }
 
-/// A repository as listed.
+/// A repository in a list.
 #[derive(Debug, Serialize)]
 pub(in crate::registries) struct RepositoryRow {
     pub(in crate::registries) name: String,
@@ -240,7 +240,7 @@ pub(in crate::registries) async fn list_repositories(
     .await?)
 }
 
-/// A tag as listed.
+/// A tag in a list.
 #[derive(Debug, Serialize)]
 pub(in crate::registries) struct TagRow {
     pub(in crate::registries) name: String,
@@ -275,7 +275,7 @@ pub(in crate::registries) async fn list_tags(
     .await?)
 }
 
-/// The manifests that go with one: itself, what it is made of as an index, and what is attached to these.
+/// Returns a manifest's family: itself, the manifests of an index, and the manifests attached to any of them.
 pub(in crate::registries) async fn list_family(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -299,7 +299,7 @@ pub(in crate::registries) async fn list_family(
     .await?)
 }
 
-/// An index that holds a manifest, if there is one.
+/// Returns an index that contains a manifest, if any.
 pub(in crate::registries) async fn find_index_of(
     conn: &mut PgConnection,
     tenant: TenantId,

@@ -1,4 +1,4 @@
-//! What goes: tags at once, manifests and blobs after they were doomed.
+//! Deletions: tags at once; manifests and blobs after they were marked for deletion.
 
 use sqlx::{PgConnection, PgPool};
 
@@ -10,7 +10,7 @@ use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
 use crate::quotas::{self, Resource};
 use crate::registries::collector::Blob;
 
-/// Takes a tag away; the digest that it stood for.
+/// Deletes a tag. Returns its digest.
 pub(in crate::registries) async fn delete_tag(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -27,8 +27,8 @@ pub(in crate::registries) async fn delete_tag(
     .await?)
 }
 
-/// Those of the manifests that nothing holds: no tag, no release (`held`), and no manifest beside them that stays, as
-/// its part or attached to it.
+/// Returns the given manifests that nothing references: no tag, no release (`held`), and no remaining manifest
+/// as its index or subject.
 pub(in crate::registries) async fn list_loose(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -68,17 +68,17 @@ pub(in crate::registries) async fn list_loose(
     .await?)
 }
 
-/// What came of taking a blob out of a repository.
+/// The result of removing a blob from a repository.
 pub(in crate::registries) enum Unplaced {
     /// The repository does not have it.
     Unknown,
     /// This manifest of the repository needs it.
     Needed(String),
-    /// It is out of this repository, and doomed when no other has it.
+    /// Removed from this repository, and marked for deletion if no other has it.
     Yes(TenantId),
 }
 
-/// Takes a blob out of a repository, unless a manifest there needs it.
+/// Removes a blob from a repository, unless a manifest there needs it.
 pub(in crate::registries) async fn unplace_blob(
     pool: &PgPool,
     name: &TenantName,
@@ -115,7 +115,7 @@ pub(in crate::registries) async fn unplace_blob(
     Ok(Unplaced::Yes(tenant))
 }
 
-/// Dooms manifests, within a transaction that holds the project's lock.
+/// Marks manifests for deletion, within a transaction that holds the project's lock.
 pub(in crate::registries) async fn doom_manifests(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -134,7 +134,7 @@ pub(in crate::registries) async fn doom_manifests(
     Ok(())
 }
 
-/// Manifests that are doomed and still there.
+/// Lists the manifests marked for deletion.
 pub(in crate::registries) async fn list_doomed(
     conn: &mut PgConnection,
 ) -> Result<Vec<(TenantId, TenantName, RepositoryPath, Digest)>, Error> {
@@ -148,8 +148,8 @@ pub(in crate::registries) async fn list_doomed(
     Ok(rows.into_iter().map(|r| (TenantId(r.tenant_id), r.name, r.repository, r.digest)).collect())
 }
 
-/// Whether a manifest is doomed, within a transaction that holds its digest: what was listed as doomed may have gone and
-/// come again since.
+/// Returns whether a manifest is marked for deletion, within a transaction that locks its digest. A listed
+/// manifest may have been deleted and pushed again since.
 pub(in crate::registries) async fn is_doomed(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -167,16 +167,16 @@ pub(in crate::registries) async fn is_doomed(
     .await?)
 }
 
-/// Why a manifest's row goes.
+/// The reason for deleting a manifest's row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::registries) enum Why {
-    /// It was doomed.
+    /// It was marked for deletion.
     Doomed,
-    /// The registry never had it.
+    /// The registry never stored it.
     NeverStored,
 }
 
-/// Forgets a manifest and gives back what it weighed, unless the reason is none any more.
+/// Deletes a manifest's row and frees its bytes, unless the reason no longer applies.
 pub(in crate::registries) async fn delete_manifest(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -200,7 +200,8 @@ pub(in crate::registries) async fn delete_manifest(
     Ok(())
 }
 
-/// Dooms the blobs of a tenant that no manifest holds any more. Fresh ones are left: their manifest may be on its way.
+/// Marks a tenant's unreferenced blobs for deletion. Recent blobs stay, because their manifest may still be
+/// pushed.
 pub(in crate::registries) async fn doom_loose_blobs(
     pool: &PgPool,
     name: &TenantName,
@@ -224,8 +225,8 @@ pub(in crate::registries) async fn doom_loose_blobs(
     Ok(doomed)
 }
 
-/// The repositories that have a doomed blob, within a transaction that holds its digest; none when it is not doomed (any
-/// more).
+/// Returns the repositories of a blob marked for deletion, within a transaction that locks its digest; none if
+/// it is not marked (any more).
 pub(in crate::registries) async fn list_doomed_places(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -242,13 +243,13 @@ pub(in crate::registries) async fn list_doomed_places(
     .await?)
 }
 
-/// Forgets a doomed blob and gives back what it weighed.
+/// Deletes a blob marked for deletion and frees its bytes.
 pub(in crate::registries) async fn delete_blob(
     conn: &mut PgConnection,
     tenant: TenantId,
     digest: &Digest,
 ) -> Result<(), Error> {
-    // Its report goes with it. None is written any more: the blob is doomed.
+    // The layer's report goes with it; no new report is written for a blob marked for deletion.
     let gone = sqlx::query!(
         r#"DELETE FROM blob b WHERE tenant_id = $1 AND digest = $2 AND doomed_at IS NOT NULL AND NOT EXISTS
            (SELECT 1 FROM manifest_part m WHERE m.tenant_id = b.tenant_id AND m.part = b.digest) RETURNING size,
@@ -268,7 +269,7 @@ pub(in crate::registries) async fn delete_blob(
     Ok(())
 }
 
-/// Tenants with loose blobs, in pages.
+/// Lists the tenants with unreferenced blobs, in pages.
 pub(in crate::registries) async fn list_tenants_with_loose_blobs(
     conn: &mut PgConnection,
     after: i64,
@@ -286,7 +287,7 @@ pub(in crate::registries) async fn list_tenants_with_loose_blobs(
     Ok(rows.into_iter().map(|row| (TenantId(row.id), row.name)).collect())
 }
 
-/// Locks a tenant's project for whoever takes manifests away.
+/// Locks a tenant's project for a deletion.
 pub(in crate::registries) async fn lock_project_of(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -294,7 +295,7 @@ pub(in crate::registries) async fn lock_project_of(
     crate::quotas::enter(conn, tenant).await
 }
 
-/// Everything of a tenant's project, a page at a time: manifests, then blobs.
+/// Lists a page of all manifests of a tenant's project.
 pub(in crate::registries) async fn list_all_manifests(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -338,7 +339,7 @@ pub(in crate::registries) async fn list_all_blobs(
     .await?)
 }
 
-/// Dooms all that a tenant has: from then on none of it holds bytes in the registry.
+/// Marks all content of a tenant for deletion.
 pub(in crate::registries) async fn doom_all(conn: &mut PgConnection, tenant: TenantId) -> Result<(), Error> {
     sqlx::query!(
         "UPDATE manifest SET doomed_at = now() WHERE tenant_id = $1 AND doomed_at IS NULL",
@@ -352,8 +353,8 @@ pub(in crate::registries) async fn doom_all(conn: &mut PgConnection, tenant: Ten
     Ok(())
 }
 
-/// Holds a digest until the transaction ends, and says whether any tenant still has it or pushes it. The transaction
-/// is a reconciler's: it sees every tenant.
+/// Locks a digest until the transaction ends. Returns whether any tenant has or pushes it. The transaction
+/// belongs to a reconciler, which sees every tenant.
 pub(in crate::registries) async fn hold_digest(
     conn: &mut PgConnection,
     digest: &Digest,
@@ -363,16 +364,16 @@ pub(in crate::registries) async fn hold_digest(
     Ok(unknown.is_empty())
 }
 
-/// Whether what is doomed counts as known.
+/// Whether content marked for deletion counts as known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::registries) enum Doomed {
-    /// It is on record until it is gone.
+    /// It counts until it is deleted.
     Known,
-    /// It holds nothing.
+    /// It does not count.
     Forgotten,
 }
 
-/// Those of the digests that no record names: no blob, no manifest, no upload that is being committed.
+/// Returns the given digests without a row: no blob, no manifest, no upload being committed.
 pub(in crate::registries) async fn list_unknown(
     conn: &mut PgConnection,
     digests: &[String],
@@ -390,7 +391,7 @@ pub(in crate::registries) async fn list_unknown(
     .await?)
 }
 
-/// Those of the blobs on the disk whose size is not the one on record.
+/// Returns the blobs on the disk whose size differs from the recorded size.
 pub(in crate::registries) async fn list_altered(
     conn: &mut PgConnection,
     blobs: &[Blob],
@@ -408,7 +409,7 @@ pub(in crate::registries) async fn list_altered(
     .await?)
 }
 
-/// Takes a lease that lasts as long as the transaction; whether it was free.
+/// Takes a lock until the transaction ends. Returns whether it was free.
 pub(in crate::registries) async fn take_lease(conn: &mut PgConnection, number: i64) -> Result<bool, Error> {
     Ok(sqlx::query_scalar!(r#"SELECT pg_try_advisory_xact_lock($1) AS "yes!""#, number)
         .fetch_one(conn)

@@ -1,4 +1,4 @@
-//! Rows of robots.
+//! Rows of registry credentials (table `robot`).
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -12,7 +12,7 @@ pub(in crate::registries) struct Robot {
     pub(in crate::registries) push: bool,
 }
 
-/// A robot whose secret fits, which is neither expired nor revoked.
+/// Finds a valid registry credential with this secret: neither expired nor revoked.
 pub(in crate::registries) async fn find_robot(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -51,14 +51,14 @@ pub(in crate::registries) async fn is_robot_good(conn: &mut PgConnection, id: i6
     .await?)
 }
 
-/// Whether a robot may push.
+/// Returns whether a registry credential may push.
 pub(in crate::registries) async fn may_robot_push(conn: &mut PgConnection, id: i64) -> Result<bool, Error> {
     Ok(sqlx::query_scalar!(r#"SELECT EXISTS (SELECT 1 FROM robot WHERE id = $1 AND push) AS "yes!""#, id)
         .fetch_one(conn)
         .await?)
 }
 
-/// The number of an API token of the tenant that the transaction is about.
+/// Returns the id of an API token of the transaction's tenant.
 pub(in crate::registries) async fn find_token_id(
     conn: &mut PgConnection,
     hash: &[u8],
@@ -66,7 +66,7 @@ pub(in crate::registries) async fn find_token_id(
     Ok(sqlx::query_scalar!("SELECT id FROM api_token WHERE hash = $1", hash).fetch_optional(conn).await?)
 }
 
-/// The hash of an API token of the tenant that the transaction is about.
+/// Returns the hash of an API token of the transaction's tenant.
 pub(in crate::registries) async fn find_token_hash(
     conn: &mut PgConnection,
     id: i64,
@@ -74,7 +74,7 @@ pub(in crate::registries) async fn find_token_hash(
     Ok(sqlx::query_scalar!("SELECT hash FROM api_token WHERE id = $1", id).fetch_optional(conn).await?)
 }
 
-/// A robot as shown.
+/// A registry credential in a list.
 #[derive(Debug, Serialize)]
 pub(in crate::registries) struct RobotRow {
     pub(in crate::registries) name: String,
@@ -143,7 +143,7 @@ pub(in crate::registries) async fn revoke_robot(
     Ok(done.rows_affected() == 1)
 }
 
-/// Revokes all of a tenant's robots; how many are still good afterwards.
+/// Revokes all registry credentials of a tenant. Returns how many are still valid afterwards.
 pub(in crate::registries) async fn revoke_robots(
     conn: &mut PgConnection,
     tenant: TenantId,

@@ -1,4 +1,4 @@
-//! Rows of uploads and repositories: on record from the first request on, counted in number and in bytes.
+//! Rows of uploads and repositories: recorded from the first request, counted by number and bytes.
 
 use sqlx::{PgConnection, PgPool};
 
@@ -8,17 +8,17 @@ use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, TenantId, TenantName};
 use crate::quotas::{self, Resource};
 
-/// What came of a reservation.
+/// The result of a reservation.
 pub(in crate::registries) enum Reserve {
-    /// So many bytes were taken.
+    /// The number of reserved bytes.
     Taken(u64),
-    /// Not even what is needed now is left.
+    /// The remaining quota does not cover the immediate need.
     Full { used: u64, limit: u64 },
-    /// The upload is not on record (any more).
+    /// The upload is not recorded (any more).
     Gone,
 }
 
-/// Puts a repository on record, as far as the tenant may have one more. The transaction holds the project's lock.
+/// Records a repository if the tenant may have one more. The transaction holds the project's lock.
 pub(super) async fn enter_repository(
     conn: &mut PgConnection,
     tenant: i64,
@@ -47,17 +47,17 @@ pub(super) async fn enter_repository(
     Ok(())
 }
 
-/// An upload that is open.
+/// An open upload.
 #[derive(Debug, Clone)]
 pub(in crate::registries) struct OpenUpload {
     pub(in crate::registries) id: String,
-    /// The registry's own state of it, signed by the registry.
+    /// The registry's own state, signed by the registry.
     pub(in crate::registries) state: String,
-    /// Bytes that the registry has of it.
+    /// Bytes that the registry has received.
     pub(in crate::registries) received: u64,
 }
 
-/// Whether one more upload fits; a new one is on record from then on.
+/// Checks that one more upload fits, and records a new one.
 pub(in crate::registries) async fn admit_upload(
     pool: &PgPool,
     tenant: &TenantName,
@@ -66,7 +66,7 @@ pub(in crate::registries) async fn admit_upload(
 ) -> Result<Reserve, Error> {
     let mut tx = db::begin(pool, tenant).await?;
     let tenant_id = lock_project(&mut tx, tenant).await?;
-    // The registry has purged these an hour ago.
+    // The registry purged these an hour ago.
     sqlx::query!(
         "DELETE FROM upload WHERE tenant_id = $1 AND changed_at < now() - interval '2 hours'",
         tenant_id
@@ -97,7 +97,7 @@ pub(in crate::registries) async fn admit_upload(
     Ok(Reserve::Taken(0))
 }
 
-/// An upload of this repository of which nothing is being committed.
+/// Finds an upload of this repository that is not being committed.
 pub(in crate::registries) async fn find_upload(
     conn: &mut PgConnection,
     tenant: &TenantName,
@@ -120,8 +120,8 @@ pub(in crate::registries) async fn find_upload(
     }))
 }
 
-/// Holds a digest until the transaction ends: its bytes are collected or committed, never both at once. Taken before
-/// any lock of a quota.
+/// Locks a digest until the transaction ends, so its bytes are never collected and committed at once. Take this
+/// lock before any quota lock.
 pub(in crate::registries) async fn lock_digest(
     conn: &mut PgConnection,
     digest: &Digest,
@@ -132,8 +132,8 @@ pub(in crate::registries) async fn lock_digest(
     Ok(())
 }
 
-/// Takes bytes of the quota for an upload: a whole step where it fits, else what is needed now. The lock on the quota's
-/// row keeps two uploads from taking the same bytes.
+/// Reserves quota for an upload: a whole step if it fits, otherwise the immediate need. The lock on the quota's
+/// row keeps two uploads from reserving the same bytes.
 pub(in crate::registries) async fn reserve_upload(
     pool: &PgPool,
     tenant: &TenantName,
@@ -165,7 +165,7 @@ pub(in crate::registries) async fn reserve_upload(
     Ok(Reserve::Taken(taken))
 }
 
-/// Gives back what was reserved for an upload and not needed.
+/// Returns unused reserved bytes of an upload.
 pub(in crate::registries) async fn give_back(
     pool: &PgPool,
     tenant: &TenantName,
@@ -186,19 +186,19 @@ pub(in crate::registries) async fn give_back(
     Ok(())
 }
 
-/// An upload as the sweep finds it.
+/// An upload found by the sweep.
 pub(in crate::registries) struct OldUpload {
     pub(in crate::registries) tenant: TenantName,
     pub(in crate::registries) repository: String,
     pub(in crate::registries) id: String,
-    /// What the registry was asked to commit.
+    /// Digest that the registry was asked to commit.
     pub(in crate::registries) digest: Option<Digest>,
-    /// Whether nothing has come for so long that it is given up.
+    /// Whether it has been idle for so long that it is given up.
     pub(in crate::registries) given_up: bool,
 }
 
-/// Uploads whose commit nothing has settled for ten minutes, and those to which nothing was added for an hour; none that
-/// a request has.
+/// Lists uploads with a commit unsettled for ten minutes, and uploads idle for an hour, except those claimed by
+/// a request.
 pub(in crate::registries) async fn list_old_uploads(
     conn: &mut PgConnection,
 ) -> Result<Vec<OldUpload>, Error> {
@@ -216,7 +216,7 @@ pub(in crate::registries) async fn list_old_uploads(
     .await?)
 }
 
-/// Repositories whose folder nothing needs: no manifest, no blob, no upload, for an hour.
+/// Lists repositories without manifests, blobs or uploads for an hour.
 pub(in crate::registries) async fn list_empty_repositories(
     conn: &mut PgConnection,
 ) -> Result<Vec<(TenantId, TenantName, RepositoryPath)>, Error> {
@@ -234,8 +234,8 @@ pub(in crate::registries) async fn list_empty_repositories(
     Ok(rows.into_iter().map(|row| (TenantId(row.tenant_id), row.tenant, row.name)).collect())
 }
 
-/// Marks a repository that is still empty, within a transaction that holds the project's lock: whether it goes. Nothing
-/// is pushed to it from then on.
+/// Marks a repository for deletion if it is still empty, within a transaction that holds the project's lock.
+/// Returns whether it is marked. A marked repository accepts no pushes.
 pub(in crate::registries) async fn mark_repository(
     conn: &mut PgConnection,
     tenant: TenantId,
@@ -256,7 +256,7 @@ pub(in crate::registries) async fn mark_repository(
     Ok(going == 1)
 }
 
-/// Forgets a repository that was marked.
+/// Deletes a marked repository.
 pub(in crate::registries) async fn delete_repository(
     conn: &mut PgConnection,
     tenant: TenantId,

@@ -1,4 +1,5 @@
-//! Manifests, configs and layers as a tenant pushes them: read or refused, within bounds, never a panic.
+//! Manifests, configs and layers as a tenant pushes them: accepted or refused, within bounds, without a
+//! panic.
 #![no_main]
 
 use bulkhead::images::manifest::{Manifest, Parts};

@@ -1,4 +1,4 @@
-//! A spec in YAML or JSON: faults or a spec that prints and reads as the same, and never a panic.
+//! A spec in YAML or JSON gives faults, or a spec that prints and parses to the same value. It never panics.
 #![no_main]
 
 use bulkhead::apps::spec::{AppSpec, Colour, Format, show};
@@ -9,16 +9,19 @@ fuzz_target!(|bytes: &[u8]| {
         match AppSpec::parse(bytes, format) {
             Ok(spec) => {
                 let printed = spec.to_json().to_string();
-                let again = AppSpec::parse(printed.as_bytes(), Format::Json).expect("what is printed is read");
+                let again = AppSpec::parse(printed.as_bytes(), Format::Json).expect("a printed spec parses");
                 assert_eq!(again, spec);
                 let tenant = "acme".parse().expect("a name");
-                bulkhead::apps::render_example(&spec, tenant).expect("what is accepted compiles");
+                bulkhead::apps::render_example(&spec, tenant).expect("an accepted spec compiles");
             }
             Err(faults) => {
                 assert!(!faults.is_empty());
                 let text = String::from_utf8_lossy(bytes);
                 let shown = show(&text, "fuzz", &faults, Colour::Never);
-                assert!(!shown.chars().any(|c| c.is_control() && c != '\n'), "a terminal would obey this");
+                assert!(
+                    !shown.chars().any(|c| c.is_control() && c != '\n'),
+                    "a terminal would interpret this"
+                );
             }
         }
     }

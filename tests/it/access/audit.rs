@@ -1,4 +1,4 @@
-//! The record: one row for each change, in its transaction; refusals; a chain that tells what was touched.
+//! The audit log: one row per change, in the same transaction; refusals; a chain that reveals tampering.
 
 use bulkhead::access::Role;
 use bulkhead::audit::heads::Heads;
@@ -69,9 +69,9 @@ async fn each_change_is_one_row_and_a_failed_one_none(options: PgPoolOptions, co
         let again = if method == "DELETE" { path.clone() } else { format!("{path}/none") };
         let (status, _) = olga.api(method, &again, json!({"nonsense": 1})).await;
         assert!(status >= 400);
-        assert_eq!(rows(&app).await, before, "what failed left nothing");
+        assert_eq!(rows(&app).await, before, "a failed change leaves no row");
     }
-    // Filters and pages, newest first; a tenant sees its own.
+    // Filters and pages, newest first. A tenant sees its own rows.
     let page = olga.api("GET", &format!("{base}/audit?limit=2&action=token.create"), Value::Null).await.1;
     assert_eq!(page["items"].as_array().unwrap().len(), 1, "{page}");
     let (mut seen, mut path) = (Vec::new(), format!("{base}/audit?limit=3"));
@@ -117,12 +117,12 @@ async fn refusals_are_on_record_and_bounded(options: PgPoolOptions, connect: PgC
     app.ask("bhk_stolen", "GET", "/api/v1/me", Value::Null).await;
     app.write_denials().await;
     let added = rows(&app).await - before;
-    assert_eq!(added, 5, "however many, a row for each kind");
+    assert_eq!(added, 5, "one row per kind of refusal, however many requests");
     let admin = app.admin().await;
     let list = app.get(&admin, "/api/v1/audit?result=denied").await.to_string();
-    assert!(list.contains("\"count\":300") && list.contains("a stranger"), "{list}");
+    assert!(list.contains("\"count\":300") && list.contains("no role here"), "{list}");
     assert!(!list.contains("my secret password") && !list.contains("bhk_stolen"), "{list}");
-    // The tenant sees its own people's, and not that a stranger knocked, or who.
+    // The tenant sees refusals of its own members, and none of outsiders.
     let own = app.get(&admin, "/api/v1/tenants/acme/audit?result=denied").await.to_string();
     assert!(own.contains("vera") && !own.contains("eve"), "{own}");
 }
@@ -156,7 +156,7 @@ async fn the_chain_tells_what_was_touched(options: PgPoolOptions, connect: PgCon
         }
     };
     let (second, third) = (id(1).await, id(2).await);
-    // Each tampering, what must be found, and how it is undone.
+    // Each tampering with its expected finding. `restore` undoes it.
     app.sql(
         "CREATE TABLE saved AS SELECT * FROM audit; CREATE TABLE seals AS SELECT * FROM audit_seal; \
              CREATE TABLE rounds AS SELECT * FROM audit_round",
@@ -181,7 +181,8 @@ async fn the_chain_tells_what_was_touched(options: PgPoolOptions, connect: PgCon
         ("UPDATE audit_seal SET number = number + 100 WHERE number <= 2; UPDATE audit_seal SET number = 103 - number WHERE number > 100".into(), Box::new(|f| matches!(f, Finding::SealBroken { .. }))),
         ("DELETE FROM audit_seal WHERE round = 2; DELETE FROM audit_round WHERE number = 2".into(), Box::new(|f| *f == Finding::RoundBroken { round: 2 })),
         ("UPDATE audit_round SET last_id = last_id + 1 WHERE number = 1".into(), Box::new(|f| matches!(f, Finding::RoundBroken { .. }))),
-        // The end is cut off with its seals: the chain that is left fits, the exported head tells.
+        // The end is cut off with its seals: the remaining chain is valid, and the exported head reveals the
+        // cut.
         ("DELETE FROM audit WHERE id IN (SELECT unnest(ids) FROM audit_seal WHERE round = (SELECT max(number) FROM audit_round)); DELETE FROM audit_seal WHERE round = (SELECT max(number) FROM audit_round); DELETE FROM audit_round WHERE number = (SELECT max(number) FROM audit_round)".into(), Box::new(|f| matches!(f, Finding::TailCut { .. }))),
         ("INSERT INTO audit_retired (month, rows) VALUES (date_trunc('month', now()), 1); DELETE FROM audit".into(), Box::new(|f| matches!(f, Finding::NotRetired { .. }))),
     ];
@@ -193,15 +194,15 @@ async fn the_chain_tells_what_was_touched(options: PgPoolOptions, connect: PgCon
         app.sql(restore).await;
         assert_eq!(check(&app).await.findings, [], "undone: {tamper}");
     }
-    // Who has the database and not the key makes no chain that fits.
+    // Access to the database without the key is not enough to make a valid chain.
     let other = bulkhead::keys::Keys::parse(&bulkhead::keys::Keys::generate()).unwrap();
     let heads = Heads::in_file(None);
     let report = verify(&app.one.platform.work, &other.of(Purpose::Audit), &heads).await.unwrap();
     assert!(!report.findings.is_empty() && !report.heads);
 }
 
-/// Rows of transactions that commit late, in another order than their numbers, are sealed all the same; two
-/// sealers at once make one chain; a database that was put back into another cluster goes on.
+/// Rows of transactions that commit late, in another order than their numbers, are sealed. Two concurrent
+/// sealers make one chain. A database that was restored into another cluster continues its chain.
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn sealing_misses_nothing(options: PgPoolOptions, connect: PgConnectOptions) {
     let app = TestApp::new(options, connect).await;
@@ -215,7 +216,7 @@ async fn sealing_misses_nothing(options: PgPoolOptions, connect: PgConnectOption
     app.seal().await;
     let report = check(&app).await;
     assert_eq!(report.findings, []);
-    assert!(report.unsealed > 0, "nothing above an open transaction is sealed yet");
+    assert!(report.unsealed > 0, "rows above an open transaction are not sealed yet");
     late.commit().await.unwrap();
     app.seal().await;
     let report = check(&app).await;
@@ -242,8 +243,8 @@ async fn sealing_misses_nothing(options: PgPoolOptions, connect: PgConnectOption
     let report = check(&app).await;
     assert!(report.findings.is_empty() && report.rows == rows(&app).await, "{report:?}");
     second.stop().await;
-    // As after a restore into another cluster, whose transactions count from below what was sealed: rows of
-    // before keep their high numbers, new ones get low ones.
+    // Simulate a restore into another cluster, whose transaction numbers start below the sealed ones: old rows
+    // keep their high numbers, new rows get low ones.
     app.sql("UPDATE audit SET tx = ((tx::text::bigint) + 1000000)::text::xid8; \
              INSERT INTO audit (tenant_id, actor, action, object, request_id) SELECT id, 'root', 'x.y', 'unsealed', 'r' FROM tenant").await;
     let last: (i64, String, i64, Vec<u8>, Vec<u8>) = sqlx::query_as(
@@ -278,8 +279,8 @@ async fn sealing_misses_nothing(options: PgPoolOptions, connect: PgConnectOption
     );
 }
 
-/// A month goes after its time, with a record of it; what goes in another way is found. All of it is what the
-/// service does every hour, as the role that it has.
+/// A month is retired after its retention period, and the audit log records it. Other deletions are found. The
+/// test runs the hourly housekeeping with the role of the service.
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn months_are_kept_given_up_and_missed(options: PgPoolOptions, connect: PgConnectOptions) {
     let app = TestApp::new(options, connect).await;
@@ -311,11 +312,11 @@ async fn months_are_kept_given_up_and_missed(options: PgPoolOptions, connect: Pg
         .fetch_one(&app.root)
         .await
         .unwrap();
-    assert_eq!(told, 2, "one record a month, and no more when there is nothing left to do");
+    assert_eq!(told, 2, "one record per retired month, and no further ones");
     app.seal().await;
     let report = check(&app).await;
     assert!(report.findings.is_empty() && report.retired == 6, "{report:?}");
-    // A month of late is not to be had, by nobody.
+    // A recent month cannot be retired by any role.
     let refused =
         sqlx::query_scalar::<_, i64>("SELECT audit_retire_month((now() - interval '1 month')::date)")
             .fetch_one(work)

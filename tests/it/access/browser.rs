@@ -1,5 +1,5 @@
-//! The pages in a real browser: nothing inline runs, nothing foreign is loaded, everybody can use them, and no
-//! other origin can send our forms.
+//! The pages in a real browser: no inline code runs, no foreign resource is loaded, the pages are accessible,
+//! and no other origin can submit forms.
 
 use std::io::Write;
 use std::process::Stdio;
@@ -36,7 +36,7 @@ async fn pages_hold_in_a_browser(options: PgPoolOptions, connect: PgConnectOptio
     let invitation = made["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
     let reset = app.ask(&admin, "POST", "/api/v1/accounts/bob/reset", Value::Null).await.1;
     let reset = reset["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
-    // A network with something of everything in it.
+    // A network with one object of each kind.
     for (path, body) in [
         (
             "/api/v1/services/kafka",
@@ -132,14 +132,14 @@ async fn pages_hold_in_a_browser(options: PgPoolOptions, connect: PgConnectOptio
         assert_eq!(page["wide"], json!([]), "{path} is wider than its window");
         assert!(
             page["stopped"].as_i64().unwrap() >= 2,
-            "{path}: what was put in was stopped by the policy: {page}"
+            "{path}: the policy blocks the injected elements: {page}"
         );
     }
-    assert_eq!(seen["dialogs"], 0, "nothing that was put in has run");
-    assert_eq!(seen["foreign"], json!([]), "nothing but our own is loaded");
+    assert_eq!(seen["dialogs"], 0, "no injected code ran");
+    assert_eq!(seen["foreign"], json!([]), "only resources of this origin are loaded");
     assert_eq!(seen["forged"], 403, "another origin's form");
-    assert_eq!(seen["fetched"], "failed", "another origin reads nothing");
-    assert_eq!(seen["framed"], false, "nobody frames us");
+    assert_eq!(seen["fetched"], "failed", "another origin cannot read responses");
+    assert_eq!(seen["framed"], false, "another origin cannot frame the page");
     let cookie = |name: &str| json!({"name": name, "httpOnly": true, "sameSite": "Lax", "path": "/"});
     assert_eq!(seen["cookies"], json!([cookie("bulkhead-loopback"), cookie("bulkhead-known-loopback")]));
     let after = app.number("SELECT count(*) FROM invitation WHERE recipient <> $1", "").await;

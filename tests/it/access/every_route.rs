@@ -1,5 +1,5 @@
-//! Each address as everybody, against a golden matrix: whoever changes who may do what, changes this file
-//! and is seen to.
+//! Each route as each actor, against a golden matrix: a change of permissions shows up as a change of this
+//! file.
 
 use std::fmt::Write as _;
 
@@ -10,7 +10,7 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use crate::support::{Person, TestApp, page};
 
-/// What ends somebody's standing comes last.
+/// Routes that end the actor's own access run last.
 const LAST: &[&str] = &["/api/v1/me/tenants/{tenant}", "/tenants/{tenant}/leave", "/logout"];
 
 enum Who {
@@ -37,7 +37,7 @@ async fn ask(app: &TestApp, who: &mut Who, method: &str, path: &str) -> u16 {
         Who::Session(person) => {
             let origin = person.address.clone();
             let form = if method == "POST" && !api {
-                // Every form's own token, and nothing else of it.
+                // Posts only the form token.
                 let text = person.page("/account").await;
                 page::form(&[("form", &page::form_token(&text))])
             } else {
@@ -98,19 +98,25 @@ async fn every_route_answers_everybody_as_the_matrix_says(options: PgPoolOptions
         let _ = writeln!(golden, "{:62}{cells}", format!("{method} {path}"));
     }
     insta::assert_snapshot!("matrix", golden);
-    // What holds whatever the golden file says.
+    // Invariants, independent of the golden file.
     for ((method, path), row) in rows.iter().zip(&matrix) {
         let cell = |name: &str| row[names.iter().position(|known| *known == name).unwrap()];
         let within = path.contains("{tenant}");
         if within || path.starts_with("/api/v1/accounts") || path.starts_with("/people") {
-            assert!([401, 404].contains(&cell("anonymous")), "{method} {path}: nobody gets in");
-            assert_eq!(cell("expired"), 401, "{method} {path}: an expired token opens nothing");
+            assert!(
+                [401, 404].contains(&cell("anonymous")),
+                "{method} {path}: anonymous requests are refused"
+            );
+            assert_eq!(cell("expired"), 401, "{method} {path}: an expired token is refused");
             for name in ["stranger", "othertoken"] {
-                assert_eq!(cell(name), 404, "{method} {path}: {name} cannot know that it is there");
+                assert_eq!(cell(name), 404, "{method} {path}: {name} must not learn that it exists");
             }
         }
         if within && method.as_str() != "GET" && !LAST.contains(&path.as_str()) {
-            assert!([403, 409].contains(&cell("suspended")), "{method} {path}: a suspended tenant rests");
+            assert!(
+                [403, 409].contains(&cell("suspended")),
+                "{method} {path}: a suspended tenant cannot change"
+            );
         }
         assert!(row.iter().all(|status| *status < 500), "{method} {path}: {row:?}");
     }

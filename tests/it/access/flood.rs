@@ -1,4 +1,4 @@
-//! Floods through the API: what one tenant, one token or a crowd of strangers sends costs others nothing.
+//! Floods through the API: requests of one tenant, one token or many anonymous clients do not affect others.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -10,7 +10,7 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use crate::support::TestApp;
 
-/// Requests without end by so many clients at once, until `stop`; counts the answers by kind.
+/// Sends requests from a number of clients until `stop`, and counts the responses by kind.
 struct Flood {
     stop: Arc<AtomicBool>,
     tasks: Vec<tokio::task::JoinHandle<()>>,
@@ -47,7 +47,7 @@ impl Flood {
         Self { stop, tasks, refused, failed }
     }
 
-    /// How many were told to come later, and how many failed.
+    /// Returns the number of 429 responses and of failures.
     async fn end(self) -> (usize, usize) {
         self.stop.store(true, Ordering::Relaxed);
         for task in self.tasks {
@@ -96,12 +96,12 @@ async fn a_rate_is_a_tenants_own_and_told_in_headers(options: PgPoolOptions, con
             refused.get_or_insert(n);
         }
     }
-    // Two tokens of a tenant share what it has.
+    // Two tokens of a tenant share its rate.
     assert!((30..50).contains(&refused.unwrap()), "{refused:?}");
     is_served(&app, &other, "/api/v1/tenants/quiet/apps").await;
-    // The platform's people pay for themselves, also within the tenant.
+    // Requests by a platform role do not count against the tenant.
     app.get(&app.admin().await, "/api/v1/tenants/noisy/apps").await;
-    // What a member of another tenant tries costs this one nothing.
+    // Requests by a member of another tenant do not count against this tenant.
     for _ in 0..10 {
         let (status, _) = app.ask(&one, "GET", "/api/v1/tenants/quiet/apps", Value::Null).await;
         assert!(status == 404 || status == 429, "{status}");
@@ -128,7 +128,7 @@ async fn a_flood_of_one_tenant_leaves_the_database_to_others(
     tokio::time::sleep(Duration::from_millis(500)).await;
     is_served(&app, &other, "/api/v1/tenants/quiet/apps").await;
     let (refused, failed) = flood.end().await;
-    assert!(refused > 0, "the flood met no bound");
+    assert!(refused > 0, "the flood was not limited");
     assert_eq!(failed, 0);
 }
 

@@ -1,4 +1,4 @@
-//! Links that are used once: by whom they are for, in their time, whatever the other tabs do.
+//! Single-use links: they work once, for their recipient, before they expire, even with concurrent requests.
 
 use bulkhead::access::{PlatformRole, Role};
 use serde_json::{Value, json};
@@ -17,7 +17,7 @@ async fn an_invitation_opens_once_for_its_recipient(options: PgPoolOptions, conn
     assert_eq!(answer.status(), 200);
     let link = page::secrets(&answer.text().await.unwrap()).pop().unwrap();
     let path = link.strip_prefix(&app.one.address).unwrap().to_owned();
-    // Looking does not use it up; the list does not show it.
+    // Opening the page does not use the link up, and the list does not show the link.
     let mut bob = app.nobody("bob@example.org");
     for _ in 0..2 {
         let text = bob.page(&path).await;
@@ -30,12 +30,12 @@ async fn an_invitation_opens_once_for_its_recipient(options: PgPoolOptions, conn
     let list = olga.api("GET", "/api/v1/tenants/acme/invitations", Value::Null).await.1.to_string();
     assert!(list.contains("bob@example.org") && !list.contains(&code), "{list}");
     assert!(!olga.page("/tenants/acme/members").await.contains(&code));
-    // Somebody else's form, a weak password: nothing is used up.
+    // A forged form and a weak password do not use the link up.
     let fields = [("display_name", "Bob"), ("password", PASSWORD)];
     assert_eq!(bob.post_from("http://evil.example", &path, &fields).await.status(), 403);
     let weak = bob.post(&path, &[("display_name", "Bob"), ("password", "password1")]).await;
     assert_eq!(weak.status(), 422);
-    // Two tabs at once: one gets in.
+    // Two concurrent requests: one succeeds.
     let another = app.another().await;
     let (mut one, mut two) = (bob.clone(), bob.clone());
     two.address.clone_from(&another.address);
@@ -50,15 +50,15 @@ async fn an_invitation_opens_once_for_its_recipient(options: PgPoolOptions, conn
     assert!(bob.page("/tenants/acme").await.contains("acme"));
     let me = bob.api("GET", "/api/v1/me", Value::Null).await.1;
     assert_eq!(me["tenants"][0]["role"], "deployer", "{me}");
-    // For somebody who is here already: as that person, and nobody else.
+    // A recipient with an account accepts as that account only.
     let admin = app.admin().await;
     let body = json!({"name": "bob@example.org", "role": "viewer"});
     let (_, made) = app.ask(&admin, "POST", "/api/v1/tenants/beta/invitations", body).await;
     let path = made["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
     assert!(app.nobody("x").page(&path).await.contains("Sign in as bob@example.org"));
-    assert_eq!(olga.post(&path, &fields).await.status(), 403, "it is not hers");
+    assert_eq!(olga.post(&path, &fields).await.status(), 403, "the invitation is for another account");
     let thief = app.nobody("x").post(&path, &fields).await;
-    assert_eq!(thief.status(), 422, "no second account of that name");
+    assert_eq!(thief.status(), 422, "no second account of the same name");
     assert_eq!(bob.post(&path, &[]).await.status(), 303);
     assert_eq!(bob.api("GET", "/api/v1/me", Value::Null).await.1["tenants"].as_array().unwrap().len(), 2);
 }
@@ -77,7 +77,7 @@ async fn an_invitation_has_its_time_and_can_be_taken_back(options: PgPoolOptions
     };
     let (_, first) = invite().await;
     let (id, second) = invite().await;
-    assert_eq!(app.nobody("bob").get(&first).await.status(), 404, "a newer one takes its place");
+    assert_eq!(app.nobody("bob").get(&first).await.status(), 404, "a newer link replaces it");
     assert_eq!(app.nobody("bob").get(&second).await.status(), 200);
     let path = format!("/api/v1/tenants/acme/invitations/{id}");
     assert_eq!(app.ask(&admin, "DELETE", &path, Value::Null).await.0, 204);
@@ -86,7 +86,7 @@ async fn an_invitation_has_its_time_and_can_be_taken_back(options: PgPoolOptions
     let (_, third) = invite().await;
     app.sql("UPDATE invitation SET expires_at = now() - interval '1 second'").await;
     assert_eq!(app.nobody("bob").get(&third).await.status(), 404, "expired");
-    // Nothing is given by a tenant that rests.
+    // An invitation into a suspended tenant cannot be accepted.
     let (_, fourth) = invite().await;
     assert_eq!(app.ask(&admin, "PUT", "/api/v1/tenants/acme/suspension", Value::Null).await.0, 202);
     let answer = app.nobody("bob").post(&fourth, &[("display_name", "B"), ("password", PASSWORD)]).await;
@@ -126,7 +126,7 @@ async fn a_new_password_by_link(options: PgPoolOptions, connect: PgConnectOption
     assert_eq!(app.ask(&token, "GET", "/api/v1/tenants/acme", Value::Null).await.0, 401, "tokens too");
     assert_eq!(bob.sign_in(PASSWORD).await, 401);
     assert_eq!(bob.sign_in("a fresh and odd sentence").await, 303);
-    // An owner makes none for somebody who is more elsewhere: it would be the way into another tenant.
+    // An owner cannot create a reset link for a member of another tenant: it would give access to that tenant.
     let (_, made) = olga.api("POST", reset, Value::Null).await;
     let link = made["link"].as_str().unwrap().strip_prefix(&app.one.address).unwrap().to_owned();
     let admin = app.admin().await;
@@ -136,9 +136,9 @@ async fn a_new_password_by_link(options: PgPoolOptions, connect: PgConnectOption
     assert_eq!(bob.post(&path, &[]).await.status(), 303);
     assert_eq!(olga.api("POST", reset, Value::Null).await.0, 409);
     let answer = tab.post(&link, &[("password", "a third and odd sentence")]).await;
-    assert_eq!(answer.status(), 422, "nor does the one from before it open any more");
+    assert_eq!(answer.status(), 422, "the earlier link no longer works either");
     assert_eq!(bob.sign_in("a fresh and odd sentence").await, 303, "nothing changed");
-    // Nor for somebody of the platform; an admin makes them for everybody.
+    // The same holds for platform roles. An admin can create reset links for all accounts.
     assert_eq!(app.ask(&admin, "POST", "/api/v1/accounts/bob/reset", Value::Null).await.0, 201);
     assert_eq!(olga.api("POST", "/api/v1/accounts/bob/reset", Value::Null).await.0, 404);
 }
@@ -157,7 +157,7 @@ async fn there_is_no_account_before_the_first_admins(options: PgPoolOptions, con
     let pool = &app.one.platform.pool;
     let link = bulkhead::access::first_admin::make_link(pool).await.unwrap();
     let path = bulkhead::access::first_admin::make_link(pool).await.unwrap();
-    assert_eq!(app.nobody("x").get(&link).await.status(), 404, "a newer one takes its place");
+    assert_eq!(app.nobody("x").get(&link).await.status(), 404, "a newer link replaces it");
     let mut ada = app.nobody("ada");
     ada.page(&path).await;
     let bad = ada.post(&path, &[("name", "Ada Lovelace"), ("password", PASSWORD)]).await;
@@ -172,7 +172,7 @@ async fn there_is_no_account_before_the_first_admins(options: PgPoolOptions, con
     assert!(second.page("/people").await.contains("sue"));
 }
 
-/// Whoever goes takes what they began along: no link that they made, or that was made for them, brings them back.
+/// Removing, demoting or disabling an account revokes the links that it created or received.
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn a_link_does_not_outlive_its_maker(options: PgPoolOptions, connect: PgConnectOptions) {
     let app = TestApp::new(options, connect).await;
@@ -191,20 +191,20 @@ async fn a_link_does_not_outlive_its_maker(options: PgPoolOptions, connect: PgCo
     let member = "/api/v1/tenants/acme/members/dave";
     assert_eq!(app.ask(&admin, "PUT", member, json!({"role": "viewer"})).await.0, 200);
     for path in [&theirs, &for_them] {
-        assert_eq!(app.nobody("x").get(path).await.status(), 404, "lowered");
+        assert_eq!(app.nobody("x").get(path).await.status(), 404, "demoted");
     }
     assert_eq!(app.ask(&admin, "PUT", member, json!({"role": "owner"})).await.0, 200);
     let (_, made) = dave.api("POST", invite, json!({"name": "mallory", "role": "owner"})).await;
     assert_eq!(app.ask(&admin, "DELETE", member, Value::Null).await.0, 204);
     assert_eq!(app.nobody("x").get(&path_of(&made)).await.status(), 404, "removed");
-    // On the platform alike, and when an account is shut.
+    // The same holds on the platform, and for a disabled account.
     let mut eve = app.person("eve", Some(PlatformRole::Admin)).await;
     app.person("ada", Some(PlatformRole::Admin)).await;
     let (_, made) =
         eve.api("POST", "/api/v1/invitations", json!({"name": "mallory", "platform_role": "admin"})).await;
     assert_eq!(app.ask(&admin, "PATCH", "/api/v1/accounts/eve", json!({"disabled": true})).await.0, 200);
     assert_eq!(app.nobody("x").get(&path_of(&made)).await.status(), 404, "disabled");
-    // What a token makes does not outlive it.
+    // An invitation that a token creates must not outlive the token.
     app.sql("UPDATE api_token SET expires_at = now() + interval '2 hours'").await;
     assert_eq!(
         app.ask(&admin, "POST", invite, json!({"name": "zed", "role": "viewer", "hours": 3})).await.0,
@@ -214,7 +214,7 @@ async fn a_link_does_not_outlive_its_maker(options: PgPoolOptions, connect: PgCo
         app.ask(&admin, "POST", invite, json!({"name": "zed", "role": "viewer", "hours": 1})).await.0,
         201
     );
-    // A token that is called like somebody is not that somebody.
+    // A token with the name of an account does not act as that account.
     let mut alice = app.member("alice", "acme", Role::Viewer).await;
     let body = json!({"name": "bob", "tenant": "acme", "role": "viewer", "days": 1});
     let (_, token) = alice.api("POST", "/api/v1/me/tokens", body).await;
@@ -238,7 +238,7 @@ async fn a_link_does_not_outlive_its_maker(options: PgPoolOptions, connect: PgCo
     .await
     .unwrap();
     assert_eq!(role, "viewer");
-    // An invitation never lowers, on the platform neither.
+    // An invitation never lowers a role, on the platform either.
     let mut ada = app.nobody("ada");
     assert_eq!(ada.sign_in(PASSWORD).await, 303);
     let (_, made) = app
@@ -253,7 +253,7 @@ async fn a_link_does_not_outlive_its_maker(options: PgPoolOptions, connect: PgCo
     assert_eq!(ada.api("GET", "/api/v1/me", Value::Null).await.1["platform_role"], "admin");
 }
 
-/// A new password, however it came about, ends every other way to one, and every sign-in under way.
+/// A password change revokes all reset links and ends every pending sign-in.
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn a_new_password_ends_what_was_under_way(options: PgPoolOptions, connect: PgConnectOptions) {
     let app = TestApp::new(options, connect).await;
@@ -270,7 +270,7 @@ async fn a_new_password_ends_what_was_under_way(options: PgPoolOptions, connect:
     for path in [&by_owner, &by_admin] {
         assert_eq!(app.nobody("x").get(path).await.status(), 404);
     }
-    // Somebody has the password and waits at the second factor while it is changed.
+    // An attacker has the password and waits at the second factor while the password changes.
     app.sql("INSERT INTO second_factor (account_id, sealed, confirmed_at) SELECT id, '\\x00', now() FROM account WHERE name = 'bob'").await;
     let mut thief = app.nobody("bob");
     assert_eq!(thief.sign_in("a wholly new odd sentence").await, 303);
@@ -278,7 +278,7 @@ async fn a_new_password_ends_what_was_under_way(options: PgPoolOptions, connect:
     let reset = path_of(&app.ask(&admin, "POST", "/api/v1/accounts/bob/reset", Value::Null).await.1);
     let answer = app.nobody("x").post(&reset, &[("password", "one more odd sentence here")]).await;
     assert_eq!(answer.status(), 303);
-    assert_eq!(thief.get("/login/second-factor").await.status(), 303, "back to the beginning");
-    // Text that cannot be stored is the sender's mistake, not ours.
+    assert_eq!(thief.get("/login/second-factor").await.status(), 303, "the sign-in must start again");
+    // Text that cannot be stored is a client error, not a server error.
     assert_eq!(app.nobody("x").post("/login", &[("name", "a\0b"), ("password", "x")]).await.status(), 400);
 }

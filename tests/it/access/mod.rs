@@ -1,4 +1,4 @@
-//! Who gets in, sees and changes what: by the door, over a real database.
+//! Access: sign-in, permissions and the audit log, through HTTP, over a real database.
 
 mod activity;
 mod audit;

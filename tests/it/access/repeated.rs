@@ -1,5 +1,5 @@
-//! `Idempotency-Key` on every change: one request, one effect, one answer; a secret comes again and stands nowhere in
-//! clear.
+//! `Idempotency-Key` on every change: one request, one effect, one response. A replayed secret is not stored in
+//! clear text.
 
 use bulkhead::access::Role;
 use serde_json::{Value, json};
@@ -61,7 +61,7 @@ async fn what_gives_a_secret_gives_the_same_one_again(options: PgPoolOptions, co
             .await
             .unwrap();
         assert!(secret.len() > 20 && !kept.contains(secret), "{path}: a secret stands in the database");
-        // The same key with another request.
+        // The same key with a different request.
         let (status, _, told) = asks.ask(&key, "PATCH", base, json!({"display_name": "x"})).await;
         assert!(
             status == 409 && told["detail"].as_str().unwrap().contains("another request"),
@@ -110,15 +110,15 @@ async fn a_request_that_was_cut_off_is_told_so_and_a_refused_one_frees_its_key(
     app.tenant("acme").await;
     let asks = Asks { app: &app, token: app.admin().await };
     let path = "/api/v1/tenants/acme/robots";
-    // Refused: the key is free for the request as it was meant.
+    // A refused request frees its key for the corrected request.
     assert_eq!(asks.ask("k", "POST", path, json!({"name": "NO"})).await.0, 422);
     assert_eq!(asks.ask("k", "POST", path, json!({"name": "ci"})).await.0, 201);
-    // As a crash between the effect and the answer leaves it.
+    // Simulate a crash between the change and the response.
     app.sql("UPDATE idempotency SET status = 0, response = 'null' WHERE key = 'k'").await;
     let (status, _, told) = asks.ask("k", "POST", path, json!({"name": "ci"})).await;
     let told = told["detail"].as_str().unwrap().to_owned();
     assert!(status == 409 && told.contains("new key") && told.contains("revoke"), "{told}");
-    // Where a key means nothing, it is refused by name.
+    // A request that cannot use a key is refused, and the error names the header.
     let (status, _, told) = asks.ask("g", "GET", path, Value::Null).await;
     assert!(status == 400 && told["detail"].as_str().unwrap().contains("Idempotency-Key"), "{told}");
     let long = "x".repeat(201);

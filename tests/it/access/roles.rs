@@ -1,4 +1,4 @@
-//! Roles: nobody gives more than they have, and what is taken away is gone at once.
+//! Roles: an actor cannot give more than its own role, and a revoked role ends at once.
 
 use bulkhead::access::extract::still_may;
 use bulkhead::access::{Authority, Means, ReadTenant, Role, credentials};
@@ -14,18 +14,18 @@ async fn members_change_leave_and_are_removed(options: PgPoolOptions, connect: P
     let mut olga = app.member("olga", "acme", Role::Owner).await;
     let mut bob = app.member("bob", "acme", Role::Viewer).await;
     let path = "/api/v1/tenants/acme/members/bob";
-    assert_eq!(bob.api("PUT", path, json!({"role": "owner"})).await.0, 403, "not by oneself");
+    assert_eq!(bob.api("PUT", path, json!({"role": "owner"})).await.0, 403, "not for oneself");
     assert_eq!(olga.api("PUT", path, json!({"role": "deployer"})).await.0, 200);
     let robots = "/api/v1/tenants/acme/robots";
     assert_eq!(bob.api("POST", robots, json!({"name": "ci"})).await.0, 403);
     assert_eq!(olga.api("PUT", path, json!({"role": "owner"})).await.0, 200);
     assert_eq!(bob.api("POST", robots, json!({"name": "ci"})).await.0, 201, "with the next request");
-    // Two owners: one may go, the last may not.
+    // Of two owners, one may leave; the last one may not.
     assert_eq!(olga.api("DELETE", "/api/v1/me/tenants/acme", Value::Null).await.0, 204);
-    assert_eq!(olga.api("GET", "/api/v1/tenants/acme", Value::Null).await.0, 404, "a stranger now");
+    assert_eq!(olga.api("GET", "/api/v1/tenants/acme", Value::Null).await.0, 404, "an outsider now");
     assert_eq!(bob.api("DELETE", "/api/v1/me/tenants/acme", Value::Null).await.0, 409);
     assert_eq!(bob.api("PUT", path, json!({"role": "viewer"})).await.0, 409);
-    // What they made for themselves goes with them.
+    // A removed member's own tokens are revoked.
     let mut vera = app.member("vera", "acme", Role::Viewer).await;
     let body = json!({"name": "x", "tenant": "acme", "role": "viewer", "days": 1});
     let token = vera.api("POST", "/api/v1/me/tokens", body).await.1["token"].as_str().unwrap().to_owned();
@@ -41,7 +41,7 @@ async fn members_change_leave_and_are_removed(options: PgPoolOptions, connect: P
     assert!(vera.page("/").await.contains("do not belong to a tenant"));
 }
 
-/// Of two owners who lower each other at the same moment one stays an owner.
+/// If two owners demote each other at the same time, one stays an owner.
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn a_tenant_keeps_an_owner_whatever_races(options: PgPoolOptions, connect: PgConnectOptions) {
     let app = TestApp::new(options, connect).await;
@@ -81,7 +81,7 @@ async fn a_stream_ends_with_the_right_to_it(options: PgPoolOptions, connect: PgC
     let admin = app.admin().await;
     assert_eq!(app.ask(&admin, "PUT", "/api/v1/tenants/acme/suspension", Value::Null).await.0, 202);
     assert!(!may(&session).await && !may(&bearer).await, "a suspended tenant's streams end");
-    // Its people still see why, and change nothing.
+    // Its members can still read, but not change.
     assert_eq!(olga.api("GET", "/api/v1/tenants/acme", Value::Null).await.1["state"], "suspended");
     assert_eq!(olga.api("POST", "/api/v1/tenants/acme/robots", json!({"name": "ci"})).await.0, 409);
     assert_eq!(app.ask(&admin, "DELETE", "/api/v1/tenants/acme/suspension", Value::Null).await.0, 202);
@@ -90,7 +90,7 @@ async fn a_stream_ends_with_the_right_to_it(options: PgPoolOptions, connect: PgC
     assert!(!may(&session).await, "removed");
     app.sql("UPDATE api_token SET revoked_at = now() WHERE tenant_id IS NOT NULL").await;
     assert!(!may(&bearer).await, "revoked");
-    // Offboarding takes everybody's way in along.
+    // Offboarding ends the access of all members.
     let (status, _) =
         app.ask(&admin, "PUT", "/api/v1/tenants/acme/offboarding", json!({"confirm": "acme"})).await;
     assert_eq!(status, 202);

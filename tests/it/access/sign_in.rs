@@ -1,4 +1,4 @@
-//! Signing in and out: what opens, what does not, and how fast anybody may guess.
+//! Sign-in and sign-out: accepted and refused credentials, and rate limits of guesses.
 
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use totp_rs::Builder;
 
 use crate::support::{PASSWORD, Person, TestApp, page};
 
-/// The code that a device shows at this time.
+/// Returns the code that a device shows at this time.
 fn code(secret: &str, seconds: u64) -> String {
     let plain = secret.replace(' ', "");
     let bytes = data_encoding::BASE32_NOPAD.decode(plain.as_bytes()).unwrap();
@@ -21,7 +21,7 @@ fn now() -> u64 {
     bulkhead::access::second_factor::now()
 }
 
-/// Sets up a second factor by the pages: the secret and the recovery codes.
+/// Sets up a second factor through the pages. Returns the secret and the recovery codes.
 async fn with_second_factor(person: &mut Person) -> (String, Vec<String>) {
     let answer = person.submit("/account", "/account/second-factor", &[]).await;
     assert_eq!(answer.status(), 200);
@@ -46,7 +46,7 @@ async fn a_session_begins_rotates_and_ends(options: PgPoolOptions, connect: PgCo
     let app = TestApp::new(options, connect).await;
     app.person("ada", Some(PlatformRole::Admin)).await;
     let mut ada = app.nobody("ada");
-    // A reference that somebody planted is worth nothing: not before, and not after.
+    // A session reference that an attacker planted is worthless, before and after sign-in.
     ada.cookie = Some("bulkhead-loopback=planted".into());
     assert_eq!(ada.get("/account").await.status(), 401);
     assert_eq!(ada.sign_in("wrong").await, 401);
@@ -59,16 +59,16 @@ async fn a_session_begins_rotates_and_ends(options: PgPoolOptions, connect: PgCo
     assert!(!cookie.contains("Domain") && !cookie.contains("planted"), "{cookie}");
     let first = ada.clone();
     assert!(ada.page("/account").await.contains("ada"));
-    // Signing in again ends the one before.
+    // A new sign-in ends the previous session.
     assert_eq!(ada.sign_in(PASSWORD).await, 303);
     assert_ne!(ada.cookie, first.cookie);
     assert_eq!(first.clone().get("/account").await.status(), 401, "rotated");
-    // Signed out: the reference is dead, wherever it was copied to.
+    // After sign-out, the reference is invalid, also as a copy.
     let copy = ada.clone();
     assert_eq!(ada.submit("/account", "/logout", &[]).await.status(), 303);
     assert!(ada.cookie.is_none());
     assert_eq!(copy.clone().get("/account").await.status(), 401, "replay after signing out");
-    // Only hashes are kept.
+    // Only hashes are stored.
     let reference = copy.cookie.unwrap().split('=').nth(1).unwrap().to_owned();
     let text: String = sqlx::query_scalar("SELECT coalesce(string_agg(s::text, ' '), '') FROM session s")
         .fetch_one(&app.root)
@@ -81,7 +81,7 @@ async fn a_session_begins_rotates_and_ends(options: PgPoolOptions, connect: PgCo
 async fn a_session_has_its_time(options: PgPoolOptions, connect: PgConnectOptions) {
     let app = TestApp::new(options, connect).await;
     let mut ada = app.person("ada", Some(PlatformRole::Admin)).await;
-    // The database's clock decides; what is moved here is when it was.
+    // The clock of the database decides, so the test moves the stored times.
     app.sql("UPDATE session SET last_seen_at = now() - interval '29 minutes'").await;
     ada.page("/account").await;
     let idle: f64 =
@@ -89,7 +89,7 @@ async fn a_session_has_its_time(options: PgPoolOptions, connect: PgConnectOption
             .fetch_one(&app.root)
             .await
             .unwrap();
-    assert!(idle < 5.0, "being there counts");
+    assert!(idle < 5.0, "a request keeps the session alive");
     app.sql("UPDATE session SET last_seen_at = now() - interval '31 minutes'").await;
     assert_eq!(ada.get("/account").await.status(), 401, "idle");
     assert_eq!(ada.sign_in(PASSWORD).await, 303);
@@ -97,7 +97,7 @@ async fn a_session_has_its_time(options: PgPoolOptions, connect: PgConnectOption
     ada.page("/account").await;
     app.sql("UPDATE session SET created_at = now() - interval '12 hours 1 second'").await;
     assert_eq!(ada.get("/account").await.status(), 401, "twelve hours in all");
-    // What matters most asks again after ten minutes.
+    // Sensitive actions require a confirmation after ten minutes.
     assert_eq!(ada.sign_in(PASSWORD).await, 303);
     app.sql("UPDATE session SET confirmed_at = now() - interval '11 minutes'").await;
     let answer =
@@ -133,21 +133,21 @@ async fn sessions_are_seen_and_ended(options: PgPoolOptions, connect: PgConnectO
     assert_eq!(ada.api("DELETE", &format!("/api/v1/me/sessions/{id}"), Value::Null).await.0, 204);
     assert_eq!(phone.get("/account").await.status(), 401);
     laptop.page("/account").await;
-    // Nobody ends another one's.
+    // An account cannot end the session of another one.
     let mut bob = app.person("bob", None).await;
     let own = list["items"][0]["id"].as_i64().unwrap();
     assert_eq!(bob.api("DELETE", &format!("/api/v1/me/sessions/{own}"), Value::Null).await.0, 404);
-    // A new password ends all others.
+    // A password change ends all other sessions.
     let fields = [("current", PASSWORD), ("new", "another wholly odd sentence")];
     assert_eq!(ada.submit("/account", "/account/password", &fields).await.status(), 303);
     assert_eq!(laptop.get("/account").await.status(), 401);
     ada.page("/account").await;
     assert_eq!(laptop.sign_in(PASSWORD).await, 401);
     assert_eq!(laptop.sign_in("another wholly odd sentence").await, 303);
-    // A bad one is told where it is typed.
+    // The form shows why a password is rejected.
     for (current, new, says) in [
-        ("wrong", "yet another wholly odd one", "not the present password"),
-        ("another wholly odd sentence", "password123", "tried first"),
+        ("wrong", "yet another wholly odd one", "the current password is wrong"),
+        ("another wholly odd sentence", "password123", "too easy to guess"),
         ("another wholly odd sentence", "short", "at least 8"),
     ] {
         let answer = ada.submit("/account", "/account/password", &[("current", current), ("new", new)]).await;
@@ -169,17 +169,17 @@ async fn who_is_disabled_is_out_at_once(options: PgPoolOptions, connect: PgConne
     assert_eq!(status, 200, "{body}");
     assert_eq!(bob.get("/account").await.status(), 401);
     assert_eq!(app.ask(&token, "GET", "/api/v1/tenants", Value::Null).await.0, 401);
-    assert_eq!(bob.sign_in(PASSWORD).await, 401, "told as a wrong password is");
-    // Let in again: the old session stays dead, the password works.
+    assert_eq!(bob.sign_in(PASSWORD).await, 401, "same response as for a wrong password");
+    // Enabled again: old sessions stay invalid, and the password works.
     assert_eq!(ada.api("PATCH", "/api/v1/accounts/bob", json!({"disabled": false})).await.0, 200);
     assert_eq!(bob.get("/account").await.status(), 401);
     assert_eq!(bob.sign_in(PASSWORD).await, 303);
-    // A role that is taken away is gone with the next request, from a token too.
+    // A revoked role ends with the next request, for tokens too.
     app.get(&token, "/api/v1/tenants").await;
     assert_eq!(ada.api("PATCH", "/api/v1/accounts/bob", json!({"platform_role": null})).await.0, 200);
     assert_eq!(bob.api("GET", "/api/v1/tenants", Value::Null).await.0, 404);
     assert_eq!(app.ask(&token, "GET", "/api/v1/tenants", Value::Null).await.0, 404);
-    // The last admin stays.
+    // The last admin cannot be disabled.
     let (status, body) = ada.api("PATCH", "/api/v1/accounts/ada", json!({"disabled": true})).await;
     assert_eq!(status, 409, "{body}");
     ada.page("/account").await;
@@ -192,8 +192,8 @@ async fn the_second_factor_holds(options: PgPoolOptions, connect: PgConnectOptio
     let mut other = app.nobody("ada");
     assert_eq!(other.sign_in(PASSWORD).await, 303);
     let (secret, codes) = with_second_factor(&mut ada).await;
-    assert_eq!(other.get("/account").await.status(), 401, "sessions from before it end");
-    // The password alone opens nothing now.
+    assert_eq!(other.get("/account").await.status(), 401, "earlier sessions end");
+    // The password alone no longer signs in.
     let mut other = app.nobody("ada");
     assert_eq!(other.sign_in(PASSWORD).await, 303);
     assert!(other.cookie.is_none() && other.step.is_some());
@@ -205,18 +205,18 @@ async fn the_second_factor_holds(options: PgPoolOptions, connect: PgConnectOptio
     let good = code(&secret, now());
     assert_eq!(try_code(&mut other, &good).await, 303);
     other.page("/account").await;
-    // A code is good once, also for somebody who saw it.
+    // A code works once, also for an attacker who saw it.
     let mut thief = app.nobody("ada");
     assert_eq!(thief.sign_in(PASSWORD).await, 303);
     assert_eq!(try_code(&mut thief, &good).await, 401);
-    assert_eq!(try_code(&mut thief, &code(&secret, now() - 30)).await, 401, "nor one from before it");
-    // Five tries, then it begins anew.
+    assert_eq!(try_code(&mut thief, &code(&secret, now() - 30)).await, 401, "nor an earlier code");
+    // After five attempts the sign-in must start again.
     for _ in 0..3 {
         try_code(&mut thief, "000000").await;
     }
     assert_eq!(try_code(&mut thief, &codes[0]).await, 303);
     assert!(thief.cookie.is_none(), "too late");
-    // A recovery code is good once; on two replicas at once, for one of them.
+    // A recovery code works once, also with two concurrent requests on two replicas.
     let another = app.another().await;
     let (mut here, mut there) = (app.nobody("ada"), app.nobody("ada"));
     there.address.clone_from(&another.address);
@@ -229,13 +229,13 @@ async fn the_second_factor_holds(options: PgPoolOptions, connect: PgConnectOptio
     answers.sort_unstable();
     assert_eq!(answers, [303, 401]);
     another.stop().await;
-    // It is asked for where the password is.
+    // The confirmation requires the code besides the password.
     app.sql("UPDATE session SET confirmed_at = now() - interval '1 hour'").await;
     let (status, _) = other.api("POST", "/api/v1/me/confirmation", json!({"password": PASSWORD})).await;
     assert_eq!(status, 422);
     let body = json!({"password": PASSWORD, "code": codes[2]});
     assert_eq!(other.api("POST", "/api/v1/me/confirmation", body).await.0, 204);
-    // The secret is not in the database; the admin takes it away for whoever has lost the device.
+    // The secret is not in the database. An admin can remove the factor for a user who lost the device.
     let plain = data_encoding::BASE32_NOPAD.decode(secret.replace(' ', "").as_bytes()).unwrap();
     let sealed: Vec<u8> =
         sqlx::query_scalar("SELECT sealed FROM second_factor").fetch_one(&app.root).await.unwrap();
@@ -261,11 +261,11 @@ async fn nobody_is_told_who_is_here(options: PgPoolOptions, connect: PgConnectOp
         let status = answer.status();
         let text = answer.text().await.unwrap().replace(&format!("value=\"{name}\""), "value=\"\"");
         let text = text.replace("value=\"ada&#39;--\"", "value=\"\"");
-        assert_eq!(app.one.platform.desk.passwords.computed(), before + 1, "{name}: the same is computed");
+        assert_eq!(app.one.platform.desk.passwords.computed(), before + 1, "{name}: the same work is done");
         answers.push((status, headers, text));
     }
     assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:#?}");
-    // A hash that is weaker than today's is replaced when its person signs in.
+    // A hash that is weaker than today's is replaced at the next sign-in.
     app.sql("UPDATE account SET password = '$argon2id$v=19$m=4096,t=1,p=1$c29tZXNhbHRzb21lc2FsdA$JmDGqQjXMe5FKkjvYMwsCnA0vWw3wkVk2RD0QdAT1Ks' WHERE name = 'ada'").await;
     let weak = argon2_of("weak but long enough");
     sqlx::query("UPDATE account SET password = $1 WHERE name = 'ada'")
@@ -289,8 +289,8 @@ fn argon2_of(password: &str) -> String {
     weak.hash_password(password.as_bytes()).unwrap().to_string()
 }
 
-/// Ten thousand guesses over two replicas, one of which is started anew in between: what is let through is
-/// what the bucket holds and what has run into it since, to the single guess.
+/// Ten thousand guesses over two replicas, one of which restarts in between. The number of accepted guesses
+/// matches the bucket exactly.
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn ten_thousand_guesses_are_counted_over_replicas_and_restarts(
     options: PgPoolOptions,
@@ -347,28 +347,31 @@ async fn ten_thousand_guesses_are_counted_over_replicas_and_restarts(
     let seconds = begun.elapsed().as_secs();
     in_others += computed(&second);
     assert_eq!(let_through + slowed, 10_000);
-    // Ten at once, and one for each half minute that has passed since.
+    // Ten at once, then one per half minute.
     let most = 10 + seconds / 30 + 1;
     assert!((10..=most).contains(&let_through), "{let_through} of at most {most} in {seconds} s");
     assert_eq!(
         computed(&app.one) - first_before + in_others,
         let_through,
-        "and no password more was computed"
+        "no further password was computed"
     );
-    // It delays and does not lock out: after the wait the right one opens.
+    // The limit delays and does not lock out: after the wait, the correct password works.
     assert_eq!(app.nobody("ada").sign_in(PASSWORD).await, 429);
     app.sql("UPDATE throttle SET tat = tat - interval '10 minutes'").await;
     assert_eq!(app.nobody("ada").sign_in(PASSWORD).await, 303);
-    // Where she signs in from, what others guess elsewhere does not slow her down.
+    // On a known network, guesses from elsewhere cause no delay.
     app.sql("TRUNCATE throttle").await;
     for address in 0..120 {
         let address: std::net::IpAddr = format!("10.9.0.{address}").parse().unwrap();
         let _ = app.one.platform.desk.throttle.guess("ada", address, None).await;
     }
     let far: std::net::IpAddr = "10.9.1.1".parse().unwrap();
-    assert!(app.one.platform.desk.throttle.guess("ada", far, None).await.is_err(), "a strange place waits");
-    assert_eq!(app.nobody("ada").sign_in(PASSWORD).await, 303, "her own does not");
-    // Nor does her own browser wait, wherever she takes it; another one's cookie helps nobody.
+    assert!(
+        app.one.platform.desk.throttle.guess("ada", far, None).await.is_err(),
+        "an unknown network waits"
+    );
+    assert_eq!(app.nobody("ada").sign_in(PASSWORD).await, 303, "a known network does not wait");
+    // A known browser does not wait either, on any network. The cookie of another account has no effect.
     app.sql("TRUNCATE throttle, known_place").await;
     let mut own = app.nobody("ada");
     assert_eq!(own.sign_in(PASSWORD).await, 303);
@@ -378,13 +381,13 @@ async fn ten_thousand_guesses_are_counted_over_replicas_and_restarts(
         let address: std::net::IpAddr = format!("10.9.0.{address}").parse().unwrap();
         let _ = app.one.platform.desk.throttle.guess("ada", address, None).await;
     }
-    assert_eq!(app.nobody("ada").sign_in(PASSWORD).await, 429, "a strange browser in a strange place");
+    assert_eq!(app.nobody("ada").sign_in(PASSWORD).await, 429, "an unknown browser on an unknown network");
     let mut other = app.nobody("ada");
     app.person("bob", None).await;
     let mut bob = app.nobody("bob");
     assert_eq!(bob.sign_in(PASSWORD).await, 303);
     other.known = bob.known;
     assert_eq!(other.sign_in(PASSWORD).await, 429);
-    assert_eq!(own.sign_in(PASSWORD).await, 303, "her own");
+    assert_eq!(own.sign_in(PASSWORD).await, 303, "the known browser");
     second.stop().await;
 }

@@ -1,4 +1,4 @@
-//! Row level security: what the database itself holds, whatever a query forgets.
+//! Row-level security: what the database enforces even if a query forgets its condition.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ use sqlx::{AssertSqlSafe, Executor, PgPool};
 
 use crate::support::pool_as;
 
-/// Tables that belong to nobody in particular. Whoever makes a new one puts it here, or gives it a policy.
+/// Tables without a tenant. A new table must be listed here or have a policy.
 const COMMON: &[&str] = &[
     "_sqlx_migrations",
     "account",
@@ -37,7 +37,7 @@ const COMMON: &[&str] = &[
 async fn populate(root: &PgPool) {
     for migration in db::MIGRATOR.iter() {
         let file = format!("tests/it/samples/{}.sql", migration.version);
-        // The rows of the tables' first shape do not fit the last one: only what still does.
+        // Skip rows of the first schema that no longer fit the current one.
         let rows = std::fs::read_to_string(&file).unwrap();
         for statement in rows.split(";\n").filter(|statement| !statement.trim().is_empty()) {
             if statement.contains("INTO quota (tenant_id, cpu_millis") {
@@ -54,7 +54,7 @@ async fn populate(root: &PgPool) {
     }
 }
 
-/// The quota of each tenant in its shape of today.
+/// Inserts each tenant's quota in the current schema.
 async fn fill_quota(root: &PgPool) {
     root.execute(
         "INSERT INTO quota (tenant_id, resource) SELECT id, resource FROM tenant, quota_default \
@@ -79,7 +79,7 @@ async fn of_tenants(root: &PgPool) -> Vec<String> {
     all.into_iter().filter(|table| !COMMON.contains(&table.as_str())).collect()
 }
 
-/// How many rows of which tenants a bare statement reaches, undone afterwards.
+/// Returns the tenants whose rows a bare statement reaches. Rolls the statement back.
 async fn reach(
     pool: &PgPool,
     within: Option<i64>,
@@ -95,7 +95,7 @@ async fn reach(
     rows.map(|rows| rows.into_iter().collect()).map_err(|error| error.to_string())
 }
 
-/// Leaks of every table under every naming: the proof, which a test below turns on itself.
+/// Returns the leaks of every table in every context. A test below checks this function itself.
 async fn leaks(root: &PgPool, runtime: &PgPool) -> Vec<String> {
     let ids: Vec<i64> =
         sqlx::query_scalar("SELECT id FROM tenant ORDER BY id LIMIT 2").fetch_all(root).await.unwrap();
@@ -112,17 +112,17 @@ async fn leaks(root: &PgPool, runtime: &PgPool) -> Vec<String> {
                     Ok(seen) if within.is_none() && seen.is_empty() => {}
                     Ok(seen) if seen.iter().all(|id| within.is_some() && *id == within) => {
                         if verb == "SELECT" && seen.is_empty() {
-                            found.push(format!("{table}: blind, a tenant does not see its own"));
+                            found.push(format!("{table}: a tenant does not see its own rows"));
                         }
                     }
                     Ok(seen) => found.push(format!("{table}: {verb} under {within:?} reaches {seen:?}")),
-                    // Not even granted.
+                    // The privilege is not granted at all.
                     Err(error) if error.contains("permission denied") && verb != "SELECT" => {}
                     Err(error) if error.contains("foreign key") => {}
                     Err(error) => found.push(format!("{table}: {verb} under {within:?}: {error}")),
                 }
             }
-            // A row for B, put in by A or by nobody: the policy refuses before anything else looks at it.
+            // A row for tenant B, inserted by tenant A or without a tenant: the policy must refuse it.
             if within != Some(ids[1]) {
                 let insert =
                     format!("INSERT INTO {table} (tenant_id) VALUES ({}) RETURNING tenant_id", ids[1]);
@@ -140,7 +140,7 @@ async fn leaks(root: &PgPool, runtime: &PgPool) -> Vec<String> {
 async fn both(options: PgPoolOptions, connect: &PgConnectOptions) -> (PgPool, PgPool) {
     let root = options.connect_with(connect.clone()).await.unwrap();
     populate(&root).await;
-    // Columns that must be there would hide the policy behind another refusal.
+    // NOT NULL columns would hide the policy behind another error.
     for table in of_tenants(&root).await {
         let columns: Vec<String> = sqlx::query_scalar(
             "SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = $1::regclass AND a.attnum > 0 \
@@ -174,7 +174,10 @@ async fn the_proof_sees_each_policy_that_is_dropped(options: PgPoolOptions, conn
     for table in of_tenants(&root).await {
         root.execute(AssertSqlSafe(format!("ALTER TABLE {table} DISABLE ROW LEVEL SECURITY"))).await.unwrap();
         let found = leaks(&root, &runtime).await;
-        assert!(found.iter().any(|leak| leak.starts_with(&format!("{table}:"))), "{table} is open, unseen");
+        assert!(
+            found.iter().any(|leak| leak.starts_with(&format!("{table}:"))),
+            "{table} is open, and the check does not see it"
+        );
         root.execute(AssertSqlSafe(format!("ALTER TABLE {table} ENABLE ROW LEVEL SECURITY"))).await.unwrap();
         root.execute(AssertSqlSafe(format!(
             "ALTER POLICY of_tenant ON {table} USING (true) WITH CHECK (true)"
@@ -184,7 +187,7 @@ async fn the_proof_sees_each_policy_that_is_dropped(options: PgPoolOptions, conn
         let found = leaks(&root, &runtime).await;
         assert!(
             found.iter().any(|leak| leak.starts_with(&format!("{table}:"))),
-            "{table}'s policy is open, unseen"
+            "{table}'s policy is open, and the check does not see it"
         );
         let again = "(tenant_id = (SELECT nullif(current_setting('app.tenant', true), '')::bigint))";
         root.execute(AssertSqlSafe(format!(
@@ -199,7 +202,7 @@ async fn the_proof_sees_each_policy_that_is_dropped(options: PgPoolOptions, conn
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn the_catalogue_is_as_designed(options: PgPoolOptions, connect: PgConnectOptions) {
     let root = options.connect_with(connect).await.unwrap();
-    // Whatever has a tenant_id, partitions included, is under forced row level security.
+    // Each table with a tenant_id, partitions included, has forced row-level security.
     let open: Vec<String> = sqlx::query_scalar(
         "SELECT c.relname::text FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'tenant_id' \
          WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'p') \
@@ -209,7 +212,7 @@ async fn the_catalogue_is_as_designed(options: PgPoolOptions, connect: PgConnect
     .await
     .unwrap();
     assert_eq!(open, Vec::<String>::new());
-    // A table without one is on the list of those that belong to nobody.
+    // Each table without a tenant_id is on the list.
     let nobody: Vec<String> = sqlx::query_scalar(
         "SELECT c.relname::text FROM pg_class c WHERE c.relnamespace = 'public'::regnamespace \
          AND c.relkind IN ('r', 'p') AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid \
@@ -219,9 +222,9 @@ async fn the_catalogue_is_as_designed(options: PgPoolOptions, connect: PgConnect
     .await
     .unwrap();
     for table in nobody {
-        assert!(COMMON.contains(&table.as_str()), "{table} has no tenant_id: give it one, or say why not");
+        assert!(COMMON.contains(&table.as_str()), "{table} has no tenant_id: add one, or list it in COMMON");
     }
-    // No role of ours passes over it, and requests' role owns nothing.
+    // No role bypasses row-level security, and the role of requests owns nothing.
     let strong: Vec<String> = sqlx::query_scalar(
         "SELECT rolname::text FROM pg_roles WHERE rolname LIKE 'bulkhead%' AND (rolsuper OR rolbypassrls OR rolcreaterole)",
     )
@@ -229,7 +232,7 @@ async fn the_catalogue_is_as_designed(options: PgPoolOptions, connect: PgConnect
     .await
     .unwrap();
     assert_eq!(strong, Vec::<String>::new());
-    // The audit takes rows and gives them; nobody of ours changes or removes one, or forges its time.
+    // The audit log can be inserted and read. No role can update or delete a row, or choose its time.
     for role in ["bulkhead_runtime", "bulkhead_reconciler"] {
         for (privilege, wanted) in
             [("SELECT", true), ("UPDATE", false), ("DELETE", false), ("TRUNCATE", false)]
@@ -259,7 +262,7 @@ async fn the_catalogue_is_as_designed(options: PgPoolOptions, connect: PgConnect
                 .unwrap();
         assert!(!may_change_releases, "{role}");
     }
-    // Functions that see more than their caller are few, and run with a fixed search path.
+    // Functions with elevated rights run with a fixed search path.
     let loose: Vec<String> = sqlx::query_scalar(
         "SELECT proname::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prosecdef \
          AND (proconfig IS NULL OR NOT 'search_path=pg_catalog, public' = ANY(proconfig))",
@@ -268,8 +271,8 @@ async fn the_catalogue_is_as_designed(options: PgPoolOptions, connect: PgConnect
     .await
     .unwrap();
     assert_eq!(loose, Vec::<String>::new());
-    // Composite keys: a child names its tenant in every key that leads to a parent of the same. The one key that leads
-    // across is the answer to another tenant's offer; it names that tenant.
+    // Composite keys: a child names its tenant in every key to a parent of the same tenant. The one key across
+    // tenants is the answer to another tenant's offer; it names that tenant.
     let single: Vec<String> = sqlx::query_scalar(
         "SELECT k.conname::text FROM pg_constraint k WHERE k.contype = 'f' AND k.connamespace = 'public'::regnamespace \
          AND EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = k.confrelid AND a.attname = 'tenant_id') \
@@ -283,8 +286,8 @@ async fn the_catalogue_is_as_designed(options: PgPoolOptions, connect: PgConnect
     assert_eq!(single, Vec::<String>::new());
 }
 
-/// `migrate` as on a managed database: by a role that is no superuser, over tables that another role made and
-/// filled. A migration that adds a foreign key over an orphan, or fills a column, tells the truth.
+/// Runs `migrate` as on a managed database: with a role that is no superuser, over tables that another role
+/// created and filled. A migration that adds a foreign key or fills a column must see all rows.
 #[sqlx::test(migrations = false)]
 async fn migrations_under_a_forced_owner_do_not_lie(options: PgPoolOptions, connect: PgConnectOptions) {
     let root = options.connect_with(connect.clone()).await.unwrap();
@@ -303,7 +306,7 @@ async fn migrations_under_a_forced_owner_do_not_lie(options: PgPoolOptions, conn
     db::migrate(&mut conn, &config).await.unwrap();
     db::migrate(&mut conn, &config).await.unwrap();
     let after: i64 = sqlx::query_scalar("SELECT count(*) FROM audit").fetch_one(&root).await.unwrap();
-    assert_eq!(after, before, "every row came along");
+    assert_eq!(after, before, "all rows are kept");
     let foreign: Vec<String> = sqlx::query_scalar(
         "SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'S') \
          AND relowner <> 'bulkhead_owner'::regrole",
@@ -311,11 +314,11 @@ async fn migrations_under_a_forced_owner_do_not_lie(options: PgPoolOptions, conn
     .fetch_all(&root)
     .await
     .unwrap();
-    assert_eq!(foreign, Vec::<String>::new(), "all of it is the owner's");
-    // As the owner, forced, nothing is seen; within `migrate`'s transaction everything is.
+    assert_eq!(foreign, Vec::<String>::new(), "the owner role owns all tables");
+    // The forced owner sees nothing; within the transaction of `migrate` it sees everything.
     let owner = pool_as(&connect, "bulkhead_owner").await;
     let seen: i64 = sqlx::query_scalar("SELECT count(*) FROM quota").fetch_one(&owner).await.unwrap();
-    assert_eq!(seen, 0, "force holds for the owner too");
+    assert_eq!(seen, 0, "row-level security applies to the owner too");
     let mut tx = owner.begin().await.unwrap();
     tx.execute("ALTER TABLE quota NO FORCE ROW LEVEL SECURITY").await.unwrap();
     let filled = tx.execute("UPDATE quota SET limit_ = limit_").await.unwrap();
@@ -327,8 +330,8 @@ async fn migrations_under_a_forced_owner_do_not_lie(options: PgPoolOptions, conn
     .fetch_one(&root)
     .await
     .unwrap();
-    assert_eq!(forced, 0, "and it is put back");
-    // The real roles work on it.
+    assert_eq!(forced, 0, "row-level security is forced again");
+    // The real roles work with the result.
     let runtime = pool_as(&connect, "bulkhead_runtime").await;
     db::check_role(&runtime).await.unwrap();
     db::check_schema(&runtime).await.unwrap();
@@ -338,10 +341,10 @@ async fn migrations_under_a_forced_owner_do_not_lie(options: PgPoolOptions, conn
     drop(tx);
     let mut tx = db::begin(&runtime, Within::Platform).await.unwrap();
     let all: i64 = sqlx::query_scalar("SELECT count(*) FROM quota").fetch_one(&mut *tx).await.unwrap();
-    assert_eq!(all, 2 * own, "the platform's people see all, when the transaction says so");
+    assert_eq!(all, 2 * own, "a platform transaction sees all rows");
     drop(tx);
     for unfit in ["bulkhead_owner", "postgres"] {
         let pool = pool_as(&connect, unfit).await;
-        assert!(db::check_role(&pool).await.is_err(), "{unfit} passes over row level security");
+        assert!(db::check_role(&pool).await.is_err(), "{unfit} bypasses row-level security");
     }
 }

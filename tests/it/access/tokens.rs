@@ -1,4 +1,4 @@
-//! API tokens and service accounts: scope, life, last use, and who stands behind them.
+//! API tokens and service accounts: scope, lifetime, last use, and the role of the holder.
 
 use bulkhead::access::{PlatformRole, Role};
 use serde_json::{Value, json};
@@ -28,7 +28,7 @@ async fn a_service_account_does_what_its_role_says_now(options: PgPoolOptions, c
     let me = app.get(&token, "/api/v1/me").await;
     assert_eq!(me["actor"]["id"], "service:ci", "{me}");
     assert!(me["actor"]["via"].as_str().unwrap().ends_with(" pipeline"), "{me}");
-    // Its last use is on record; the token itself nowhere.
+    // The last use is recorded; the token itself is not stored.
     let list = olga.api("GET", &format!("{base}/tokens"), Value::Null).await.1;
     let row = &list["items"][0];
     assert_eq!(row["service_account"], "ci");
@@ -38,7 +38,7 @@ async fn a_service_account_does_what_its_role_says_now(options: PgPoolOptions, c
         .await
         .unwrap();
     assert!(!dump.contains(&token[4..]));
-    // Scope: not beyond the role, not beyond the tenant, and nothing of a person's.
+    // Scope: not beyond the role, not beyond the tenant, and no access to user accounts.
     let (status, _) = app.ask(&token, "POST", &format!("{base}/robots"), json!({"name": "x"})).await;
     assert_eq!(status, 403);
     for (method, path) in [("GET", "/api/v1/tenants"), ("GET", "/api/v1/accounts"), ("GET", "/api/v1/audit")]
@@ -58,7 +58,7 @@ async fn a_service_account_does_what_its_role_says_now(options: PgPoolOptions, c
         };
         assert_eq!(app.ask(&token, method, path, body).await.0, 403, "{method} {path}");
     }
-    // Less role, less right, for tokens that are out already.
+    // A lower role of the service account applies to existing tokens.
     app.sql("UPDATE service_account SET role = 'viewer'").await;
     let spec = json!({"spec": "v1"});
     assert_eq!(app.ask(&token, "PUT", &format!("{base}/apps/web"), spec).await.0, 403);
@@ -87,7 +87,7 @@ async fn nobody_gives_more_or_longer_than_they_have(options: PgPoolOptions, conn
         let (got, answer) = make(body.clone()).await;
         assert_eq!(got, status, "{body}: {answer}");
     }
-    // A token that makes another one does not outlive itself.
+    // A token that another token creates must not outlive it.
     let mut olga = app.member("olga", "acme", Role::Owner).await;
     let (_, made) = olga
         .api(
@@ -106,7 +106,7 @@ async fn nobody_gives_more_or_longer_than_they_have(options: PgPoolOptions, conn
     assert_eq!(app.ask(&token, "POST", &format!("{base}/tokens"), longer).await.0, 422);
     let shorter = json!({"service_account": "ci", "name": "x", "days": 1});
     assert_eq!(app.ask(&token, "POST", &format!("{base}/tokens"), shorter).await.0, 201);
-    // Without days: as long as may be, and no longer than the token that makes it.
+    // Without days, the token gets the default lifetime, at most that of the token that creates it.
     let usual = json!({"service_account": "ci", "name": "usual"});
     let (status, made) = app.ask(&token, "POST", &format!("{base}/tokens"), usual.clone()).await;
     assert_eq!(status, 201, "{made}");
@@ -114,7 +114,11 @@ async fn nobody_gives_more_or_longer_than_they_have(options: PgPoolOptions, conn
         .as_str()
         .unwrap()
         .into();
-    assert_eq!(made["expires_at"].as_str().unwrap()[..16], own[..16], "it ends with its maker");
+    assert_eq!(
+        made["expires_at"].as_str().unwrap()[..16],
+        own[..16],
+        "it expires with the token that created it"
+    );
     let (status, made) = olga.api("POST", &format!("{base}/tokens"), usual).await;
     let days = app.number("SELECT extract(day FROM max(expires_at) + interval '1 hour' - now())::bigint FROM api_token WHERE name = $1", "usual").await;
     assert_eq!((status, days), (201, 90), "{made}");
@@ -126,12 +130,16 @@ async fn nobody_gives_more_or_longer_than_they_have(options: PgPoolOptions, conn
             json!({"service_account": "ci", "name": "x", "days": 3}),
         )
         .await;
-    assert!(told["faults"][0]["suggestion"].as_str().unwrap().starts_with("days: 1 at most"), "{told}");
-    // Her own tokens end with her role, and she ends them herself.
+    assert!(told["faults"][0]["suggestion"].as_str().unwrap().starts_with("set days to at most 1"), "{told}");
+    // A user can revoke only its own tokens.
     let list = olga.api("GET", "/api/v1/me/tokens", Value::Null).await.1;
     assert_eq!(list["items"][0]["tenant"], "acme", "{list}");
     let id = list["items"][0]["id"].as_i64().unwrap();
-    assert_eq!(bob.api("DELETE", &format!("/api/v1/me/tokens/{id}"), Value::Null).await.0, 404, "not his");
+    assert_eq!(
+        bob.api("DELETE", &format!("/api/v1/me/tokens/{id}"), Value::Null).await.0,
+        404,
+        "another user's token"
+    );
     assert_eq!(olga.api("DELETE", &format!("/api/v1/me/tokens/{id}"), Value::Null).await.0, 204);
     assert_eq!(app.ask(&token, "GET", base, Value::Null).await.0, 401);
     let mut ada = app.person("ada", Some(PlatformRole::Admin)).await;
@@ -140,9 +148,5 @@ async fn nobody_gives_more_or_longer_than_they_have(options: PgPoolOptions, conn
     let auditor = made["token"].as_str().unwrap().to_owned();
     app.get(&auditor, "/api/v1/accounts").await;
     let body = json!({"name": "zoe", "platform_role": "admin"});
-    assert_eq!(
-        app.ask(&auditor, "POST", "/api/v1/invitations", body).await.0,
-        403,
-        "the scope is the smaller one"
-    );
+    assert_eq!(app.ask(&auditor, "POST", "/api/v1/invitations", body).await.0, 403, "the lower role applies");
 }

@@ -1,4 +1,4 @@
-//! What every answer bears, what no answer tells, and what is refused before anything looks at it.
+//! HTTP: headers of every response, data that no response may reveal, and limits that apply early.
 
 use bulkhead::access::{PlatformRole, Role};
 use bulkhead::routes;
@@ -68,7 +68,7 @@ async fn forged_requests_change_nothing(options: PgPoolOptions, connect: PgConne
     let path = "/tenants/acme/members/invitation";
     let kind = ("content-type", "application/x-www-form-urlencoded");
     let own = olga.address.clone();
-    // From another page, with every trick that a browser lets a page play.
+    // From another site, in every way that a browser allows.
     for headers in [
         vec![kind, ("origin", "https://evil.example")],
         vec![kind, ("origin", "null")],
@@ -80,7 +80,7 @@ async fn forged_requests_change_nothing(options: PgPoolOptions, connect: PgConne
         let answer = olga.send("POST", path, &headers, form.clone()).await;
         assert_eq!(answer.status(), 403, "{headers:?}");
     }
-    // From our own page, but not with this session's token.
+    // From our own page, but without the token of this session.
     let origin = ("origin", own.as_str());
     let mut eve = app.member("eve", "acme", Role::Viewer).await;
     let others = page::form_token(&eve.page("/account").await);
@@ -90,7 +90,7 @@ async fn forged_requests_change_nothing(options: PgPoolOptions, connect: PgConne
     }
     let without = page::form(&[("name", "mallory"), ("role", "owner")]);
     assert_eq!(olga.send("POST", path, &[kind, origin], without).await.status(), 403);
-    // The API takes a session's JSON from our own page alone, and nothing that a form can send.
+    // With a session, the API accepts JSON from our own pages only, and nothing that a form can send.
     for headers in [
         vec![("content-type", "application/json"), ("origin", "https://evil.example")],
         vec![("content-type", "text/plain"), origin],
@@ -105,8 +105,8 @@ async fn forged_requests_change_nothing(options: PgPoolOptions, connect: PgConne
         .fetch_one(&app.root)
         .await
         .unwrap();
-    assert_eq!(after, 2, "the two that made these people, and no more");
-    // Looking changes nothing.
+    assert_eq!(after, 2, "only the two invitations of the test's own members");
+    // GET requests change nothing.
     for (method, path) in routes::table() {
         if method.as_str() == "GET" {
             app.sql("TRUNCATE throttle").await;
@@ -117,11 +117,7 @@ async fn forged_requests_change_nothing(options: PgPoolOptions, connect: PgConne
         }
     }
     let at_last: i64 = sqlx::query_scalar("SELECT count(*) FROM audit").fetch_one(&app.root).await.unwrap();
-    assert_eq!(
-        at_last,
-        before + 4,
-        "the token, invitation, joining and session of eve; a look leaves no trace"
-    );
+    assert_eq!(at_last, before + 4, "token, invitation, joining and session of eve; GET requests add no row");
 }
 
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
@@ -184,14 +180,14 @@ async fn what_is_too_much_is_refused_early(options: PgPoolOptions, connect: PgCo
     let form = [("origin", origin.as_str()), ("content-type", "application/x-www-form-urlencoded")];
     let long = format!("name=ada&password={}", "x".repeat(100_000));
     assert!([400, 413].contains(&ada.send("POST", "/login", &form, long).await.status().as_u16()));
-    // Headers beyond what the server reads end the connection or the request, never the service.
+    // Headers beyond the server's limit end the connection or the request, never the service.
     let _ = reqwest::Client::new()
         .get(format!("{}/login", app.one.address))
         .header("x-long", "x".repeat(400_000))
         .send()
         .await;
     ada.page("/account").await;
-    // Fields that are not there to be set.
+    // Fields that clients must not set.
     for body in [
         json!({"name": "zoe", "platform_role": "auditor", "id": 1}),
         json!({"name": "zoe", "password": "x"}),
@@ -204,7 +200,7 @@ async fn what_is_too_much_is_refused_early(options: PgPoolOptions, connect: PgCo
     {
         assert_eq!(ada.api("PATCH", "/api/v1/accounts/ada", json!({key: value})).await.0, 422, "{key}");
     }
-    // Text that a log or a terminal would obey is no part of a name.
+    // Names reject text that controls a log or a terminal.
     for bad in ["a\nb", "a\u{1b}[2Jb", "\u{202e}evil"] {
         let (status, _) = ada.api("PATCH", "/api/v1/tenants/none", json!({"display_name": bad})).await;
         assert!(status >= 400);
@@ -217,6 +213,6 @@ async fn what_is_too_much_is_refused_early(options: PgPoolOptions, connect: PgCo
     assert_eq!(
         fields,
         ["actor", "by", "name", "platform_role", "second_factor", "tenants"],
-        "and nothing else"
+        "no other fields"
     );
 }

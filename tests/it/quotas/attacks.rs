@@ -1,5 +1,5 @@
-//! One tenant makes rows without end: each kind stops at its limit, the last place goes to one, and what is made and
-//! revoked in a loop leaves no more than what is kept.
+//! A tenant that creates rows without end. Each kind stops at its limit. The last place goes to one request.
+//! Creating and revoking in a loop leaves only the kept dead rows.
 
 use bulkhead::access::{Authority, Role};
 use bulkhead::ids::TenantId;
@@ -13,7 +13,7 @@ use crate::support::TestApp;
 
 const BASE: &str = "/api/v1/tenants/acme";
 
-/// A kind of rows: what makes the n-th one, and its limit.
+/// A kind of rows, and the request that creates the n-th one.
 struct Make {
     kind: &'static str,
     method: &'static str,
@@ -61,7 +61,7 @@ const MAKES: &[Make] = &[
 ];
 
 async fn start(options: PgPoolOptions, connect: PgConnectOptions) -> (TestApp, TenantId, String) {
-    // How fast a tenant may ask is held elsewhere.
+    // Rate limits are tested elsewhere.
     let app = TestApp::with(options, connect, |config| {
         config.limits.requests_per_second = 100_000;
         config.limits.request_burst = 100_000;
@@ -84,7 +84,7 @@ async fn a_thousand_of_each_kind_stop_at_the_limit(options: PgPoolOptions, conne
     let (app, _, owner) = start(options, connect).await;
     let quota = app.get(&owner, &format!("{BASE}/quota")).await["quota"].clone();
     for make in MAKES {
-        // What waits for a decision is fewer still; that is another refusal.
+        // Egress targets that wait for approval have a lower limit of their own, with another error.
         let tries = if make.kind == "egress_targets" { 20 } else { 1_000 };
         let before = quota[make.kind]["used"].as_i64().unwrap();
         let limit = quota[make.kind]["limit"].as_i64().unwrap();
@@ -115,7 +115,7 @@ async fn a_thousand_of_each_kind_stop_at_the_limit(options: PgPoolOptions, conne
             assert!(fault["suggestion"].as_str().unwrap().contains(make.kind));
         }
     }
-    // Another tenant makes what it needs meanwhile.
+    // Another tenant can still create rows.
     let other = app.tenant("other").await;
     let token = app.token(Authority::Tenant(other, Role::Owner)).await;
     let (status, answer) =
@@ -168,8 +168,8 @@ async fn the_last_seat_goes_to_one_and_the_invitation_stays(
     .await;
     assert_eq!(answers.iter().filter(|status| **status == 303).count(), 1, "{answers:?}");
     assert_eq!(used(&app, &owner, "members").await, 1);
-    assert_eq!(used(&app, &owner, "invitations").await, 1, "the other link is still good");
-    // A person who belongs here already takes no seat; the other one comes in when there is room.
+    assert_eq!(used(&app, &owner, "invitations").await, 1, "the other link still works");
+    // An existing member takes no place. The other user can join when there is room.
     assert_eq!(app.ask(&admin, "PATCH", BASE, json!({"quota": {"members": 2}})).await.0, 202);
     let left = links.iter().zip(&answers).find(|(_, status)| **status != 303).unwrap().0;
     app.join(left.0, &format!("{}{}", app.one.address, left.1)).await;
@@ -185,7 +185,7 @@ async fn the_last_seat_goes_to_one_and_the_invitation_stays(
 async fn rows_made_and_revoked_in_a_loop_do_not_pile_up(options: PgPoolOptions, connect: PgConnectOptions) {
     let (app, acme, owner) = start(options, connect).await;
     let id = acme.0;
-    // As a loop of days would leave them.
+    // Rows as days of such a loop would leave them.
     for statement in [
         format!(
             "INSERT INTO robot (tenant_id, name, push, hash, created_by, expires_at, revoked_at) SELECT {id}, 'old', false, sha256(n::text::bytea), 'x', now() + interval '1 day', now() FROM generate_series(1, 1100) n"
@@ -220,7 +220,7 @@ async fn rows_made_and_revoked_in_a_loop_do_not_pile_up(options: PgPoolOptions, 
             .unwrap();
         assert!(rows <= 1_000 + 8, "{table}: {rows} rows");
     }
-    // What has been dead for 90 days goes by itself; what is younger or live stays.
+    // Housekeeping deletes rows that have been dead for 90 days. Younger and live rows stay.
     app.sql("UPDATE api_token SET revoked_at = now() - interval '91 days' WHERE name = 'old' AND id % 2 = 0")
         .await;
     app.sql("UPDATE service_account SET deleted_at = now() - interval '91 days' WHERE name = 'old'").await;
@@ -265,8 +265,8 @@ async fn the_platforms_own_rows_have_a_bound(options: PgPoolOptions, connect: Pg
         made += i64::from(status == 201);
     }
     let live = app.number("SELECT count(*) FROM api_token WHERE tenant_id IS NULL AND name <> $1", "x").await;
-    assert_eq!(live, 9, "{made} of them hers");
-    // Root on the machine still gets in.
+    assert_eq!(live, 9, "ada created {made} of them");
+    // Root on the machine can still create tokens.
     app.get(&app.admin().await, "/api/v1/tenants").await;
 }
 
@@ -283,12 +283,13 @@ async fn keys_of_repeated_requests_have_a_bound(options: PgPoolOptions, connect:
     };
     assert_eq!(ask("one", 1).await, 201);
     app.sql("INSERT INTO idempotency (actor, key, request_hash, status, response) SELECT actor, n::text, '\\x00', 201, '{}' FROM idempotency, generate_series(1, 1999) n").await;
-    assert_eq!(ask("two", 2).await, 409, "2,000 keys are kept");
-    assert_eq!(ask("one", 1).await, 201, "a key that is kept still answers");
-    assert_eq!(used(&app, &owner, "grants").await, 1, "nothing was done without its key");
+    assert_eq!(ask("two", 2).await, 409, "the limit is 2,000 keys");
+    assert_eq!(ask("one", 1).await, 201, "a stored key still replays its response");
+    assert_eq!(used(&app, &owner, "grants").await, 1, "the refused request changed nothing");
 }
 
-/// The audit log keeps every change for months: a tenant that changes things all day is stopped, and can still revoke.
+/// The audit log keeps every change for months, so a tenant has a limit of changes per day. It can always
+/// revoke.
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn changes_of_a_day_have_a_limit_and_revoking_has_none(
     options: PgPoolOptions,
@@ -300,7 +301,7 @@ async fn changes_of_a_day_have_a_limit_and_revoking_has_none(
     let body = json!({"quota": {"changes_per_day": 100}});
     assert_eq!(app.ask(&admin, "PATCH", BASE, body).await.0, 202);
     app.sql("UPDATE quota SET used = 95 WHERE resource = 'changes_per_day' AND since IS NOT NULL").await;
-    assert!(before > 0, "what was made so far counts");
+    assert!(before > 0, "earlier changes count");
     let answers =
         join_all((0..12).map(|n| {
             let (app, owner) = (&app, &owner);
@@ -314,8 +315,8 @@ async fn changes_of_a_day_have_a_limit_and_revoking_has_none(
     assert_eq!((*status, &refused["faults"][0]["path"]), (422, &json!("changes_per_day")));
     assert!(refused["faults"][0]["suggestion"].as_str().unwrap().contains("next day"), "{refused}");
     assert_eq!(used(&app, &owner, "changes_per_day").await, 100);
-    assert_eq!(used(&app, &owner, "registry_credentials").await, 5, "nothing is done off the record");
-    // Of a release too: nothing is deployed that is not on record.
+    assert_eq!(used(&app, &owner, "registry_credentials").await, 5, "no change without an audit event");
+    // The same holds for a release: no deploy without an audit event.
     let body = json!({"revision": 1});
     assert_eq!(app.ask(&owner, "POST", &format!("{BASE}/apps/web/releases"), body).await.0, 422);
     let robots = app.get(&owner, &format!("{BASE}/robots")).await;
@@ -323,14 +324,14 @@ async fn changes_of_a_day_have_a_limit_and_revoking_has_none(
     assert_eq!(app.ask(&owner, "DELETE", &format!("{BASE}/robots/{name}"), Value::Null).await.0, 204);
     assert_eq!(app.ask(&admin, "PUT", &format!("{BASE}/suspension"), Value::Null).await.0, 202);
     assert_eq!(app.ask(&admin, "DELETE", &format!("{BASE}/suspension"), Value::Null).await.0, 202);
-    // The next day is another one.
+    // The count restarts the next day.
     app.sql("UPDATE quota SET since = since - 1 WHERE since IS NOT NULL").await;
     assert_eq!(used(&app, &owner, "changes_per_day").await, 0);
     assert_eq!(app.ask(&owner, "POST", &format!("{BASE}/robots"), json!({"name": "again"})).await.0, 201);
     assert_eq!(used(&app, &owner, "changes_per_day").await, 1);
 }
 
-/// A person who signs in again and again has 100 sessions, the newest.
+/// An account keeps at most 100 sessions, the newest ones.
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn sessions_of_an_account_have_a_bound(options: PgPoolOptions, connect: PgConnectOptions) {
     let (app, _, _) = start(options, connect).await;

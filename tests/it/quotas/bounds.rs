@@ -1,4 +1,4 @@
-//! Every table that a tenant fills has a bound that is written down.
+//! Every table that a tenant fills has a documented bound.
 
 use std::collections::BTreeSet;
 
@@ -18,15 +18,19 @@ async fn every_table_of_a_tenant_has_a_bound(root: PgPool) {
     let tables: BTreeSet<&str> = tables.iter().map(String::as_str).collect();
     let bounded: BTreeSet<&str> = BOUNDS.iter().map(|(table, _)| *table).collect();
     let open: Vec<_> = tables.difference(&bounded).collect();
-    assert!(open.is_empty(), "say in quotas/bounds.rs what bounds {open:?}, and see to it that it does");
-    assert_eq!(bounded.difference(&tables).collect::<Vec<_>>(), Vec::<&&str>::new(), "these are gone");
-    assert_eq!(bounded.len(), BOUNDS.len(), "each stands there once");
+    assert!(open.is_empty(), "add the bound of {open:?} to quotas/bounds.rs, and enforce it");
+    assert_eq!(
+        bounded.difference(&tables).collect::<Vec<_>>(),
+        Vec::<&&str>::new(),
+        "these tables no longer exist"
+    );
+    assert_eq!(bounded.len(), BOUNDS.len(), "each table is listed once");
     for (table, bound) in BOUNDS {
         for name in bound.split('`').skip(1).step_by(2) {
             assert!(Resource::by_name(name).is_some(), "{table}: there is no limit {name}");
         }
     }
-    // The table of defaults and the resources of this binary are the same.
+    // The table of defaults and the resources of this binary must match.
     let known: Vec<String> =
         sqlx::query_scalar("SELECT resource FROM quota_default ORDER BY 1").fetch_all(&root).await.unwrap();
     let mut ours: Vec<&str> = Resource::ALL.iter().map(|resource| resource.name()).collect();

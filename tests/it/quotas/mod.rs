@@ -1,4 +1,4 @@
-//! Limits per tenant: rows of resource and use, things that are counted, releases that are kept.
+//! Quotas per tenant: rows of resource and use, counted resources, kept releases.
 
 mod attacks;
 mod bounds;

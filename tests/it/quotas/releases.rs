@@ -1,4 +1,4 @@
-//! Releases: the newest of each app are kept, and those that run; the others go as new ones are written.
+//! Releases: the newest of each app and the running ones are kept. Others are deleted as new ones are written.
 
 use bulkhead::access::{Authority, Role};
 use bulkhead::ids::TenantId;
@@ -9,7 +9,7 @@ use crate::support::TestApp;
 
 const PATH: &str = "/api/v1/tenants/acme/apps/web";
 
-/// An app with one release whose image is on record, as a deploy leaves it.
+/// Inserts an app with one release and its image, as a deploy leaves it.
 pub(crate) async fn insert_app(app: &TestApp, tenant: TenantId) {
     let id = tenant.0;
     for statement in [
@@ -52,7 +52,7 @@ async fn releases_beyond_the_kept_ones_go_and_those_that_run_stay(
     let acme = app.tenant("acme").await;
     insert_app(&app, acme).await;
     let owner = app.token(Authority::Tenant(acme, Role::Owner)).await;
-    // Release 2 runs on, whatever is deployed after it; release 1 is what the machine was last told.
+    // Release 2 keeps running whatever is deployed after it. Release 1 is the last one the machine observed.
     let observed = json!({
         "tenant": "acme", "app": "web", "app_id": 1, "generation": 1, "revision": 1, "settled": false, "events": [],
         "instances": [{"number": 1, "revision": 2, "state": "running", "since": "2026-11-27T00:00:00Z", "restarts": 0,
@@ -66,9 +66,9 @@ async fn releases_beyond_the_kept_ones_go_and_those_that_run_stay(
         assert!(rows.len() <= 102, "{} rows after release {}", rows.len(), revision + 1);
     }
     let rows = kept(&app).await;
-    assert_eq!(rows[..3], [1, 2, 51], "what runs, what was observed, and the newest 100");
+    assert_eq!(rows[..3], [1, 2, 51], "the running one, the observed one, and the newest 100");
     assert_eq!((rows.len(), rows.last()), (102, Some(&150)));
-    // One that is gone says so; one that never was, too.
+    // The error tells a deleted release from one that never existed.
     let (status, gone) = roll_back(&app, &owner, 40).await;
     assert_eq!(status, 422);
     assert!(
@@ -78,19 +78,19 @@ async fn releases_beyond_the_kept_ones_go_and_those_that_run_stay(
     assert!(gone["faults"][0]["suggestion"].as_str().unwrap().contains("releases"), "{gone}");
     let (_, never) = roll_back(&app, &owner, 900).await;
     assert!(never["faults"][0]["message"].as_str().unwrap().contains("no such revision"), "{never}");
-    // Kept ones are rolled back to, the oldest too.
+    // Kept releases can be rolled back to, also the oldest.
     for revision in [1, 2, 120] {
         assert_eq!(roll_back(&app, &owner, revision).await.0, 202, "{revision}");
     }
-    // With fewer kept, housekeeping removes the others; what runs and what is desired stays.
+    // A lower limit makes housekeeping delete the others. Running and desired releases stay.
     let admin = app.admin().await;
     let body = json!({"quota": {"releases_kept": 5}});
     assert_eq!(app.ask(&admin, "PATCH", "/api/v1/tenants/acme", body).await.0, 202);
     bulkhead::apps::prune(&app.one.platform.work).await.unwrap();
     assert_eq!(kept(&app).await, [1, 2, 149, 150, 151, 152, 153]);
     bulkhead::apps::prune(&app.one.platform.work).await.unwrap();
-    assert_eq!(kept(&app).await.len(), 7, "again, and nothing more");
-    // Of an app that is gone nothing is kept.
+    assert_eq!(kept(&app).await.len(), 7, "a second run deletes nothing more");
+    // No release of a deleted app is kept.
     app.sql("UPDATE app SET deleted_at = now(), removed_at = now() - interval '2 days'").await;
     bulkhead::apps::prune(&app.one.platform.work).await.unwrap();
     assert_eq!(kept(&app).await, Vec::<i64>::new());

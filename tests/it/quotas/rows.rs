@@ -1,4 +1,4 @@
-//! Rows of limits and use: taken, given back, set by an admin, shown; and hidden from other tenants.
+//! Rows of limits and use: reserved, released, set by an admin, shown; and hidden from other tenants.
 
 use bulkhead::access::{Authority, Role};
 use bulkhead::db;
@@ -41,7 +41,7 @@ async fn amounts_are_taken_and_given_back_and_never_overflow(
         quotas::release(&mut tx, acme, Resource::ImageBytes, -9).await.unwrap();
         quotas::release(&mut tx, acme, Resource::ImageBytes, i64::MAX).await.unwrap();
         tx.commit().await.unwrap();
-        assert_eq!(used(pool, acme, Resource::ImageBytes).await, 0, "never below nothing");
+        assert_eq!(used(pool, acme, Resource::ImageBytes).await, 0, "never below 0");
     }
 }
 
@@ -62,7 +62,7 @@ async fn the_last_bytes_go_to_one(options: PgPoolOptions, connect: PgConnectOpti
     assert_eq!(used(pool, acme, Resource::ImageBytes).await, 9);
 }
 
-/// Whoever takes several resources goes through the gate: none of them waits for another for ever.
+/// A transaction that takes several resources locks the gate first, so no two of them deadlock.
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn many_resources_at_once_do_not_lock_each_other_up(options: PgPoolOptions, connect: PgConnectOptions) {
     let app = TestApp::new(options, connect).await;
@@ -102,11 +102,11 @@ async fn another_tenants_limits_are_out_of_reach(options: PgPoolOptions, connect
     let (acme, evil) = (app.tenant("acme").await, app.tenant("evil").await);
     let pool = &app.one.platform.pool;
     let mut tx = db::begin(pool, evil).await.unwrap();
-    assert!(quotas::read(&mut tx, acme).await.unwrap().iter().next().is_none(), "nothing is seen");
+    assert!(quotas::read(&mut tx, acme).await.unwrap().iter().next().is_none(), "no row is visible");
     quotas::release(&mut tx, acme, Resource::Memory, 1).await.unwrap();
     quotas::add_used(&mut tx, acme, &[(Resource::Memory, 5)]).await.unwrap();
     tx.commit().await.unwrap();
-    assert_eq!(used(pool, acme, Resource::Memory).await, 0, "nothing is changed");
+    assert_eq!(used(pool, acme, Resource::Memory).await, 0, "no row is changed");
     let mut tx = db::begin(pool, evil).await.unwrap();
     assert!(quotas::reserve(&mut tx, acme, Resource::Memory, 1).await.is_err());
 }
@@ -133,19 +133,19 @@ async fn an_admin_sets_each_limit_and_everybody_sees_it(options: PgPoolOptions, 
     let cpu = json!({"limit": "2", "used": "0", "limit_millis": 2_000, "used_millis": 0});
     assert_eq!(quota["cpu"], cpu);
     assert_eq!(quota["releases_kept"], json!({"limit": 100}));
-    // The tenant's own answer has what is reserved and stored.
+    // The tenant's own response shows reserved and stored resources.
     let tenant = app.get(&viewer, "/api/v1/tenants/acme").await;
     assert_eq!(tenant["quota"]["memory"], json!({"limit": 8_i64 << 30, "used": 0}));
     assert_eq!(tenant["quota"].as_object().unwrap().len(), 7, "{tenant}");
     let list = app.get(&admin, "/api/v1/tenants").await;
     assert_eq!(list["items"][0]["quota"], tenant["quota"]);
-    // Set, and back to the settings'.
+    // Set limits, then return to the defaults of the settings.
     let patch = |quota| app.ask(&admin, "PATCH", "/api/v1/tenants/acme", json!({"quota": quota}));
     assert_eq!(patch(json!({"service_accounts": 2, "pids": 512, "image_bytes": "2Gi"})).await.0, 202);
     let quota = app.get(&viewer, "/api/v1/tenants/acme/quota").await["quota"].clone();
     assert_eq!(quota["service_accounts"]["limit"], 2);
     assert_eq!((&quota["pids"]["limit"], &quota["image_bytes"]["limit"]), (&json!(512), &json!(2_i64 << 30)));
-    assert_eq!(quota["cpu"], cpu, "what is not said stays");
+    assert_eq!(quota["cpu"], cpu, "a resource that is not named keeps its limit");
     assert_eq!(patch(json!({"service_accounts": "default"})).await.0, 202);
     let quota = app.get(&viewer, "/api/v1/tenants/acme/quota").await["quota"].clone();
     assert_eq!(quota["service_accounts"]["limit"], 7);
@@ -154,7 +154,7 @@ async fn an_admin_sets_each_limit_and_everybody_sees_it(options: PgPoolOptions, 
     assert_eq!(status, 422);
     let paths: Vec<_> = wrong["faults"].as_array().unwrap().iter().map(|f| f["path"].clone()).collect();
     assert_eq!(paths, ["quota.cpu", "quota.pids", "quota.platform_tokens", "quota.robots"]);
-    // Cores, as in a spec; what was read can be sent again, and the answer says what is in force.
+    // Cores, as in a spec. A limit from a response can be sent again, and the response shows the new limit.
     for (given, limit) in
         [(json!(16), "16"), (json!("16000m"), "16"), (json!(0.25), "250m"), (json!("1.5"), "1500m")]
     {
@@ -163,11 +163,11 @@ async fn an_admin_sets_each_limit_and_everybody_sees_it(options: PgPoolOptions, 
         let again = patch(json!({"cpu": answer["quota"]["cpu"]["limit"]})).await.1;
         assert_eq!(again["quota"]["cpu"]["limit"], limit);
     }
-    // A tenant raises none of its own limits.
+    // A tenant cannot raise its own limits.
     let owner = app.token(Authority::Tenant(acme, Role::Owner)).await;
     let body = json!({"quota": {"api_tokens": 9_999}});
     assert_eq!(app.ask(&owner, "PATCH", "/api/v1/tenants/acme", body).await.0, 403);
-    // The page says the same.
+    // The page shows every resource.
     let mut vera = app.member("vera", "acme", Role::Viewer).await;
     let page = vera.page("/tenants/acme").await;
     for resource in Resource::of_tenants() {

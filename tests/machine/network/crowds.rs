@@ -1,4 +1,4 @@
-//! What all tenants of a machine share is not used up by one of them.
+//! One tenant cannot exhaust the resources that all tenants of a machine share.
 
 use std::net::{Ipv4Addr, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use super::{Switch, instance, two_tenants, until};
 use crate::outside::{greets, within};
 use crate::support::{Machine, run};
 
-/// Waits for what acme's `web` is told of packets that were not let through.
+/// Waits for a matching entry among the denied connections of acme's `web`.
 async fn denied(machine: &Machine, which: impl Fn(&Value) -> bool) -> Value {
     let begun = Instant::now();
     loop {
@@ -24,13 +24,13 @@ async fn denied(machine: &Machine, which: impl Fn(&Value) -> bool) -> Value {
     }
 }
 
-/// The machine's own address on the bridge of an instance.
+/// Returns the machine's own address on the bridge of an instance.
 fn gateway_of(own: Ipv4Addr) -> Ipv4Addr {
     let (_, text) = run("ip", &["-4", "route", "get", &own.to_string()]);
     text.split_whitespace().skip_while(|word| *word != "src").nth(1).unwrap().parse().unwrap()
 }
 
-/// A connection that is ended by a packet that goes no further than the machine.
+/// Opens a connection and ends it with a packet whose TTL expires at the machine.
 fn ends_in_hiding(target: Ipv4Addr, port: u16) -> std::io::Result<()> {
     let stream = TcpStream::connect((target, port))?;
     stream.set_ttl(1)?;
@@ -51,14 +51,14 @@ async fn nobody_uses_up_the_connections_that_all_tenants_share() {
     let (acme_api, _) = instance(&machine, "acme", "api").await;
     let (beta_api, _) = instance(&machine, "beta", "api").await;
     let gateway = gateway_of(own);
-    // Whoever hides from the machine that a connection has ended does not keep its place: its end is seen, though
-    // the packet goes no further.
+    // A connection that ends this way leaves the connection tracking table: the machine sees the reset,
+    // although it forwards it no further.
     assert_eq!(within(&acme, move || (0..50).filter(|_| ends_in_hiding(acme_api, 8080).is_ok()).count()), 50);
     let args =
         ["-L", "-p", "tcp", "-s", &own.to_string(), "-d", &acme_api.to_string(), "--state", "ESTABLISHED"];
     let (_, text) = run("conntrack", &args);
     assert!(text.contains(" 0 flow entries"), "{text}");
-    // What every app may do: ask for names, each time from another port, without waiting for an answer.
+    // Any app may send DNS queries: each from another port, without waiting for an answer.
     let begun = Instant::now();
     let sent = within(&acme, move || {
         let one = |port| UdpSocket::bind((own, port))?.send_to(&[0; 12], (gateway, 53));
@@ -69,7 +69,7 @@ async fn nobody_uses_up_the_connections_that_all_tenants_share() {
     let of_acme = || run("conntrack", &["-L", "-s", &own.to_string()]).1.lines().count() as u64;
     let (tracked, most) = (of_acme(), 5_100 + 1_000 * (took.as_secs() + 2));
     assert!((4_000..=most).contains(&tracked), "{tracked} of at most {most} in {took:?}");
-    // Once the table is nearly full, whoever has much of it loses that, and it is told.
+    // When the table is nearly full, the tenant with the most entries loses them, and an event says so.
     {
         let _switch = Switch::set("/proc/sys/net/netfilter/nf_conntrack_max", "5500");
         until(20, "relieved", || of_acme() < 1_000).await;
@@ -83,7 +83,8 @@ async fn nobody_uses_up_the_connections_that_all_tenants_share() {
         assert!(begun.elapsed() < Duration::from_secs(20), "{events}");
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
-    // Nobody else notices, and it has its turn again; what was too much is told.
+    // Other tenants are not affected, and the tenant can connect again. The rate limited connections are
+    // reported.
     assert!(greets(&beta, beta_api, 8080), "another tenant");
     until(5, "its own turn", || greets(&acme, acme_api, 8080)).await;
     let hasty = denied(&machine, |item| item["hasty"] == true).await;
@@ -120,7 +121,7 @@ async fn what_a_probe_does_not_hear_from_among_a_crowd_is_no_verdict() {
     std::fs::write(&path, text.replace("per_second = 1000", "per_second = 1")).unwrap();
     machine.up().await;
     machine.running("acme", "web").await;
-    // One that begins a connection every few milliseconds, for which a tenant here has room for one a second.
+    // Opens a connection every few milliseconds. The tenant's limit here is one a second.
     let stop = Arc::new(AtomicBool::new(false));
     let (until_then, place) = (Arc::clone(&stop), acme.clone());
     let crowd = std::thread::spawn(move || {
@@ -144,10 +145,10 @@ async fn what_a_probe_does_not_hear_from_among_a_crowd_is_no_verdict() {
     stop.store(true, Ordering::Relaxed);
     crowd.join().unwrap();
     let untold = |(status, answer): &&(u16, Value)| {
-        *status == 409 && answer.to_string().contains("begin more connections")
+        *status == 409 && answer.to_string().contains("rate of new connections")
     };
     assert!(answers.iter().filter(untold).count() >= 3, "{answers:#?}");
-    // And the platform's own tries have told of no fault.
+    // The platform's own probes report no fault.
     let events = machine.get("/api/v1/network/events").await.to_string();
     assert!(!events.contains("probe_"), "{events}");
 }
@@ -161,7 +162,7 @@ async fn what_has_no_owner_now_and_what_never_leaves_is_said_so() {
     assert_eq!(machine.deploy("acme", "web", asking).await.0, 202);
     let (_, acme) = instance(&machine, "acme", "web").await;
     let (api, _) = instance(&machine, "acme", "api").await;
-    // An address that is kept for an app that it names, and that no instance has now.
+    // An address that is reserved for an app that it names, and that no instance has now.
     let files = std::fs::read_dir(machine.data.join("agent/apps")).unwrap().flatten();
     let kept: Vec<Value> =
         files.map(|file| serde_json::from_slice(&std::fs::read(file.path()).unwrap()).unwrap()).collect();
@@ -169,8 +170,8 @@ async fn what_has_no_owner_now_and_what_never_leaves_is_said_so() {
     let spare: Ipv4Addr = kept["workload"]["addresses"][1].as_str().unwrap().parse().unwrap();
     assert!(!greets(&acme, spare, 8080));
     let item = denied(&machine, |item| item["target"] == spare.to_string()).await;
-    assert!(item["why"].as_str().unwrap().contains("no instance of it had the address"), "{item:#}");
-    // What never leaves the app is open, and not tried.
+    assert!(item["why"].as_str().unwrap().contains("no instance had the address"), "{item:#}");
+    // Traffic that never leaves the app is open and not probed.
     for inside in ["127.0.0.1", "0.0.0.0"] {
         let path = format!("/api/v1/tenants/acme/apps/web/reach?to={inside}&port=1");
         let (status, answer) = machine.ask(&machine.admin, "POST", &path, None).await;

@@ -1,4 +1,4 @@
-//! Domains, and names that lie.
+//! Egress targets with a domain, and DNS answers that lie.
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use super::{delete, instance, put, two_tenants, until};
 use crate::outside::{Live, Outside, greets, within};
 use crate::support::{Machine, run};
 
-/// What busybox' own client is told for a name, from within an app.
+/// Returns the answer that busybox's DNS client gets for a name inside an app.
 async fn look_up(machine: &Machine, tenant: &str, app: &str, name: &str) -> String {
     let container = machine.running(tenant, app).await["observed"]["instances"][0]["container"].clone();
     let script = format!("busybox nslookup -type=a {name} 2>&1");
@@ -25,7 +25,7 @@ async fn a_domain_opens_what_it_leads_to_and_a_lying_resolver_gets_nobody_inside
     let asked = world.names(vec![
         ("pay.example.org", vec![world.allowed()]),
         ("other.example.org", vec![world.other()]),
-        // Names that lead inside, alone and among others.
+        // Names that resolve to internal addresses, alone and among others.
         ("evil.example.org", vec![world.metadata()]),
         (
             "mixed.example.org",
@@ -61,7 +61,7 @@ async fn a_domain_opens_what_it_leads_to_and_a_lying_resolver_gets_nobody_inside
     let (own, web) = instance(&machine, "acme", "web").await;
     let (_, other) = instance(&machine, "acme", "api").await;
     let (_, beta) = instance(&machine, "beta", "web").await;
-    // Approved, but nobody has asked for the name yet: closed. Asked: open before the answer is there.
+    // Approved, but not looked up yet: closed. A lookup opens the address before its answer arrives.
     assert!(!greets(&web, world.allowed(), 443));
     let mut told = String::new();
     for _ in 0..30 {
@@ -83,7 +83,7 @@ async fn a_domain_opens_what_it_leads_to_and_a_lying_resolver_gets_nobody_inside
             && !greets(&other, world.allowed(), 443)
             && !greets(&beta, world.allowed(), 443)
     );
-    // Lies: an address inside is never told, and never open.
+    // An internal address in an answer is neither returned nor opened.
     let told = look_up(&machine, "acme", "web", "evil.example.org").await;
     assert!(told.contains("SERVFAIL") && !told.contains("169.254."), "{told}");
     let told = look_up(&machine, "acme", "web", "mixed.example.org").await;
@@ -98,7 +98,7 @@ async fn a_domain_opens_what_it_leads_to_and_a_lying_resolver_gets_nobody_inside
     assert!(events.parse::<i64>().unwrap() >= 2, "{events}");
     let told = look_up(&machine, "acme", "web", "missing.example.org").await;
     assert!(told.contains("NXDOMAIN"), "{told}");
-    // What is not asked for has no name, and nothing of the question leaves the machine.
+    // A name that the app may not use does not exist, and the query never leaves the machine.
     for (tenant, app, name) in [
         ("acme", "web", "secret-4711.example.org"),
         ("acme", "web", "secret-4711.pay.example.org"),
@@ -111,11 +111,11 @@ async fn a_domain_opens_what_it_leads_to_and_a_lying_resolver_gets_nobody_inside
         assert!(told.contains("NXDOMAIN"), "{tenant}/{app} {name}: {told}");
     }
     assert!(!asked.lock().unwrap().iter().any(|name| name.contains("secret")), "{:?}", asked.lock().unwrap());
-    // Own apps are found by the same server, without anybody outside.
+    // The same server resolves the tenant's own apps, without an upstream query.
     let (api, _) = instance(&machine, "acme", "api").await;
     assert!(look_up(&machine, "acme", "web", "api").await.contains(&api.to_string()));
     assert!(!asked.lock().unwrap().iter().any(|name| name == "api"));
-    // Another bridge's server does not answer, and one that is asked from nowhere refuses.
+    // Another bridge's DNS server does not answer.
     let gateway = |of: Ipv4Addr| Ipv4Addr::from_bits(of.to_bits() & !0x3ff | 1);
     let (foreign, _) = instance(&machine, "beta", "web").await;
     let mine = gateway(own);
@@ -131,17 +131,17 @@ async fn a_domain_opens_what_it_leads_to_and_a_lying_resolver_gets_nobody_inside
         (ask(mine), ask(theirs))
     });
     assert_eq!(answered, (true, false));
-    // The table is made anew, and the agent: what is open for a while stays so, or is found again.
+    // The table is deleted and loaded again: addresses with a timeout stay open, or are found again.
     assert!(run("nft", &["delete", "table", "inet", &machine.table()]).0);
     until(5, "after a flush", || greets(&web, world.allowed(), 443)).await;
-    // The approval ends: closed, live connections too, though the name is still good for a while.
+    // The approval ends: closed, and open connections with it, although the DNS answer is still valid.
     let live = Live::tcp(&web, world.allowed(), 443);
     until(5, "live", || live.rounds() > 3).await;
     for name in ["pay", "mixed"] {
         delete(&machine, &format!("/api/v1/tenants/acme/egress/{name}")).await;
     }
     until(5, "withdrawn", || !greets(&web, world.allowed(), 443)).await;
-    // What had arrived by then is counted a moment later.
+    // Rounds that had arrived by then are counted a moment later.
     tokio::time::sleep(Duration::from_millis(200)).await;
     let before = live.rounds();
     tokio::time::sleep(Duration::from_secs(1)).await;

@@ -1,4 +1,5 @@
-//! Packets as no app can send them, for it has no right to: made by hand in its namespace, whole and in pieces.
+//! Forged packets, which apps have no privilege to send: made by hand in an app's namespace, whole and
+//! fragmented.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::OwnedFd;
@@ -13,9 +14,9 @@ use super::{instance, put, two_tenants, until};
 use crate::outside::{Outside, greets, within};
 use crate::support::{Machine, run};
 
-/// What every packet of this test has in it.
+/// The payload of every packet of this test.
 const MARK: &[u8] = b"forged by a test of bulkhead";
-/// Everything of IPv4 that comes to a card, as it comes: before any firewall there.
+/// All IPv4 packets of an interface, before any firewall there.
 const ETH_P_IP: u16 = 0x0800;
 
 /// Counts packets with the mark that arrive in a namespace.
@@ -46,7 +47,7 @@ impl Ear {
                     let Ok((length, _)) = net::recv(&socket, &mut buffer[..], RecvFlags::empty()) else {
                         continue;
                     };
-                    // What leaves here is heard as well: that has another mark's end.
+                    // Packets that leave the namespace are captured as well.
                     if buffer[..length].windows(MARK.len()).any(|part| part == MARK) {
                         heard.fetch_add(1, Ordering::Relaxed);
                     }
@@ -68,7 +69,7 @@ impl Drop for Ear {
     }
 }
 
-/// A packet of IPv4; `piece`: its place in units of eight bytes, and whether more follow.
+/// Builds an IPv4 packet. `piece`: the fragment's offset in units of eight bytes, and whether more follow.
 fn packet(source: Ipv4Addr, target: Ipv4Addr, protocol: u8, piece: (u16, bool), body: &[u8]) -> Vec<u8> {
     let length = u16::try_from(20 + body.len()).unwrap();
     let fragment = piece.0 | if piece.1 { 0x2000 } else { 0 };
@@ -84,7 +85,7 @@ fn packet(source: Ipv4Addr, target: Ipv4Addr, protocol: u8, piece: (u16, bool), 
     out
 }
 
-/// A datagram from port 4000; without a checksum, as is allowed.
+/// Builds a datagram from port 4000, without a checksum, which is optional.
 fn datagram(port: u16, body: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     for field in [4000, port, u16::try_from(8 + body.len()).unwrap(), 0] {
@@ -103,7 +104,8 @@ fn send(place: &str, packets: Vec<Vec<u8>>) {
         let socket = raw();
         for packet in packets {
             let target = Ipv4Addr::new(packet[16], packet[17], packet[18], packet[19]);
-            // One that the namespace itself refuses never came to a firewall; none of these is.
+            // None of these is rejected by the namespace itself: such a packet would never reach the
+            // firewall.
             net::sendto(&socket, &packet, SendFlags::empty(), &SocketAddrV4::new(target, 0)).unwrap();
         }
     });
@@ -127,7 +129,7 @@ async fn forged_sources_and_pieces_of_packets_go_nowhere() {
     let (foreign, beta) = instance(&machine, "beta", "web").await;
     let ears = [Ear::at(&world.place()), Ear::at(&beta), Ear::at(&api)];
     let udp = 17;
-    // The ears hear: what is open arrives, in one piece and in three.
+    // Check that the listeners work: an allowed datagram arrives, whole and in three fragments.
     send(&web, vec![packet(own, world.service(), udp, (0, false), &datagram(123, MARK))]);
     until(5, "one piece", || ears[0].heard() == 1).await;
     let large: Vec<u8> = MARK.iter().copied().cycle().take(4000).collect();
@@ -142,8 +144,8 @@ async fn forged_sources_and_pieces_of_packets_go_nowhere() {
     send(&web, pieces(world.service()));
     until(5, "in pieces", || ears[0].heard() > 1).await;
     let before = ears[0].heard();
-    // Whoever else it says that it is: another tenant's app, the own tenant's other app, the bridge, the service,
-    // an address that nobody has, this machine.
+    // Forged sources: another tenant's app, the tenant's other app, the bridge, the service, an unused
+    // address, this machine.
     let lies = [
         foreign,
         sister,
@@ -159,8 +161,8 @@ async fn forged_sources_and_pieces_of_packets_go_nowhere() {
         .filter(|(lie, to)| lie != to)
         .map(|(lie, to)| packet(lie, to, udp, (0, false), &datagram(123, MARK)));
     send(&web, forged.collect());
-    // Pieces without a beginning, and all of them, to where nothing is open; a beginning that is open with an end that
-    // overwrites its port; other protocols.
+    // To denied destinations: later fragments without the first, and all fragments. To an allowed one: a
+    // first fragment whose port a later fragment overwrites. Other protocols.
     for target in [foreign, sister, world.metadata(), world.private()] {
         send(&web, pieces(target));
         send(&web, vec![packet(own, target, udp, (175, false), MARK)]);
@@ -195,8 +197,8 @@ async fn a_port_that_somebody_publishes_on_the_machine_is_closed_to_tenants() {
     let (_, web) = instance(&machine, "acme", "web").await;
     let (foreign, _) = instance(&machine, "beta", "web").await;
     let port = std::net::TcpListener::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port();
-    // As an engine publishes a port: what comes to the machine's address there is sent on to a container, here even
-    // to another tenant's.
+    // A container engine publishes a port like this: traffic to the machine's address is forwarded to a
+    // container, here even to another tenant's.
     let table = format!("published_{}", machine.id);
     let rule = format!("fib daddr type local tcp dport {port} dnat ip to {foreign}:8080");
     let body = format!(
@@ -213,7 +215,7 @@ async fn a_port_that_somebody_publishes_on_the_machine_is_closed_to_tenants() {
     for address in [gateway, Ipv4Addr::new(198, 18, 0, 1), world.far()] {
         assert!(!greets(&web, address, port), "{address}");
     }
-    // The rule itself works: whoever is let, gets through it. The prober's user is the one who is.
+    // The rule itself works for a client that is allowed: the prober's user.
     let prober = machine.agent_config()["prober_uid"].as_integer().unwrap().to_string();
     let asked = run(
         "setpriv",
@@ -231,7 +233,7 @@ async fn a_port_that_somebody_publishes_on_the_machine_is_closed_to_tenants() {
     assert!(asked.0, "{}", asked.1);
 }
 
-/// A table that goes when the test does.
+/// A table that is deleted on drop.
 struct Away(String);
 
 impl Drop for Away {
@@ -240,8 +242,8 @@ impl Drop for Away {
     }
 }
 
-/// What comes back of a datagram that is sent with so many hops to go: type and code of an ICMP message and who
-/// sends it, or nothing.
+/// Sends a datagram with `hops` as its TTL. Returns the type, code and sender of the ICMP message that comes
+/// back, if any.
 fn echo_of(place: &str, target: Ipv4Addr, hops: u32) -> Option<(u8, u8, Ipv4Addr)> {
     within(place, move || {
         let ear = net::socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::ICMP)).unwrap();
@@ -253,7 +255,8 @@ fn echo_of(place: &str, target: Ipv4Addr, hops: u32) -> Option<(u8, u8, Ipv4Addr
         let mut buffer = [0; 512];
         loop {
             let (length, _) = net::recv(&ear, &mut buffer[..], RecvFlags::empty()).ok()?;
-            // Behind the message's own heads stands what it answers: the platform tries things from here too.
+            // The message quotes the datagram behind its own headers. The platform probes from here too, so
+            // check that it is ours.
             let ours = length >= 52 && buffer[44..48] == target.octets() && buffer[50..52] == [0, 7];
             if ours {
                 let from = Ipv4Addr::new(buffer[12], buffer[13], buffer[14], buffer[15]);
@@ -273,7 +276,7 @@ async fn nobody_learns_from_a_refusal_which_bridges_there_are() {
     let (foreign, _) = instance(&machine, "beta", "web").await;
     let base = u32::from(foreign) & !0x3ff;
     let world = Outside::new();
-    // Another tenant's bridge, instance and free address; the same where no tenant is; this machine; outside.
+    // Another tenant's bridge, instance and unused address; an unused subnet; this machine; outside.
     let nobody = base + 0x400 * 40;
     let targets = [
         Ipv4Addr::from(base | 1),
@@ -289,7 +292,7 @@ async fn nobody_learns_from_a_refusal_which_bridges_there_are() {
         let mut told = Vec::new();
         for target in targets {
             told.push((target, echo_of(&web, target, hops)));
-            // The kernel sends a refusal or two a second to one address.
+            // The kernel sends one or two ICMP errors a second to one address.
             tokio::time::sleep(Duration::from_millis(1100)).await;
         }
         let wanted = (hops > 1).then_some((3, 13, gateway));

@@ -8,8 +8,8 @@ use super::{instance, two_tenants, until};
 use crate::outside::greets;
 use crate::support::{Machine, run};
 
-/// The platform asks each app with a health check again and again: what is left of these conversations is not what
-/// the app tried.
+/// The platform's health checks leave late packets behind. They must not appear among the app's denied
+/// connections.
 #[tokio::test(flavor = "multi_thread")]
 async fn health_checks_are_nobodys_denials() {
     let machine = Machine::start().await;
@@ -26,7 +26,7 @@ async fn health_checks_are_nobodys_denials() {
 async fn nothing_of_the_host_answers_to_a_tenant() {
     let machine = Machine::start().await;
     two_tenants(&machine).await;
-    // Somebody listens on all addresses of the machine, and says hello to whoever comes.
+    // A program on the machine listens on all addresses and greets every client.
     let listener = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     std::thread::spawn(move || {
@@ -56,10 +56,10 @@ async fn nothing_of_the_host_answers_to_a_tenant() {
         found.to_string()
     };
     assert!(doctor(true).contains("none but the one for names answers"));
-    // The platform's page names it, and says that it was tried.
+    // The platform's page lists the socket and says that it was tested.
     let page = machine.ask(&machine.admin, "GET", "/network", None).await.1.to_string();
-    assert!(page.contains(&format!(" tcp {port}")) && page.contains("tried from within an app"), "{page}");
-    // The check can fail: with the agent held and the table away, the same listener answers.
+    assert!(page.contains(&format!(" tcp {port}")) && page.contains("tested from inside an app"), "{page}");
+    // The check can fail: with the agent stopped and the table deleted, the same socket answers.
     machine.signal("agent", "-STOP");
     assert!(run("nft", &["delete", "table", "inet", &machine.table()]).0);
     let open = greets(&web, gateway, port);

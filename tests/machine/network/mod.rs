@@ -1,5 +1,4 @@
-//! Who reaches whom, in packets: what is asked for and agreed is open, and everything else stays closed,
-//! whatever is tried.
+//! Network isolation, tested with packets: named and granted connections are open, all others are denied.
 
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
@@ -19,7 +18,7 @@ mod neighbours;
 mod rollouts;
 mod services;
 
-/// Sets a switch of the kernel and sets it back, also when the test fails.
+/// Sets a kernel switch and restores it on drop, also when the test fails.
 struct Switch(&'static str, String);
 
 impl Switch {
@@ -45,7 +44,7 @@ pub(super) async fn instance(machine: &Machine, tenant: &str, app: &str) -> (Ipv
     (address(&seen), of(&machine.pid(&seen)))
 }
 
-/// Waits until something holds, for at most some seconds; how long it took.
+/// Waits until a condition holds, at most `seconds`. Returns the time it took.
 pub(super) async fn until(seconds: u64, what: &str, mut holds: impl FnMut() -> bool) -> Duration {
     let begun = Instant::now();
     while !holds() {

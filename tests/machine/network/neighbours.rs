@@ -1,5 +1,5 @@
-//! Neighbours on one bridge: nobody takes another one's place, whatever is shouted, and whatever else is done to
-//! the bridge.
+//! Neighbours on one bridge: no instance takes another one's address, whatever it announces and however the
+//! bridge is changed.
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -10,19 +10,19 @@ use super::{Switch, instance, two_tenants, until};
 use crate::outside::{Live, greets, within};
 use crate::support::{HTTPD, Machine, run};
 
-/// The card that belongs to an address.
+/// Returns the MAC address that belongs to an IP address.
 fn card(own: Ipv4Addr) -> String {
     let [a, b, c, d] = own.octets();
     format!("0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
 }
 
-/// The card that the machine knows for good to have an address on a bridge.
+/// Returns the MAC address of a permanent neighbour entry on a bridge, if there is one.
 fn known(bridge: &str, own: Ipv4Addr) -> Option<String> {
     let (_, text) = run("ip", &["-4", "neigh", "show", &own.to_string(), "dev", bridge, "nud", "permanent"]);
     text.split_whitespace().skip_while(|word| *word != "lladdr").nth(1).map(str::to_owned)
 }
 
-/// One who says again and again that an address is his, with rights that no app has, until it is dropped.
+/// Announces an address by gratuitous ARP until it is dropped, with privileges that no app has.
 struct Shouting(Arc<AtomicBool>);
 
 impl Shouting {
@@ -46,7 +46,7 @@ impl Drop for Shouting {
     }
 }
 
-/// The port behind which an address is.
+/// Returns the bridge port of an address.
 fn port_of(bridge: &str, own: Ipv4Addr) -> String {
     let (_, text) = run("ip", &["-j", "link", "show", "master", bridge]);
     let links: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
@@ -81,13 +81,13 @@ async fn neighbours_cannot_take_each_others_place_with_or_without_br_netfilter()
             assert!(!greets(place, target, port), "br_netfilter {value}: {target} {port}");
         }
     }
-    // With rights that no app has, from within: the neighbour's address, its card, and shouting both.
+    // With privileges that no app has, the spy takes the neighbour's IP and MAC addresses and announces both.
     let spy_pid = machine.pid(&machine.running("acme", "spy").await["observed"]["instances"][0]);
     let inside = |args: &[&str]| run("nsenter", &[&["-t", &spy_pid, "-n", "ip"][..], args].concat());
     let card = card(api);
     assert!(inside(&["addr", "add", &format!("{api}/32"), "dev", "eth0"]).0);
     for _ in 0..3 {
-        // Every connection that it begins says "I am there" to the machine.
+        // Each announcement claims the address on the bridge.
         let (_, _) = run(
             "nsenter",
             &["-t", &spy_pid, "-n", "busybox", "arping", "-c", "1", "-A", "-I", "eth0", &api.to_string()],
@@ -95,7 +95,7 @@ async fn neighbours_cannot_take_each_others_place_with_or_without_br_netfilter()
         assert!(greets(&web, api, 8080));
     }
     let hello = |place: &str| {
-        // Who answers at the address: only the app itself serves this page.
+        // Only the app itself serves this page.
         greets(place, api, 8080)
     };
     assert!(inside(&["link", "set", "dev", "eth0", "address", &card]).0);
@@ -106,7 +106,7 @@ async fn neighbours_cannot_take_each_others_place_with_or_without_br_netfilter()
         );
         assert!(hello(&web), "the app keeps its place");
     }
-    // What is meant for the app never comes to the other one: it listens under the stolen address, in vain.
+    // Packets for the app never reach the spy, which listens under the stolen address.
     let stolen = within(&spy_place, move || {
         let listener = std::net::TcpListener::bind((api, 8085)).unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -114,7 +114,7 @@ async fn neighbours_cannot_take_each_others_place_with_or_without_br_netfilter()
         listener.accept().is_ok()
     });
     assert!(!stolen);
-    // IPv6 is closed on the bridge, and stays so when somebody opens it there.
+    // IPv6 is disabled on the bridge. When it is enabled there, it stays closed.
     let bridge = format!("bk{}0", machine.id);
     assert!(run("ip", &["-6", "addr", "show", "dev", &bridge]).1.trim().is_empty());
     let listener = std::net::TcpListener::bind("[::]:0").unwrap();
@@ -139,7 +139,7 @@ async fn neighbours_cannot_take_each_others_place_with_or_without_br_netfilter()
     assert!(!reached, "nothing of a tenant's IPv6 is let in");
 }
 
-/// Greets whoever connects and gives back what it is sent.
+/// Greets each client, then echoes its input.
 const ECHO: [&str; 10] = [
     "/bin/busybox",
     "nc",
@@ -153,7 +153,7 @@ const ECHO: [&str; 10] = [
     "echo hello; exec /bin/busybox cat",
 ];
 
-/// A tenant with an app, one that may talk to it, and one that may not.
+/// A tenant with an app, an app that may connect to it, and one that may not.
 struct Street {
     machine: Machine,
     bridge: String,
@@ -161,7 +161,7 @@ struct Street {
     api: Ipv4Addr,
     spy: Ipv4Addr,
     own: Ipv4Addr,
-    /// The namespace of the one that may.
+    /// Network namespace of `web`, which may connect to the app.
     web: String,
     spy_pid: String,
 }
@@ -189,7 +189,7 @@ impl Street {
         Self { machine, bridge, gateway, api, spy, own, web, spy_pid }
     }
 
-    /// Whether the machine knows everybody, and the bridge is as it was made.
+    /// Reports whether the bridge is configured as created and all permanent neighbour entries are right.
     fn is_right(&self) -> bool {
         let read = |file: &str| std::fs::read_to_string(format!("/sys/class/net/{}/{file}", self.bridge));
         let flags = u32::from_str_radix(read("flags").unwrap().trim().trim_start_matches("0x"), 16).unwrap();
@@ -198,7 +198,7 @@ impl Street {
             && [self.api, self.spy, self.own].iter().all(|own| known(&self.bridge, *own) == Some(card(*own)))
     }
 
-    /// One who takes the app's address, says so without pause, and answers whoever asks for it.
+    /// The spy takes the app's address, announces it continuously and answers ARP queries for it.
     fn spy_on(&self) -> Shouting {
         let add =
             ["-t", &self.spy_pid, "-n", "ip", "addr", "add", &format!("{}/32", self.api), "dev", "eth0"];
@@ -206,7 +206,7 @@ impl Street {
         Shouting::from(&self.spy_pid, self.api)
     }
 
-    /// How often the machine has told that a bridge had to be set right.
+    /// Returns the number of recorded repairs of a bridge.
     fn repairs(&self) -> String {
         self.machine.sql("SELECT count(*) FROM machine_event WHERE kind = 'neighbours_repaired'")
     }
@@ -239,7 +239,8 @@ async fn who_is_on_a_bridge_is_set_right_whenever_the_machine_forgets() {
         assert!(begun.elapsed() < Duration::from_secs(20), "nothing is told of it");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    // While nobody looks after it, nobody is reached: neither the app nor whoever says that he is.
+    // While the agent is stopped, the address is unreachable: neither the app nor the spy receives its
+    // traffic.
     street.machine.signal("agent", "-STOP");
     assert!(run("ip", &another).0);
     let begun = Instant::now();
@@ -251,7 +252,7 @@ async fn who_is_on_a_bridge_is_set_right_whenever_the_machine_forgets() {
     street.machine.signal("agent", "-CONT");
     until(7, "set right", || street.is_right()).await;
     assert!(greets(&street.web, street.api, 8080));
-    // A port is let loose: any one of the four that hold it.
+    // A bridge port loses each of its four protections in turn.
     let port = port_of(bridge, street.spy);
     for (switch, wanted, loose) in [
         ("locked", "true", "off"),
@@ -279,7 +280,8 @@ async fn what_an_earlier_version_has_left_is_settled_and_goes_on() {
     let live = Live::tcp(&street.web, street.api, 8080);
     until(5, "live", || live.rounds() > 3).await;
     machine.kill("agent");
-    // As it was: an address with all of its neighbours, who were asked for; the bridge answered for them.
+    // The state of an earlier version: addresses with a subnet prefix, neighbours found by ARP, the bridge as
+    // ARP proxy.
     let (_, text) = run("ip", &["-j", "-4", "addr", "show", "dev", bridge]);
     let links: serde_json::Value = serde_json::from_str(&text).unwrap();
     let prefix = links[0]["addr_info"][0]["prefixlen"].as_u64().unwrap();
@@ -326,7 +328,7 @@ async fn nobody_fills_the_machines_table_of_neighbours() {
     );
     let (_, outside) = run("ip", &["-4", "neigh", "show", "dev", &street.bridge]);
     assert_eq!(outside.lines().count(), 3, "{outside}");
-    // Nor by IPv6, which leads nowhere.
+    // The same over IPv6, which is closed.
     let (_, text) = run("nsenter", &["-t", &pid, "-n", "ip", "-j", "link", "show", "dev", "eth0"]);
     let links: serde_json::Value = serde_json::from_str(&text).unwrap();
     let link = u32::try_from(links[0]["ifindex"].as_u64().unwrap()).unwrap();
@@ -338,7 +340,7 @@ async fn nobody_fills_the_machines_table_of_neighbours() {
     assert_eq!(sent, 0, "IPv6 is closed within");
     let (_, inside) = run("nsenter", &["-t", &pid, "-n", "ip", "-6", "neigh", "show"]);
     assert_eq!(inside.trim(), "");
-    // Nor does whoever says to be many, with rights that no app has.
+    // The same for an app that claims many addresses, with privileges that no app has.
     let first = u32::from(own) & !0x3ff;
     for n in 600..620 {
         let address = Ipv4Addr::from(first + n).to_string();

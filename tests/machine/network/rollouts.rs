@@ -1,4 +1,4 @@
-//! A change of a service that tenants use: counted, to some first, to all, and back again.
+//! Rollouts of a service that tenants use: observation window, canary tenants, all tenants, rollback.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,8 @@ fn endpoints(world: &Outside, ports: &[u16]) -> Value {
     ports.iter().map(|port| json!({"network": world.service(), "port": port})).collect()
 }
 
-/// Three tenants, each with an app that uses the service at 9092. The namespaces of the apps.
+/// Creates three tenants, each with an app that uses the service at 9092. Returns the apps' network
+/// namespaces.
 async fn three_users(machine: &Machine, world: &Outside) -> Vec<String> {
     put(machine, "/api/v1/services/kafka", json!({"endpoints": endpoints(world, &[9092])})).await;
     let mut places = Vec::new();
@@ -43,7 +44,7 @@ async fn rollout(machine: &Machine, id: i64) -> Value {
     machine.get(&format!("/api/v1/network/rollouts/{id}")).await
 }
 
-/// Waits until a roll-out is as wanted.
+/// Waits until a rollout meets a condition.
 async fn wait(machine: &Machine, id: i64, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
     let begun = Instant::now();
     loop {
@@ -69,11 +70,12 @@ async fn a_change_reaches_some_first_then_all_and_turns_back_by_itself() {
     }
     let places = three_users(&machine, &world).await;
     let open = |place: &str, port| greets(place, world.service(), port);
-    // Someone who may not use it cannot be first.
+    // A tenant that may not use the service cannot be a canary tenant.
     let body = json!({"endpoints": endpoints(&world, &[9093]), "rollout": {"canaries": ["nobody"]}});
     let (status, answer) = machine.send("PUT", "/api/v1/services/kafka", body).await;
     assert!(status == 422 && answer.to_string().contains("rollout.canaries[0]"), "{answer}");
-    // A place where nobody answers: it is tried from the first tenant, and taken back before another is reached.
+    // Port 9999 does not answer: the canary tenant's probe fails, and the rollout rolls back before it
+    // reaches others.
     let others = [Live::tcp(&places[1], world.service(), 9092), Live::tcp(&places[2], world.service(), 9092)];
     until(5, "live", || others.iter().all(|live| live.rounds() > 3)).await;
     let id = change(&machine, &world, &[9999], json!({"canaries": ["acme"], "observe_seconds": 1})).await;
@@ -90,21 +92,22 @@ async fn a_change_reaches_some_first_then_all_and_turns_back_by_itself() {
     assert!(others.iter().zip(rounds).all(|(live, before)| live.rounds() > before), "others never noticed");
     for tenant in ["beta", "gamma"] {
         let plans = machine.get(&format!("/api/v1/tenants/{tenant}/network/plans")).await;
-        assert!(!plans.to_string().contains("roll-out"), "{tenant}: {plans:#}");
+        assert!(!plans.to_string().contains("rollout"), "{tenant}: {plans:#}");
     }
-    // A good one. The same again, and another one, while it is under way.
+    // A change that works. While it runs, the same request returns the same rollout, and another one
+    // conflicts.
     let id = change(&machine, &world, &[9093], json!({"canaries": ["acme"], "observe_seconds": 3})).await;
     assert_eq!(change(&machine, &world, &[9093], json!({})).await, id);
     let body = json!({"endpoints": endpoints(&world, &[9094])});
     assert_eq!(machine.send("PUT", "/api/v1/services/kafka", body).await.0, 409);
-    wait(&machine, id, "looked at", |seen| seen["message"].to_string().contains("looked at")).await;
+    wait(&machine, id, "looked at", |seen| seen["stage"] == "canary" && seen["until"].is_string()).await;
     assert!(open(&places[0], 9093) && !open(&places[0], 9092), "the first");
     assert!(open(&places[1], 9092) && !open(&places[1], 9093), "not yet the others");
-    // Each tenant is told what holds for it.
+    // Each tenant sees the endpoints that apply to it.
     let told = async |tenant: &str| machine.get(&format!("/api/v1/tenants/{tenant}/services")).await;
     assert_eq!(told("acme").await["items"][0]["endpoints"][0]["port"], 9093);
     assert_eq!(told("beta").await["items"][0]["endpoints"][0]["port"], 9092);
-    // Paused, it stays there; resumed, it goes on.
+    // A paused rollout stays in its stage; a resumed one continues.
     assert_eq!(decide(&machine, "PUT", id, "pause").await, 204);
     tokio::time::sleep(Duration::from_secs(4)).await;
     let seen = rollout(&machine, id).await;
@@ -130,7 +133,7 @@ async fn a_change_reaches_some_first_then_all_and_turns_back_by_itself() {
     assert_eq!((&service["endpoints"][0]["port"], &service["generation"]), (&json!(9093), &json!(2)));
     assert_eq!(decide(&machine, "PUT", id, "abort").await, 409);
     assert_eq!(decide(&machine, "PUT", 999, "abort").await, 404);
-    // Each plan was tried once it was in force.
+    // Each plan was tested after it was applied.
     let begun = Instant::now();
     loop {
         let plans = machine.get("/api/v1/tenants/beta/network/plans").await;
@@ -142,7 +145,7 @@ async fn a_change_reaches_some_first_then_all_and_turns_back_by_itself() {
         assert!(begun.elapsed() < Duration::from_secs(20), "{plans:#}");
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
-    // Who did what stands on the record.
+    // The audit log has every action.
     let audit = machine.get("/api/v1/audit?limit=100").await.to_string();
     for action in ["service.put", "rollout.pause", "rollout.resume", "rollout.rolled-back", "rollout.done"] {
         assert!(audit.contains(action), "{action}");
@@ -157,7 +160,7 @@ async fn a_window_counts_what_would_be_cut_and_waits_for_somebody_to_know() {
         world.serve(port);
     }
     let places = three_users(&machine, &world).await;
-    // Connected since before, and only one of the three.
+    // A connection from before the rollout, of only one of the three apps.
     let live = Live::tcp(&places[1], world.service(), 9092);
     until(5, "live", || live.rounds() > 3).await;
     let staging = json!({"window_hours": 2, "canaries": ["acme"], "observe_seconds": 0});
@@ -168,11 +171,11 @@ async fn a_window_counts_what_would_be_cut_and_waits_for_somebody_to_know() {
     assert!(greets(&places[0], world.service(), 9092), "nothing has changed");
     let seen = wait(&machine, id, "counted", |seen| seen["uses"]["in_all"] == 2).await;
     assert_eq!((&seen["stage"], &seen["reached"]), (&json!("window"), &json!(0)), "{seen:#}");
-    // The same in other stages is something else; what is being taken back is not what somebody asks for now.
+    // A request with other stages is a conflict, and so is one while the rollout rolls back.
     let body = json!({"endpoints": endpoints(&world, &[9093]), "rollout": {"window_hours": 7}});
     let (status, answer) = machine.send("PUT", "/api/v1/services/kafka", body).await;
-    assert!(status == 409 && answer.to_string().contains("in other stages"), "{answer}");
-    // Taken back, nothing has happened.
+    assert!(status == 409 && answer.to_string().contains("other endpoints or stages"), "{answer}");
+    // An abort during the observation window changes nothing for tenants.
     assert_eq!(decide(&machine, "PUT", id, "abort").await, 202);
     let body = json!({"endpoints": endpoints(&world, &[9093]), "rollout": staging});
     let (status, answer) = machine.send("PUT", "/api/v1/services/kafka", body).await;
@@ -188,7 +191,7 @@ async fn a_window_counts_what_would_be_cut_and_waits_for_somebody_to_know() {
     let counted = || std::fs::read_to_string(&flows).unwrap().contains("watched");
     until(5, "counted no more", || !counted()).await;
     assert_eq!(decide(&machine, "DELETE", id, "window").await, 409);
-    // Ended before its time: somebody has to have seen what was used.
+    // Ended early, a window with recorded use needs approval.
     let id = change(&machine, &world, &[9093], staging).await;
     wait(&machine, id, "counted", |seen| seen["uses"]["in_all"] == 1).await;
     assert_eq!(decide(&machine, "PUT", id, "pause").await, 204);
@@ -205,7 +208,8 @@ async fn a_window_counts_what_would_be_cut_and_waits_for_somebody_to_know() {
     assert_eq!(seen["outcome"], "done", "{seen:#}");
     until(5, "reached", || places.iter().all(|place| greets(place, world.service(), 9093))).await;
     assert!(!greets(&places[1], world.service(), 9092));
-    // And one that closes what nobody uses goes on by itself. What was cut tries on for minutes, so it is another port.
+    // A change that removes an unused endpoint continues by itself. It uses another port: clients of a closed
+    // connection retry for minutes.
     let id = change(&machine, &world, &[9093, 9094], json!({"observe_seconds": 0})).await;
     wait(&machine, id, "opened", |seen| seen["outcome"] == "done").await;
     let id = change(&machine, &world, &[9093], json!({"window_hours": 1, "observe_seconds": 0})).await;
@@ -214,7 +218,7 @@ async fn a_window_counts_what_would_be_cut_and_waits_for_somebody_to_know() {
     let seen = wait(&machine, id, "done", |seen| seen["stage"] == "over").await;
     assert_eq!(seen["outcome"], "done", "{seen:#}");
     let audit = machine.get("/api/v1/audit?limit=100").await.to_string();
-    assert!(audit.contains("in 0 min nothing was used") && audit.contains("seconds_left"), "{audit}");
+    assert!(audit.contains("in 0 min no app used") && audit.contains("seconds_left"), "{audit}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -226,7 +230,7 @@ async fn an_alarm_stops_a_rollout_and_is_told_to_whoever_lets_it_go_on() {
     }
     let _places = three_users(&machine, &world).await;
     let looked_at =
-        |seen: &Value| seen["paused_by"].is_null() && seen["message"].to_string().contains("looked at");
+        |seen: &Value| seen["paused_by"].is_null() && seen["stage"] == "canary" && seen["until"].is_string();
     let id = change(&machine, &world, &[9093], json!({"canaries": ["acme"], "observe_seconds": 600})).await;
     wait(&machine, id, "looked at", looked_at).await;
     let alarm = |n: u32| {
@@ -241,7 +245,7 @@ async fn an_alarm_stops_a_rollout_and_is_told_to_whoever_lets_it_go_on() {
     assert!(seen["message"].to_string().contains("192.0.2.1") && seen["reached"] == 1, "{seen:#}");
     assert_eq!(decide(&machine, "DELETE", id, "pause").await, 202);
     wait(&machine, id, "goes on", looked_at).await;
-    // Somebody pauses it in the very moment in which an alarm is found: whoever lets it go on, reads of both.
+    // A user pauses the rollout while an alarm is found: the message has both.
     let pausing = format!(
         "BEGIN; UPDATE network_rollout SET paused_by = 'somebody', paused_at = now(), message = 'paused: lunch' \
          WHERE id = {id}; SELECT pg_sleep(3); COMMIT"
@@ -296,7 +300,7 @@ async fn every_step_of_a_rollout_may_be_the_last() {
         assert!([200, 202].contains(&status), "{point}: {answer}");
         let list = machine.get("/api/v1/network/rollouts").await;
         let id = list["items"][0]["id"].as_i64().unwrap();
-        assert_eq!(list["items"].as_array().unwrap().len(), n + 1, "{point}: one roll-out for one change");
+        assert_eq!(list["items"].as_array().unwrap().len(), n + 1, "{point}: one rollout for one change");
         let seen = wait(&machine, id, point, |seen| seen["stage"] == "over").await;
         assert_eq!(seen["outcome"], "done", "{point}: {seen:#}");
         assert_eq!(machine.deaths(process), deaths + 1, "{point} was passed and {process} died there");
@@ -305,7 +309,7 @@ async fn every_step_of_a_rollout_may_be_the_last() {
         })
         .await;
     }
-    // Taking it back, too.
+    // Rolling back survives a crash, too.
     let deaths = machine.deaths("serve");
     machine.arm("serve", "rollouts::left").await;
     let body = json!({"endpoints": endpoints(&world, &[9999]), "rollout": {"canaries": ["beta"]}});
@@ -326,15 +330,15 @@ async fn what_a_tenant_does_meanwhile_turns_nothing_back() {
         world.serve(port);
     }
     let places = three_users(&machine, &world).await;
-    let looked_at = |seen: &Value| seen["message"].to_string().contains("looked at");
-    // The first tenant stops using the service while it is looked at: nobody else pays for that.
+    let looked_at = |seen: &Value| seen["stage"] == "canary" && seen["until"].is_string();
+    // The canary tenant stops using the service while it is observed: the rollout continues.
     let id = change(&machine, &world, &[9093], json!({"canaries": ["acme"], "observe_seconds": 4})).await;
     wait(&machine, id, "looked at", looked_at).await;
     assert_eq!(machine.deploy("acme", "web", "image: web:1\nport: 8080\n").await.0, 202);
     let seen = wait(&machine, id, "done", |seen| seen["stage"] == "over").await;
     assert_eq!(seen["outcome"], "done", "{seen:#}");
     assert!(greets(&places[1], world.service(), 9093) && greets(&places[2], world.service(), 9093));
-    // The app of the first one ends: whether the change has ended it, a person has to say.
+    // The canary tenant's app stops. The change may be the cause, so the rollout needs approval.
     let id = change(&machine, &world, &[9092], json!({"canaries": ["beta"], "observe_seconds": 4})).await;
     wait(&machine, id, "looked at", looked_at).await;
     assert_eq!(machine.deploy("beta", "web", &format!("{ASKING}instances: 0\n")).await.0, 202);
@@ -345,7 +349,7 @@ async fn what_a_tenant_does_meanwhile_turns_nothing_back() {
     let seen = wait(&machine, id, "done", |seen| seen["stage"] == "over").await;
     assert_eq!(seen["outcome"], "done", "{seen:#}");
     until(5, "reached", || greets(&places[2], world.service(), 9092)).await;
-    // A window that somebody has paused is as long as it was to be.
+    // A pause extends the observation window by its length.
     let id = change(&machine, &world, &[9093], json!({"window_hours": 1})).await;
     wait(&machine, id, "counting", |seen| seen["message"].to_string().contains("so far")).await;
     assert_eq!(decide(&machine, "PUT", id, "pause").await, 204);
@@ -375,7 +379,7 @@ async fn what_the_configuration_closes_stays_closed_for_all() {
     assert_eq!(machine.deploy("acme", "web", asking).await.0, 202);
     let (_, web) = instance(&machine, "acme", "web").await;
     assert!(greets(&web, world.allowed(), 443), "{}", machine.tail("agent"));
-    // Closed by hand: what was approved before is closed with it, and nobody can ask for more of it.
+    // Block the range by configuration: an approved target in it is closed, and a new request is refused.
     machine.down();
     let file = machine.data.join("agent.toml");
     let text =
@@ -395,7 +399,7 @@ async fn what_the_configuration_closes_stays_closed_for_all() {
     }
     let path = format!("/api/v1/tenants/acme/apps/web/reach?to={}&port=80", world.allowed());
     assert!(machine.get(&path).await["why"].to_string().contains("configuration"));
-    // A single address of a service may lie there.
+    // A single address of a service is allowed there.
     put(&machine, "/api/v1/services/pay", json!({"endpoints": [{"network": world.allowed(), "port": 443}]}))
         .await;
     put(&machine, "/api/v1/tenants/beta/services/pay", json!({})).await;
@@ -403,7 +407,7 @@ async fn what_the_configuration_closes_stays_closed_for_all() {
     assert_eq!(machine.deploy("beta", "web", asking).await.0, 202);
     let (_, beta) = instance(&machine, "beta", "web").await;
     until(10, "a service", || greets(&beta, world.allowed(), 443)).await;
-    // What tenants have is no place to be closed, and the platform says so.
+    // The tenants' own pool cannot be blocked, and the agent says so.
     machine.down();
     let text = std::fs::read_to_string(&file).unwrap().replace("192.88.99.0/24", "10.0.0.0/8");
     std::fs::write(&file, text).unwrap();
@@ -413,7 +417,7 @@ async fn what_the_configuration_closes_stays_closed_for_all() {
         .unwrap();
     assert!(!done.status.success());
     let words = String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned();
-    assert!(words.contains("closed: 10.0.0.0/8 touches"), "{words}");
+    assert!(words.contains("closed: 10.0.0.0/8 overlaps"), "{words}");
     let text = std::fs::read_to_string(&file).unwrap().replace("closed = [\"10.0.0.0/8\"]", "closed = []");
     std::fs::write(&file, text).unwrap();
     machine.up().await;

@@ -1,4 +1,5 @@
-//! Platform services, and the outside: who may use them, until when, and that what runs is cut.
+//! Platform services and egress targets: who may use them, for how long, and that open connections are
+//! closed.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use super::{delete, instance, put, two_tenants, until};
 use crate::outside::{Live, Outside, greets};
 use crate::support::{Machine, run};
 
-/// Whether acme's `web` has what it names.
+/// Returns the `Connected` condition of acme's `web`.
 async fn connected(machine: &Machine) -> serde_json::Value {
     let app = machine.app("acme", "web").await;
     let all = app["conditions"].as_array().unwrap();
@@ -26,7 +27,7 @@ async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
     two_tenants(&machine).await;
     let endpoints = json!([{"network": world.service(), "port": 9092}, {"network": world.service(), "port": 123, "protocol": "udp"}]);
     put(&machine, "/api/v1/services/kafka", json!({"description": "messages", "endpoints": endpoints})).await;
-    // Not given: the deploy says so, and what to do.
+    // Without access, the deploy is refused with a fault that says what to do.
     let asking = "image: web:1\nport: 8080\nconnects: { services: [kafka] }\n";
     let (status, body) = machine.deploy("acme", "web", asking).await;
     assert_eq!((status, body["faults"][0]["code"].as_str()), (422, Some("BH-427")), "{body}");
@@ -44,14 +45,14 @@ async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
     for closed in [world.metadata(), world.private(), world.allowed()] {
         assert!(!greets(&web, closed, 9092), "{closed}");
     }
-    // Its name is known to who asked, and to nobody else.
+    // The service's name resolves only in the app that names it.
     let hosts = async |tenant: &str, app: &str| {
         let name = machine.running(tenant, app).await["observed"]["instances"][0]["container"].clone();
         machine.podman(&["exec", name.as_str().unwrap(), "/bin/busybox", "cat", "/etc/hosts"]).1
     };
     assert!(hosts("acme", "web").await.contains(&format!("{} kafka", world.service())));
     assert!(!hosts("acme", "other").await.contains("kafka"));
-    // The answer from the plan, and the record of what was tried in vain, with the reason.
+    // The answer from the plan, and the denied connections with their reason.
     let reach = machine.get("/api/v1/tenants/acme/apps/web/reach?to=kafka&port=9092").await;
     assert_eq!((&reach["open"], &reach["in_force"]), (&json!(true), &json!(true)), "{reach}");
     let path = format!("/api/v1/tenants/acme/apps/other/reach?to={}&port=9092", world.service());
@@ -60,7 +61,8 @@ async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
         reach["open"] == false && reach["ask"].as_str().unwrap().contains("connects.services"),
         "{reach}"
     );
-    // Tried: the service answers (who it is, no probe can know), the other app is refused at once.
+    // A probe of the service is answered, although the peer cannot be identified. The other app's probe is
+    // denied at once.
     let tried = |app: &str, to: String, port: u16| {
         format!("/api/v1/tenants/acme/apps/{app}/reach?to={to}&port={port}")
     };
@@ -74,7 +76,7 @@ async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
             "{closed}: {probe}"
         );
     }
-    // What the platform tried itself is not told as the app's doing; what the app tries is.
+    // The platform's own probes do not appear among the app's denied connections; the app's do.
     let begun = Instant::now();
     loop {
         assert!(!greets(&other, world.service(), 9092));
@@ -90,14 +92,14 @@ async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
         assert!(begun.elapsed() < Duration::from_secs(15), "{denied}");
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
-    // What does not lead anywhere is answered all the same; what is withdrawn is told as that, below.
+    // An unknown name gets an answer with a suggestion.
     let (status, probe) = machine.send("POST", &tried("web", "pay.example".into(), 443), json!({})).await;
     assert!(status == 200 && probe["ask"].to_string().contains("egress target"), "{probe}");
-    // A change that takes no query does not seem to obey one.
+    // An endpoint without query parameters rejects a query.
     let (status, answer) =
         machine.send("DELETE", "/api/v1/tenants/acme/services/kafka?dry_run=true", json!({})).await;
     assert_eq!(status, 400, "{answer}");
-    // Taken away: what runs is cut, over TCP and over UDP, where only the service still sends.
+    // Removing access closes open connections over TCP and over UDP, where only the service still sends.
     let tcp = Live::tcp(&web, world.service(), 9092);
     let udp = Live::udp(&web, world.service(), 123);
     until(5, "both live", || tcp.rounds() > 3 && udp.rounds() > 3).await;
@@ -114,15 +116,15 @@ async fn a_service_is_for_those_who_may_use_it_and_ask_for_it() {
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!((tcp.rounds(), udp.rounds()), before, "nothing passes any more, in either direction");
     let reach = machine.get("/api/v1/tenants/acme/apps/web/reach?to=kafka&port=9092").await;
-    assert!(reach["open"] == false && reach["why"].to_string().contains("not any more"), "{reach}");
-    // The plan says what it closed, and who decided it.
+    assert!(reach["open"] == false && reach["why"].to_string().contains("has ended"), "{reach}");
+    // The plan lists the closed flows and the decision behind it.
     let plans = machine.get("/api/v1/tenants/acme/network/plans").await;
     let newest = &plans["items"][0];
     assert_eq!(newest["state"], "in_force", "{newest}");
     assert!(newest["closes"].to_string().contains("web to the service kafka"), "{newest}");
     assert!(newest["causes"].to_string().contains("no longer use the service kafka"), "{newest}");
     assert_eq!(newest["opens"], json!([]));
-    // And what was opened before, by which deploy.
+    // Earlier plans name the deploy that opened flows.
     let all = plans["items"].to_string();
     assert!(all.contains("web is deployed"), "{all}");
 }
@@ -143,7 +145,7 @@ async fn the_outside_is_open_where_it_was_approved_and_until_then() {
         (&json!("acme"), &json!("to be paid"))
     );
     let id = waiting["items"][0]["id"].clone();
-    // What was looked at is what is decided: something else under the same name is not.
+    // A decision refers to one request: a decision with another id is a conflict.
     let other = json!({"id": id.as_i64().unwrap() + 1, "approved": true});
     let (status, answer) = machine.send("PUT", "/api/v1/tenants/acme/egress/payments/decision", other).await;
     assert_eq!(status, 409, "{answer}");
@@ -155,20 +157,20 @@ async fn the_outside_is_open_where_it_was_approved_and_until_then() {
     for closed in [world.other(), world.service(), world.private(), world.metadata()] {
         assert!(!greets(&web, closed, 443), "{closed}");
     }
-    // Nothing comes in from there by itself: its way back leads through this machine.
+    // No connection comes in from outside, although a route leads through this machine.
     let (own, _) = instance(&machine, "acme", "web").await;
     assert!(!greets(&world.place(), own, 8080), "from outside by plain routing");
-    // Its time is up.
+    // The approval expires.
     let live = Live::tcp(&web, world.allowed(), 443);
     until(5, "live", || live.rounds() > 3).await;
     machine.sql("UPDATE egress_target SET expires_at = now() + interval '2 seconds'; UPDATE work SET due_at = now() WHERE kind = 'network'");
     until(10, "expired", || !greets(&web, world.allowed(), 443)).await;
-    // What had arrived by then is counted a moment later.
+    // Rounds that had arrived by then are counted a moment later.
     tokio::time::sleep(Duration::from_millis(200)).await;
     let before = live.rounds();
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(live.rounds(), before, "what ran over it is cut");
-    // What nobody reaches cannot even be asked for.
+    // A target in a reserved range cannot be requested.
     for network in [
         "169.254.169.254",
         "10.1.2.3",
@@ -208,11 +210,11 @@ async fn a_trial_lets_out_what_it_writes_down_and_nothing_behind_a_wall() {
     let reach = format!("/api/v1/tenants/acme/apps/web/reach?to={}&port=443", world.allowed());
     let (_, probe) = machine.send("POST", &reach, json!({})).await;
     assert!(probe["open"] == true && probe["agrees"] == true, "{probe}");
-    assert_eq!(probe["through"], "the trial", "{probe}");
+    assert_eq!(probe["through"], "audit mode", "{probe}");
     assert!(!greets(&web, foreign, 8080), "other tenants stay closed");
     assert!(!greets(&beta, world.allowed(), 443), "and others are not on trial");
     assert!(!greets(&world.place(), foreign, 8080), "nothing comes in");
-    // What would be refused is told, as what it is.
+    // Traffic that would be denied is recorded, with its destination.
     let begun = Instant::now();
     loop {
         let denied = machine.get("/api/v1/tenants/acme/apps/web/denied").await;
@@ -228,17 +230,17 @@ async fn a_trial_lets_out_what_it_writes_down_and_nothing_behind_a_wall() {
         assert!(greets(&web, world.allowed(), 443));
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
-    // Its end closes, and cuts.
+    // The end of audit mode denies the traffic and closes open connections.
     let live = Live::tcp(&web, world.allowed(), 443);
     until(5, "live", || live.rounds() > 3).await;
     delete(&machine, path).await;
     until(5, "closed", || !greets(&web, world.allowed(), 443)).await;
-    // What had arrived by then is counted a moment later.
+    // Rounds that had arrived by then are counted a moment later.
     tokio::time::sleep(Duration::from_millis(200)).await;
     let before = live.rounds();
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(live.rounds(), before);
-    // And forgets: nothing is tracked of it any more, so that nothing can come back over it.
+    // Connection tracking forgets it too: no reply can come back.
     let own = instance(&machine, "acme", "web").await.0.to_string();
     let tracked = || {
         let text = run("conntrack", &["-L", "-p", "tcp", "-s", &own, "-d", &world.allowed().to_string()]).1;
@@ -246,9 +248,9 @@ async fn a_trial_lets_out_what_it_writes_down_and_nothing_behind_a_wall() {
     };
     until(5, "forgotten", || !tracked()).await;
     let plans = machine.get("/api/v1/tenants/acme/network/plans").await;
-    assert!(plans["items"][0]["closes"].to_string().contains("on trial"), "{plans}");
-    assert!(plans["items"][1]["opens"].to_string().contains("on trial"), "{plans}");
-    // And it ends by itself, whoever is there: the agent holds the time.
+    assert!(plans["items"][0]["closes"].to_string().contains("audit mode"), "{plans}");
+    assert!(plans["items"][1]["opens"].to_string().contains("audit mode"), "{plans}");
+    // Audit mode also ends by itself: the agent enforces the time.
     put(&machine, path, json!({"hours": 1})).await;
     until(5, "let out again", || greets(&web, world.allowed(), 443)).await;
     machine.sql("UPDATE network_trial SET until = now() + interval '3 seconds'; UPDATE work SET due_at = now() WHERE kind = 'network'");

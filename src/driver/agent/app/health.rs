@@ -1,4 +1,4 @@
-//! Health checks, through the prober, beside the app's own loop.
+//! Health checks through the prober. They run in tasks of their own, beside the app's loop.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::driver::{Cause, InstanceState};
 use crate::prober::{Answer, Question};
 
 impl App {
-    /// Asks the prober, beside the loop, when it is time.
+    /// Starts a health check in its own task when one is due.
     pub(super) fn check_health(self: &Arc<Self>, agent: &Arc<Agent>, number: u32) {
         let (question, asked, restart) = {
             let kept = lock(&self.kept);
@@ -64,7 +64,7 @@ impl App {
             let Some(was) = app.note_check(number, answer, asked) else { return };
             let now = lock(&app.live).get(&number).is_some_and(|live| live.well);
             if !was && !now {
-                // A fresh instance is looked at again soon, so that a release goes on when it is well.
+                // A new instance is checked again soon: its release continues once the instance is healthy.
                 tokio::time::sleep(Duration::from_millis(250)).await;
             }
             if was != now || !now {
@@ -73,8 +73,8 @@ impl App {
         });
     }
 
-    /// Takes an answer of the prober; whether the instance was well before. No prober, no verdict:
-    /// an app is not restarted for what it did not do.
+    /// Records an answer of the prober and returns whether the instance was healthy before. An unreachable prober
+    /// gives no verdict: an app is not restarted for a failure that is not its own.
     fn note_check(&self, number: u32, answer: std::io::Result<Answer>, asked: Asked) -> Option<bool> {
         let closed = |answer| match answer {
             Answer::Closed => Answer::Ill(listens::explain(asked.port, &listens::of(asked.pid))),
@@ -113,7 +113,7 @@ impl App {
     }
 }
 
-/// What a check was made of.
+/// The parameters of one health check.
 #[derive(Clone, Copy)]
 struct Asked {
     in_grace: bool,
@@ -121,13 +121,13 @@ struct Asked {
     pid: i32,
 }
 
-/// Why an instance starts again: a start that took too long is told apart from one that fails later.
+/// Returns why an instance restarts. A start that took too long is told apart from a later failure.
 fn verdict(why: &str, been_well: bool, grace: u16) -> String {
     if been_well {
         format!("its health check fails: {why} ({FAILURES} times in a row)")
     } else {
         format!(
-            "its health check fails: {why}; it was never well within its grace of {grace} s. If its start takes longer, \
+            "its health check fails: {why}; it was never healthy within its grace of {grace} s. If its start takes longer, \
              give health a larger grace"
         )
     }

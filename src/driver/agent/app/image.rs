@@ -1,5 +1,5 @@
-//! The image of an instance, looked at before the engine makes a container of it, and the names of users and groups
-//! that the instance gets. Independent of what `serve` has found at the deploy.
+//! Inspects the image of an instance before the engine creates a container from it. Collects the names of the
+//! instance's users and groups. This check does not depend on the result that `serve` found at the deployment.
 
 use std::os::unix::fs::{OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -16,27 +16,29 @@ use crate::driver::podman::{inside, passwd, render};
 use crate::driver::workload::Workload;
 use crate::ids::{Digest, TenantName};
 
-/// What was found in an image while this process lives: an identity stands for the same bytes for ever.
+/// The result of inspecting an image, cached while this process lives. An image id always stands for the same
+/// bytes.
 pub(in crate::driver::agent) type Looked = Result<Arc<Found>, String>;
 
-/// Most images whose verdict is held.
+/// Maximum number of cached results.
 const HELD: usize = 256;
-/// Looks at a time, of one tenant and in all: each is a process of a few milliseconds, bounded in time.
+/// Maximum number of concurrent inspections, per tenant and in total. Each is a process that takes a few
+/// milliseconds and has a time limit.
 pub(in crate::driver::agent) const LOOKS: (usize, usize) = (1, 4);
-/// How long a look waits for its turn.
+/// How long an inspection waits for its turn.
 const TURN: Duration = Duration::from_secs(20);
-/// Names longer than this are looked up again each time.
+/// Names longer than this are not cached.
 const SHORT: usize = 16 << 10;
 
-/// What of an instance comes from its image: its two files, and where its writable folders lie.
+/// The parts of an instance that come from its image: its two files, and the places of its writable folders.
 pub(super) struct Prepared {
     /// `/etc/passwd` and `/etc/group`.
     pub(super) names: [PathBuf; 2],
-    /// Its writable folders.
+    /// The writable folders.
     pub(super) scratch: Vec<Mount>,
 }
 
-/// Looks at an instance's image, writes its `/etc/passwd` and `/etc/group`, and finds its writable folders.
+/// Inspects an instance's image, writes its `/etc/passwd` and `/etc/group`, and finds its writable folders.
 pub(super) async fn prepare(
     agent: &Agent,
     dir: &Path,
@@ -88,6 +90,7 @@ fn wanted(workload: &Workload, seen: &ImageSeen) -> Wanted {
     let exec = workload.scratch.iter().filter(|(_, scratch)| scratch.exec);
     Wanted {
         scratch: workload.scratch.keys().cloned().collect(),
+        sizes: workload.scratch.values().map(|scratch| scratch.size).collect(),
         exec: exec.map(|(path, _)| path.clone()).collect(),
         word: words.concat().first().cloned().unwrap_or_default(),
         path: workload.env.get("PATH").cloned().or_else(|| path(&seen.env)),
@@ -104,7 +107,7 @@ async fn look(
 ) -> Result<Arc<Found>, Error> {
     let turn = agent.looks.take(tenant, TURN).await;
     let _turn =
-        turn.map_err(|_| Error::Transient("other images are looked at first; trying again".into()))?;
+        turn.map_err(|_| Error::Transient("other images are inspected first; it is tried again".into()))?;
     let found = rootfs::look(seen, wanted).await.map(Arc::new);
     let verdict = match &found {
         Ok(found) if found.names.passwd.len() + found.names.group.len() <= SHORT => Ok(Arc::clone(found)),
@@ -113,7 +116,7 @@ async fn look(
     };
     let mut looked = lock(&agent.looked);
     if looked.len() >= HELD {
-        // Any of them: one tenant that has many looks takes few of the others' away.
+        // Evicts a random entry: a tenant with many entries then evicts few of the other tenants' entries.
         let one = looked.keys().nth(rand::random_range(0..looked.len())).cloned();
         one.map(|one| looked.remove(&one));
     }
@@ -121,12 +124,13 @@ async fn look(
     found
 }
 
-/// Where an instance's files lie.
+/// Returns the paths of an instance's `passwd` and `group` files.
 pub(super) fn files(dir: &Path, number: u32) -> [PathBuf; 2] {
     ["passwd", "group"].map(|name| dir.join(format!("{number}.{name}")))
 }
 
-/// A new file each time: the one before may still be mounted. Inside, it belongs to root.
+/// Creates a new file each time: the previous one may still be mounted. Inside the container, the file belongs to
+/// root.
 fn write(path: &Path, bytes: &[u8], root: u32) -> std::io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),

@@ -1,4 +1,4 @@
-//! Looking at instances: what the engine, /proc and the bridge say, and what becomes of those that ended.
+//! Checks instances against the engine, /proc and the bridge, and handles those that have ended.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,13 +14,13 @@ use crate::driver::podman::ports::Seen;
 use crate::driver::podman::render;
 use crate::driver::{Cause, Ending, InstanceState};
 
-/// Lines of its log that are kept with the end of an instance: enough for the message above a trace.
+/// Number of log lines stored with the end of an instance: enough to hold the message above a stack trace.
 const LAST_LINES: usize = 20;
-/// A listing older than this says nothing.
+/// A listing older than this is ignored.
 const FRESH: Duration = Duration::from_secs(3);
 
 impl App {
-    /// Reads the last words of an instance that has ended, whatever the pace.
+    /// Reads the remaining output of an instance that has ended, without a rate limit.
     pub(super) fn read_last_words(&self, agent: &Agent, number: u32) {
         if let Some(reader) = lock(&self.live).get(&number).and_then(|live| live.reader.as_ref()) {
             reader.drain(&self.lines);
@@ -29,8 +29,8 @@ impl App {
         self.read_file(agent, number);
     }
 
-    /// Reads on in the log file of an instance that an earlier version has started. Of all others a reader of their own
-    /// takes care.
+    /// Reads new lines from the log file of an instance that an earlier version started. All other instances have a
+    /// reader of their own.
     pub(super) fn read_file(&self, agent: &Agent, number: u32) {
         let mut live = lock(&self.live);
         let entry = live.entry(number).or_default();
@@ -49,7 +49,8 @@ impl App {
         }
     }
 
-    /// Holds one instance against /proc, its monitor's word and a fresh listing. Asks the engine nothing.
+    /// Compares one instance with /proc, its monitor's exit file and a recent listing. Sends no request to the
+    /// engine.
     pub(super) async fn look(&self, agent: &Arc<Agent>, listing: &Listing, number: u32) -> Look {
         let Some(instance) = self.instance(number) else { return Look::Clear };
         let running = matches!(
@@ -78,15 +79,15 @@ impl App {
             self.ended(agent, number, cause_of(code, hungry), Some(code), String::new());
             return Look::Clear;
         }
-        // A process that has just ended, and a monitor that is about to say so; not for ever.
+        // The process may have just ended, and its monitor may be about to report it. This state must not last.
         if monitor_lives(&instance) && !self.is_odd_for_long(number) {
             return Look::Clear;
         }
         Look::Unclear
     }
 
-    /// Asks the engine about an instance that is not as it should be. Only its present word decides: a listing may be
-    /// older than what has just happened.
+    /// Asks the engine about an instance in an unexpected state. Only the engine's current answer decides: a
+    /// listing may be older than the latest change.
     pub(super) async fn ask_engine(&self, agent: &Arc<Agent>, number: u32) {
         let Some(instance) = self.instance(number) else { return };
         let found = {
@@ -100,12 +101,12 @@ impl App {
                 return;
             }
         };
-        // It may have been restarted or stopped meanwhile.
+        // The instance may have been restarted or stopped meanwhile.
         if self.instance(number).is_none_or(|i| i.pid != instance.pid || i.state == InstanceState::Stopping) {
             return;
         }
         match now {
-            None => self.vanished(agent, number, "its container had been removed; it is made anew"),
+            None => self.vanished(agent, number, "its container had been removed; the instance is replaced"),
             Some(now) if matches!(now.state.as_str(), "exited" | "stopped") => {
                 let hungry = now.exit_code != 0 && agent.oom.killed(&now.id);
                 let cause = cause_of(now.exit_code, hungry);
@@ -115,14 +116,14 @@ impl App {
                 let gone = instance.port.as_ref().is_some_and(|port| port.look() == Seen::Gone);
                 if gone {
                     self.discard(agent, &instance.container).await;
-                    self.vanished(agent, number, "its network had been removed; it is made anew");
+                    self.vanished(agent, number, "its network had been removed; the instance is replaced");
                 } else {
                     self.note_running(number);
                 }
             }
             Some(_) if monitor_lives(&instance) && !self.is_odd_for_long(number) => {}
-            // The engine says "running" and nobody watches any more: nothing that it says about this
-            // container can be relied on.
+            // The engine says "running", but the container's monitor is gone: the engine's state of this container
+            // cannot be trusted.
             Some(_) => {
                 self.discard(agent, &instance.container).await;
                 self.vanished(agent, number, why_gone(&instance, &boot_id()));
@@ -135,15 +136,15 @@ impl App {
         let _ = discard(agent, container).await;
     }
 
-    /// Whether an instance has been in a state that should last a moment only, for longer.
+    /// Returns whether an instance has stayed too long in a state that should last only a moment.
     fn is_odd_for_long(&self, number: u32) -> bool {
         let mut live = lock(&self.live);
         let since = live.entry(number).or_default().odd.get_or_insert_with(tokio::time::Instant::now);
         since.elapsed() > Duration::from_secs(10)
     }
 
-    /// An instance whose port is gone reaches nobody and is reached by nobody: it is made anew. A port
-    /// that somebody has opened is closed again.
+    /// Checks the bridge port of an instance. Without a port the instance has no network and is replaced. A port
+    /// that was opened is closed again.
     async fn look_at_port(&self, agent: &Arc<Agent>, instance: &Instance) -> Look {
         let Some(port) = &instance.port else { return Look::Clear };
         if lock(&agent.unsettled).contains(port) {
@@ -154,7 +155,7 @@ impl App {
         }
         let noted = lock(&agent.unlocked).remove(port);
         let seen = match port.look() {
-            // It may have been looked at while it was being closed for the first time.
+            // The port may have been read while it was being closed for the first time.
             Seen::Closed if noted && port.is_unlocked().await => Seen::Open,
             seen => seen,
         };
@@ -202,7 +203,7 @@ impl App {
         }
     }
 
-    /// An instance has ended by itself: why is written down, and when it starts again.
+    /// Records that an instance has ended by itself: the reason, and the time of its next start.
     pub(super) fn ended(&self, agent: &Agent, number: u32, cause: Cause, code: Option<i32>, detail: String) {
         tokio::task::block_in_place(|| self.read_last_words(agent, number));
         let last_lines: Vec<String> = logs::last(&agent.logs_dir(self.id), Some(number), LAST_LINES)
@@ -237,7 +238,7 @@ impl App {
         kept.event("ended", text);
     }
 
-    /// A container went away from outside: a new instance takes its place at once.
+    /// Replaces an instance at once after its container was removed from outside.
     pub(super) fn vanished(&self, agent: &Agent, number: u32, why: &str) {
         self.ended(agent, number, Cause::Removed, None, why.to_owned());
         self.forget(agent, number);
@@ -250,13 +251,13 @@ impl App {
             instance.number = fresh;
             instance.container = container.unwrap_or_default();
             instance.next_start = Some(OffsetDateTime::now_utc());
-            // What others do to it is not held against the app.
+            // A removal from outside does not count as a failure of the app.
             instance.failures = instance.failures.saturating_sub(1);
         }
-        kept.event("repaired", format!("instance {number}: {why} (as instance {fresh})"));
+        kept.event("repaired", format!("instance {number}: {why} by instance {fresh}"));
     }
 
-    /// Drops what is held of a number that is not used any more, and the oldest logs.
+    /// Drops the state of an instance number that is no longer used, and the oldest logs.
     pub(super) fn forget(&self, agent: &Agent, number: u32) {
         lock(&self.live).remove(&number);
         let dir = agent.logs_dir(self.id);
@@ -270,7 +271,7 @@ impl App {
         tokio::task::block_in_place(|| logs::prune(&dir, &numbers));
     }
 
-    /// Containers of this app that no instance stands for: left over by a crash between two steps.
+    /// Removes containers of this app that belong to no instance. A crash between two steps leaves them.
     pub(super) async fn sweep(&self, agent: &Agent, listing: &Listing) {
         let known: Vec<String> = lock(&self.kept).instances.iter().map(|i| i.container.clone()).collect();
         let id = self.id.to_string();
@@ -286,18 +287,18 @@ impl App {
     }
 }
 
-/// The kernel's name for the time since the machine started; empty where it cannot be read.
+/// Returns the kernel's id of the current boot; empty if it cannot be read.
 pub(super) fn boot_id() -> String {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     text.trim().to_owned()
 }
 
-/// Why the process of an instance that nobody has stopped is gone.
+/// Returns why the process of an instance is gone although it was not stopped.
 fn why_gone(instance: &Instance, boot: &str) -> &'static str {
     if !instance.boot.is_empty() && !boot.is_empty() && instance.boot != boot {
-        "the machine was restarted; it is made anew"
+        "the machine was restarted; the instance is replaced"
     } else {
-        "its process or the process that watches it had ended; it is made anew"
+        "its process or the monitor of its process had ended; the instance is replaced"
     }
 }
 
@@ -307,7 +308,7 @@ pub(in crate::driver::agent) fn is_alive(instance: &Instance) -> bool {
         && (instance.conmon <= 0 || Path::new(&format!("/proc/{}", instance.conmon)).exists())
 }
 
-/// The exit code that the monitor has written down when the process had ended; none before.
+/// Returns the exit code that the monitor writes once the process has ended; none before.
 fn exit_code(instance: &Instance) -> Option<i32> {
     if instance.exit_file.is_empty() {
         return None;
@@ -319,7 +320,8 @@ fn monitor_lives(instance: &Instance) -> bool {
     instance.conmon > 0 && Path::new(&format!("/proc/{}", instance.conmon)).exists()
 }
 
-/// `hungry`: the kernel's log says that it killed a process of the instance for memory.
+/// Returns the cause of an end. `hungry`: the kernel's log says that it killed a process of the instance for
+/// memory.
 fn cause_of(code: i32, hungry: bool) -> Cause {
     match (hungry, code) {
         (true, _) => Cause::OutOfMemory,
@@ -331,9 +333,10 @@ fn cause_of(code: i32, hungry: bool) -> Cause {
 fn describe(cause: Cause, code: Option<i32>) -> String {
     match (cause, code) {
         (Cause::OutOfMemory, _) => {
-            "out of memory: the kernel ended it at its limit; give it more memory, or less scratch".into()
+            "out of memory: the kernel killed it at its memory limit; give it more memory, or less scratch"
+                .into()
         }
-        (Cause::Killed, _) => "killed (137) by a signal; who sent it is not known".into(),
+        (Cause::Killed, _) => "killed (137) by a signal; the sender is unknown".into(),
         (_, Some(code)) => format!("it exited with code {code}"),
         _ => "it ended".into(),
     }
@@ -346,12 +349,12 @@ mod tests {
     #[test]
     fn a_reboot_is_named_and_nothing_else_is_taken_for_one() {
         let mut instance = Instance::new(1, 1, 0, "bk-x".into());
-        // On record from an earlier version.
+        // As recorded by an earlier version.
         assert!(why_gone(&instance, "b").starts_with("its process"));
         instance.boot = "a".into();
         assert!(why_gone(&instance, "a").starts_with("its process"));
         assert!(why_gone(&instance, "").starts_with("its process"), "it cannot be told");
-        assert_eq!(why_gone(&instance, "b"), "the machine was restarted; it is made anew");
+        assert_eq!(why_gone(&instance, "b"), "the machine was restarted; the instance is replaced");
         assert_eq!(boot_id().len(), 36);
     }
 

@@ -1,5 +1,5 @@
-//! One app on this machine: a task that looks, plans and acts, again and again. It alone touches the
-//! app's containers.
+//! One app on this machine: a task that repeatedly observes, plans and acts. Only this task touches the app's
+//! containers.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -31,33 +31,33 @@ pub(super) use image::{LOOKS, Looked};
 pub(super) use reading::{Pipes, open_all, paces};
 pub(super) use start::discard;
 
-/// The longest that a restart waits, in seconds.
+/// Maximum delay of a restart, in seconds.
 const BACKOFF: u64 = 300;
-/// After so long a run, the next failure counts as the first.
+/// After a run of this length, the next failure counts as the first.
 const LONG_RUN: time::Duration = time::Duration::minutes(10);
-/// An app without a health check is well after so long.
+/// An app without a health check counts as healthy after this time.
 const SETTLE: time::Duration = time::Duration::seconds(1);
-/// How often a health check is made, and how many must fail in a row.
+/// Interval of health checks, and the number of consecutive failures after which an instance restarts.
 const CHECK: Duration = Duration::from_secs(2);
 const FAILURES: u32 = 3;
 
-/// What is known of an instance while this process lives.
+/// State of an instance that lives as long as this process.
 #[derive(Default)]
 struct Live {
-    /// Reads what it says.
+    /// Reads the output of the instance.
     reader: Option<Reader>,
-    /// Reads the file that an instance of an earlier version writes.
+    /// Reads the log file of an instance that an earlier version started.
     tail: Option<Tail>,
-    /// A listing older than this says nothing about the instance any more.
+    /// Listings with a lower round are too old to say anything about the instance.
     valid_from: u64,
     checked: Option<tokio::time::Instant>,
-    /// Since when it is as it should be for a moment only.
+    /// Since when the instance is in a state that should last only a moment.
     odd: Option<tokio::time::Instant>,
-    /// Whether a health check is under way: one at a time.
+    /// Whether a health check is under way; only one runs at a time.
     checking: bool,
     ill: u32,
     well: bool,
-    /// Whether this run has been well once.
+    /// Whether the instance has been healthy in this run.
     been_well: bool,
     why: String,
     hosts: String,
@@ -72,7 +72,7 @@ pub(super) struct App {
     pub(super) lines: broadcast::Sender<LogLine>,
     pub(super) wake: Notify,
     live: Mutex<HashMap<u32, Live>>,
-    /// Whether its acts are under way: they wait for the engine, its looks never do.
+    /// Whether actions are under way. Actions wait for the engine; observation never does.
     acting: AtomicBool,
     version: AtomicU64,
     stop: CancellationToken,
@@ -99,12 +99,12 @@ impl App {
         app
     }
 
-    /// Ends the task; containers go on.
+    /// Ends the task. Containers keep running.
     pub(super) fn end(&self) {
         self.stop.cancel();
     }
 
-    /// Tells when the app has left, or the agent ends.
+    /// Returns a token that is cancelled when the app is removed or the agent ends.
     pub(super) fn leaving(&self) -> CancellationToken {
         self.stop.clone()
     }
@@ -115,7 +115,7 @@ impl App {
 
     async fn live(self: Arc<Self>, agent: Arc<Agent>) {
         let mut listing = agent.listing.subscribe();
-        // What was being stopped when the agent ended is stopped on.
+        // Continues the stops that were under way when the agent ended.
         let stopping: Vec<u32> = lock(&self.kept)
             .instances
             .iter()
@@ -123,11 +123,11 @@ impl App {
             .map(|i| i.number)
             .collect();
         for number in self.numbers() {
-            // What an earlier version has started writes into a file until its next start.
+            // An instance that an earlier version started writes into a file until its next start.
             if reading::pipe_path(&agent.logs_dir(self.id), number).exists()
                 && let Err(error) = self.read_along(&agent, number)
             {
-                tracing::warn!(%error, app = %self.name, "a log is not read");
+                tracing::warn!(%error, app = %self.name, "the log of an instance cannot be opened");
             }
         }
         for number in stopping {
@@ -147,13 +147,13 @@ impl App {
         }
     }
 
-    /// Writes the state down and tells, if anything changed; whether it did.
+    /// Writes the state to disk and announces the change. Returns whether anything changed.
     fn record(&self, agent: &Agent, before: &[u8]) -> bool {
         let kept = lock(&self.kept);
         let after = serde_json::to_vec(&*kept).unwrap_or_default();
         if after != before {
             if let Err(error) = tokio::task::block_in_place(|| kept.save(&agent.apps_dir())) {
-                tracing::error!(%error, app = %self.name, "the record cannot be written");
+                tracing::error!(%error, app = %self.name, "the state of an app cannot be written");
             }
             drop(kept);
             agent.touch(&self.version);
@@ -162,7 +162,7 @@ impl App {
         false
     }
 
-    /// Looks at each instance without the engine; those about which only the engine can say more.
+    /// Checks each instance without the engine. Returns the numbers of those that only the engine can explain.
     async fn look_at_all(self: &Arc<Self>, agent: &Arc<Agent>, listing: &Listing) -> Vec<u32> {
         let numbers: Vec<u32> = lock(&self.kept).instances.iter().map(|i| i.number).collect();
         let mut unclear = Vec::new();
@@ -176,8 +176,8 @@ impl App {
         unclear
     }
 
-    /// Acts in a task of its own, one at a time: an engine that does not come back from one instance of an app keeps
-    /// the others in sight.
+    /// Acts in a task of its own, one at a time. While the engine hangs on one instance, the app's other instances
+    /// are still observed.
     fn act_beside(self: &Arc<Self>, agent: &Arc<Agent>, listing: Listing, unclear: Vec<u32>) {
         if self.acting.swap(true, Ordering::AcqRel) {
             return;
@@ -198,7 +198,7 @@ impl App {
         });
     }
 
-    /// Plans and acts.
+    /// Plans and executes the next steps.
     async fn act(self: &Arc<Self>, agent: &Arc<Agent>, listing: &Listing) {
         if listing.round > 0 {
             self.sweep(agent, listing).await;
@@ -241,8 +241,8 @@ impl App {
         self.write_hosts(agent);
     }
 
-    /// A call for this app did not come back from an engine that hung. The second time, with no other app's call beside
-    /// it, the app's desired revision is put aside.
+    /// Records that a call for this app got no answer because the engine hung. The second strike, with no other
+    /// app's call at the same time, puts the app's desired revision aside.
     pub(super) fn struck(&self, agent: &Agent, alone: bool) {
         let mut kept = lock(&self.kept);
         if kept.is_put_aside() || kept.removing {
@@ -250,7 +250,7 @@ impl App {
         }
         kept.strikes += 1;
         if kept.strikes >= MOST_STRIKES || kept.strikes >= STRIKES && alone {
-            let why = "the container engine does not come back from starting it; it is tried again in an hour. Deploy \
+            let why = "the container engine hangs when it starts this release; it is tried again in an hour. Deploy \
                        another image or another description";
             kept.put_aside = Some(why.to_owned());
             kept.put_aside_at = Some(OffsetDateTime::now_utc());
@@ -258,11 +258,12 @@ impl App {
             let text = format!("release {}: {why}", kept.workload.revision);
             kept.event("put_aside", text);
         } else {
-            let text = "the container engine hung while it worked for this app; it is tried again by itself";
+            let text =
+                "the container engine hung while it worked for this app; the agent tries again by itself";
             kept.event("engine_hung", text);
         }
         if let Err(error) = tokio::task::block_in_place(|| kept.save(&agent.apps_dir())) {
-            tracing::error!(%error, app = %self.name, "the record cannot be written");
+            tracing::error!(%error, app = %self.name, "the state of an app cannot be written");
         }
         drop(kept);
         agent.touch(&self.version);
@@ -280,7 +281,7 @@ impl App {
         lock(&self.kept).instances.iter_mut().find(|i| i.number == number).map(change)
     }
 
-    /// What is told about the app.
+    /// Returns the observed state of the app, as reported to `serve`.
     pub(super) fn observed(&self, _: &Agent) -> AppObserved {
         let kept = lock(&self.kept);
         AppObserved {
@@ -315,7 +316,7 @@ impl App {
     }
 }
 
-/// The acts of an app under way; they are over when this goes, also by a panic.
+/// Marks the actions of an app as under way. Dropping it clears the mark, also after a panic.
 struct Acting(Arc<App>);
 
 impl Drop for Acting {
@@ -324,12 +325,12 @@ impl Drop for Acting {
     }
 }
 
-/// What a look at an instance has shown.
+/// The result of checking an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Look {
-    /// All that matters.
+    /// The state is known.
     Clear,
-    /// Something that only the engine can explain.
+    /// Only the engine can explain the state.
     Unclear,
 }
 
@@ -347,7 +348,7 @@ fn part(instance: &Instance) -> Part {
     }
 }
 
-/// What the next instance waits for, and until when.
+/// Returns which instance the next one waits for, and until when.
 fn waiting(kept: &Kept) -> Option<String> {
     let parts: Vec<Part> = kept.instances.iter().map(part).collect();
     let number = waits_for(&kept.workload, &parts)?;
@@ -361,7 +362,7 @@ fn waiting(kept: &Kept) -> Option<String> {
     ))
 }
 
-/// Whether what runs is what is desired.
+/// Whether the running instances match the desired state.
 fn settled(kept: &Kept) -> bool {
     !kept.removing
         && kept.instances.len() == kept.workload.instances as usize
@@ -371,13 +372,13 @@ fn settled(kept: &Kept) -> bool {
             .all(|i| i.revision == kept.workload.revision && i.state == InstanceState::Running)
 }
 
-/// A text of others, for events and states: bounded, so that no app's own words crowd out the rest.
+/// Shortens text from outside for events and states, so that one app cannot crowd out the rest.
 fn short(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(400).collect()
 }
 
-/// When a process started, in ticks since boot (proc(5), stat, field 22): an id is given again, the
-/// pair of both is not.
+/// Returns when a process started, in ticks since boot (proc(5), stat, field 22). A process id is reused; the pair
+/// of both is not.
 fn born(pid: i32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()

@@ -1,9 +1,10 @@
-//! The way of an instance's output into its log: a pipe that the engine's monitor writes into and the agent reads. The
-//! reader sets the pace. Where an app writes faster, the pipe fills, the monitor waits, and the app waits in its own
-//! write: nothing is lost, nothing is written to the disk, and no processor works on what would be thrown away.
+//! Moves an instance's output into its log through a pipe: the engine's monitor writes, the agent reads. The reader
+//! sets the rate. If an app writes faster, the pipe fills, the monitor blocks, and the app blocks in its own write.
+//! Nothing is lost, nothing goes to the disk, and no CPU time is spent on data that would be dropped.
 //!
-//! The agent holds the pipe open for reading and writing, and opens every pipe first of all when it starts: a monitor
-//! that waits for a reader would hold up the engine. While the agent is away monitors drop what apps write; apps go on.
+//! The agent holds the pipe open for reading and writing. It opens every pipe before anything else when it starts:
+//! a monitor that waits for a reader would block the engine. While the agent is down, monitors drop the apps'
+//! output; the apps keep running.
 
 use std::collections::HashMap;
 use std::io;
@@ -24,17 +25,17 @@ use super::{App, raw_log};
 use crate::driver::LogLine;
 use crate::ids::TenantName;
 
-/// What one instance's log takes: 1 MiB and 5,000 lines a second, 16 MiB and 20,000 lines at once.
+/// Rate limit of one instance's log: 1 MiB and 5,000 lines a second, bursts of 16 MiB and 20,000 lines.
 const INSTANCE: Rate = Rate { bytes: 1 << 20, lines: 5_000, burst_bytes: 16 << 20, burst_lines: 20_000 };
-/// All logs of a tenant.
+/// Rate limit of all logs of a tenant.
 const TENANT: Rate = Rate { bytes: 4 << 20, lines: 20_000, burst_bytes: 32 << 20, burst_lines: 80_000 };
-/// All logs.
+/// Rate limit of all logs.
 const ALL: Rate = Rate { bytes: 16 << 20, lines: 60_000, burst_bytes: 64 << 20, burst_lines: 240_000 };
-/// The longest sleep of a reader: after each it looks whether the instance has ended.
+/// Maximum sleep of a reader. After each sleep it checks whether the instance has ended.
 const SLICE: Duration = Duration::from_millis(100);
-/// How often an instance's log says that the app waits for its reader.
+/// How often an instance's log says that the app waits for the reader.
 const TOLD: Duration = Duration::from_secs(60);
-/// Most bytes that are read at once when an instance has ended: what pipes and monitor can hold is less.
+/// Maximum bytes read at once after an instance has ended. Pipes and monitor hold less than this.
 const REST: usize = 8 << 20;
 
 /// The reader of one instance.
@@ -45,7 +46,7 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    /// Reads on now, as far as something is there: for the last lines of an instance that has ended.
+    /// Reads everything that is available now. Used for the last lines of an instance that has ended.
     pub(super) fn drain(&self, lines: &broadcast::Sender<LogLine>) {
         let mut left = REST;
         while left > 0 {
@@ -65,14 +66,14 @@ impl Reader {
     }
 }
 
-/// Takes over what is there, at most one buffer; how many bytes and lines.
+/// Reads at most one buffer. Returns the number of bytes and lines.
 fn take(
     pipe: &Receiver,
     tail: &Mutex<Tail>,
     lines: &broadcast::Sender<LogLine>,
 ) -> io::Result<(usize, usize)> {
     let mut buffer = vec![0; 64 << 10];
-    // Held over both: two readers never change the order of lines.
+    // The lock spans the read and the write: two readers never change the order of lines.
     let mut tail = lock(tail);
     let bytes = pipe.try_read(&mut buffer)?;
     let fresh = tail.take(&buffer[..bytes])?;
@@ -83,7 +84,7 @@ fn take(
     Ok((bytes, count))
 }
 
-/// Opens a pipe, and makes it where there is none.
+/// Opens a pipe, and creates it if it does not exist.
 fn open(path: &Path) -> io::Result<Receiver> {
     match std::fs::symlink_metadata(path) {
         Ok(there) if there.file_type().is_fifo() => {}
@@ -98,10 +99,10 @@ fn make(path: &Path) -> io::Result<()> {
     Ok(mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?)
 }
 
-/// Pipes that an earlier process of the agent has left.
+/// Pipes that a previous process of the agent left.
 pub(in crate::driver::agent) type Pipes = HashMap<PathBuf, Receiver>;
 
-/// Opens every pipe below a folder of logs, before anything is asked of the engine.
+/// Opens every pipe below a folder of logs, before the first request to the engine.
 pub(in crate::driver::agent) fn open_all(logs: &Path) -> Pipes {
     let entries = |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().flatten();
     entries(logs)
@@ -117,13 +118,13 @@ pub(in crate::driver::agent) fn open_all(logs: &Path) -> Pipes {
         .collect()
 }
 
-/// Where the engine's monitor writes what an instance says.
+/// Returns the pipe into which the engine's monitor writes the output of an instance.
 pub(super) fn pipe_path(dir: &Path, number: u32) -> PathBuf {
     dir.join(format!("{number}.pipe"))
 }
 
 impl App {
-    /// Sees to it that an instance's output is read before its monitor writes any. Returns the pipe's path.
+    /// Starts reading an instance's output before its monitor writes any. Returns the pipe's path.
     pub(super) fn read_along(self: &Arc<Self>, agent: &Arc<Agent>, number: u32) -> io::Result<PathBuf> {
         let dir = agent.logs_dir(self.id);
         let path = pipe_path(&dir, number);
@@ -139,7 +140,7 @@ impl App {
         let reader =
             Reader { pipe: Arc::clone(&pipe), tail: Arc::clone(&tail), _end: end.clone().drop_guard() };
         if resumed {
-            let text = "the platform began to read this log anew: lines from while it was away are missing";
+            let text = "the platform's agent was restarted: lines written while it was down are missing";
             reader.note(text, &self.lines);
         }
         lock(&self.live).entry(number).or_default().reader = Some(reader);
@@ -162,7 +163,7 @@ impl App {
                 return;
             }
             let wait = own.wait().max(agent.log_pace(&self.tenant, (0, 0), true));
-            // An instance that has ended leaves what its pipes hold; its monitor waits until that is read.
+            // The pipes of an ended instance still hold output, and its monitor waits until that is read.
             let in_turn = wait.is_zero();
             if !in_turn && self.is_alive(number) {
                 if told.is_none_or(|at| at.elapsed() > TOLD) {
@@ -179,7 +180,7 @@ impl App {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => {
-                    tracing::warn!(%error, app = %self.name, "a log cannot be kept");
+                    tracing::warn!(%error, app = %self.name, "a log cannot be written");
                     tokio::time::sleep(Duration::from_secs(1)).await;
                 }
             }
@@ -187,8 +188,8 @@ impl App {
     }
 
     fn tell_slow(&self, number: u32) {
-        let text = "output comes faster than 1 MiB or 5,000 lines a second (or than all apps' logs may): \
-                    the app waits in its writes until it is read";
+        let text = "output exceeds 1 MiB or 5,000 lines a second (or the limit of all apps' logs): \
+                    the app's writes block until the output is read";
         if let Some(reader) = lock(&self.live).get(&number).and_then(|live| live.reader.as_ref()) {
             reader.note(text, &self.lines);
         }
@@ -201,13 +202,13 @@ impl App {
 }
 
 impl Agent {
-    /// How long logs of a tenant have to wait, after what was read of one is counted.
+    /// Returns how long the logs of a tenant have to wait, and counts the bytes and lines just read.
     fn log_pace(&self, tenant: &TenantName, read: (usize, usize), in_turn: bool) -> Duration {
         lock(&self.log_paces).wait(tenant, read, in_turn)
     }
 }
 
-/// The paces of all logs.
+/// The rate limits of all logs.
 pub(in crate::driver::agent) fn paces() -> Paces<TenantName> {
     Paces::new(TENANT, ALL)
 }

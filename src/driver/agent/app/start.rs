@@ -1,4 +1,4 @@
-//! Starting and stopping instances, each step on record before it is made.
+//! Starts and stops instances. Each step is recorded before it is taken.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::driver::workload::Workload;
 use crate::driver::{Cause, Error, InstanceState};
 use crate::policy::Target;
 
-/// How soon a start that the engine did not answer is tried again.
+/// Delay before the next attempt of a start that the engine did not answer.
 const AGAIN: Duration = Duration::from_millis(300);
 
 impl App {
@@ -28,9 +28,9 @@ impl App {
             let name = render::name(&agent.config, &kept.workload, number);
             let revision = kept.workload.revision;
             kept.instances.push(Instance::new(number, revision, slot, name));
-            // On record before the container exists: a crash in between leaves nothing unknown.
+            // Recorded before the container exists: a crash in between leaves no unknown container.
             if let Err(error) = tokio::task::block_in_place(|| kept.save(&agent.apps_dir())) {
-                tracing::error!(%error, "the record cannot be written");
+                tracing::error!(%error, "the state of an app cannot be written");
                 kept.instances.pop();
                 return;
             }
@@ -39,7 +39,7 @@ impl App {
         self.start(agent, number).await;
     }
 
-    /// Starts those whose time has come, and those that a crash left half-made.
+    /// Starts the instances that are due, and those that a crash left incomplete.
     pub(super) async fn start_waiting(self: &Arc<Self>, agent: &Arc<Agent>) {
         let now = OffsetDateTime::now_utc();
         let aside = {
@@ -62,14 +62,14 @@ impl App {
         }
     }
 
-    /// Makes and starts an instance's container: create, attach the network, close its port, start.
+    /// Creates and starts an instance's container: create, attach the network, close its port, start.
     async fn start(self: &Arc<Self>, agent: &Arc<Agent>, number: u32) {
         let (instance, workload) = {
             let kept = lock(&self.kept);
             let Some(instance) = kept.instances.iter().find(|i| i.number == number).cloned() else { return };
             let Some(workload) = kept.workload_of(instance.revision).cloned() else {
                 drop(kept);
-                // Its release is not known any more; the plan replaces it.
+                // The release of this instance is no longer known; the plan replaces the instance.
                 lock(&self.kept).instances.retain(|i| i.number != number);
                 return;
             };
@@ -81,7 +81,7 @@ impl App {
         let result = if struck {
             let _alone = agent.engine.turn.write().await;
             let up = tokio::time::timeout(ALONE, self.bring_up(agent, &instance, &workload)).await;
-            up.unwrap_or_else(|_| Err(Error::Transient("the engine takes too long to start it".into())))
+            up.unwrap_or_else(|_| Err(Error::Transient("the engine took too long to start it".into())))
         } else {
             let _beside = agent.engine.turn.read().await;
             self.bring_up(agent, &instance, &workload).await
@@ -116,7 +116,8 @@ impl App {
                 let word = if again { "restarted" } else { "started" };
                 kept.event(word, format!("instance {number} of release {} {word}", instance.revision));
             }
-            // The engine's fault is not held against the app: it is tried again as soon as the engine can.
+            // A failure of the engine does not count against the app: the start is repeated as soon as the engine
+            // can.
             Err(Error::Away(why)) if !agent.engine.is_slow_with(begun) => {
                 tracing::warn!(error = why, app = %self.name, "an instance waits for the engine");
                 self.with(number, |i| {
@@ -142,13 +143,11 @@ impl App {
         let podman = &agent.podman;
         let waiting = agent.engine.begin(self.id);
         if !agent.table_is_there().await {
-            return Err(Error::Transient(
-                "the firewall table is not there; nothing starts without it".into(),
-            ));
+            return Err(Error::Transient("the firewall table is missing; nothing starts without it".into()));
         }
         agent.ensure_network(&self.tenant).await?;
         let recorded = lock(&agent.journal).tenant(&self.tenant).cloned();
-        let recorded = recorded.ok_or_else(|| Error::Rejected("the tenant has left".into()))?;
+        let recorded = recorded.ok_or_else(|| Error::Rejected("the tenant was offboarded".into()))?;
         let bridge = agent.config.bridge(recorded.network);
         let address = *workload
             .addresses
@@ -160,7 +159,7 @@ impl App {
         ports::clear(&bridge, address).await?;
         let dir = agent.logs_dir(self.id);
         std::fs::create_dir_all(&dir).map_err(|error| Error::Transient(error.to_string()))?;
-        // What the run before has left is read; a file of an earlier version goes.
+        // Reads the rest of the previous run's output. A log file of an earlier version is removed.
         tokio::task::block_in_place(|| self.read_last_words(agent, instance.number));
         let _ = std::fs::remove_file(raw_log(&dir, instance.number));
         let pipe =
@@ -190,13 +189,13 @@ impl App {
         podman.create(&spec).await?;
         let made = podman.inspect(&instance.container).await?;
         render::check_made(&made.annotations, &made.healthcheck).map_err(Error::Rejected)?;
-        // Its rules are in force before its first packet.
+        // The instance's rules are applied before it sends its first packet.
         agent.refresh_firewall().await?;
         waiting.next();
         fail::fail_point!("agent::init", |_| Err(Error::Transient("failpoint".into())));
         podman.init(&instance.container).await?;
         let ready = podman.inspect(&instance.container).await?;
-        // On record at once: a crash from here on leaves a namespace that is known.
+        // Recorded at once: after a crash from here on, the namespace is still known.
         self.with(instance.number, |i| i.sandbox.clone_from(&ready.sandbox));
         let port = ports::isolate(&bridge, &ready.sandbox, address).await?;
         ports::address(&bridge, &ready.sandbox, address, recorded.subnet).await?;
@@ -219,8 +218,8 @@ impl App {
         Ok(Up { pid: up.pid, born, conmon: up.conmon, uid, hosts, port, identity, exit_file })
     }
 
-    /// The names that an instance knows: itself, and what it may talk to. Another tenant's app `api` of `acme`
-    /// is `api.acme`.
+    /// Returns the hosts file of an instance: its own name and the names it may reach. The app `api` of another
+    /// tenant `acme` is named `api.acme`.
     fn hosts_text(&self, agent: &Agent, own: std::net::Ipv4Addr) -> String {
         use std::fmt::Write as _;
         let mut out = format!("127.0.0.1 localhost\n{own} {}\n", self.name);
@@ -245,7 +244,7 @@ impl App {
         out
     }
 
-    /// Writes changed names into running instances.
+    /// Writes changed names into the hosts files of running instances.
     pub(super) fn write_hosts(&self, agent: &Agent) {
         let running: Vec<Instance> =
             lock(&self.kept).instances.iter().filter(|i| i.pid > 0 && !i.hosts.is_empty()).cloned().collect();
@@ -264,7 +263,7 @@ impl App {
         }
     }
 
-    /// Stops an instance beside the loop: its grace may be long.
+    /// Stops an instance in its own task: its grace period may be long.
     pub(super) fn begin_stop(self: &Arc<Self>, agent: &Arc<Agent>, number: u32) {
         let Some((container, sandbox)) = self.with(number, |i| {
             i.enter(InstanceState::Stopping);
@@ -291,7 +290,7 @@ impl App {
             if let Some((bridge, address)) = port
                 && let Err(error) = ports::clear(&bridge, address).await
             {
-                tracing::warn!(%error, container, "a port was left");
+                tracing::warn!(%error, container, "the bridge port of a stopped instance cannot be removed");
             }
             tokio::task::block_in_place(|| app.read_last_words(&agent, number));
             let before = serde_json::to_vec(&*lock(&app.kept)).unwrap_or_default();
@@ -303,26 +302,26 @@ impl App {
             app.forget(&agent, number);
             app.record(&agent, &before);
             if let Err(error) = agent.refresh_firewall().await {
-                tracing::warn!(%error, "the rules of an instance that is gone are taken away later");
+                tracing::warn!(%error, "the rules of a stopped instance are removed later");
             }
             app.wake.notify_one();
         });
     }
 
-    /// Ends the process of an instance whose engine does not stop it: its grace is over by then. The number alone may
-    /// be another process's by now, so its time of birth is compared while a handle holds it.
+    /// Kills the process of an instance that the engine did not stop; its grace period is over by then. The process
+    /// id may have been reused, so the start time is compared while a pidfd holds the process.
     fn end_process(&self, number: u32) {
         use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
         let Some(instance) = self.instance(number).filter(|i| i.pid > 1) else { return };
         let Some(pid) = Pid::from_raw(instance.pid) else { return };
         let Ok(handle) = pidfd_open(pid, PidfdFlags::empty()) else { return };
         if born(instance.pid) == Some(instance.born) {
-            tracing::warn!(app = %self.name, number, "the engine did not stop an instance; its process is ended");
+            tracing::warn!(app = %self.name, number, "the engine did not stop an instance; its process is killed");
             let _ = pidfd_send_signal(handle, Signal::KILL);
         }
     }
 
-    /// The bridge and the address of an instance.
+    /// Returns the bridge and the address of an instance.
     fn port_of(&self, agent: &Agent, number: u32) -> Option<(String, std::net::Ipv4Addr)> {
         let bridge = agent.bridge_of(&self.tenant)?;
         let kept = lock(&self.kept);
@@ -331,8 +330,8 @@ impl App {
     }
 }
 
-/// Removes a container, and its namespace with it: of one that never started, or that ended by itself,
-/// the engine leaves the namespace lying.
+/// Removes a container and its network namespace. The engine leaves the namespace behind if the container never
+/// started or ended by itself.
 pub(in crate::driver::agent) async fn discard(agent: &Agent, container: &str) -> Result<(), Error> {
     let sandbox = agent.podman.inspect(container).await.map(|seen| seen.sandbox).unwrap_or_default();
     agent.podman.remove(container).await?;
@@ -351,8 +350,8 @@ struct Up {
     exit_file: String,
 }
 
-/// The file in which a monitor will write the exit code of its container. Its own command line names the folder; it is
-/// the engine's, and no tenant's.
+/// Returns the file into which a monitor writes the exit code of its container. The folder is read from the
+/// monitor's command line; it belongs to the engine, not to a tenant.
 fn exit_file(monitor: i32, identity: &str) -> Option<String> {
     let line = std::fs::read(format!("/proc/{monitor}/cmdline")).ok()?;
     let mut words = line.split(|byte| *byte == 0).map(String::from_utf8_lossy);
@@ -366,8 +365,8 @@ fn owner(pid: i32) -> Option<u32> {
     status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().next()?.parse().ok()
 }
 
-/// Why the engine did not start an instance, in words that name nothing of the host; its own words are
-/// in the platform's log.
+/// Returns why the engine did not start an instance, without details of the host. The engine's own message is in
+/// the platform's log.
 fn why_not_started(error: &Error) -> (Cause, String) {
     if let Error::Rejected(why) = error {
         return (Cause::ImageError, short(why));
@@ -375,10 +374,13 @@ fn why_not_started(error: &Error) -> (Cause, String) {
     let text = error.to_string();
     let known = [
         ("executable file", "its command is not in the image"),
-        ("no such file or directory", "its command, or what runs it, is not in the image"),
+        (
+            "no such file or directory",
+            "its command, or the interpreter or loader of its command, is not in the image",
+        ),
         ("permission denied", "its user may not execute its command"),
-        ("exec format error", "its command is no program for this machine"),
-        ("firewall table", "the firewall table is not there; nothing starts without it"),
+        ("exec format error", "its command is not an executable for this machine's architecture"),
+        ("firewall table", "the firewall table is missing; nothing starts without it"),
         ("no such image", "its image is not in the engine's store"),
         ("image not known", "its image is not in the engine's store"),
     ];
@@ -387,14 +389,14 @@ fn why_not_started(error: &Error) -> (Cause, String) {
         Some((sign, why)) if sign.contains("image") => (Cause::ImageError, (*why).to_owned()),
         Some((_, why)) => (Cause::StartError, (*why).to_owned()),
         None => {
-            (Cause::StartError, "the container engine refused it; the platform's log has its words".into())
+            (Cause::StartError, "the container engine refused it; the reason is in the platform's log".into())
         }
     }
 }
 
-/// Writes into the very file that an instance has mounted; a new file would not be seen inside.
+/// Writes into the existing file, which the instance has mounted. A new file would not be visible inside.
 fn write_in_place(path: &Path, text: &str) {
     if let Err(error) = std::fs::write(path, text) {
-        tracing::debug!(%error, path = %path.display(), "names were not written");
+        tracing::debug!(%error, path = %path.display(), "a hosts file cannot be written");
     }
 }

@@ -1,5 +1,5 @@
-//! What the agent does to an instance's process and sees of it by itself, whatever the engine has answered: its user
-//! namespace makes no further ones, and the system call filter is in force.
+//! Hardens and checks an instance's process directly, independent of the engine's answers: no further user
+//! namespaces, and an active system call filter.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -9,15 +9,15 @@ use tokio::process::Command;
 use super::born;
 use crate::driver::Error;
 
-/// How long the program that writes one number may take.
+/// Time limit of the program that writes the sysctl.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a process may take from its start to its own program, tries and pause.
+/// How long a process may take from its start to its own program: tries, and the pause between them.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Sets the number of user namespaces below a prepared process' own to none: the second line behind the filter.
-/// The runtime takes no such setting; the kernel takes it from within that namespace, where nothing of the app runs
-/// yet.
+/// Sets the limit of user namespaces below a prepared process's own namespace to zero: a second barrier behind the
+/// filter. The runtime has no such setting. The kernel accepts it from within that namespace, before any code of
+/// the app runs.
 pub(super) async fn close_user_namespaces(pid: i32) -> Result<(), Error> {
     let failed = |why: String| Error::Transient(format!("user namespaces cannot be closed: {why}"));
     if pid <= 0 {
@@ -37,11 +37,11 @@ pub(super) async fn close_user_namespaces(pid: i32) -> Result<(), Error> {
         Ok(Ok(done)) if done.status.success() => Ok(()),
         Ok(Ok(done)) => Err(failed(String::from_utf8_lossy(&done.stderr).trim().chars().take(200).collect())),
         Ok(Err(error)) => Err(failed(error.to_string())),
-        Err(_) => Err(failed("nsenter does not end".into())),
+        Err(_) => Err(failed("nsenter does not finish in time".into())),
     }
 }
 
-/// Waits until a started process is under a system call filter. One that has ended by then needs none.
+/// Waits until a started process is under a system call filter. A process that has already ended needs none.
 pub(super) async fn require_filter(pid: i32) -> Result<(), Error> {
     let Some(own) = born(pid) else { return Ok(()) };
     for _ in 0..TRIES {
@@ -54,7 +54,7 @@ pub(super) async fn require_filter(pid: i32) -> Result<(), Error> {
     Err(Error::Rejected("the engine started it without the system call filter; it was stopped".into()))
 }
 
-/// The kind of system call filter, by the text of `/proc/PID/status`; 2 is a filter of rules.
+/// Returns the kind of system call filter from the text of `/proc/PID/status`; 2 is a filter of rules.
 fn filter_of(status: &str) -> Option<u32> {
     status.lines().find_map(|line| line.strip_prefix("Seccomp:"))?.trim().parse().ok()
 }

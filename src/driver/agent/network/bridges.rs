@@ -1,5 +1,5 @@
-//! The bridges as the root half keeps them: that they are there, that the machine knows who is on them, that each
-//! port is held to its own card.
+//! Keeps the bridges correct: they exist, the machine has a static neighbour entry for each address, and each port
+//! is locked to its MAC address.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -16,54 +16,55 @@ use crate::driver::podman::ports::{self, Seen};
 use crate::driver::workload::Subnet;
 use crate::ids::TenantName;
 
-/// After what the machine was told again, nothing is heard for so long.
+/// Minimum pause after neighbour entries were restored.
 const SHORTEST: Duration = Duration::from_millis(25);
-/// The same, if it forgets at once again and again. It is looked at every few seconds in any case.
+/// Maximum pause if entries are lost again and again. They are also checked every few seconds.
 const LONGEST: Duration = Duration::from_secs(5);
 
 impl Agent {
-    /// Sees to it that a tenant's network is there.
+    /// Creates a tenant's network if it is missing.
     pub(in crate::driver::agent) async fn ensure_network(&self, tenant: &TenantName) -> Result<(), Error> {
         let recorded = lock(&self.journal).tenant(tenant).cloned();
         let recorded = recorded.ok_or_else(|| Error::Rejected("this tenant is not in the journal".into()))?;
         let bridge = self.config.bridge(recorded.network);
         let made = self.podman.ensure_network(&bridge).await?;
         if made {
-            self.machine_event("network_made", format!("the network {bridge} of {tenant} was made"));
+            self.machine_event("network_made", format!("the network {bridge} of {tenant} was created"));
         }
         Ok(())
     }
 
-    /// Sees to it that the networks of all tenants that have apps are there and that each address is known; looks for
-    /// ports that are not held to their card.
+    /// Creates missing networks of all tenants that have apps, and restores missing neighbour entries. Collects the
+    /// ports that are not locked to their MAC address.
     pub(in crate::driver::agent) async fn keep_networks(&self) {
         let tenants: BTreeSet<TenantName> = lock(&self.apps).values().map(|app| app.tenant.clone()).collect();
         for tenant in tenants {
             if let Err(error) = self.ensure_network(&tenant).await {
-                tracing::warn!(%error, %tenant, "a network cannot be made");
+                tracing::warn!(%error, %tenant, "a network cannot be created");
             }
         }
         self.keep_neighbours().await;
         match ports::unlocked().await {
             Ok(unlocked) => *lock(&self.unlocked) = unlocked,
-            Err(error) => tracing::warn!(%error, "the ports cannot be looked at"),
+            Err(error) => tracing::warn!(%error, "the bridge ports cannot be read"),
         }
     }
 
-    /// Sees to it that the machine knows who is who on the bridges. Whether something had to be set right.
+    /// Restores the static neighbour entries of the bridges. Returns whether an entry had to be repaired.
     pub(in crate::driver::agent) async fn keep_neighbours(&self) -> bool {
         let held = neighbours::hold(&self.neighbours()).await;
         if let Some(error) = held.failed {
-            tracing::warn!(%error, "the neighbours on a bridge cannot be kept");
+            tracing::warn!(%error, "the neighbour entries of a bridge cannot be restored");
         }
         for (bridge, what) in &held.mended {
-            self.machine_event("neighbours_repaired", format!("{bridge}: {what}; it was set right"));
+            self.machine_event("neighbours_repaired", format!("{bridge}: {what}; repaired"));
         }
         !held.mended.is_empty()
     }
 
-    /// Closes the ports of what runs and settles who is on them: an earlier version may have left them otherwise. First
-    /// within all of them: once a bridge answers nobody any more, whoever still asks is cut off.
+    /// Closes the ports of running instances and sets their neighbour entries, which an earlier version may have
+    /// configured differently. The entries inside the instances come first: once a bridge no longer answers ARP, an
+    /// instance without entries has no network.
     pub(in crate::driver::agent) async fn settle(&self, all: &[Kept]) {
         for kept in all {
             for instance in &kept.instances {
@@ -79,14 +80,14 @@ impl Agent {
                     (Err(error), _) => Err(error),
                 };
                 if let Err(error) = settled {
-                    tracing::warn!(%error, app = %kept.workload.app, "an instance is not settled yet");
+                    tracing::warn!(%error, app = %kept.workload.app, "the network of an instance cannot be configured yet");
                     lock(&self.unsettled).insert(port.clone());
                 }
             }
         }
     }
 
-    /// Settles an instance that could not be settled before. What came of it, in words, if it was one.
+    /// Configures an instance that could not be configured before. Returns a message if it succeeded.
     pub(in crate::driver::agent) async fn settle_again(
         &self,
         kept: &Kept,
@@ -97,22 +98,22 @@ impl Agent {
         match ports::settle(&bridge, &instance.sandbox, own, subnet).await {
             Ok(()) => {
                 lock(&self.unsettled).remove(port);
-                Some(format!("instance {}: its network was settled late", instance.number))
+                Some(format!("instance {}: its network was configured late", instance.number))
             }
             Err(error) => {
-                tracing::warn!(%error, app = %kept.workload.app, "an instance is not settled yet");
+                tracing::warn!(%error, app = %kept.workload.app, "the network of an instance cannot be configured yet");
                 None
             }
         }
     }
 
-    /// The bridge, the address and the subnet of an instance.
+    /// Returns the bridge, the address and the subnet of an instance.
     fn place_of(&self, kept: &Kept, instance: &Instance) -> Option<(String, Ipv4Addr, Subnet)> {
         let recorded = lock(&self.journal).tenant(&kept.workload.tenant).cloned()?;
         Some((self.config.bridge(recorded.network), kept.address_of(instance)?, recorded.subnet))
     }
 
-    /// Who is on which bridge.
+    /// Returns the addresses on each bridge.
     fn neighbours(&self) -> BTreeMap<String, Neighbours> {
         let apps: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
         let mut bridges = BTreeMap::new();
@@ -132,12 +133,12 @@ impl Agent {
     }
 }
 
-/// Mends what the machine knows of its neighbours as soon as the kernel tells that some were forgotten.
+/// Restores neighbour entries as soon as the kernel reports that some were removed.
 pub(in crate::driver::agent) async fn minding(agent: Arc<Agent>, ear: Ear) {
     let mut pause = SHORTEST;
     loop {
         ear.heard().await;
-        // Whoever makes the machine forget all the time does not keep us at it.
+        // A program that removes entries all the time must not keep the agent busy.
         pause = if agent.keep_neighbours().await { (pause * 2).min(LONGEST) } else { SHORTEST };
         tokio::time::sleep(pause).await;
     }

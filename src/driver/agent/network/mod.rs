@@ -1,5 +1,5 @@
-//! The firewall as the root half keeps it: what stands behind it, what follows from that, the proof. `seen.rs`
-//! reads from the kernel what was refused and counted, `bridges.rs` keeps what it stands on.
+//! Compiles, verifies and applies the firewall table. `seen.rs` reads denied and counted packets from the kernel;
+//! `bridges.rs` maintains the bridges.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::Ipv4Addr;
@@ -26,14 +26,15 @@ mod seen;
 pub(super) use bridges::minding;
 pub(super) use seen::Counts;
 
-/// Most elements that follow from one tenant's flows.
+/// Maximum number of set elements derived from one tenant's flows.
 const ELEMENTS: usize = 20_000;
-/// Most connections of one change that are ended one by one; the packets of all are dropped in any case.
+/// Maximum number of connections of one change that are closed one by one. The packets of all are dropped in any
+/// case.
 const CUTS: usize = 1_000;
-/// Why flows are not taken: their tenant has to be told first.
+/// Error of a request with flows of an unknown tenant: the tenant must be created first.
 pub(crate) const UNKNOWN_TENANT: &str = "this tenant is not in the journal";
 
-/// Everything that a table follows from, as it was at one moment.
+/// A snapshot of everything from which a table is compiled.
 #[derive(Clone)]
 struct Moment {
     walls: Walls,
@@ -41,7 +42,7 @@ struct Moment {
     standing: Standing,
 }
 
-/// What is in force.
+/// The applied table and the state it was compiled from.
 pub(super) struct InForce {
     rules: Rules,
     table: Table,
@@ -50,24 +51,24 @@ pub(super) struct InForce {
     shape: String,
 }
 
-/// What is not allowed any more.
+/// Something that is no longer allowed.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Gone {
-    /// This rule.
+    /// A rule.
     Rule(Allowed),
-    /// Whatever a network sent outside while it was on trial.
+    /// The outside traffic of a network in audit mode.
     Trial(u32),
 }
 
-/// What was refused, by tenant, the newest last.
+/// Denied connections by tenant, the newest last.
 pub(super) type Denials = HashMap<TenantName, VecDeque<(AppId, Denied)>>;
 
-/// How much of the table is looked at.
+/// How much of the table is compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Depth {
     /// The chains and the heads of the sets.
     Shape,
-    /// The sets' elements too.
+    /// The elements of the sets too.
     Whole,
 }
 
@@ -82,7 +83,7 @@ impl Agent {
         }
     }
 
-    /// Everything that the table follows from, as it is at one moment.
+    /// Takes a snapshot of everything from which the table is compiled.
     fn moment(&self) -> Moment {
         let own = lock(&self.own).clone();
         let never: Vec<Range> = BUILT_IN.iter().copied().chain(own.iter().copied()).collect();
@@ -94,11 +95,11 @@ impl Agent {
         Moment { walls: Walls::new(self.shell(), never.clone(), subnets), never, standing }
     }
 
-    /// What stands behind the table: who is where, and which flows are meant for them.
+    /// Collects the inputs of the table: the address of each instance, and the flows of each app.
     fn standing(&self, own: &[Range]) -> Standing {
         let mut standing = Standing::default();
         let mut apps: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
-        // The elder first: it keeps an address that two of them claim.
+        // Sorted by age: if two apps claim one address, the older app keeps it.
         apps.sort_by_key(|app| app.id);
         let mut tenants = HashMap::new();
         let mut taken = HashSet::new();
@@ -110,7 +111,7 @@ impl Agent {
             let all = addresses.len();
             addresses.retain(|address| taken.insert(*address));
             if addresses.len() < all {
-                tracing::error!(tenant = %app.tenant, app = %app.name, "an address is another app's: it stays closed");
+                tracing::error!(tenant = %app.tenant, app = %app.name, "an address belongs to another app; it stays closed");
             }
             tenants.insert(app.id, app.tenant.clone());
             let tenant = app.tenant.clone();
@@ -130,7 +131,7 @@ impl Agent {
                 let mut meant = Vec::new();
                 for flow in app.flows.iter().filter(|flow| flow.until.is_none_or(|until| until > now)) {
                     let targets = match &flow.target {
-                        // Of no avail until the other app is here, and never for another of its name.
+                        // Ignored until the target app exists, and never applied to another app of the same name.
                         Target::App { tenant, app } if tenants.get(app) == Some(tenant) => {
                             standing.apps.get(app).map_or(0, |place| place.addresses.len())
                         }
@@ -138,7 +139,7 @@ impl Agent {
                         _ if flows::obstacle(flow, pool, own).is_some() => continue,
                         _ => 1,
                     };
-                    // One tenant's rules do not become everybody's burden: what goes beyond stays closed.
+                    // The flows of one tenant must not burden all others: flows beyond the limit stay closed.
                     let Some(left) = room.checked_sub(sources * targets) else { continue };
                     room = left;
                     meant.push(flow.clone());
@@ -153,7 +154,7 @@ impl Agent {
             }
         }
         drop(flows);
-        // A machine's own address may have been found for a name before it was the machine's own.
+        // An address may have been resolved for a name before it became the machine's own address.
         let outside = |address: &Ipv4Addr| never::against_outside(Cidr::of(*address), own).is_none();
         standing.resolved = self
             .resolved()
@@ -165,14 +166,15 @@ impl Agent {
         standing
     }
 
-    /// What nobody reaches beside the built-in ranges.
+    /// Returns the machine's own addresses and the blocked ranges, which no tenant reaches beside the reserved
+    /// ranges.
     pub(super) fn walls(&self) -> crate::driver::Walls {
         let own = lock(&self.own);
         let own = own.iter().filter(|range| range.is_own()).filter_map(|range| range.network.single());
         crate::driver::Walls { own: own.collect(), closed: self.config.closed.clone() }
     }
 
-    /// Takes over a tenant's flows and puts them in force. Returns the number of the plan that is held then.
+    /// Stores a tenant's flows and applies them. Returns the number of the applied plan.
     pub(super) async fn ensure_flows(&self, flows: TenantFlows) -> Result<i64, Error> {
         if lock(&self.journal).tenant(&flows.tenant).is_none() {
             return Err(Error::Rejected(UNKNOWN_TENANT.into()));
@@ -184,25 +186,28 @@ impl Agent {
         let tenant = flows.tenant.clone();
         let (wanted, number) = (flows.plan, lock(&self.flows).take(flows)?);
         if let Some(told) = told.filter(|_| wanted == number) {
-            self.machine_event("flow_left_out", format!("a flow of {tenant} stays closed: {told}"));
+            self.machine_event(
+                "flow_left_out",
+                format!("a flow of {tenant} cannot be applied and stays closed: {told}"),
+            );
         }
         self.refresh_firewall().await?;
         Ok(number)
     }
 
-    /// Puts in force what follows from everything on record; connections that are no longer allowed are
-    /// cut. Nothing goes to the kernel unproven.
+    /// Applies the table compiled from the recorded state, and closes connections that are no longer allowed. Only
+    /// verified tables go to the kernel.
     pub(super) async fn refresh_firewall(&self) -> Result<(), Error> {
         let mut firewall = self.firewall.lock().await;
         let moment = self.moment();
-        // With many tenants this is work for milliseconds: others do not wait for it on this thread.
+        // With many tenants this takes milliseconds: other tasks must not wait for it on this thread.
         let rules = tokio::task::block_in_place(|| compile(self.shell(), &moment.never, &moment.standing));
         if firewall.as_ref().is_some_and(|applied| applied.rules == rules) {
             return Ok(());
         }
         let change =
             firewall.as_ref().and_then(|applied| Some((rules.change(&applied.rules)?, &applied.table)));
-        // What counters say that go with it, or with the whole table.
+        // Reads the counters that this change removes, or all counters if the whole table is replaced.
         let losing = |applied: &InForce| {
             applied.rules.is_counting() && (change.is_none() || rules.stops_counting(&applied.rules))
         };
@@ -215,7 +220,8 @@ impl Agent {
                     proof::prove_change(text, before, &moment.walls, &moment.standing)
                 });
                 let proven = self.proven(proven)?;
-                // A change that the kernel does not take, because somebody has been at its sets, is made whole.
+                // If the kernel rejects the change because its sets were modified from outside, the whole table is
+                // replaced.
                 kernel::apply(&proven).await.ok().map(|()| proven.into_table())
             }
             None => None,
@@ -234,7 +240,7 @@ impl Agent {
         }
         *firewall = Some(InForce { rules, table, moment, shape });
         drop(firewall);
-        // Their packets are dropped already; what is tracked of them is tidied up beside.
+        // Their packets are already dropped; the tracked connections are closed in another task.
         if !gone.is_empty() {
             lock(&self.gone).extend(gone.into_iter().take(CUTS));
             self.cut.notify_one();
@@ -242,8 +248,8 @@ impl Agent {
         Ok(())
     }
 
-    /// Ends the tracked connections of what is gone and has not come back: one by one, so that what is allowed for
-    /// another reason goes on.
+    /// Closes the tracked connections of removed rules that have not come back. It closes them one by one, so that
+    /// connections allowed for another reason continue.
     pub(super) async fn cut_gone(&self) {
         loop {
             let next = lock(&self.gone).pop_first();
@@ -274,15 +280,18 @@ impl Agent {
         }
     }
 
-    /// Whether the rules that are in force let a connection through.
+    /// Returns whether the applied rules allow a connection.
     pub(super) async fn permits(&self, to: &Allowed) -> bool {
         self.firewall.lock().await.as_ref().is_some_and(|applied| applied.rules.permits(to))
     }
 
     fn proven(&self, outcome: Result<Proven, proof::Refused>) -> Result<Proven, Error> {
         outcome.map_err(|refused| {
-            self.machine_event("plan_refused", format!("the firewall's next table is not proven: {refused}"));
-            Error::Transient("the firewall's next table is not proven; what is in force stays".into())
+            self.machine_event(
+                "plan_refused",
+                format!("verification of the next firewall table failed: {refused}"),
+            );
+            Error::Transient("verification of the next firewall table failed; the applied table stays".into())
         })
     }
 
@@ -295,13 +304,13 @@ impl Agent {
         Ok((proven.into_table(), shape))
     }
 
-    /// Whether the table is there: without it nothing starts.
+    /// Returns whether the table exists. No instance starts without it.
     pub(super) async fn table_is_there(&self) -> bool {
         let firewall = self.firewall.lock().await;
         firewall.is_some() && kernel::shape(&self.config.table()).await.is_some()
     }
 
-    /// Holds the table against what it must be, and loads it again if somebody has been at it.
+    /// Compares the table with the expected one, and loads it again if it was changed from outside.
     pub(super) async fn repair_firewall(&self, depth: Depth) {
         let mut firewall = self.firewall.lock().await;
         let Some(applied) = firewall.as_ref() else { return };
@@ -310,15 +319,15 @@ impl Agent {
         if same && (depth == Depth::Shape || kernel::holds(&applied.rules).await) {
             return;
         }
-        let what = if seen.is_none() { "was gone" } else { "had been changed" };
-        // What is on record may have moved on since; if that cannot be proven, what was proven last comes back: a
-        // table that is away would be everything open.
+        let what = if seen.is_none() { "was deleted" } else { "was changed" };
+        // The recorded state may have changed since. If its table cannot be verified, the last verified table is
+        // loaded: without a table everything would be open.
         let moment = self.moment();
         let now = tokio::task::block_in_place(|| compile(self.shell(), &moment.never, &moment.standing));
         let loaded = match self.replace(&now, &moment).await {
             Ok(loaded) => Ok((now, moment, loaded)),
             Err(error) => {
-                tracing::error!(%error, "the table of this moment is not loaded; the last one is");
+                tracing::error!(%error, "the current table cannot be loaded; the last verified one is loaded");
                 let (rules, moment) = (applied.rules.clone(), applied.moment.clone());
                 self.replace(&rules, &moment).await.map(|loaded| (rules, moment, loaded))
             }
@@ -328,15 +337,15 @@ impl Agent {
                 *firewall = Some(InForce { rules, table, moment, shape });
                 self.machine_event(
                     "firewall_repaired",
-                    format!("the nftables table {what} and was loaded again"),
+                    format!("the nftables table {what} from outside and was loaded again"),
                 );
             }
             Err(error) => tracing::error!(%error, "the nftables table cannot be loaded"),
         }
     }
 
-    /// Takes note of the machine's own addresses, and of what its configuration closes. If they cannot be read, those
-    /// that are known stay.
+    /// Reads the machine's own addresses and adds the blocked ranges of the configuration. If they cannot be read,
+    /// the known addresses stay.
     pub(super) async fn note_own_addresses(&self) {
         let pool = self.config.pool();
         match ports::own_addresses(|address| pool.contains(*address)).await {
@@ -344,12 +353,14 @@ impl Agent {
                 own.extend(self.config.closed.iter().map(|network| never::configured(*network)));
                 *lock(&self.own) = own;
             }
-            Err(error) => tracing::warn!(%error, "the machine's own addresses are not known anew"),
+            Err(error) => {
+                tracing::warn!(%error, "the machine's own addresses cannot be read; the known ones stay")
+            }
         }
     }
 }
 
-/// Connections that were begun from these addresses of a network.
+/// Returns the tracked connections that started from these addresses of a network.
 async fn tracked(network: u32, from: Cidr) -> Vec<Allowed> {
     let one = |(protocol, source, target, port)| Allowed {
         network,

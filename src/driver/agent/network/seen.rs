@@ -1,4 +1,4 @@
-//! What the kernel has seen: packets that were refused, or let through on trial, and those that are counted.
+//! Reads packets from the kernel: denied ones, those that audit mode allowed, and counted ones.
 
 use std::collections::{HashMap, HashSet};
 use std::net::Ipv4Addr;
@@ -14,31 +14,32 @@ use crate::ids::{AppId, TenantName};
 use crate::policy::proof::{Place, Standing};
 use crate::policy::{Cidr, Protocol};
 
-/// How long after the platform has tried something itself a refusal of it is still its own.
+/// A denial counts as caused by the platform's own probe for this long after the probe.
 const OWN_TRY: Duration = Duration::from_secs(3);
-/// Most refusals that are remembered of a tenant.
+/// Maximum number of denials stored for a tenant.
 const REMEMBERED: usize = 500;
 
-/// Of what something is counted: tenant, app, target, protocol, port.
+/// Key of a counter: tenant, app, target, protocol, port.
 type CountOf = (TenantName, AppId, Cidr, Protocol, u16);
 
-/// Packets that were counted of connections that are about to close, also of counters that are gone.
+/// Packets of connections that are about to be closed, including those of counters that no longer exist.
 #[derive(Debug, Default)]
 pub(in crate::driver::agent) struct Counts {
     sums: HashMap<CountOf, u64>,
     last: HashMap<(u32, Ipv4Addr, Cidr, Protocol, u16), u64>,
 }
 
-/// When the table is nearly full, whoever has more than one in so many of all that there is room for loses them.
+/// When the connection tracking table is nearly full, a tenant with more than this fraction of it loses its
+/// connections.
 const SHARE: u64 = 16;
-/// How long nothing more is told of a table of connections that is nearly full.
+/// Minimum time between two reports of a nearly full connection tracking table.
 const CROWDED: Duration = Duration::from_secs(300);
 
-/// Most counts that are told at a time.
+/// Maximum number of counts in one answer.
 const TOLD: usize = 20_000;
 
 impl Agent {
-    /// Reads from the kernel what was refused, and remembers it by tenant.
+    /// Reads denied packets from the kernel and stores them by tenant.
     pub(in crate::driver::agent) async fn note_denials(&self) {
         let seen = kernel::denied(&self.config.table()).await;
         if seen.is_empty() {
@@ -52,16 +53,17 @@ impl Agent {
         let mut denials = lock(&self.denials);
         for Refusal { bridge, source, target, protocol, port, ago, let_through, hasty } in seen {
             let Some((tenant, network)) = tenants.get(&bridge) else { continue };
-            // What the platform tried by itself is not the app's doing, and not for the tenant to learn from.
+            // The platform's own probes are not the app's doing, and a tenant must not learn from them.
             let last = Instant::now().checked_sub(Duration::from_secs(ago));
             let ours = tried
                 .get(&(source, target, port))
                 .is_some_and(|at| last.is_none_or(|last| last <= *at + OWN_TRY));
-            // That too many were begun is not for what the platform tries.
+            // Packets over the rate limit are reported even if a probe caused them.
             if ours && !hasty {
                 continue;
             }
-            // An address that is no instance's is told to nobody but the record: whoever forged it is unknown.
+            // A source address that belongs to no instance is forged by an unknown sender: it is recorded under no
+            // app.
             let app = owners.get(&(*network, source)).copied().unwrap_or(AppId(0));
             let at = now - time::Duration::seconds(i64::try_from(ago).unwrap_or(0));
             let list = denials.entry(tenant.clone()).or_default();
@@ -71,7 +73,7 @@ impl Agent {
                 *own == app && known == (source, target, protocol, port, let_through, hasty)
             };
             let known = list.iter().position(same).and_then(|at| list.remove(at)).map(|(_, known)| known);
-            // Seconds are rounded: a later look may seem to see an earlier packet.
+            // Seconds are rounded: a later read may seem to report an earlier packet.
             let (first, at) = known.map_or((at, at), |known| (known.first, known.last.max(at)));
             list.push_back((
                 app,
@@ -83,7 +85,7 @@ impl Agent {
         }
     }
 
-    /// What was counted of the flows that are about to close.
+    /// Returns the counts of the flows that are about to be closed.
     pub(in crate::driver::agent) async fn used(&self) -> Vec<Used> {
         let standing = self.standing(&lock(&self.own).clone());
         self.note_counts(&standing).await;
@@ -99,8 +101,8 @@ impl Agent {
         counts.sums.iter().filter(|(_, packets)| **packets > 0).take(TOLD).map(told).collect()
     }
 
-    /// Adds up what the kernel has counted: before its counters go, and whenever somebody asks. `standing`: whose the
-    /// addresses are that it has counted.
+    /// Adds up the kernel's counters: before they are removed, and on each request. `standing` tells which app owns
+    /// each counted address.
     pub(in crate::driver::agent) async fn note_counts(&self, standing: &Standing) {
         if lock(&self.flows).all().all(|plan| plan.watched.is_empty()) {
             *lock(&self.counts) = Counts::default();
@@ -115,7 +117,7 @@ impl Agent {
             let Some(app) = owners.get(&(*number, source)) else { continue };
             let element = (*number, source, network, protocol, port);
             let before = counts.last.insert(element, packets).unwrap_or(0);
-            // A counter that is lower than it was, was made anew.
+            // A counter that is lower than before was created anew.
             let more = if packets >= before { packets - before } else { packets };
             *counts.sums.entry((tenant.clone(), *app, network, protocol, port)).or_default() += more;
         }
@@ -123,8 +125,9 @@ impl Agent {
         counts.sums.retain(|(_, app, ..), _| watched.contains(app));
     }
 
-    /// When the kernel's table of tracked connections is nearly full, forgets those of every tenant that has more than
-    /// a part of it, and tells so: nobody on the machine begins a connection once it is full.
+    /// Drops the tracked connections of every tenant with more than its fraction when the kernel's connection
+    /// tracking table is nearly full, and reports it. Once that table is full, no process on the machine can open a
+    /// connection.
     pub(in crate::driver::agent) async fn relieve(&self) {
         let Some((count, most)) = kernel::tracked_of().filter(|both| kernel::is_crowded(*both)) else {
             return;
@@ -140,7 +143,7 @@ impl Agent {
         let mut greedy: Vec<_> = sums.into_iter().filter(|(_, (n, _))| *n > most / SHARE).collect();
         greedy.sort_by_key(|(_, (n, _))| std::cmp::Reverse(*n));
         for (name, (n, subnet)) in &greedy {
-            tracing::warn!(tenant = %name, n, "too many connections are tracked; they are forgotten");
+            tracing::warn!(tenant = %name, n, "a tenant has too many tracked connections; they are dropped");
             if let Some(subnet) = Cidr::new(subnet.address(), subnet.prefix()) {
                 kernel::forget(subnet).await;
             }
@@ -153,27 +156,27 @@ impl Agent {
             *told = Some(Instant::now());
         }
         let whose = match greedy.as_slice() {
-            [] => ", and no tenant has many of them".to_owned(),
+            [] => "; no tenant has a large part of them".to_owned(),
             [(name, (n, _)), rest @ ..] => {
                 let others =
                     if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
                 format!(
-                    ", {n} of them begun by apps of {name}; those of {name}{others} were forgotten, and what lives among them may have to be begun anew"
+                    "; {n} belong to {name}. The entries of {name}{others} were dropped; clients may have to reconnect"
                 )
             }
         };
         self.machine_event(
             "connections_crowded",
-            format!("{count} of the {most} connections that this machine can track were in use{whose}"),
+            format!("the connection tracking table is nearly full: {count} of {most} entries{whose}"),
         );
     }
 
-    /// Whether a tenant's apps begin so many connections that nothing can be tried from within them.
+    /// Returns whether a tenant is rate limited, so that probes from its instances say nothing.
     pub(in crate::driver::agent) async fn is_hurried(&self, network: u32) -> bool {
         kernel::is_hurried(&self.config.table(), &self.config.bridge(network)).await
     }
 
-    /// What was refused of one app lately, the newest first.
+    /// Returns the recent denials of one app, the newest first.
     pub(in crate::driver::agent) fn denied(&self, tenant: &TenantName, app: AppId) -> Vec<Denied> {
         let denials = lock(&self.denials);
         let list = denials.get(tenant).into_iter().flatten().rev();
@@ -181,7 +184,7 @@ impl Agent {
     }
 }
 
-/// Whose an address of a network is.
+/// Returns the app of each address, by network.
 fn owners(standing: &Standing) -> HashMap<(u32, Ipv4Addr), AppId> {
     let of = |(app, place): (&AppId, &Place)| {
         let (app, network) = (*app, place.network);

@@ -1,6 +1,6 @@
-//! Trying it: a connection from within an app's own network namespace. That it opens proves nothing, since
-//! anything on the way may accept it; for an instance of ours it counts only when the other side's own list
-//! of sockets has it, under the port that this probe alone has.
+//! Probes: connections from within an app's own network namespace. An open connection proves nothing, since any
+//! device on the way may accept it. For an instance of this machine it counts only if the target's own socket list
+//! has it, under the unique source port of the probe.
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
@@ -15,18 +15,18 @@ use crate::driver::{Error, InstanceState, Listener, Probe, ProbeOutcome, ProbeTa
 use crate::ids::{AppId, TenantName};
 use crate::policy::{Cidr, Protocol};
 
-/// How long a probe waits. A refusal by the firewall comes at once.
+/// How long a probe waits. A denial by the firewall is immediate.
 const PATIENCE: Duration = Duration::from_millis(1_500);
-/// How long what was seen to listen is told without a new look: longer than from one round to the next.
+/// How long a result about listening sockets is reused: longer than the interval of the rounds.
 const LISTENED: Duration = Duration::from_secs(90);
 
 mod rounds;
 mod wanted;
 
-/// An instance to try from, or to try.
+/// An instance to probe from, or to probe.
 #[derive(Debug, Clone)]
 struct Place {
-    /// Its network namespace, as it was recorded before its process started: that process cannot make it another.
+    /// Its network namespace, recorded before its process started: that process cannot replace it.
     sandbox: String,
     /// Number of its network.
     network: u32,
@@ -34,8 +34,9 @@ struct Place {
 }
 
 impl Agent {
+    /// Returns the running instances of an app.
     ///
-    /// A process that has just ended counts as gone, though its instance is still on record as running.
+    /// A process that has just ended counts as gone, even if its instance is still recorded as running.
     fn places(&self, tenant: &TenantName, app: AppId) -> Vec<Place> {
         let Some(app) = self.app(app).filter(|app| app.tenant == *tenant) else { return Vec::new() };
         let Some(network) = lock(&self.journal).ever(tenant).map(|own| own.network) else {
@@ -54,7 +55,7 @@ impl Agent {
             .collect()
     }
 
-    /// Tries whether an app gets somewhere.
+    /// Probes whether an app reaches a target.
     pub(super) async fn probe(
         self: &Arc<Self>,
         tenant: &TenantName,
@@ -73,8 +74,8 @@ impl Agent {
                 (place.address, Some(place))
             }
         };
-        let busy = || Error::Transient("others are being tried; try again in a moment".into());
-        // The platform's own probes wait for no tenant's.
+        let busy = || Error::Transient("other probes are under way; try again in a moment".into());
+        // The platform's own probes do not wait for those of tenants.
         let room = if platform { &self.platform_probes } else { &self.probes };
         let _room = room.try_acquire().map_err(|_| busy())?;
         let _turn = if platform { None } else { Some(Probing::enter(self, tenant).ok_or_else(busy)?) };
@@ -83,18 +84,18 @@ impl Agent {
         let outcome = within(&from, move || attempt(address, protocol, port, peer.as_ref())).await?;
         if outcome == ProbeOutcome::Silent && self.is_hurried(network).await {
             return Err(Error::Rejected(
-                "the tenant's apps begin more connections than they may: nothing can be tried from them now"
+                "the tenant's apps exceed their rate of new connections: they cannot be probed now; try again later"
                     .into(),
             ));
         }
         Ok(self.by_whom(outcome, (network, source), (address, protocol, port)).await)
     }
 
-    /// Whether the rules that are in force let an app's packets through; none if no instance of it runs.
+    /// Returns whether the applied rules allow an app's packets; none if no instance of it runs.
     pub(super) async fn lets_through(&self, probe: &Probe) -> Option<bool> {
         let from = self.places(&probe.tenant, probe.app).into_iter().next()?;
         let ProbeTarget::Address(target) = probe.target else { return None };
-        // What an instance sends to itself never leaves it.
+        // An instance's packets to itself never leave it.
         if target == from.address {
             return Some(true);
         }
@@ -104,8 +105,8 @@ impl Agent {
         Some(self.permits(&to).await)
     }
 
-    /// An answer that there is no way may be the firewall's, or somebody's further on: the firewall's it is where its
-    /// rules do not let the packet through.
+    /// Tells a denial by this firewall from one further on: a "prohibited" answer is this firewall's if its rules
+    /// do not allow the packet.
     async fn by_whom(
         &self,
         outcome: ProbeOutcome,
@@ -120,15 +121,15 @@ impl Agent {
         }
     }
 
-    /// Tries what a tenant's apps must reach and must not.
+    /// Probes the required and the forbidden connections of a tenant's apps.
     pub(super) async fn try_tenant(self: &Arc<Self>, tenant: &TenantName) -> Result<Probed, Error> {
-        let busy = || Error::Transient("others are being tried; try again in a moment".into());
+        let busy = || Error::Transient("other probes are under way; try again in a moment".into());
         let _room = self.platform_probes.try_acquire().map_err(|_| busy())?;
         Ok(self.probe_tenant(tenant).await)
     }
 
-    /// What listens on the machine, tried from within some instance, if one runs. Looked at anew with each round of
-    /// probes; who asks in between, or how many do, tries nothing.
+    /// Returns the machine's listening sockets, probed from within an instance if one runs. The result is renewed
+    /// with each round of probes; requests in between reuse it.
     pub(super) async fn listeners(&self) -> Vec<Listener> {
         let known = self.listening.lock().await.clone();
         match known {
@@ -137,10 +138,10 @@ impl Agent {
         }
     }
 
-    /// Looks for what listens on the machine, and tries it.
+    /// Reads the machine's listening sockets and probes them.
     async fn look_for_listeners(&self) -> Vec<Listener> {
         let mut known = self.listening.lock().await;
-        // Others who waited for the same look at what the first has seen.
+        // Concurrent callers reuse the result of the first one.
         if let Some((at, listeners)) = known.as_ref()
             && at.elapsed() < Duration::from_secs(10)
         {
@@ -164,7 +165,7 @@ impl Agent {
         listeners
     }
 
-    /// Notes that the platform itself tries something from an instance: what is refused of it is not the app's.
+    /// Records that the platform itself probes from an instance: a denial of the probe is not the app's.
     fn note_tried(&self, source: Ipv4Addr, target: Ipv4Addr, port: u16) {
         let mut tried = lock(&self.tried);
         let now = std::time::Instant::now();
@@ -172,7 +173,7 @@ impl Agent {
         tried.insert((source, target, port), now);
     }
 
-    /// The instance that has an address.
+    /// Returns the instance with this address.
     fn at(&self, address: Ipv4Addr) -> Option<Place> {
         let apps: Vec<_> = lock(&self.apps).values().cloned().collect();
         apps.into_iter().find_map(|app| {
@@ -181,12 +182,12 @@ impl Agent {
     }
 }
 
-/// Does something within an instance's network namespace.
+/// Runs a function within an instance's network namespace.
 async fn within<T: Send + 'static>(
     place: &Place,
     what: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
-    let failed = |error: std::io::Error| Error::Transient(format!("the instance's network: {error}"));
+    let failed = |error: std::io::Error| Error::Transient(format!("the network namespace: {error}"));
     namespace::within(&place.sandbox, what).await.map_err(failed)
 }
 
@@ -209,7 +210,7 @@ fn attempt(address: Ipv4Addr, protocol: Protocol, port: u16, peer: Option<&Place
             },
             Err(error) => outcome(&error),
         },
-        // Whether a datagram arrives, only its receiver knows; that it was refused is told at once.
+        // Only the receiver knows whether a datagram arrives; a denial is reported at once.
         Protocol::Udp => {
             let sent = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| {
                 socket.set_read_timeout(Some(Duration::from_millis(300)))?;
@@ -225,7 +226,7 @@ fn attempt(address: Ipv4Addr, protocol: Protocol, port: u16, peer: Option<&Place
     }
 }
 
-/// Whether a namespace has a connection from this address and port: in the kernel's own list.
+/// Returns whether a namespace has a connection from this address and port, according to the kernel's own list.
 fn has_socket(sandbox: &str, from: Ipv4Addr, port: u16) -> bool {
     let wanted = format!("{:08X}:{port:04X}", u32::from_ne_bytes(from.octets()));
     let look = move || {
@@ -238,14 +239,14 @@ fn has_socket(sandbox: &str, from: Ipv4Addr, port: u16) -> bool {
     namespace::begin(sandbox, look).wait().unwrap_or(false)
 }
 
-/// A tenant's probe; counted while it lives.
+/// A tenant's probe; counted until it is dropped.
 struct Probing<'a> {
     agent: &'a Agent,
     tenant: TenantName,
 }
 
 impl<'a> Probing<'a> {
-    /// At most two of a tenant at a time.
+    /// Registers a probe. At most two of a tenant run at a time.
     fn enter(agent: &'a Agent, tenant: &TenantName) -> Option<Self> {
         let mut probing = lock(&agent.probing);
         let count = probing.entry(tenant.clone()).or_default();

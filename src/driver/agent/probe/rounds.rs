@@ -1,5 +1,5 @@
-//! Trying it without being asked: after each plan what the tenant's apps must reach and must not, and again and
-//! again for all. What must be closed and is open is an alarm.
+//! Unrequested probes: after each plan those of the tenant's apps, and regularly those of all apps. A forbidden
+//! connection that opens is an alarm.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, UdpSocket};
@@ -19,21 +19,21 @@ use crate::driver::{PROBED_APPS, ProbeOutcome, Probed};
 use crate::ids::TenantName;
 use crate::policy::Cidr;
 
-/// Most apps of one round of all, and how many are tried from at a time.
+/// Maximum number of apps in a round of all, and how many are probed from at a time.
 const ROUND: usize = 200;
 const AT_ONCE: usize = 8;
-/// Of what must be closed so many are tried in one round of all: a burst of refusals uses up what the kernel
-/// answers to an address in a second, and the app's own attempts would wait for theirs.
+/// Number of forbidden connections probed per app in a round of all. A burst of denials uses up the kernel's rate
+/// of ICMP answers to an address, and the app's own attempts would wait for theirs.
 const PART: usize = 4;
-/// Most apps of one tenant in a round, for the same reason.
+/// Maximum number of apps of one tenant in a round, for the same reason.
 const OF_TENANT: usize = 10;
-/// After what time a fault is looked at again, and for how long the same one is told once.
+/// Delay before a fault is confirmed, and the minimum time between two reports of the same fault.
 const CONFIRM: Duration = Duration::from_secs(1);
 const TOLD: Duration = Duration::from_secs(600);
-/// A name that nobody may have (RFC 6761).
+/// A name that never exists (RFC 6761).
 const NO_NAME: &str = "closed.invalid";
 
-/// What came of names that were asked for from within.
+/// Result of a name query from within an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Told {
     Address,
@@ -42,15 +42,15 @@ enum Told {
 }
 
 impl Agent {
-    /// Tries what a tenant's apps must reach and must not, all of it.
+    /// Probes all required and forbidden connections of a tenant's apps.
     pub(in crate::driver::agent) async fn probe_tenant(self: &Arc<Self>, tenant: &TenantName) -> Probed {
         let mut apps: Vec<_> =
             lock(&self.apps).values().filter(|app| app.tenant == *tenant).cloned().collect();
         apps.retain(|app| !self.places(tenant, app.id).is_empty());
         apps.sort_by_key(|app| app.id);
         apps.truncate(PROBED_APPS as usize);
-        // All from the first; from the others a part each: what is refused to a tenant is written down at so many a
-        // second, and its own attempts are to be among them.
+        // All probes from the first app, a part from each other one. The log of a tenant's denials is rate limited,
+        // and must have room for the denials of the tenant's own attempts.
         let tries = apps.into_iter().enumerate().map(|(n, app)| self.probe_from(app, n.checked_sub(1)));
         let told: Vec<_> = futures_util::stream::iter(tries).buffered(AT_ONCE).collect().await;
         let mut all = Probed::default();
@@ -64,7 +64,8 @@ impl Agent {
         all
     }
 
-    /// Tries from one instance of each app, a part of it each time. A round begins where the last one ended.
+    /// Probes from one instance of each app, a part of the probes each time. A round continues where the last one
+    /// ended.
     pub(in crate::driver::agent) async fn probe_all(self: &Arc<Self>, round: &mut usize) {
         self.look_for_listeners().await;
         let mut apps: Vec<_> = lock(&self.apps).values().cloned().collect();
@@ -72,7 +73,7 @@ impl Agent {
         if apps.is_empty() {
             return;
         }
-        // Once around all apps is one part of what is tried from each.
+        // After one pass over all apps, the next part of each app's probes follows.
         let (start, part) = (*round % apps.len(), *round / apps.len());
         apps.rotate_left(start);
         apps.truncate(ROUND);
@@ -87,7 +88,7 @@ impl Agent {
         futures_util::stream::iter(tries).buffer_unordered(AT_ONCE).for_each(async |_| {}).await;
     }
 
-    /// An app as it stands, to be tried from. None if no instance of it runs.
+    /// Returns an app to probe from. None if no instance of it runs.
     fn from(&self, app: Arc<App>) -> Option<From> {
         let place = self.places(&app.tenant, app.id).into_iter().next()?;
         let gateway = lock(&self.journal).ever(&app.tenant)?.subnet.gateway();
@@ -95,7 +96,8 @@ impl Agent {
         Some(From { app, place, flows, gateway })
     }
 
-    /// Tries from one app: all, or the n-th part of what must be closed. None if no instance of it runs.
+    /// Probes from one app: everything, or the n-th part of the forbidden connections. None if no instance of it
+    /// runs.
     async fn probe_from(self: &Arc<Self>, app: Arc<App>, part: Option<usize>) -> Option<Probed> {
         let from = self.from(Arc::clone(&app))?;
         let mut tries = self.must_close(&from);
@@ -110,7 +112,7 @@ impl Agent {
         self.note_tried(from.place.address, server, 53);
         let outcomes = self.outcomes(&from, tries).await?;
         let asked = within(&from.place, move || {
-            // The resolver may have been started this very moment.
+            // The resolver may have just started.
             let own = (0..3).map(|_| ask(server, &name)).find(|told| *told != Told::Silence);
             (own.unwrap_or(Told::Silence), ask(server, NO_NAME))
         });
@@ -124,7 +126,7 @@ impl Agent {
         if own != Told::Address {
             own = self.own_name_again(&from, name_again).await?;
         }
-        // An instance that ended meanwhile could be told anything.
+        // The result of an instance that has ended meanwhile means nothing.
         if (!bad.is_empty() || own != Told::Address) && !self.still_there(&from) {
             return None;
         }
@@ -140,8 +142,8 @@ impl Agent {
         places.iter().any(|place| place.address == from.place.address)
     }
 
-    /// Asks for an app's own name once more. None while none of its instances runs: then the name leads nowhere, as
-    /// it must.
+    /// Queries an app's own name once more. None if no instance of the app runs: the name then correctly has no
+    /// address.
     async fn own_name_again(&self, from: &From, name: String) -> Option<Told> {
         tokio::time::sleep(CONFIRM).await;
         let server = from.gateway;
@@ -159,7 +161,7 @@ impl Agent {
         let own = (from.place.network, from.place.address);
         let silent = outcomes.iter().any(|(_, outcome)| *outcome == ProbeOutcome::Silent);
         let hurried = silent && self.is_hurried(from.place.network).await;
-        // What was dropped because its tenant begins too many connections says nothing, either way.
+        // Packets dropped by the tenant's rate limit say nothing, either way.
         for (to, outcome) in outcomes.into_iter().filter(|(_, it)| !hurried || *it != ProbeOutcome::Silent) {
             let outcome = self.by_whom(outcome, own, (to.address, to.protocol, to.port)).await;
             out.push((to, outcome));
@@ -167,8 +169,8 @@ impl Agent {
         Some(out)
     }
 
-    /// What is not as it must be is tried once more, if it is still meant so by then: between what is on record and
-    /// what is in force there is a moment.
+    /// Repeats the probes with a fault if they are still expected. The recorded and the applied state may differ
+    /// for a moment.
     async fn confirmed(
         self: &Arc<Self>,
         app: Arc<App>,
@@ -185,7 +187,7 @@ impl Agent {
         for (to, outcome) in outcomes.into_iter().filter(|(to, outcome)| to.is_bad(*outcome)) {
             let target = Cidr::of(to.address);
             let rule = Allowed { network, source, target, protocol: to.protocol, port: to.port };
-            // The rules that are in force open it: the record is about to say so, or no longer.
+            // The applied rules allow it: the recorded state is just changing.
             if to.open || !self.permits(&rule).await {
                 out.push((to, outcome));
             }
@@ -193,7 +195,7 @@ impl Agent {
         out
     }
 
-    /// Tells something as an event, and the same again only after a while.
+    /// Reports an event; the same text again only after a while.
     pub(in crate::driver::agent) fn tell(&self, kind: &str, text: String) {
         let now = std::time::Instant::now();
         let mut told = lock(&self.told);
@@ -205,7 +207,7 @@ impl Agent {
     }
 }
 
-/// Tries all at once, each on a thread of its own in the same namespace.
+/// Runs all probes at once, each on its own thread in the same namespace.
 fn attempt_all(tries: Vec<Try>) -> Vec<(Try, ProbeOutcome)> {
     std::thread::scope(|scope| {
         let one = |to: Try| {
@@ -219,7 +221,7 @@ fn attempt_all(tries: Vec<Try>) -> Vec<(Try, ProbeOutcome)> {
     })
 }
 
-/// What was tried, as it is kept with the plan, and the events that follow from it.
+/// Sums up the results, as stored with the plan, and the events that follow from them.
 fn tally(
     from: &From,
     good: &[(Try, ProbeOutcome)],
@@ -228,7 +230,7 @@ fn tally(
     foreign: Told,
 ) -> (Probed, Vec<(&'static str, String)>) {
     let count = |open: bool| {
-        // Whether there is somebody else whose app could be tried, is not told.
+        // The counts do not reveal whether another tenant has an app to probe.
         let counts = |to: &Try| to.open == open && to.what != FOREIGN;
         1 + u32::try_from(good.iter().chain(bad).filter(|(to, _)| counts(to)).count()).unwrap_or(0)
     };
@@ -238,24 +240,24 @@ fn tally(
             if *open {
                 (
                     "probe_failed",
-                    format!("does not get to {what} ({protocol} {port}), which is open by plan: {outcome}"),
+                    format!("cannot reach {what} ({protocol} {port}), which its plan allows: {outcome}"),
                 )
             } else if what == FOREIGN {
-                // Where it is, is nobody's business.
-                ("probe_alarm", format!("gets to {what}, which must be closed"))
+                // The address of another tenant's app is not revealed.
+                ("probe_alarm", format!("reaches {what}, which must be denied"))
             } else {
                 let text = format!(
-                    "gets to {what} at {address} ({protocol} {port}), which must be closed: {outcome}"
+                    "reaches {what} at {address} ({protocol} {port}), which must be denied: {outcome}"
                 );
                 ("probe_alarm", text)
             }
         })
         .collect();
     if own != Told::Address {
-        faults.push(("probe_failed", "does not learn its own name".to_owned()));
+        faults.push(("probe_failed", "cannot resolve its own name".to_owned()));
     }
     if foreign == Told::Address {
-        faults.push(("probe_alarm", format!("learns the name {NO_NAME}, which must lead nowhere")));
+        faults.push(("probe_alarm", format!("resolves the name {NO_NAME}, which must have no address")));
     }
     let App { tenant, name, .. } = &*from.app;
     let probed = Probed {
@@ -278,7 +280,7 @@ fn tally(
     (probed, faults.into_iter().map(event).collect())
 }
 
-/// Asks a name server for a name's address.
+/// Queries a name server for a name's address.
 fn ask(server: Ipv4Addr, name: &str) -> Told {
     let mut question = Message::new(rand::random(), MessageType::Query, OpCode::Query);
     let Ok(name) = Name::from_ascii(name) else { return Told::Silence };

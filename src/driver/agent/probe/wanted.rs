@@ -1,4 +1,4 @@
-//! What is tried from an app: what must be closed to it, and what must be open.
+//! Lists the probes of an app: connections that must be denied, and connections that must be allowed.
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -11,9 +11,9 @@ use crate::driver::agent::app::App;
 use crate::driver::agent::core::{Agent, lock};
 use crate::policy::{Flow, Protocol, Target};
 
-/// The port that is tried where no wall looks at ports.
+/// The port of a probe where no rule depends on the port.
 const ANY: u16 = 1;
-/// Metadata of clouds, and link-local beside it.
+/// Metadata addresses of clouds, and a link-local one.
 const METADATA: [Ipv4Addr; 4] = [
     Ipv4Addr::new(169, 254, 169, 254),
     Ipv4Addr::new(168, 63, 129, 16),
@@ -27,14 +27,14 @@ const PRIVATE: [Ipv4Addr; 4] = [
     Ipv4Addr::new(192, 168, 255, 254),
     Ipv4Addr::new(100, 127, 255, 254),
 ];
-/// An address outside at which nobody has been since relays of 6to4 were given up (RFC 7526).
+/// An outside address without a host: relays of 6to4 were deprecated (RFC 7526).
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 88, 99, 1);
-/// Most flows of an app that are tried.
+/// Maximum number of an app's flows that are probed.
 const FLOWS: usize = 8;
-/// What an instance of somebody else is called.
+/// Label of another tenant's instance.
 pub(super) const FOREIGN: &str = "an app of another tenant";
 
-/// Something to be tried.
+/// A probe.
 #[derive(Debug, Clone)]
 pub(super) struct Try {
     pub(super) what: String,
@@ -42,19 +42,19 @@ pub(super) struct Try {
     pub(super) protocol: Protocol,
     pub(super) port: u16,
     pub(super) open: bool,
-    /// The instance that is there, where it is one of ours.
+    /// The target instance, if it is one of this machine.
     pub(super) peer: Option<Place>,
 }
 
 impl Try {
-    /// Whether it is the same as another one.
+    /// Returns whether two probes have the same target.
     pub(super) fn is_like(&self, other: &Self) -> bool {
         (self.address, self.protocol, self.port, self.open)
             == (other.address, other.protocol, other.port, other.open)
     }
 
-    /// Whether an outcome is not as it must be. Silence, where it must be open, is somebody who is busy or away;
-    /// between instances no refusal is anybody's but this machine's.
+    /// Returns whether an outcome is a fault. A timeout on an allowed flow is not: the target may be busy or down.
+    /// Between instances a denial always comes from this machine.
     pub(super) fn is_bad(&self, outcome: ProbeOutcome) -> bool {
         match outcome {
             outcome if !self.open => outcome.is_through(),
@@ -65,7 +65,7 @@ impl Try {
     }
 }
 
-/// An app to try from.
+/// An app to probe from.
 pub(super) struct From {
     pub(super) app: Arc<App>,
     pub(super) place: Place,
@@ -74,7 +74,7 @@ pub(super) struct From {
 }
 
 impl Agent {
-    /// What must be closed to an app, whatever its plan says; what its plan opens is left out.
+    /// Returns the connections that must be denied to an app by any plan, except those that its plan allows.
     pub(super) fn must_close(&self, from: &From) -> Vec<Try> {
         let tcp = |what: &str, address, port| Try {
             what: what.to_owned(),
@@ -87,11 +87,11 @@ impl Agent {
         let mut out: Vec<Try> = METADATA.iter().map(|at| tcp("metadata", *at, ANY)).collect();
         out.push(tcp("this machine", from.gateway, ANY));
         out.extend(self.walls().own.first().map(|own| tcp("this machine", *own, ANY)));
-        // Of the others' addresses the same ones for everybody: what is tried tells nobody who is where.
+        // The same foreign addresses for every app: the probes reveal no other tenant's addresses.
         let (pool, prefix) = (self.config.network_pool, self.config.subnet_prefix);
         let others = [pool.part(prefix, 0), pool.part(prefix, 1)].into_iter().flatten();
         if let Some(other) = others.into_iter().find(|other| other.gateway() != from.gateway) {
-            out.push(tcp("the name server of others", other.gateway(), 53));
+            out.push(tcp("another tenant's name server", other.gateway(), 53));
             out.extend(other.nth(2).map(|at| tcp("another tenant", at, ANY)));
         }
         out.extend(
@@ -99,8 +99,8 @@ impl Agent {
         );
         let now = OffsetDateTime::now_utc().unix_timestamp();
         if !lock(&self.flows).on_trial(&from.app.tenant, now) {
-            out.push(tcp("the outside", OUTSIDE, ANY));
-            out.push(Try { protocol: Protocol::Udp, ..tcp("another name server", OUTSIDE, 53) });
+            out.push(tcp("an address outside", OUTSIDE, ANY));
+            out.push(Try { protocol: Protocol::Udp, ..tcp("an outside name server", OUTSIDE, 53) });
         }
         out.extend(self.neighbour(from, true));
         out.extend(self.neighbour(from, false));
@@ -117,7 +117,7 @@ impl Agent {
         out
     }
 
-    /// An instance of an app that this one does not name: of the own tenant, or of another.
+    /// Returns an instance of an app that this app does not name: of the own tenant, or of another.
     fn neighbour(&self, from: &From, own: bool) -> Option<Try> {
         let mut apps: Vec<_> = lock(&self.apps).values().cloned().collect();
         apps.sort_by_key(|app| app.id);
@@ -143,10 +143,11 @@ impl Agent {
             })
     }
 
-    /// What must be open to an app by its plan. What is counted is left alone: the count is the app's.
+    /// Returns the connections that an app's plan allows. Counted flows are left out: the count must only contain
+    /// the app's own packets.
     pub(super) fn must_open(&self, from: &From) -> Vec<Try> {
         let counted = lock(&self.flows).watched(&from.app.tenant, from.app.id).to_vec();
-        // Under whatever name: a count knows none.
+        // The name does not matter: counters have none.
         let is_counted = |flow: &Flow| {
             let network = |flow: &Flow| match flow.target {
                 Target::Service { network } => Some(network),
@@ -169,7 +170,7 @@ impl Agent {
                         (peer.address, Some(peer))
                     }
                     Target::Service { network } => (network.single()?, None),
-                    // Whoever is there outside is not to be knocked at each minute.
+                    // Hosts outside must not receive a connection every minute.
                     Target::Outside { .. } | Target::Domain { .. } => return None,
                 };
                 let (what, protocol, port) = (flow.name.clone(), flow.protocol, flow.port);

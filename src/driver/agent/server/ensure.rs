@@ -1,4 +1,4 @@
-//! What shall be: tenants and apps, on record before they are believed.
+//! Creates and updates tenants and apps. Their state is on disk before it is used.
 
 use std::sync::Arc;
 
@@ -11,8 +11,8 @@ use crate::driver::podman::render;
 use crate::driver::workload::{TenantGrant, Workload};
 use crate::driver::{Error, PullSecret};
 
-/// The most that a generation or revision may rise at once: else one message could shut out every
-/// honest one for ever.
+/// Maximum increase of a generation or revision in one message. Otherwise one message could shut out all valid
+/// later ones.
 const LEAP: i64 = 100_000;
 pub(super) async fn ensure_tenant(agent: &Agent, grant: &TenantGrant) -> Result<(), Error> {
     fail::fail_point!("agent::journal", |_| Err(Error::Transient("failpoint".into())));
@@ -38,7 +38,7 @@ pub(super) async fn ensure_app(
             .claim_block(&agent.config, &workload.tenant, &workload.app, workload.app_id, workload.block)
             .map_err(Error::Rejected)?;
     }
-    // One at a time for an app: two of them would each make a task of its own for it.
+    // One at a time for each app: two requests would each create a task for it.
     let gate = agent.gate(workload.app_id);
     let _turn = gate.turn.lock().await;
     let known = agent.app(workload.app_id);
@@ -46,9 +46,9 @@ pub(super) async fn ensure_app(
         fence(&workload, &lock(&app.kept))?;
     }
     let image = render::image(&agent.config, &workload);
-    // Held until the app is on record: what is fetched now is not taken for left over.
+    // Held until the app is recorded: the image is not removed as unused meanwhile.
     let _held = agent.images.hold(&image).await;
-    // Where nothing is to run, nothing is fetched.
+    // Without instances, no image is needed.
     if workload.instances > 0 && !agent.podman.has_image(&image).await? {
         fetch(agent, &workload, &image, pull, &gate).await?;
         fail::fail_point!("agent::pulled", |_| Err(Error::Transient("failpoint".into())));
@@ -60,11 +60,10 @@ pub(super) async fn ensure_app(
     agent.refresh_firewall().await
 }
 
-/// Writes down what shall run, on the disk before it is believed: a full disk must not leave the two
-/// apart.
+/// Records the desired state of an app on disk before it is used. With a full disk the two must not differ.
 async fn put_on_record(agent: &Arc<Agent>, workload: Workload, known: Option<Arc<App>>) -> Result<(), Error> {
-    // Two apps of one tenant never have one address, and no second app has this one's name: one after another. The
-    // table of apps itself is not locked while the disk is waited for.
+    // Two apps of one tenant never have the same address or name: recorded one after another. The table of apps is
+    // not locked during the disk write.
     let _turn = agent.recording.lock().await;
     let own: Vec<Arc<App>> =
         lock(&agent.apps).values().filter(|app| app.tenant == workload.tenant).cloned().collect();
@@ -93,7 +92,10 @@ async fn put_on_record(agent: &Arc<Agent>, workload: Workload, known: Option<Arc
             next.put_aside = None;
             next.put_aside_at = None;
             next.message = None;
-            next.event("release", format!("release {} takes over", workload.revision));
+            next.event(
+                "release",
+                format!("release {} starts to replace the previous one", workload.revision),
+            );
         }
         next.workload = workload;
         tokio::task::block_in_place(|| next.save(&agent.apps_dir()))
@@ -113,10 +115,10 @@ fn fence(workload: &Workload, kept: &Kept) -> Result<(), Error> {
     if (workload.generation, workload.epoch) < (known.generation, known.epoch)
         || workload.revision < known.revision
     {
-        return Err(Error::Conflict("a newer generation or epoch was here".into()));
+        return Err(Error::Conflict("a newer generation, revision or epoch is already recorded".into()));
     }
     if workload.generation - known.generation > LEAP || workload.revision - known.revision > LEAP {
-        return Err(Error::Rejected("a generation or revision rises by too much".into()));
+        return Err(Error::Rejected("a generation or revision rises by too much in one message".into()));
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! The socket of the root half. Only `serve`'s user is answered; frames are bounded in size, time
-//! and number; every message is parsed into closed types and then held against the journal.
+//! The agent's socket. Only the user of `serve` is answered. Frames are limited in size, time and number. Every
+//! message is parsed into closed types and then checked against the journal.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,13 +26,15 @@ mod stream;
 
 pub(super) use stream::STORED;
 
-/// Most connections at once; more have to wait. What waits long (logs, probes, `Observe`) has room of its own.
+/// Maximum number of connections; more have to wait. Long requests (logs, probes, `Observe`) have limits of their
+/// own.
 const CONNECTIONS: usize = 256;
-/// Most requests that are worked on at once, of one tenant and in all. Requests of no tenant count as one more tenant.
+/// Maximum number of concurrent requests, per tenant and in total. Requests without a tenant count as one more
+/// tenant.
 const WORKED_ON: (usize, usize) = (16, 128);
 /// How long a request waits for its turn.
 const ROOM: Duration = Duration::from_secs(20);
-/// How long the one request of a connection may take to arrive.
+/// Time limit for the request of a connection to arrive.
 const ARRIVE: Duration = Duration::from_secs(5);
 
 type Frames = Framed<UnixStream, LengthDelimitedCodec>;
@@ -41,12 +43,12 @@ pub(super) fn codec() -> LengthDelimitedCodec {
     LengthDelimitedCodec::builder().max_frame_length(MAX_FRAME).new_codec()
 }
 
-/// Starts to answer.
+/// Starts answering requests.
 pub(super) fn serve(agent: Arc<Agent>) -> Result<JoinHandle<()>, String> {
     let path = agent.config.socket.clone();
     let _ = std::fs::remove_file(&path);
     let listener = UnixListener::bind(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-    // The folder decides who reaches the socket, the peer's id who is answered.
+    // The folder's permissions limit access to the socket; the peer's user id decides whether it is answered.
     std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666))
         .map_err(|error| error.to_string())?;
     let room = Arc::new(Semaphore::new(CONNECTIONS));
@@ -56,14 +58,16 @@ pub(super) fn serve(agent: Arc<Agent>) -> Result<JoinHandle<()>, String> {
             let stream = match listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    tracing::warn!(%error, "a connection could not be taken");
+                    tracing::warn!(%error, "a connection cannot be accepted");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
             };
             let peer = stream.peer_cred().map(|cred| cred.uid());
             if peer.ok() != Some(agent.config.peer_uid) {
-                tracing::warn!("somebody who is not serve knocked and was not answered");
+                tracing::warn!(
+                    "a process of another user than serve connected to the socket and was refused"
+                );
                 continue;
             }
             let agent = Arc::clone(&agent);
@@ -83,19 +87,19 @@ async fn send(frames: &mut Frames, reply: &Reply) -> Result<(), ()> {
 async fn answer(agent: &Arc<Agent>, mut frames: Frames, permit: OwnedSemaphorePermit) {
     let Ok(Some(Ok(frame))) = tokio::time::timeout(ARRIVE, frames.next()).await else { return };
     let reply = match serde_json::from_slice::<Request>(&frame) {
-        Err(_) => Reply::Failed { error: Error::Rejected("the message cannot be read".into()) },
+        Err(_) => Reply::Failed { error: Error::Rejected("the request cannot be parsed".into()) },
         Ok(Request::Logs { query }) => {
             drop(permit);
             if let Some(_reader) = Reader::enter(agent, &query.tenant) {
                 stream_logs(agent, &mut frames, &query).await;
             } else {
-                let error = Error::Transient("too many logs are being read; close some".into());
+                let error = Error::Transient("too many logs are open; close some and try again".into());
                 let _ = send(&mut frames, &Reply::Failed { error }).await;
             }
             return;
         }
         Ok(Request::Probe { probe: Probe { tenant, app, target, protocol, port, platform } }) => {
-            // It has room of its own: whoever probes holds up nothing else.
+            // Probes have a limit of their own and block no other request.
             drop(permit);
             match agent.probe(&tenant, app, &target, (protocol, port), platform).await {
                 Ok(outcome) => Reply::Probed { outcome },
@@ -111,7 +115,7 @@ async fn answer(agent: &Arc<Agent>, mut frames: Frames, permit: OwnedSemaphorePe
         }
         Ok(Request::Observe { cursor, wait_ms }) => {
             let wait = Duration::from_millis(u64::from(wait_ms));
-            // Whoever hangs up while it waits is let go.
+            // A client that closes the connection while it waits is noticed here.
             let observed = agent.observe(cursor.as_deref(), wait).await;
             for reply in split(observed) {
                 if send(&mut frames, &reply).await.is_err() {
@@ -128,7 +132,8 @@ async fn answer(agent: &Arc<Agent>, mut frames: Frames, permit: OwnedSemaphorePe
     let _ = send(&mut frames, &reply).await;
 }
 
-/// Works on a request once its tenant has room: one tenant's requests that wait for the engine hold up no other's.
+/// Handles a request once its tenant has a free slot: requests of one tenant that wait for the engine block no
+/// other tenant's.
 async fn handle_in_turn(agent: &Arc<Agent>, request: Request) -> Result<Reply, Error> {
     let tenant = tenant_of(&request).cloned();
     let _turn = agent.turns.take(&tenant, ROOM).await.map_err(|busy| Error::Transient(busy.to_string()))?;
@@ -154,7 +159,7 @@ fn tenant_of(request: &Request) -> Option<&TenantName> {
     }
 }
 
-/// Room for requests.
+/// Returns the permits for requests.
 pub(super) fn turns() -> FairPermits<Option<TenantName>> {
     FairPermits::new(WORKED_ON.0, WORKED_ON.1)
 }
@@ -185,6 +190,8 @@ async fn handle(agent: &Arc<Agent>, request: Request) -> Result<Reply, Error> {
         Request::Observe { .. }
         | Request::Logs { .. }
         | Request::Probe { .. }
-        | Request::ProbeTenant { .. } => Err(Error::Rejected("this is answered elsewhere".into())),
+        | Request::ProbeTenant { .. } => {
+            Err(Error::Rejected("this request is handled before this point".into()))
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! What shall no longer be: on record first, gone when the engine has nothing of it any more.
+//! Removes tenants and apps: recorded first, gone once the engine has nothing of them left.
 
 use std::sync::Arc;
 
@@ -16,10 +16,10 @@ pub(super) async fn remove_tenant(
     let recorded = lock(&agent.journal).ever(tenant).cloned();
     let Some(recorded) = recorded else { return Ok(Removal::Gone) };
     if recorded.tenant_id != id {
-        return Err(Error::Rejected("the journal has another identity for this tenant".into()));
+        return Err(Error::Rejected("the journal has another id for this tenant".into()));
     }
     if lock(&agent.apps).values().any(|app| app.tenant == *tenant) {
-        return Err(Error::Transient("the tenant still has apps here".into()));
+        return Err(Error::Transient("the tenant still has apps on this machine".into()));
     }
     let bridge = agent.config.bridge(recorded.network);
     agent.podman.remove_network(&bridge).await?;
@@ -47,12 +47,12 @@ pub(super) async fn remove_app(
         }
         Some(_) => {}
     }
-    // What is being fetched for it is given up; until that has ended, it is not gone.
+    // A fetch for the app is cancelled; the app is not gone before that fetch has ended.
     let gate = agent.gate(id);
     gate.leave.cancel();
     let Ok(_turn) = gate.turn.try_lock() else { return Ok(Removal::Underway) };
-    // From here on nobody can bring it back: its identity is never given again. On record before the engine is asked
-    // anything: an engine that hangs keeps no app.
+    // From here on the app cannot come back: its id is never reused. Recorded before the first request to the
+    // engine: an engine that hangs does not keep an app.
     lock(&agent.journal).remove_app(id).map_err(Error::Transient)?;
     let app = agent.app(id);
     if let Some(app) = &app {

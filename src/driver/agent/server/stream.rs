@@ -1,4 +1,4 @@
-//! Logs for one reader: what is stored, then what is said.
+//! Streams logs to one reader: stored lines first, then live ones.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,13 +12,13 @@ use super::{Frames, ROOM, send};
 use crate::driver::{Error, LogQuery};
 use crate::ids::TenantName;
 
-/// Most readers of logs at once, in all and of one tenant.
+/// Maximum number of log readers, in total and per tenant.
 const READERS: usize = 128;
 const READERS_OF_TENANT: usize = 16;
-/// Readers whose stored lines are held at once, of one tenant and in all, and how long they are.
+/// Maximum number of readers whose stored lines are in memory, per tenant and in total, and for how long.
 pub(in crate::driver::agent) const STORED: (usize, usize) = (2, 32);
 const STORED_WITHIN: Duration = Duration::from_secs(300);
-/// Somebody who reads a log; counted while it lives.
+/// A log reader; counted until it is dropped.
 pub(super) struct Reader {
     agent: Arc<Agent>,
     tenant: TenantName,
@@ -53,13 +53,13 @@ pub(super) async fn stream_logs(agent: &Arc<Agent>, frames: &mut Frames, query: 
         let _ = send(frames, &Reply::Done {}).await;
         return;
     };
-    // Subscribed first, so that no line falls between the stored and the live ones.
+    // Subscribed first, so that no line is lost between the stored and the live ones.
     let mut live = app.lines.subscribe();
     let dir = agent.logs_dir(app.id);
     let (instance, count) = (query.instance, query.tail.clamp(1, 10_000) as usize);
-    // What is stored is held in memory until it is sent: few at a time, and not for long.
+    // Stored lines stay in memory until they are sent: few readers at a time, and with a time limit.
     let Ok(room) = agent.stored.take(&query.tenant, ROOM).await else {
-        let error = Error::Transient("many logs are being read; ask again in a moment".into());
+        let error = Error::Transient("many logs are being read; try again in a moment".into());
         let _ = send(frames, &Reply::Failed { error }).await;
         return;
     };
@@ -87,12 +87,12 @@ pub(super) async fn stream_logs(agent: &Arc<Agent>, frames: &mut Frames, query: 
             line = live.recv() => {
                 let line = match line {
                     Ok(line) => line,
-                    // Whoever reads too slowly loses lines, not the app its speed; and is told.
+                    // A slow reader loses lines and gets a note; the app does not slow down.
                     Err(tokio::sync::broadcast::error::RecvError::Lagged(n)) => crate::driver::LogLine {
                         instance: query.instance.unwrap_or(0),
                         at: time::OffsetDateTime::now_utc(),
                         stream: crate::driver::LogStreamName::Platform,
-                        text: format!("{n} lines are not shown: they came faster than they were read"),
+                        text: format!("{n} lines are not shown: they were written faster than they were read"),
                     },
                     Err(_) => break,
                 };
@@ -101,7 +101,7 @@ pub(super) async fn stream_logs(agent: &Arc<Agent>, frames: &mut Frames, query: 
                     return;
                 }
             }
-            // Anything from the other side, its end included, ends the stream.
+            // Any data from the client, or its end, ends the stream.
             _ = frames.next() => return,
             () = leaving.cancelled() => break,
         }

@@ -1,5 +1,5 @@
-//! The table in the kernel: putting in force what was proven, looking at what is there, what was denied,
-//! ending connections whose rule is gone.
+//! The table in the kernel: applies the verified text, reads the current state and the denied packets, and ends
+//! connections whose rule is gone.
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -16,10 +16,10 @@ use crate::policy::proof::Proven;
 use crate::policy::read::Set;
 use crate::policy::{Cidr, Protocol};
 
-/// How long a program may take: others wait for the table meanwhile.
+/// Time limit of a program; other work on the table waits meanwhile.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Puts in force what was proven: wholly, or not at all.
+/// Applies a verified text: entirely, or not at all.
 pub async fn apply(proven: &Proven) -> Result<(), Error> {
     let failed = |why: String| Error::Transient(why);
     let mut child = Command::new("nft")
@@ -42,13 +42,13 @@ pub async fn apply(proven: &Proven) -> Result<(), Error> {
     };
     let done = tokio::time::timeout(PATIENCE, load)
         .await
-        .map_err(|_| failed("nft does not end".into()))?
+        .map_err(|_| failed("nft did not finish in time".into()))?
         .map_err(|error| failed(error.to_string()))?;
     if done.status.success() {
         return Ok(());
     }
     let words: String = String::from_utf8_lossy(&done.stderr).chars().take(2000).collect();
-    tracing::error!(words, "the table cannot be loaded");
+    tracing::error!(words, "nft refused the firewall table");
     Err(failed("the firewall table cannot be loaded".into()))
 }
 
@@ -56,7 +56,7 @@ async fn nft(args: &[&str]) -> Option<String> {
     said("nft", args).await.filter(|done| done.status.success()).map(text)
 }
 
-/// What a program writes, for as long as it may take; nothing where it does not end.
+/// Returns the output of a program within the time limit; none when it does not finish.
 async fn said(program: &str, args: &[&str]) -> Option<Output> {
     let run = Command::new(program)
         .args(args)
@@ -67,7 +67,7 @@ async fn said(program: &str, args: &[&str]) -> Option<Output> {
     if let Ok(done) = tokio::time::timeout(PATIENCE, run).await {
         return done.ok();
     }
-    tracing::warn!(program, "a program does not end");
+    tracing::warn!(program, "a program did not finish in time");
     None
 }
 
@@ -75,12 +75,13 @@ fn text(done: Output) -> String {
     String::from_utf8_lossy(&done.stdout).into_owned()
 }
 
-/// The table's chains and the heads of its sets, as the kernel has them; none when there is no table.
+/// Returns the table's chains and the heads of its sets, as the kernel has them; none when the table does not
+/// exist.
 pub async fn shape(table: &str) -> Option<String> {
     nft(&["-st", "list", "table", "inet", table]).await
 }
 
-/// Whether the table's sets hold what these rules say, and nothing else.
+/// Whether the table's sets hold exactly the elements of these rules.
 pub async fn holds(rules: &Rules) -> bool {
     let Some(text) = nft(&["-s", "list", "table", "inet", &rules.shell.table]).await else { return false };
     let never: BTreeSet<String> = rules.never.iter().map(ToString::to_string).collect();
@@ -92,7 +93,7 @@ pub async fn holds(rules: &Rules) -> bool {
         .all(|(set, wanted)| listed(&text, set) == *wanted)
 }
 
-/// The elements of a set in a listing.
+/// Returns the elements of a set in a listing.
 fn listed(text: &str, set: &str) -> BTreeSet<String> {
     let body = text
         .split_once(&format!("\tset {set} {{\n"))
@@ -103,23 +104,23 @@ fn listed(text: &str, set: &str) -> BTreeSet<String> {
         .trim_end()
         .trim_end_matches('}')
         .split(',')
-        // Of a counter only that it is there is told here.
+        // Only the presence of a counter is compared here, not its value.
         .map(|element| element.trim().trim_end_matches(" counter").to_owned())
         .filter(|element| !element.is_empty())
         .collect()
 }
 
-/// Takes the table away, when the installation goes.
+/// Deletes the table, when the installation is removed.
 pub async fn remove(table: &str) {
     let _ = nft(&["delete", "table", "inet", table]).await;
 }
 
-/// Something that the table did not let through, within the last minute.
+/// Packets of the last minute that were denied or rate limited, or allowed only in audit mode.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
-    /// Name of the bridge that it came from.
+    /// Name of the source bridge.
     pub bridge: String,
-    /// Source as it stood in the packet.
+    /// Source address in the packet.
     pub source: Ipv4Addr,
     /// Target.
     pub target: Ipv4Addr,
@@ -127,18 +128,18 @@ pub struct Refusal {
     pub protocol: Protocol,
     /// Port at the target.
     pub port: u16,
-    /// Seconds since its last packet.
+    /// Seconds since the last packet.
     pub ago: u64,
-    /// Whether it was let through all the same, on trial.
+    /// Whether they were allowed in audit mode.
     pub let_through: bool,
-    /// Whether it was allowed, but too many connections were begun at once.
+    /// Whether the flow is allowed but they were rate limited.
     pub hasty: bool,
 }
 
-/// How long the kernel keeps a refusal, in seconds.
+/// How long the kernel keeps a denied packet, in seconds.
 const KEPT: u64 = 60;
 
-/// What was refused lately, and what was let through on trial.
+/// Returns the recently denied packets, and those that audit mode allowed.
 pub async fn denied(table: &str) -> Vec<Refusal> {
     let mut all = list(table, "denied").await;
     let seen = list(table, "seen").await.into_iter();
@@ -148,7 +149,7 @@ pub async fn denied(table: &str) -> Vec<Refusal> {
     all
 }
 
-/// Whether apps on a bridge have begun too many connections within the last ten seconds.
+/// Whether apps on a bridge were rate limited within the last ten seconds.
 pub async fn is_hurried(table: &str, bridge: &str) -> bool {
     let own = |element: &Value| element.get("elem").unwrap_or(element)["val"].as_str() == Some(bridge);
     elements(table, "hurried").await.iter().any(own)
@@ -158,7 +159,7 @@ async fn list(table: &str, set: &str) -> Vec<Refusal> {
     elements(table, set).await.iter().filter_map(refusal).collect()
 }
 
-/// The elements of a set, as the kernel has them.
+/// Returns the elements of a set, as the kernel has them.
 async fn elements(table: &str, set: &str) -> Vec<Value> {
     let Some(text) = nft(&["-j", "list", "set", "inet", table, set]).await else { return Vec::new() };
     let mut value: Value = serde_json::from_str(&text).unwrap_or_default();
@@ -170,7 +171,7 @@ async fn elements(table: &str, set: &str) -> Vec<Value> {
     }
 }
 
-/// What the counters of watched connections say: bridge, source, target, protocol, port, packets.
+/// Returns the counters of watched connections: bridge, source, target, protocol, port, packets.
 pub async fn counted(table: &str) -> Vec<(String, Ipv4Addr, Cidr, Protocol, u16, u64)> {
     elements(table, Set::Watched.name()).await.iter().filter_map(count).collect()
 }
@@ -215,7 +216,7 @@ fn refusal(element: &Value) -> Option<Refusal> {
     })
 }
 
-/// Source and target of every TCP connection that is established, as it began.
+/// Returns source and target of every established TCP connection, in the direction in which it was opened.
 pub async fn connected() -> Vec<(Ipv4Addr, Ipv4Addr)> {
     let done = said("conntrack", &["-L", "-p", "tcp", "--state", "ESTABLISHED"]).await;
     let text = done.map(text).unwrap_or_default();
@@ -225,8 +226,8 @@ pub async fn connected() -> Vec<(Ipv4Addr, Ipv4Addr)> {
     text.lines().filter_map(|line| Some((field(line, "src=")?, field(line, "dst=")?))).collect()
 }
 
-/// How many connections the kernel tracks, and how many it can: all of the machine share this table, and once it is
-/// full nobody begins another one. Nothing when it tracks none.
+/// Returns how many connections the kernel tracks, and how many it can track; none when it tracks none. The whole
+/// machine shares this table. Once it is full, no program can open another connection.
 #[must_use]
 pub fn tracked_of() -> Option<(u64, u64)> {
     let read = |name: &str| {
@@ -236,21 +237,21 @@ pub fn tracked_of() -> Option<(u64, u64)> {
     Some((read("count")?, read("max")?))
 }
 
-/// Whether a table with so many of so many (0: no limit) is nearly full.
+/// Whether the table is nearly full, from its count and its maximum (0: no limit).
 #[must_use]
 pub fn is_crowded((count, most): (u64, u64)) -> bool {
     most > 0 && count > most / 4 * 3
 }
 
-/// Connections that are tracked and were begun from these addresses: protocol, source, target, port there.
+/// Returns the tracked connections that these addresses opened: protocol, source, target, port at the target.
 pub async fn tracked(from: Cidr) -> Vec<(Protocol, Ipv4Addr, Ipv4Addr, u16)> {
     let done = said("conntrack", &["-L", "-s", &from.to_string()]).await;
     let text = done.map(text).unwrap_or_default();
     text.lines().filter_map(connection).collect()
 }
 
-/// Forgets the connections that were begun from these addresses. One that lives is known again if its client speaks
-/// next; what its server says until then is refused as what nobody asked for, and may end it.
+/// Stops tracking the connections that these addresses opened. A live connection is tracked again if its client
+/// sends next. Packets that its server sends before that are denied as unsolicited, and may end the connection.
 pub async fn forget(from: Cidr) {
     said("conntrack", &["-D", "-s", &from.to_string()]).await;
 }
@@ -258,7 +259,7 @@ pub async fn forget(from: Cidr) {
 fn connection(line: &str) -> Option<(Protocol, Ipv4Addr, Ipv4Addr, u16)> {
     let mut words = line.split_whitespace();
     let protocol = Protocol::parse(words.next()?)?;
-    // The first of each key tells how it began, the second how it comes back.
+    // The first value of each key describes the request, the second one the reply.
     let mut field = |key: &str| words.find_map(|word| word.strip_prefix(key));
     Some((
         protocol,
@@ -268,7 +269,7 @@ fn connection(line: &str) -> Option<(Protocol, Ipv4Addr, Ipv4Addr, u16)> {
     ))
 }
 
-/// Ends the tracked connections of what is no longer allowed.
+/// Ends the tracked connections of a flow that is no longer allowed.
 pub async fn cut(gone: &Allowed) {
     let (source, target, port) = (gone.source.to_string(), gone.target.to_string(), gone.port.to_string());
     let args = ["-D", "-p", gone.protocol.as_str(), "-s", &source, "-d", &target, "--dport", &port];

@@ -1,9 +1,10 @@
-//! The one nftables table of an installation, as pure text; `kernel.rs` puts it in force. Everything from, to and
-//! between tenants' bridges is closed but for the elements of three sets: instance to instance, instance
-//! to a service, instance to the outside. Every key begins with bridge and source address, so that each
-//! rule is one app's. What is refused is refused alike, whether anybody is there or not, before the machine's
-//! routes could tell. Replies pass only through the mirrored key of the rule that allowed the question:
-//! taking a rule away cuts what runs.
+//! The nftables table of an installation, as pure text; `kernel.rs` applies it. All traffic from, to and between
+//! tenants' bridges is denied, except the elements of three sets: instance to instance, instance to a service,
+//! instance to the outside. Every key begins with bridge and source address, so that each rule belongs to one app.
+//!
+//! All denied packets get the same answer, whether the target exists or not, before the machine's routes could
+//! reveal it. Replies pass only through the mirrored key of the rule that allowed the request. Removing a rule
+//! therefore cuts its running connections.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -24,11 +25,11 @@ pub use ranges::Ranges;
 /// One allowed connection: an element of a set.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Allowed {
-    /// Number of the network that it comes from.
+    /// Number of the source network.
     pub network: u32,
-    /// From.
+    /// Source address.
     pub source: Ipv4Addr,
-    /// To.
+    /// Target.
     pub target: Cidr,
     /// Protocol.
     pub protocol: Protocol,
@@ -36,51 +37,52 @@ pub struct Allowed {
     pub port: u16,
 }
 
-/// What the table is made from.
+/// Contents of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rules {
-    /// What differs between installations.
+    /// Settings that differ between installations.
     pub shell: Shell,
-    /// What nobody reaches.
+    /// Ranges that no tenant reaches.
     pub never: BTreeSet<Cidr>,
-    /// Addresses that a network's instances have.
+    /// Addresses of a network's instances.
     pub sources: BTreeSet<(u32, Ipv4Addr)>,
-    /// Between instances.
+    /// Flows between instances.
     pub pairs: BTreeSet<Allowed>,
-    /// To single addresses of services.
+    /// Flows to single addresses of services.
     pub services: BTreeSet<Allowed>,
-    /// Addresses of bridges, where names are asked for.
+    /// Addresses of bridges, where apps reach the resolver.
     pub gateways: BTreeSet<(u32, Ipv4Addr)>,
-    /// Networks whose packets outside are let through and written down.
+    /// Networks in audit mode: their packets to the outside are allowed and recorded.
     pub trial: BTreeSet<u32>,
-    /// To addresses of domains, each until a second of the clock that never goes back.
+    /// Flows to addresses of domains, each with its end in [`seconds`].
     pub resolved: BTreeMap<Allowed, u64>,
-    /// To ranges.
+    /// Flows to ranges.
     pub outside: Ranges,
-    /// What is about to close, and is counted.
+    /// Flows that are about to close, and are counted.
     pub watched: Ranges,
 }
 
-/// The hardware address that belongs to an address. It is always the same one, so that whoever knew
-/// the last instance there does not go on sending to that one's card for half a minute.
+/// Returns the MAC address that belongs to an IP address. It is always the same one: otherwise a peer of the
+/// previous instance would keep sending to the old MAC address for half a minute.
 #[must_use]
 pub fn card(own: Ipv4Addr) -> String {
     let [a, b, c, d] = own.octets();
     format!("0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
 }
 
-/// Seconds of a clock that never goes back: since the machine started, sleep included.
+/// Returns the seconds since the machine started, sleep included. This clock never goes back.
 #[must_use]
 pub fn seconds() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     u64::try_from(now.tv_sec).unwrap_or(0)
 }
 
-/// Elements beyond which a change is a replacement: one long line more costs as much as all of it.
+/// Maximum number of elements of a change; beyond it the whole table is replaced. One more long line costs as much
+/// as the table.
 const SMALL: usize = 5_000;
 
 impl Rules {
-    /// A table that allows nothing.
+    /// Creates a table that allows nothing.
     #[must_use]
     pub fn new(shell: Shell, never: BTreeSet<Cidr>) -> Self {
         let (sources, pairs, services, gateways, trial, resolved, outside, watched) = Default::default();
@@ -108,7 +110,7 @@ impl Rules {
         format!("{} timeout {seconds}s", self.allowed(to))
     }
 
-    /// The sets by name, each element as it is written.
+    /// Returns the sets by name, with each element as text.
     pub(super) fn elements(&self) -> [(&'static str, BTreeSet<String>); 7] {
         [
             ("sources", self.sources.iter().map(|source| self.sender(*source)).collect()),
@@ -121,7 +123,8 @@ impl Rules {
         ]
     }
 
-    /// What makes this table of the one before, if that is short: elements alone, first those that go.
+    /// Returns the commands that turn the previous table into this one, if they are short: elements only, deletions
+    /// first.
     #[must_use]
     pub fn change(&self, before: &Self) -> Option<String> {
         if self.shell != before.shell || self.never != before.never {
@@ -156,8 +159,8 @@ impl Rules {
         (count <= SMALL).then_some(out)
     }
 
-    /// The same for addresses of domains. An element may have ended by itself by now, and then cannot be taken
-    /// away: so it is put in first. One whose time has changed is put in anew.
+    /// Adds the same commands for addresses of domains. An element may have expired by now, and then it cannot be
+    /// deleted: it is added first. An element whose time has changed is deleted and added again.
     fn change_resolved(&self, before: &Self, out: &mut String) -> usize {
         let now = seconds();
         let mut gone = Vec::new();
@@ -184,7 +187,7 @@ impl Rules {
         gone.len() * 2 + come.len()
     }
 
-    /// Connections that were allowed before and are not any more.
+    /// Returns the connections that were allowed before and no longer are.
     #[must_use]
     pub fn withdrawn(&self, before: &Self) -> Vec<Allowed> {
         let exact = before.pairs.difference(&self.pairs).chain(before.services.difference(&self.services));
@@ -192,24 +195,24 @@ impl Rules {
         exact.chain(resolved).cloned().chain(before.outside.without(&self.outside)).collect()
     }
 
-    /// Whether something was counted before and is not any more.
+    /// Whether a flow was counted before and no longer is.
     #[must_use]
     pub fn stops_counting(&self, before: &Self) -> bool {
         !before.watched.without(&self.watched).is_empty()
     }
 
-    /// Whether something is counted.
+    /// Whether any flow is counted.
     #[must_use]
     pub fn is_counting(&self) -> bool {
         self.watched.iter().next().is_some()
     }
 
-    /// Networks that were on trial before and are not any more.
+    /// Returns the networks that were in audit mode before and no longer are.
     pub fn untried<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = u32> + 'a {
         before.trial.difference(&self.trial).copied()
     }
 
-    /// Whether a connection to a single address is allowed, in whatever form.
+    /// Whether a connection to a single address is allowed, by any of the sets.
     #[must_use]
     pub fn permits(&self, to: &Allowed) -> bool {
         self.pairs.contains(to)
@@ -220,11 +223,11 @@ impl Rules {
     }
 }
 
-/// What follows from what stands behind it.
+/// Compiles the rules of a [`Standing`].
 #[must_use]
 pub fn compile(shell: Shell, never: &[Range], standing: &Standing) -> Rules {
     let mut rules = Rules::new(shell, never::outermost(never).collect());
-    // Gathered first and made a set once: with many, that is several times as fast.
+    // Collected first and turned into a set once: with many elements, that is several times as fast.
     let (mut sources, mut pairs, mut services) = (Vec::new(), Vec::new(), Vec::new());
     for (app, place) in &standing.apps {
         let network = place.network;

@@ -1,4 +1,4 @@
-//! Targets that may be ranges, by who sends how.
+//! Targets that may be ranges, by sender, protocol and port.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -6,12 +6,12 @@ use std::net::Ipv4Addr;
 use super::Allowed;
 use crate::policy::{Cidr, Protocol};
 
-/// Ranges of which none lies within another: the kernel takes no two that overlap.
+/// Ranges of which none lies within another: the kernel accepts no overlapping ranges.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ranges(BTreeMap<(u32, Ipv4Addr, Protocol, u16), BTreeSet<Cidr>>);
 
 impl Ranges {
-    /// Puts one in. What lies within a range that is there in the same way is left out.
+    /// Adds a range. A range that lies within another one of the same sender, protocol and port is left out.
     pub fn insert(&mut self, to: Allowed) {
         let ranges = self.0.entry((to.network, to.source, to.protocol, to.port)).or_default();
         if !ranges.iter().any(|open| open.holds(to.target)) {
@@ -20,19 +20,19 @@ impl Ranges {
         }
     }
 
-    /// Whether one that is here holds all of this.
+    /// Whether one of the ranges contains this target entirely.
     #[must_use]
     pub fn covers(&self, to: &Allowed) -> bool {
         let ranges = self.0.get(&(to.network, to.source, to.protocol, to.port));
         ranges.is_some_and(|ranges| ranges.iter().any(|range| range.holds(to.target)))
     }
 
-    /// All.
+    /// Iterates over all ranges.
     pub fn iter(&self) -> impl Iterator<Item = Allowed> + '_ {
         self.0.iter().flat_map(|(key, ranges)| ranges.iter().map(|target| one(*key, *target)))
     }
 
-    /// Those that are here and not there.
+    /// Returns the ranges that are here and not in `other`.
     #[must_use]
     pub fn without(&self, other: &Self) -> Vec<Allowed> {
         let mut out = Vec::new();

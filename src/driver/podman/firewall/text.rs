@@ -1,4 +1,4 @@
-//! The table as text.
+//! The text of the nftables table.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +6,7 @@ use super::{Rules, seconds};
 use crate::policy::read::Shell;
 
 impl Rules {
-    /// The text of the table: it replaces the one in force in one step.
+    /// Returns the text of the table. Loading it replaces the applied table in one step.
     #[must_use]
     #[expect(clippy::too_many_lines, reason = "a table is read in one piece")]
     pub fn text(&self) -> String {
@@ -31,7 +31,7 @@ impl Rules {
         let from =
             "ct direction reply ct state established oifname . ip daddr . ip saddr . meta l4proto . th sport";
         let errors = "icmp type { destination-unreachable, time-exceeded } ct state related accept";
-        // At most so many a second of each network are written down: nobody fills everybody's record.
+        // The records a second of each network are limited: no tenant can fill the set that all share.
         let record = format!(
             "meta l4proto {{ tcp, udp }} update @pace {{ iifname limit rate 5/second burst 50 packets }} update @denied {{ {to} }}"
         );

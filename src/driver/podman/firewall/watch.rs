@@ -1,6 +1,6 @@
-//! Tells our own changes of tables from those of others, in netfilter's own messages (nfnetlink), of which
-//! only "there is a new generation, made by this process" is read. `nft monitor` is not used: version 1.0.6
-//! prints its own memory on sets of ranges, and slows down every change.
+//! Tells our own changes of nftables tables from those of other programs. It reads netfilter's messages
+//! (nfnetlink), and of these only the one for a new generation with the process that made it. `nft monitor` is not
+//! used: version 1.0.6 prints its own memory on sets of ranges, and slows down every change.
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,19 +10,19 @@ use rustix::net::netlink;
 
 use crate::driver::podman::ear::{Ear, u16_at};
 
-/// The group of nftables' messages, as a mask (`NFNLGRP_NFTABLES` is 7).
+/// Netlink group of nftables messages, as a mask (`NFNLGRP_NFTABLES` is 7).
 const GROUP: u32 = 1 << 6;
 /// Subsystem 10 is nftables, its message 15 a new generation (`NFT_MSG_NEWGEN`).
 const NEW_GENERATION: u16 = 0x0a0f;
 /// The attribute with the id of the process that made it (`NFTA_GEN_PROC_PID`).
 const MADE_BY: u16 = 2;
-/// Most of our own changes that are remembered.
+/// Maximum number of our own changes that are remembered.
 const REMEMBERED: usize = 64;
 
-/// Processes by which we have changed tables ourselves, lately.
+/// Processes that recently changed tables for us.
 static OWN: Mutex<VecDeque<u32>> = Mutex::new(VecDeque::new());
 
-/// Notes that a process changes a table on our behalf.
+/// Records that a process changes a table for us.
 pub(super) fn note_own(pid: u32) {
     let mut own = OWN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     own.push_back(pid);
@@ -35,12 +35,12 @@ fn is_own(pid: u32) -> bool {
     OWN.lock().unwrap_or_else(std::sync::PoisonError::into_inner).contains(&pid)
 }
 
-/// Hears that somebody else has changed some table.
+/// Opens a monitor for changes that another program makes to any table.
 pub fn open() -> io::Result<Ear> {
     Ear::open("nftables", Some(netlink::NETFILTER), GROUP, tells_of_others)
 }
 
-/// Whether a message is a generation that was not made on our behalf.
+/// Whether a message is a generation that was not made for us.
 fn tells_of_others(message: &[u8]) -> bool {
     u16_at(message, 4) == Some(NEW_GENERATION) && !message.get(20..).and_then(made_by).is_some_and(is_own)
 }

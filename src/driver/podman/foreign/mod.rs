@@ -1,13 +1,13 @@
-//! Firewalls of others on the machine: whether their rules let an app's packets pass. The rules are followed as the
-//! kernel follows them, for a few packets that every app sends. A default zone of firewalld ends in a reject under a
-//! policy of accept, so a look at policies alone is not enough.
+//! Other firewalls on the machine: whether their rules allow an app's packets. The rules are followed as the kernel
+//! follows them, for a few packets that every app sends. A default zone of firewalld ends in a reject under a
+//! policy of accept, so the policies alone are not enough.
 
 use serde_json::Value;
 
-/// Longest chain of jumps; the kernel itself stops at 16.
+/// Maximum depth of jumps; the kernel itself stops at 16.
 const DEPTH: usize = 32;
 
-/// A packet of an app, as far as other firewalls may ask.
+/// A packet of an app, with the properties that other firewalls may match.
 #[derive(Debug, Clone, Copy)]
 struct Packet {
     words: &'static str,
@@ -19,10 +19,10 @@ struct Packet {
     state: &'static str,
 }
 
-/// Bridges of tenants are called `bk`, the installation's letters, and a number.
+/// The bridges of tenants are named `bk`, the installation's letters, and a number.
 const BRIDGE: &str = "bkaaaa1";
 const OTHER_BRIDGE: &str = "bkaaaa2";
-/// No rule names this interface: it stands for the way out.
+/// No rule names this interface: it stands for the outside.
 const OUTSIDE: &str = "outside0";
 
 const fn forwarded(
@@ -42,11 +42,11 @@ const PACKETS: [Packet; 5] = [
     forwarded("traffic between apps", BRIDGE, OTHER_BRIDGE, "new"),
     forwarded("traffic of apps to services and egress targets", BRIDGE, OUTSIDE, "new"),
     forwarded("answers to apps from services and egress targets", OUTSIDE, BRIDGE, "established"),
-    names("names asked for over UDP", "udp"),
-    names("names asked for over TCP", "tcp"),
+    names("DNS queries over UDP", "udp"),
+    names("DNS queries over TCP", "tcp"),
 ];
 
-/// Who wrote the rules, which decides what the remedy says.
+/// Author of the rules. The suggested remedy depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Author {
     /// firewalld.
@@ -55,7 +55,7 @@ pub enum Author {
     Ufw,
     /// Docker.
     Docker,
-    /// Rules written by hand, or by a program that is not known.
+    /// Rules written by hand or by an unknown program.
     Other,
 }
 
@@ -64,29 +64,29 @@ pub enum Author {
 pub struct Wall {
     /// Family, table and chain.
     pub chain: String,
-    /// What it stops.
+    /// Traffic that it stops.
     pub stops: Vec<&'static str>,
-    /// Who wrote it.
+    /// Author of its rules.
     pub author: Author,
 }
 
-/// What a rule, or a chain, does with a packet.
+/// Effect of a rule or a chain on a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Accept,
     Drop,
-    /// Back to the chain before.
+    /// Return to the calling chain.
     Return,
-    /// No word: on with the next rule.
+    /// No verdict: continue with the next rule.
     Continue,
 }
 
-/// Whether a rule is about a packet.
+/// Whether a rule matches a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fits {
     Yes,
     No,
-    /// It depends on what is not known here, such as an address.
+    /// Depends on data that is unknown here, such as an address.
     Perhaps,
 }
 
@@ -99,7 +99,8 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value[key].as_str().unwrap_or_default()
 }
 
-/// Walls for apps, from what `nft -j list ruleset` (or of several tables, one after another) says.
+/// Returns the chains that stop packets of apps, from the output of `nft -j list ruleset` (or of several tables,
+/// one after another).
 #[must_use]
 pub fn walls<'a>(listings: impl IntoIterator<Item = &'a [u8]>) -> Vec<Wall> {
     let mut all = Rules { chains: Vec::new(), rules: Vec::new() };
@@ -121,7 +122,8 @@ pub fn walls<'a>(listings: impl IntoIterator<Item = &'a [u8]>) -> Vec<Wall> {
 impl Rules {
     fn wall(&self, chain: &Value) -> Option<Wall> {
         let hook = chain["hook"].as_str()?;
-        // Packets between two bridges are not bridged: what a bridge's own table says is about one tenant's apps.
+        // Packets between two bridges are not bridged: a table of family `bridge` applies to one tenant's
+        // apps only.
         let bridged = text(chain, "family") == "bridge";
         let stops: Vec<&str> = PACKETS
             .iter()
@@ -179,9 +181,10 @@ impl Rules {
             }
             let Some(word) = verdict_of(part, packet) else { continue };
             let verdict = self.carry_out(rule, &word, packet, depth);
-            // Of a rule that may not be about this packet, nothing is taken for sure. `nft` cannot print what iptables
-            // asks of a connection or of an address: rules that accept answers, and those that go on with what is for
-            // the machine itself (ufw), are taken at their word.
+            // A rule that may not match this packet decides nothing for certain. `nft` cannot print the
+            // conditions of iptables on a connection or an address. Two kinds of rules are therefore assumed
+            // to match: those that accept replies, and those that return for packets to the machine itself
+            // (ufw).
             let sure = match verdict {
                 _ if fits == Fits::Yes => true,
                 Verdict::Accept => packet.state == "established",
@@ -211,7 +214,7 @@ impl Rules {
                 Some(Verdict::Return) | None => Verdict::Continue,
                 Some(verdict) => verdict,
             },
-            // A chain that was gone to does not come back: its end is the end of the one before.
+            // A chain that was entered by goto does not return: its end is the end of the calling chain.
             "goto" => match target(part).map(|chain| self.follow(chain, packet, depth + 1)) {
                 Some(Verdict::Continue) => Verdict::Return,
                 Some(verdict) => verdict,
@@ -226,7 +229,7 @@ fn asks_of_address(rule: &Value) -> bool {
     rule["expr"].as_array().into_iter().flatten().any(|part| part["xt"]["name"] == "addrtype")
 }
 
-/// The verdict that an expression is, or chooses for a packet.
+/// Returns the verdict that an expression is, or selects for a packet.
 fn verdict_of(part: &Value, packet: &Packet) -> Option<Value> {
     let object = part.as_object()?;
     if let Some(map) = object.get("vmap") {
@@ -261,7 +264,7 @@ fn fits_one(part: &Value, packet: &Packet) -> Fits {
     Fits::Yes
 }
 
-/// What a packet has at a place that rules ask for; none where it is not known.
+/// Returns the packet's value for the left side of a match; none when it is unknown.
 fn seen(left: &Value, packet: &Packet) -> Option<Value> {
     if let Some(key) = left["meta"]["key"].as_str() {
         return match key {
@@ -277,7 +280,7 @@ fn seen(left: &Value, packet: &Packet) -> Option<Value> {
     if let Some(key) = left["ct"]["key"].as_str() {
         return match key {
             "state" => Some(packet.state.into()),
-            // Nobody forwards ports to apps.
+            // No port is forwarded to an app.
             "status" => Some("confirmed".into()),
             _ => None,
         };
@@ -301,7 +304,7 @@ fn seen(left: &Value, packet: &Packet) -> Option<Value> {
 
 fn compare(left: &Value, right: &Value, packet: &Packet) -> Fits {
     let Some(seen) = seen(left, packet) else { return Fits::Perhaps };
-    // It is no such packet at all.
+    // The packet is not of that protocol at all.
     if seen.is_null() {
         return Fits::No;
     }
@@ -329,14 +332,14 @@ fn holds(seen: &Value, right: &Value) -> Fits {
             },
             _ => Fits::Perhaps,
         },
-        // A set of its own, by name.
+        // A named set.
         Value::String(name) if name.starts_with('@') => Fits::Perhaps,
         Value::String(name) => match (name.strip_suffix('*'), seen.as_str()) {
-            // One installation's bridges by name: they are among those that this packet stands for.
+            // Bridges of one installation by name: this packet stands for them too.
             (_, Some(BRIDGE | OTHER_BRIDGE)) if name.starts_with("bk") => Fits::Yes,
             (Some(start), Some(seen)) => yes(seen.starts_with(start)),
             (None, Some(seen)) => yes(seen == name),
-            // A service by its name, where a number was seen.
+            // A service name, where the packet has a number.
             _ => yes(name == "domain" && seen.as_u64() == Some(53)),
         },
         _ => yes(seen == right),

@@ -1,4 +1,4 @@
-//! Rules as the firewalls themselves wrote them on Debian 12 (`nft -j list ruleset`), and rules by hand.
+//! Rules that the firewalls themselves wrote on Debian 12 (`nft -j list ruleset`), and rules written by hand.
 
 use serde_json::json;
 
@@ -15,8 +15,8 @@ fn default_zones_of_firewalld_stop_traffic_and_names() {
     let chains: Vec<&str> = found.iter().map(|wall| wall.chain.as_str()).collect();
     assert_eq!(chains, ["inet firewalld filter_INPUT", "inet firewalld filter_FORWARD"]);
     assert!(found.iter().all(|wall| wall.author == Author::Firewalld));
-    assert_eq!(found[0].stops.len(), 2, "names over both protocols");
-    assert_eq!(found[1].stops.len(), 2, "answers are let through: {:?}", found[1].stops);
+    assert_eq!(found[0].stops.len(), 2, "DNS over both protocols");
+    assert_eq!(found[1].stops.len(), 2, "answers are allowed: {:?}", found[1].stops);
 }
 
 #[test]
@@ -59,8 +59,8 @@ fn a_last_reject_counts_as_a_policy_does() {
         assert_eq!(chain("forward", "accept", &[json!([{"counter": {}}, {last: null}])])[0].stops.len(), 3);
     }
     assert_eq!(chain("input", "drop", &[])[0].stops.len(), 2);
-    assert_eq!(chain("output", "drop", &[]), [], "nothing of an app's leaves the machine as its own");
-    // In a chain that is gone to, the end is the policy's; one that is jumped to comes back.
+    assert_eq!(chain("output", "drop", &[]), [], "packets of apps do not pass the output hook");
+    // The end of a chain that was entered by goto is the policy's; a chain that was entered by jump returns.
     let goto = json!([{"goto": {"target": "inner"}}]);
     let jump = json!([{"jump": {"target": "inner"}}]);
     let accept = json!([{"accept": null}]);
@@ -85,7 +85,7 @@ fn accepts_for_bridges_take_the_wall_down_and_others_do_not() {
     let answers = json!([{"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": ["established", "related"]}},
         {"accept": null}]);
     assert_eq!(chain("forward", "drop", &[answers, both[0].clone()]), []);
-    // A rule about an address, or with a limit, opens and closes nothing for sure.
+    // A rule on an address, or with a limit, decides nothing for certain.
     let perhaps = json!([{"match": {"op": "==", "left": {"payload": {"protocol": "ip", "field": "saddr"}},
         "right": "10.0.0.1"}}, {"drop": null}]);
     assert_eq!(chain("forward", "accept", &[perhaps]), []);
@@ -95,7 +95,7 @@ fn accepts_for_bridges_take_the_wall_down_and_others_do_not() {
             .len(),
         1
     );
-    // A drop that names the bridges is a wall under any policy.
+    // A drop that names the bridges stops packets under any policy.
     let drop = json!([matched("==", "iifname", "bk*".into()), {"drop": null}]);
     assert_eq!(chain("forward", "accept", &[drop])[0].stops.len(), 2);
     // Port 53 by number, in a range, in a set; the other protocol does not count.
@@ -104,10 +104,10 @@ fn accepts_for_bridges_take_the_wall_down_and_others_do_not() {
             json!([{"match": {"op": "==", "left": {"payload": {"protocol": protocol, "field": "dport"}},
                 "right": right.clone()}}, {"accept": null}])
         };
-        assert_eq!(chain("input", "drop", &[rule("udp")])[0].stops, ["names asked for over TCP"]);
+        assert_eq!(chain("input", "drop", &[rule("udp")])[0].stops, ["DNS queries over TCP"]);
         assert_eq!(chain("input", "drop", &[rule("th")]), []);
     }
-    // What is for the machine itself goes on, by either way to ask it.
+    // Packets to the machine itself continue, for both ways to match them.
     let fib = json!({"match": {"op": "==", "left": {"fib": {"result": "type", "flags": "daddr"}}, "right": "local"}});
     for asks in [fib, json!({"xt": {"type": "match", "name": "addrtype"}})] {
         let rules = [
@@ -132,7 +132,7 @@ fn own_tables_and_nonsense_are_no_walls() {
     let six = json!({"nftables": [{"chain": {"family": "ip6", "table": "filter", "name": "FORWARD",
         "hook": "forward", "policy": "drop"}}]});
     assert_eq!(walls([six.to_string().as_bytes()]), [], "apps have no IPv6");
-    // Chains that jump at each other end.
+    // Chains that jump to each other terminate.
     let circle = json!([{"jump": {"target": "inner"}}]);
     let back = json!(["inner", {"jump": {"target": "inner"}}]);
     assert_eq!(chain("forward", "accept", &[circle, back]), []);

@@ -1,4 +1,4 @@
-//! What was seen: packets to what is about to close, and what was tried from within apps.
+//! Evidence for a rollout: packets to endpoints that will be removed, and probe results.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::ids::{AppId, TenantId};
 use crate::networks::rollouts::Check;
 
-/// Writes down what was used of what is about to close.
+/// Records the use of endpoints that will be removed.
 pub(in crate::networks) async fn put_uses(
     conn: &mut PgConnection,
     rollout: i64,
@@ -43,7 +43,7 @@ pub(in crate::networks) async fn put_uses(
     Ok(())
 }
 
-/// Something that was used of what is about to close.
+/// Recorded use of an endpoint that will be removed.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct UseRow {
     /// Tenant.
@@ -64,7 +64,7 @@ pub(crate) struct UseRow {
     pub last_at: OffsetDateTime,
 }
 
-/// What was used, the last one first; how many there are in all.
+/// Lists the recorded use, the most recent first, with the total count.
 pub(in crate::networks) async fn list_uses(
     conn: &mut PgConnection,
     rollout: i64,
@@ -89,7 +89,7 @@ pub(in crate::networks) async fn list_uses(
     Ok((rows, all))
 }
 
-/// Writes down what was tried.
+/// Records probe results.
 pub(in crate::networks) async fn put_checks(
     conn: &mut PgConnection,
     rollout: i64,
@@ -128,14 +128,14 @@ pub(in crate::networks) async fn put_checks(
     Ok(())
 }
 
-/// Something that was tried.
+/// A probe result.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct CheckRow {
     /// `before`, `canary`, `all`.
     pub stage: String,
     /// Tenant.
     pub tenant: String,
-    /// App from within which it was tried.
+    /// The app in which the probe ran.
     pub app: String,
     /// Address.
     pub network: String,
@@ -145,16 +145,16 @@ pub(crate) struct CheckRow {
     pub port: i32,
     /// `open` or `closed`.
     pub must_be: String,
-    /// What came of it.
+    /// The outcome.
     pub outcome: String,
-    /// Whether that is as it must be.
+    /// Whether the outcome matches `must_be`.
     pub good: bool,
     /// When.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
 }
 
-/// What was tried, what went wrong first; how many there are in all.
+/// Lists probe results, failed ones first, with the total count.
 pub(in crate::networks) async fn list_checks(
     conn: &mut PgConnection,
     rollout: i64,
@@ -179,7 +179,7 @@ pub(in crate::networks) async fn list_checks(
     Ok((rows, all))
 }
 
-/// What was tried before a roll-out reached anybody: by which app, where, and whether it answered.
+/// Lists the probe results from before a rollout reached any tenant.
 pub(in crate::networks) async fn list_before(
     conn: &mut PgConnection,
     rollout: i64,
@@ -194,7 +194,7 @@ pub(in crate::networks) async fn list_before(
     .await?)
 }
 
-/// Something that was tried before.
+/// A probe result from before the rollout.
 pub(in crate::networks) struct Before {
     pub(in crate::networks) app: AppId,
     pub(in crate::networks) network: String,
@@ -203,7 +203,7 @@ pub(in crate::networks) struct Before {
     pub(in crate::networks) good: bool,
 }
 
-/// What was found open in a stage and must not be: by which app, and where.
+/// Returns the flows that a stage found open and that must be closed, each with its app.
 pub(in crate::networks) async fn list_found_open(
     conn: &mut PgConnection,
     rollout: i64,

@@ -1,5 +1,5 @@
-//! Roll-outs: what each is and how far. `reach.rs` knows whom it has reached, `evidence.rs` what was used and
-//! what was tried.
+//! Rollouts and their progress. `reach.rs` tracks the tenants that a rollout has reached, `evidence.rs`
+//! recorded use and probe results.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -17,7 +17,7 @@ mod reach;
 pub(in crate::networks) use evidence::*;
 pub(in crate::networks) use reach::*;
 
-/// A roll-out.
+/// A rollout.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Rollout {
     /// Number.
@@ -26,51 +26,51 @@ pub(crate) struct Rollout {
     pub service_id: i64,
     /// Service.
     pub service: ServiceName,
-    /// What the service is described as once it is over.
+    /// The service's description after the rollout.
     pub description: String,
-    /// Endpoints that hold for whom it has not reached.
+    /// Endpoints of tenants that the rollout has not reached.
     pub before: Json<Vec<Endpoint>>,
-    /// Endpoints that hold for whom it has reached.
+    /// Endpoints of tenants that the rollout has reached.
     pub endpoints: Json<Vec<Endpoint>>,
-    /// How long what it closes is counted first, in hours.
+    /// Length of the observation window, in hours.
     pub window_hours: i32,
-    /// How long the first tenants are looked at, in seconds.
+    /// How long canary tenants are observed, in seconds.
     pub observe_seconds: i32,
     #[serde(skip)]
     pub canaries: Option<Vec<i64>>,
-    /// Who is reached first, as far as it is known.
+    /// The canary tenants, as far as they are chosen.
     #[serde(rename = "canaries")]
     pub canary_names: Vec<String>,
     /// `window`, `canary`, `all`, `undo`, `over`.
     pub stage: Stage,
-    /// `done`, `aborted`, `rolled_back`, once it is known.
+    /// `done`, `aborted` or `rolled_back`, once it is decided.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub outcome: Option<String>,
     /// When the stage began.
     #[serde(with = "time::serde::rfc3339")]
     pub stage_at: OffsetDateTime,
-    /// When it ends at the earliest.
+    /// Earliest end of the stage.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     pub until: Option<OffsetDateTime>,
-    /// Who has paused it; `platform` where it waits by itself for a person.
+    /// Actor who paused it; `platform` if the rollout paused itself and needs approval.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub paused_by: Option<String>,
     #[serde(skip)]
     pub resumed: bool,
-    /// What is to be known about it.
+    /// Its status, for people.
     pub message: String,
-    /// Who has begun it.
+    /// Actor who started it.
     pub begun_by: String,
-    /// When.
+    /// When it was started.
     #[serde(with = "time::serde::rfc3339")]
     pub begun_at: OffsetDateTime,
-    /// When it was over.
+    /// When it ended.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     pub ended_at: Option<OffsetDateTime>,
-    /// Tenants for whom it holds by now; nothing once it is over.
+    /// Number of tenants that it has reached; absent once it is over.
     #[serde(skip_serializing_if = "is_none")]
     pub reached: i64,
-    /// Tenants that may use the service; nothing once it is over.
+    /// Number of tenants that may use the service; absent once it is over.
     #[serde(skip_serializing_if = "is_none")]
     pub tenants: i64,
 }
@@ -80,7 +80,7 @@ fn is_none(count: &i64) -> bool {
     *count < 0
 }
 
-/// Roll-outs by number, the newest first.
+/// Lists rollouts by number, the newest first.
 pub(in crate::networks) async fn list_rollouts(
     conn: &mut PgConnection,
     before: i64,
@@ -106,7 +106,7 @@ pub(in crate::networks) async fn list_rollouts(
     .await?)
 }
 
-/// One of them.
+/// Returns one rollout.
 pub(in crate::networks) async fn find_rollout(
     conn: &mut PgConnection,
     id: i64,
@@ -115,7 +115,7 @@ pub(in crate::networks) async fn find_rollout(
     Ok(found.into_iter().find(|rollout| rollout.id == id))
 }
 
-/// The one of a service that is under way.
+/// Returns the running rollout of a service.
 pub(in crate::networks) async fn find_under_way(
     conn: &mut PgConnection,
     service: i64,
@@ -132,7 +132,7 @@ pub(in crate::networks) async fn find_under_way(
     }
 }
 
-/// A roll-out to be begun.
+/// A new rollout.
 pub(in crate::networks) struct NewRollout<'a> {
     pub(in crate::networks) service_id: i64,
     pub(in crate::networks) service: &'a ServiceName,
@@ -169,7 +169,7 @@ pub(in crate::networks) async fn insert_rollout(
     Ok(id)
 }
 
-/// Goes on to a stage, unless somebody has paused or aborted it meanwhile. Whether it did.
+/// Moves to another stage, unless the rollout was paused or aborted meanwhile. Returns whether it moved.
 pub(in crate::networks) async fn set_stage(
     conn: &mut PgConnection,
     id: i64,
@@ -193,7 +193,7 @@ pub(in crate::networks) async fn set_stage(
     Ok(done.rows_affected() > 0)
 }
 
-/// Says how it stands, and until when the stage lasts at least. Whether it still goes on.
+/// Sets the status and the earliest end of the stage. Returns whether the stage is still running.
 pub(in crate::networks) async fn set_progress(
     conn: &mut PgConnection,
     id: i64,
@@ -213,7 +213,7 @@ pub(in crate::networks) async fn set_progress(
     Ok(done.rows_affected() > 0)
 }
 
-/// Why it does not go on.
+/// Records why the rollout does not continue.
 pub(in crate::networks) async fn set_message(
     conn: &mut PgConnection,
     id: i64,
@@ -229,7 +229,7 @@ pub(in crate::networks) async fn set_message(
     Ok(())
 }
 
-/// Who is reached first, now that it is known.
+/// Stores the chosen canary tenants.
 pub(in crate::networks) async fn set_canaries(
     conn: &mut PgConnection,
     id: i64,
@@ -241,7 +241,7 @@ pub(in crate::networks) async fn set_canaries(
     Ok(())
 }
 
-/// Pauses. Whether it went on until now.
+/// Pauses a rollout. Returns whether it was running.
 pub(in crate::networks) async fn pause(
     conn: &mut PgConnection,
     id: i64,
@@ -261,8 +261,8 @@ pub(in crate::networks) async fn pause(
     Ok(done.rows_affected() > 0)
 }
 
-/// Says what was found by whoever was at work when somebody paused it: whoever lets it go on has to know. Whether
-/// that is new.
+/// Adds a finding to a rollout that was paused while a step ran, for the user who resumes it. Returns whether
+/// it is new.
 pub(in crate::networks) async fn note_paused(
     conn: &mut PgConnection,
     id: i64,
@@ -280,7 +280,7 @@ pub(in crate::networks) async fn note_paused(
     Ok(done.rows_affected() > 0)
 }
 
-/// Ends a window now. Whether one was open.
+/// Ends an observation window now. Returns whether one was open.
 pub(in crate::networks) async fn end_window(conn: &mut PgConnection, id: i64) -> Result<bool, Error> {
     let done = sqlx::query!(
         "UPDATE network_rollout SET until = now() \
@@ -292,8 +292,8 @@ pub(in crate::networks) async fn end_window(conn: &mut PgConnection, id: i64) ->
     Ok(done.rows_affected() > 0)
 }
 
-/// Goes on. A window that is over and waited for somebody to know what was used in it, is left with that; one that
-/// somebody has paused lasts longer by the pause. Whether it was paused.
+/// Resumes a rollout. An observation window that has ended and waits for approval moves on to the canary
+/// stage. A window that a user paused is extended by the pause. Returns whether the rollout was paused.
 pub(in crate::networks) async fn resume(conn: &mut PgConnection, id: i64) -> Result<bool, Error> {
     let done = sqlx::query!(
         "UPDATE network_rollout SET paused_by = NULL, paused_at = NULL, message = '', resumed = true, stage_at = now(), \
@@ -308,7 +308,7 @@ pub(in crate::networks) async fn resume(conn: &mut PgConnection, id: i64) -> Res
     Ok(done.rows_affected() > 0)
 }
 
-/// Turns back. Whether there was something to turn back.
+/// Aborts a rollout. Returns whether there was one to abort.
 pub(in crate::networks) async fn abort(
     conn: &mut PgConnection,
     id: i64,
@@ -325,7 +325,7 @@ pub(in crate::networks) async fn abort(
     Ok(done.rows_affected() > 0)
 }
 
-/// Removes roll-outs that were over a quarter ago.
+/// Deletes rollouts that ended over 90 days ago.
 pub(in crate::networks) async fn prune_rollouts(conn: &mut PgConnection) -> Result<(), Error> {
     sqlx::query!(
         "DELETE FROM network_rollout WHERE stage = 'over' AND ended_at < now() - interval '90 days'"

@@ -1,4 +1,4 @@
-//! Whom a roll-out has reached, and whether what it brings is in force there.
+//! The tenants that a rollout has reached, and whether its change is applied there.
 
 use sqlx::PgConnection;
 use sqlx::types::Json;
@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::ids::{TenantId, TenantName};
 use crate::networks::AppPlan;
 
-/// Reaches tenants of a service that it has not reached yet: these alone, or at most so many. Who they are.
+/// Reaches further tenants of a service: only those in `only`, at most `limit`. Returns their ids.
 pub(in crate::networks) async fn reach_tenants(
     conn: &mut PgConnection,
     rollout: &Rollout,
@@ -32,7 +32,8 @@ pub(in crate::networks) async fn reach_tenants(
     .await?)
 }
 
-/// Counts, for at most so many tenants more, what they use of what will be closed. Who they are.
+/// Starts counting use of the endpoints that will be removed, for at most `limit` further tenants. Returns
+/// their ids.
 pub(in crate::networks) async fn watch_tenants(
     conn: &mut PgConnection,
     rollout: &Rollout,
@@ -50,8 +51,7 @@ pub(in crate::networks) async fn watch_tenants(
     .await?)
 }
 
-/// For at most so many that a roll-out means something to, only what the service says itself holds again. Who they
-/// are.
+/// Puts at most `limit` tenants back to the service's own endpoints. Returns their ids.
 pub(in crate::networks) async fn leave_tenants(
     conn: &mut PgConnection,
     rollout: &Rollout,
@@ -70,7 +70,7 @@ pub(in crate::networks) async fn leave_tenants(
     .await?)
 }
 
-/// Who may use a service, and for whom only the service's own endpoints hold.
+/// Lists the tenants of a service that only have the service's own endpoints.
 pub(in crate::networks) async fn list_unreached(
     conn: &mut PgConnection,
     service: i64,
@@ -83,20 +83,20 @@ pub(in crate::networks) async fn list_unreached(
     .await?)
 }
 
-/// Holds a service's row, so that nobody is given it meanwhile.
+/// Locks a service, so that no tenant gains access meanwhile.
 pub(in crate::networks) async fn lock_service(conn: &mut PgConnection, service: i64) -> Result<(), Error> {
     sqlx::query!("SELECT id FROM service WHERE id = $1 FOR UPDATE", service).fetch_optional(conn).await?;
     Ok(())
 }
 
-/// How many tenants may use a service.
+/// Returns the number of tenants that may use a service.
 pub(in crate::networks) async fn count_users(conn: &mut PgConnection, service: i64) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(r#"SELECT count(*) AS "n!" FROM tenant_service WHERE service_id = $1"#, service)
         .fetch_one(conn)
         .await?)
 }
 
-/// What a roll-out says becomes what the service says.
+/// Copies a rollout's endpoints and description to the service.
 pub(in crate::networks) async fn adopt(conn: &mut PgConnection, rollout: i64) -> Result<(), Error> {
     sqlx::query!(
         "UPDATE service s SET endpoints = r.endpoints, description = r.description, generation = s.generation + 1, \
@@ -108,7 +108,7 @@ pub(in crate::networks) async fn adopt(conn: &mut PgConnection, rollout: i64) ->
     Ok(())
 }
 
-/// There is something to do for these tenants' networks, and why.
+/// Records a cause for these tenants and wakes their networks.
 pub(in crate::networks) async fn note_tenants(
     conn: &mut PgConnection,
     tenants: &[i64],
@@ -126,7 +126,7 @@ pub(in crate::networks) async fn note_tenants(
     )
     .execute(&mut *conn)
     .await?;
-    // In one order, so that two who do this do not wait for each other.
+    // Sorted, so that two concurrent calls do not deadlock.
     sqlx::query!(
         "INSERT INTO work (kind, object_id, tenant_id) SELECT 'network', t, t FROM unnest($1::bigint[]) t ORDER BY t \
          ON CONFLICT (kind, object_id) DO UPDATE SET wake = work.wake + 1, due_at = least(work.due_at, now()), \
@@ -138,30 +138,30 @@ pub(in crate::networks) async fn note_tenants(
     Ok(())
 }
 
-/// Whose plan is not in force yet.
+/// Tenants whose plan is not applied yet.
 #[derive(Debug)]
 pub(in crate::networks) struct Unsettled {
-    /// How many.
+    /// Their number.
     pub(in crate::networks) count: i64,
     /// One of them.
     pub(in crate::networks) example: String,
-    /// For how many seconds the eldest has waited.
+    /// Seconds for which the oldest has waited.
     pub(in crate::networks) seconds: i64,
 }
 
-/// Whom a roll-out means something to.
+/// Which tenants of a rollout to look at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::networks) enum Whom {
-    /// Those that it has reached.
+    /// Tenants that it has reached.
     Reached,
-    /// Those of whom it is counted what they use.
+    /// Tenants whose use is counted.
     Watched,
-    /// Those from whom it was taken back.
+    /// Tenants that it was rolled back from.
     Left,
 }
 
-/// Of whom a roll-out means something to, those for whom what it means is not in force: what was decided about them
-/// for other reasons since then is not waited for.
+/// Finds the tenants of a rollout for which its change is not applied yet. It does not wait for decisions
+/// that were made later for other reasons.
 pub(in crate::networks) async fn find_unsettled(
     conn: &mut PgConnection,
     rollout: i64,
@@ -192,8 +192,8 @@ pub(in crate::networks) async fn find_unsettled(
     Ok(Some(found).filter(|found| found.count > 0))
 }
 
-/// One of whom a roll-out has reached, whose plan was not proven since then and is not yet, and why. What such a plan
-/// closes comes into force as a plan of the same moment.
+/// Returns a tenant that the rollout has reached and whose plan has failed verification since, with the
+/// reason. The flows that such a plan closes are applied as a plan of the same moment.
 pub(in crate::networks) async fn find_unproven(
     conn: &mut PgConnection,
     rollout: i64,
@@ -210,7 +210,7 @@ pub(in crate::networks) async fn find_unproven(
     Ok(row.map(|row| (row.name, row.message)))
 }
 
-/// Something that must be closed was found open since a roll-out went on.
+/// Returns the first alarm since a time: a flow that must be closed was found open.
 pub(in crate::networks) async fn find_alarm(
     conn: &mut PgConnection,
     since: OffsetDateTime,
@@ -223,27 +223,28 @@ pub(in crate::networks) async fn find_alarm(
     .await?)
 }
 
-/// A tenant's plan, as it stands.
+/// A tenant's current plan.
 pub(in crate::networks) struct PlanOf {
     pub(in crate::networks) tenant: TenantId,
     pub(in crate::networks) name: TenantName,
     pub(in crate::networks) apps: Vec<AppPlan>,
-    /// Whether what its apps send outside is let through.
+    /// Whether the tenant is in audit mode.
     pub(in crate::networks) on_trial: bool,
 }
 
-/// Whose plans are looked for.
+/// Which tenants' plans to return.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::networks) enum Pick<'a> {
-    /// These tenants'.
+    /// Plans of these tenants.
     These(&'a [i64]),
-    /// Those that were reached last.
+    /// Plans of the tenants that were reached last.
     Last,
-    /// Some that stay the same however often it is asked.
+    /// Plans of a sample of tenants that is the same on every call.
     Some,
 }
 
-/// Plans that are in force, of users of a service in which an app names it; of those alone that are reached, or not.
+/// Lists the applied plans in which an app names the service, of tenants that are reached, or of those that
+/// are not.
 pub(in crate::networks) async fn list_using_plans(
     conn: &mut PgConnection,
     rollout: &Rollout,
@@ -284,7 +285,7 @@ pub(in crate::networks) async fn list_using_plans(
         .collect())
 }
 
-/// The identities of these tenants, of those that may use a service and are not reached yet.
+/// Returns the ids of these tenants, of those that may use the service.
 pub(in crate::networks) async fn list_users_named(
     conn: &mut PgConnection,
     service: i64,

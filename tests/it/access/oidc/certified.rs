@@ -1,4 +1,4 @@
-//! The good paths, with the certified `oidc-provider`.
+//! Valid flows, with the certified `oidc-provider`.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,7 +13,7 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use super::{free_port, settings};
 use crate::support::{Person, TestApp, node, page};
 
-/// The provider's process, which ends with the test.
+/// The provider's process. Dropping it ends the process.
 struct Certified(Child);
 
 impl Drop for Certified {
@@ -40,13 +40,13 @@ impl Certified {
         let mut output = BufReader::new(child.stdout.take().unwrap());
         output.read_line(&mut line).unwrap();
         assert_eq!(line.trim(), "ready");
-        // It goes on talking; a closed pipe would end it.
+        // The process keeps writing, and a closed pipe would end it.
         std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
         Self(child)
     }
 }
 
-/// A browser at the provider: follows its redirects with its cookies, and answers its login page.
+/// Acts as a browser at the provider: follows redirects with cookies, and submits the login page.
 async fn at_provider(start: &str, login: &str, cookies: &mut HashMap<String, String>) -> String {
     let http = bulkhead::outgoing::client().build().unwrap();
     let origin = start.split('/').take(3).collect::<Vec<_>>().join("/");
@@ -79,10 +79,10 @@ async fn at_provider(start: &str, login: &str, cookies: &mut HashMap<String, Str
         action.split('"').next().unwrap().clone_into(&mut url);
         form = Some(page::form(&[("prompt", "login"), ("login", login), ("password", "x")]));
     }
-    panic!("the provider does not send anybody back");
+    panic!("the provider does not redirect back");
 }
 
-/// Goes to the provider from one of our addresses and comes back; the answer to that.
+/// Goes to the provider from one of Bulkhead's addresses, comes back, and returns the final response.
 async fn through(person: &mut Person, begin: &str, login: &str) -> reqwest::Response {
     let mut cookies = HashMap::new();
     let there = person.get(begin).await;
@@ -111,12 +111,12 @@ async fn people_come_through_a_provider_with_what_it_says_of_them(
     app.tenant("beta").await;
     let mut alice = app.nobody("alice");
     assert!(alice.page("/login").await.contains("Sign in with The good provider"));
-    // While it is away, that is said, and others sign in.
+    // While the provider is unreachable, the page says so, and other sign-in methods work.
     let away = alice.get("/login/providers/good").await;
     assert_eq!(away.status(), 401);
     assert!(away.text().await.unwrap().contains("cannot be reached"));
     let running = Certified::start(port, &app.one.address, &groups);
-    // That it was away is remembered for ten seconds: nobody queues behind the same failure.
+    // The failure is cached for ten seconds, so requests do not queue behind it.
     assert_eq!(alice.get("/login/providers/good").await.status(), 401);
     tokio::time::sleep(std::time::Duration::from_secs(11)).await;
     let answer = through(&mut alice, "/login/providers/good", "alice").await;
@@ -130,7 +130,7 @@ async fn people_come_through_a_provider_with_what_it_says_of_them(
         "{me}"
     );
     let account = app.number("SELECT id FROM account WHERE name = $1", "alice").await;
-    // What it says is what is; what it does not say any more is gone with the next sign-in.
+    // Roles follow the provider: a role that it no longer grants is removed at the next sign-in.
     say(json!({"alice": ["beta-see", "ops", "unknown"], "nobody": []}));
     assert_eq!(through(&mut alice, "/login/providers/good", "alice").await.status(), 303);
     let me = alice.api("GET", "/api/v1/me", Value::Null).await.1;
@@ -144,9 +144,9 @@ async fn people_come_through_a_provider_with_what_it_says_of_them(
     assert_eq!(
         app.number("SELECT id FROM account WHERE name = $1", "alice").await,
         account,
-        "the same person"
+        "the same account"
     );
-    // What was decided here by hand stays, whatever the provider says.
+    // Roles that were set by hand stay.
     let admin = app.admin().await;
     let body = json!({"name": "alice", "role": "owner"});
     let (_, made) = app.ask(&admin, "POST", "/api/v1/tenants/acme/invitations", body).await;
@@ -156,8 +156,8 @@ async fn people_come_through_a_provider_with_what_it_says_of_them(
     assert_eq!(through(&mut alice, "/login/providers/good", "alice").await.status(), 303);
     let me = alice.api("GET", "/api/v1/me", Value::Null).await.1;
     assert_eq!(me["tenants"][0]["role"], "owner", "{me}");
-    // Two weeks after the provider last vouched for somebody, what it gave is as if it were not there; what was
-    // given by hand holds.
+    // Roles that the provider granted expire two weeks after the last sign-in through it. Roles that were set
+    // by hand stay.
     say(json!({"alice": ["beta-see", "ops"]}));
     assert_eq!(through(&mut alice, "/login/providers/good", "alice").await.status(), 303);
     assert_eq!(alice.api("GET", "/api/v1/me", Value::Null).await.1["platform_role"], "admin");
@@ -165,21 +165,21 @@ async fn people_come_through_a_provider_with_what_it_says_of_them(
     let token = alice.api("POST", "/api/v1/me/tokens", body).await.1["token"].as_str().unwrap().to_owned();
     app.get(&token, "/api/v1/tenants").await;
     let local = alice.api("PUT", "/api/v1/me/password", json!({"new": "a password past the provider"})).await;
-    assert_eq!(local.0, 409, "no way past the provider: {local:?}");
+    assert_eq!(local.0, 409, "no password beside the provider: {local:?}");
     app.sql("UPDATE account_identity SET last_used_at = now() - interval '15 days'").await;
     assert_eq!(app.ask(&token, "GET", "/api/v1/tenants", Value::Null).await.0, 404);
     let me = alice.api("GET", "/api/v1/me", Value::Null).await.1;
     assert!(me.get("platform_role").is_none(), "{me}");
-    assert_eq!(me["tenants"].as_array().unwrap().len(), 1, "acme, by hand: {me}");
+    assert_eq!(me["tenants"].as_array().unwrap().len(), 1, "acme, set by hand: {me}");
     assert_eq!(alice.api("GET", "/api/v1/tenants/beta", Value::Null).await.0, 404);
     assert_eq!(alice.api("GET", "/api/v1/tenants/acme", Value::Null).await.0, 200);
-    // Whom it knows and to whom nothing here belongs is not let in.
+    // A user whom the provider knows, but who has no role here, is refused.
     let mut nobody = app.nobody("nobody");
     let refused = through(&mut nobody, "/login/providers/good", "nobody").await;
     assert_eq!(refused.status(), 401);
-    assert!(refused.text().await.unwrap().contains("nothing here is yours yet"));
+    assert!(refused.text().await.unwrap().contains("no role here"));
     assert!(nobody.cookie.is_none());
-    // A local account of the same name is somebody else.
+    // A local account of the same name is a different account.
     say(json!({"bob": ["acme-dev"], "alice": ["acme-dev"]}));
     let mut local = app.person("bob", None).await;
     let mut bob = app.nobody("bob");
@@ -187,7 +187,7 @@ async fn people_come_through_a_provider_with_what_it_says_of_them(
     let name = bob.api("GET", "/api/v1/me", Value::Null).await.1["name"].as_str().unwrap().to_owned();
     assert!(name.starts_with("bob-") && name.len() == 10, "{name}");
     assert_eq!(local.api("GET", "/api/v1/me", Value::Null).await.1["tenants"], json!([]));
-    // Who is disabled here is out, though the provider vouches on.
+    // A disabled account is refused, although the provider authenticates it.
     app.person("ada", Some(PlatformRole::Admin)).await;
     assert_eq!(app.ask(&admin, "PATCH", "/api/v1/accounts/alice", json!({"disabled": true})).await.0, 200);
     assert_eq!(alice.get("/account").await.status(), 401);
@@ -207,7 +207,7 @@ async fn a_provider_confirms_links_and_signs_out(options: PgPoolOptions, connect
     let _running = Certified::start(port, &app.one.address, &groups);
     let mut alice = app.nobody("alice");
     assert_eq!(through(&mut alice, "/login/providers/good", "alice").await.status(), 303);
-    // Who has no password here proves to be there at the provider, which asks anew.
+    // A user without a password confirms the session at the provider, which authenticates again.
     app.sql("UPDATE session SET confirmed_at = now() - interval '1 hour'").await;
     let body = json!({"name": "x", "tenant": "acme", "role": "viewer", "days": 1});
     assert_eq!(alice.api("POST", "/api/v1/me/tokens", body.clone()).await.0, 403);
@@ -215,12 +215,12 @@ async fn a_provider_confirms_links_and_signs_out(options: PgPoolOptions, connect
     assert!(text.contains("Confirm with The good provider") && !text.contains("type=\"password\""), "{text}");
     let before = alice.cookie.clone();
     let other = through(&mut alice, "/confirm/good", "eve").await;
-    assert_eq!(other.status(), 401, "somebody else at the provider confirms nothing");
+    assert_eq!(other.status(), 401, "another provider account cannot confirm the session");
     assert_eq!(alice.api("POST", "/api/v1/me/tokens", body.clone()).await.0, 403);
     assert_eq!(through(&mut alice, "/confirm/good", "alice").await.status(), 303);
     assert_ne!(alice.cookie, before);
     assert_eq!(alice.api("POST", "/api/v1/me/tokens", body).await.0, 201);
-    // Signing out says what is left to do at the provider.
+    // After sign-out, the page links to the provider's sign-out.
     let answer = alice.submit("/account", "/logout", &[]).await;
     let text = answer.text().await.unwrap();
     let address = text
@@ -236,26 +236,26 @@ async fn a_provider_confirms_links_and_signs_out(options: PgPoolOptions, connect
         address.starts_with(&format!("http://127.0.0.1:{port}/session/end?client_id=bulkhead&")),
         "{address}"
     );
-    assert_eq!(reqwest::get(&address).await.unwrap().status(), 200, "and the provider takes it");
+    assert_eq!(reqwest::get(&address).await.unwrap().status(), 200, "the provider accepts it");
     assert!(alice.cookie.is_none());
-    // A local account links it, with both proven at once; from then on either opens.
+    // A local account links the provider after both were authenticated. Either then signs in.
     let mut zoe = app.person("zoe", None).await;
     assert!(zoe.page("/account").await.contains("Link The good provider"));
     assert_eq!(
         through(&mut zoe, "/account/providers/good", "alice").await.status(),
         401,
-        "alice is somebody already"
+        "alice is linked to an account already"
     );
     assert_eq!(through(&mut zoe, "/account/providers/good", "zoe-there").await.status(), 303);
     let mut again = app.nobody("zoe");
     assert_eq!(through(&mut again, "/login/providers/good", "zoe-there").await.status(), 303);
     assert_eq!(again.api("GET", "/api/v1/me", Value::Null).await.1["name"], "zoe");
-    // And takes it away again; whoever has no other way in keeps it, but for an admin.
+    // The link can be removed. The last way to sign in stays, unless an admin removes it.
     assert_eq!(zoe.submit("/account", "/account/providers/removal", &[("name", "good")]).await.status(), 303);
     assert_eq!(
         through(&mut again, "/login/providers/good", "zoe-there").await.status(),
         401,
-        "nobody any more"
+        "no longer linked"
     );
     let mut alice = app.nobody("alice");
     assert_eq!(through(&mut alice, "/login/providers/good", "alice").await.status(), 303);
@@ -263,12 +263,12 @@ async fn a_provider_confirms_links_and_signs_out(options: PgPoolOptions, connect
     let admin = app.admin().await;
     assert_eq!(app.ask(&admin, "DELETE", "/api/v1/accounts/alice/providers", Value::Null).await.0, 204);
     assert_eq!(alice.get("/account").await.status(), 401);
-    // Another site's page cannot begin it.
+    // A page of another site cannot start the flow.
     let foreign = [("sec-fetch-site", "cross-site"), ("accept", "text/html")];
     for path in ["/account/providers/good", "/confirm/good"] {
         assert_eq!(zoe.send("GET", path, &foreign, String::new()).await.status(), 403, "{path}");
     }
-    // Linking asks for a fresh proof of the session first.
+    // Linking requires a recently confirmed session.
     app.sql("UPDATE session SET confirmed_at = now() - interval '1 hour'").await;
     let stale = zoe.get("/account/providers/good").await;
     assert_eq!(stale.headers()["location"], "/confirm?next=/account");

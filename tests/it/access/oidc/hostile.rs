@@ -1,4 +1,4 @@
-//! A provider that lies, one lie at a time: all refused, and whoever was signed in stays as they were.
+//! A hostile provider, with one lie per case: each is refused, and existing sessions stay unchanged.
 
 use std::collections::HashMap;
 use std::net::TcpListener;
@@ -16,7 +16,7 @@ fn query(url: &str) -> HashMap<String, String> {
     url.query_pairs().map(|(name, value)| (name.into_owned(), value.into_owned())).collect()
 }
 
-/// Begins a sign-in: what the browser takes to the provider.
+/// Starts a sign-in. Returns the parameters that the browser takes to the provider.
 async fn begin(state: &State, person: &mut Person, name: &str) -> Result<HashMap<String, String>, u16> {
     let there = person.get(&format!("/login/providers/{name}")).await;
     if there.status() != 303 {
@@ -32,7 +32,7 @@ fn callback(name: &str, state: &str, more: &str) -> String {
     format!("/login/providers/{name}/callback?code=c&state={state}{more}")
 }
 
-/// Lies of the token endpoint and its token: the browser does everything right.
+/// Lies of the token endpoint and its token. The browser behaves correctly.
 const OF_TOKENS: &[&str] = &[
     "nonce: another",
     "nonce: empty",
@@ -79,7 +79,7 @@ const OF_TOKENS: &[&str] = &[
     "token: slow",
 ];
 
-/// Lies of discovery: told to a platform that has asked nothing yet.
+/// Lies of discovery, each told to a fresh replica without cached metadata.
 const OF_DISCOVERY: &[&str] = &[
     "discovery: another issuer",
     "discovery: issuer with a slash",
@@ -113,7 +113,7 @@ async fn no_lie_lets_anybody_in(options: PgPoolOptions, connect: PgConnectOption
     ];
     let app = TestApp::with(options, connect, |config| config.access.providers.extend(providers)).await;
     app.tenant("acme").await;
-    // Somebody who is signed in while it is tried: nothing of theirs may change.
+    // The session of a signed-in user must stay unchanged.
     let victim = app.person("victim", None).await;
     let tell = |lie: &'static str| *state.lie.lock().unwrap() = lie;
     let before = standing(&app).await;
@@ -125,7 +125,7 @@ async fn no_lie_lets_anybody_in(options: PgPoolOptions, connect: PgConnectOption
         let text = answer.text().await.unwrap();
         assert_eq!(status, 401, "{lie}: {text}");
         assert!(!text.contains("<script") && !text.contains("the-secret"), "{lie}: {text}");
-        assert_eq!(person.cookie, victim.cookie, "{lie}: the session is as it was");
+        assert_eq!(person.cookie, victim.cookie, "{lie}: the session is unchanged");
         person.page("/account").await;
         assert_eq!(standing(&app).await, before, "{lie}");
         refused.set(refused.get() + 1);
@@ -136,7 +136,7 @@ async fn no_lie_lets_anybody_in(options: PgPoolOptions, connect: PgConnectOption
         let asked = begin(&state, &mut person, "evil").await.unwrap();
         check(lie, &mut person, &callback("evil", &asked["state"], "")).await;
     }
-    // Lies of whoever sits between: the token is good, the browser is sent back wrongly.
+    // Lies on the path back: the token is valid, but the callback is wrong.
     tell("");
     for lie in [
         "state: another",
@@ -217,7 +217,7 @@ async fn no_lie_lets_anybody_in(options: PgPoolOptions, connect: PgConnectOption
         "no redirect was followed and no key fetched from elsewhere"
     );
     assert!(refused.get() >= 60, "{} lies", refused.get());
-    // The control: without a lie the very same way lets in. Once.
+    // Control: without a lie, the same flow signs in, once.
     app.sql("TRUNCATE throttle").await;
     let mut person = app.nobody("mallory");
     let asked = begin(&state, &mut person, "evil").await.unwrap();
@@ -229,9 +229,9 @@ async fn no_lie_lets_anybody_in(options: PgPoolOptions, connect: PgConnectOption
     assert_eq!(standing(&app).await.2, before.2 + 1);
     let mut replay = app.nobody("replay");
     replay.way = way;
-    assert_eq!(replay.get(&url).await.status(), 401, "a second time it opens nothing");
+    assert_eq!(replay.get(&url).await.status(), 401, "a replay is refused");
     assert!(replay.cookie.is_none());
-    // The same subject at two providers is two people.
+    // The same subject at two providers is two accounts.
     let mut twin = app.nobody("twin");
     let asked = begin(&second, &mut twin, "other").await.unwrap();
     assert_eq!(twin.get(&callback("other", &asked["state"], "")).await.status(), 303);
@@ -242,7 +242,7 @@ async fn no_lie_lets_anybody_in(options: PgPoolOptions, connect: PgConnectOption
     second_handle.stop(false).await;
 }
 
-/// A certificate that nobody vouches for is no provider.
+/// A provider whose certificate is not trusted is refused.
 #[sqlx::test(migrator = "bulkhead::db::MIGRATOR")]
 async fn tls_is_verified(options: PgPoolOptions, connect: PgConnectOptions) {
     let dir = tempfile::tempdir().unwrap();
@@ -292,7 +292,7 @@ async fn tls_is_verified(options: PgPoolOptions, connect: PgConnectOptions) {
     assert_eq!(
         app.nobody("x").get("/login/providers/known").await.status(),
         303,
-        "with its certificate it is reached"
+        "its own CA makes it trusted"
     );
     handle.stop(false).await;
 }

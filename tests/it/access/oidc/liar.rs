@@ -1,4 +1,4 @@
-//! A provider that tells one lie at a time, and is right in everything else.
+//! A provider that tells one lie at a time and is otherwise correct.
 
 use std::collections::HashMap;
 use std::net::TcpListener;
@@ -11,7 +11,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use rcgen::PublicKeyData;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
-/// What it knows, and which lie it tells.
+/// State of the provider, with the current lie.
 pub(super) struct State {
     pub(super) issuer: String,
     pub(super) pair: rcgen::KeyPair,
@@ -75,7 +75,7 @@ fn elsewhere(state: &State) -> HttpResponse {
     HttpResponse::Ok().json(json!({}))
 }
 
-/// The claims of a good token, as the lie changes them.
+/// Returns the claims of a valid token, changed by the lie.
 fn claims(state: &State, lie: &str) -> Map<String, Value> {
     let now = time::OffsetDateTime::now_utc().unix_timestamp();
     let mut claims = json!({
@@ -191,7 +191,7 @@ fn token(state: &State, lie: &str) -> String {
 
 async fn exchange(state: web::Data<State>, form: web::Form<HashMap<String, String>>) -> HttpResponse {
     let lie = *state.lie.lock().unwrap();
-    // PKCE as a provider does it: a code opens only for whoever began with its challenge.
+    // PKCE: a code works only with the verifier of its challenge.
     let verifier = form.get("code_verifier").cloned().unwrap_or_default();
     let challenge = BASE64URL_NOPAD.encode(&Sha256::digest(verifier.as_bytes()));
     if challenge != *state.challenge.lock().unwrap() {

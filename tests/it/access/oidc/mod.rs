@@ -1,4 +1,4 @@
-//! Signing in through providers: a certified one as it is, and a hostile one of our own.
+//! Sign-in through providers: a certified one, and a hostile one of our own.
 
 mod certified;
 mod hostile;
@@ -6,7 +6,7 @@ mod liar;
 
 use bulkhead::config::{Provider, RoleMapping};
 
-/// Settings of a provider with a mapping of groups to roles.
+/// Returns settings of a provider, with a mapping of groups to roles.
 fn settings(name: &str, issuer: &str, secret: &std::path::Path) -> Provider {
     let map = |value: &str, tenant: Option<&str>, role: &str| RoleMapping {
         value: value.into(),

@@ -1,5 +1,5 @@
-//! The compiler and the proof against each other, and the proof against what it must find: holes that were
-//! planted, packets at random, every line of the text changed.
+//! Tests the compiler against the verifier, and the verifier against planted holes, random packets and a change of
+//! every line of the text.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::Ipv4Addr;
@@ -59,7 +59,7 @@ fn outside(network: &str) -> Target {
     Target::Outside { network: network.parse().unwrap() }
 }
 
-/// Two tenants, three apps, every sort of flow.
+/// Two tenants, three apps, every kind of flow.
 fn example() -> Standing {
     let apps = [(1, place(0, &[2, 3])), (2, place(0, &[4])), (3, place(1, &[2]))];
     let flows = [
@@ -117,14 +117,14 @@ fn what_is_compiled_is_proven() {
     assert_eq!(proven.text(), text);
     let table = proven.into_table();
     assert_eq!((table.sources.len(), table.pairs.len(), table.services.len()), (4, 4, 4));
-    // The range within the other one is left out: the kernel takes no two that overlap.
+    // The range within the other one is left out: the kernel rejects overlapping elements.
     assert_eq!(table.outside.len(), 2 + 2 + 1);
     assert_eq!((table.resolved.len(), table.gateways.len(), table.trial.len()), (2, 2, 1));
     let empty = Standing::default();
     prove(rules(&empty).text(), &walls(0), &empty).unwrap();
 }
 
-/// Elements as they stand in the text, with the set that they are in.
+/// Returns the elements of the text, each with the name of its set.
 fn elements(text: &str) -> Vec<(String, String)> {
     let mut set = String::new();
     let mut found = Vec::new();
@@ -164,14 +164,14 @@ fn every_element_matters() {
     let all = elements(&text);
     assert!(all.len() > 25);
     for (set, element) in &all {
-        // Taken away: something that is required is closed, or a wall is gone.
+        // Removing an element closes a required flow or opens a reserved range.
         let without = text
             .replace(&format!(", {element},"), ",")
             .replace(&format!(", {element} }}"), " }")
             .replace(&format!("{{ {element}, "), "{ ")
             .replace(&format!("    elements = {{ {element} }}\n"), "");
         assert_ne!(without, text);
-        // What was found for a name is open for a while: that it is there is not required, nor that it is there once.
+        // A resolved address is open for a while only: its presence is not required, and it may occur twice.
         if set == "resolved" {
             assert!(!refused(without, &standing));
         } else {
@@ -202,7 +202,7 @@ fn every_element_matters() {
                 if all.contains(&(set.clone(), changed.clone())) {
                     continue;
                 }
-                // Without an end, or in a place of its own making, it is refused; a second address is not.
+                // An element without a timeout, or for an arbitrary range, is refused; a second address is not.
                 if set == "resolved" && n == 2 && other == "0.0.0.0/0" {
                     assert!(refused(put(&text, set, &changed), &standing), "{set}: {changed}");
                 }
@@ -225,23 +225,24 @@ fn planted_holes_are_found_with_a_packet_that_shows_them() {
         ("services", "\"bkdemo0\" . 10.64.0.2 . 45.99.99.99 . tcp . 22", "45.99.99.99"),
         ("outside", "\"bkdemo0\" . 10.64.0.2 . 45.0.0.0/8 . tcp . 22", "45.99.99.99"),
         ("services", "\"bkdemo0\" . 10.64.0.2 . 10.64.4.2 . tcp . 5432", "10.64.4.2"),
-        // A granted pair the other way round, on another port, over UDP, from an app that did not ask.
+        // A granted pair in the other direction, on another port, over UDP, from an app without the grant.
         ("pairs", "\"bkdemo1\" . 10.64.4.2 . 10.64.0.2 . tcp . 5432", "10.64.0.2"),
         ("pairs", "\"bkdemo0\" . 10.64.0.2 . 10.64.4.2 . tcp . 5433", "10.64.4.2"),
         ("pairs", "\"bkdemo0\" . 10.64.0.2 . 10.64.4.2 . udp . 5432", "10.64.4.2"),
         ("pairs", "\"bkdemo0\" . 10.64.0.4 . 10.64.4.2 . tcp . 5432", "10.64.4.2"),
-        // A service on another port, for another tenant, and next door.
+        // A service on another port, for another tenant, and at a neighbouring address.
         ("services", "\"bkdemo0\" . 10.64.0.2 . 10.5.0.2 . tcp . 9093", "10.5.0.2"),
         ("services", "\"bkdemo1\" . 10.64.4.2 . 10.5.0.2 . tcp . 9092", "10.5.0.2"),
         ("services", "\"bkdemo0\" . 10.64.0.2 . 10.5.0.4 . tcp . 9092", "10.5.0.4"),
-        // A domain's element inside, on another port, of an app that names none, without an end is tried below.
+        // A domain's element inside, on another port, of an app that names none; elements without a timeout follow
+        // below.
         ("resolved", "\"bkdemo1\" . 10.64.4.2 . 169.254.169.254 . tcp . 443 timeout 60s", "169.254.169.254"),
         ("resolved", "\"bkdemo1\" . 10.64.4.2 . 10.64.0.2 . tcp . 443 timeout 60s", "10.64.0.2"),
         ("resolved", "\"bkdemo1\" . 10.64.4.2 . 10.5.0.2 . tcp . 443 timeout 60s", "10.5.0.2"),
         ("resolved", "\"bkdemo1\" . 10.64.4.2 . 45.200.0.1 . tcp . 80 timeout 60s", "45.200.0.1"),
         ("resolved", "\"bkdemo1\" . 10.64.4.2 . 45.200.0.1 . udp . 443 timeout 60s", "45.200.0.1"),
         ("resolved", "\"bkdemo0\" . 10.64.0.2 . 45.200.0.1 . tcp . 443 timeout 60s", "45.200.0.1"),
-        // A wider range than was approved, and the pool.
+        // A wider range than approved, and the pool.
         ("outside", "\"bkdemo1\" . 10.64.4.2 . 1.2.3.0/28 . tcp . 587", "1.2.3.0"),
         ("outside", "\"bkdemo0\" . 10.64.0.2 . 10.64.4.0/22 . tcp . 443", "10.64.4.0"),
         ("pairs", "\"bkdemo0\" . 10.64.0.2 . 10.65.0.2 . tcp . 443", "10.65.0.2"),
@@ -270,13 +271,13 @@ fn planted_holes_are_found_with_a_packet_that_shows_them() {
     for element in ["\"bkdemo0\"", "\"bkdemo9\"", "\"bk*\"", "\"eth0\""] {
         assert!(refused(put(&text, "trial", element), &standing), "{element}");
     }
-    // Another tenant's address, the gateway, and somebody who is nobody, as sources.
+    // Sources: another tenant's address, the gateway, and an address without an instance.
     for element in [
         "\"bkdemo0\" . 0a:58:0a:40:04:02 . 10.64.4.2",
         "\"bkdemo0\" . 0a:58:0a:40:00:01 . 10.64.0.1",
         "\"bkdemo0\" . 0a:58:0a:40:00:09 . 10.64.0.9",
         "\"bkdemo9\" . 0a:58:0a:40:00:02 . 10.64.0.2",
-        // Another's card, one in other letters, and none.
+        // The MAC address of another instance, one in upper case, and none.
         "\"bkdemo0\" . 0a:58:0a:40:00:03 . 10.64.0.2",
         "\"bkdemo0\" . 0A:58:0a:40:00:02 . 10.64.0.2",
         "\"bkdemo0\" . 10.64.0.2",
@@ -293,7 +294,7 @@ fn every_line_of_the_shape_matters() {
     for n in 0..lines.len() {
         let mut without = lines.clone();
         let gone = without.remove(n);
-        // That an address of a name is open is not required: everything else is.
+        // An open address of a name is not required; everything else is.
         if !gone.contains(" timeout ") {
             assert!(refused(without.join("\n") + "\n", &standing), "without {gone}");
         }
@@ -339,7 +340,7 @@ fn a_change_is_proven_like_the_whole_and_says_the_same() {
         .get_mut(&AppId(1))
         .unwrap()
         .retain(|flow| flow.name != "tenant1/db" && flow.name != "payments");
-    // A name that is looked up again, another address of it, and one that the app may not have any more.
+    // A name that is resolved again, another address of it, and one that the app may no longer resolve.
     after.resolved = [found(3, "pay.example", &["45.200.0.2", "45.200.0.3"])].into_iter().collect();
     after.flows.get_mut(&AppId(1)).unwrap().push(flow("payments", outside("45.67.89.0/24"), 443));
     let (old, new) = (rules(&before), rules(&after));
@@ -349,7 +350,7 @@ fn a_change_is_proven_like_the_whole_and_says_the_same() {
     let proven = prove_change(text.clone(), &known, &walls(2), &after).unwrap().into_table();
     assert_eq!(proven, table(&new.text(), &shell()).unwrap());
     assert_eq!(new.withdrawn(&old).len(), 2 + 2 + 1);
-    // What is withdrawn has to go: a change that leaves it, or brings more, is refused.
+    // Withdrawn elements must be deleted: a change that leaves them, or adds more, is refused.
     for line in text.lines().filter(|line| !(line.starts_with("add") && line.contains(" resolved "))) {
         let rest: String =
             text.lines().filter(|other| *other != line).map(|line| format!("{line}\n")).collect();

@@ -1,10 +1,10 @@
-//! Packets, plans and texts at random, against a judge who looks at nothing but what was meant.
+//! Random packets, plans and texts, compared with a model that knows only the intended flows.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// What the kernel does with a packet that begins a connection, rule by rule as in the text.
+/// Models the kernel's decision on a packet that begins a connection, rule by rule as in the text.
 fn kernel(table: &Table, packet: &Rule) -> bool {
     let holds = |set: Set| {
         table.set(set).iter().any(|rule| {
@@ -20,7 +20,7 @@ fn kernel(table: &Table, packet: &Rule) -> bool {
             || !closed && (holds(Set::Outside) || holds(Set::Resolved)) && !inside)
 }
 
-/// What was meant, without any table.
+/// Returns the intended decision, without any table.
 fn meant(standing: &Standing, packet: &Rule) -> bool {
     let target = Ipv4Addr::from_bits(packet.first);
     let from = standing.apps.iter().find(|(_, place)| {
@@ -73,7 +73,7 @@ fn standings() -> impl Strategy<Value = Standing> {
             standing.apps.insert(id, place(network, &hosts));
             standing.flows.insert(id, flows);
         }
-        // As the agent does it: a flow to an app that is not there, or is another tenant's, is of no avail.
+        // As in the agent: a flow to an app that does not exist, or belongs to another tenant, is ignored.
         let tenants: HashMap<AppId, TenantName> =
             standing.apps.iter().map(|(id, place)| (*id, place.tenant.clone())).collect();
         for flows in standing.flows.values_mut() {
@@ -82,7 +82,7 @@ fn standings() -> impl Strategy<Value = Standing> {
                 _ => true,
             });
         }
-        // What a name leads to is held against the walls before it is believed.
+        // Resolved addresses are checked against the reserved ranges first.
         for (n, app) in standing.apps.keys().enumerate() {
             let address = ["45.67.89.10", "45.67.0.1"][n % 2];
             standing.resolved.extend([found(app.0, "a.example", &[address])]);
@@ -129,7 +129,7 @@ proptest! {
         let mut changed: String = text[..at].to_owned();
         if !cut { changed.push(to); }
         changed.push_str(&text[at + 1..]);
-        // One letter less or another: either it cannot be read, or it says the same.
+        // One character removed or replaced: the text is unreadable, or it means the same.
         if let Ok(proven) = prove(changed, &walls(2), &standing) {
             prop_assert_eq!(proven.into_table(), table(&text, &shell()).unwrap());
         }

@@ -1,5 +1,7 @@
-//! The recipes in `docs/recipes` as people use them: built with podman from Debian's packages, pushed, deployed by their
-//! own specs, and asked by a client of their own protocol.
+//! The recipes in `docs/recipes`, as users run them: built with podman from Debian's packages, pushed,
+//! deployed by their own specs, and tested with a client of their own protocol.
+
+mod probe;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +17,7 @@ fn at(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// Podman with the images of the tests alone.
+/// Runs podman with a store of the tests' own.
 fn podman(args: &[&str]) -> String {
     let storage = at("target/test-software/storage").display().to_string();
     let own =
@@ -43,7 +45,7 @@ impl Kitchen {
         Self { machine, robot, folder: tempfile::tempdir().unwrap() }
     }
 
-    /// Builds a recipe's image as it stands and pushes it.
+    /// Builds a recipe's image unchanged and pushes it.
     fn push(&self, name: &str) {
         let image = format!("127.0.0.1:{}/{TENANT}/{name}:1", self.machine.port);
         let context = at("docs/recipes").join(name).display().to_string();
@@ -64,22 +66,26 @@ impl Kitchen {
         let (status, body) =
             self.machine.ask(&self.machine.admin, "PUT", &path, Some(("application/yaml", spec))).await;
         assert!(status < 300, "{name}: {status} {body}");
-        assert_eq!(body["warnings"].as_array().map_or(0, Vec::len), 0, "{name}: {body}");
+        let warnings = body["warnings"].as_array().into_iter().flatten();
+        let codes: Vec<&str> = warnings.filter_map(|warning| warning["code"].as_str()).collect();
+        // The user of distroless images lies beyond an app's ids.
+        let expected: &[&str] = if name == "go" { &["BH-211"] } else { &[] };
+        assert_eq!(codes, expected, "{name}: {body}");
     }
 
-    /// Waits until an app runs; its one instance.
+    /// Waits until an app runs. Returns its only instance.
     async fn runs(&self, name: &str) -> Value {
         let app = self.machine.wait(TENANT, name, 90, |app| app["state"] == "running").await;
         app["observed"]["instances"][0].clone()
     }
 
-    /// What a program of this machine says that runs in the network of an instance.
+    /// Runs a program of this machine in the network of an instance. Returns its output.
     fn beside(&self, instance: &Value, command: &[&str]) -> (bool, String) {
         let pid = self.machine.pid(instance);
         run("nsenter", &[&["-t", &pid, "-n"], command].concat())
     }
 
-    /// The same with a program of the image.
+    /// Runs a program of the image in an instance.
     fn within(&self, instance: &Value, command: &[&str]) -> (bool, String) {
         let pid = self.machine.pid(instance);
         run("nsenter", &[&["-t", &pid, "-n", "-m"], command].concat())
@@ -90,7 +96,7 @@ impl Kitchen {
         self.beside(instance, &["curl", "-sS", "-m", "5", "--noproxy", "*", &url]).1
     }
 
-    /// What a server says to lines of text.
+    /// Returns a server's answer to lines of text.
     fn talk(&self, instance: &Value, port: u16, lines: &str) -> String {
         let script =
             format!("exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{lines}' >&3; timeout 1 cat <&3; true");
@@ -102,7 +108,7 @@ impl Kitchen {
         self.machine.ask(&self.machine.admin, "GET", &path, None).await.1.to_string()
     }
 
-    /// Ends an instance's process, and waits for its next run.
+    /// Kills an instance's process, and waits for the restart.
     async fn ends(&self, name: &str, instance: &Value) -> Value {
         let (good, text) = run("kill", &["-9", &self.machine.pid(instance)]);
         assert!(good, "{text}");
@@ -149,7 +155,7 @@ async fn ordinary_software_runs_by_its_recipe() {
                 let (good, text) = kitchen.within(&instance, &["test", "-S", "/run/haproxy/admin.sock"]);
                 assert!(good, "{text}");
             }
-            "caddy" | "java" => {
+            "caddy" | "go" | "java" => {
                 assert!(kitchen.page(&instance, 8080).contains(&format!("hello from {name}")));
             }
             "gunicorn" => assert!(kitchen.page(&instance, 8000).contains("hello from gunicorn")),
@@ -167,7 +173,7 @@ async fn ordinary_software_runs_by_its_recipe() {
     unpacked_libraries_need_the_word(&kitchen).await;
 }
 
-/// A message reaches a client that listens.
+/// A message reaches a subscribed client.
 fn publishes(kitchen: &Kitchen, instance: &Value) {
     let pid = kitchen.machine.pid(instance);
     let mut listens = std::process::Command::new("nsenter")
@@ -186,14 +192,14 @@ fn publishes(kitchen: &Kitchen, instance: &Value) {
     assert_eq!(said.trim(), "hello");
 }
 
-/// A database works, and what is in scratch is gone after a restart, as the recipe says.
+/// A database works, and its data in scratch is gone after a restart, as the recipe states.
 async fn keeps_nothing(kitchen: &Kitchen, instance: &Value) {
     let ask = |instance: &Value, statement: &str| {
         kitchen.beside(instance, &["psql", "-h", "127.0.0.1", "-U", "postgres", "-Atc", statement])
     };
     let (good, text) = ask(instance, "CREATE TABLE t AS SELECT generate_series(1, 1000) AS n");
     assert!(good, "{text}");
-    // Parallel queries take memory that processes share.
+    // Parallel queries use memory that processes share.
     let (good, text) = ask(instance, "SET force_parallel_mode = on; SELECT sum(n) FROM t");
     assert!(good && text.contains("500500"), "{text}");
     let again = kitchen.ends("postgres", instance).await;
@@ -201,7 +207,8 @@ async fn keeps_nothing(kitchen: &Kitchen, instance: &Value) {
     assert!(!good && text.contains("does not exist"), "{text}");
 }
 
-/// What the Java recipe unpacks into `/tmp` is not mapped without `exec: true`, and the log says so.
+/// Libraries that the Java recipe unpacks into `/tmp` are not mapped without `exec: true`, and the log says
+/// so.
 async fn unpacked_libraries_need_the_word(kitchen: &Kitchen) {
     let spec = fs::read_to_string(at("docs/recipes/java/app.yaml")).unwrap();
     let plain = spec.replace("{size: 32Mi, exec: true}", "32Mi").replace("name: java", "name: plain");
