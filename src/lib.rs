@@ -10,6 +10,7 @@ pub mod apps;
 pub mod audit;
 pub mod config;
 pub mod db;
+pub mod docs;
 pub mod driver;
 pub mod error;
 pub mod fault;

@@ -8,7 +8,7 @@ use actix_web::http::Method;
 use actix_web::{FromRequest, Handler, HttpRequest, HttpResponse, Responder, web};
 use askama::Template;
 
-use crate::access::extract::Authorizes;
+use crate::access::extract::{Authorizes, Needs};
 use crate::access::idempotency::{Begun, Repeatable, Wish};
 use crate::access::{self, Public};
 use crate::apps::sight::Sight;
@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::fault::catalogue;
 use crate::http::asked;
 use crate::http::html::{self, Frame};
-use crate::{activity, apps, db, networks, registries, tenants, uid_ranges};
+use crate::{activity, apps, db, docs, networks, registries, tenants, uid_ranges};
 
 /// Arguments of a handler, of which the first decides about authority.
 pub trait Authorized: Sized + 'static {
@@ -126,13 +126,25 @@ where
 #[must_use]
 pub fn table() -> Vec<(Method, String)> {
     let mut rows = Vec::new();
-    each(&mut |method, path, _| rows.push((method, path.to_owned())));
+    each(&mut |method, path, _, _| rows.push((method, path.to_owned())));
     rows
+}
+
+/// Returns every route with the role that it needs, for the reference.
+#[must_use]
+pub fn operations() -> Vec<(Method, String, Needs)> {
+    let mut rows = Vec::new();
+    each(&mut |method, path, needs, _| rows.push((method, path.to_owned(), needs)));
+    rows
+}
+
+fn needs<F: Handler<Args>, Args: Authorized>(_: &F) -> Needs {
+    Args::First::NEEDS
 }
 
 /// Registers all routes of the main listener.
 pub fn configure(cfg: &mut web::ServiceConfig) {
-    each(&mut |_, path, route| {
+    each(&mut |_, path, _, route| {
         cfg.route(path, route);
     });
     registry(cfg);
@@ -154,7 +166,7 @@ async fn authorized_proxy(
     registries::proxy::handle(public, req, door, body).await
 }
 
-type Taker<'a> = dyn FnMut(Method, &str, actix_web::Route) + 'a;
+type Taker<'a> = dyn FnMut(Method, &str, Needs, actix_web::Route) + 'a;
 
 fn each(take: &mut Taker<'_>) {
     platform(take);
@@ -167,7 +179,7 @@ fn each(take: &mut Taker<'_>) {
 
 macro_rules! routes {
     ($take:ident, $($method:ident $path:literal => $handler:expr;)*) => {
-        $($take(Method::$method, $path, on(Method::$method, $handler));)*
+        $($take(Method::$method, $path, needs(&$handler), on(Method::$method, $handler));)*
     };
 }
 
@@ -373,9 +385,11 @@ fn console(take: &mut Taker<'_>) {
         POST "/tenants/{tenant}/network/grants/end" => n::decide::end;
         POST "/tenants/{tenant}/network/egress" => n::decide::ask;
         POST "/tenants/{tenant}/network/egress/withdrawal" => n::decide::withdraw;
+        GET "/docs" => contents_page;
         GET "/docs/permissions" => permissions::permissions_page;
         GET "/docs/errors" => errors_page;
         GET "/docs/errors/{code}" => error_page;
+        GET "/docs/{chapter:.+}" => chapter_page;
         GET "/static/{file}" => static_file;
     }
 }
@@ -406,9 +420,36 @@ async fn readyz(
 }
 
 #[derive(Template)]
+#[template(path = "docs/chapter.html")]
+struct ChapterPage {
+    frame: Frame,
+    chapters: Vec<docs::Group>,
+    chapter: &'static docs::Chapter,
+    next: Option<docs::Entry>,
+}
+
+fn book_page(href: &str) -> Result<HttpResponse, Error> {
+    html::page(&ChapterPage {
+        frame: Frame::default(),
+        chapters: docs::contents(href),
+        chapter: docs::chapter(href).ok_or(Error::NotFound)?,
+        next: docs::next(href),
+    })
+}
+
+async fn contents_page(_: Public) -> Result<HttpResponse, Error> {
+    book_page("/docs")
+}
+
+async fn chapter_page(_: Public, chapter: web::Path<String>) -> Result<HttpResponse, Error> {
+    book_page(&format!("/docs/{chapter}"))
+}
+
+#[derive(Template)]
 #[template(path = "docs/error.html")]
 struct ErrorDoc {
     frame: Frame,
+    chapters: Vec<docs::Group>,
     code: String,
     title: &'static str,
     text: &'static str,
@@ -418,6 +459,7 @@ async fn error_page(_: Public, code: web::Path<String>) -> Result<HttpResponse, 
     let found = catalogue::explanation(&code).ok_or(Error::NotFound)?;
     html::page(&ErrorDoc {
         frame: Frame::default(),
+        chapters: docs::contents("/docs/errors"),
         code: found.code.to_string(),
         title: found.title,
         text: found.text,
@@ -428,12 +470,13 @@ async fn error_page(_: Public, code: web::Path<String>) -> Result<HttpResponse, 
 #[template(path = "docs/errors.html")]
 struct ErrorsDoc {
     frame: Frame,
+    chapters: Vec<docs::Group>,
     rows: Vec<(String, &'static str)>,
 }
 
 async fn errors_page(_: Public) -> Result<HttpResponse, Error> {
     let rows = catalogue::all().map(|entry| (entry.code.to_string(), entry.title)).collect();
-    html::page(&ErrorsDoc { frame: Frame::default(), rows })
+    html::page(&ErrorsDoc { frame: Frame::default(), chapters: docs::contents("/docs/errors"), rows })
 }
 
 async fn static_file(_: Public, file: web::Path<String>) -> Result<HttpResponse, Error> {

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 const ORDER: &[&str] = &[
     "ids",
     "fault",
+    "docs",
     "permits",
     "error",
     "outgoing",

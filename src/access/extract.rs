@@ -33,8 +33,21 @@ const COOKIE_PLAIN: &str = "bulkhead-loopback";
 
 /// Marks an extractor that decides about authority.
 pub trait Authorizes {
+    /// The role that a request needs.
+    const NEEDS: Needs;
     /// Returns the actor, if known.
     fn actor(&self) -> Option<&Actor>;
+}
+
+/// The role that a request needs, for documentation and tests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    /// Nothing.
+    Nothing,
+    /// An account that has signed in, or a token.
+    Account,
+    /// The lowest role in the tenant, if one suffices, and the lowest role on the platform.
+    Role(Option<Role>, PlatformRole),
 }
 
 /// Open to all requests, on purpose.
@@ -123,30 +136,35 @@ pub struct Perhaps {
 }
 
 impl Authorizes for Public {
+    const NEEDS: Needs = Needs::Nothing;
     fn actor(&self) -> Option<&Actor> {
         None
     }
 }
 
 impl Authorizes for Perhaps {
+    const NEEDS: Needs = Needs::Nothing;
     fn actor(&self) -> Option<&Actor> {
         self.actor.as_ref()
     }
 }
 
-impl<P> Authorizes for PlatformScope<P> {
+impl<P: Permission> Authorizes for PlatformScope<P> {
+    const NEEDS: Needs = Needs::Role(None, P::PLATFORM);
     fn actor(&self) -> Option<&Actor> {
         Some(&self.actor)
     }
 }
 
-impl<P> Authorizes for TenantScope<P> {
+impl<P: Permission> Authorizes for TenantScope<P> {
+    const NEEDS: Needs = Needs::Role(P::TENANT, P::PLATFORM);
     fn actor(&self) -> Option<&Actor> {
         Some(&self.actor)
     }
 }
 
 impl Authorizes for SignedIn {
+    const NEEDS: Needs = Needs::Account;
     fn actor(&self) -> Option<&Actor> {
         Some(&self.actor)
     }
@@ -308,7 +326,7 @@ pub async fn still_reads_platform(pool: &PgPool, means: &Means) -> Result<bool, 
 type Extracted<T> = Pin<Box<dyn Future<Output = Result<T, Error>>>>;
 
 /// Paths that do not query the database, or have limits of their own.
-const APART: &[&str] = &["/v2/", "/auth/token", "/static/", "/healthz", "/readyz", "/docs/"];
+const APART: &[&str] = &["/v2/", "/auth/token", "/static/", "/healthz", "/readyz", "/docs"];
 
 /// Takes the turn of an anonymous visitor, held until the request ends.
 async fn as_stranger(req: &HttpRequest) -> Result<(), Error> {

@@ -6,6 +6,7 @@
 mod access;
 mod asked;
 mod command_line;
+mod docs;
 mod front;
 mod packages;
 mod quotas;

@@ -111,6 +111,8 @@ fn the_package_installs_and_upgrades_without_a_compiler() {
         run("deploy/package", &["--folder", &show(built.path()), "--into", &show(into.path())]);
     assert!(good, "{file}");
     let file = file.trim();
+    let (_, list) = run("dpkg-deb", &["-c", file]);
+    assert!(list.contains("/usr/share/doc/bulkhead/docs/operator/install.md"), "{list}");
     let root = machine.path();
     std::fs::create_dir_all(root.join("var/lib/dpkg/info")).unwrap();
     std::fs::create_dir_all(root.join("var/lib/dpkg/updates")).unwrap();

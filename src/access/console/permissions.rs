@@ -5,6 +5,7 @@ use askama::Template;
 
 use crate::access::extract::Public;
 use crate::access::{Effect, PERMISSIONS};
+use crate::docs;
 use crate::error::Error;
 use crate::http::html::{self, Frame};
 
@@ -19,6 +20,7 @@ struct RowView {
 #[template(path = "docs/permissions.html")]
 struct PermissionsPage {
     frame: Frame,
+    chapters: Vec<docs::Group>,
     rows: Vec<RowView>,
 }
 
@@ -37,5 +39,9 @@ pub async fn permissions_page(_: Public) -> Result<HttpResponse, Error> {
             },
         })
         .collect();
-    html::page(&PermissionsPage { frame: Frame::default(), rows })
+    html::page(&PermissionsPage {
+        frame: Frame::default(),
+        chapters: docs::contents("/docs/permissions"),
+        rows,
+    })
 }
