@@ -28,7 +28,7 @@ use crate::driver::agent::client::AgentClient;
 use crate::error::Error;
 use crate::http::front::{self, Bounds, Front};
 use crate::http::{self, OwnAddress, Proxies};
-use crate::keys::{Keys, Purpose};
+use crate::keys::{KeyPurpose, Keys};
 use crate::networks::connections::Network;
 use crate::networks::probe::ProbeReconciler;
 use crate::networks::reconcile::{ConnectionsOfTenant, NetworkReconciler};
@@ -284,7 +284,7 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
         tokio::spawn(platform.desk.denials.clone().run(platform.work.clone(), halt.clone())),
         tokio::spawn(audit::seal::run(
             platform.work.clone(),
-            platform.desk.keys.of(Purpose::Audit),
+            platform.desk.keys.of(KeyPurpose::Audit),
             Heads::in_file(platform.config.access.audit_heads.clone()),
             halt.clone(),
         )),

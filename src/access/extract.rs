@@ -23,7 +23,7 @@ use crate::audit::Refusal;
 use crate::error::Error;
 use crate::http::{OwnAddress, RateLimit, RequestId, network, request_id};
 use crate::ids::{ActorId, TenantName};
-use crate::keys::{Keys, Purpose, mac};
+use crate::keys::{KeyPurpose, Keys, mac};
 use crate::permits::Permit;
 
 /// Session cookie over https.
@@ -270,7 +270,7 @@ fn role_name(tenant: Option<Role>, platform: PlatformRole) -> String {
 /// Returns the token that a user's forms carry besides the cookie. Other sites cannot know it.
 #[must_use]
 pub fn form_token(keys: &Keys, session: &[u8]) -> String {
-    let mac = mac(&keys.of(Purpose::Forms), &[session]);
+    let mac = mac(&keys.of(KeyPurpose::Forms), &[session]);
     data_encoding::BASE32_NOPAD.encode(&mac[..20]).to_ascii_lowercase()
 }
 

@@ -17,7 +17,7 @@ use super::{Actor, credentials, store};
 use crate::db;
 use crate::error::Error;
 use crate::http::asked::{self, IDEMPOTENCY_KEY};
-use crate::keys::{Keys, Purpose, mac};
+use crate::keys::{KeyPurpose, Keys, mac};
 
 /// Maximum size of a stored response, in bytes.
 const ANSWER: usize = 256 << 10;
@@ -169,7 +169,7 @@ impl Wish {
         }
         let header = |name: &str| req.headers().get(name).map_or(&[][..], |value| value.as_bytes());
         // Keyed hash: a body may hold a password, which must not be guessable from a stolen database.
-        let keys = part::<Keys>(req)?.of(Purpose::Answers);
+        let keys = part::<Keys>(req)?.of(KeyPurpose::Answers);
         let parts = [
             req.method().as_str().as_bytes(),
             req.path().as_bytes(),
@@ -195,7 +195,7 @@ impl Wish {
             let status = u16::try_from(status).ok().and_then(|s| StatusCode::from_u16(s).ok());
             let (Some(status), Value::String(sealed)) = (status, response) else { return Err(unfinished()) };
             let sealed = BASE64.decode(sealed.as_bytes()).map_err(Error::internal)?;
-            let opened = keys.open(Purpose::Answers, &place, &sealed)?;
+            let opened = keys.open(KeyPurpose::Answers, &place, &sealed)?;
             return Ok(Begun::Answered(again(status, &opened)?));
         }
         // Status 0 means started. It remains after a crash, and a repeated request gets a conflict.
@@ -272,7 +272,7 @@ impl Repeatable {
 
     async fn finish(&self, status: StatusCode, answer: &Sealed) -> Result<(), Error> {
         let text = serde_json::to_vec(answer).map_err(Error::internal)?;
-        let sealed = self.keys.seal(Purpose::Answers, &self.place, &text)?;
+        let sealed = self.keys.seal(KeyPurpose::Answers, &self.place, &text)?;
         let response = Value::String(BASE64.encode(&sealed));
         let mut conn = self.pool.acquire().await?;
         let answer = (i32::from(status.as_u16()), &response);

@@ -12,7 +12,7 @@ use super::store;
 use crate::error::Error;
 pub use crate::http::network;
 use crate::ids::AccountId;
-use crate::keys::{Keys, Purpose, mac};
+use crate::keys::{KeyPurpose, Keys, mac};
 
 /// A bucket: a burst, then one per interval.
 #[derive(Debug, Clone, Copy)]
@@ -44,7 +44,7 @@ impl Throttle {
     /// Creates it over a database. Bucket names are keyed hashes, so the database holds no address.
     #[must_use]
     pub fn new(pool: PgPool, keys: &Keys) -> Self {
-        Self { pool, key: keys.of(Purpose::Places) }
+        Self { pool, key: keys.of(KeyPurpose::Places) }
     }
 
     fn name(&self, parts: &[&str]) -> [u8; 32] {

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 
-use super::{Folder, numbers, postgres, running, service, surroundings, units};
+use super::{DataFolder, numbers, postgres, running, service, surroundings, units};
 use crate::driver::disk::{self, Part};
 use crate::driver::podman::engine::RUNTIME;
 use crate::uid_ranges::machine;
@@ -267,7 +267,7 @@ fn folder(data: &Path) -> Finding {
             "choose a --data whose parent folders only root can change",
         );
     }
-    if Folder::exists(data) {
+    if DataFolder::exists(data) {
         good("data folder", format!("{} exists", data.display()))
     } else if service::is_given(data) {
         good(

@@ -163,7 +163,7 @@ impl Desk {
         &self,
         tx: &mut Tx,
         client: &Client,
-        settings: &crate::config::Provider,
+        settings: &crate::config::ProviderSettings,
         vouched: &Vouched,
     ) -> Result<(AccountId, String), Error> {
         let base = claims::name(

@@ -10,7 +10,7 @@ use openidconnect::{ClientId, ClientSecret, IssuerUrl, ProviderMetadataWithLogou
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use crate::config::Provider as Settings;
+use crate::config::ProviderSettings;
 use crate::error::Error;
 
 mod admit;
@@ -47,7 +47,7 @@ struct Known {
 /// One provider.
 pub struct Provider {
     /// Settings.
-    pub settings: Settings,
+    pub settings: ProviderSettings,
     secret: Option<ClientSecret>,
     http: reqwest::Client,
     known: Mutex<Option<Known>>,
@@ -68,8 +68,8 @@ pub struct Providers(Arc<Vec<Provider>>);
 impl Providers {
     /// Loads the providers from the settings, with secrets and certificates from their files. Sends no request:
     /// an unreachable provider must not block other ways to sign in.
-    pub fn load(settings: &[Settings]) -> Result<Self, Error> {
-        let one = |settings: &Settings| {
+    pub fn load(settings: &[ProviderSettings]) -> Result<Self, Error> {
+        let one = |settings: &ProviderSettings| {
             let read = |path: &std::path::Path| {
                 std::fs::read_to_string(path)
                     .map_err(|error| Error::internal(format!("{}: {error}", path.display())))

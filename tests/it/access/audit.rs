@@ -3,7 +3,7 @@
 use bulkhead::access::Role;
 use bulkhead::audit::heads::Heads;
 use bulkhead::audit::verify::{Finding, Report, verify};
-use bulkhead::keys::Purpose;
+use bulkhead::keys::KeyPurpose;
 use serde_json::{Value, json};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
@@ -12,7 +12,7 @@ use crate::support::TestApp;
 type Wanted = Box<dyn Fn(&Finding) -> bool>;
 
 async fn check(app: &TestApp) -> Report {
-    let key = app.one.platform.desk.keys.of(Purpose::Audit);
+    let key = app.one.platform.desk.keys.of(KeyPurpose::Audit);
     let heads = Heads::in_file(app.config.access.audit_heads.clone());
     verify(&app.one.platform.work, &key, &heads).await.unwrap()
 }
@@ -197,7 +197,7 @@ async fn the_chain_tells_what_was_touched(options: PgPoolOptions, connect: PgCon
     // Access to the database without the key is not enough to make a valid chain.
     let other = bulkhead::keys::Keys::parse(&bulkhead::keys::Keys::generate()).unwrap();
     let heads = Heads::in_file(None);
-    let report = verify(&app.one.platform.work, &other.of(Purpose::Audit), &heads).await.unwrap();
+    let report = verify(&app.one.platform.work, &other.of(KeyPurpose::Audit), &heads).await.unwrap();
     assert!(!report.findings.is_empty() && !report.heads);
 }
 
@@ -223,7 +223,7 @@ async fn sealing_misses_nothing(options: PgPoolOptions, connect: PgConnectOption
     assert!(report.findings.is_empty() && report.unsealed == 0, "{report:?}");
     // Many writers, two sealers.
     let second = app.another().await;
-    let key = app.one.platform.desk.keys.of(Purpose::Audit);
+    let key = app.one.platform.desk.keys.of(KeyPurpose::Audit);
     let heads = Heads::in_file(app.config.access.audit_heads.clone());
     let sealing = async |pool: &sqlx::PgPool| {
         for _ in 0..60 {
