@@ -26,7 +26,7 @@ use crate::db::{self, Login};
 use crate::driver::Driver;
 use crate::driver::agent::client::AgentClient;
 use crate::error::Error;
-use crate::http::front::{self, Bounds, Front};
+use crate::http::front::{self, ConnectionLimits, Front};
 use crate::http::{self, OwnAddress, Proxies};
 use crate::keys::{KeyPurpose, Keys};
 use crate::networks::connections::Network;
@@ -44,9 +44,9 @@ use crate::tenants::reconcile::TenantReconciler;
 use crate::{audit, quotas, readiness, routes, uid_ranges};
 
 /// Connection limits of the engine's listener. Only this machine connects.
-const PULLS: Bounds = Bounds { all: 512, per_source: 512 };
+const PULLS: ConnectionLimits = ConnectionLimits { all: 512, per_source: 512 };
 /// Connection limits of the metrics listener.
-const METRICS: Bounds = Bounds { all: 64, per_source: 64 };
+const METRICS: ConnectionLimits = ConnectionLimits { all: 64, per_source: 64 };
 
 /// The parts that handlers share.
 #[derive(Clone)]

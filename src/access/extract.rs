@@ -14,7 +14,7 @@ use sqlx::PgPool;
 use subtle::ConstantTimeEq;
 
 use super::denials::Denials;
-use super::store::{Asks, Facts};
+use super::store::{ActorFacts, Asks};
 use super::turns::{Allowance, Payer, Turns};
 use super::{
     Actor, By, Effect, Means, Permission, PlatformRole, Role, TenantRef, credentials, includes, store,
@@ -193,7 +193,7 @@ pub fn require_own_page(req: &HttpRequest) -> Result<(), Error> {
     }
 }
 
-async fn authenticate(req: &HttpRequest, wanted: Option<&TenantName>) -> Result<Facts, Error> {
+async fn authenticate(req: &HttpRequest, wanted: Option<&TenantName>) -> Result<ActorFacts, Error> {
     fail::fail_point!("access::authenticate", |_| Err(Error::internal("failpoint")));
     let found = match credential(req) {
         Some(Credential::Token(token)) => {
@@ -401,7 +401,7 @@ impl<P: Permission> FromRequest for TenantScope<P> {
         let req = req.clone();
         Box::pin(async move {
             let name: Option<TenantName> = req.match_info().query("tenant").parse().ok();
-            let Facts { actor, tenant } = authenticate(&req, name.as_ref()).await?;
+            let ActorFacts { actor, tenant } = authenticate(&req, name.as_ref()).await?;
             // Only a member's requests count against the tenant, so outsiders cannot use up its share.
             let own = tenant.as_ref().filter(|(_, role)| role.is_some()).map(|(tenant, _)| tenant);
             enter(&req, &actor, own).await?;

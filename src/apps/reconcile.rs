@@ -126,7 +126,7 @@ impl AppReconciler {
             store::add_used(&mut tx, app.tenant_id, reserved, Reserved::default(), -1).await?;
             store::free_addresses(&mut tx, app.tenant_id, app.id).await?;
             let actor = ActorId::platform();
-            let event = crate::audit::Event {
+            let event = crate::audit::AuditEvent {
                 tenant: Some(app.tenant_id),
                 actor: &actor,
                 action: "app.removed",

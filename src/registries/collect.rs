@@ -148,7 +148,7 @@ async fn remove_stray(
     collector.remove_blob(&stray.digest).await?;
     if tell {
         let actor = ActorId::new("platform");
-        let event = audit::Event {
+        let event = audit::AuditEvent {
             tenant: None,
             actor: &actor,
             action: "registry.stray",

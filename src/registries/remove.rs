@@ -105,7 +105,7 @@ pub(super) async fn delete_manifest(
             }
         };
         let actor = ActorId::new(asked.claims.pusher());
-        let event = audit::Event {
+        let event = audit::AuditEvent {
             tenant: Some(id),
             actor: &actor,
             action: "image.delete",

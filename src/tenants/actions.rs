@@ -6,7 +6,7 @@ use serde_json::json;
 use sqlx::{PgPool, Postgres, Transaction};
 
 use super::store;
-use crate::access::idempotency::{Kept, Once};
+use crate::access::idempotency::{Once, StoredResponse};
 use crate::access::{By, TenantRef};
 use crate::audit;
 use crate::config::Pools;
@@ -57,7 +57,7 @@ pub async fn onboard(
     by: By<'_>,
     once: &Once,
     new: NewTenant,
-) -> Result<Kept, Error> {
+) -> Result<StoredResponse, Error> {
     let mut tx = db::begin(pool, Within::Platform).await?;
     if let Some(kept) = once.kept(&mut tx, by.actor).await? {
         return Ok(kept);
@@ -97,7 +97,7 @@ pub async fn onboard(
     fail::fail_point!("tenants::onboard_commit", |_| Err(Error::internal("failpoint")));
     tx.commit().await?;
     waker.wake();
-    Ok(Kept { status: StatusCode::ACCEPTED, body })
+    Ok(StoredResponse { status: StatusCode::ACCEPTED, body })
 }
 
 /// Changes the display name and the limits.
@@ -193,7 +193,7 @@ pub async fn record_offboarded(
     name: &TenantName,
 ) -> Result<(), Error> {
     let actor = ActorId::platform();
-    let event = audit::Event {
+    let event = audit::AuditEvent {
         tenant: Some(id),
         actor: &actor,
         action: "tenant.offboarded",

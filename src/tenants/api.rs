@@ -9,7 +9,7 @@ use sqlx::PgPool;
 use super::actions::{self, NewTenant, Suspension};
 use super::store::Condition;
 use super::{Tenant, store};
-use crate::access::idempotency::{Key, Once};
+use crate::access::idempotency::{IdempotencyKey, Once};
 use crate::access::{ManageTenants, PlatformScope, ReadPlatform, ReadTenant, TenantScope};
 use crate::config::{Config, Pools};
 use crate::db::expected::Expected;
@@ -51,7 +51,7 @@ pub async fn onboard(
     pool: web::Data<PgPool>,
     config: web::Data<Config>,
     waker: web::Data<Waker>,
-    key: Key,
+    key: IdempotencyKey,
     body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: OnboardBody = parse_json(&req, &body)?;

@@ -10,14 +10,14 @@ use crate::ids::TenantName;
 
 /// Roles that the claims grant.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Given {
+pub struct ClaimedRoles {
     /// Platform role.
     pub platform: Option<PlatformRole>,
     /// Tenant roles, ordered by tenant name. If several values match a tenant, the highest role counts.
     pub tenants: Vec<(TenantName, Role)>,
 }
 
-impl Given {
+impl ClaimedRoles {
     /// Whether the claims grant no role.
     #[must_use]
     pub fn is_nothing(&self) -> bool {
@@ -34,9 +34,9 @@ fn values<'a>(settings: &ProviderSettings, claims: &'a Extra) -> Vec<&'a str> {
 }
 
 /// Maps the roles claim through the settings. Only exact matches count.
-pub(super) fn roles(settings: &ProviderSettings, claims: &Extra) -> Given {
+pub(super) fn roles(settings: &ProviderSettings, claims: &Extra) -> ClaimedRoles {
     let values = values(settings, claims);
-    let mut given = Given::default();
+    let mut given = ClaimedRoles::default();
     for mapping in settings.roles.iter().filter(|mapping| values.contains(&mapping.value.as_str())) {
         match &mapping.tenant {
             None => given.platform = given.platform.max(PlatformRole::parse(&mapping.role)),
@@ -112,7 +112,7 @@ mod tests {
         }
     }
 
-    fn given(claim: Value) -> Given {
+    fn given(claim: Value) -> ClaimedRoles {
         roles(&settings(), &Extra::from([("groups".to_owned(), claim)]))
     }
 

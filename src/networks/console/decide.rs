@@ -8,7 +8,7 @@ use super::tenant::{Look, Parts, view};
 use crate::access::ManageConnections;
 use crate::access::console::after;
 use crate::access::extract::{Posted, TenantScope};
-use crate::access::idempotency::{Key, Once};
+use crate::access::idempotency::{IdempotencyKey, Once};
 use crate::config::Config;
 use crate::driver::Driver;
 use crate::error::Error;
@@ -68,7 +68,7 @@ pub async fn offer(
         let OfferForm { app, tenant, to_app, days: wanted } = &form.0;
         let to_app = Some(to_app.as_str()).filter(|name| !name.is_empty());
         let offer = check_offer(app, tenant, to_app, days(wanted)?)?;
-        let once = Once::of(Key::default(), &req, &[]);
+        let once = Once::of(IdempotencyKey::default(), &req, &[]);
         actions::offer(&pool, scope.by(), &once, &scope.tenant, &offer).await.map(drop)
     };
     let outcome = make.await;

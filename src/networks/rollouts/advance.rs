@@ -166,7 +166,7 @@ pub(super) async fn record(
 ) -> Result<(), Error> {
     detail["rollout"] = json!(rollout.id);
     let actor = ActorId::platform();
-    let event = audit::Event {
+    let event = audit::AuditEvent {
         tenant: None,
         actor: &actor,
         action,

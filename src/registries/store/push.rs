@@ -301,7 +301,7 @@ pub(in crate::registries) async fn confirm_manifest(
         .await?;
     }
     let actor = crate::ids::ActorId::new(&new.pushed_by);
-    let event = crate::audit::Event {
+    let event = crate::audit::AuditEvent {
         tenant: Some(TenantId(tenant_id)),
         actor: &actor,
         action: "image.push",
@@ -366,7 +366,7 @@ pub(in crate::registries) async fn settle_manifest(
     .await?;
     let Some(pushed_by) = pushed_by else { return Ok(()) };
     let actor = crate::ids::ActorId::platform();
-    let event = crate::audit::Event {
+    let event = crate::audit::AuditEvent {
         tenant: Some(tenant),
         actor: &actor,
         action: "image.push",
