@@ -107,11 +107,11 @@ impl Apps {
         let found =
             self.registry.resolve(&tenant.name, image.repository(), &reference(image.reference())).await?;
         let merged = self.registry.merged(&tenant.name, image.repository(), &found).await?;
-        let names = images::Names::parse(&merged.passwd, &merged.group);
+        let names = images::ImageAccounts::parse(&merged.passwd, &merged.group);
         let has_command =
             spec.command().is_some_and(|c| !c.is_empty()) || spec.args().is_some_and(|a| !a.is_empty());
         let command = if has_command { images::SpecCommand::Given } else { images::SpecCommand::Absent };
-        let asked = images::Asked { port: spec.tcp_port(), command, health: spec.says_health() };
+        let asked = images::ImageRequirements { port: spec.tcp_port(), command, health: spec.says_health() };
         let flight = images::preflight(&found.config, &names, asked);
         let refused = merged.refused.map(|why| images::refused(&why));
         let flight = match (flight, refused) {
