@@ -174,7 +174,7 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
             mode: inside::mode(path, None),
         })
         .collect();
-    let instance = render::Instance {
+    let instance = render::NewInstance {
         container: &render::name(&config, &workload, 1),
         number: 1,
         gateway: subnet.gateway(),

@@ -16,7 +16,7 @@ use super::room::ProxyLimits;
 use super::token::{SigningKey, TokenAccess};
 use super::{Reference, missing, store};
 use crate::db;
-use crate::driver::disk::{self, Part};
+use crate::driver::disk::{self, DiskConsumer};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::{Digest, RepositoryPath, TenantName};
@@ -153,7 +153,7 @@ impl Distribution {
 
     /// Returns whether the registry's disk has room for pushes, beside the space reserved for other parts.
     pub(super) fn has_room(&self) -> bool {
-        let room = self.disk.as_deref().and_then(|place| disk::room(Part::Registry, place));
+        let room = self.disk.as_deref().and_then(|place| disk::room(DiskConsumer::Registry, place));
         room.is_none_or(|room| room.has(0))
     }
 

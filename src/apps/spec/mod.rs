@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::driver::workload::{Health, HealthCheck, Purpose, Scratch, Serves};
+use crate::driver::workload::{Health, HealthCheck, HealthPurpose, Scratch, Serves};
 use crate::fault::{Fault, Kind, catalogue};
 use crate::ids::{AppName, AppRef, EgressName, ServiceName};
 use crate::policy::Protocol;
@@ -194,7 +194,7 @@ impl AppSpec {
             Asked::Nothing => self.tcp_port().map(|port| Health {
                 check: HealthCheck::Tcp { port },
                 grace: GRACE_DEFAULT,
-                purpose: Purpose::Readiness,
+                purpose: HealthPurpose::Readiness,
             }),
         }
     }

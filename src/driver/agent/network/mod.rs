@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use time::OffsetDateTime;
 
-use super::app::App;
+use super::app::AgentApp;
 use super::core::{Agent, lock};
 use super::flows;
 use crate::driver::podman::firewall::kernel;
@@ -61,7 +61,7 @@ pub(super) enum Gone {
 }
 
 /// Denied connections by tenant, the newest last.
-pub(super) type Denials = HashMap<TenantName, VecDeque<(AppId, Denied)>>;
+pub(super) type DeniedConnections = HashMap<TenantName, VecDeque<(AppId, Denied)>>;
 
 /// How much of the table is compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,7 +98,7 @@ impl Agent {
     /// Collects the inputs of the table: the address of each instance, and the flows of each app.
     fn standing(&self, own: &[Range]) -> Standing {
         let mut standing = Standing::default();
-        let mut apps: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
+        let mut apps: Vec<Arc<AgentApp>> = lock(&self.apps).values().cloned().collect();
         // Sorted by age: if two apps claim one address, the older app keeps it.
         apps.sort_by_key(|app| app.id);
         let mut tenants = HashMap::new();
@@ -168,10 +168,10 @@ impl Agent {
 
     /// Returns the machine's own addresses and the blocked ranges, which no tenant reaches beside the reserved
     /// ranges.
-    pub(super) fn walls(&self) -> crate::driver::Walls {
+    pub(super) fn walls(&self) -> crate::driver::BlockedRanges {
         let own = lock(&self.own);
         let own = own.iter().filter(|range| range.is_own()).filter_map(|range| range.network.single());
-        crate::driver::Walls { own: own.collect(), closed: self.config.closed.clone() }
+        crate::driver::BlockedRanges { own: own.collect(), closed: self.config.closed.clone() }
     }
 
     /// Stores a tenant's flows and applies them. Returns the number of the applied plan.

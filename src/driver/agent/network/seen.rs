@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 
 use crate::driver::agent::core::{Agent, lock};
-use crate::driver::podman::firewall::kernel::{self, Refusal};
+use crate::driver::podman::firewall::kernel::{self, DeniedPackets};
 use crate::driver::workload::Subnet;
 use crate::driver::{Denied, Used};
 use crate::ids::{AppId, TenantName};
@@ -51,7 +51,7 @@ impl Agent {
         let owners = owners(&standing);
         let now = OffsetDateTime::now_utc();
         let mut denials = lock(&self.denials);
-        for Refusal { bridge, source, target, protocol, port, ago, let_through, hasty } in seen {
+        for DeniedPackets { bridge, source, target, protocol, port, ago, let_through, hasty } in seen {
             let Some((tenant, network)) = tenants.get(&bridge) else { continue };
             // The platform's own probes are not the app's doing, and a tenant must not learn from them.
             let last = Instant::now().checked_sub(Duration::from_secs(ago));
