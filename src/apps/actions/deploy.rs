@@ -5,7 +5,7 @@ use sqlx::{Postgres, Transaction};
 
 use super::{Apps, WORK, image_is_gone, is_image_there, no_address};
 use crate::access::{By, TenantRef};
-use crate::apps::reservation::{self, Asked, Peak, Reserved};
+use crate::apps::reservation::{self, Peak, ReservationChange, Reserved};
 use crate::apps::spec::{AppSpec, ImageReference};
 use crate::apps::{Release, store};
 use crate::db;
@@ -157,7 +157,7 @@ impl Apps {
         }
         let wanted = Peak::of(spec);
         let peak = existing.as_ref().map_or(wanted, |app| app.peak.max(wanted));
-        let asked = Asked::new(existing.as_ref().map(|app| (app.peak, app.reserved)), wanted);
+        let asked = ReservationChange::new(existing.as_ref().map(|app| (app.peak, app.reserved)), wanted);
         let short = reservation::check(&quota, asked);
         // Check again under the lock: image deletion holds the same lock.
         if let Some(resolved) = &resolved
