@@ -4,7 +4,7 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
 use sqlx::PgPool;
 
-use super::tenant::{Look, Parts, view};
+use super::tenant::{NetworkPageQuery, PageSources, view};
 use crate::access::ManageConnections;
 use crate::access::console::after;
 use crate::access::extract::{Posted, TenantScope};
@@ -25,13 +25,13 @@ async fn done<P>(
     outcome: Result<(), Error>,
 ) -> Result<HttpResponse, Error> {
     let data = || Error::internal("a part is missing");
-    let parts = Parts {
+    let parts = PageSources {
         pool: req.app_data::<web::Data<PgPool>>().ok_or_else(data)?.clone(),
         keys: req.app_data::<web::Data<Keys>>().ok_or_else(data)?.clone(),
         config: req.app_data::<web::Data<Config>>().ok_or_else(data)?.clone(),
         driver: req.app_data::<web::Data<dyn Driver>>().ok_or_else(data)?.clone(),
     };
-    let again = async |error| view(scope, &parts, &Look::default(), error).await;
+    let again = async |error| view(scope, &parts, &NetworkPageQuery::default(), error).await;
     after(&format!("/tenants/{}/network", scope.tenant.name), outcome, again).await
 }
 
