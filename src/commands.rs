@@ -9,7 +9,7 @@ use bulkhead::audit::{heads::Heads, verify};
 use bulkhead::config::Config;
 use bulkhead::db::{self, Login, Within};
 use bulkhead::ids::ActorId;
-use bulkhead::keys::{Keys, Purpose};
+use bulkhead::keys::{KeyPurpose, Keys};
 
 use crate::{Output, TokenCommand, block_on, explain, load, print};
 
@@ -37,7 +37,7 @@ fn settings(data: &Path, config: Option<PathBuf>) -> Result<Config, String> {
 pub(crate) fn verify_audit(data: &Path, config: Option<PathBuf>, output: Output) -> Result<ExitCode, String> {
     let config = settings(data, config)?;
     let report = block_on(async {
-        let key = Keys::load(&config.access.key).map_err(|error| explain(&error))?.of(Purpose::Audit);
+        let key = Keys::load(&config.access.key).map_err(|error| explain(&error))?.of(KeyPurpose::Audit);
         let heads = Heads::in_file(config.access.audit_heads.clone());
         let pool = connect(&config, Login::Reconciler)?;
         verify::verify(&pool, &key, &heads).await.map_err(|error| explain(&error))

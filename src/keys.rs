@@ -13,7 +13,7 @@ use crate::error::Error;
 
 /// The purpose of a derived key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
+pub enum KeyPurpose {
     /// Sealing second factors.
     SecondFactor,
     /// Stored answers for an `Idempotency-Key`.
@@ -82,12 +82,12 @@ impl Keys {
 
     /// Returns the key of a purpose.
     #[must_use]
-    pub fn of(&self, purpose: Purpose) -> [u8; 32] {
+    pub fn of(&self, purpose: KeyPurpose) -> [u8; 32] {
         mac(&self.0, &[format!("bulkhead v1 {purpose:?}").as_bytes()])
     }
 
     /// Seals a secret for one place. Moved to another row, it cannot be opened.
-    pub fn seal(&self, purpose: Purpose, place: &str, secret: &[u8]) -> Result<Vec<u8>, Error> {
+    pub fn seal(&self, purpose: KeyPurpose, place: &str, secret: &[u8]) -> Result<Vec<u8>, Error> {
         let nonce: [u8; 24] = rand::random();
         let cipher = XChaCha20Poly1305::new(&self.of(purpose).into());
         let sealed = cipher
@@ -97,7 +97,7 @@ impl Keys {
     }
 
     /// Opens a secret that was sealed for this place.
-    pub fn open(&self, purpose: Purpose, place: &str, sealed: &[u8]) -> Result<Vec<u8>, Error> {
+    pub fn open(&self, purpose: KeyPurpose, place: &str, sealed: &[u8]) -> Result<Vec<u8>, Error> {
         let bad = || {
             Error::internal(
                 "a sealed secret cannot be opened: it was sealed with another key or for another place",
@@ -118,13 +118,13 @@ mod tests {
     #[test]
     fn what_is_sealed_opens_only_in_its_place_and_with_its_key() {
         let keys = Keys::parse(&Keys::generate()).unwrap();
-        let sealed = keys.seal(Purpose::SecondFactor, "account 1", b"secret").unwrap();
-        assert_eq!(keys.open(Purpose::SecondFactor, "account 1", &sealed).unwrap(), b"secret");
-        assert!(keys.open(Purpose::SecondFactor, "account 2", &sealed).is_err());
-        assert!(keys.open(Purpose::Audit, "account 1", &sealed).is_err());
+        let sealed = keys.seal(KeyPurpose::SecondFactor, "account 1", b"secret").unwrap();
+        assert_eq!(keys.open(KeyPurpose::SecondFactor, "account 1", &sealed).unwrap(), b"secret");
+        assert!(keys.open(KeyPurpose::SecondFactor, "account 2", &sealed).is_err());
+        assert!(keys.open(KeyPurpose::Audit, "account 1", &sealed).is_err());
         let other = Keys::parse(&Keys::generate()).unwrap();
-        assert!(other.open(Purpose::SecondFactor, "account 1", &sealed).is_err());
-        assert!(keys.open(Purpose::SecondFactor, "account 1", b"short").is_err());
+        assert!(other.open(KeyPurpose::SecondFactor, "account 1", &sealed).is_err());
+        assert!(keys.open(KeyPurpose::SecondFactor, "account 1", b"short").is_err());
         assert!(Keys::parse("AAAA").is_err());
     }
 

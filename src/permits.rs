@@ -28,7 +28,7 @@ pub enum Busy {
 /// busy keys therefore leave about `total / (n + 1)` to later keys. Freed permits go to the waiting key that
 /// holds least; among equals, to the request that has waited longest.
 pub struct FairPermits<K: Eq + Hash + Clone> {
-    shared: Arc<Mutex<State<K>>>,
+    shared: Arc<Mutex<PermitsState<K>>>,
 }
 
 impl<K: Eq + Hash + Clone> Clone for FairPermits<K> {
@@ -44,17 +44,17 @@ impl<K: Eq + Hash + Clone> std::fmt::Debug for FairPermits<K> {
     }
 }
 
-struct State<K: Eq + Hash + Clone> {
+struct PermitsState<K: Eq + Hash + Clone> {
     per_key: usize,
     total: usize,
     /// Maximum waiting requests of one key.
     waiting: usize,
     used: usize,
     next: u64,
-    keys: HashMap<K, Key<K>>,
+    keys: HashMap<K, KeyQueue<K>>,
 }
 
-struct Key<K: Eq + Hash + Clone> {
+struct KeyQueue<K: Eq + Hash + Clone> {
     held: usize,
     queue: VecDeque<Waiter<K>>,
 }
@@ -65,14 +65,14 @@ struct Waiter<K: Eq + Hash + Clone> {
     give: oneshot::Sender<Permit<K>>,
 }
 
-fn lock<K: Eq + Hash + Clone>(shared: &Mutex<State<K>>) -> MutexGuard<'_, State<K>> {
+fn lock<K: Eq + Hash + Clone>(shared: &Mutex<PermitsState<K>>) -> MutexGuard<'_, PermitsState<K>> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A share of the resource, released on drop.
 #[must_use = "the share is released as soon as the permit is dropped"]
 pub struct Permit<K: Eq + Hash + Clone> {
-    shared: Arc<Mutex<State<K>>>,
+    shared: Arc<Mutex<PermitsState<K>>>,
     key: K,
     units: usize,
 }
@@ -83,7 +83,7 @@ impl<K: Eq + Hash + Clone> std::fmt::Debug for Permit<K> {
     }
 }
 
-impl<K: Eq + Hash + Clone> State<K> {
+impl<K: Eq + Hash + Clone> PermitsState<K> {
     fn admits(&self, held: usize, units: usize) -> Result<(), Busy> {
         let free = self.total.saturating_sub(self.used);
         if held.saturating_add(units) > self.per_key {
@@ -107,7 +107,8 @@ impl<K: Eq + Hash + Clone> State<K> {
 
     fn take(&mut self, key: &K, units: usize) {
         self.used += units;
-        let own = self.keys.entry(key.clone()).or_insert_with(|| Key { held: 0, queue: VecDeque::new() });
+        let own =
+            self.keys.entry(key.clone()).or_insert_with(|| KeyQueue { held: 0, queue: VecDeque::new() });
         own.held += units;
     }
 
@@ -127,7 +128,7 @@ impl<K: Eq + Hash + Clone> State<K> {
 }
 
 /// Gives freed permits to waiting requests.
-fn serve<K: Eq + Hash + Clone>(shared: &Arc<Mutex<State<K>>>) {
+fn serve<K: Eq + Hash + Clone>(shared: &Arc<Mutex<PermitsState<K>>>) {
     loop {
         let next = lock(shared).next_served();
         let Some((key, waiter)) = next else { return };
@@ -152,13 +153,13 @@ impl<K: Eq + Hash + Clone> Drop for Permit<K> {
 }
 
 /// A waiting request. It leaves the queue when its future is dropped.
-struct Waiting<'a, K: Eq + Hash + Clone> {
-    shared: &'a Arc<Mutex<State<K>>>,
+struct QueuedRequest<'a, K: Eq + Hash + Clone> {
+    shared: &'a Arc<Mutex<PermitsState<K>>>,
     key: &'a K,
     id: u64,
 }
 
-impl<K: Eq + Hash + Clone> Drop for Waiting<'_, K> {
+impl<K: Eq + Hash + Clone> Drop for QueuedRequest<'_, K> {
     fn drop(&mut self) {
         {
             let mut state = lock(self.shared);
@@ -177,7 +178,7 @@ impl<K: Eq + Hash + Clone> FairPermits<K> {
     /// requests of one key wait, and at least 16; see [`Self::waiting`].
     #[must_use]
     pub fn new(per_key: usize, total: usize) -> Self {
-        let state = State {
+        let state = PermitsState {
             per_key,
             total,
             waiting: per_key.saturating_mul(4).max(16),
@@ -235,11 +236,11 @@ impl<K: Eq + Hash + Clone> FairPermits<K> {
             let id = state.next;
             state.next += 1;
             let own =
-                state.keys.entry(key.clone()).or_insert_with(|| Key { held: 0, queue: VecDeque::new() });
+                state.keys.entry(key.clone()).or_insert_with(|| KeyQueue { held: 0, queue: VecDeque::new() });
             own.queue.push_back(Waiter { id, units, give });
             (id, given)
         };
-        let waiting = Waiting { shared: &self.shared, key, id };
+        let waiting = QueuedRequest { shared: &self.shared, key, id };
         let outcome = tokio::time::timeout(patience, given).await;
         let why = {
             let state = lock(&self.shared);

@@ -9,7 +9,7 @@ use actix_web::{FromRequest, Handler, HttpRequest, HttpResponse, Responder, web}
 use askama::Template;
 
 use crate::access::extract::{Authorizes, Needs};
-use crate::access::idempotency::{Begun, Repeatable, Wish};
+use crate::access::idempotency::{KeyedOutcome, KeyedRequest, Repeatable};
 use crate::access::{self, Public};
 use crate::apps::sight::Sight;
 use crate::error::Error;
@@ -79,7 +79,7 @@ impl<Args: Authorized> FromRequest for Gated<Args> {
                 let (_, mut whole) = actix_http::h1::Payload::create(true);
                 whole.unread_data(body.clone());
                 payload = Payload::from(whole);
-                Wish::of(&req, &body)?
+                KeyedRequest::of(&req, &body)?
             } else {
                 None
             };
@@ -92,8 +92,10 @@ impl<Args: Authorized> FromRequest for Gated<Args> {
                 _ => None,
             };
             Ok(match begun {
-                Some(Begun::Answered(answer)) => Self::Answered(answer),
-                Some(Begun::First(repeatable)) => Self::Open(Args::join(first, rest), Some(repeatable)),
+                Some(KeyedOutcome::Answered(answer)) => Self::Answered(answer),
+                Some(KeyedOutcome::First(repeatable)) => {
+                    Self::Open(Args::join(first, rest), Some(repeatable))
+                }
                 None => Self::Open(Args::join(first, rest), None),
             })
         })

@@ -26,9 +26,9 @@ use crate::db::{self, Login};
 use crate::driver::Driver;
 use crate::driver::agent::client::AgentClient;
 use crate::error::Error;
-use crate::http::front::{self, Bounds, Front};
+use crate::http::front::{self, ConnectionLimits, Front};
 use crate::http::{self, OwnAddress, Proxies};
-use crate::keys::{Keys, Purpose};
+use crate::keys::{KeyPurpose, Keys};
 use crate::networks::connections::Network;
 use crate::networks::probe::ProbeReconciler;
 use crate::networks::reconcile::{ConnectionsOfTenant, NetworkReconciler};
@@ -44,9 +44,9 @@ use crate::tenants::reconcile::TenantReconciler;
 use crate::{audit, quotas, readiness, routes, uid_ranges};
 
 /// Connection limits of the engine's listener. Only this machine connects.
-const PULLS: Bounds = Bounds { all: 512, per_source: 512 };
+const PULLS: ConnectionLimits = ConnectionLimits { all: 512, per_source: 512 };
 /// Connection limits of the metrics listener.
-const METRICS: Bounds = Bounds { all: 64, per_source: 64 };
+const METRICS: ConnectionLimits = ConnectionLimits { all: 64, per_source: 64 };
 
 /// The parts that handlers share.
 #[derive(Clone)]
@@ -284,7 +284,7 @@ async fn run(platform: Platform, stop: impl Future<Output = ()>) -> Result<(), E
         tokio::spawn(platform.desk.denials.clone().run(platform.work.clone(), halt.clone())),
         tokio::spawn(audit::seal::run(
             platform.work.clone(),
-            platform.desk.keys.of(Purpose::Audit),
+            platform.desk.keys.of(KeyPurpose::Audit),
             Heads::in_file(platform.config.access.audit_heads.clone()),
             halt.clone(),
         )),

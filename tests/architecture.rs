@@ -1,9 +1,9 @@
 //! The rules of the source tree as tests: imports between modules, the place of queries, module comments,
-//! reachable files, and plain words. Sizes are printed, not enforced.
+//! reachable files, names of types, and plain words. Sizes are printed, not enforced.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot continue panics")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -43,6 +43,10 @@ const ORDER: &[&str] = &[
     "ask",
     "main",
 ];
+
+/// The type names that may stand in several top folders, with the reason.
+const ROLE_TYPES: &[(&str, &str)] =
+    &[("Error", "each fallible layer has one, and callers name it by its module, such as `driver::Error`")];
 
 fn files(folder: &str) -> Vec<PathBuf> {
     files_of(folder, "rs")
@@ -116,6 +120,24 @@ fn imports(code: &str) -> BTreeSet<String> {
         }
     }
     found
+}
+
+/// Returns the names of the types that a file defines. An indented definition is not counted: it belongs to
+/// an impl block, a function, a macro, or a test module.
+fn types(source: &str) -> Vec<String> {
+    let definition = |line: &str| {
+        let rest = match line.strip_prefix("pub") {
+            None => line,
+            Some(rest) if rest.starts_with('(') => rest.split_once(") ")?.1,
+            Some(rest) => rest.strip_prefix(' ')?,
+        };
+        let rest = rest.strip_prefix("unsafe ").unwrap_or(rest);
+        let rest = ["struct ", "enum ", "trait ", "type ", "union "]
+            .iter()
+            .find_map(|word| rest.strip_prefix(word))?;
+        Some(rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect())
+    };
+    source.lines().filter_map(definition).collect()
 }
 
 /// Returns the text of all comments: a `//` within a literal starts none.
@@ -306,6 +328,38 @@ fn each_file_is_reached() {
     }
     let lost: Vec<_> = all.difference(&reached).collect();
     assert!(lost.is_empty(), "no mod leads to {lost:?}");
+}
+
+#[test]
+fn each_type_name_stands_in_one_noun() {
+    let mut nouns: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for path in files("src") {
+        let in_tests =
+            path.components().any(|part| matches!(part.as_os_str().to_str(), Some("tests" | "tests.rs")));
+        if in_tests {
+            continue;
+        }
+        for name in types(&fs::read_to_string(&path).unwrap()) {
+            nouns.entry(name).or_default().insert(module(&path));
+        }
+    }
+    assert!(nouns.len() > 100, "found only {} types", nouns.len());
+    let wrong: Vec<String> = nouns
+        .iter()
+        .filter(|(name, nouns)| nouns.len() > 1 && !ROLE_TYPES.iter().any(|(role, _)| role == name))
+        .map(|(name, nouns)| format!("{name}: {}", nouns.iter().cloned().collect::<Vec<_>>().join(", ")))
+        .collect();
+    assert!(wrong.is_empty(), "a type name stands in several nouns:\n{}", wrong.join("\n"));
+    for (role, reason) in ROLE_TYPES {
+        let used = nouns.get(*role).map_or(0, BTreeSet::len);
+        assert!(used > 1, "{role} ({reason}) needs no exception: it stands in {used} nouns");
+    }
+    assert_eq!(
+        types(
+            "pub struct A<T>(T);\npub(in crate::a) enum B {\nenumerate C\n    type D = E;\ntype F = G;\n/// enum H\n"
+        ),
+        ["A", "B", "F"]
+    );
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bulkhead::driver::podman::firewall::{compile, kernel};
 use bulkhead::ids::{AppId, TenantName};
 use bulkhead::policy::never::BUILT_IN;
-use bulkhead::policy::proof::{Place, Standing, Walls, prove, prove_change};
+use bulkhead::policy::proof::{AppAddress, ExpectedFacts, MachineFacts, prove, prove_change};
 use bulkhead::policy::read::{Shell, table};
 use bulkhead::policy::{Cidr, Flow, Protocol, Target};
 use serde_json::json;
@@ -43,14 +43,14 @@ fn flow(name: &str, target: Target, port: u16) -> Flow {
 }
 
 /// Returns tenants with one app each: five services, two egress targets, and a grant for every tenth.
-fn standing(tenants: u32) -> Standing {
-    let mut standing = Standing::default();
+fn standing(tenants: u32) -> ExpectedFacts {
+    let mut standing = ExpectedFacts::default();
     for network in 0..tenants {
         let id = AppId(i64::from(network) + 1);
         let address = Ipv4Addr::from_bits(subnet(network).first() + 2);
         standing.apps.insert(
             id,
-            Place {
+            AppAddress {
                 tenant: tenant(network),
                 network,
                 gateway: Ipv4Addr::from_bits(subnet(network).first() + 1),
@@ -76,8 +76,12 @@ fn standing(tenants: u32) -> Standing {
     standing
 }
 
-fn walls(tenants: u32) -> Walls {
-    Walls::new(shell(), BUILT_IN.to_vec(), (0..tenants).map(|network| (network, subnet(network))).collect())
+fn walls(tenants: u32) -> MachineFacts {
+    MachineFacts::new(
+        shell(),
+        BUILT_IN.to_vec(),
+        (0..tenants).map(|network| (network, subnet(network))).collect(),
+    )
 }
 
 fn ms(begun: Instant) -> f64 {

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::passwords::{self, Verdict};
+use super::passwords::{self, PasswordVerdict};
 use super::second_factor::{self, Setup};
 use super::sessions::{Client, Desk, note};
 use super::{Actor, By, PlatformRole, store};
@@ -51,7 +51,7 @@ impl Desk {
         }
         drop(conn);
         if found.password.is_some()
-            && self.passwords.verify(current, found.password.as_deref()).await? == Verdict::Wrong
+            && self.passwords.verify(current, found.password.as_deref()).await? == PasswordVerdict::Wrong
         {
             return Err(wrong("current", "the current password is wrong"));
         }

@@ -14,7 +14,7 @@ use sqlx::PgPool;
 use subtle::ConstantTimeEq;
 
 use super::denials::Denials;
-use super::store::{Asks, Facts};
+use super::store::{ActorFacts, Asks};
 use super::turns::{Allowance, Payer, Turns};
 use super::{
     Actor, By, Effect, Means, Permission, PlatformRole, Role, TenantRef, credentials, includes, store,
@@ -23,7 +23,7 @@ use crate::audit::Refusal;
 use crate::error::Error;
 use crate::http::{OwnAddress, RateLimit, RequestId, network, request_id};
 use crate::ids::{ActorId, TenantName};
-use crate::keys::{Keys, Purpose, mac};
+use crate::keys::{KeyPurpose, Keys, mac};
 use crate::permits::Permit;
 
 /// Session cookie over https.
@@ -211,7 +211,7 @@ pub fn require_own_page(req: &HttpRequest) -> Result<(), Error> {
     }
 }
 
-async fn authenticate(req: &HttpRequest, wanted: Option<&TenantName>) -> Result<Facts, Error> {
+async fn authenticate(req: &HttpRequest, wanted: Option<&TenantName>) -> Result<ActorFacts, Error> {
     fail::fail_point!("access::authenticate", |_| Err(Error::internal("failpoint")));
     let found = match credential(req) {
         Some(Credential::Token(token)) => {
@@ -288,7 +288,7 @@ fn role_name(tenant: Option<Role>, platform: PlatformRole) -> String {
 /// Returns the token that a user's forms carry besides the cookie. Other sites cannot know it.
 #[must_use]
 pub fn form_token(keys: &Keys, session: &[u8]) -> String {
-    let mac = mac(&keys.of(Purpose::Forms), &[session]);
+    let mac = mac(&keys.of(KeyPurpose::Forms), &[session]);
     data_encoding::BASE32_NOPAD.encode(&mac[..20]).to_ascii_lowercase()
 }
 
@@ -419,7 +419,7 @@ impl<P: Permission> FromRequest for TenantScope<P> {
         let req = req.clone();
         Box::pin(async move {
             let name: Option<TenantName> = req.match_info().query("tenant").parse().ok();
-            let Facts { actor, tenant } = authenticate(&req, name.as_ref()).await?;
+            let ActorFacts { actor, tenant } = authenticate(&req, name.as_ref()).await?;
             // Only a member's requests count against the tenant, so outsiders cannot use up its share.
             let own = tenant.as_ref().filter(|(_, role)| role.is_some()).map(|(tenant, _)| tenant);
             enter(&req, &actor, own).await?;

@@ -1,6 +1,6 @@
 //! `Idempotency-Key`: a repeated change returns the stored response and is not executed again. Most handlers
 //! need no code for it: [`Repeatable`] stores their responses, sealed, because some hold a secret that is shown
-//! once. A handler that takes [`Key`] stores its response itself, within its own transaction, through [`Once`].
+//! once. A handler that takes [`IdempotencyKey`] stores its response itself, within its own transaction, through [`Once`].
 
 use std::future::{Ready, ready};
 
@@ -17,7 +17,7 @@ use super::{Actor, credentials, store};
 use crate::db;
 use crate::error::Error;
 use crate::http::asked::{self, IDEMPOTENCY_KEY};
-use crate::keys::{Keys, Purpose, mac};
+use crate::keys::{KeyPurpose, Keys, mac};
 
 /// Maximum size of a stored response, in bytes.
 const ANSWER: usize = 256 << 10;
@@ -28,9 +28,9 @@ const NOT_KEPT: &[(&str, &str)] =
 
 /// The key of a request, for a handler that stores its response itself.
 #[derive(Debug, Default)]
-pub struct Key(Option<String>);
+pub struct IdempotencyKey(Option<String>);
 
-impl FromRequest for Key {
+impl FromRequest for IdempotencyKey {
     type Error = Error;
     type Future = Ready<Result<Self, Error>>;
     fn from_request(req: &HttpRequest, _: &mut Payload) -> Self::Future {
@@ -51,7 +51,7 @@ fn key_of(req: &HttpRequest) -> Result<Option<String>, Error> {
     }
 }
 
-/// The key and the hash of a request, for a handler that takes [`Key`].
+/// The key and the hash of a request, for a handler that takes [`IdempotencyKey`].
 #[derive(Debug)]
 pub struct Once {
     key: Option<String>,
@@ -60,7 +60,7 @@ pub struct Once {
 
 /// A response that was stored before.
 #[derive(Debug)]
-pub struct Kept {
+pub struct StoredResponse {
     /// Status.
     pub status: StatusCode,
     /// Body.
@@ -91,7 +91,7 @@ fn unfinished() -> Error {
 impl Once {
     /// Builds it from the key and the request.
     #[must_use]
-    pub fn of(key: Key, req: &HttpRequest, body: &[u8]) -> Self {
+    pub fn of(key: IdempotencyKey, req: &HttpRequest, body: &[u8]) -> Self {
         let header = |name: &str| req.headers().get(name).map_or(&[][..], |value| value.as_bytes());
         let part = |bytes: &[u8]| {
             data_encoding::HEXLOWER.encode(&credentials::hash(&String::from_utf8_lossy(bytes)))
@@ -111,7 +111,11 @@ impl Once {
 
     /// Returns the stored response of this request. Returns a conflict if the key was used with another
     /// request.
-    pub async fn kept(&self, conn: &mut PgConnection, actor: &Actor) -> Result<Option<Kept>, Error> {
+    pub async fn kept(
+        &self,
+        conn: &mut PgConnection,
+        actor: &Actor,
+    ) -> Result<Option<StoredResponse>, Error> {
         let Some(key) = &self.key else { return Ok(None) };
         let Some((hash, status, body)) = store::find_answer(conn, &holder(actor), key).await? else {
             return Ok(None);
@@ -120,7 +124,7 @@ impl Once {
             return Err(another());
         }
         let status = u16::try_from(status).ok().and_then(|s| StatusCode::from_u16(s).ok());
-        Ok(Some(Kept { status: status.unwrap_or(StatusCode::OK), body }))
+        Ok(Some(StoredResponse { status: status.unwrap_or(StatusCode::OK), body }))
     }
 
     /// Stores the response in the same transaction. If another request with this key came first, it returns a
@@ -154,12 +158,12 @@ struct Sealed {
 
 /// A request with a key. The hash covers the whole request.
 #[derive(Debug)]
-pub struct Wish {
+pub struct KeyedRequest {
     key: String,
     hash: Vec<u8>,
 }
 
-impl Wish {
+impl KeyedRequest {
     /// Reads a request. Returns `None` if it has no `Idempotency-Key`.
     pub fn of(req: &HttpRequest, body: &[u8]) -> Result<Option<Self>, Error> {
         let Some(key) = key_of(req)? else { return Ok(None) };
@@ -169,7 +173,7 @@ impl Wish {
         }
         let header = |name: &str| req.headers().get(name).map_or(&[][..], |value| value.as_bytes());
         // Keyed hash: a body may hold a password, which must not be guessable from a stolen database.
-        let keys = part::<Keys>(req)?.of(Purpose::Answers);
+        let keys = part::<Keys>(req)?.of(KeyPurpose::Answers);
         let parts = [
             req.method().as_str().as_bytes(),
             req.path().as_bytes(),
@@ -183,7 +187,7 @@ impl Wish {
     }
 
     /// Starts the request, or returns its stored response.
-    pub async fn begin(self, req: &HttpRequest, actor: &Actor) -> Result<Begun, Error> {
+    pub async fn begin(self, req: &HttpRequest, actor: &Actor) -> Result<KeyedOutcome, Error> {
         let (pool, keys) = (part::<PgPool>(req)?.clone(), part::<Keys>(req)?.clone());
         let holder = holder(actor);
         let place = format!("{holder} {}", self.key);
@@ -195,15 +199,15 @@ impl Wish {
             let status = u16::try_from(status).ok().and_then(|s| StatusCode::from_u16(s).ok());
             let (Some(status), Value::String(sealed)) = (status, response) else { return Err(unfinished()) };
             let sealed = BASE64.decode(sealed.as_bytes()).map_err(Error::internal)?;
-            let opened = keys.open(Purpose::Answers, &place, &sealed)?;
-            return Ok(Begun::Answered(again(status, &opened)?));
+            let opened = keys.open(KeyPurpose::Answers, &place, &sealed)?;
+            return Ok(KeyedOutcome::Answered(again(status, &opened)?));
         }
         // Status 0 means started. It remains after a crash, and a repeated request gets a conflict.
         if !store::insert_answer(&mut tx, &holder, &self.key, &self.hash, (0, &Value::Null)).await? {
             return Err(unfinished());
         }
         tx.commit().await?;
-        Ok(Begun::First(Repeatable { pool, keys, holder, place, wish: self }))
+        Ok(KeyedOutcome::First(Repeatable { pool, keys, holder, place, wish: self }))
     }
 }
 
@@ -221,7 +225,7 @@ fn again(status: StatusCode, opened: &[u8]) -> Result<HttpResponse, Error> {
 }
 
 /// Result of starting a request with a key.
-pub enum Begun {
+pub enum KeyedOutcome {
     /// The request was answered before.
     Answered(HttpResponse),
     /// This is the first request with the key.
@@ -234,7 +238,7 @@ pub struct Repeatable {
     keys: web::Data<Keys>,
     holder: String,
     place: String,
-    wish: Wish,
+    wish: KeyedRequest,
 }
 
 impl Repeatable {
@@ -272,7 +276,7 @@ impl Repeatable {
 
     async fn finish(&self, status: StatusCode, answer: &Sealed) -> Result<(), Error> {
         let text = serde_json::to_vec(answer).map_err(Error::internal)?;
-        let sealed = self.keys.seal(Purpose::Answers, &self.place, &text)?;
+        let sealed = self.keys.seal(KeyPurpose::Answers, &self.place, &text)?;
         let response = Value::String(BASE64.encode(&sealed));
         let mut conn = self.pool.acquire().await?;
         let answer = (i32::from(status.as_u16()), &response);

@@ -4,9 +4,9 @@ use serde_json::json;
 
 use super::credentials::{self, Secret};
 use super::extract::TenantScope;
-use super::links::{Made, NewPerson, check_display_name, made};
+use super::links::{CreatedLink, NewPerson, check_display_name, made};
 use super::sessions::{Client, Desk, note};
-use super::store::{self, Link, NewLink};
+use super::store::{self, LinkRecord, NewLink};
 use super::{Actor, By, PlatformRole, Role, accounts, members};
 use crate::db::{self, Tx, Within};
 use crate::error::Error;
@@ -24,7 +24,7 @@ impl Desk {
         recipient: &AccountName,
         role: Role,
         hours: i32,
-    ) -> Result<Made, Error> {
+    ) -> Result<CreatedLink, Error> {
         scope.actor.require_recent()?;
         members::require_within(scope, role)?;
         check_hours(&scope.actor, hours)?;
@@ -57,7 +57,7 @@ impl Desk {
         recipient: &AccountName,
         role: Option<PlatformRole>,
         hours: i32,
-    ) -> Result<Made, Error> {
+    ) -> Result<CreatedLink, Error> {
         by.actor.require_recent()?;
         check_hours(by.actor, hours)?;
         let secret = Secret::generate("");
@@ -163,7 +163,7 @@ fn check_hours(actor: &Actor, hours: i32) -> Result<(), Error> {
 }
 
 /// Gives the recipient the role of the invitation.
-async fn give(tx: &mut Tx, link: &Link, account: AccountId, request_id: &str) -> Result<(), Error> {
+async fn give(tx: &mut Tx, link: &LinkRecord, account: AccountId, request_id: &str) -> Result<(), Error> {
     let actor = ActorId::new(&format!("account:{account} {}", link.recipient));
     let by = ActorId::new(&link.created_by);
     if let (Some(tenant), Some(role)) =

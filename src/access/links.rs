@@ -8,19 +8,19 @@ use crate::error::Error;
 use crate::fault::plain;
 
 /// A created link: its number and path.
-pub struct Made {
+pub struct CreatedLink {
     /// Number.
     pub id: i64,
     /// Path below Bulkhead's own address, with the code in it.
     pub path: String,
 }
 
-pub(super) fn made(id: i64, kind: &str, secret: &Secret) -> Made {
-    Made { id, path: format!("/{kind}/{}", secret.expose()) }
+pub(super) fn made(id: i64, kind: &str, secret: &Secret) -> CreatedLink {
+    CreatedLink { id, path: format!("/{kind}/{}", secret.expose()) }
 }
 
 /// Content of a link, for its page.
-pub struct Seen {
+pub struct LinkContent {
     /// Name of the recipient.
     pub recipient: String,
     /// Whether the recipient has an account.
@@ -31,12 +31,12 @@ pub struct Seen {
     pub role: Option<String>,
     /// The actor that created the link.
     pub by: String,
-    pub(super) kind: Kind,
+    pub(super) kind: LinkKind,
 }
 
 /// Purpose of a link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum LinkKind {
     /// Creates an account or a membership.
     Invitation,
     /// Sets a new password.
@@ -67,7 +67,7 @@ pub(super) fn check_display_name(text: &str) -> Result<&str, Error> {
 
 impl Desk {
     /// Returns the content of a link. Does not use the link up.
-    pub async fn look_at_link(&self, client: &Client, code: &str) -> Result<Seen, Error> {
+    pub async fn look_at_link(&self, client: &Client, code: &str) -> Result<LinkContent, Error> {
         self.throttle.knock("link", client.address).await?;
         let mut conn = self.pool.acquire().await?;
         let link = store::find_link(&mut conn, &credentials::hash(code)).await?.ok_or(Error::NotFound)?;
@@ -75,9 +75,9 @@ impl Desk {
             Ok(name) => store::find_account_id(&mut conn, &name).await?,
             Err(_) => None,
         };
-        Ok(Seen {
+        Ok(LinkContent {
             has_account: account.is_some(),
-            kind: if link.kind == "reset" { Kind::Reset } else { Kind::Invitation },
+            kind: if link.kind == "reset" { LinkKind::Reset } else { LinkKind::Invitation },
             role: link.role.or(link.platform_role),
             recipient: link.recipient,
             tenant: link.tenant,

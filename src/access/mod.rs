@@ -191,7 +191,7 @@ impl By<'_> {
         detail: serde_json::Value,
     ) -> Result<(), Error> {
         let (tenant, actor, request_id) = (tenant.into(), &self.actor.id, self.request_id);
-        audit::record(conn, audit::Event { tenant, actor, action, object, request_id, detail }).await
+        audit::record(conn, audit::AuditEvent { tenant, actor, action, object, request_id, detail }).await
     }
 }
 
@@ -239,7 +239,7 @@ pub trait Permission: 'static {
 
 /// A row of the permission table, for documentation and tests.
 #[derive(Debug, Clone, Copy)]
-pub struct Row {
+pub struct PermissionRow {
     /// Name.
     pub name: &'static str,
     /// Description of the permission.
@@ -265,7 +265,7 @@ macro_rules! permissions {
             }
         )*
         /// The permission table.
-        pub const PERMISSIONS: &[Row] = &[$(Row {
+        pub const PERMISSIONS: &[PermissionRow] = &[$(PermissionRow {
             name: stringify!($name), words: $words, tenant: $tenant, platform: PlatformRole::$platform,
             effect: Effect::$effect,
         }),*];

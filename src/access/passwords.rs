@@ -26,7 +26,7 @@ type Job = Box<dyn FnOnce() + Send>;
 
 /// Result of the verification of a password.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub enum PasswordVerdict {
     /// The password is wrong.
     Wrong,
     /// The password is correct.
@@ -59,12 +59,12 @@ fn is_weaker(hash: &PasswordHash) -> bool {
     !good || hash.algorithm.as_str() != "argon2id"
 }
 
-fn verify(password: &str, phc: &str) -> Result<Verdict, Error> {
+fn verify(password: &str, phc: &str) -> Result<PasswordVerdict, Error> {
     let hash = PasswordHash::new(phc).map_err(Error::internal)?;
     if Argon2::default().verify_password(password.as_bytes(), &hash).is_err() {
-        return Ok(Verdict::Wrong);
+        return Ok(PasswordVerdict::Wrong);
     }
-    Ok(if is_weaker(&hash) { Verdict::Stronger(compute(password)?) } else { Verdict::Right })
+    Ok(if is_weaker(&hash) { PasswordVerdict::Stronger(compute(password)?) } else { PasswordVerdict::Right })
 }
 
 impl Passwords {
@@ -123,12 +123,12 @@ impl Passwords {
     }
 
     /// Verifies a password against a hash. Without a hash (unknown name, or an account that signs in through a
-    /// provider only) it computes the same and returns [`Verdict::Wrong`].
-    pub async fn verify(&self, password: &str, phc: Option<&str>) -> Result<Verdict, Error> {
+    /// provider only) it computes the same and returns [`PasswordVerdict::Wrong`].
+    pub async fn verify(&self, password: &str, phc: Option<&str>) -> Result<PasswordVerdict, Error> {
         let known = phc.is_some();
         let (password, phc) = (password.to_owned(), phc.unwrap_or(&self.nobody).to_owned());
         let verdict = self.run(move || verify(&password, &phc)).await?;
-        Ok(if known { verdict } else { Verdict::Wrong })
+        Ok(if known { verdict } else { PasswordVerdict::Wrong })
     }
 }
 
@@ -163,16 +163,20 @@ mod tests {
         let passwords = Passwords::new().unwrap();
         let hash = passwords.hash("correct horse battery").await.unwrap();
         assert!(hash.starts_with("$argon2id$v=19$m=19456,t=2,p=1$"), "{hash}");
-        assert_eq!(passwords.verify("correct horse battery", Some(&hash)).await.unwrap(), Verdict::Right);
-        assert_eq!(passwords.verify("correct horse", Some(&hash)).await.unwrap(), Verdict::Wrong);
+        assert_eq!(
+            passwords.verify("correct horse battery", Some(&hash)).await.unwrap(),
+            PasswordVerdict::Right
+        );
+        assert_eq!(passwords.verify("correct horse", Some(&hash)).await.unwrap(), PasswordVerdict::Wrong);
         let weak = Argon2::new(Algorithm::Argon2id, Version::V0x13, Params::new(8_192, 1, 1, None).unwrap());
         let weak = weak.hash_password(b"correct horse battery").unwrap().to_string();
-        let Verdict::Stronger(new) = passwords.verify("correct horse battery", Some(&weak)).await.unwrap()
+        let PasswordVerdict::Stronger(new) =
+            passwords.verify("correct horse battery", Some(&weak)).await.unwrap()
         else {
             panic!("it is weaker");
         };
         assert!(new.starts_with("$argon2id$v=19$m=19456,t=2,p=1$"));
-        assert_eq!(passwords.verify("wrong", Some(&weak)).await.unwrap(), Verdict::Wrong);
+        assert_eq!(passwords.verify("wrong", Some(&weak)).await.unwrap(), PasswordVerdict::Wrong);
     }
 
     #[tokio::test]
@@ -180,7 +184,7 @@ mod tests {
         let passwords = Passwords::new().unwrap();
         let hash = passwords.hash("correct horse battery").await.unwrap();
         let before = passwords.computed();
-        assert_eq!(passwords.verify("x", None).await.unwrap(), Verdict::Wrong);
+        assert_eq!(passwords.verify("x", None).await.unwrap(), PasswordVerdict::Wrong);
         assert_eq!(passwords.computed(), before + 1);
         passwords.verify("x", Some(&hash)).await.unwrap();
         assert_eq!(passwords.computed(), before + 2);

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::credentials::{self, Secret};
 use super::extract::TenantScope;
-use super::links::{Made, made};
+use super::links::{CreatedLink, made};
 use super::sessions::{Client, Desk, note};
 use super::store::{self, NewLink};
 use super::{By, Role, members};
@@ -18,7 +18,7 @@ const HOURS: i32 = 4;
 
 impl Desk {
     /// Creates a password reset link for any account, as an admin.
-    pub async fn reset(&self, by: By<'_>, name: &AccountName) -> Result<Made, Error> {
+    pub async fn reset(&self, by: By<'_>, name: &AccountName) -> Result<CreatedLink, Error> {
         by.actor.require_recent()?;
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         let account = store::find_account_id(&mut tx, name).await?.ok_or(Error::NotFound)?;
@@ -30,7 +30,7 @@ impl Desk {
 
     /// Creates a password reset link for a member, as an owner. The member must belong to this tenant only:
     /// otherwise the owner could take over the account's access to other tenants.
-    pub async fn reset_member<P>(&self, scope: &TenantScope<P>, name: &str) -> Result<Made, Error> {
+    pub async fn reset_member<P>(&self, scope: &TenantScope<P>, name: &str) -> Result<CreatedLink, Error> {
         scope.actor.require_recent()?;
         let tenant = scope.tenant.id;
         let mut tx = db::begin(&self.pool, tenant).await?;
@@ -112,7 +112,7 @@ async fn insert_reset(
     recipient: &str,
     account: AccountId,
     by: &ActorId,
-) -> Result<Made, Error> {
+) -> Result<CreatedLink, Error> {
     let secret = Secret::generate("");
     store::end_links(tx, "reset", tenant, recipient).await?;
     match tenant {

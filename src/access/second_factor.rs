@@ -8,7 +8,7 @@ use super::credentials::{self, Secret};
 use super::store;
 use crate::error::Error;
 use crate::ids::AccountId;
-use crate::keys::{Keys, Purpose};
+use crate::keys::{KeyPurpose, Keys};
 
 /// Number of recovery codes.
 const CODES: usize = 10;
@@ -47,7 +47,7 @@ pub async fn begin(
     name: &str,
 ) -> Result<Setup, Error> {
     let secret: [u8; 20] = rand::random();
-    let sealed = keys.seal(Purpose::SecondFactor, &place(account), &secret)?;
+    let sealed = keys.seal(KeyPurpose::SecondFactor, &place(account), &secret)?;
     if !store::begin_factor(conn, account, &sealed).await? {
         return Err(Error::Conflict("a second factor exists already; remove it first".into()));
     }
@@ -64,7 +64,7 @@ pub async fn check_code(
     now: u64,
 ) -> Result<bool, Error> {
     let Some(factor) = store::find_factor(conn, account).await? else { return Ok(false) };
-    let secret = keys.open(Purpose::SecondFactor, &place(account), &factor.sealed)?;
+    let secret = keys.open(KeyPurpose::SecondFactor, &place(account), &factor.sealed)?;
     let code: String = code.chars().filter(|c| !c.is_whitespace()).collect();
     let Some(step) = totp(&secret, "x")?.check(&code, now) else { return Ok(false) };
     store::use_step(conn, account, i64::try_from(step).unwrap_or(i64::MAX)).await

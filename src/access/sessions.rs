@@ -12,8 +12,8 @@ use super::credentials::{self, Secret};
 use super::denials::Denials;
 use super::extract::{cookie_name, known_name};
 use super::oidc::Providers;
-use super::passwords::{Passwords, Verdict};
-use super::store::{self, Begun, ForSignIn, NewSession};
+use super::passwords::{PasswordVerdict, Passwords};
+use super::store::{self, ForSignIn, NewSession, PendingSignIn};
 use super::throttle::{Throttle, network};
 use super::{Actor, By, second_factor};
 use crate::audit::{self, Refusal};
@@ -115,7 +115,7 @@ impl Desk {
         self.throttle.guess_from(&name, client.address, account, client.known.as_deref()).await?;
         let phc = found.as_ref().and_then(|found| found.password.as_deref());
         let verdict = self.passwords.verify(&password, phc).await?;
-        let (Some(found), true) = (found, verdict != Verdict::Wrong) else {
+        let (Some(found), true) = (found, verdict != PasswordVerdict::Wrong) else {
             // An unknown name may be a password typed into the wrong field, so it is not recorded.
             let who = account.map_or_else(|| "anonymous".to_owned(), |id| format!("account:{id} {name}"));
             self.refuse(client, &who, "sign-in", "wrong name or password");
@@ -133,19 +133,24 @@ impl Desk {
         self.proceed(client, &found, &verdict).await.map(Some)
     }
 
-    async fn proceed(&self, client: &Client, found: &ForSignIn, verdict: &Verdict) -> Result<SignIn, Error> {
+    async fn proceed(
+        &self,
+        client: &Client,
+        found: &ForSignIn,
+        verdict: &PasswordVerdict,
+    ) -> Result<SignIn, Error> {
         let account = AccountId(found.id);
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
         // Hashing takes time: check again that neither password nor second factor changed meanwhile.
         if !store::is_unchanged(&mut tx, found).await? {
             return Err(Error::Conflict("the account has just changed; sign in again".into()));
         }
-        if let (Verdict::Stronger(new), Some(old)) = (verdict, &found.password) {
+        if let (PasswordVerdict::Stronger(new), Some(old)) = (verdict, &found.password) {
             store::strengthen_password(&mut tx, account, old, new).await?;
         }
         if found.second_factor {
             let step = Secret::generate("");
-            let begun = Begun { account_id: Some(found.id), provider: None, session_id: None };
+            let begun = PendingSignIn { account_id: Some(found.id), provider: None, session_id: None };
             store::insert_sign_in(&mut tx, &step.hash(), STEP, &begun).await?;
             tx.commit().await?;
             return Ok(SignIn::SecondFactor(step));
@@ -248,7 +253,7 @@ impl Desk {
         let found = store::find_for_sign_in(&mut conn, &actor.name).await?;
         drop(conn);
         let phc = found.as_ref().and_then(|found| found.password.as_deref());
-        if self.passwords.verify(password, phc).await? == Verdict::Wrong {
+        if self.passwords.verify(password, phc).await? == PasswordVerdict::Wrong {
             self.refuse(client, actor.id.as_str(), "confirmation", "wrong password");
             return Ok(None);
         }
@@ -315,7 +320,7 @@ pub(super) async fn note(
     detail: serde_json::Value,
 ) -> Result<(), Error> {
     let tenant = tenant.into();
-    audit::record(tx, audit::Event { tenant, actor, action, object, request_id, detail }).await
+    audit::record(tx, audit::AuditEvent { tenant, actor, action, object, request_id, detail }).await
 }
 
 /// The desk, as request data.

@@ -12,11 +12,11 @@ use super::store;
 use crate::error::Error;
 pub use crate::http::network;
 use crate::ids::AccountId;
-use crate::keys::{Keys, Purpose, mac};
+use crate::keys::{KeyPurpose, Keys, mac};
 
 /// A bucket: a burst, then one per interval.
 #[derive(Debug, Clone, Copy)]
-pub struct Limit {
+pub struct ThrottleLimit {
     /// Burst.
     pub burst: u32,
     /// Seconds per guess after the burst.
@@ -24,14 +24,14 @@ pub struct Limit {
 }
 
 /// Guesses from one network against one name.
-pub const PAIR: Limit = Limit { burst: 10, every: 30 };
+pub const PAIR: ThrottleLimit = ThrottleLimit { burst: 10, every: 30 };
 /// Guesses from one network against all names.
-pub const PLACE: Limit = Limit { burst: 60, every: 2 };
+pub const PLACE: ThrottleLimit = ThrottleLimit { burst: 60, every: 2 };
 /// Guesses against one name, from networks and browsers that it was never used from.
-pub const NAME: Limit = Limit { burst: 100, every: 30 };
+pub const NAME: ThrottleLimit = ThrottleLimit { burst: 100, every: 30 };
 
 /// Guesses of one second factor, from all networks. The guesser already has the password.
-pub const FACTOR: Limit = Limit { burst: 20, every: 900 };
+pub const FACTOR: ThrottleLimit = ThrottleLimit { burst: 20, every: 900 };
 
 /// Limits the rate of guesses.
 #[derive(Debug, Clone)]
@@ -44,7 +44,7 @@ impl Throttle {
     /// Creates it over a database. Bucket names are keyed hashes, so the database holds no address.
     #[must_use]
     pub fn new(pool: PgPool, keys: &Keys) -> Self {
-        Self { pool, key: keys.of(Purpose::Places) }
+        Self { pool, key: keys.of(KeyPurpose::Places) }
     }
 
     fn name(&self, parts: &[&str]) -> [u8; 32] {
@@ -58,7 +58,7 @@ impl Throttle {
         self.name(&["place", &network(address).to_string()])
     }
 
-    async fn take(&self, key: [u8; 32], limit: Limit) -> Result<(), Error> {
+    async fn take(&self, key: [u8; 32], limit: ThrottleLimit) -> Result<(), Error> {
         // Not part of the request's transaction: the guess counts, whatever the outcome of the request.
         let mut conn = self.pool.acquire().await?;
         match store::take(&mut conn, &key, f64::from(limit.every), f64::from(limit.burst)).await? {

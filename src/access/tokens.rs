@@ -8,7 +8,7 @@ use time::{Duration, OffsetDateTime};
 use super::credentials::{Secret, TOKEN_PREFIX};
 use super::extract::TenantScope;
 use super::sessions::Desk;
-use super::store::{self, Holder};
+use super::store::{self, TokenHolder};
 use super::{Actor, Authority, By, PlatformRole, Role, accounts, members};
 use crate::audit;
 use crate::db::{self, Within};
@@ -24,7 +24,7 @@ pub const DAYS: i32 = 365;
 pub const DAYS_DEFAULT: i32 = 90;
 
 /// A created token.
-pub struct Made {
+pub struct CreatedToken {
     /// Number.
     pub id: i64,
     /// The token itself, shown once.
@@ -85,7 +85,7 @@ pub async fn create_as_root(
 ) -> Result<(i64, Secret), Error> {
     let secret = Secret::generate(TOKEN_PREFIX);
     let end = OffsetDateTime::now_utc() + life;
-    let id = store::insert_token(conn, &secret.hash(), name, authority, Holder::Root, (by, end)).await?;
+    let id = store::insert_token(conn, &secret.hash(), name, authority, TokenHolder::Root, (by, end)).await?;
     let tenant = match authority {
         Authority::Tenant(tenant, _) => Some(tenant),
         Authority::Platform(_) => None,
@@ -94,7 +94,7 @@ pub async fn create_as_root(
         Authority::Tenant(_, role) => role.as_str(),
         Authority::Platform(role) => role.as_str(),
     };
-    let event = audit::Event {
+    let event = audit::AuditEvent {
         tenant,
         actor: by,
         action: "token.create",
@@ -113,7 +113,7 @@ impl Desk {
         scope: &TenantScope<P>,
         service: &str,
         new: NewToken,
-    ) -> Result<Made, Error> {
+    ) -> Result<CreatedToken, Error> {
         scope.actor.require_recent()?;
         let tenant = scope.tenant.id;
         let mut tx = db::begin(&self.pool, tenant).await?;
@@ -123,7 +123,7 @@ impl Desk {
         let role = Role::parse(&role).ok_or_else(|| Error::internal("an unknown role"))?;
         members::require_within(scope, role)?;
         let made = self
-            .insert(&mut tx, scope.by(), new, (Authority::Tenant(tenant, role), Holder::Service(id)))
+            .insert(&mut tx, scope.by(), new, (Authority::Tenant(tenant, role), TokenHolder::Service(id)))
             .await?;
         tx.commit().await?;
         Ok(made)
@@ -135,7 +135,7 @@ impl Desk {
         by: By<'_>,
         authority: Authority,
         new: NewToken,
-    ) -> Result<Made, Error> {
+    ) -> Result<CreatedToken, Error> {
         let account = by.actor.require_person()?;
         by.actor.require_recent()?;
         let within = match authority {
@@ -143,7 +143,7 @@ impl Desk {
             Authority::Platform(_) => Within::Platform,
         };
         let mut tx = db::begin(&self.pool, within).await?;
-        let made = self.insert(&mut tx, by, new, (authority, Holder::Person(account))).await?;
+        let made = self.insert(&mut tx, by, new, (authority, TokenHolder::Person(account))).await?;
         tx.commit().await?;
         Ok(made)
     }
@@ -153,8 +153,8 @@ impl Desk {
         tx: &mut db::Tx,
         by: By<'_>,
         new: NewToken,
-        (authority, holder): (Authority, Holder),
-    ) -> Result<Made, Error> {
+        (authority, holder): (Authority, TokenHolder),
+    ) -> Result<CreatedToken, Error> {
         match authority {
             Authority::Tenant(tenant, _) => quotas::take_place(tx, tenant, Resource::ApiTokens).await?,
             Authority::Platform(_) => quotas::take_platform_place(tx, Resource::PlatformTokens).await?,
@@ -174,7 +174,7 @@ impl Desk {
             Authority::Platform(role) => (None, role.as_str()),
         };
         by.record(tx, tenant, "token.create", &new.name, json!({"role": role, "token": id})).await?;
-        Ok(Made { id, secret, expires_at: new.expires_at })
+        Ok(CreatedToken { id, secret, expires_at: new.expires_at })
     }
 
     /// Returns the authority of a token of the actor: the requested role, if it is at most the actor's own.

@@ -60,7 +60,7 @@ pub struct Allowance {
 
 /// The permits of a request, released when the request ends.
 #[derive(Debug)]
-pub struct Turn {
+pub struct RequestPermit {
     _own: Option<Permit<Payer>>,
     _of_tenant: Permit<Payer>,
 }
@@ -95,12 +95,12 @@ impl<K: Eq + Hash + Clone, V> Recent<K, V> {
 
 /// A rate: requests per second, and a burst.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Rate {
+struct RequestRate {
     per_second: f64,
     burst: f64,
 }
 
-impl Rate {
+impl RequestRate {
     #[expect(clippy::cast_precision_loss, reason = "limits lie far below 2^52")]
     fn new(per_second: i64, burst: i64) -> Self {
         Self { per_second: (per_second as f64).max(0.1), burst: (burst as f64).max(1.0) }
@@ -109,7 +109,7 @@ impl Rate {
 
 #[derive(Debug)]
 struct Bucket {
-    rate: Rate,
+    rate: RequestRate,
     left: f64,
     at: Instant,
     /// Time at which the rate was read from the database.
@@ -117,7 +117,7 @@ struct Bucket {
 }
 
 impl Bucket {
-    fn full(rate: Rate, now: Instant) -> Self {
+    fn full(rate: RequestRate, now: Instant) -> Self {
         Self { rate, left: rate.burst, at: now, read: None }
     }
 
@@ -148,7 +148,7 @@ impl Bucket {
 
 #[derive(Debug)]
 struct Inner {
-    rate: Rate,
+    rate: RequestRate,
     buckets: Mutex<Recent<Payer, Bucket>>,
     known: Mutex<Recent<Vec<u8>, Payer>>,
     lookups: FairPermits<Payer>,
@@ -186,7 +186,7 @@ impl Turns {
         let pool = usize::try_from(connections).unwrap_or(16).max(4);
         let queued = |per_key, total| FairPermits::new(per_key, total).waiting(QUEUE);
         Self(Arc::new(Inner {
-            rate: Rate::new(limits.requests_per_second, limits.request_burst),
+            rate: RequestRate::new(limits.requests_per_second, limits.request_burst),
             buckets: Mutex::default(),
             known: Mutex::default(),
             // One key gets at most a quarter, all lookups together three quarters, so running requests can
@@ -235,7 +235,7 @@ impl Turns {
         actor: &Actor,
         tenant: Option<&TenantRef>,
         pool: &PgPool,
-    ) -> Result<Turn, Error> {
+    ) -> Result<RequestPermit, Error> {
         let own = actor.payer();
         let member = tenant.map(|tenant| Payer::Tenant(tenant.id));
         let own_permit = match member {
@@ -247,7 +247,7 @@ impl Turns {
         if let Some(tenant) = tenant {
             self.read_limits(tenant.id, pool).await?;
         }
-        Ok(Turn { _own: own_permit, _of_tenant: of_tenant })
+        Ok(RequestPermit { _own: own_permit, _of_tenant: of_tenant })
     }
 
     /// Counts a request against the rates of its token or account, and of its tenant. Returns the scarcer
@@ -300,7 +300,7 @@ impl Turns {
         let per_second = quotas::limit(&mut conn, tenant, Resource::RequestsPerSecond).await?;
         let burst = quotas::limit(&mut conn, tenant, Resource::RequestBurst).await?;
         conn.commit().await?;
-        let rate = Rate::new(per_second, burst);
+        let rate = RequestRate::new(per_second, burst);
         let mut buckets = self.0.buckets.lock().unwrap_or_else(PoisonError::into_inner);
         match buckets.get(&payer) {
             Some(bucket) if bucket.rate == rate => {}
@@ -321,7 +321,7 @@ mod tests {
     #[test]
     fn a_bucket_refills_and_says_when() {
         let now = Instant::now();
-        let mut bucket = Bucket::full(Rate::new(2, 3), now);
+        let mut bucket = Bucket::full(RequestRate::new(2, 3), now);
         for remaining in [2, 1, 0] {
             assert_eq!(bucket.take(now).unwrap().remaining, remaining);
         }

@@ -9,7 +9,7 @@ use time::format_description::well_known::Rfc3339;
 use super::{ActivityQuery, read};
 use crate::access::console::{platform_frame, tenant_frame, when, who};
 use crate::access::{PlatformScope, ReadActivity, ReadPlatform, TenantScope};
-use crate::audit::{Entry, Filter};
+use crate::audit::{AuditEntry, Filter};
 use crate::db::Page;
 use crate::error::Error;
 use crate::http::html::{self, Frame};
@@ -18,7 +18,7 @@ use crate::keys::Keys;
 /// Maximum number of stretches of the audit log that one page reads.
 const STRETCHES: usize = 20;
 
-struct Row {
+struct ActivityRow {
     at: String,
     machine: String,
     tenant: String,
@@ -41,7 +41,7 @@ struct ActivityPage {
     object: String,
     result: String,
     filtered: bool,
-    rows: Vec<Row>,
+    rows: Vec<ActivityRow>,
     next: String,
 }
 
@@ -55,8 +55,8 @@ fn words(detail: &serde_json::Value) -> String {
     fields.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
-impl From<Entry> for Row {
-    fn from(entry: Entry) -> Self {
+impl From<AuditEntry> for ActivityRow {
+    fn from(entry: AuditEntry) -> Self {
         Self {
             at: when(entry.at),
             machine: entry.at.format(&Rfc3339).unwrap_or_default(),
@@ -86,7 +86,7 @@ fn encoded(text: &str) -> String {
 }
 
 /// Reads until the page is full or a bounded number of stretches was read, so that users see no empty pages.
-async fn gather(pool: &PgPool, mut filter: Filter) -> Result<Page<Entry>, Error> {
+async fn gather(pool: &PgPool, mut filter: Filter) -> Result<Page<AuditEntry>, Error> {
     let mut all = Vec::new();
     for _ in 0..STRETCHES {
         let (rows, next) = read(pool, &filter).await?;
@@ -132,7 +132,7 @@ async fn page(
         action: text(&filter.action),
         object: text(&filter.object),
         result: text(&filter.result),
-        rows: page.items.into_iter().map(Row::from).collect(),
+        rows: page.items.into_iter().map(ActivityRow::from).collect(),
     })
 }
 

@@ -5,7 +5,7 @@ use sqlx::PgPool;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::audit::{self, Entry, Filter};
+use crate::audit::{self, AuditEntry, Filter};
 use crate::db::{self, PageQuery, Within};
 use crate::error::Error;
 use crate::ids::TenantId;
@@ -70,7 +70,7 @@ impl ActivityQuery {
 }
 
 /// Reads one page of matching rows, and the cursor of the next page.
-async fn read(pool: &PgPool, filter: &Filter) -> Result<(Vec<Entry>, Option<i64>), Error> {
+async fn read(pool: &PgPool, filter: &Filter) -> Result<(Vec<AuditEntry>, Option<i64>), Error> {
     let mut conn = db::begin(pool, filter.tenant.map_or(Within::Platform, Within::Tenant)).await?;
     audit::list(&mut conn, filter).await
 }

@@ -11,7 +11,7 @@ use super::sight::Sight;
 use super::spec::{self, AppSpec, Format};
 use super::store;
 use super::view::{AppView, ReleaseView};
-use crate::access::idempotency::{Key, Once};
+use crate::access::idempotency::{IdempotencyKey, Once};
 use crate::access::{Deploy, Public, ReadTenant, TenantScope};
 use crate::db::expected::Expected;
 use crate::db::{self, Page, PageQuery};
@@ -196,7 +196,7 @@ pub async fn roll_back(
     req: HttpRequest,
     path: web::Path<AppPath>,
     apps: web::Data<Apps>,
-    asked: (Expected, Key),
+    asked: (Expected, IdempotencyKey),
     body: Body,
 ) -> Result<HttpResponse, Error> {
     let (expected, key) = asked;

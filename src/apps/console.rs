@@ -25,7 +25,7 @@ use crate::tenants;
 use crate::tenants::console::{bytes, cores, mark as tenant_mark};
 use crate::uid_ranges;
 
-struct AppRow {
+struct AppItem {
     name: String,
     state: &'static str,
     mark: &'static str,
@@ -64,7 +64,7 @@ struct TenantPage {
     display_name: String,
     state: String,
     mark: &'static str,
-    apps: Vec<AppRow>,
+    apps: Vec<AppItem>,
     next: String,
     quota: Vec<Bar>,
     limits: Vec<LimitRow>,
@@ -189,10 +189,10 @@ fn app_row(
     wanted: &std::collections::HashMap<crate::ids::AppId, Release>,
     tenant_state: &str,
     sight: &Sight,
-) -> AppRow {
+) -> AppItem {
     let release = wanted.get(&app.id);
     let (state, summary) = view::state(&app, wanted_instances(release), tenant_state, sight);
-    AppRow {
+    AppItem {
         mark: mark(state),
         state,
         summary,
@@ -221,7 +221,7 @@ struct InstanceRow {
     address: String,
 }
 
-struct ReleaseRow {
+struct ReleaseItem {
     revision: i64,
     current: bool,
     note: String,
@@ -232,7 +232,7 @@ struct ReleaseRow {
     at: String,
 }
 
-struct EventRow {
+struct AppEventItem {
     at: String,
     text: String,
 }
@@ -249,7 +249,7 @@ struct AppPage {
     missing: Vec<String>,
     warnings: Vec<String>,
     instances: Vec<InstanceRow>,
-    releases: Vec<ReleaseRow>,
+    releases: Vec<ReleaseItem>,
     log: Vec<String>,
     log_note: &'static str,
     user: String,
@@ -258,7 +258,7 @@ struct AppPage {
     reaches: String,
     reserved: String,
     seen: String,
-    events: Vec<EventRow>,
+    events: Vec<AppEventItem>,
     address: String,
 }
 
@@ -321,7 +321,10 @@ pub async fn app_page(
         reaches: if names.is_empty() { "Nothing".into() } else { names.join(", ") },
         reserved: app.peak.words(),
         seen: app.observed_at.map_or_else(|| "Never".into(), when),
-        events: events.into_iter().map(|Event { at, text, .. }| EventRow { at: when(at), text }).collect(),
+        events: events
+            .into_iter()
+            .map(|Event { at, text, .. }| AppEventItem { at: when(at), text })
+            .collect(),
         address: own.of(&req).unwrap_or_default(),
         name: app.name.to_string(),
     })
@@ -351,8 +354,8 @@ fn instance_row(i: &InstanceObserved, unseen: bool) -> InstanceRow {
     }
 }
 
-fn release_row(release: Release, current: i64) -> ReleaseRow {
-    ReleaseRow {
+fn release_row(release: Release, current: i64) -> ReleaseItem {
+    ReleaseItem {
         revision: release.revision,
         current: release.revision == current,
         note: release.rolled_back_to.map(|n| format!("rollback to {n}")).unwrap_or_default(),

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::sight::Sight;
 use super::{actions, store};
 use crate::db;
-use crate::driver::{AppObserved, Driver, Observed};
+use crate::driver::{AppObserved, Driver, ObservedChanges};
 use crate::error::Error;
 use crate::ids::{AppId, TenantId};
 use crate::reconcile::{Waker, bring_forward, enqueue};
@@ -62,7 +62,7 @@ pub async fn follow(
     }
 }
 
-async fn record(pool: &PgPool, waker: &Waker, observed: &Observed) -> Result<(), Error> {
+async fn record(pool: &PgPool, waker: &Waker, observed: &ObservedChanges) -> Result<(), Error> {
     for seen in &observed.apps {
         record_app(pool, seen).await?;
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use sqlx::PgPool;
 
 use super::connections::Connections;
-use super::release::{Place, Running};
+use super::release::{Running, WorkloadFacts};
 use super::reservation::Reserved;
 use super::{App, actions, store};
 use crate::config::Pools;
@@ -84,7 +84,7 @@ impl AppReconciler {
         let id = |n: i64| {
             u32::try_from(n).map_err(|_| Failure::Permanent("a user id of the app exceeds 32 bits".into()))
         };
-        let workload = release.workload(Place {
+        let workload = release.workload(WorkloadFacts {
             tenant: tenant.clone(),
             app: app.name.clone(),
             app_id: app.id,
@@ -126,7 +126,7 @@ impl AppReconciler {
             store::add_used(&mut tx, app.tenant_id, reserved, Reserved::default(), -1).await?;
             store::free_addresses(&mut tx, app.tenant_id, app.id).await?;
             let actor = ActorId::platform();
-            let event = crate::audit::Event {
+            let event = crate::audit::AuditEvent {
                 tenant: Some(app.tenant_id),
                 actor: &actor,
                 action: "app.removed",

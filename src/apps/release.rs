@@ -39,7 +39,7 @@ pub struct Release {
 
 /// Facts about an app from the database that complete its workload.
 #[derive(Debug)]
-pub struct Place {
+pub struct WorkloadFacts {
     /// Tenant.
     pub tenant: TenantName,
     /// App.
@@ -84,7 +84,7 @@ impl Release {
 
     /// Compiles the release into the workload that a driver runs. Pure: sets every field explicitly and copies
     /// nothing through.
-    pub fn workload(&self, place: Place) -> Result<Workload, Error> {
+    pub fn workload(&self, place: WorkloadFacts) -> Result<Workload, Error> {
         let spec = self.parse_spec()?;
         Ok(Workload {
             tenant: place.tenant,
@@ -133,7 +133,7 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
         actor: String::new(),
         created_at: OffsetDateTime::now_utc(),
     };
-    let workload = release.workload(Place {
+    let workload = release.workload(WorkloadFacts {
         tenant,
         app: spec.name().clone(),
         app_id: AppId(1),
@@ -174,7 +174,7 @@ pub fn render_example(spec: &AppSpec, tenant: TenantName) -> Result<Value, Error
             mode: inside::mode(path, None),
         })
         .collect();
-    let instance = render::Instance {
+    let instance = render::NewInstance {
         container: &render::name(&config, &workload, 1),
         number: 1,
         gateway: subnet.gateway(),

@@ -126,7 +126,7 @@ fn moving((known, reserved): (Peak, Reserved), wanted: Peak) -> Reserved {
 
 /// A change's demand beyond the app's current reservation.
 #[derive(Debug, Clone, Copy)]
-pub struct Asked {
+pub struct ReservationChange {
     /// Current reservation; none for a new app.
     before: Option<Reserved>,
     /// Reservation until the change is complete.
@@ -135,7 +135,7 @@ pub struct Asked {
     wanted: Peak,
 }
 
-impl Asked {
+impl ReservationChange {
     /// Builds the demand of a change to `wanted`. `known` is the app's current demand and reservation; none for
     /// a new app.
     #[must_use]
@@ -198,7 +198,7 @@ fn advice(resource: Resource, wanted: Peak, left: i64) -> String {
 /// Compares a change with the remaining quota and returns a fault for each exceeded resource. Only growth is
 /// refused: a tenant over a lowered limit can still shrink an app.
 #[must_use]
-pub fn check(quota: &Quota, asked: Asked) -> Vec<Fault> {
+pub fn check(quota: &Quota, asked: ReservationChange) -> Vec<Fault> {
     let mut faults = Vec::new();
     let alone = asked.wanted.reserved();
     let mut hold = |path: &str, words: &str, resource: Resource, [before, after, alone]: [i64; 3]| {
@@ -274,7 +274,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_said_with_its_numbers() {
-        let asked = Asked::new(None, ONE);
+        let asked = ReservationChange::new(None, ONE);
         assert!(check(&quota(100, 0), asked).is_empty());
         let faults = check(&quota(25, 5), asked);
         let paths: Vec<_> = faults.iter().map(|fault| fault.path.as_str()).collect();
@@ -290,7 +290,7 @@ mod tests {
             all.map(|of| (of, Amount { limit: limit(of), used: 0 })).into_iter().collect()
         };
         let wanted = Peak { instances: 3, surge: 1, cpu_millis: 500, memory: 256 << 20 };
-        let asked = Asked::new(None, wanted);
+        let asked = ReservationChange::new(None, wanted);
         let faults = check(&roomy(Resource::Cpu, 1_600), asked);
         let [("cpu", cpu)] = told(&faults)[..] else { panic!("{faults:?}") };
         assert!(cpu.starts_with("cpu: 400m or less for each of 4, instances: 2 or less,"), "{cpu}");
@@ -305,21 +305,21 @@ mod tests {
         let [("", apps)] = told(&faults)[..] else { panic!("{faults:?}") };
         assert!(apps.starts_with("delete an app, or ask an admin for more apps"), "{apps}");
         let one = Peak { instances: 1, ..wanted };
-        let faults = check(&roomy(Resource::Cpu, 700), Asked::new(None, one));
+        let faults = check(&roomy(Resource::Cpu, 700), ReservationChange::new(None, one));
         assert!(
             told(&faults)[0].1.contains("cpu: 350m or less for each of 2, singleton: true"),
             "{faults:?}"
         );
         // A spec that follows the advice fits.
         let smaller = Peak { cpu_millis: 400, ..wanted };
-        assert!(check(&roomy(Resource::Cpu, 1_600), Asked::new(None, smaller)).is_empty());
+        assert!(check(&roomy(Resource::Cpu, 1_600), ReservationChange::new(None, smaller)).is_empty());
     }
 
     #[test]
     fn over_a_lowered_limit_smaller_is_still_possible() {
         let smaller = Peak { instances: 1, ..ONE };
-        assert!(check(&quota(1, 60), Asked::new(Some(known(ONE)), smaller)).is_empty());
-        assert!(!check(&quota(1, 60), Asked::new(Some(known(smaller)), ONE)).is_empty());
+        assert!(check(&quota(1, 60), ReservationChange::new(Some(known(ONE)), smaller)).is_empty());
+        assert!(!check(&quota(1, 60), ReservationChange::new(Some(known(smaller)), ONE)).is_empty());
     }
 
     #[test]
@@ -327,34 +327,37 @@ mod tests {
         let many = Peak { instances: 14, surge: 1, cpu_millis: 10, memory: 20 };
         let large = Peak { instances: 1, surge: 1, cpu_millis: 250, memory: 20 };
         // Fourteen old instances and the new one take 390m; afterwards two new ones take 500m.
-        let asked = Asked::new(Some(known(many)), large);
+        let asked = ReservationChange::new(Some(known(many)), large);
         assert_eq!(asked.after(), Reserved { cpu: 500, memory: 300, instances: 15 });
         assert!(check(&quota(1_000, 150), asked).is_empty());
         // The reverse change: at most two large instances, and small ones in the other places.
-        let back = Asked::new(Some(known(large)), many);
+        let back = ReservationChange::new(Some(known(large)), many);
         assert_eq!(back.after().cpu, 2 * 250 + 13 * 10);
         // With the same number, the extra instance has the larger size.
         let grown = Peak { cpu_millis: 250, ..many };
-        assert_eq!(Asked::new(Some(known(many)), grown).after().cpu, 15 * 250);
+        assert_eq!(ReservationChange::new(Some(known(many)), grown).after().cpu, 15 * 250);
         // Another change before the last one is complete: the current reservation plus the new instances.
         let held = (many.max(large), asked.after());
-        assert_eq!(Asked::new(Some(held), large).after().cpu, 500 + 250);
+        assert_eq!(ReservationChange::new(Some(held), large).after().cpu, 500 + 250);
         // A singleton ends before its successor starts.
         let single = Peak { surge: 0, ..large };
-        assert_eq!(Asked::new(Some(known(many)), single).after().cpu, 250);
-        assert_eq!(Asked::new(Some(known(single)), Peak { cpu_millis: 100, ..single }).after().cpu, 250);
+        assert_eq!(ReservationChange::new(Some(known(many)), single).after().cpu, 250);
+        assert_eq!(
+            ReservationChange::new(Some(known(single)), Peak { cpu_millis: 100, ..single }).after().cpu,
+            250
+        );
     }
 
     #[test]
     fn what_only_the_way_there_is_too_large_for_is_said_so() {
         let many = Peak { instances: 14, surge: 1, cpu_millis: 100, memory: 20 };
         let large = Peak { instances: 1, surge: 1, cpu_millis: 700, memory: 20 };
-        let faults = check(&quota(1_900, 1_500), Asked::new(Some(known(many)), large));
+        let faults = check(&quota(1_900, 1_500), ReservationChange::new(Some(known(many)), large));
         assert_eq!(faults.len(), 1, "{faults:?}");
         assert!(faults[0].message.contains("asked 2100m, left 1900m"), "{}", faults[0].message);
         assert!(told(&faults)[0].1.contains("change that lowers cpu"), "{faults:?}");
         // Too large even without an update.
-        let faults = check(&quota(1_000, 900), Asked::new(None, large));
+        let faults = check(&quota(1_000, 900), ReservationChange::new(None, large));
         assert!(told(&faults)[0].1.contains("ask an admin for more cpu"), "{faults:?}");
     }
 }

@@ -16,17 +16,17 @@ pub const FRESH: Duration = Duration::from_secs(10);
 
 /// This process's view of the observations; clones share it.
 #[derive(Debug, Clone)]
-pub struct Sight(Arc<Shared>);
+pub struct Sight(Arc<SharedSight>);
 
 #[derive(Debug)]
-struct Shared {
-    state: Mutex<State>,
+struct SharedSight {
+    state: Mutex<SightState>,
     /// Answers of the agent since the process started.
     looks: AtomicU64,
 }
 
 #[derive(Debug)]
-struct State {
+struct SightState {
     begun: Instant,
     last: Option<(Instant, OffsetDateTime)>,
     engine: EngineSeen,
@@ -42,7 +42,7 @@ pub struct Unseen {
 
 /// The components that run apps, for `/readyz`.
 #[derive(Debug, Clone, Serialize)]
-pub struct Parts {
+pub struct ComponentHealth {
     /// Whether the agent has answered within the last ten seconds.
     pub agent: bool,
     /// Whether the container engine answers the agent.
@@ -59,14 +59,18 @@ pub struct Parts {
 
 impl Default for Sight {
     fn default() -> Self {
-        let state =
-            State { begun: Instant::now(), last: None, engine: EngineSeen::default(), fetches: Vec::new() };
-        Self(Arc::new(Shared { state: Mutex::new(state), looks: AtomicU64::new(0) }))
+        let state = SightState {
+            begun: Instant::now(),
+            last: None,
+            engine: EngineSeen::default(),
+            fetches: Vec::new(),
+        };
+        Self(Arc::new(SharedSight { state: Mutex::new(state), looks: AtomicU64::new(0) }))
     }
 }
 
 impl Sight {
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    fn state(&self) -> std::sync::MutexGuard<'_, SightState> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -102,10 +106,10 @@ impl Sight {
 
     /// Returns the components' state, for `/readyz`.
     #[must_use]
-    pub fn parts(&self) -> Parts {
+    pub fn parts(&self) -> ComponentHealth {
         let agent = self.unseen().is_none();
         let state = self.state();
-        Parts {
+        ComponentHealth {
             agent: agent && state.last.is_some(),
             engine: agent && state.last.is_some() && state.engine.silent_since.is_none(),
             agent_seen_at: state.last.map(|(_, at)| at),

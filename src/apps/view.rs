@@ -25,14 +25,14 @@ pub(super) struct AppView {
     #[serde(with = "time::serde::rfc3339")]
     changed_at: OffsetDateTime,
     uids: Uids,
-    reserved: Reserved,
+    reserved: ReservedView,
     #[serde(skip_serializing_if = "Option::is_none")]
     desired: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     image: Option<ImageView>,
-    conditions: Vec<Condition>,
+    conditions: Vec<AppCondition>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    observed: Option<Observed>,
+    observed: Option<ObservedView>,
     #[serde(skip_serializing_if = "Option::is_none")]
     warnings: Option<Value>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -46,7 +46,7 @@ struct Uids {
 }
 
 #[derive(Serialize)]
-struct Reserved {
+struct ReservedView {
     #[serde(flatten)]
     amounts: super::reservation::Reserved,
     words: String,
@@ -61,7 +61,7 @@ pub(super) struct ImageView {
 }
 
 #[derive(Serialize)]
-struct Condition {
+struct AppCondition {
     #[serde(rename = "type")]
     kind: &'static str,
     status: &'static str,
@@ -73,7 +73,7 @@ struct Condition {
 }
 
 #[derive(Serialize)]
-struct Observed {
+struct ObservedView {
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
     at: Option<OffsetDateTime>,
     /// Set while the agent does not answer: the following fields are then outdated.
@@ -190,14 +190,14 @@ impl AppView {
             ("unknown", "Pending")
         };
         let conditions = vec![
-            Condition {
+            AppCondition {
                 kind: "Accepted",
                 status: taken.0,
                 reason: taken.1,
                 message: app.problem.clone().unwrap_or_default(),
                 since: Some(app.changed_at),
             },
-            Condition {
+            AppCondition {
                 kind: "Ready",
                 status: ready.0,
                 reason: ready.1,
@@ -215,12 +215,12 @@ impl AppView {
             created_at: app.created_at,
             changed_at: app.changed_at,
             uids: Uids { start: app.uid_start, end: app.uid_start + app.uid_size },
-            reserved: Reserved { amounts: app.reserved, words: app.peak.words() },
+            reserved: ReservedView { amounts: app.reserved, words: app.peak.words() },
             desired: release.map(|release| release.spec.clone()),
             image: release.map(image_view),
             warnings: release.filter(|r| r.warnings != Value::Array(Vec::new())).map(|r| r.warnings.clone()),
             conditions,
-            observed: app.observed.map(|seen| Observed {
+            observed: app.observed.map(|seen| ObservedView {
                 at: app.observed_at,
                 stale: unseen.is_some(),
                 seen_at: unseen.and_then(|unseen| unseen.since),
@@ -238,7 +238,7 @@ impl AppView {
     pub(super) fn connected(mut self, missing: &[Fault]) -> Self {
         let (status, reason) = if missing.is_empty() { ("true", "AsNamed") } else { ("false", "Missing") };
         let message = missing.iter().map(|fault| fault.message.as_str()).collect::<Vec<_>>().join("; ");
-        self.conditions.push(Condition { kind: "Connected", status, reason, message, since: None });
+        self.conditions.push(AppCondition { kind: "Connected", status, reason, message, since: None });
         self
     }
 

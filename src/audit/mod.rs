@@ -20,7 +20,7 @@ pub use store::{Filter, list, prepare_months, retire_months};
 
 /// One change.
 #[derive(Debug)]
-pub struct Event<'a> {
+pub struct AuditEvent<'a> {
     /// The tenant. `None` for events of the platform itself.
     pub tenant: Option<TenantId>,
     /// The actor.
@@ -78,7 +78,7 @@ pub type Refusals = HashMap<Refusal, u64>;
 
 /// A row as shown.
 #[derive(Debug, Clone, Serialize)]
-pub struct Entry {
+pub struct AuditEntry {
     /// Number. Increases with time, with gaps.
     pub id: i64,
     /// Time of the event.
@@ -105,7 +105,7 @@ pub struct Entry {
 }
 
 /// Records a change within its transaction.
-pub async fn record(conn: &mut PgConnection, event: Event<'_>) -> Result<(), Error> {
+pub async fn record(conn: &mut PgConnection, event: AuditEvent<'_>) -> Result<(), Error> {
     store::insert_event(conn, &event).await
 }
 

@@ -24,7 +24,7 @@ const TOLD: usize = 1_000;
 /// A deviation from the chain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "finding", rename_all = "kebab-case")]
-pub enum Finding {
+pub enum ChainFinding {
     /// A row was changed.
     Changed {
         /// Number of the row.
@@ -73,7 +73,7 @@ pub enum Finding {
     },
 }
 
-impl std::fmt::Display for Finding {
+impl std::fmt::Display for ChainFinding {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Changed { row, tenant } => write!(f, "row {row} (tenant {tenant}) was changed"),
@@ -116,10 +116,10 @@ pub struct Report {
     /// Whether heads outside the database were compared.
     pub heads: bool,
     /// Deviations, at most a thousand.
-    pub findings: Vec<Finding>,
+    pub findings: Vec<ChainFinding>,
 }
 
-struct Walk<'a> {
+struct ChainWalk<'a> {
     key: &'a [u8; 32],
     /// Months that the table marks as retired, with the time, and those that a sealed record confirms.
     retired: HashMap<Date, OffsetDateTime>,
@@ -128,8 +128,8 @@ struct Walk<'a> {
     report: Report,
 }
 
-impl Walk<'_> {
-    fn find(&mut self, finding: Finding) {
+impl ChainWalk<'_> {
+    fn find(&mut self, finding: ChainFinding) {
         if self.report.findings.len() < TOLD {
             self.report.findings.push(finding);
         }
@@ -148,7 +148,7 @@ impl Walk<'_> {
         let (number, before) = self.last.remove(&tenant).unwrap_or((0, Vec::new()));
         let fits = bool::from(seal_mac(self.key, seal, &before).ct_eq(&seal.mac));
         if seal.number != number + 1 || !fits {
-            self.find(Finding::SealBroken { tenant, seal: seal.number });
+            self.find(ChainFinding::SealBroken { tenant, seal: seal.number });
         }
         self.last.insert(tenant, (seal.number, seal.mac.clone()));
     }
@@ -168,13 +168,13 @@ pub async fn verify(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Repo
         findings: Vec::new(),
     };
     let retired = store::list_retired(&mut tx).await?.into_iter().collect();
-    let mut walk = Walk { key, retired, confirmed: HashSet::new(), last: HashMap::new(), report };
+    let mut walk = ChainWalk { key, retired, confirmed: HashSet::new(), last: HashMap::new(), report };
     let (mut last, mut before, mut to) = (0, Vec::new(), "0".to_owned());
     let mut expected: HashMap<i64, Vec<u8>> = HashMap::new();
     for (round, mac) in exported {
         // Two heads with one number: rounds were cut off and made again.
         if expected.insert(round, mac.clone()).is_some_and(|before| before != mac) {
-            walk.find(Finding::HeadDiffers { round });
+            walk.find(ChainFinding::HeadDiffers { round });
         }
     }
     loop {
@@ -188,10 +188,10 @@ pub async fn verify(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Repo
             }
             let mac = round_mac(key, round.number, &round.tx_to, round.last_id, &own, &before);
             if round.number != last + 1 || !bool::from(mac.ct_eq(&round.mac)) {
-                walk.find(Finding::RoundBroken { round: last + 1 });
+                walk.find(ChainFinding::RoundBroken { round: last + 1 });
             }
             if expected.remove(&round.number).is_some_and(|head| head != round.mac) {
-                walk.find(Finding::HeadDiffers { round: round.number });
+                walk.find(ChainFinding::HeadDiffers { round: round.number });
             }
             (last, before, to) = (round.number, round.mac, round.tx_to);
             walk.report.rounds += 1;
@@ -201,20 +201,20 @@ pub async fn verify(pool: &PgPool, key: &[u8; 32], heads: &Heads) -> Result<Repo
         }
     }
     if let Some(missing) = expected.keys().copied().filter(|number| *number > last).min() {
-        walk.find(Finding::TailCut { round: missing });
+        walk.find(ChainFinding::TailCut { round: missing });
     }
     for (gone, at) in walk.retired.clone() {
         // The record of an old retirement lies in a month that was itself retired later, which has a record.
         let followed = month(at).is_some_and(|later| later > gone && walk.retired.contains_key(&later));
         if !followed && !walk.confirmed.contains(&gone.to_string()) {
-            walk.find(Finding::NotRetired { month: gone });
+            walk.find(ChainFinding::NotRetired { month: gone });
         }
     }
     let (sealed, new) = store::count_rows(&mut tx, &to).await?;
     walk.report.unsealed = new;
     if sealed != walk.report.rows || !walk.report.findings.is_empty() {
         for row in store::list_inserted(&mut tx, &to).await? {
-            walk.find(Finding::Inserted { row });
+            walk.find(ChainFinding::Inserted { row });
         }
     }
     Ok(walk.report)
@@ -238,7 +238,7 @@ fn parts(mut seals: &[Seal]) -> Vec<&[Seal]> {
 }
 
 /// Checks the rows of some seals, with one query.
-async fn rows(conn: &mut sqlx::PgConnection, walk: &mut Walk<'_>, seals: &[Seal]) -> Result<(), Error> {
+async fn rows(conn: &mut sqlx::PgConnection, walk: &mut ChainWalk<'_>, seals: &[Seal]) -> Result<(), Error> {
     let (gone, here): (Vec<&Seal>, Vec<&Seal>) = seals.iter().partition(|seal| walk.is_retired(seal));
     walk.report.retired += gone.iter().map(|seal| i64::try_from(seal.ids.len()).unwrap_or(0)).sum::<i64>();
     let ids: Vec<i64> = here.iter().flat_map(|seal| seal.ids.iter().copied()).collect();
@@ -267,7 +267,7 @@ async fn rows(conn: &mut sqlx::PgConnection, walk: &mut Walk<'_>, seals: &[Seal]
                         walk.confirmed.insert(row.object.clone());
                     }
                 }
-                Some(_) => walk.find(Finding::Changed { row: *id, tenant }),
+                Some(_) => walk.find(ChainFinding::Changed { row: *id, tenant }),
                 None => missing.push((*id, tenant)),
             }
         }
@@ -279,9 +279,9 @@ async fn rows(conn: &mut sqlx::PgConnection, walk: &mut Walk<'_>, seals: &[Seal]
     let moved: HashSet<i64> = store::list_moved(conn, &ids).await?.into_iter().collect();
     for (row, tenant) in missing {
         walk.find(if moved.contains(&row) {
-            Finding::Changed { row, tenant }
+            ChainFinding::Changed { row, tenant }
         } else {
-            Finding::Removed { row, tenant }
+            ChainFinding::Removed { row, tenant }
         });
     }
     Ok(())

@@ -11,7 +11,7 @@ use clap::Parser;
 /// The privileged agent of Bulkhead: runs tenants' containers and isolates them from each other.
 #[derive(Parser)]
 #[command(version)]
-struct Arguments {
+struct AgentArguments {
     /// Settings (TOML), owned by root.
     #[arg(long)]
     config: PathBuf,
@@ -26,7 +26,7 @@ fn main() -> ExitCode {
     if std::env::args_os().skip(1).eq([rootfs::ARGUMENT]) {
         return rootfs::answer();
     }
-    let arguments = Arguments::parse();
+    let arguments = AgentArguments::parse();
     bulkhead::telemetry::start(&Log::default());
     bulkhead::telemetry::arm_failpoints();
     let outcome = AgentConfig::load(&arguments.config).and_then(|config| {

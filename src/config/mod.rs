@@ -15,10 +15,10 @@ mod sections;
 
 pub use check::is_loopback;
 pub use limits::Limits;
-pub use proxies::Cidr;
+pub use proxies::ProxyNetwork;
 pub use sections::{
-    Access, Agent, BLOCK_SIZE, Database, Log, LogFormat, Pools, Provider, RANGE_SIZE, Registry, RoleMapping,
-    SUBNET_PREFIX, Server,
+    Access, AgentSettings, BLOCK_SIZE, Database, Log, LogFormat, Pools, ProviderSettings, RANGE_SIZE,
+    Registry, RoleMapping, SUBNET_PREFIX, Server,
 };
 
 /// All settings of `bulkhead serve`.
@@ -34,7 +34,7 @@ pub struct Config {
     /// The registry behind the registry proxy.
     pub registry: Registry,
     /// The agent.
-    pub agent: Agent,
+    pub agent: AgentSettings,
     /// Sign-in and audit log.
     pub access: Access,
     /// Pools of ids and addresses. They cannot change after the database is created.
@@ -254,8 +254,8 @@ network = "10.64.0.0/12"
         assert!(faults(GOOD, &[("BULKHEAD_POOLS__SUBNET_PREFIX", "30")]).contains("subnet_prefix"));
     }
 
-    fn provider(name: &str, issuer: &str) -> Provider {
-        Provider {
+    fn provider(name: &str, issuer: &str) -> ProviderSettings {
+        ProviderSettings {
             name: name.into(),
             label: "x".into(),
             issuer: issuer.into(),
@@ -272,7 +272,7 @@ network = "10.64.0.0/12"
 
     #[test]
     fn providers_are_apart_and_reached_over_tls() {
-        let with = |providers: Vec<Provider>| {
+        let with = |providers: Vec<ProviderSettings>| {
             let mut config = Config::parse(GOOD, &[]).unwrap();
             config.access.providers = providers;
             faults(&toml::to_string(&config).unwrap(), &[])

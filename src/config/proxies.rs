@@ -8,12 +8,12 @@ use serde::{Deserialize, Serialize};
 /// A network in CIDR notation, such as `10.0.0.0/8` or `fd00::/8`. A bare address is a network of one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Cidr {
+pub struct ProxyNetwork {
     address: IpAddr,
     prefix: u8,
 }
 
-impl Cidr {
+impl ProxyNetwork {
     /// Returns whether an address is in the network.
     #[must_use]
     pub fn contains(self, address: IpAddr) -> bool {
@@ -31,7 +31,7 @@ impl Cidr {
     }
 }
 
-impl FromStr for Cidr {
+impl FromStr for ProxyNetwork {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || format!("{text} is not a network: write it as 10.0.0.0/8, fd00::/8 or 192.0.2.7");
@@ -46,15 +46,15 @@ impl FromStr for Cidr {
     }
 }
 
-impl TryFrom<String> for Cidr {
+impl TryFrom<String> for ProxyNetwork {
     type Error = String;
     fn try_from(text: String) -> Result<Self, String> {
         text.parse()
     }
 }
 
-impl From<Cidr> for String {
-    fn from(cidr: Cidr) -> Self {
+impl From<ProxyNetwork> for String {
+    fn from(cidr: ProxyNetwork) -> Self {
         format!("{}/{}", cidr.address, cidr.prefix)
     }
 }
@@ -65,14 +65,15 @@ mod tests {
 
     #[test]
     fn networks_hold_their_addresses() {
-        let holds = |cidr: &str, ip: &str| cidr.parse::<Cidr>().unwrap().contains(ip.parse().unwrap());
+        let holds =
+            |cidr: &str, ip: &str| cidr.parse::<ProxyNetwork>().unwrap().contains(ip.parse().unwrap());
         assert!(holds("10.0.0.0/8", "10.9.8.7") && !holds("10.0.0.0/8", "11.0.0.1"));
         assert!(holds("192.0.2.7", "192.0.2.7") && !holds("192.0.2.7", "192.0.2.6"));
         assert!(holds("0.0.0.0/0", "203.0.113.9") && !holds("0.0.0.0/0", "fd00::1"));
         assert!(holds("fd00::/8", "fdff::1") && !holds("fd00::/8", "2001:db8::1"));
         assert!(holds("127.0.0.0/8", "::ffff:127.0.0.1"));
         for wrong in ["10.0.0.0/33", "fd00::/129", "x", "10.0.0/8", "10.0.0.0/", "10.0.0.0/-1"] {
-            assert!(wrong.parse::<Cidr>().is_err(), "{wrong}");
+            assert!(wrong.parse::<ProxyNetwork>().is_err(), "{wrong}");
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::proxies::Cidr;
+use super::proxies::ProxyNetwork;
 use crate::driver::workload::{IdRange, Subnet};
 
 /// Listeners and their external address.
@@ -35,7 +35,7 @@ pub struct Server {
     /// Networks of proxies whose `X-Forwarded-For` counts. If empty, `behind_proxy` trusts the last entry of
     /// each peer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub trusted_proxies: Vec<Cidr>,
+    pub trusted_proxies: Vec<ProxyNetwork>,
     /// Threads that answer requests.
     #[serde(default = "two")]
     pub workers: usize,
@@ -139,7 +139,7 @@ pub struct Registry {
 /// The agent on this machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Agent {
+pub struct AgentSettings {
     /// Its socket.
     pub socket: PathBuf,
 }
@@ -159,7 +159,7 @@ pub struct Access {
     pub audit_months: u32,
     /// OpenID Connect providers through which users can sign in.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub providers: Vec<Provider>,
+    pub providers: Vec<ProviderSettings>,
 }
 
 impl Access {
@@ -173,7 +173,7 @@ impl Access {
 /// An OpenID Connect provider.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Provider {
+pub struct ProviderSettings {
     /// Short name, as used in addresses and in the audit log.
     pub name: String,
     /// Label of its sign-in button.

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// A listening socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Listener {
+pub struct ListeningSocket {
     /// Address on which it listens.
     pub address: SocketAddr,
     /// User whose process opened it.
@@ -51,20 +51,20 @@ fn address(text: &str) -> Option<SocketAddr> {
 }
 
 /// Parses a line of `/proc/net/tcp` or `/proc/net/tcp6`; none unless it is a listener.
-fn line(text: &str) -> Option<Listener> {
+fn line(text: &str) -> Option<ListeningSocket> {
     let mut fields = text.split_whitespace();
     let (local, state) = (fields.nth(1)?, fields.nth(1)?);
     let uid = fields.nth(3)?.parse().ok()?;
-    (state == "0A").then(|| Some(Listener { address: address(local)?, uid }))?
+    (state == "0A").then(|| Some(ListeningSocket { address: address(local)?, uid }))?
 }
 
-fn read(table: &str) -> Vec<Listener> {
+fn read(table: &str) -> Vec<ListeningSocket> {
     table.lines().skip(1).filter_map(line).collect()
 }
 
 /// Returns the listeners that a connection to this address may reach; none when the kernel's table cannot be read.
 #[must_use]
-pub fn at(target: SocketAddr) -> Option<Vec<Listener>> {
+pub fn at(target: SocketAddr) -> Option<Vec<ListeningSocket>> {
     let mut found = Vec::new();
     found.extend(read(&std::fs::read_to_string("/proc/net/tcp").ok()?));
     // A machine without IPv6 has no second table.
@@ -102,7 +102,7 @@ mod tests {
     fn listeners_are_read_with_their_user() {
         let found = read(TABLE);
         assert_eq!(found.len(), 2, "{found:?}");
-        assert_eq!(found[0], Listener { address: "127.0.0.1:8080".parse().unwrap(), uid: 998 });
+        assert_eq!(found[0], ListeningSocket { address: "127.0.0.1:8080".parse().unwrap(), uid: 998 });
         assert_eq!(found[1].uid, 65_534);
         let reach = |target: &str| reaches(target.parse().unwrap(), found[1].address);
         assert!(reach("127.0.0.1:8082") && reach("[::1]:8082") && !reach("127.0.0.1:8080"));

@@ -19,7 +19,7 @@ pub mod podman;
 pub mod scratch;
 pub mod workload;
 
-pub use podman::host::Listener;
+pub use podman::host::HostSocket;
 pub use workload::{TenantGrant, TenantLimits, Workload};
 
 /// Why a driver call failed. The reconcile loop chooses its reaction by the variant.
@@ -261,7 +261,7 @@ pub const PROBED_APPS: u32 = 8;
 
 /// Results of the probes from a tenant's apps after its plan is applied.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Probed {
+pub struct ProbeSummary {
     /// Number of apps that were probed.
     pub apps: u32,
     /// Number of probes of flows that must be open.
@@ -394,7 +394,7 @@ pub struct Fetching {
 
 /// Changes since a cursor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Observed {
+pub struct ObservedChanges {
     /// Pass this cursor to the next call. Another run of the agent does not know it and answers with everything.
     pub cursor: String,
     /// Whether `apps` is the complete list: an app that is not in it does not exist.
@@ -461,14 +461,14 @@ pub type LogStream = Pin<Box<dyn Stream<Item = Result<LogLine, Error>> + Send>>;
 
 /// Ranges that no tenant reaches on a machine, in addition to the reserved ranges.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Walls {
+pub struct BlockedRanges {
     /// Addresses of the machine, except those on tenants' bridges.
     pub own: Vec<Ipv4Addr>,
     /// Ranges that its configuration blocks.
     pub closed: Vec<Cidr>,
 }
 
-impl Walls {
+impl BlockedRanges {
     /// Returns both as ranges.
     #[must_use]
     pub fn ranges(&self) -> Vec<Range> {
@@ -494,23 +494,27 @@ pub trait Driver: Send + Sync + 'static {
     async fn ensure_flows(&self, flows: &TenantFlows) -> Result<i64, Error>;
     /// Returns the ranges that no tenant reaches in addition to the reserved ranges: the machine's own addresses,
     /// and the ranges that its configuration blocks.
-    async fn walls(&self) -> Result<Walls, Error>;
+    async fn walls(&self) -> Result<BlockedRanges, Error>;
     /// Returns the recently denied packets of an app, newest first.
     async fn denied(&self, tenant: &TenantName, app: AppId) -> Result<Vec<Denied>, Error>;
     /// Returns the packet counts of the flows that are about to close.
     async fn used(&self) -> Result<Vec<Used>, Error>;
     /// Returns the listeners on the machine beyond loopback, and whether each answers from within an instance.
-    async fn listeners(&self) -> Result<Vec<Listener>, Error>;
+    async fn listeners(&self) -> Result<Vec<HostSocket>, Error>;
     /// Tries a connection from within one of the app's instances.
     async fn probe(&self, probe: &Probe) -> Result<ProbeOutcome, Error>;
     /// Returns whether the applied rules allow an app's packets to an address; none if no instance of the app runs.
     async fn permits(&self, probe: &Probe) -> Result<Option<bool>, Error>;
     /// Probes, from within a tenant's apps, the flows that must be open and those that must be closed.
-    async fn probe_tenant(&self, tenant: &TenantName) -> Result<Probed, Error>;
+    async fn probe_tenant(&self, tenant: &TenantName) -> Result<ProbeSummary, Error>;
     /// Starts or continues the removal of an app.
     async fn remove_app(&self, tenant: &TenantName, app: &AppName, id: AppId) -> Result<Removal, Error>;
     /// Returns the changes since `cursor` (everything for `None`). Waits up to `wait` for a change.
-    async fn observe(&self, cursor: Option<&str>, wait: std::time::Duration) -> Result<Observed, Error>;
+    async fn observe(
+        &self,
+        cursor: Option<&str>,
+        wait: std::time::Duration,
+    ) -> Result<ObservedChanges, Error>;
     /// Streams log lines.
     async fn logs(&self, query: &LogQuery) -> Result<LogStream, Error>;
 }

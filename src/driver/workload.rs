@@ -201,7 +201,7 @@ pub enum HealthCheck {
 /// Effect of a failed check.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Purpose {
+pub enum HealthPurpose {
     /// The instance restarts, once its grace period is over.
     #[default]
     Restart,
@@ -219,14 +219,14 @@ pub struct Health {
     pub grace: u16,
     /// Effect of a failure.
     #[serde(default)]
-    pub purpose: Purpose,
+    pub purpose: HealthPurpose,
 }
 
 impl Health {
     /// Creates a check that the spec asks for: an instance that fails it restarts.
     #[must_use]
     pub fn new(check: HealthCheck, grace: u16) -> Self {
-        Self { check, grace, purpose: Purpose::Restart }
+        Self { check, grace, purpose: HealthPurpose::Restart }
     }
 }
 

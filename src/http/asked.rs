@@ -36,21 +36,21 @@ const MEANING: &[(&str, &str)] = &[
 /// The inputs that the handler's arguments have accepted so far.
 #[derive(Debug, Clone, Copy, Default)]
 #[expect(clippy::struct_excessive_bools, reason = "a set of marks")]
-struct Taken {
+struct AcceptedInputs {
     query: bool,
     body: bool,
     conditions: bool,
     key: bool,
 }
 
-fn take(req: &HttpRequest, mark: impl FnOnce(&mut Taken)) {
+fn take(req: &HttpRequest, mark: impl FnOnce(&mut AcceptedInputs)) {
     let mut taken = taken(req);
     mark(&mut taken);
     req.extensions_mut().insert(taken);
 }
 
-fn taken(req: &HttpRequest) -> Taken {
-    req.extensions().get::<Taken>().copied().unwrap_or_default()
+fn taken(req: &HttpRequest) -> AcceptedInputs {
+    req.extensions().get::<AcceptedInputs>().copied().unwrap_or_default()
 }
 
 /// Marks that the handler stores its answer under the request's `Idempotency-Key` itself.

@@ -7,7 +7,7 @@ use crate::error::Error;
 
 /// An entry of the navigation.
 #[derive(Debug, Clone)]
-pub struct Link {
+pub struct NavLink {
     /// Text of the link.
     pub label: &'static str,
     /// URL path.
@@ -24,7 +24,7 @@ pub struct Frame {
     /// CSRF token of the account's forms.
     pub form: String,
     /// Navigation entries; empty where there is only one page.
-    pub rail: Vec<Link>,
+    pub rail: Vec<NavLink>,
     /// Heading of the navigation, such as the tenant's name.
     pub rail_name: String,
 }

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
-use crate::config::{Cidr, Server};
+use crate::config::{ProxyNetwork, Server};
 
 /// Returns the network of a customer: one IPv4 address, or an IPv6 /64.
 #[must_use]
@@ -25,7 +25,7 @@ pub enum Proxies {
     /// The last entry of every peer: the operator guarantees that only the proxy reaches this server.
     EachPeer,
     /// Peers in these networks.
-    Named(Vec<Cidr>),
+    Named(Vec<ProxyNetwork>),
 }
 
 impl Proxies {

@@ -40,7 +40,7 @@ pub struct ImageConfig {
 }
 
 #[derive(Deserialize)]
-struct Raw {
+struct RawImageConfig {
     #[serde(default)]
     os: String,
     #[serde(default)]
@@ -89,7 +89,7 @@ impl ImageConfig {
     /// Parses a config.
     pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
         let value = strict(bytes)?;
-        let raw: Raw = serde_json::from_value(value)
+        let raw: RawImageConfig = serde_json::from_value(value)
             .map_err(|_| ManifestError("the config of the image has a field of the wrong type".into()))?;
         let config = raw.config.unwrap_or_default();
         let labels: usize = config.labels.iter().flatten().map(|(key, value)| key.len() + value.len()).sum();

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::de::DeserializeSeed;
 
-use super::seeds::{Annotations, ObjectSeed, Raw, RawDescriptor};
+use super::seeds::{Annotations, ObjectSeed, RawDescriptor, RawManifest};
 use super::strict::{Atom, read};
 use crate::ids::Digest;
 
@@ -55,7 +55,7 @@ pub struct Child {
 
 /// The content of a manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Parts {
+pub enum ManifestContent {
     /// One image, or an artifact with the structure of an image.
     Image {
         /// Its config.
@@ -74,7 +74,7 @@ pub enum Parts {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
     /// Its content.
-    pub parts: Parts,
+    pub parts: ManifestContent,
     /// Its declared artifact type.
     pub artifact_type: Option<String>,
     /// The manifest that it is attached to; it may be missing.
@@ -113,7 +113,7 @@ impl Manifest {
             return no("the manifest is not a JSON object");
         }
         let raw = read(bytes, BOUNDS, |budget, deserializer| {
-            ObjectSeed::<Raw>::new(budget).deserialize(deserializer)
+            ObjectSeed::<RawManifest>::new(budget).deserialize(deserializer)
         })?;
         let Some(mut raw) = raw else { return no("the manifest is not a JSON object") };
         if raw.schema_version != Some(Atom::Number(2)) {
@@ -154,8 +154,8 @@ impl Manifest {
     pub fn kind(&self) -> &str {
         match (&self.artifact_type, &self.parts) {
             (Some(own), _) => own,
-            (None, Parts::Image { config, .. }) => &config.media_type,
-            (None, Parts::Index { .. }) => "",
+            (None, ManifestContent::Image { config, .. }) => &config.media_type,
+            (None, ManifestContent::Index { .. }) => "",
         }
     }
 }
@@ -188,7 +188,7 @@ fn annotations(raw: Option<Option<Annotations>>) -> Result<BTreeMap<String, Stri
     }
 }
 
-fn image(raw: Raw) -> Result<Parts, ManifestError> {
+fn image(raw: RawManifest) -> Result<ManifestContent, ManifestError> {
     if raw.manifests.is_some() {
         return no("a manifest of an image has no manifests");
     }
@@ -199,10 +199,10 @@ fn image(raw: Raw) -> Result<Parts, ManifestError> {
         .enumerate()
         .map(|(n, layer)| descriptor(layer, &format!("layers[{n}]")))
         .collect::<Result<Vec<_>, _>>()?;
-    Ok(Parts::Image { config, layers })
+    Ok(ManifestContent::Image { config, layers })
 }
 
-fn index(raw: Raw) -> Result<Parts, ManifestError> {
+fn index(raw: RawManifest) -> Result<ManifestContent, ManifestError> {
     if raw.config.is_some() || raw.layers.is_some() {
         return no("an index has no config and no layers");
     }
@@ -215,7 +215,7 @@ fn index(raw: Raw) -> Result<Parts, ManifestError> {
         let (os, architecture) = (known(platform.os), known(platform.architecture));
         children.push(Child { descriptor, os, architecture });
     }
-    Ok(Parts::Index { children })
+    Ok(ManifestContent::Index { children })
 }
 
 fn descriptor(raw: Option<RawDescriptor>, place: &str) -> Result<Descriptor, ManifestError> {
@@ -270,7 +270,7 @@ mod tests {
     fn a_good_manifest_is_read() {
         assert!(matches!(
             Manifest::parse(image_json(|_| ()).as_bytes(), OCI_MANIFEST),
-            Ok(Manifest { parts: Parts::Image { layers, .. }, .. }) if layers.len() == 1
+            Ok(Manifest { parts: ManifestContent::Image { layers, .. }, .. }) if layers.len() == 1
         ));
         let bare = image_json(|v| {
             v.as_object_mut().unwrap().remove("mediaType");
@@ -394,7 +394,7 @@ mod tests {
         let child = |platform: Value| json!({"mediaType": OCI_MANIFEST, "digest": digest, "size": 1, "platform": platform});
         let index = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
             child(json!({"os": "linux", "architecture": "amd64", "variant": "v2"})), child(Value::Null)]});
-        let Ok(Manifest { parts: Parts::Index { children }, .. }) =
+        let Ok(Manifest { parts: ManifestContent::Index { children }, .. }) =
             Manifest::parse(index.to_string().as_bytes(), OCI_INDEX)
         else {
             panic!("an index is read");

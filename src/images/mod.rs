@@ -13,7 +13,7 @@ mod seeds;
 mod strict;
 
 pub use config::ImageConfig;
-pub use names::Names;
+pub use names::ImageAccounts;
 
 /// User and group for an image without a usable user.
 const FALLBACK: InsideUser = InsideUser { uid: 1000, gid: 1000 };
@@ -34,7 +34,7 @@ pub struct Preflight {
 
 /// The fields of a spec that the image is checked against.
 #[derive(Debug, Clone, Copy)]
-pub struct Asked {
+pub struct ImageRequirements {
     /// The port that it serves on.
     pub port: Option<u16>,
     /// Whether the spec has a command.
@@ -64,7 +64,11 @@ fn warning(code: u16, message: &str) -> Fault {
 }
 
 /// Checks an image against its intended use. Faults refuse the release; warnings are stored with it.
-pub fn preflight(config: &ImageConfig, names: &Names, asked: Asked) -> Result<Preflight, Vec<Fault>> {
+pub fn preflight(
+    config: &ImageConfig,
+    names: &ImageAccounts,
+    asked: ImageRequirements,
+) -> Result<Preflight, Vec<Fault>> {
     let mut faults = Vec::new();
     if let Err(why) = dangers::of_config(&config.env, &config.working_dir, &config.stop_signal) {
         faults.push(
@@ -118,7 +122,7 @@ pub fn preflight(config: &ImageConfig, names: &Names, asked: Asked) -> Result<Pr
 
 /// Returns user, group and supplementary groups, as an unrestricted engine would choose them. A user unknown to
 /// the image has group 0, and a group in `USER` replaces all groups.
-fn user(config: &ImageConfig, names: &Names, warnings: &mut Vec<Fault>) -> (InsideUser, Vec<u16>) {
+fn user(config: &ImageConfig, names: &ImageAccounts, warnings: &mut Vec<Fault>) -> (InsideUser, Vec<u16>) {
     let (user, group) = config.user.split_once(':').unwrap_or((&config.user, ""));
     let root = || {
         warning(210, "the image is set to run as root; it runs as user 1000 inside")
@@ -192,17 +196,18 @@ fn user(config: &ImageConfig, names: &Names, warnings: &mut Vec<Fault>) -> (Insi
 mod tests {
     use super::*;
 
-    const ASKED: Asked = Asked { port: None, command: SpecCommand::Absent, health: false };
+    const ASKED: ImageRequirements =
+        ImageRequirements { port: None, command: SpecCommand::Absent, health: false };
 
     #[test]
     fn a_health_check_of_the_image_that_is_not_used_is_said() {
         let image = ImageConfig { healthcheck: true, ..config("1") };
         let codes = |asked| {
-            let flight = preflight(&image, &Names::default(), asked).unwrap();
+            let flight = preflight(&image, &ImageAccounts::default(), asked).unwrap();
             flight.warnings.iter().map(|w| w.code.0).collect::<Vec<_>>()
         };
         assert_eq!(codes(ASKED), [216]);
-        assert!(codes(Asked { health: true, ..ASKED }).is_empty());
+        assert!(codes(ImageRequirements { health: true, ..ASKED }).is_empty());
     }
 
     fn config(user: &str) -> ImageConfig {
@@ -215,15 +220,16 @@ mod tests {
         }
     }
 
-    fn run(user: &str, names: &Names) -> (u16, u16, Vec<u16>) {
+    fn run(user: &str, names: &ImageAccounts) -> (u16, u16, Vec<u16>) {
         let flight = preflight(&config(user), names, ASKED).unwrap();
         (flight.user.uid, flight.user.gid, flight.warnings.iter().map(|w| w.code.0).collect())
     }
 
     #[test]
     fn the_images_own_user_is_kept_where_the_block_holds_it() {
-        let names = Names::parse("root:x:0:0\napp:x:101:102\nbig:x:5000:5000\n", "app:x:102:\nweb:x:33:\n");
-        let none = Names::default();
+        let names =
+            ImageAccounts::parse("root:x:0:0\napp:x:101:102\nbig:x:5000:5000\n", "app:x:102:\nweb:x:33:\n");
+        let none = ImageAccounts::default();
         assert_eq!(run("101:33", &none), (101, 33, vec![]));
         assert_eq!(run("101", &none), (101, 0, vec![]), "as everywhere, one without a line has group 0");
         assert_eq!(run("101:0", &none), (101, 0, vec![]));
@@ -241,7 +247,7 @@ mod tests {
 
     #[test]
     fn groups_are_the_images_own_and_each_that_is_dropped_is_named() {
-        let names = Names::parse(
+        let names = ImageAccounts::parse(
             "app:x:101:0:\nfar:x:102:70000:\n",
             "root:x:0:\ndata:x:50:app\nbig:x:65534:app,far\nmore:x:7:app\n",
         );
@@ -262,14 +268,18 @@ mod tests {
     fn another_platform_and_a_missing_command_refuse_together() {
         let other =
             ImageConfig { architecture: "arm64".into(), os: "linux".into(), ..ImageConfig::default() };
-        let faults = preflight(&other, &Names::default(), ASKED).unwrap_err();
+        let faults = preflight(&other, &ImageAccounts::default(), ASKED).unwrap_err();
         assert_eq!(faults.iter().map(|f| f.code.0).collect::<Vec<_>>(), [201, 202]);
         let danger = ImageConfig { working_dir: "/proc/self/fd/8".into(), ..config("1") };
-        let faults = preflight(&danger, &Names::default(), ASKED).unwrap_err();
+        let faults = preflight(&danger, &ImageAccounts::default(), ASKED).unwrap_err();
         assert_eq!(faults.iter().map(|f| f.code.0).collect::<Vec<_>>(), [205]);
         assert!(
-            preflight(&config("1"), &Names::default(), Asked { command: SpecCommand::Given, ..ASKED })
-                .is_ok()
+            preflight(
+                &config("1"),
+                &ImageAccounts::default(),
+                ImageRequirements { command: SpecCommand::Given, ..ASKED }
+            )
+            .is_ok()
         );
     }
 }

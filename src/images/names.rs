@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 /// Names of an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Names {
+pub struct ImageAccounts {
     users: BTreeMap<String, (u32, u32)>,
     groups: BTreeMap<String, Group>,
 }
@@ -15,7 +15,7 @@ struct Group {
     members: Vec<String>,
 }
 
-impl Names {
+impl ImageAccounts {
     /// Parses the two files (passwd(5), group(5)). The first line of a name counts.
     #[must_use]
     pub fn parse(passwd: &str, group: &str) -> Self {
@@ -71,11 +71,12 @@ mod tests {
 
     #[test]
     fn the_first_line_of_a_name_counts() {
-        let names = Names::parse("app:x:7:8:\napp:x:9:9:\nbad\n", "crew:x:8:\nother:x:y:");
+        let names = ImageAccounts::parse("app:x:7:8:\napp:x:9:9:\nbad\n", "crew:x:8:\nother:x:y:");
         assert_eq!(names.user("app"), Some((7, 8)));
         assert_eq!(names.group_of(7), Some(8));
         assert_eq!((names.group("crew"), names.group("other")), (Some(8), None));
-        let names = Names::parse("app:x:7:8:\nalso:x:7:8:\n", "a:x:20:app\nb:x:21:x,also\nc:x:22:\nd:x:23");
+        let names =
+            ImageAccounts::parse("app:x:7:8:\nalso:x:7:8:\n", "a:x:20:app\nb:x:21:x,also\nc:x:22:\nd:x:23");
         assert_eq!(names.groups_of(7), [("a", 20), ("b", 21)]);
     }
 }

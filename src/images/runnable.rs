@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use super::manifest::{Child, Descriptor, Manifest, ManifestError, Parts, no, shown};
+use super::manifest::{Child, Descriptor, Manifest, ManifestContent, ManifestError, no, shown};
 use crate::driver::podman::render::is_harmless_annotation;
 use crate::ids::Digest;
 
@@ -31,7 +31,7 @@ impl Manifest {
 
     /// Returns the config and layers of a runnable image.
     pub fn runnable(&self) -> Result<(&Descriptor, &[Descriptor]), ManifestError> {
-        let Parts::Image { config, layers } = &self.parts else {
+        let ManifestContent::Image { config, layers } = &self.parts else {
             return no("an index within an index cannot run; deploy the image by its own tag or digest");
         };
         if !CONFIG_TYPES.contains(&config.media_type.as_str()) {

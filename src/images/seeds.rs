@@ -8,16 +8,16 @@ use std::marker::PhantomData;
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
 use super::manifest::PARTS;
-use super::strict::{Atom, AtomSeed, Budget, Keys, fold};
+use super::strict::{Atom, AtomSeed, JsonBudget, ObjectKeys, fold};
 
 /// The fields of a manifest.
 #[derive(Default)]
-pub(super) struct Raw {
+pub(super) struct RawManifest {
     pub(super) schema_version: Option<Atom>,
     pub(super) media_type: Option<Atom>,
     pub(super) config: Option<Option<RawDescriptor>>,
-    pub(super) layers: Option<Listed>,
-    pub(super) manifests: Option<Listed>,
+    pub(super) layers: Option<DescriptorList>,
+    pub(super) manifests: Option<DescriptorList>,
     pub(super) artifact_type: Option<Atom>,
     pub(super) subject: Option<Option<RawDescriptor>>,
     pub(super) annotations: Option<Option<Annotations>>,
@@ -31,11 +31,11 @@ pub(super) struct RawDescriptor {
     pub(super) size: Option<Atom>,
     pub(super) urls: bool,
     pub(super) data: Option<Atom>,
-    pub(super) platform: Option<Platform>,
+    pub(super) platform: Option<RawPlatform>,
 }
 
 #[derive(Default)]
-pub(super) struct Platform {
+pub(super) struct RawPlatform {
     pub(super) os: Option<String>,
     pub(super) architecture: Option<String>,
 }
@@ -45,7 +45,7 @@ pub(super) struct Platform {
 pub(super) struct Annotations(pub(super) BTreeMap<String, Option<String>>);
 
 /// A list of descriptors. An entry that is not an object, or a value that is not a list, is none.
-pub(super) type Listed = Option<Vec<Option<RawDescriptor>>>;
+pub(super) type DescriptorList = Option<Vec<Option<RawDescriptor>>>;
 
 /// An object whose known fields are kept.
 pub(super) trait Fields: Default {
@@ -54,8 +54,8 @@ pub(super) trait Fields: Default {
     const NAMES: &'static [&'static str];
 
     /// Returns the tracker of the object's keys.
-    fn keys(budget: Budget<'_>) -> Keys<'_> {
-        Keys::new(budget)
+    fn keys(budget: JsonBudget<'_>) -> ObjectKeys<'_> {
+        ObjectKeys::new(budget)
     }
 
     /// Reads the value of one key.
@@ -63,11 +63,11 @@ pub(super) trait Fields: Default {
         &mut self,
         key: &str,
         map: &mut A,
-        budget: Budget<'_>,
+        budget: JsonBudget<'_>,
     ) -> Result<(), A::Error>;
 }
 
-impl Fields for Raw {
+impl Fields for RawManifest {
     const NAMES: &'static [&'static str] = &[
         "schemaVersion",
         "mediaType",
@@ -83,7 +83,7 @@ impl Fields for Raw {
         &mut self,
         key: &str,
         map: &mut A,
-        budget: Budget<'_>,
+        budget: JsonBudget<'_>,
     ) -> Result<(), A::Error> {
         let atom = AtomSeed::under(key, budget);
         match key {
@@ -110,15 +110,15 @@ impl Fields for Raw {
 impl Fields for Annotations {
     const NAMES: &'static [&'static str] = &[];
 
-    fn keys(budget: Budget<'_>) -> Keys<'_> {
-        Keys::of_people(budget)
+    fn keys(budget: JsonBudget<'_>) -> ObjectKeys<'_> {
+        ObjectKeys::of_people(budget)
     }
 
     fn field<'de, A: MapAccess<'de>>(
         &mut self,
         key: &str,
         map: &mut A,
-        budget: Budget<'_>,
+        budget: JsonBudget<'_>,
     ) -> Result<(), A::Error> {
         let value = map.next_value_seed(AtomSeed::under(key, budget))?.text();
         self.0.insert(key.to_owned(), value);
@@ -134,7 +134,7 @@ impl Fields for RawDescriptor {
         &mut self,
         key: &str,
         map: &mut A,
-        budget: Budget<'_>,
+        budget: JsonBudget<'_>,
     ) -> Result<(), A::Error> {
         let atom = AtomSeed::under(key, budget);
         match key {
@@ -152,14 +152,14 @@ impl Fields for RawDescriptor {
     }
 }
 
-impl Fields for Platform {
+impl Fields for RawPlatform {
     const NAMES: &'static [&'static str] = &["os", "architecture", "variant"];
 
     fn field<'de, A: MapAccess<'de>>(
         &mut self,
         key: &str,
         map: &mut A,
-        budget: Budget<'_>,
+        budget: JsonBudget<'_>,
     ) -> Result<(), A::Error> {
         let value = map.next_value_seed(AtomSeed::under(key, budget))?;
         match key {
@@ -173,17 +173,17 @@ impl Fields for Platform {
 
 /// Reads an object; none for any other value.
 pub(super) struct ObjectSeed<'a, T> {
-    budget: Budget<'a>,
+    budget: JsonBudget<'a>,
     null: bool,
     kind: PhantomData<T>,
 }
 
 impl<'a, T> ObjectSeed<'a, T> {
-    pub(super) fn new(budget: Budget<'a>) -> Self {
+    pub(super) fn new(budget: JsonBudget<'a>) -> Self {
         Self { budget, null: false, kind: PhantomData }
     }
     /// `null` reads as an empty object.
-    fn or_null(budget: Budget<'a>) -> Self {
+    fn or_null(budget: JsonBudget<'a>) -> Self {
         Self { budget, null: true, kind: PhantomData }
     }
 }
@@ -238,40 +238,40 @@ impl<'de, T: Fields> Visitor<'de> for ObjectSeed<'_, T> {
 }
 
 /// Reads a list of descriptors up to a maximum length; none for any other value.
-struct ListSeed<'a>(Budget<'a>, usize, &'static str);
+struct ListSeed<'a>(JsonBudget<'a>, usize, &'static str);
 
 impl<'de> DeserializeSeed<'de> for ListSeed<'_> {
-    type Value = Listed;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Listed, D::Error> {
+    type Value = DescriptorList;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<DescriptorList, D::Error> {
         deserializer.deserialize_any(self)
     }
 }
 
 impl<'de> Visitor<'de> for ListSeed<'_> {
-    type Value = Listed;
+    type Value = DescriptorList;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("JSON")
     }
-    fn visit_bool<E>(self, _: bool) -> Result<Listed, E> {
+    fn visit_bool<E>(self, _: bool) -> Result<DescriptorList, E> {
         Ok(None)
     }
-    fn visit_i64<E>(self, _: i64) -> Result<Listed, E> {
+    fn visit_i64<E>(self, _: i64) -> Result<DescriptorList, E> {
         Ok(None)
     }
-    fn visit_u64<E>(self, _: u64) -> Result<Listed, E> {
+    fn visit_u64<E>(self, _: u64) -> Result<DescriptorList, E> {
         Ok(None)
     }
-    fn visit_f64<E>(self, _: f64) -> Result<Listed, E> {
+    fn visit_f64<E>(self, _: f64) -> Result<DescriptorList, E> {
         Ok(None)
     }
-    fn visit_str<E>(self, _: &str) -> Result<Listed, E> {
+    fn visit_str<E>(self, _: &str) -> Result<DescriptorList, E> {
         Ok(None)
     }
-    fn visit_unit<E>(self) -> Result<Listed, E> {
+    fn visit_unit<E>(self) -> Result<DescriptorList, E> {
         Ok(None)
     }
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Listed, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<DescriptorList, A::Error> {
         let inner = self.0.within()?;
         let mut read = Vec::new();
         while let Some(item) = list.next_element_seed(ObjectSeed::new(inner))? {
@@ -282,7 +282,7 @@ impl<'de> Visitor<'de> for ListSeed<'_> {
         }
         Ok(Some(read))
     }
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Listed, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<DescriptorList, A::Error> {
         AtomSeed::new(self.0).visit_map(map).map(|_| None)
     }
 }

@@ -22,12 +22,12 @@ pub(super) struct Meter {
 
 /// The meter at a depth.
 #[derive(Clone, Copy)]
-pub(super) struct Budget<'a> {
+pub(super) struct JsonBudget<'a> {
     meter: &'a Meter,
     depth: usize,
 }
 
-impl Budget<'_> {
+impl JsonBudget<'_> {
     /// Refuses the text with this reason.
     pub(super) fn refuse<E: Error>(self, why: &str) -> E {
         self.meter.why.replace(Some(why.to_owned()));
@@ -54,13 +54,13 @@ pub(super) fn read<'de, T>(
     bytes: &'de [u8],
     (values, depth): (usize, usize),
     reader: impl FnOnce(
-        Budget<'_>,
+        JsonBudget<'_>,
         &mut serde_json::Deserializer<serde_json::de::SliceRead<'de>>,
     ) -> serde_json::Result<T>,
 ) -> Result<T, ManifestError> {
     let meter = Meter { values: Cell::new(values), why: RefCell::default() };
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-    let outcome = reader(Budget { meter: &meter, depth }, &mut deserializer);
+    let outcome = reader(JsonBudget { meter: &meter, depth }, &mut deserializer);
     let value = outcome.map_err(|_| {
         let why = meter.why.take();
         ManifestError(why.unwrap_or_else(|| "the manifest is not valid JSON".into()))
@@ -70,20 +70,20 @@ pub(super) fn read<'de, T>(
 }
 
 /// The keys of one object.
-pub(super) struct Keys<'a> {
-    budget: Budget<'a>,
+pub(super) struct ObjectKeys<'a> {
+    budget: JsonBudget<'a>,
     /// Keys so far; none for a map with keys that users choose.
     seen: Option<BTreeSet<String>>,
 }
 
-impl<'a> Keys<'a> {
-    pub(super) fn new(budget: Budget<'a>) -> Self {
+impl<'a> ObjectKeys<'a> {
+    pub(super) fn new(budget: JsonBudget<'a>) -> Self {
         Self { budget, seen: Some(BTreeSet::new()) }
     }
 
     /// Keys of a map that users own: labels, annotations, environment. There, `A` and `a` are different keys
     /// for every reader.
-    pub(super) fn of_people(budget: Budget<'a>) -> Self {
+    pub(super) fn of_people(budget: JsonBudget<'a>) -> Self {
         Self { budget, seen: None }
     }
 
@@ -116,8 +116,8 @@ fn is_peoples_map(key: &str) -> bool {
 }
 
 /// Returns the key tracker for an object under this key.
-fn keys_under<'a>(name: Option<&str>, budget: Budget<'a>) -> Keys<'a> {
-    if name.is_some_and(is_peoples_map) { Keys::of_people(budget) } else { Keys::new(budget) }
+fn keys_under<'a>(name: Option<&str>, budget: JsonBudget<'a>) -> ObjectKeys<'a> {
+    if name.is_some_and(is_peoples_map) { ObjectKeys::of_people(budget) } else { ObjectKeys::new(budget) }
 }
 
 /// A value of which a text or a whole number is kept. Lists and objects are parsed strictly and dropped.
@@ -142,18 +142,18 @@ impl Atom {
 
 /// Reads an atom.
 pub(super) struct AtomSeed<'a, 'k> {
-    budget: Budget<'a>,
+    budget: JsonBudget<'a>,
     name: Option<&'k str>,
 }
 
 impl<'a, 'k> AtomSeed<'a, 'k> {
     /// An atom in a list.
-    pub(super) fn new(budget: Budget<'a>) -> Self {
+    pub(super) fn new(budget: JsonBudget<'a>) -> Self {
         Self { budget, name: None }
     }
 
     /// An atom under a key.
-    pub(super) fn under(name: &'k str, budget: Budget<'a>) -> Self {
+    pub(super) fn under(name: &'k str, budget: JsonBudget<'a>) -> Self {
         Self { budget, name: Some(name) }
     }
 }
@@ -213,7 +213,7 @@ pub(super) fn strict(bytes: &[u8]) -> Result<Value, ManifestError> {
     read(bytes, CONFIG, |budget, deserializer| Whole(budget, None).deserialize(deserializer))
 }
 
-struct Whole<'a, 'k>(Budget<'a>, Option<&'k str>);
+struct Whole<'a, 'k>(JsonBudget<'a>, Option<&'k str>);
 
 impl<'de> DeserializeSeed<'de> for Whole<'_, '_> {
     type Value = Value;

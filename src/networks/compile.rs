@@ -1,7 +1,7 @@
 //! Compiles the decisions about a tenant's connections into its plan, without I/O. A name under `connects`
 //! that the app may not use stays denied and is reported as a gap.
 
-use super::{AppPlan, Endpoint, Facts};
+use super::{AppPlan, Endpoint, PlanFacts};
 use crate::apps::connections::Connecting;
 use crate::driver::workload::Serves;
 use crate::ids::{AppRef, ServiceName};
@@ -20,7 +20,7 @@ pub struct Gap {
 
 /// Compiles a tenant's plan.
 #[must_use]
-pub fn compile(facts: &Facts) -> (Vec<AppPlan>, Vec<Gap>) {
+pub fn compile(facts: &PlanFacts) -> (Vec<AppPlan>, Vec<Gap>) {
     let mut gaps = Vec::new();
     let plans = facts
         .apps
@@ -84,7 +84,7 @@ pub fn closing(plans: &[AppPlan], windows: &[(ServiceName, Vec<Endpoint>)]) -> V
         .collect()
 }
 
-fn peer(facts: &Facts, app: &Connecting, name: &AppRef) -> Result<Flow, &'static str> {
+fn peer(facts: &PlanFacts, app: &Connecting, name: &AppRef) -> Result<Flow, &'static str> {
     let (tenant, id, port, until) = match &name.tenant {
         None => {
             let peer = facts.apps.iter().find(|peer| peer.name == name.app).ok_or("there is no such app")?;

@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 use super::compile::{closing, compile};
 use super::justify::justify;
 use super::store::{self, NewPlan};
-use super::{AppPlan, Facts, actions, probe};
+use super::{AppPlan, PlanFacts, actions, probe};
 use crate::access::{By, TenantRef};
 use crate::apps::connections::{Connections, list_connecting, list_missing};
 use crate::apps::spec::Connects;
@@ -215,7 +215,7 @@ impl Network {
     async fn apply(
         &self,
         tenant: TenantId,
-        facts: &Facts,
+        facts: &PlanFacts,
         plan: i64,
         (apps, watched): (Vec<AppPlan>, Vec<AppPlan>),
     ) -> Result<(), Failure> {
@@ -288,7 +288,7 @@ fn in_both(before: &[AppPlan], after: &[AppPlan]) -> Vec<AppPlan> {
     after.iter().map(kept).collect()
 }
 
-async fn facts(conn: &mut PgConnection, tenant: TenantId, walls: &[Range]) -> Result<Facts, Error> {
+async fn facts(conn: &mut PgConnection, tenant: TenantId, walls: &[Range]) -> Result<PlanFacts, Error> {
     let name = tenants::name_of(conn, tenant).await?;
     let apps = list_connecting(conn, tenant).await?;
     let services = store::decided_services(conn, tenant).await?;
@@ -300,7 +300,7 @@ async fn facts(conn: &mut PgConnection, tenant: TenantId, walls: &[Range]) -> Re
     let windows = store::decided_windows(conn, tenant).await?;
     let ends = grants_end.into_iter().chain(egress_ends).chain(trial).min();
     let trial = trial.map(OffsetDateTime::unix_timestamp);
-    Ok(Facts { tenant: name, apps, services, windows, grants, egress, trial, ends })
+    Ok(PlanFacts { tenant: name, apps, services, windows, grants, egress, trial, ends })
 }
 
 /// Describes a flow of an app.

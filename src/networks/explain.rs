@@ -22,7 +22,7 @@ pub enum To {
 
 /// The facts about a destination address.
 #[derive(Debug)]
-pub struct Known {
+pub struct AddressFacts {
     /// The pool of tenants' addresses.
     pub pool: Cidr,
     /// The tenant's own subnet.
@@ -51,7 +51,7 @@ fn closed(why: impl Into<String>, ask: impl Into<Option<String>>) -> Closed {
 
 /// Explains why packets to an address are denied.
 #[must_use]
-pub fn address(target: Ipv4Addr, protocol: Protocol, port: u16, known: &Known) -> Closed {
+pub fn address(target: Ipv4Addr, protocol: Protocol, port: u16, known: &AddressFacts) -> Closed {
     if target == known.subnet.gateway() && port == 53 {
         return closed("the platform's own name server: it answers every app", None);
     }
@@ -88,7 +88,7 @@ pub fn address(target: Ipv4Addr, protocol: Protocol, port: u16, known: &Known) -
         .filter(|range| range.network.contains(target))
         .max_by_key(|range| range.network.prefix())
     {
-        let ask = (!range.is_own() && range.wall == crate::policy::never::Wall::Private).then(|| {
+        let ask = (!range.is_own() && range.wall == crate::policy::never::ReservedKind::Private).then(|| {
             "if this is a platform service, ask the platform's admin to add it to the catalogue".to_owned()
         });
         return closed(format!("{} ({})", range.words, range.network), ask);
@@ -164,9 +164,9 @@ pub fn flow<'a>(
 mod tests {
     use super::*;
 
-    fn known(app: Option<&str>) -> Known {
+    fn known(app: Option<&str>) -> AddressFacts {
         let now = time::OffsetDateTime::UNIX_EPOCH;
-        Known {
+        AddressFacts {
             pool: "10.64.0.0/12".parse().unwrap(),
             subnet: "10.64.0.0/22".parse().unwrap(),
             app: app.map(|app| app.parse().unwrap()),

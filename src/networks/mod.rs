@@ -71,14 +71,14 @@ pub struct Service {
 
 /// The addresses or the domain of an egress target.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum EgressTarget {
     /// Addresses.
     Network(Cidr),
     /// A domain: the addresses that it resolves to, until they expire.
     Domain(DomainName),
 }
 
-impl Place {
+impl EgressTarget {
     /// Returns the flow target for it.
     #[must_use]
     pub fn target(&self) -> Target {
@@ -98,7 +98,7 @@ impl Place {
     }
 }
 
-impl std::fmt::Display for Place {
+impl std::fmt::Display for EgressTarget {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Network(network) => network.fmt(f),
@@ -113,7 +113,7 @@ pub struct Approved {
     /// The tenant's name for it.
     pub name: EgressName,
     /// Addresses or domain.
-    pub place: Place,
+    pub place: EgressTarget,
     /// Protocol.
     pub protocol: Protocol,
     /// Ports.
@@ -127,9 +127,9 @@ impl Approved {
     #[must_use]
     pub fn behind(&self, walls: &[Range]) -> Option<Range> {
         match &self.place {
-            Place::Network(network) => never::against_outside(*network, walls),
+            EgressTarget::Network(network) => never::against_outside(*network, walls),
             // The resolver checks a domain's addresses at each lookup.
-            Place::Domain(_) => None,
+            EgressTarget::Domain(_) => None,
         }
     }
 }
@@ -153,7 +153,7 @@ pub struct Granted {
 
 /// The decisions from which one tenant's plan is compiled.
 #[derive(Debug, Clone)]
-pub struct Facts {
+pub struct PlanFacts {
     /// Tenant.
     pub tenant: TenantName,
     /// Its apps.
@@ -197,7 +197,7 @@ pub(crate) fn check_network(network: Cidr, path: &str, wall: Option<Range>, pool
         Some(range) if range.is_own() => {
             fault(format!("{network} touches {}: it is always denied", range.words))
         }
-        Some(range) if range.wall == never::Wall::Private => fault(format!(
+        Some(range) if range.wall == never::ReservedKind::Private => fault(format!(
             "{} is {}: only a single address of a service is allowed there",
             range.network, range.words
         )),

@@ -6,7 +6,7 @@ use super::Cidr;
 
 /// Whether a platform service may have an address in a reserved range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wall {
+pub enum ReservedKind {
     /// Never.
     Closed,
     /// Single addresses may be endpoints of a platform service.
@@ -19,7 +19,7 @@ pub struct Range {
     /// Addresses.
     pub network: Cidr,
     /// Whether a platform service may have an address there.
-    pub wall: Wall,
+    pub wall: ReservedKind,
     /// Description, as messages show it.
     pub words: &'static str,
 }
@@ -35,7 +35,7 @@ impl Range {
     }
 }
 
-const fn range(octets: [u8; 4], prefix: u8, wall: Wall, words: &'static str) -> Range {
+const fn range(octets: [u8; 4], prefix: u8, wall: ReservedKind, words: &'static str) -> Range {
     let [a, b, c, d] = octets;
     match Cidr::new(std::net::Ipv4Addr::new(a, b, c, d), prefix) {
         Some(network) => Range { network, wall, words },
@@ -45,34 +45,39 @@ const fn range(octets: [u8; 4], prefix: u8, wall: Wall, words: &'static str) -> 
 
 /// The built-in list, for all clouds.
 pub const BUILT_IN: &[Range] = &[
-    range([0, 0, 0, 0], 8, Wall::Closed, "this network"),
-    range([10, 0, 0, 0], 8, Wall::Private, "a private range"),
-    range([100, 64, 0, 0], 10, Wall::Private, "a range shared by carriers"),
-    range([100, 100, 100, 200], 32, Wall::Closed, "metadata of a cloud (Alibaba)"),
-    range([127, 0, 0, 0], 8, Wall::Closed, "loopback"),
-    range([168, 63, 129, 16], 32, Wall::Closed, "metadata of a cloud (Azure WireServer)"),
-    range([169, 254, 0, 0], 16, Wall::Closed, "link-local, where clouds have their metadata"),
-    range([172, 16, 0, 0], 12, Wall::Private, "a private range"),
-    range([192, 0, 0, 0], 24, Wall::Closed, "protocol assignments, with metadata of a cloud (Oracle)"),
-    range([192, 0, 2, 0], 24, Wall::Private, "a range for documentation"),
-    range([192, 168, 0, 0], 16, Wall::Private, "a private range"),
-    range([198, 18, 0, 0], 15, Wall::Private, "a range for benchmarks"),
-    range([198, 51, 100, 0], 24, Wall::Private, "a range for documentation"),
-    range([203, 0, 113, 0], 24, Wall::Private, "a range for documentation"),
-    range([224, 0, 0, 0], 4, Wall::Closed, "multicast"),
-    range([240, 0, 0, 0], 4, Wall::Closed, "reserved"),
+    range([0, 0, 0, 0], 8, ReservedKind::Closed, "this network"),
+    range([10, 0, 0, 0], 8, ReservedKind::Private, "a private range"),
+    range([100, 64, 0, 0], 10, ReservedKind::Private, "a range shared by carriers"),
+    range([100, 100, 100, 200], 32, ReservedKind::Closed, "metadata of a cloud (Alibaba)"),
+    range([127, 0, 0, 0], 8, ReservedKind::Closed, "loopback"),
+    range([168, 63, 129, 16], 32, ReservedKind::Closed, "metadata of a cloud (Azure WireServer)"),
+    range([169, 254, 0, 0], 16, ReservedKind::Closed, "link-local, where clouds have their metadata"),
+    range([172, 16, 0, 0], 12, ReservedKind::Private, "a private range"),
+    range(
+        [192, 0, 0, 0],
+        24,
+        ReservedKind::Closed,
+        "protocol assignments, with metadata of a cloud (Oracle)",
+    ),
+    range([192, 0, 2, 0], 24, ReservedKind::Private, "a range for documentation"),
+    range([192, 168, 0, 0], 16, ReservedKind::Private, "a private range"),
+    range([198, 18, 0, 0], 15, ReservedKind::Private, "a range for benchmarks"),
+    range([198, 51, 100, 0], 24, ReservedKind::Private, "a range for documentation"),
+    range([203, 0, 113, 0], 24, ReservedKind::Private, "a range for documentation"),
+    range([224, 0, 0, 0], 4, ReservedKind::Closed, "multicast"),
+    range([240, 0, 0, 0], 4, ReservedKind::Closed, "reserved"),
 ];
 
 /// Returns the range of an address of the machine.
 #[must_use]
 pub fn own(network: Cidr) -> Range {
-    Range { network, wall: Wall::Closed, words: OWN }
+    Range { network, wall: ReservedKind::Closed, words: OWN }
 }
 
 /// Returns a range that the configuration blocks. A platform service may have single addresses there.
 #[must_use]
 pub fn configured(network: Cidr) -> Range {
-    Range { network, wall: Wall::Private, words: "blocked by this platform's configuration" }
+    Range { network, wall: ReservedKind::Private, words: "blocked by this platform's configuration" }
 }
 
 /// Returns the ranges that are not inside another one: an nftables set rejects ranges that overlap.
@@ -94,7 +99,7 @@ pub fn against_service<'a>(network: Cidr, extra: impl IntoIterator<Item = &'a Ra
         .iter()
         .chain(extra)
         .filter(hit)
-        .find(|range| range.wall == Wall::Closed || network.single().is_none())
+        .find(|range| range.wall == ReservedKind::Closed || network.single().is_none())
         .copied()
 }
 

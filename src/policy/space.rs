@@ -2,7 +2,7 @@
 //! lookup is a search in a sorted list.
 
 use super::Cidr;
-use super::never::{Range, Wall};
+use super::never::{Range, ReservedKind};
 
 /// The owner of a stretch of addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub struct Space {
     regions: Vec<Region>,
 }
 
-struct Layer {
+struct SpaceLayer {
     first: u32,
     last: u32,
     region: Region,
@@ -37,14 +37,15 @@ impl Space {
     /// closed range wins over the pool, and the pool over a private range.
     #[must_use]
     pub fn cut(ranges: &[Range], pool: Cidr, tenants: &[(u32, Cidr)]) -> Self {
-        let of = |network: Cidr, region| Layer { first: network.first(), last: network.last(), region };
+        let of = |network: Cidr, region| SpaceLayer { first: network.first(), last: network.last(), region };
         // From the weakest to the strongest.
-        let mut layers: Vec<Layer> = Vec::new();
-        let wall = |wanted: Wall| ranges.iter().filter(move |range| range.wall == wanted);
-        layers.extend(wall(Wall::Private).map(|range| of(range.network, Region::Private(range.words))));
+        let mut layers: Vec<SpaceLayer> = Vec::new();
+        let wall = |wanted: ReservedKind| ranges.iter().filter(move |range| range.wall == wanted);
+        layers
+            .extend(wall(ReservedKind::Private).map(|range| of(range.network, Region::Private(range.words))));
         layers.push(of(pool, Region::Unused));
         layers.extend(tenants.iter().map(|(number, subnet)| of(*subnet, Region::Tenant(*number))));
-        layers.extend(wall(Wall::Closed).map(|range| of(range.network, Region::Never(range.words))));
+        layers.extend(wall(ReservedKind::Closed).map(|range| of(range.network, Region::Never(range.words))));
         let mut edges: Vec<(u64, bool, usize)> = Vec::with_capacity(layers.len() * 2);
         for (n, layer) in layers.iter().enumerate() {
             edges.push((u64::from(layer.first), true, n));
@@ -145,7 +146,7 @@ mod tests {
 
     fn naive(address: u32) -> Region {
         let inside = |network: Cidr| network.first() <= address && address <= network.last();
-        if let Some(range) = BUILT_IN.iter().find(|r| r.wall == Wall::Closed && inside(r.network)) {
+        if let Some(range) = BUILT_IN.iter().find(|r| r.wall == ReservedKind::Closed && inside(r.network)) {
             return Region::Never(range.words);
         }
         for (number, subnet) in [(0, "10.64.0.0/22"), (1, "10.64.4.0/22")] {

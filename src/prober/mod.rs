@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 /// A check requested by the agent.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Question {
+pub struct ProbeQuestion {
     /// Address of the instance.
     pub address: Ipv4Addr,
     /// Port of the instance.
@@ -29,7 +29,7 @@ pub struct Question {
 /// The result of a check.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
-pub enum Answer {
+pub enum ProbeAnswer {
     /// The instance is healthy.
     Well,
     /// The instance is unhealthy, with a short reason. The reason never contains text from the app.
@@ -68,9 +68,9 @@ async fn answer(stream: UnixStream) -> std::io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut line = String::new();
     BufReader::new(read.take(READ)).read_line(&mut line).await?;
-    let answer = match serde_json::from_str::<Question>(&line) {
+    let answer = match serde_json::from_str::<ProbeQuestion>(&line) {
         Ok(question) => check(&question).await,
-        Err(_) => Answer::Ill("the question cannot be read".into()),
+        Err(_) => ProbeAnswer::Ill("the question cannot be read".into()),
     };
     let mut text = serde_json::to_vec(&answer)?;
     text.push(b'\n');
@@ -78,34 +78,34 @@ async fn answer(stream: UnixStream) -> std::io::Result<()> {
 }
 
 /// Checks an instance.
-pub async fn check(question: &Question) -> Answer {
+pub async fn check(question: &ProbeQuestion) -> ProbeAnswer {
     let patience = Duration::from_millis(u64::from(question.timeout_ms.clamp(1, 10_000)));
     match tokio::time::timeout(patience, ask(question)).await {
         Ok(answer) => answer,
-        Err(_) => Answer::Ill(format!("no answer within {} ms", patience.as_millis())),
+        Err(_) => ProbeAnswer::Ill(format!("no answer within {} ms", patience.as_millis())),
     }
 }
 
-async fn ask(question: &Question) -> Answer {
+async fn ask(question: &ProbeQuestion) -> ProbeAnswer {
     let target = SocketAddr::from((question.address, question.port));
     let Ok(mut stream) = TcpStream::connect(target).await else {
-        return Answer::Closed;
+        return ProbeAnswer::Closed;
     };
-    let Some(path) = &question.path else { return Answer::Well };
+    let Some(path) = &question.path else { return ProbeAnswer::Well };
     let request = format!(
         "GET {path} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: bulkhead-prober\r\nAccept: */*\r\nConnection: close\r\n\r\n"
     );
     if stream.write_all(request.as_bytes()).await.is_err() {
-        return Answer::Ill("the connection was closed".into());
+        return ProbeAnswer::Ill("the connection was closed".into());
     }
     let mut line = Vec::new();
     if BufReader::new(stream.take(READ)).read_until(b'\n', &mut line).await.is_err() {
-        return Answer::Ill("the connection was closed".into());
+        return ProbeAnswer::Ill("the connection was closed".into());
     }
     match status(&line) {
-        Some(200..=399) => Answer::Well,
-        Some(code) => Answer::Ill(format!("it answers {code}")),
-        None => Answer::Ill("it does not answer in HTTP".into()),
+        Some(200..=399) => ProbeAnswer::Well,
+        Some(code) => ProbeAnswer::Ill(format!("it answers {code}")),
+        None => ProbeAnswer::Ill("it does not answer in HTTP".into()),
     }
 }
 
@@ -119,12 +119,12 @@ fn status(line: &[u8]) -> Option<u16> {
 }
 
 /// Requests a check from the prober behind a socket. No answer in time is an error.
-pub async fn ask_at(socket: &Path, question: &Question) -> std::io::Result<Answer> {
+pub async fn ask_at(socket: &Path, question: &ProbeQuestion) -> std::io::Result<ProbeAnswer> {
     let patience = Duration::from_millis(u64::from(question.timeout_ms)) + Duration::from_secs(3);
     tokio::time::timeout(patience, converse(socket, question)).await.map_err(std::io::Error::other)?
 }
 
-async fn converse(socket: &Path, question: &Question) -> std::io::Result<Answer> {
+async fn converse(socket: &Path, question: &ProbeQuestion) -> std::io::Result<ProbeAnswer> {
     let stream = UnixStream::connect(socket).await?;
     let (read, mut write) = stream.into_split();
     let mut text = serde_json::to_vec(question)?;
@@ -159,7 +159,7 @@ mod tests {
             while stream.write_all(&[b'x'; 1024]).await.is_ok() {}
         });
         let question =
-            Question { address: Ipv4Addr::LOCALHOST, port, path: Some("/".into()), timeout_ms: 2_000 };
-        assert_eq!(check(&question).await, Answer::Ill("it does not answer in HTTP".into()));
+            ProbeQuestion { address: Ipv4Addr::LOCALHOST, port, path: Some("/".into()), timeout_ms: 2_000 };
+        assert_eq!(check(&question).await, ProbeAnswer::Ill("it does not answer in HTTP".into()));
     }
 }

@@ -25,7 +25,7 @@ pub struct QuotaInput(BTreeMap<String, Option<Size>>);
 
 /// A checked limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Limit {
+pub enum QuotaLimit {
     /// A limit of the tenant itself.
     Own(i64),
     /// Back to the default of the settings.
@@ -34,11 +34,11 @@ pub enum Limit {
 
 /// Checked limits. A resource that is not listed keeps its limit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Limits(BTreeMap<Resource, Limit>);
+pub struct QuotaLimits(BTreeMap<Resource, QuotaLimit>);
 
-impl Limits {
+impl QuotaLimits {
     /// Iterates over the limits.
-    pub fn iter(&self) -> impl Iterator<Item = (Resource, Limit)> {
+    pub fn iter(&self) -> impl Iterator<Item = (Resource, QuotaLimit)> {
         self.0.iter().map(|(resource, limit)| (*resource, *limit))
     }
 
@@ -46,23 +46,23 @@ impl Limits {
     #[must_use]
     pub fn get(&self, resource: Resource) -> Option<i64> {
         match self.0.get(&resource) {
-            Some(Limit::Own(n)) => Some(*n),
+            Some(QuotaLimit::Own(n)) => Some(*n),
             _ => None,
         }
     }
 
     /// Sets a limit unless one is set.
     pub fn or(&mut self, resource: Resource, limit: i64) {
-        self.0.entry(resource).or_insert(Limit::Own(limit));
+        self.0.entry(resource).or_insert(QuotaLimit::Own(limit));
     }
 
     /// Formats the limits for the audit log.
     #[must_use]
     pub fn view(&self) -> serde_json::Value {
-        let shown = |(resource, limit): (Resource, Limit)| {
+        let shown = |(resource, limit): (Resource, QuotaLimit)| {
             let limit = match limit {
-                Limit::Own(n) => serde_json::json!(n),
-                Limit::Default => serde_json::json!("default"),
+                QuotaLimit::Own(n) => serde_json::json!(n),
+                QuotaLimit::Default => serde_json::json!("default"),
             };
             (resource.name().to_owned(), limit)
         };
@@ -143,8 +143,8 @@ fn form(resource: Resource) -> String {
 
 impl QuotaInput {
     /// Checks every limit and collects all faults.
-    pub fn parse(&self, faults: &mut Vec<Fault>) -> Limits {
-        let mut limits = Limits::default();
+    pub fn parse(&self, faults: &mut Vec<Fault>) -> QuotaLimits {
+        let mut limits = QuotaLimits::default();
         let mut bad = |name: &str, message: String| {
             faults.push(Fault::new(Code(426), Kind::Invalid, format!("quota.{name}"), message));
         };
@@ -152,7 +152,7 @@ impl QuotaInput {
             let Definition { name, unit, range: (least, most), .. } = resource.definition();
             let Some(Some(size)) = self.0.get(name) else { continue };
             if matches!(size, Size::Text(text) if text == "default") && !resource.is_own() {
-                limits.0.insert(resource, Limit::Default);
+                limits.0.insert(resource, QuotaLimit::Default);
                 continue;
             }
             let value = match unit {
@@ -162,7 +162,7 @@ impl QuotaInput {
             };
             match value {
                 Some(n) if (least..=most).contains(&n) => {
-                    limits.0.insert(resource, Limit::Own(n));
+                    limits.0.insert(resource, QuotaLimit::Own(n));
                 }
                 _ => bad(name, form(resource)),
             }
@@ -188,7 +188,7 @@ impl QuotaInput {
 mod tests {
     use super::*;
 
-    fn parse(text: &str) -> (Limits, Vec<String>) {
+    fn parse(text: &str) -> (QuotaLimits, Vec<String>) {
         let input: QuotaInput = serde_json::from_str(text).unwrap();
         let mut faults = Vec::new();
         let limits = input.parse(&mut faults);
@@ -207,7 +207,7 @@ mod tests {
         assert_eq!(limits.get(Resource::RegistryBytes), Some(1 << 30));
         assert_eq!(limits.get(Resource::ApiTokens), Some(3));
         assert_eq!(limits.get(Resource::Pids), None);
-        assert!(limits.iter().any(|row| row == (Resource::Tags, Limit::Default)));
+        assert!(limits.iter().any(|row| row == (Resource::Tags, QuotaLimit::Default)));
     }
 
     #[test]

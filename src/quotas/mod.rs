@@ -5,7 +5,7 @@
 //! How to use it, within the caller's own transaction:
 //! - an amount that is reserved and released (bytes, cores): [`reserve`] and [`release`];
 //! - objects with rows of their own: [`take_place`], then insert. A caller that counts itself uses [`lock`] first,
-//!   counts, then [`Held::require_place`], so that two requests never take the same last place;
+//!   counts, then [`LockedResource::require_place`], so that two requests never take the same last place;
 //! - a bound without a count (a rate, a retention): [`limit`].
 //!
 //! A transaction that locks several resources locks [`GATE`] first, to prevent deadlocks.
@@ -22,7 +22,7 @@ pub mod bounds;
 mod input;
 mod store;
 
-pub use input::{Limit, Limits, QuotaInput, Size, print_cpu};
+pub use input::{QuotaInput, QuotaLimit, QuotaLimits, Size, print_cpu};
 pub use store::{
     add_used, check_count, check_day, declare, enter, insert_rows, limit, lock, lock_platform, prune, read,
     read_counted, release, reserve, set_limits, take_place, take_platform_place,
@@ -242,14 +242,14 @@ impl<'de> Deserialize<'de> for Quota {
 /// A resource whose row is locked until the transaction ends.
 #[derive(Debug, Clone, Copy)]
 #[must_use = "count the rows under this lock"]
-pub struct Held {
+pub struct LockedResource {
     /// The resource.
     pub resource: Resource,
     /// The effective limit and the stored use.
     pub amount: Amount,
 }
 
-impl Held {
+impl LockedResource {
     /// Requires room for one more row beside `count` live rows. Count after the lock.
     pub fn require_place(self, count: i64) -> Result<(), Error> {
         self.require(count, 1)
@@ -324,7 +324,8 @@ mod tests {
 
     #[test]
     fn the_last_place_is_a_place_and_no_sum_overflows() {
-        let held = |limit| Held { resource: Resource::ApiTokens, amount: Amount { limit, used: 0 } };
+        let held =
+            |limit| LockedResource { resource: Resource::ApiTokens, amount: Amount { limit, used: 0 } };
         assert!(held(3).require_place(2).is_ok());
         assert!(held(3).require_place(3).is_err());
         assert!(held(3).require_place(i64::MAX).is_err());

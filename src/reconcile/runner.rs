@@ -78,7 +78,7 @@ pub async fn run(
                 continue;
             };
             let (pool, metrics, waker) = (pool.clone(), metrics.clone(), waker.clone());
-            let turn = Turn::take(&busy, claim.tenant);
+            let turn = TenantSlot::take(&busy, claim.tenant);
             let lane =
                 Lane { slot: Some(permit), slow: slow.clone(), tenant: claim.tenant, waker: waker.clone() };
             under_way.spawn(async move {
@@ -141,19 +141,19 @@ fn lock(busy: &Mutex<HashMap<i64, i64>>) -> std::sync::MutexGuard<'_, HashMap<i6
 }
 
 /// One object of a tenant in progress; counted until it is dropped. No tenant takes all slots with slow work.
-struct Turn {
+struct TenantSlot {
     busy: Arc<Mutex<HashMap<i64, i64>>>,
     tenant: i64,
 }
 
-impl Turn {
+impl TenantSlot {
     fn take(busy: &Arc<Mutex<HashMap<i64, i64>>>, tenant: i64) -> Self {
         *lock(busy).entry(tenant).or_default() += 1;
         Self { busy: Arc::clone(busy), tenant }
     }
 }
 
-impl Drop for Turn {
+impl Drop for TenantSlot {
     fn drop(&mut self) {
         let mut busy = lock(&self.busy);
         match busy.get_mut(&self.tenant) {

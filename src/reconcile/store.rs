@@ -46,7 +46,7 @@ pub async fn bring_forward(conn: &mut PgConnection, kind: &str, seconds: f64) ->
 }
 
 /// A claimed row.
-pub(super) struct Claimed {
+pub(super) struct LeasedRow {
     pub(super) kind: String,
     pub(super) tenant: i64,
     pub(super) lease: Lease,
@@ -61,7 +61,7 @@ pub(super) async fn claim(
     limit: i64,
     per_tenant: i64,
     busy: &HashMap<i64, i64>,
-) -> Result<Vec<Claimed>, sqlx::Error> {
+) -> Result<Vec<LeasedRow>, sqlx::Error> {
     let (tenants, counts): (Vec<i64>, Vec<i64>) = busy.iter().unzip();
     let rows = sqlx::query!(
         r#"WITH due AS (
@@ -92,7 +92,7 @@ pub(super) async fn claim(
     .await?;
     Ok(rows
         .into_iter()
-        .map(|row| Claimed {
+        .map(|row| LeasedRow {
             kind: row.kind,
             tenant: row.tenant_id,
             lease: Lease { object_id: row.object_id, epoch: row.epoch, attempt: row.attempt },

@@ -16,7 +16,7 @@ const LEAST: u64 = 30 << 10;
 const WINDOW: Duration = Duration::from_secs(30);
 
 /// A body that is read at a minimum rate.
-pub(super) struct Body<S = Payload> {
+pub(super) struct TimedBody<S = Payload> {
     stream: S,
     window: Duration,
     waited: Duration,
@@ -32,7 +32,7 @@ fn slow() -> OciError {
     )
 }
 
-impl<S, E> Body<S>
+impl<S, E> TimedBody<S>
 where
     S: Stream<Item = Result<Bytes, E>> + Unpin,
 {
@@ -101,11 +101,13 @@ mod tests {
     }
 
     /// A body with a window of 150 ms instead of 30 s.
-    fn body(list: Vec<(u64, usize)>) -> Body<impl Stream<Item = Result<Bytes, ()>> + Unpin> {
-        Body { window: Duration::from_millis(150), ..Body::new(pieces(list)) }
+    fn body(list: Vec<(u64, usize)>) -> TimedBody<impl Stream<Item = Result<Bytes, ()>> + Unpin> {
+        TimedBody { window: Duration::from_millis(150), ..TimedBody::new(pieces(list)) }
     }
 
-    async fn outcome(mut body: Body<impl Stream<Item = Result<Bytes, ()>> + Unpin>) -> Result<usize, u16> {
+    async fn outcome(
+        mut body: TimedBody<impl Stream<Item = Result<Bytes, ()>> + Unpin>,
+    ) -> Result<usize, u16> {
         let mut sum = 0;
         loop {
             match body.next().await {

@@ -7,8 +7,8 @@ use actix_web::http::StatusCode;
 use sqlx::PgPool;
 
 use super::front::OciError;
-use super::proxy::Asked;
-use super::store::{self, Claimed, Ends};
+use super::proxy::ProxyRequest;
+use super::store::{self, Ends, UploadClaimOutcome};
 use super::uploads::unknown_upload;
 use crate::ids::TenantName;
 
@@ -18,7 +18,7 @@ const RENEW: Duration = Duration::from_secs(15);
 const LOST: Duration = Duration::from_secs(45);
 
 /// A claim on an upload.
-pub(super) struct Claim {
+pub(super) struct UploadClaim {
     pool: PgPool,
     tenant: TenantName,
     pub(super) part: String,
@@ -27,13 +27,15 @@ pub(super) struct Claim {
 /// The claim was lost, and the request was cancelled.
 pub(super) struct Lost;
 
-impl Claim {
+impl UploadClaim {
     /// Claims an upload; fails if another request holds it.
-    pub(super) async fn take(pool: &PgPool, asked: &Asked, id: &str) -> Result<Self, OciError> {
+    pub(super) async fn take(pool: &PgPool, asked: &ProxyRequest, id: &str) -> Result<Self, OciError> {
         match store::claim_part(pool, &asked.tenant, &asked.repository, id).await? {
-            Claimed::Taken(part) => Ok(Self { pool: pool.clone(), tenant: asked.tenant.clone(), part }),
-            Claimed::Unknown => Err(unknown_upload()),
-            Claimed::Busy => Err(OciError::new(
+            UploadClaimOutcome::Taken(part) => {
+                Ok(Self { pool: pool.clone(), tenant: asked.tenant.clone(), part })
+            }
+            UploadClaimOutcome::Unknown => Err(unknown_upload()),
+            UploadClaimOutcome::Busy => Err(OciError::new(
                 StatusCode::CONFLICT,
                 "BLOB_UPLOAD_INVALID",
                 "another request for this upload is in progress, or was cut off seconds ago: wait for its answer and \

@@ -9,7 +9,7 @@ use sqlx::{PgConnection, PgPool};
 use tokio_util::sync::CancellationToken;
 
 use super::Distribution;
-use super::collector::{Blob, Link};
+use super::collector::{Blob, RegistryLink};
 use super::store::{self, Doomed, OldUpload};
 use crate::audit;
 use crate::db;
@@ -148,7 +148,7 @@ async fn remove_stray(
     collector.remove_blob(&stray.digest).await?;
     if tell {
         let actor = ActorId::new("platform");
-        let event = audit::Event {
+        let event = audit::AuditEvent {
             tenant: None,
             actor: &actor,
             action: "registry.stray",
@@ -224,7 +224,7 @@ async fn undo_commit(
     if !known {
         registry.delete_blob(&format!("{tenant}/{repository}"), digest).await?;
         if let Some(collector) = registry.collector() {
-            collector.remove_link(tenant, repository, Link::Layer, digest).await?;
+            collector.remove_link(tenant, repository, RegistryLink::Layer, digest).await?;
         }
     }
     Ok(())

@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(4);
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-enum Question {
+enum CollectorQuestion {
     /// Lists the blobs whose digest begins with this byte.
     List { prefix: u8 },
     /// Removes the bytes of a blob or manifest.
@@ -37,7 +37,7 @@ enum Question {
     /// Removes an upload.
     RemoveUpload { tenant: TenantName, repository: RepositoryPath, id: String },
     /// Removes a repository's folder of a blob or manifest that it no longer has.
-    RemoveLink { tenant: TenantName, repository: RepositoryPath, link: Link, digest: Digest },
+    RemoveLink { tenant: TenantName, repository: RepositoryPath, link: RegistryLink, digest: Digest },
     /// Removes the folders of an empty repository.
     RemoveRepository { tenant: TenantName, repository: RepositoryPath },
 }
@@ -45,7 +45,7 @@ enum Question {
 /// The kind of object that a repository's folder stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Link {
+pub(super) enum RegistryLink {
     /// A blob.
     Layer,
     /// A manifest.
@@ -54,7 +54,7 @@ pub(super) enum Link {
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-enum Answer {
+enum CollectorAnswer {
     Blobs { blobs: Vec<Blob> },
     Removed {},
     Failed { why: String },
@@ -89,10 +89,16 @@ impl Disk {
         self.0.join("docker/registry/v2/repositories").join(tenant.as_str()).join(repository.as_str())
     }
 
-    fn link(&self, tenant: &TenantName, repository: &RepositoryPath, link: Link, digest: &Digest) -> PathBuf {
+    fn link(
+        &self,
+        tenant: &TenantName,
+        repository: &RepositoryPath,
+        link: RegistryLink,
+        digest: &Digest,
+    ) -> PathBuf {
         let kind = match link {
-            Link::Layer => "_layers/sha256",
-            Link::Revision => "_manifests/revisions/sha256",
+            RegistryLink::Layer => "_layers/sha256",
+            RegistryLink::Revision => "_manifests/revisions/sha256",
         };
         self.repository(tenant, repository).join(kind).join(&digest.as_str()["sha256:".len()..])
     }
@@ -132,25 +138,29 @@ impl Disk {
         Ok(())
     }
 
-    fn answer(&self, question: Question) -> Answer {
+    fn answer(&self, question: CollectorQuestion) -> CollectorAnswer {
         let removed = match question {
-            Question::List { prefix } => match self.list(prefix) {
-                Ok(blobs) => return Answer::Blobs { blobs },
+            CollectorQuestion::List { prefix } => match self.list(prefix) {
+                Ok(blobs) => return CollectorAnswer::Blobs { blobs },
                 Err(error) => Err(error),
             },
-            Question::RemoveBlob { digest } => gone(std::fs::remove_dir_all(self.blob(&digest))),
-            Question::RemoveUpload { tenant, repository, id } if super::proxy::is_upload_id(&id) => {
+            CollectorQuestion::RemoveBlob { digest } => gone(std::fs::remove_dir_all(self.blob(&digest))),
+            CollectorQuestion::RemoveUpload { tenant, repository, id } if super::proxy::is_upload_id(&id) => {
                 gone(std::fs::remove_dir_all(self.repository(&tenant, &repository).join("_uploads").join(id)))
             }
-            Question::RemoveUpload { .. } => Err(io::Error::other("this is not the id of an upload")),
-            Question::RemoveLink { tenant, repository, link, digest } => {
+            CollectorQuestion::RemoveUpload { .. } => {
+                Err(io::Error::other("this is not the id of an upload"))
+            }
+            CollectorQuestion::RemoveLink { tenant, repository, link, digest } => {
                 gone(std::fs::remove_dir_all(self.link(&tenant, &repository, link, &digest)))
             }
-            Question::RemoveRepository { tenant, repository } => self.remove_repository(&tenant, &repository),
+            CollectorQuestion::RemoveRepository { tenant, repository } => {
+                self.remove_repository(&tenant, &repository)
+            }
         };
         match removed {
-            Ok(()) => Answer::Removed {},
-            Err(error) => Answer::Failed { why: error.to_string() },
+            Ok(()) => CollectorAnswer::Removed {},
+            Err(error) => CollectorAnswer::Failed { why: error.to_string() },
         }
     }
 }
@@ -201,11 +211,11 @@ async fn answer(stream: UnixStream, disk: Disk) -> io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut line = String::new();
     BufReader::new(read.take(QUESTION)).read_line(&mut line).await?;
-    let answer = match serde_json::from_str::<Question>(&line) {
+    let answer = match serde_json::from_str::<CollectorQuestion>(&line) {
         Ok(question) => {
             tokio::task::spawn_blocking(move || disk.answer(question)).await.map_err(io::Error::other)?
         }
-        Err(_) => Answer::Failed { why: "the request cannot be read".into() },
+        Err(_) => CollectorAnswer::Failed { why: "the request cannot be read".into() },
     };
     let mut text = serde_json::to_vec(&answer)?;
     text.push(b'\n');
@@ -225,7 +235,7 @@ impl Collector {
         Self { socket }
     }
 
-    async fn ask(&self, question: &Question) -> Result<Answer, Error> {
+    async fn ask(&self, question: &CollectorQuestion) -> Result<CollectorAnswer, Error> {
         let away = |error: io::Error| {
             tracing::warn!(%error, "the collector does not answer");
             Error::Unavailable("the registry's collector does not answer".into(), Duration::from_secs(5))
@@ -237,10 +247,10 @@ impl Collector {
             write.write_all(&text).await?;
             let mut line = String::new();
             BufReader::new(read.take(ANSWER)).read_line(&mut line).await?;
-            serde_json::from_str::<Answer>(&line).map_err(io::Error::other)
+            serde_json::from_str::<CollectorAnswer>(&line).map_err(io::Error::other)
         };
         match tokio::time::timeout(PATIENCE, asking).await {
-            Ok(Ok(Answer::Failed { why })) => Err(away(io::Error::other(why))),
+            Ok(Ok(CollectorAnswer::Failed { why })) => Err(away(io::Error::other(why))),
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(away(error)),
             Err(_) => Err(away(io::Error::from(io::ErrorKind::TimedOut))),
@@ -249,15 +259,15 @@ impl Collector {
 
     /// Lists the blobs whose digest begins with this byte.
     pub(super) async fn list(&self, prefix: u8) -> Result<Vec<Blob>, Error> {
-        match self.ask(&Question::List { prefix }).await? {
-            Answer::Blobs { blobs } => Ok(blobs),
+        match self.ask(&CollectorQuestion::List { prefix }).await? {
+            CollectorAnswer::Blobs { blobs } => Ok(blobs),
             _ => Err(Error::internal("unexpected answer of the collector")),
         }
     }
 
     /// Removes the bytes of a blob or manifest.
     pub(super) async fn remove_blob(&self, digest: &Digest) -> Result<(), Error> {
-        self.ask(&Question::RemoveBlob { digest: digest.clone() }).await.map(drop)
+        self.ask(&CollectorQuestion::RemoveBlob { digest: digest.clone() }).await.map(drop)
     }
 
     /// Removes an upload.
@@ -268,7 +278,7 @@ impl Collector {
         id: &str,
     ) -> Result<(), Error> {
         let (tenant, repository) = (tenant.clone(), repository.clone());
-        self.ask(&Question::RemoveUpload { tenant, repository, id: id.to_owned() }).await.map(drop)
+        self.ask(&CollectorQuestion::RemoveUpload { tenant, repository, id: id.to_owned() }).await.map(drop)
     }
 
     /// Removes a repository's folder of a blob or manifest that it no longer has.
@@ -276,11 +286,11 @@ impl Collector {
         &self,
         tenant: &TenantName,
         repository: &RepositoryPath,
-        link: Link,
+        link: RegistryLink,
         digest: &Digest,
     ) -> Result<(), Error> {
         let (tenant, repository, digest) = (tenant.clone(), repository.clone(), digest.clone());
-        self.ask(&Question::RemoveLink { tenant, repository, link, digest }).await.map(drop)
+        self.ask(&CollectorQuestion::RemoveLink { tenant, repository, link, digest }).await.map(drop)
     }
 
     /// Removes the folders of an empty repository.
@@ -290,7 +300,7 @@ impl Collector {
         repository: &RepositoryPath,
     ) -> Result<(), Error> {
         let (tenant, repository) = (tenant.clone(), repository.clone());
-        self.ask(&Question::RemoveRepository { tenant, repository }).await.map(drop)
+        self.ask(&CollectorQuestion::RemoveRepository { tenant, repository }).await.map(drop)
     }
 }
 
@@ -340,39 +350,42 @@ mod tests {
         for path in ["_uploads/1-f", "_layers", "below/_layers"] {
             fs::create_dir_all(own.join(path)).unwrap();
         }
-        let upload = |id: &str| Question::RemoveUpload {
+        let upload = |id: &str| CollectorQuestion::RemoveUpload {
             tenant: tenant.clone(),
             repository: web.clone(),
             id: id.into(),
         };
         for id in ["..", "../..", "", "a/b", "."] {
-            assert!(matches!(disk.answer(upload(id)), Answer::Failed { .. }), "{id}");
+            assert!(matches!(disk.answer(upload(id)), CollectorAnswer::Failed { .. }), "{id}");
         }
         assert!(own.join("_uploads/1-f").exists());
-        assert!(matches!(disk.answer(upload("1-f")), Answer::Removed {}));
+        assert!(matches!(disk.answer(upload("1-f")), CollectorAnswer::Removed {}));
         assert!(!own.join("_uploads/1-f").exists());
         // Removes the folder of one link and no other.
         let (one, two) = (Digest::of(b"1"), Digest::of(b"2"));
-        for (link, kind) in [(Link::Layer, "_layers"), (Link::Revision, "_manifests/revisions")] {
+        for (link, kind) in
+            [(RegistryLink::Layer, "_layers"), (RegistryLink::Revision, "_manifests/revisions")]
+        {
             for digest in [&one, &two] {
                 fs::create_dir_all(own.join(kind).join("sha256").join(&digest.as_str()[7..])).unwrap();
             }
             let remove = |digest: &Digest| {
                 let (tenant, repository, digest) = (tenant.clone(), web.clone(), digest.clone());
-                disk.answer(Question::RemoveLink { tenant, repository, link, digest })
+                disk.answer(CollectorQuestion::RemoveLink { tenant, repository, link, digest })
             };
             for _ in 0..2 {
-                assert!(matches!(remove(&one), Answer::Removed {}), "once or twice");
+                assert!(matches!(remove(&one), CollectorAnswer::Removed {}), "once or twice");
             }
             let left: Vec<_> = fs::read_dir(own.join(kind).join("sha256")).unwrap().flatten().collect();
             assert_eq!(left.len(), 1);
             assert_eq!(left[0].file_name().to_string_lossy(), two.as_str()[7..]);
         }
-        let question = Question::RemoveRepository { tenant: tenant.clone(), repository: web.clone() };
-        assert!(matches!(disk.answer(question), Answer::Removed {}));
+        let question =
+            CollectorQuestion::RemoveRepository { tenant: tenant.clone(), repository: web.clone() };
+        assert!(matches!(disk.answer(question), CollectorAnswer::Removed {}));
         assert!(!own.join("_layers").exists() && own.join("below/_layers").exists());
         for text in [r#"{"remove_upload":{"tenant":"..","repository":"web","id":"a"}}"#, "{}", "[]"] {
-            assert!(serde_json::from_str::<Question>(text).is_err(), "{text}");
+            assert!(serde_json::from_str::<CollectorQuestion>(text).is_err(), "{text}");
         }
     }
 }

@@ -10,19 +10,19 @@ use reqwest::{Method, Response, StatusCode, header};
 use sqlx::PgPool;
 
 use super::collector::Collector;
-use super::known::Known;
+use super::known::KnownImages;
 use super::measure::{self, Layer, Measured};
-use super::room::Room;
-use super::token::{Access, SigningKey};
+use super::room::ProxyLimits;
+use super::token::{SigningKey, TokenAccess};
 use super::{Reference, missing, store};
 use crate::db;
-use crate::driver::disk::{self, Part};
+use crate::driver::disk::{self, DiskConsumer};
 use crate::error::Error;
 use crate::fault::{Code, Fault, Kind};
 use crate::ids::{Digest, RepositoryPath, TenantName};
 use crate::images::ImageConfig;
 use crate::images::layers::{self, Merged};
-use crate::images::manifest::{self, Manifest, ManifestError, Parts};
+use crate::images::manifest::{self, Manifest, ManifestContent, ManifestError};
 use crate::images::runnable::for_this_platform;
 use crate::permits::FairPermits;
 
@@ -58,8 +58,8 @@ pub struct Distribution {
     disk: Option<PathBuf>,
     pub(super) pool: PgPool,
     pub(super) measures: FairPermits<TenantName>,
-    known: Arc<Known>,
-    room: Arc<Room>,
+    known: Arc<KnownImages>,
+    room: Arc<ProxyLimits>,
     collector: Option<Collector>,
     work: Option<PgPool>,
 }
@@ -83,9 +83,9 @@ async fn why_missing(
     repository: &RepositoryPath,
     reference: &Reference,
 ) -> Result<Fault, Error> {
-    let mut known = missing::Known {
+    let mut known = missing::TenantImages {
         repositories: store::list_repository_names(conn, tenant).await?,
-        ..missing::Known::default()
+        ..missing::TenantImages::default()
     };
     let own = known.repositories.iter().any(|own| own == repository.as_str());
     let place = if own {
@@ -121,7 +121,7 @@ impl Distribution {
             .read_timeout(Duration::from_secs(60))
             .build()
             .map_err(Error::internal)?;
-        let (known, room) = (Arc::new(Known::new()), Arc::new(Room::new()));
+        let (known, room) = (Arc::new(KnownImages::new()), Arc::new(ProxyLimits::new()));
         let measures = FairPermits::new(MEASURES.0, MEASURES.1);
         Ok(Self { pool, client, base, key, disk: None, measures, known, room, collector: None, work: None })
     }
@@ -141,7 +141,7 @@ impl Distribution {
         self.work.as_ref()
     }
 
-    pub(super) fn room(&self) -> &Room {
+    pub(super) fn room(&self) -> &ProxyLimits {
         &self.room
     }
 
@@ -153,7 +153,7 @@ impl Distribution {
 
     /// Returns whether the registry's disk has room for pushes, beside the space reserved for other parts.
     pub(super) fn has_room(&self) -> bool {
-        let room = self.disk.as_deref().and_then(|place| disk::room(Part::Registry, place));
+        let room = self.disk.as_deref().and_then(|place| disk::room(DiskConsumer::Registry, place));
         room.is_none_or(|room| room.has(0))
     }
 
@@ -179,7 +179,7 @@ impl Distribution {
         rest: &str,
         actions: &[&str],
     ) -> Result<reqwest::RequestBuilder, Error> {
-        let token = self.key.mint("platform", vec![Access::to(name.to_owned(), actions)])?;
+        let token = self.key.mint("platform", vec![TokenAccess::to(name.to_owned(), actions)])?;
         Ok(self.client.request(method, format!("{}/v2/{name}/{rest}", self.base)).bearer_auth(token))
     }
 
@@ -190,8 +190,10 @@ impl Distribution {
         from: &str,
         rest: &str,
     ) -> Result<reqwest::RequestBuilder, Error> {
-        let access =
-            vec![Access::to(name.to_owned(), &["pull", "push"]), Access::to(from.to_owned(), &["pull"])];
+        let access = vec![
+            TokenAccess::to(name.to_owned(), &["pull", "push"]),
+            TokenAccess::to(from.to_owned(), &["pull"]),
+        ];
         let token = self.key.mint("platform", access)?;
         Ok(self.client.post(format!("{}/v2/{name}/{rest}", self.base)).bearer_auth(token))
     }
@@ -290,7 +292,7 @@ impl Distribution {
         let _place = self.room.manifests.turn(tenant).await?;
         let mut manifest_digest = index_digest.clone();
         let mut found = self.manifest(tenant, &name, &index_digest).await?.ok_or_else(missing)?;
-        if let Parts::Index { children } = &found.parts {
+        if let ManifestContent::Index { children } = &found.parts {
             let child = for_this_platform(children).map_err(|error| fault(201, &error.to_string()))?;
             manifest_digest = child.descriptor.digest.clone();
             found = self.manifest(tenant, &name, &manifest_digest).await?.ok_or_else(missing)?;

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_json::json;
 use sqlx::PgPool;
 
-use super::token::{Access, Claims, Holder, Push, Right, SERVICE, SigningKey, grant};
+use super::token::{Claims, CredentialKind, Push, Right, SERVICE, SigningKey, TokenAccess, grant};
 use super::{Distribution, Holders, store};
 use crate::access::denials::Denials;
 use crate::access::throttle::network;
@@ -191,7 +191,7 @@ impl FrontDoor {
         let _room = self.room(&tenant).await?;
         // A token is valid for minutes. Meanwhile its holder may have lost access or rights.
         let mut conn = db::begin(&self.pool, &tenant).await?;
-        let good = if kind == Holder::Robot {
+        let good = if kind == CredentialKind::Robot {
             store::is_robot_good(&mut conn, id).await?
         } else {
             let role = match store::find_token_hash(&mut conn, id).await? {
@@ -199,7 +199,7 @@ impl FrontDoor {
                 None => None,
             };
             includes::<PullImages>(None, role)
-                && (includes::<PushImages>(None, role) || !claims.access.iter().any(Access::pushes))
+                && (includes::<PushImages>(None, role) || !claims.access.iter().any(TokenAccess::pushes))
         };
         conn.commit().await?;
         Ok(good)
@@ -215,7 +215,7 @@ impl FrontDoor {
     pub(super) async fn may_push_at_all(&self, claims: &Claims) -> Result<bool, OciError> {
         let Some((kind, id, tenant)) = claims.holder() else { return Ok(false) };
         let mut conn = db::begin(&self.pool, &tenant).await?;
-        if kind == Holder::Robot {
+        if kind == CredentialKind::Robot {
             return Ok(store::may_robot_push(&mut conn, id).await?);
         }
         let Some(hash) = store::find_token_hash(&mut conn, id).await? else { return Ok(false) };

@@ -15,7 +15,7 @@ const BYTES: u64 = 4 << 20;
 const IMAGES: usize = 2_000;
 
 /// An image in a repository. Keyed by repository so that response times reveal nothing about other tenants.
-type Key = (String, Digest);
+type ImageKey = (String, Digest);
 
 /// A value and its weight in bytes.
 type Weighed<T> = (Arc<T>, u64);
@@ -23,27 +23,27 @@ type Weighed<T> = (Arc<T>, u64);
 #[derive(Debug, Clone)]
 struct Bytes;
 
-impl<T> Weighter<Key, Weighed<T>> for Bytes {
-    fn weight(&self, (name, _): &Key, value: &Weighed<T>) -> u64 {
+impl<T> Weighter<ImageKey, Weighed<T>> for Bytes {
+    fn weight(&self, (name, _): &ImageKey, value: &Weighed<T>) -> u64 {
         // Include the key's digest and the cache's overhead.
         value.1 + name.len() as u64 + 256
     }
 }
 
-type Shelf<T> = Cache<Key, Weighed<T>, Bytes>;
+type Shelf<T> = Cache<ImageKey, Weighed<T>, Bytes>;
 
 /// Images by repository and digest.
-pub(super) struct Known {
+pub(super) struct KnownImages {
     images: Shelf<ResolvedImage>,
 }
 
-impl std::fmt::Debug for Known {
+impl std::fmt::Debug for KnownImages {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Known").field("images", &self.images.len()).finish_non_exhaustive()
     }
 }
 
-impl Known {
+impl KnownImages {
     pub(super) fn new() -> Self {
         Self { images: Cache::with_weighter(IMAGES, BYTES, Bytes) }
     }
@@ -67,7 +67,7 @@ mod tests {
 
     #[test]
     fn one_repository_knows_nothing_of_another_and_the_room_is_bounded() {
-        let known = Known::new();
+        let known = KnownImages::new();
         let image = |digest: Digest| {
             Arc::new(ResolvedImage::new(digest.clone(), digest, ImageConfig::default(), Vec::new()))
         };

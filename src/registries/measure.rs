@@ -10,12 +10,12 @@ use reqwest::{Method, StatusCode};
 
 use super::distribution::{away, good, read};
 use super::front::{FrontDoor, OciError};
-use super::proxy::Asked;
+use super::proxy::ProxyRequest;
 use super::{Distribution, store};
 use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, TenantName};
-use crate::images::layers::{self, Bounds, LayerReport, Stop};
+use crate::images::layers::{self, LayerLimits, LayerReport, Stop};
 use crate::images::manifest::{Descriptor, Manifest};
 use crate::quotas::{Resource, exceeded};
 
@@ -61,7 +61,11 @@ pub(super) enum Measured {
 /// Measures the image of a pushed manifest. Refuses an image that cannot be unpacked or exceeds the quota.
 /// Artifacts are not unpacked and not measured. If the measurement takes too long for the client, it continues
 /// in the background and a deploy waits for it.
-pub(super) async fn at_push(door: &FrontDoor, asked: &Asked, manifest: &Manifest) -> Result<(), OciError> {
+pub(super) async fn at_push(
+    door: &FrontDoor,
+    asked: &ProxyRequest,
+    manifest: &Manifest,
+) -> Result<(), OciError> {
     let Some(layers) = manifest.measured_layers() else { return Ok(()) };
     let list: Vec<Layer> = layers.iter().map(Layer::from).collect();
     let measured = door.registry.measure(&asked.tenant, &asked.repository, &list).await;
@@ -182,7 +186,7 @@ impl Distribution {
         let answer = good(answer)?;
         let stream = answer.bytes_stream().map(|chunk| chunk.map_err(std::io::Error::other));
         let reader = tokio_util::io::SyncIoBridge::new(tokio_util::io::StreamReader::new(stream));
-        let bounds = Bounds { stored: layer.size, budget: amount.left().unsigned_abs(), until };
+        let bounds = LayerLimits { stored: layer.size, budget: amount.left().unsigned_abs(), until };
         let digest = layer.digest.clone();
         let outcome = tokio::task::spawn_blocking(move || layers::measure(reader, &digest, bounds)).await;
         match outcome.map_err(Error::internal)? {

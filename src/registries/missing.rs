@@ -6,7 +6,7 @@ use crate::fault::{Code, Fault, Kind};
 
 /// The tenant's objects that matter for a missing image.
 #[derive(Debug, Default)]
-pub(super) struct Known {
+pub(super) struct TenantImages {
     /// Its repositories.
     pub(super) repositories: Vec<String>,
     /// Tags of the requested repository, or of the one that was probably meant.
@@ -63,7 +63,7 @@ pub(super) fn meant<'a>(tenant: &str, repository: &'a str, repositories: &'a [St
 }
 
 /// Builds the fault for a missing image.
-pub(super) fn explain(tenant: &str, repository: &str, reference: &Reference, known: &Known) -> Fault {
+pub(super) fn explain(tenant: &str, repository: &str, reference: &Reference, known: &TenantImages) -> Fault {
     let fault = |code, message: String| Fault::new(Code(code), Kind::Conflict, "image", message);
     if known.repositories.iter().any(|own| own == repository) {
         return match reference {
@@ -122,7 +122,7 @@ mod tests {
     fn told(image: &str, repositories: &[&str], tags: &[&str]) -> (u16, String) {
         let (repository, tag) = image.split_once(':').unwrap();
         let owned = |names: &[&str]| names.iter().map(ToString::to_string).collect();
-        let known = Known { repositories: owned(repositories), tags: owned(tags), elsewhere: None };
+        let known = TenantImages { repositories: owned(repositories), tags: owned(tags), elsewhere: None };
         let fault = explain("acme", repository, &Reference::Tag(tag.parse().unwrap()), &known);
         (fault.code.0, fault.suggestion.unwrap())
     }
@@ -154,7 +154,8 @@ mod tests {
     #[test]
     fn a_digest_is_looked_for_elsewhere() {
         let digest = crate::ids::Digest::of(b"x");
-        let known = Known { repositories: vec!["web".into()], tags: vec![], elsewhere: Some("api".into()) };
+        let known =
+            TenantImages { repositories: vec!["web".into()], tags: vec![], elsewhere: Some("api".into()) };
         let fault = explain("acme", "web", &Reference::Digest(digest.clone()), &known);
         assert_eq!(fault.suggestion, Some(format!("write api@{digest}")));
     }

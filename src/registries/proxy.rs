@@ -17,7 +17,7 @@ use crate::images::manifest::{self, shown};
 
 /// The object that a path below `/v2/` names.
 #[derive(Debug, PartialEq, Eq)]
-enum Place {
+enum RegistryObject {
     Version,
     Catalog,
     Blob(Digest),
@@ -32,7 +32,7 @@ enum Place {
 
 /// A parsed and authorized request.
 #[derive(Clone)]
-pub(super) struct Asked {
+pub(super) struct ProxyRequest {
     pub(super) tenant: TenantName,
     pub(super) repository: RepositoryPath,
     /// `TENANT/REPOSITORY`.
@@ -41,35 +41,39 @@ pub(super) struct Asked {
 }
 
 /// Splits a path. The name may contain slashes, so the end of the path decides.
-fn place(path: &str) -> Option<(&str, Place)> {
+fn place(path: &str) -> Option<(&str, RegistryObject)> {
     if path.is_empty() {
-        return Some(("", Place::Version));
+        return Some(("", RegistryObject::Version));
     }
     if path == "_catalog" {
-        return Some(("", Place::Catalog));
+        return Some(("", RegistryObject::Catalog));
     }
     if let Some(name) = path.strip_suffix("/tags/list") {
-        return Some((name, Place::Tags));
+        return Some((name, RegistryObject::Tags));
     }
     if let Some(name) = path.strip_suffix("/blobs/uploads/").or_else(|| path.strip_suffix("/blobs/uploads")) {
-        return Some((name, Place::StartUpload));
+        return Some((name, RegistryObject::StartUpload));
     }
     let (rest, last) = path.rsplit_once('/')?;
     if let Some(name) = rest.strip_suffix("/blobs/uploads") {
-        return is_upload_id(last).then(|| (name, Place::Upload(last.to_owned())));
+        return is_upload_id(last).then(|| (name, RegistryObject::Upload(last.to_owned())));
     }
     if let Some(name) = rest.strip_suffix("/blobs") {
-        return Some((name, last.parse().map_or_else(|_| Place::Nonsense(last.to_owned()), Place::Blob)));
+        return Some((
+            name,
+            last.parse().map_or_else(|_| RegistryObject::Nonsense(last.to_owned()), RegistryObject::Blob),
+        ));
     }
     if let Some(name) = rest.strip_suffix("/manifests") {
         let good = last.parse::<Digest>().is_ok() || last.parse::<Tag>().is_ok();
-        let place = if good { Place::Manifest } else { Place::Nonsense };
+        let place = if good { RegistryObject::Manifest } else { RegistryObject::Nonsense };
         return Some((name, place(last.to_owned())));
     }
     if let Some(name) = rest.strip_suffix("/referrers") {
         return Some((
             name,
-            last.parse().map_or_else(|_| Place::Nonsense(last.to_owned()), Place::Referrers),
+            last.parse()
+                .map_or_else(|_| RegistryObject::Nonsense(last.to_owned()), RegistryObject::Referrers),
         ));
     }
     None
@@ -90,13 +94,13 @@ pub async fn handle(
     let path = req.path().strip_prefix("/v2/").unwrap_or("").to_owned();
     let (name, place) = place(&path).ok_or_else(OciError::unknown_name)?;
     let claims = door.claims(&req).await?;
-    if place == Place::Version {
+    if place == RegistryObject::Version {
         return match claims {
             Some(_) => Ok(version()),
             None => Err(door.challenge(&req, None)),
         };
     }
-    if place == Place::Catalog {
+    if place == RegistryObject::Catalog {
         return Err(OciError::denied("the catalogue is not available; list tags of one repository"));
     }
     let read = matches!(*req.method(), Method::GET | Method::HEAD);
@@ -105,7 +109,7 @@ pub async fn handle(
     let Some(claims) = claims else { return Err(challenge()) };
     // A HEAD answer has no text. A pushing client sends HEAD for each blob first, then reads the reason of a
     // refusal from the next answer.
-    let mute = *req.method() == Method::HEAD && matches!(place, Place::Blob(_));
+    let mute = *req.method() == Method::HEAD && matches!(place, RegistryObject::Blob(_));
     let split = names::split(&door, &req, &claims, name);
     let (tenant, repository) = split.map_err(|why| if mute { OciError::unknown_blob() } else { why })?;
     if !(claims.allows(name, "pull") && claims.allows(name, wanted)) {
@@ -118,30 +122,36 @@ pub async fn handle(
     if !read && door.door != Door::Tenants {
         return Err(OciError::unsupported());
     }
-    let asked = Asked { tenant, repository, name: name.to_owned(), claims };
+    let asked = ProxyRequest { tenant, repository, name: name.to_owned(), claims };
     match (req.method().as_str(), place) {
-        (_, Place::Nonsense(text)) => Err(OciError::new(
+        (_, RegistryObject::Nonsense(text)) => Err(OciError::new(
             StatusCode::BAD_REQUEST,
             "DIGEST_INVALID",
             format!("{} is neither a digest (sha256: and 64 hex digits) nor a tag", shown(&text)),
         )),
-        ("GET" | "HEAD", Place::Blob(digest)) => get_blob(&door, &req, &asked, &digest).await,
-        ("DELETE", Place::Blob(digest)) => remove::delete_blob(&door, &asked, &digest).await,
-        ("GET" | "HEAD", Place::Manifest(reference)) => get_manifest(&door, &req, &asked, &reference).await,
-        ("DELETE", Place::Manifest(reference)) => remove::delete_manifest(&door, &asked, &reference).await,
-        ("GET", Place::Tags) => {
+        ("GET" | "HEAD", RegistryObject::Blob(digest)) => get_blob(&door, &req, &asked, &digest).await,
+        ("DELETE", RegistryObject::Blob(digest)) => remove::delete_blob(&door, &asked, &digest).await,
+        ("GET" | "HEAD", RegistryObject::Manifest(reference)) => {
+            get_manifest(&door, &req, &asked, &reference).await
+        }
+        ("DELETE", RegistryObject::Manifest(reference)) => {
+            remove::delete_manifest(&door, &asked, &reference).await
+        }
+        ("GET", RegistryObject::Tags) => {
             let _room = door.room(&asked.tenant).await?;
             referrers::list_tags(&door, &req, &asked).await
         }
-        ("GET", Place::Referrers(subject)) => {
+        ("GET", RegistryObject::Referrers(subject)) => {
             let _room = door.room(&asked.tenant).await?;
             referrers::list(&door, &req, &asked, &subject).await
         }
-        ("POST", Place::StartUpload) => uploads::start(&door, &req, &asked, body).await,
-        ("GET" | "HEAD", Place::Upload(id)) => uploads::look(&door, &req, &asked, &id).await,
-        ("DELETE", Place::Upload(id)) => uploads::cancel(&door, &req, &asked, &id).await,
-        ("PATCH" | "PUT", Place::Upload(id)) => uploads::append(&door, &req, &asked, &id, body).await,
-        ("PUT", Place::Manifest(reference)) => {
+        ("POST", RegistryObject::StartUpload) => uploads::start(&door, &req, &asked, body).await,
+        ("GET" | "HEAD", RegistryObject::Upload(id)) => uploads::look(&door, &req, &asked, &id).await,
+        ("DELETE", RegistryObject::Upload(id)) => uploads::cancel(&door, &req, &asked, &id).await,
+        ("PATCH" | "PUT", RegistryObject::Upload(id)) => {
+            uploads::append(&door, &req, &asked, &id, body).await
+        }
+        ("PUT", RegistryObject::Manifest(reference)) => {
             write::put_manifest(&door, &req, &asked, &reference, body).await
         }
         _ => Err(OciError::unsupported()),
@@ -156,7 +166,7 @@ fn version() -> HttpResponse {
 async fn get_blob(
     door: &FrontDoor,
     req: &HttpRequest,
-    asked: &Asked,
+    asked: &ProxyRequest,
     digest: &Digest,
 ) -> Result<HttpResponse, OciError> {
     referrers::no_parameters(req)?;
@@ -183,7 +193,7 @@ async fn get_blob(
 async fn get_manifest(
     door: &FrontDoor,
     req: &HttpRequest,
-    asked: &Asked,
+    asked: &ProxyRequest,
     reference: &str,
 ) -> Result<HttpResponse, OciError> {
     referrers::no_parameters(req)?;
@@ -204,7 +214,7 @@ async fn get_manifest(
 async fn pass(
     door: &FrontDoor,
     req: &HttpRequest,
-    asked: &Asked,
+    asked: &ProxyRequest,
     rest: &str,
     range: Option<String>,
 ) -> Result<HttpResponse, OciError> {
@@ -273,19 +283,22 @@ mod tests {
     #[test]
     fn only_known_places_are_found() {
         let digest = Digest::of(b"x");
-        assert_eq!(place(""), Some(("", Place::Version)));
-        assert_eq!(place("a/b/c/tags/list"), Some(("a/b/c", Place::Tags)));
-        assert_eq!(place(&format!("a/b/blobs/{digest}")), Some(("a/b", Place::Blob(digest.clone()))));
-        assert_eq!(place("a/b/blobs/uploads/"), Some(("a/b", Place::StartUpload)));
-        assert_eq!(place("a/b/blobs/uploads/1-f"), Some(("a/b", Place::Upload("1-f".into()))));
-        assert_eq!(place("a/b/manifests/1.0"), Some(("a/b", Place::Manifest("1.0".into()))));
+        assert_eq!(place(""), Some(("", RegistryObject::Version)));
+        assert_eq!(place("a/b/c/tags/list"), Some(("a/b/c", RegistryObject::Tags)));
+        assert_eq!(
+            place(&format!("a/b/blobs/{digest}")),
+            Some(("a/b", RegistryObject::Blob(digest.clone())))
+        );
+        assert_eq!(place("a/b/blobs/uploads/"), Some(("a/b", RegistryObject::StartUpload)));
+        assert_eq!(place("a/b/blobs/uploads/1-f"), Some(("a/b", RegistryObject::Upload("1-f".into()))));
+        assert_eq!(place("a/b/manifests/1.0"), Some(("a/b", RegistryObject::Manifest("1.0".into()))));
         for path in ["a/b", "a/b/blobs/uploads/a%2f", "x"] {
             assert_eq!(place(path), None, "{path}");
         }
         for last in ["blobs/sha256:zz", "manifests/..", "manifests/a b", "referrers/1.0", "blobs/sha512:00"] {
             let path = format!("a/b/{last}");
             let text = last.split_once('/').unwrap().1.to_owned();
-            assert_eq!(place(&path), Some(("a/b", Place::Nonsense(text))), "{last}");
+            assert_eq!(place(&path), Some(("a/b", RegistryObject::Nonsense(text))), "{last}");
         }
     }
 }

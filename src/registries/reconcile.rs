@@ -6,7 +6,7 @@ use std::time::Duration;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
-use super::collector::Link;
+use super::collector::RegistryLink;
 use super::store::{self, Why};
 use super::{Distribution, collect};
 use crate::db;
@@ -109,7 +109,7 @@ pub(super) async fn remove_doomed(
     registry.delete_manifest(&format!("{}/{repository}", tenant.1), digest).await?;
     fail::fail_point!("registries::manifest_deleted", |_| Err(Error::internal("failpoint")));
     if let Some(collector) = registry.collector() {
-        collector.remove_link(tenant.1, repository, Link::Revision, digest).await?;
+        collector.remove_link(tenant.1, repository, RegistryLink::Revision, digest).await?;
     }
     // The bytes count until they are removed.
     collect::collect_held(&mut tx, registry, digest).await?;
@@ -173,7 +173,7 @@ async fn remove_blob(
     for repository in places {
         registry.delete_blob(&format!("{}/{repository}", tenant.1), digest).await?;
         if let Some(collector) = registry.collector() {
-            collector.remove_link(tenant.1, &repository, Link::Layer, digest).await?;
+            collector.remove_link(tenant.1, &repository, RegistryLink::Layer, digest).await?;
         }
     }
     collect::collect_held(&mut tx, registry, digest).await?;
@@ -198,7 +198,7 @@ pub(super) async fn remove_place(
     }
     registry.delete_blob(&format!("{}/{repository}", tenant.1), digest).await?;
     if let Some(collector) = registry.collector() {
-        collector.remove_link(tenant.1, repository, Link::Layer, digest).await?;
+        collector.remove_link(tenant.1, repository, RegistryLink::Layer, digest).await?;
     }
     collect::collect_held(&mut tx, registry, digest).await?;
     store::delete_blob(&mut tx, tenant.0, digest).await?;

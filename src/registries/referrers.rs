@@ -8,7 +8,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::front::{FrontDoor, OciError};
-use super::proxy::Asked;
+use super::proxy::ProxyRequest;
 use super::store;
 use crate::db;
 use crate::ids::{Digest, TenantName};
@@ -24,7 +24,7 @@ const CHUNK: usize = 16 << 10;
 
 /// The parameters of a list; each at most once.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Query {
+struct ReferrersQuery {
     n: Option<i64>,
     last: Option<String>,
     artifact_type: Option<String>,
@@ -56,7 +56,7 @@ pub(super) fn no_parameters(req: &HttpRequest) -> Result<(), OciError> {
     pairs(req.query_string(), &["ns"]).map(drop)
 }
 
-impl Query {
+impl ReferrersQuery {
     fn parse(query: &str, known: &[&str]) -> Result<Self, OciError> {
         let mut read = Self::default();
         for (key, value) in pairs(query, known)? {
@@ -101,9 +101,9 @@ fn escaped(text: &str) -> String {
 pub(super) async fn list_tags(
     door: &FrontDoor,
     req: &HttpRequest,
-    asked: &Asked,
+    asked: &ProxyRequest,
 ) -> Result<HttpResponse, OciError> {
-    let query = Query::parse(req.query_string(), &["n", "last", "ns"])?;
+    let query = ReferrersQuery::parse(req.query_string(), &["n", "last", "ns"])?;
     let limit = query.n.unwrap_or(TAGS).min(TAGS);
     let after = query.last.unwrap_or_default();
     let mut conn = db::begin(&door.pool, &asked.tenant).await?;
@@ -127,10 +127,10 @@ pub(super) async fn list_tags(
 pub(super) async fn list(
     door: &FrontDoor,
     req: &HttpRequest,
-    asked: &Asked,
+    asked: &ProxyRequest,
     subject: &Digest,
 ) -> Result<HttpResponse, OciError> {
-    let query = Query::parse(req.query_string(), &["artifactType", "last", "ns"])?;
+    let query = ReferrersQuery::parse(req.query_string(), &["artifactType", "last", "ns"])?;
     let after = query.last.unwrap_or_default();
     let kind = query.artifact_type.as_deref();
     let place_in_room = door.registry.room().lists.take(&asked.tenant).await?;
@@ -188,12 +188,12 @@ mod tests {
     #[test]
     fn a_query_is_read_whole_or_refused_by_name() {
         let known = ["n", "last", "ns"];
-        let read = Query::parse("n=5&last=v1.0&ns=docker.io", &known).unwrap();
+        let read = ReferrersQuery::parse("n=5&last=v1.0&ns=docker.io", &known).unwrap();
         assert_eq!((read.n, read.last.as_deref()), (Some(5), Some("v1.0")));
         for bad in ["n=-1", "n=x", "n=+1", "n=99999999999999999999", "n=1&n=2", "last=%00", "page=2", "N=1"] {
-            assert!(Query::parse(bad, &known).is_err(), "{bad}");
+            assert!(ReferrersQuery::parse(bad, &known).is_err(), "{bad}");
         }
-        let text = Query::parse("artifactType=a%2Fb", &known).unwrap_err().to_string();
+        let text = ReferrersQuery::parse("artifactType=a%2Fb", &known).unwrap_err().to_string();
         assert!(text.contains("artifactType") && text.contains("n, last"), "{text}");
     }
 

@@ -7,7 +7,7 @@ use serde_json::json;
 use sqlx::{PgConnection, PgPool};
 
 use super::front::{FrontDoor, OciError};
-use super::proxy::Asked;
+use super::proxy::ProxyRequest;
 use super::store::{self, Unplaced};
 use super::uploads::Work;
 use super::{Distribution, Holders, Reference, reconcile};
@@ -79,7 +79,7 @@ pub(super) async fn clear(
 /// DELETE .../manifests/REFERENCE
 pub(super) async fn delete_manifest(
     door: &FrontDoor,
-    asked: &Asked,
+    asked: &ProxyRequest,
     reference: &str,
 ) -> Result<HttpResponse, OciError> {
     let reference = match reference.parse() {
@@ -105,7 +105,7 @@ pub(super) async fn delete_manifest(
             }
         };
         let actor = ActorId::new(asked.claims.pusher());
-        let event = audit::Event {
+        let event = audit::AuditEvent {
             tenant: Some(id),
             actor: &actor,
             action: "image.delete",
@@ -152,7 +152,7 @@ async fn untag_all(
     conn: &mut PgConnection,
     holders: &dyn Holders,
     tenant: TenantId,
-    asked: &Asked,
+    asked: &ProxyRequest,
     digest: &Digest,
 ) -> Result<Vec<String>, OciError> {
     let repository = &asked.repository;
@@ -175,7 +175,7 @@ async fn untag_all(
 /// DELETE .../blobs/DIGEST
 pub(super) async fn delete_blob(
     door: &FrontDoor,
-    asked: &Asked,
+    asked: &ProxyRequest,
     digest: &Digest,
 ) -> Result<HttpResponse, OciError> {
     let (work, digest) = (Work::of(door, asked), digest.clone());

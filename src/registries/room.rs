@@ -15,7 +15,7 @@ const WAIT: Duration = Duration::from_secs(10);
 
 /// All limits of the registry proxy.
 #[derive(Debug, Clone)]
-pub(super) struct Room {
+pub(super) struct ProxyLimits {
     /// Streaming parts of uploads; each holds a few chunks.
     pub(super) streams: Places,
     /// Manifests in memory; each at most 4 MiB.
@@ -30,7 +30,7 @@ pub(super) struct Room {
 #[derive(Debug, Clone)]
 pub(super) struct Places(FairPermits<TenantName>);
 
-impl Room {
+impl ProxyLimits {
     pub(super) fn new() -> Self {
         // A tenant's share, and the total.
         let places = |each, all| Places(FairPermits::new(each, all).waiting(64));

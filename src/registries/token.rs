@@ -22,7 +22,7 @@ pub const LIFE: Duration = Duration::from_secs(300);
 
 /// A right in a token, in the registry's format.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Access {
+pub struct TokenAccess {
     /// Always `repository`.
     #[serde(rename = "type")]
     pub kind: String,
@@ -32,7 +32,7 @@ pub struct Access {
     pub actions: Vec<String>,
 }
 
-impl Access {
+impl TokenAccess {
     /// Creates a right to some actions on one repository.
     #[must_use]
     pub fn to(name: String, actions: &[&str]) -> Self {
@@ -58,12 +58,12 @@ pub struct Claims {
     nbf: u64,
     exp: u64,
     /// The granted rights.
-    pub access: Vec<Access>,
+    pub access: Vec<TokenAccess>,
 }
 
 /// The kind of credential behind a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Holder {
+pub enum CredentialKind {
     /// A registry credential.
     Robot,
     /// An API token.
@@ -73,12 +73,12 @@ pub enum Holder {
 impl Claims {
     /// Returns the holder's kind, number and tenant; none for the platform's own tokens.
     #[must_use]
-    pub fn holder(&self) -> Option<(Holder, i64, TenantName)> {
+    pub fn holder(&self) -> Option<(CredentialKind, i64, TenantName)> {
         let (who, tenant) = self.sub.split_once('@')?;
         let (kind, id) = who.split_once(':')?;
         let kind = match kind {
-            "robot" => Holder::Robot,
-            "token" => Holder::Token,
+            "robot" => CredentialKind::Robot,
+            "token" => CredentialKind::Token,
             _ => return None,
         };
         Some((kind, id.parse().ok()?, tenant.parse().ok()?))
@@ -156,7 +156,13 @@ impl SigningKey {
         &self.certificate
     }
 
-    fn sign(&self, aud: &str, subject: &str, access: Vec<Access>, life: Duration) -> Result<String, Error> {
+    fn sign(
+        &self,
+        aud: &str,
+        subject: &str,
+        access: Vec<TokenAccess>,
+        life: Duration,
+    ) -> Result<String, Error> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(Error::internal)?.as_secs();
         let claims = Claims {
             iss: ISSUER.into(),
@@ -184,7 +190,7 @@ impl SigningKey {
     }
 
     /// Mints a token for the registry.
-    pub fn mint(&self, subject: &str, access: Vec<Access>) -> Result<String, Error> {
+    pub fn mint(&self, subject: &str, access: Vec<TokenAccess>) -> Result<String, Error> {
         self.sign(SERVICE, subject, access, LIFE)
     }
 
@@ -196,13 +202,13 @@ impl SigningKey {
 
     /// Mints a credential with which the engine may pull from exactly one repository.
     pub fn mint_pull(&self, tenant: &TenantName, repository: &RepositoryPath) -> Result<String, Error> {
-        let access = vec![Access::to(format!("{tenant}/{repository}"), &["pull"])];
+        let access = vec![TokenAccess::to(format!("{tenant}/{repository}"), &["pull"])];
         self.sign(PULL, "engine", access, LIFE)
     }
 
     /// Returns the right of a valid pull credential.
     #[must_use]
-    pub fn verify_pull(&self, secret: &str) -> Option<Access> {
+    pub fn verify_pull(&self, secret: &str) -> Option<TokenAccess> {
         self.check(PULL, secret)?.access.into_iter().next()
     }
 }
@@ -213,7 +219,7 @@ pub enum Right {
     /// The repositories of one tenant: pull, and push if allowed.
     Tenant(TenantName, Push),
     /// Exactly this right.
-    One(Access),
+    One(TokenAccess),
 }
 
 /// Whether a registry credential may push.
@@ -229,8 +235,8 @@ pub enum Push {
 /// answered with an error: clients request more than they need, and scopes of other tenants' repositories from
 /// their caches.
 #[must_use]
-pub fn grant(right: &Right, scopes: &[String]) -> Vec<Access> {
-    let mut granted: Vec<Access> = Vec::new();
+pub fn grant(right: &Right, scopes: &[String]) -> Vec<TokenAccess> {
+    let mut granted: Vec<TokenAccess> = Vec::new();
     for scope in scopes.iter().flat_map(|scope| scope.split(' ')).take(16) {
         let Some((name, asked)) = parse_scope(scope) else { continue };
         let allowed: &[&str] = match right {
@@ -253,7 +259,7 @@ pub fn grant(right: &Right, scopes: &[String]) -> Vec<Access> {
             .filter(|allowed| all || asked.split(',').any(|action| action == *allowed))
             .collect();
         if !actions.is_empty() && !granted.iter().any(|access| access.name == name) {
-            granted.push(Access::to(name.to_owned(), &actions));
+            granted.push(TokenAccess::to(name.to_owned(), &actions));
         }
     }
     granted
@@ -318,7 +324,7 @@ mod tests {
     #[test]
     fn tokens_are_ours_or_nothing() {
         let key = SigningKey::generate().unwrap();
-        let token = key.mint("robot:1", vec![Access::to("acme/web".into(), &["pull"])]).unwrap();
+        let token = key.mint("robot:1", vec![TokenAccess::to("acme/web".into(), &["pull"])]).unwrap();
         assert!(key.verify(&token).unwrap().allows("acme/web", "pull"));
         assert!(!key.verify(&token).unwrap().allows("acme/web", "push"));
         assert!(SigningKey::generate().unwrap().verify(&token).is_none(), "another key");

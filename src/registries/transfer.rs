@@ -11,8 +11,8 @@ use actix_web::{HttpResponse, web};
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
-use super::body::{Body, cut};
-use super::claims::{Claim, Lost};
+use super::body::{TimedBody, cut};
+use super::claims::{Lost, UploadClaim};
 use super::collect;
 use super::front::{FrontDoor, OciError, PATIENCE};
 use super::proxy::{relay, unreachable_registry};
@@ -33,14 +33,14 @@ const SIGN: Duration = Duration::from_secs(120);
 const OCTETS: &str = "application/octet-stream";
 
 /// A piece of a body in transit.
-enum Part {
+enum BodyPart {
     Bytes(Bytes),
     /// The body is complete. A body that ends without this was cut off.
     End,
 }
 
 /// The outcome of a request to an upload.
-enum Outcome {
+enum UploadOutcome {
     Further(OpenUpload),
     /// The request's start differs from the upload's position.
     Misplaced(OpenUpload),
@@ -65,7 +65,7 @@ impl Transfer {
     pub(super) async fn carry(self, door: &FrontDoor, body: web::Payload) -> Result<HttpResponse, OciError> {
         let (work, id) = (self.work.clone(), self.id.clone());
         // Payload is bound to its thread, so a channel of two chunks passes the bytes on.
-        let (sender, receiver) = mpsc::channel::<Part>(2);
+        let (sender, receiver) = mpsc::channel::<BodyPart>(2);
         let (claimed, ready) = oneshot::channel();
         let sending = tokio::spawn(self.run(receiver, claimed));
         // Read and reserve nothing before this request has claimed the upload.
@@ -74,21 +74,23 @@ impl Transfer {
         }
         let asked = &work.asked;
         match sending.await.map_err(|error| OciError::from(crate::error::Error::internal(error)))?? {
-            Outcome::Further(upload) => Ok(progress(StatusCode::ACCEPTED, asked, &upload)),
-            Outcome::Misplaced(upload) => Ok(progress(StatusCode::RANGE_NOT_SATISFIABLE, asked, &upload)),
-            Outcome::Committed(digest) => Ok(committed(asked, &digest)),
-            Outcome::Refused(answer) => Ok(relay(answer)),
+            UploadOutcome::Further(upload) => Ok(progress(StatusCode::ACCEPTED, asked, &upload)),
+            UploadOutcome::Misplaced(upload) => {
+                Ok(progress(StatusCode::RANGE_NOT_SATISFIABLE, asked, &upload))
+            }
+            UploadOutcome::Committed(digest) => Ok(committed(asked, &digest)),
+            UploadOutcome::Refused(answer) => Ok(relay(answer)),
         }
     }
 
     /// Sends the body and settles the outcome, even if the client has disconnected.
     async fn run(
         self,
-        receiver: mpsc::Receiver<Part>,
+        receiver: mpsc::Receiver<BodyPart>,
         claimed: oneshot::Sender<()>,
-    ) -> Result<Outcome, OciError> {
+    ) -> Result<UploadOutcome, OciError> {
         let Work { pool, asked, .. } = &self.work;
-        let claim = Claim::take(pool, asked, &self.id).await?;
+        let claim = UploadClaim::take(pool, asked, &self.id).await?;
         let upload = match find_open(pool, asked, &self.id).await {
             Ok(upload) => upload,
             Err(error) => {
@@ -98,7 +100,7 @@ impl Transfer {
         };
         if self.start.is_some_and(|start| start != upload.received) {
             claim.release(Ends::Answered).await?;
-            return Ok(Outcome::Misplaced(upload));
+            return Ok(UploadOutcome::Misplaced(upload));
         }
         let _ = claimed.send(());
         let sent = if self.length == Some(0) {
@@ -113,11 +115,11 @@ impl Transfer {
             (Sent::Whole(upload), Some(digest)) => self.finish(claim, &upload, digest).await,
             (Sent::Whole(upload), None) => {
                 claim.release(Ends::Answered).await?;
-                Ok(Outcome::Further(upload))
+                Ok(UploadOutcome::Further(upload))
             }
             (Sent::Refused(answer), _) => {
                 claim.release(Ends::Answered).await?;
-                Ok(Outcome::Refused(answer))
+                Ok(UploadOutcome::Refused(answer))
             }
             (Sent::Less(error), _) => {
                 claim.release(Ends::Answered).await?;
@@ -131,7 +133,12 @@ impl Transfer {
     }
 
     /// Sends the body to the registry as one part.
-    async fn send(&self, claim: &Claim, upload: OpenUpload, receiver: mpsc::Receiver<Part>) -> Sent {
+    async fn send(
+        &self,
+        claim: &UploadClaim,
+        upload: OpenUpload,
+        receiver: mpsc::Receiver<BodyPart>,
+    ) -> Sent {
         let (whole, passed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let body = self.stream(receiver, Arc::clone(&whole), Arc::clone(&passed));
         let Work { pool, registry, asked } = &self.work;
@@ -168,7 +175,7 @@ impl Transfer {
     /// sent.
     fn stream(
         &self,
-        receiver: mpsc::Receiver<Part>,
+        receiver: mpsc::Receiver<BodyPart>,
         whole: Arc<AtomicBool>,
         passed: Arc<AtomicU64>,
     ) -> reqwest::Body {
@@ -177,14 +184,14 @@ impl Transfer {
             let (whole, passed) = (Arc::clone(&whole), Arc::clone(&passed));
             async move {
                 match receiver.recv().await {
-                    Some(Part::Bytes(bytes)) => {
+                    Some(BodyPart::Bytes(bytes)) => {
                         let more = bytes.len() as u64;
                         let sum = passed.fetch_add(more, Ordering::SeqCst) + more;
                         // After the last announced byte the body is complete, even if the client disconnects.
                         whole.fetch_or(length == Some(sum), Ordering::SeqCst);
                         Some((Ok::<_, std::io::Error>(bytes), receiver))
                     }
-                    Some(Part::End) => {
+                    Some(BodyPart::End) => {
                         whole.store(true, Ordering::SeqCst);
                         None
                     }
@@ -197,7 +204,12 @@ impl Transfer {
     }
 
     /// Asks the registry to commit the upload.
-    async fn finish(&self, claim: Claim, upload: &OpenUpload, digest: &Digest) -> Result<Outcome, OciError> {
+    async fn finish(
+        &self,
+        claim: UploadClaim,
+        upload: &OpenUpload,
+        digest: &Digest,
+    ) -> Result<UploadOutcome, OciError> {
         let Work { pool, registry, asked } = &self.work;
         if !store::ask_commit(pool, &asked.tenant, &claim.part, digest).await? {
             return Err(unknown_upload());
@@ -228,7 +240,7 @@ impl Transfer {
                     return Err(error);
                 }
                 commit(&self.work, Some(&self.id), digest).await?;
-                Ok(Outcome::Committed(digest.clone()))
+                Ok(UploadOutcome::Committed(digest.clone()))
             }
             StatusCode::BAD_REQUEST => {
                 // The sent bytes count until the upload is cancelled, which the client may still do.
@@ -237,7 +249,7 @@ impl Transfer {
             }
             _ => {
                 claim.release(Ends::Answered).await?;
-                Ok(Outcome::Refused(answer))
+                Ok(UploadOutcome::Refused(answer))
             }
         }
     }
@@ -282,16 +294,16 @@ async fn pump(
     work: &Work,
     id: &str,
     body: web::Payload,
-    sender: mpsc::Sender<Part>,
+    sender: mpsc::Sender<BodyPart>,
 ) -> Result<(), OciError> {
-    let mut taken = Taken {
+    let mut taken = UploadReservation {
         pool: work.pool.clone(),
         tenant: work.asked.tenant.clone(),
         id: id.to_owned(),
         reserved: 0,
         passed: 0,
     };
-    let mut body = Body::new(body);
+    let mut body = TimedBody::new(body);
     let mut sign = Instant::now();
     while let Some(chunk) = body.next().await? {
         let next = taken.passed + chunk.len() as u64;
@@ -314,18 +326,18 @@ async fn pump(
             drop(room);
         }
         taken.passed = next;
-        if sender.send(Part::Bytes(chunk)).await.is_err() {
+        if sender.send(BodyPart::Bytes(chunk)).await.is_err() {
             // The registry has answered already.
             return Ok(());
         }
     }
-    let _ = sender.send(Part::End).await;
+    let _ = sender.send(BodyPart::End).await;
     Ok(())
 }
 
 /// An upload's reservation in the quota. On drop, also after a client disconnected, it returns the unused
 /// bytes.
-struct Taken {
+struct UploadReservation {
     pool: sqlx::PgPool,
     tenant: TenantName,
     id: String,
@@ -333,7 +345,7 @@ struct Taken {
     passed: u64,
 }
 
-impl Drop for Taken {
+impl Drop for UploadReservation {
     fn drop(&mut self) {
         let left = self.reserved.saturating_sub(self.passed);
         if left == 0 {

@@ -6,10 +6,10 @@ use actix_web::http::{Method, StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
 
 use super::Distribution;
-use super::body::{Body, cut};
-use super::claims::Claim;
+use super::body::{TimedBody, cut};
+use super::claims::UploadClaim;
 use super::front::{FrontDoor, OciError, PATIENCE};
-use super::proxy::{Asked, relay, unreachable_registry};
+use super::proxy::{ProxyRequest, relay, unreachable_registry};
 use super::store::{self, Ends, OpenUpload, Reserve};
 use super::transfer::Transfer;
 use super::write::{full, may_push};
@@ -19,7 +19,7 @@ use crate::images::manifest::shown;
 
 /// The parameters of an upload; each at most once.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Query {
+struct UploadQuery {
     mount: Option<Digest>,
     from: Option<String>,
     digest: Option<Digest>,
@@ -48,7 +48,7 @@ pub(super) fn bad_digest(text: &str) -> OciError {
     OciError::new(StatusCode::BAD_REQUEST, "DIGEST_INVALID", text)
 }
 
-impl Query {
+impl UploadQuery {
     /// Parses a query that may contain only these parameters.
     fn parse(query: &str, allowed: &[&str]) -> Result<Self, OciError> {
         let pairs = web::Query::<Vec<(String, String)>>::from_query(query)
@@ -91,11 +91,11 @@ pub(super) fn status(answer: &reqwest::Response) -> StatusCode {
 pub(super) struct Work {
     pub(super) pool: sqlx::PgPool,
     pub(super) registry: Distribution,
-    pub(super) asked: Asked,
+    pub(super) asked: ProxyRequest,
 }
 
 impl Work {
-    pub(super) fn of(door: &FrontDoor, asked: &Asked) -> Self {
+    pub(super) fn of(door: &FrontDoor, asked: &ProxyRequest) -> Self {
         Self { pool: door.pool.clone(), registry: door.registry.clone(), asked: asked.clone() }
     }
 
@@ -116,15 +116,15 @@ impl Work {
 pub(super) async fn start(
     door: &FrontDoor,
     req: &HttpRequest,
-    asked: &Asked,
+    asked: &ProxyRequest,
     body: web::Payload,
 ) -> Result<HttpResponse, OciError> {
     may_push(door, asked).await?;
-    let query = Query::parse(req.query_string(), &["mount", "from", "digest"])?;
+    let query = UploadQuery::parse(req.query_string(), &["mount", "from", "digest"])?;
     // A client may send the digest with the first request. Without a body it is an upload like any other.
     let whole = query.digest.clone().filter(|digest| sends_body(req) || *digest == Digest::of(b""));
     if let (Some(digest), None) = (whole, &query.mount) {
-        let Begun::Open(upload) = Work::finish(begin(Work::of(door, asked), None)).await? else {
+        let UploadStart::Open(upload) = Work::finish(begin(Work::of(door, asked), None)).await? else {
             return Err(unreachable_answer("it mounted a blob without a mount request"));
         };
         let id = upload.id;
@@ -140,7 +140,7 @@ pub(super) async fn start(
         return done;
     }
     // A form in the body could also set `mount` and `from`, so the body is never passed on.
-    let mut body = Body::new(body);
+    let mut body = TimedBody::new(body);
     while let Some(chunk) = body.next().await? {
         if !chunk.is_empty() {
             return Err(unsupported("an upload with a body needs its digest: ?digest=sha256:...".into()));
@@ -160,9 +160,9 @@ pub(super) async fn start(
         mounted = from.map(|from| (digest, from));
     }
     match Work::finish(begin(Work::of(door, asked), mounted)).await? {
-        Begun::Mounted(digest) => Ok(committed(asked, &digest)),
-        Begun::Open(upload) => Ok(progress(StatusCode::ACCEPTED, asked, &upload)),
-        Begun::Refused(answer) => Ok(relay(answer)),
+        UploadStart::Mounted(digest) => Ok(committed(asked, &digest)),
+        UploadStart::Open(upload) => Ok(progress(StatusCode::ACCEPTED, asked, &upload)),
+        UploadStart::Refused(answer) => Ok(relay(answer)),
     }
 }
 
@@ -181,7 +181,7 @@ fn length(req: &HttpRequest) -> Option<u64> {
 }
 
 /// Answers with the progress of an upload in the protocol's form: the last byte, or 0 for none.
-pub(super) fn progress(status: StatusCode, asked: &Asked, upload: &OpenUpload) -> HttpResponse {
+pub(super) fn progress(status: StatusCode, asked: &ProxyRequest, upload: &OpenUpload) -> HttpResponse {
     HttpResponse::build(status)
         .insert_header((header::LOCATION, format!("/v2/{}/blobs/uploads/{}", asked.name, upload.id)))
         .insert_header((header::RANGE, format!("0-{}", upload.received.saturating_sub(1))))
@@ -191,7 +191,7 @@ pub(super) fn progress(status: StatusCode, asked: &Asked, upload: &OpenUpload) -
 }
 
 /// Answers that a blob is committed.
-pub(super) fn committed(asked: &Asked, digest: &Digest) -> HttpResponse {
+pub(super) fn committed(asked: &ProxyRequest, digest: &Digest) -> HttpResponse {
     HttpResponse::Created()
         .insert_header((header::LOCATION, format!("/v2/{}/blobs/{digest}", asked.name)))
         .insert_header(("Docker-Content-Digest", digest.as_str()))
@@ -200,7 +200,7 @@ pub(super) fn committed(asked: &Asked, digest: &Digest) -> HttpResponse {
 }
 
 /// The result of starting an upload.
-enum Begun {
+enum UploadStart {
     Mounted(Digest),
     Open(OpenUpload),
     Refused(reqwest::Response),
@@ -217,7 +217,7 @@ async fn begin_mount(
     Ok(id.map(|id| (digest, format!("{}/{from}", asked.tenant), id)))
 }
 
-async fn begin(work: Work, mounted: Option<(Digest, RepositoryPath)>) -> Result<Begun, OciError> {
+async fn begin(work: Work, mounted: Option<(Digest, RepositoryPath)>) -> Result<UploadStart, OciError> {
     let Work { pool, registry, asked } = &work;
     admit(&work, None).await?;
     let start = "blobs/uploads/";
@@ -240,12 +240,12 @@ async fn begin(work: Work, mounted: Option<(Digest, RepositoryPath)>) -> Result<
     if let Some((digest, _, id)) = &mounted {
         if status(&answer) == StatusCode::CREATED {
             commit(&work, Some(id), digest).await?;
-            return Ok(Begun::Mounted(digest.clone()));
+            return Ok(UploadStart::Mounted(digest.clone()));
         }
         store::end_mount(pool, &asked.tenant, id).await?;
     }
     if status(&answer) != StatusCode::ACCEPTED {
-        return Ok(Begun::Refused(answer));
+        return Ok(UploadStart::Refused(answer));
     }
     let id = answer.headers().get("docker-upload-uuid").and_then(|value| value.to_str().ok());
     let id = id.filter(|id| super::proxy::is_upload_id(id)).map(str::to_owned);
@@ -260,7 +260,7 @@ async fn begin(work: Work, mounted: Option<(Digest, RepositoryPath)>) -> Result<
         }
         return Err(refused);
     }
-    Ok(Begun::Open(upload))
+    Ok(UploadStart::Open(upload))
 }
 
 pub(super) fn unreachable_answer(why: &str) -> OciError {
@@ -276,7 +276,7 @@ async fn admit(work: &Work, new: Option<&OpenUpload>) -> Result<(), OciError> {
 }
 
 /// Returns the source repository of a mount if it belongs to the same tenant.
-fn own_repository(asked: &Asked, from: &str) -> Option<RepositoryPath> {
+fn own_repository(asked: &ProxyRequest, from: &str) -> Option<RepositoryPath> {
     from.strip_prefix(asked.tenant.as_str())?.strip_prefix('/')?.parse().ok()
 }
 
@@ -284,15 +284,19 @@ fn own_repository(asked: &Asked, from: &str) -> Option<RepositoryPath> {
 pub(super) async fn look(
     door: &FrontDoor,
     req: &HttpRequest,
-    asked: &Asked,
+    asked: &ProxyRequest,
     id: &str,
 ) -> Result<HttpResponse, OciError> {
     // A client that queries a refused part uses that part's URL, with its digest.
-    Query::parse(req.query_string(), &["digest"])?;
+    UploadQuery::parse(req.query_string(), &["digest"])?;
     Ok(progress(StatusCode::NO_CONTENT, asked, &find_open(&door.pool, asked, id).await?))
 }
 
-pub(super) async fn find_open(pool: &sqlx::PgPool, asked: &Asked, id: &str) -> Result<OpenUpload, OciError> {
+pub(super) async fn find_open(
+    pool: &sqlx::PgPool,
+    asked: &ProxyRequest,
+    id: &str,
+) -> Result<OpenUpload, OciError> {
     let mut conn = db::begin(pool, &asked.tenant).await?;
     let found = store::find_upload(&mut conn, &asked.tenant, &asked.repository, id).await?;
     found.ok_or_else(unknown_upload)
@@ -302,10 +306,10 @@ pub(super) async fn find_open(pool: &sqlx::PgPool, asked: &Asked, id: &str) -> R
 pub(super) async fn cancel(
     door: &FrontDoor,
     req: &HttpRequest,
-    asked: &Asked,
+    asked: &ProxyRequest,
     id: &str,
 ) -> Result<HttpResponse, OciError> {
-    Query::parse(req.query_string(), &[])?;
+    UploadQuery::parse(req.query_string(), &[])?;
     let (work, id) = (Work::of(door, asked), id.to_owned());
     Work::finish(async move { drop_upload(&work, &id).await }).await?;
     Ok(HttpResponse::NoContent().insert_header(("Docker-Distribution-Api-Version", "registry/2.0")).finish())
@@ -314,7 +318,7 @@ pub(super) async fn cancel(
 /// Cancels an upload that no other request holds.
 async fn drop_upload(work: &Work, id: &str) -> Result<(), OciError> {
     let Work { pool, registry, asked } = work;
-    let claim = Claim::take(pool, asked, id).await?;
+    let claim = UploadClaim::take(pool, asked, id).await?;
     let dropped = match find_open(pool, asked, id).await {
         Ok(upload) => cancel_there(registry, asked, &upload).await,
         Err(error) => Err(error),
@@ -331,7 +335,11 @@ async fn drop_upload(work: &Work, id: &str) -> Result<(), OciError> {
 /// Cancels an upload in the registry. The registry (Distribution 2.8) rewrites a part of the upload's folder
 /// after removing it. It also cannot resume an upload that was cut off inside a part, not even to cancel it.
 /// The collector removes the remains in both cases.
-async fn cancel_there(registry: &Distribution, asked: &Asked, upload: &OpenUpload) -> Result<(), OciError> {
+async fn cancel_there(
+    registry: &Distribution,
+    asked: &ProxyRequest,
+    upload: &OpenUpload,
+) -> Result<(), OciError> {
     // The registry requires the delete right for this; clients never have it.
     let request = registry.request(
         reqwest::Method::DELETE,
@@ -358,13 +366,13 @@ async fn cancel_there(registry: &Distribution, asked: &Asked, upload: &OpenUploa
 pub(super) async fn append(
     door: &FrontDoor,
     req: &HttpRequest,
-    asked: &Asked,
+    asked: &ProxyRequest,
     id: &str,
     body: web::Payload,
 ) -> Result<HttpResponse, OciError> {
     may_push(door, asked).await?;
     let last = *req.method() == Method::PUT;
-    let query = Query::parse(req.query_string(), if last { &["digest"] } else { &[] })?;
+    let query = UploadQuery::parse(req.query_string(), if last { &["digest"] } else { &[] })?;
     if last && query.digest.is_none() {
         return Err(bad_digest("PUT takes a digest: ?digest=sha256:..."));
     }
@@ -375,7 +383,7 @@ pub(super) async fn append(
 async fn receive(
     door: &FrontDoor,
     req: &HttpRequest,
-    asked: &Asked,
+    asked: &ProxyRequest,
     id: &str,
     digest: Option<Digest>,
     body: web::Payload,
@@ -436,9 +444,9 @@ mod tests {
         let digest = Digest::of(b"x");
         let both = ["digest", "from"];
         let encoded = digest.as_str().replace(':', "%3A");
-        let read = Query::parse(&format!("from=acme%2Fweb&digest={encoded}"), &both).unwrap();
+        let read = UploadQuery::parse(&format!("from=acme%2Fweb&digest={encoded}"), &both).unwrap();
         assert_eq!((read.digest.as_ref(), read.from.as_deref()), (Some(&digest), Some("acme/web")));
-        assert_eq!(Query::parse("", &both).unwrap(), Query::default());
+        assert_eq!(UploadQuery::parse("", &both).unwrap(), UploadQuery::default());
         let other = Digest::of(b"y");
         for query in [
             format!("digest={digest}&digest={other}"),
@@ -454,9 +462,9 @@ mod tests {
             "from=a&from=b".into(),
             format!("digest={digest}&x=y"),
         ] {
-            assert!(Query::parse(&query, &both).is_err(), "{query}");
+            assert!(UploadQuery::parse(&query, &both).is_err(), "{query}");
         }
-        assert!(Query::parse(&format!("digest={digest}"), &[]).is_err(), "PATCH takes no digest");
+        assert!(UploadQuery::parse(&format!("digest={digest}"), &[]).is_err(), "PATCH takes no digest");
     }
 
     #[test]

@@ -8,18 +8,18 @@ use actix_web::http::{StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
 use futures_util::StreamExt;
 
-use super::body::Body;
+use super::body::TimedBody;
 use super::front::{FrontDoor, OciError, PATIENCE};
 use super::measure;
-use super::proxy::{Asked, relay, unreachable_registry};
+use super::proxy::{ProxyRequest, relay, unreachable_registry};
 use super::referrers::no_parameters;
 use super::store::{self, Attached, NewManifest, Noted};
 use super::uploads::{Work, status};
 use crate::db;
 use crate::ids::{Digest, Tag};
-use crate::images::manifest::{self, Descriptor, Manifest, Parts};
+use crate::images::manifest::{self, Descriptor, Manifest, ManifestContent};
 
-pub(super) async fn may_push(door: &FrontDoor, asked: &Asked) -> Result<(), OciError> {
+pub(super) async fn may_push(door: &FrontDoor, asked: &ProxyRequest) -> Result<(), OciError> {
     if !door.registry.has_room() {
         return Err(OciError::new(
             StatusCode::SERVICE_UNAVAILABLE,
@@ -43,7 +43,7 @@ fn never_pushed() -> OciError {
     )
 }
 
-pub(super) fn full(asked: &Asked, used: u64, limit: u64, needed: u64) -> OciError {
+pub(super) fn full(asked: &ProxyRequest, used: u64, limit: u64, needed: u64) -> OciError {
     let tenant = &asked.tenant;
     OciError::denied(format!(
         "the registry quota of {tenant} is used up: limit {limit} bytes, used {used}, needed at least {needed}. \
@@ -56,7 +56,7 @@ pub(super) fn full(asked: &Asked, used: u64, limit: u64, needed: u64) -> OciErro
 pub(super) async fn put_manifest(
     door: &FrontDoor,
     req: &HttpRequest,
-    asked: &Asked,
+    asked: &ProxyRequest,
     reference: &str,
     body: web::Payload,
 ) -> Result<HttpResponse, OciError> {
@@ -166,7 +166,7 @@ fn too_large() -> OciError {
 }
 
 async fn collect(body: web::Payload) -> Result<Vec<u8>, OciError> {
-    let mut body = Body::new(body).within(ARRIVE);
+    let mut body = TimedBody::new(body).within(ARRIVE);
     let mut bytes = Vec::new();
     while let Some(chunk) = body.next().await? {
         if bytes.len() + chunk.len() > manifest::LIMIT {
@@ -180,7 +180,7 @@ async fn collect(body: web::Payload) -> Result<Vec<u8>, OciError> {
 /// Parses a manifest outside the request threads, one at a time for each tenant.
 async fn parse(
     door: &FrontDoor,
-    asked: &Asked,
+    asked: &ProxyRequest,
     bytes: Vec<u8>,
     kind: &str,
 ) -> Result<(Vec<u8>, Manifest), OciError> {
@@ -199,12 +199,14 @@ async fn parse(
 /// Checks every part against the stored content: declared sizes are only claims.
 async fn check_parts(
     door: &FrontDoor,
-    asked: &Asked,
+    asked: &ProxyRequest,
     parsed: &Manifest,
 ) -> Result<(Vec<(Digest, bool)>, u64), OciError> {
     let (list, is_blob): (Vec<&Descriptor>, bool) = match &parsed.parts {
-        Parts::Image { config, layers } => (std::iter::once(config).chain(layers).collect(), true),
-        Parts::Index { children } => (children.iter().map(|child| &child.descriptor).collect(), false),
+        ManifestContent::Image { config, layers } => (std::iter::once(config).chain(layers).collect(), true),
+        ManifestContent::Index { children } => {
+            (children.iter().map(|child| &child.descriptor).collect(), false)
+        }
     };
     let registry = Arc::new(door.registry.clone());
     let mut checks = futures_util::stream::iter(list.clone().into_iter().cloned().map(|part| {

@@ -27,7 +27,7 @@ use rooms::Rooms;
 /// A question of the resolver to the agent.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Question {
+pub enum ResolverQuestion {
     /// Asks on which addresses to listen.
     Gateways {},
     /// Asks about a name for an instance.
@@ -57,7 +57,7 @@ pub enum Question {
 /// An answer of the agent.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Answer {
+pub enum ResolverAnswer {
     /// Addresses of all bridges.
     Gateways {
         /// Addresses.
@@ -153,7 +153,9 @@ pub async fn serve(agent: &Path, settings: &Settings) -> Result<(), String> {
     let resolver = Arc::new(Resolver { agent: agent.to_owned(), outside, rooms: Rooms::new() });
     let mut listening: BTreeMap<Ipv4Addr, [JoinHandle<()>; 2]> = BTreeMap::new();
     loop {
-        if let Some(Answer::Gateways { gateways }) = resolver.ask(&Question::Gateways {}).await {
+        if let Some(ResolverAnswer::Gateways { gateways }) =
+            resolver.ask(&ResolverQuestion::Gateways {}).await
+        {
             keep_listening(&resolver, &mut listening, &gateways).await;
         }
         tokio::time::sleep(LOOK).await;
@@ -198,7 +200,7 @@ async fn keep_listening(
 
 impl Resolver {
     /// Asks the agent; none if it does not answer.
-    async fn ask(&self, question: &Question) -> Option<Answer> {
+    async fn ask(&self, question: &ResolverQuestion) -> Option<ResolverAnswer> {
         let asked = async {
             let stream = UnixStream::connect(&self.agent).await.ok()?;
             let mut frames = Framed::new(stream, LengthDelimitedCodec::new());
@@ -209,7 +211,7 @@ impl Resolver {
     }
 
     /// Asks the agent on behalf of a tenant.
-    async fn ask_for(&self, gateway: Ipv4Addr, question: &Question) -> Option<Answer> {
+    async fn ask_for(&self, gateway: Ipv4Addr, question: &ResolverQuestion) -> Option<ResolverAnswer> {
         let _room = self.rooms.agent(gateway).await?;
         self.ask(question).await
     }
@@ -283,33 +285,34 @@ impl Resolver {
             Err(refusal) => return refusal,
         };
         let name = question.name.clone();
-        let first = self.ask_for(gateway, &Question::Name { source, gateway, name: name.clone() }).await;
+        let first =
+            self.ask_for(gateway, &ResolverQuestion::Name { source, gateway, name: name.clone() }).await;
         let outcome = match first {
-            Some(Answer::Outside {}) if question.wants_addresses() => {
+            Some(ResolverAnswer::Outside {}) if question.wants_addresses() => {
                 self.look_outside(&name, source, gateway).await
             }
             // The name exists but has no record of this type.
-            Some(Answer::Outside {}) => Answer::Known { addresses: Vec::new(), ttl: 30 },
+            Some(ResolverAnswer::Outside {}) => ResolverAnswer::Known { addresses: Vec::new(), ttl: 30 },
             Some(answer) => answer,
-            None => Answer::Failed {},
+            None => ResolverAnswer::Failed {},
         };
         wire::write(&question, &outcome, over)
     }
 
-    async fn look_outside(&self, domain: &str, source: Ipv4Addr, gateway: Ipv4Addr) -> Answer {
-        let Some(_room) = self.rooms.outside(gateway).await else { return Answer::Failed {} };
+    async fn look_outside(&self, domain: &str, source: Ipv4Addr, gateway: Ipv4Addr) -> ResolverAnswer {
+        let Some(_room) = self.rooms.outside(gateway).await else { return ResolverAnswer::Failed {} };
         let found = match self.outside.lookup(format!("{domain}."), RecordType::A).await {
             Ok(found) => found,
             Err(error) if error.is_no_records_found() => {
                 return if error.is_nx_domain() {
-                    Answer::Unknown {}
+                    ResolverAnswer::Unknown {}
                 } else {
-                    Answer::Known { addresses: Vec::new(), ttl: 30 }
+                    ResolverAnswer::Known { addresses: Vec::new(), ttl: 30 }
                 };
             }
             Err(error) => {
                 tracing::info!(domain, %error, "a domain cannot be looked up");
-                return Answer::Failed {};
+                return ResolverAnswer::Failed {};
             }
         };
         let mut ttl = 3600;
@@ -321,8 +324,8 @@ impl Resolver {
             }
         }
         addresses.truncate(ADDRESSES);
-        let found = Question::Found { source, gateway, domain: domain.to_owned(), addresses, ttl };
-        self.ask_for(gateway, &found).await.unwrap_or(Answer::Failed {})
+        let found = ResolverQuestion::Found { source, gateway, domain: domain.to_owned(), addresses, ttl };
+        self.ask_for(gateway, &found).await.unwrap_or(ResolverAnswer::Failed {})
     }
 }
 
@@ -366,7 +369,7 @@ mod tests {
                 tokio::spawn(async move {
                     let mut frames = Framed::new(stream, LengthDelimitedCodec::new());
                     let _ = frames.next().await;
-                    let known = Answer::Known { addresses: vec![Ipv4Addr::LOCALHOST], ttl: 5 };
+                    let known = ResolverAnswer::Known { addresses: vec![Ipv4Addr::LOCALHOST], ttl: 5 };
                     let _ = frames.send(bytes::Bytes::from(serde_json::to_vec(&known).unwrap())).await;
                 });
             }

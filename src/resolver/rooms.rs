@@ -17,17 +17,17 @@ const OUTSIDE: (usize, usize) = (16, 128);
 const AGENT: (usize, usize) = (32, 192);
 
 /// An instance: the bridge of its tenant, and its address.
-pub(super) type Instance = (Ipv4Addr, Ipv4Addr);
+pub(super) type InstanceKey = (Ipv4Addr, Ipv4Addr);
 
 /// A limit per instance within a limit per tenant.
 struct Nested {
-    instances: FairPermits<Instance>,
+    instances: FairPermits<InstanceKey>,
     tenants: FairPermits<Ipv4Addr>,
 }
 
 /// A permit of both limits.
-pub(super) struct Place {
-    _instance: Permit<Instance>,
+pub(super) struct NestedPermit {
+    _instance: Permit<InstanceKey>,
     _tenant: Permit<Ipv4Addr>,
 }
 
@@ -37,10 +37,10 @@ impl Nested {
         Self { instances: FairPermits::new(instance, usize::MAX), tenants: FairPermits::new(tenant, all) }
     }
 
-    fn take(&self, instance: Instance) -> Option<Place> {
+    fn take(&self, instance: InstanceKey) -> Option<NestedPermit> {
         let own = self.instances.try_take(&instance).ok()?;
         let tenant = self.tenants.try_take(&instance.0).ok()?;
-        Some(Place { _instance: own, _tenant: tenant })
+        Some(NestedPermit { _instance: own, _tenant: tenant })
     }
 }
 
@@ -63,12 +63,12 @@ impl Rooms {
     }
 
     /// Takes a permit for a query. An instance above its limit is not queued: it retries by itself.
-    pub(super) fn question(&self, instance: Instance) -> Option<Place> {
+    pub(super) fn question(&self, instance: InstanceKey) -> Option<NestedPermit> {
         self.questions.take(instance)
     }
 
     /// Takes a permit for a connection.
-    pub(super) fn connection(&self, instance: Instance) -> Option<Place> {
+    pub(super) fn connection(&self, instance: InstanceKey) -> Option<NestedPermit> {
         self.connections.take(instance)
     }
 

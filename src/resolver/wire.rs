@@ -4,7 +4,7 @@
 use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{DNSClass, RData, Record, RecordType, rdata};
 
-use super::Answer;
+use super::ResolverAnswer;
 
 /// The transport of a message, which limits the length of its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,14 +17,14 @@ pub(super) enum Over {
 
 /// A query that can be answered.
 #[derive(Debug)]
-pub(super) struct Asked {
+pub(super) struct DnsQuestion {
     /// The name, in lower case, without the trailing dot.
     pub(super) name: String,
     message: Message,
     query: Query,
 }
 
-impl Asked {
+impl DnsQuestion {
     /// Returns whether the query asks for IPv4 addresses; there are no others.
     pub(super) fn wants_addresses(&self) -> bool {
         self.query.query_type() == RecordType::A
@@ -32,7 +32,7 @@ impl Asked {
 }
 
 /// Reads a message. The error is the refusal to send back, if one is due.
-pub(super) fn read(bytes: &[u8]) -> Result<Asked, Option<Vec<u8>>> {
+pub(super) fn read(bytes: &[u8]) -> Result<DnsQuestion, Option<Vec<u8>>> {
     let message = Message::from_vec(bytes).map_err(|_| None)?;
     // A response is never answered: two servers that answer each other would never stop.
     if message.metadata.message_type != MessageType::Query {
@@ -48,7 +48,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Asked, Option<Vec<u8>>> {
     }
     let name = query.name().to_lowercase().to_ascii();
     let name = name.strip_suffix('.').unwrap_or(&name).to_owned();
-    Ok(Asked { name, query: query.clone(), message })
+    Ok(DnsQuestion { name, query: query.clone(), message })
 }
 
 fn empty(message: &Message, code: ResponseCode) -> Message {
@@ -61,15 +61,17 @@ fn empty(message: &Message, code: ResponseCode) -> Message {
 }
 
 /// Returns the message that contains an answer.
-pub(super) fn write(asked: &Asked, answer: &Answer, over: Over) -> Option<Vec<u8>> {
+pub(super) fn write(asked: &DnsQuestion, answer: &ResolverAnswer, over: Over) -> Option<Vec<u8>> {
     let code = match answer {
-        Answer::Known { .. } => ResponseCode::NoError,
-        Answer::Unknown {} => ResponseCode::NXDomain,
-        Answer::Refused {} => ResponseCode::Refused,
-        Answer::Outside {} | Answer::Failed {} | Answer::Gateways { .. } => ResponseCode::ServFail,
+        ResolverAnswer::Known { .. } => ResponseCode::NoError,
+        ResolverAnswer::Unknown {} => ResponseCode::NXDomain,
+        ResolverAnswer::Refused {} => ResponseCode::Refused,
+        ResolverAnswer::Outside {} | ResolverAnswer::Failed {} | ResolverAnswer::Gateways { .. } => {
+            ResponseCode::ServFail
+        }
     };
     let mut out = empty(&asked.message, code);
-    if let Answer::Known { addresses, ttl } = answer
+    if let ResolverAnswer::Known { addresses, ttl } = answer
         && asked.wants_addresses()
     {
         let record =
@@ -94,7 +96,7 @@ mod tests {
         message.to_vec().unwrap()
     }
 
-    fn answered(bytes: &[u8], answer: &Answer) -> Message {
+    fn answered(bytes: &[u8], answer: &ResolverAnswer) -> Message {
         Message::from_vec(&write(&read(bytes).unwrap(), answer, Over::Udp).unwrap()).unwrap()
     }
 
@@ -102,17 +104,17 @@ mod tests {
     fn names_are_answered_with_addresses_or_not_at_all() {
         let asked = question("Kafka.", RecordType::A);
         assert_eq!(read(&asked).unwrap().name, "kafka");
-        let known = Answer::Known { addresses: vec![Ipv4Addr::new(10, 5, 0, 2)], ttl: 5 };
+        let known = ResolverAnswer::Known { addresses: vec![Ipv4Addr::new(10, 5, 0, 2)], ttl: 5 };
         let answer = answered(&asked, &known);
         assert_eq!((answer.metadata.id, answer.answers.len(), answer.answers[0].ttl), (7, 1, 5));
         // For another type there is no record, but the name exists.
         let answer = answered(&question("kafka.", RecordType::AAAA), &known);
         assert_eq!((answer.metadata.response_code, answer.answers.len()), (ResponseCode::NoError, 0));
         for (outcome, code) in [
-            (Answer::Unknown {}, ResponseCode::NXDomain),
-            (Answer::Refused {}, ResponseCode::Refused),
-            (Answer::Failed {}, ResponseCode::ServFail),
-            (Answer::Outside {}, ResponseCode::ServFail),
+            (ResolverAnswer::Unknown {}, ResponseCode::NXDomain),
+            (ResolverAnswer::Refused {}, ResponseCode::Refused),
+            (ResolverAnswer::Failed {}, ResponseCode::ServFail),
+            (ResolverAnswer::Outside {}, ResponseCode::ServFail),
         ] {
             assert_eq!(answered(&asked, &outcome).metadata.response_code, code);
         }
@@ -121,7 +123,7 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_cut_and_says_so() {
         let addresses = (0..60).map(|n| Ipv4Addr::new(45, 1, 1, n)).collect();
-        let known = Answer::Known { addresses, ttl: 5 };
+        let known = ResolverAnswer::Known { addresses, ttl: 5 };
         let asked = read(&question("many.example.", RecordType::A)).unwrap();
         let short = write(&asked, &known, Over::Udp).unwrap();
         assert!(short.len() <= 512 && Message::from_vec(&short).unwrap().metadata.truncation);
@@ -145,7 +147,7 @@ mod tests {
             let mut near = question("api.acme.", RecordType::A);
             near[at] = to;
             if let Ok(asked) = read(&near) {
-                let _ = write(&asked, &Answer::Unknown {}, Over::Udp);
+                let _ = write(&asked, &ResolverAnswer::Unknown {}, Over::Udp);
             }
         }
     }

@@ -16,7 +16,7 @@ const ENTER: &str =
 
 /// The limits of one process.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Bounds<'a> {
+pub(super) struct ProcessLimits<'a> {
     /// Name of the cgroup.
     pub(super) name: &'a str,
     /// Memory in MiB.
@@ -33,7 +33,7 @@ pub(super) fn places(root: &Path, name: &str) -> Vec<PathBuf> {
     ["memory", "pids"].iter().map(|controller| root.join(controller).join(name)).collect()
 }
 
-impl Bounds<'_> {
+impl ProcessLimits<'_> {
     /// Creates the cgroup and sets its limits. Returns the arguments to put before the command.
     pub(super) fn prepare(&self, root: &Path) -> io::Result<Vec<String>> {
         let bytes = (u64::from(self.memory) << 20).to_string();
@@ -77,7 +77,8 @@ pub(super) fn release(root: &Path, name: &str) {
 mod tests {
     use super::*;
 
-    const ENGINE: Bounds<'_> = Bounds { name: "bulkhead-abcd-engine", memory: 1_024, tasks: 1_024 };
+    const ENGINE: ProcessLimits<'_> =
+        ProcessLimits { name: "bulkhead-abcd-engine", memory: 1_024, tasks: 1_024 };
 
     fn read(path: PathBuf) -> String {
         fs::read_to_string(path).unwrap()

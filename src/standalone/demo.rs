@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use super::{Failed, Folder};
+use super::{DataFolder, Failed};
 use crate::access::{Authority, PlatformRole, tokens};
 use crate::db::{self, Within};
 use crate::ids::{ActorId, Digest};
@@ -52,7 +52,7 @@ fn say(text: &str) {
     println!("{text}");
 }
 
-pub(super) async fn run(folder: &Folder, listen: SocketAddr, pool: &PgPool) -> Result<(), Failed> {
+pub(super) async fn run(folder: &DataFolder, listen: SocketAddr, pool: &PgPool) -> Result<(), Failed> {
     let token = token(pool).await?;
     let client = crate::outgoing::client().build().map_err(doing("the client"))?;
     let api = Api { client, base: format!("http://{listen}"), token };
@@ -108,7 +108,7 @@ async fn token(pool: &PgPool) -> Result<String, Failed> {
     Ok(token.expose().to_owned())
 }
 
-async fn push(folder: &Folder, listen: SocketAddr, api: &Api, tenant: &str) -> Result<(), Failed> {
+async fn push(folder: &DataFolder, listen: SocketAddr, api: &Api, tenant: &str) -> Result<(), Failed> {
     let work = folder.path.join("run/demo");
     let _ = fs::remove_dir_all(&work);
     fs::create_dir_all(&work).map_err(|error| Failed::doing("the demo's folder", error))?;

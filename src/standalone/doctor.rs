@@ -8,8 +8,8 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 
-use super::{Folder, numbers, postgres, running, service, surroundings, units};
-use crate::driver::disk::{self, Part};
+use super::{DataFolder, numbers, postgres, running, service, surroundings, units};
+use crate::driver::disk::{self, DiskConsumer};
 use crate::driver::podman::engine::RUNTIME;
 use crate::uid_ranges::machine;
 
@@ -223,7 +223,7 @@ fn nftables() -> Finding {
 
 fn space(data: &Path) -> Finding {
     let place = data.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-    let rooms = (disk::room(Part::Registry, place), disk::room(Part::Engine, place));
+    let rooms = (disk::room(DiskConsumer::Registry, place), disk::room(DiskConsumer::Engine, place));
     let (Some(registry), Some(engine)) = rooms else {
         return failed("space", "the free space cannot be read", "choose another --data");
     };
@@ -267,7 +267,7 @@ fn folder(data: &Path) -> Finding {
             "choose a --data whose parent folders only root can change",
         );
     }
-    if Folder::exists(data) {
+    if DataFolder::exists(data) {
         good("data folder", format!("{} exists", data.display()))
     } else if service::is_given(data) {
         good(

@@ -5,11 +5,11 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::{Failed, Folder};
+use super::{DataFolder, Failed};
 use crate::driver::listener::{self, Foreign};
 
 /// Refuses to start while another process listens on a port of `serve`.
-pub(super) fn require_free(folder: &Folder, listen: SocketAddr) -> Result<(), Failed> {
+pub(super) fn require_free(folder: &DataFolder, listen: SocketAddr) -> Result<(), Failed> {
     for (door, purpose) in [(folder.pull_address(), "pulls"), (listen, "clients")] {
         let Some(found) = listener::at(door) else {
             return Err(Failed(
@@ -36,12 +36,12 @@ pub(super) fn require_free(folder: &Folder, listen: SocketAddr) -> Result<(), Fa
 }
 
 /// Returns whether `serve` listens on this port, and no other user.
-pub(super) fn is_served(folder: &Folder, door: SocketAddr) -> bool {
+pub(super) fn is_served(folder: &DataFolder, door: SocketAddr) -> bool {
     listener::require(door, folder.serve.uid).is_ok()
 }
 
 /// Logs an alarm when another user takes a port of `serve`, while `up` runs.
-pub(super) async fn watch(folder: &Folder, listen: SocketAddr) {
+pub(super) async fn watch(folder: &DataFolder, listen: SocketAddr) {
     let mut told = None;
     loop {
         tokio::time::sleep(Duration::from_secs(2)).await;

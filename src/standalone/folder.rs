@@ -26,7 +26,8 @@ use serde::{Deserialize, Serialize};
 use super::processes::{Layout, OwnParts};
 use super::{Claim, Failed, claims};
 use crate::config::{
-    Access, Agent, BLOCK_SIZE, Config, Database, Limits, Log, RANGE_SIZE, Registry, SUBNET_PREFIX, Server,
+    Access, AgentSettings, BLOCK_SIZE, Config, Database, Limits, Log, RANGE_SIZE, Registry, SUBNET_PREFIX,
+    Server,
 };
 use crate::driver::agent::config::{AgentConfig, usual_pace};
 use crate::driver::podman::engine::EngineSettings;
@@ -55,7 +56,7 @@ struct Ports {
 
 /// A data folder, locked: no other process has it open.
 #[derive(Debug)]
-pub struct Folder {
+pub struct DataFolder {
     /// Its path.
     pub path: PathBuf,
     /// The installation's user ids and addresses.
@@ -161,7 +162,7 @@ fn lock_within(lock: &File, data: &Path) -> bool {
     false
 }
 
-impl Folder {
+impl DataFolder {
     /// Opens the folder; creates it if it is new. Fails if another process has it open.
     pub fn open(path: &Path, listen: Option<SocketAddr>) -> Result<Self, Failed> {
         fs::create_dir_all(path).map_err(io(format!("{} cannot be created", path.display())))?;
@@ -300,7 +301,7 @@ impl Folder {
                 collector: Some(self.path.join("run/registry/collector.sock")),
                 disk: Some(self.path.clone()),
             },
-            agent: Agent { socket: self.path.join("run/agent/agent.sock") },
+            agent: AgentSettings { socket: self.path.join("run/agent/agent.sock") },
             access: Access::with(self.path.join("secrets/platform-key"), self.path.join("audit/heads")),
             pools: self.claim.pools(),
             limits: Limits::default(),

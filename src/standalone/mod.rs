@@ -22,7 +22,7 @@ pub mod units;
 mod up;
 
 pub use claims::Claim;
-pub use folder::Folder;
+pub use folder::DataFolder;
 pub use processes::{Layout, OwnParts, Process, table};
 pub use up::{Options, up};
 

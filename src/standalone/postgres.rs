@@ -8,7 +8,7 @@ use std::time::Duration;
 use sqlx::Connection;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 
-use super::{Failed, Folder};
+use super::{DataFolder, Failed};
 
 /// Returns the folder of Postgres' programs: the newest major version installed.
 pub(super) fn programs() -> Option<(u32, PathBuf)> {
@@ -24,7 +24,7 @@ pub(super) fn programs() -> Option<(u32, PathBuf)> {
 }
 
 /// Creates the cluster if there is none. Fails with a remedy if the cluster has another major version.
-pub(super) fn ensure(folder: &Folder, major: u32, bin: &Path) -> Result<(), Failed> {
+pub(super) fn ensure(folder: &DataFolder, major: u32, bin: &Path) -> Result<(), Failed> {
     let data = folder.path.join("postgres/data");
     if let Ok(text) = fs::read_to_string(data.join("PG_VERSION")) {
         let own = text.trim();
@@ -66,7 +66,7 @@ pub(super) fn ensure(folder: &Folder, major: u32, bin: &Path) -> Result<(), Fail
 }
 
 /// Writes which system user may log in as which database role. Postgres reads the user from the socket.
-fn write_access(folder: &Folder, data: &Path) -> Result<(), Failed> {
+fn write_access(folder: &DataFolder, data: &Path) -> Result<(), Failed> {
     let serve = &folder.serve.name;
     let ident = format!(
         "bulkhead {} postgres\nbulkhead root postgres\nbulkhead root bulkhead\nbulkhead root bulkhead_reconciler\n\

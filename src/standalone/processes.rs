@@ -11,7 +11,7 @@ use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
 use tokio_util::sync::CancellationToken;
 
 use super::Failed;
-use super::bounds::{self, Bounds, CGROUPS};
+use super::bounds::{self, CGROUPS, ProcessLimits};
 use crate::driver::podman::engine::{self, EngineSettings};
 
 /// The longest pause before a restart. Shorter in tests, which kill processes on purpose.
@@ -305,8 +305,8 @@ impl Process {
             .map_err(failed)
     }
 
-    fn bounds(&self) -> Option<Bounds<'_>> {
-        Some(Bounds {
+    fn bounds(&self) -> Option<ProcessLimits<'_>> {
+        Some(ProcessLimits {
             name: self.cgroup.as_deref()?,
             memory: self.memory?,
             tasks: self.tasks.unwrap_or(TASKS),
@@ -379,14 +379,14 @@ fn stop_pid(pid: u64, signal: Signal, own: u64) {
 }
 
 /// A process that is restarted until it is stopped.
-pub(super) struct Kept {
+pub(super) struct SupervisedProcess {
     process: Process,
     folder: PathBuf,
     halt: CancellationToken,
     task: std::thread::JoinHandle<()>,
 }
 
-impl Kept {
+impl SupervisedProcess {
     /// Starts a process, and restarts it with backoff whenever it exits.
     pub(super) fn start(process: Process, folder: &Path) -> Result<Self, Failed> {
         let halt = CancellationToken::new();

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::settings_file::{self, Overlay};
-use super::{Failed, Folder, claims, doctor, postgres, processes, units, up};
+use super::{DataFolder, Failed, claims, doctor, postgres, processes, units, up};
 use crate::access;
 use crate::config::Config;
 use crate::db::{self, Login};
@@ -199,7 +199,7 @@ pub async fn install(asked: Option<PathBuf>, listen: Option<SocketAddr>) -> Resu
         say("stopping the platform; apps keep running");
         stop()?;
     }
-    let folder = Folder::open(&data, Some(listen.unwrap_or(settings_file::LISTEN)))?;
+    let folder = DataFolder::open(&data, Some(listen.unwrap_or(settings_file::LISTEN)))?;
     write_listen(&folder, listen)?;
     let config = make_ready(&folder)?;
     write_units(&folder)?;
@@ -215,7 +215,7 @@ pub async fn install(asked: Option<PathBuf>, listen: Option<SocketAddr>) -> Resu
 
 /// Writes the first settings of a folder. Refuses a requested address that differs from the existing
 /// settings.
-fn write_listen(folder: &Folder, listen: Option<SocketAddr>) -> Result<(), Failed> {
+fn write_listen(folder: &DataFolder, listen: Option<SocketAddr>) -> Result<(), Failed> {
     let path = settings_file::place(&folder.path);
     match (fs::read_to_string(&path), listen) {
         (Err(_), listen) => {
@@ -238,14 +238,14 @@ fn write_listen(folder: &Folder, listen: Option<SocketAddr>) -> Result<(), Faile
 /// `bulkhead prepare`: the work of the first unit at each start. Fails while a foreground `up` has the
 /// folder.
 pub fn prepare(data: &Path) -> Result<(), Failed> {
-    if !Folder::exists(data) {
+    if !DataFolder::exists(data) {
         return Err(Failed(format!("{} is not a data folder of Bulkhead", data.display())));
     }
-    let folder = Folder::open(data, None)?;
+    let folder = DataFolder::open(data, None)?;
     make_ready(&folder).map(drop)
 }
 
-fn make_ready(folder: &Folder) -> Result<Config, Failed> {
+fn make_ready(folder: &DataFolder) -> Result<Config, Failed> {
     let overlay = Overlay::load(&folder.path)?;
     let (text, config) = overlay.over(folder)?;
     for process in table(folder, &overlay)?.iter().rev() {
@@ -272,7 +272,7 @@ pub async fn prepare_database(data: &Path) -> Result<(), Failed> {
     })
 }
 
-fn layout(folder: &Folder, overlay: &Overlay) -> Result<processes::Layout, Failed> {
+fn layout(folder: &DataFolder, overlay: &Overlay) -> Result<processes::Layout, Failed> {
     let bin = postgres::programs().map(|(_, bin)| bin).unwrap_or_default();
     let binaries = program()?.parent().map(Path::to_path_buf).unwrap_or_default();
     let mut layout = folder.layout(&bin, &binaries);
@@ -285,11 +285,11 @@ fn layout(folder: &Folder, overlay: &Overlay) -> Result<processes::Layout, Faile
     Ok(layout)
 }
 
-fn table(folder: &Folder, overlay: &Overlay) -> Result<Vec<processes::Process>, Failed> {
+fn table(folder: &DataFolder, overlay: &Overlay) -> Result<Vec<processes::Process>, Failed> {
     Ok(processes::table(&layout(folder, overlay)?))
 }
 
-fn write_units(folder: &Folder) -> Result<(), Failed> {
+fn write_units(folder: &DataFolder) -> Result<(), Failed> {
     let overlay = Overlay::load(&folder.path)?;
     let fresh = units::units_of(&layout(folder, &overlay)?, &folder.path, &program()?);
     for (name, text) in &fresh {
@@ -386,7 +386,7 @@ pub(super) fn is_stopping(data: &Path) -> bool {
 }
 
 /// Opens the folder of an installation for removal. Checks the confirmation before it stops the units.
-pub(super) fn open_to_remove(data: &Path, confirm: &str) -> Result<Folder, Failed> {
+pub(super) fn open_to_remove(data: &Path, confirm: &str) -> Result<DataFolder, Failed> {
     if let Some(id) = claims::installation_of(data) {
         if id.as_str() != confirm {
             return Err(Failed(format!(
@@ -395,7 +395,7 @@ pub(super) fn open_to_remove(data: &Path, confirm: &str) -> Result<Folder, Faile
         }
         remove(data)?;
     }
-    Folder::open(data, None)
+    DataFolder::open(data, None)
 }
 
 /// Stops and removes the units of a data folder, if it has any.

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use super::folder::{ensure_user, write_file};
 use super::{Claim, Failed, claims, units};
 use crate::config::{
-    Access, Agent, BLOCK_SIZE, Config, Database, Limits, Log, RANGE_SIZE, Registry, SUBNET_PREFIX, Server,
+    Access, AgentSettings, BLOCK_SIZE, Config, Database, Limits, Log, RANGE_SIZE, Registry, SUBNET_PREFIX,
+    Server,
 };
 use crate::driver::agent::config::{AgentConfig, usual_pace};
 use crate::driver::podman::engine;
@@ -146,7 +147,7 @@ fn serve_config(claim: &Claim, pull: SocketAddr, settings: &Path) -> Config {
             collector: None,
             disk: Some("/var/lib/docker-registry".into()),
         },
-        agent: Agent { socket: "/run/bulkhead/agent/agent.sock".into() },
+        agent: AgentSettings { socket: "/run/bulkhead/agent/agent.sock".into() },
         access: Access::with(settings.join("platform-key"), Path::new(units::AUDIT).join("heads")),
         pools: claim.pools(),
         limits: Limits::default(),

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use super::{Failed, Folder};
+use super::{DataFolder, Failed};
 use crate::config::Config;
 
 /// The default address of a service.
@@ -49,7 +49,7 @@ impl Overlay {
     }
 
     /// Returns the settings of `serve`, with the overrides applied: as text, and parsed.
-    pub(super) fn over(&self, folder: &Folder) -> Result<(String, Config), Failed> {
+    pub(super) fn over(&self, folder: &DataFolder) -> Result<(String, Config), Failed> {
         let mut base = folder.config(LISTEN);
         if self.registry() {
             (base.registry.collector, base.registry.disk) = (None, None);

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use super::doctor::{Finding, failed, good, program, warning};
 use crate::driver::podman::firewall::kernel;
-use crate::driver::podman::foreign::{self, Author, Wall};
+use crate::driver::podman::foreign::{self, Author, BlockingChain};
 use crate::driver::podman::host;
 
 /// Checks the firewalls of other programs: their accepts open none of our denials, and their drops close what
@@ -45,7 +45,7 @@ pub(super) fn firewalls() -> Finding {
 }
 
 /// Reports each blocking rule with the traffic that it stops, and the commands that allow it.
-fn blocked(check: &'static str, walls: &[Wall]) -> Finding {
+fn blocked(check: &'static str, walls: &[BlockingChain]) -> Finding {
     let list: Vec<String> =
         walls.iter().map(|wall| format!("{} stops {}", wall.chain, wall.stops.join(", "))).collect();
     let mut authors: Vec<Author> = Vec::new();
@@ -160,8 +160,11 @@ mod tests {
 
     #[test]
     fn each_firewall_is_named_once_with_what_opens_it() {
-        let wall =
-            |chain: &str, author| Wall { chain: chain.into(), stops: vec!["traffic between apps"], author };
+        let wall = |chain: &str, author| BlockingChain {
+            chain: chain.into(),
+            stops: vec!["traffic between apps"],
+            author,
+        };
         let finding = blocked(
             "other firewalls",
             &[wall("ip filter INPUT", Author::Ufw), wall("ip filter FORWARD", Author::Ufw)],

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{Failed, Folder, claims, forwarding, given, postgres, processes, service};
+use super::{DataFolder, Failed, claims, forwarding, given, postgres, processes, service};
 use crate::driver::podman::cgroups;
 use crate::driver::podman::client::Podman;
 use crate::driver::podman::engine::{self, EngineSettings};
@@ -15,12 +15,12 @@ use crate::driver::podman::{ports, pull};
 
 /// Removes an installation. `confirm` is its four-letter id.
 pub async fn uninstall(data: &Path, confirm: &str) -> Result<(), Failed> {
-    if !Folder::exists(data) && service::is_given(data) {
+    if !DataFolder::exists(data) && service::is_given(data) {
         let left = given::uninstall(confirm).await?;
         tracing::warn!("{left}");
         return Ok(());
     }
-    if !Folder::exists(data) {
+    if !DataFolder::exists(data) {
         return Err(Failed(format!("{} is not a data folder of Bulkhead", data.display())));
     }
     let folder = service::open_to_remove(data, confirm)?;

@@ -73,7 +73,7 @@ pub fn units() -> Vec<(String, String)> {
 pub fn units_of(layout: &Layout, data: &Path, program: &Path) -> Vec<(String, String)> {
     let table = table(layout);
     let names: Vec<&str> = table.iter().map(|process| process.name).collect();
-    let own = Own { data, program, names: &names };
+    let own = UnitFacts { data, program, names: &names };
     let mut units: Vec<_> =
         table.iter().map(|process| (file(process.name), unit(process, Some(&own)))).collect();
     units.push((file(PREPARE), prepare(&own)));
@@ -85,7 +85,7 @@ pub fn units_of(layout: &Layout, data: &Path, program: &Path) -> Vec<(String, St
 const PREPARE: &str = "prepare";
 
 /// Extra facts of an installation in a data folder.
-struct Own<'a> {
+struct UnitFacts<'a> {
     data: &'a Path,
     program: &'a Path,
     /// Names of all its processes.
@@ -101,7 +101,7 @@ fn target<'a>(names: impl Iterator<Item = &'a str>, data: Option<&Path>) -> Stri
     )
 }
 
-fn prepare(own: &Own<'_>) -> String {
+fn prepare(own: &UnitFacts<'_>) -> String {
     // Waits only for the disk. If a foreground `up` holds the folder's lock, this unit fails and no other
     // starts.
     format!(
@@ -178,7 +178,7 @@ CAP_WAKE_ALARM CAP_BLOCK_SUSPEND CAP_AUDIT_CONTROL CAP_AUDIT_READ CAP_LEASE CAP_
 /// Under memory pressure, the kernel kills an instance before a part of the platform.
 const LAST_TO_GO: &str = "OOMScoreAdjust=-900\n";
 
-fn unit(process: &Process, own: Option<&Own<'_>>) -> String {
+fn unit(process: &Process, own: Option<&UnitFacts<'_>>) -> String {
     let writer = if own.is_some() { "bulkhead install" } else { "bulkhead units" };
     let mut out = format!(
         "# Written by `{writer}` from the table of processes that `bulkhead up` runs: do not edit.\n"
@@ -280,7 +280,7 @@ fn own_rules(process: &Process, out: &mut String) {
 }
 
 /// Sets how systemd detects that a process is ready, and the command that runs before it.
-fn readiness(process: &Process, own: Option<&Own<'_>>, out: &mut String) {
+fn readiness(process: &Process, own: Option<&UnitFacts<'_>>, out: &mut String) {
     let (kind, seconds) = match process.name {
         // After a crash, the cluster replays its log first.
         "postgres" => ("notify", 1800),
@@ -362,7 +362,7 @@ fn resolver_rules() -> String {
         .replace("PrivateUsers=yes\n", "")
 }
 
-fn command(process: &Process, own: Option<&Own<'_>>) -> String {
+fn command(process: &Process, own: Option<&UnitFacts<'_>>) -> String {
     let mut all = process.command.clone();
     // systemd requires absolute paths.
     if let Some(first) = all.first_mut().filter(|first| !first.starts_with('/')) {

@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::processes::{self, Kept};
-use super::{Failed, Folder, demo, doctor, doors, postgres, service, units};
+use super::processes::{self, SupervisedProcess};
+use super::{DataFolder, Failed, demo, doctor, doors, postgres, service, units};
 use crate::access;
 use crate::db::{self, Login};
 use crate::driver::podman::engine;
@@ -32,9 +32,9 @@ fn say(text: impl std::fmt::Display) {
     let _ = out.flush();
 }
 
-struct Running(Vec<Kept>);
+struct RunningProcesses(Vec<SupervisedProcess>);
 
-impl Running {
+impl RunningProcesses {
     async fn stop(self) {
         for kept in self.0.into_iter().rev() {
             kept.stop().await;
@@ -54,7 +54,7 @@ pub async fn up(options: Options) -> Result<(), Failed> {
     for finding in findings.iter().filter(|f| f.status == doctor::Status::Warning) {
         say(format!("note: {}: {}", finding.check, finding.finding));
     }
-    let folder = Folder::open(&options.data, Some(options.listen))?;
+    let folder = DataFolder::open(&options.data, Some(options.listen))?;
     let (major, bin) = postgres::programs().ok_or_else(|| Failed("Postgres is not installed".into()))?;
     say(format!("installation {} in {}", folder.claim.installation, folder.path.display()));
     if service::installed() == service::Installed::Folder(folder.path.clone()) {
@@ -78,7 +78,7 @@ pub async fn up(options: Options) -> Result<(), Failed> {
     remove_sockets(&folder);
     doors::require_free(&folder, options.listen)?;
     postgres::ensure(&folder, major, &bin)?;
-    let mut running = Running(Vec::new());
+    let mut running = RunningProcesses(Vec::new());
     let stop = telemetry::asked_to_stop();
     tokio::pin!(stop);
     let outcome = tokio::select! {
@@ -100,7 +100,7 @@ pub async fn up(options: Options) -> Result<(), Failed> {
 }
 
 /// Removes sockets of an earlier run: a leftover socket would look like a ready process.
-pub(super) fn remove_sockets(folder: &Folder) {
+pub(super) fn remove_sockets(folder: &DataFolder) {
     for socket in [
         "engine/podman.sock",
         "prober/prober.sock",
@@ -113,7 +113,7 @@ pub(super) fn remove_sockets(folder: &Folder) {
 }
 
 /// Writes the settings of all parts; the caller provides those of `serve`.
-pub(super) fn write_settings(folder: &Folder, serve: &str) -> Result<(), Failed> {
+pub(super) fn write_settings(folder: &DataFolder, serve: &str) -> Result<(), Failed> {
     let toml = |text: Result<String, toml::ser::Error>| text.map_err(|error| Failed(error.to_string()));
     folder.write("serve.toml", serve, (0, folder.serve.gid), 0o440)?;
     let mut agent = folder.agent_config();
@@ -138,7 +138,7 @@ pub(super) fn write_settings(folder: &Folder, serve: &str) -> Result<(), Failed>
 }
 
 /// Returns the secret that signs the registry's upload states. It is created once: uploads survive a restart.
-fn http_secret(folder: &Folder) -> Result<String, Failed> {
+fn http_secret(folder: &DataFolder) -> Result<String, Failed> {
     let path = folder.path.join("secrets/registry-http-secret");
     if let Ok(text) = std::fs::read_to_string(&path) {
         return Ok(text.trim().to_owned());
@@ -149,15 +149,15 @@ fn http_secret(folder: &Folder) -> Result<String, Failed> {
 }
 
 async fn start(
-    folder: &Folder,
+    folder: &DataFolder,
     options: &Options,
     table: Vec<processes::Process>,
-    running: &mut Running,
+    running: &mut RunningProcesses,
 ) -> Result<(), Failed> {
     for process in table {
         let name = process.name;
         let begun = std::time::Instant::now();
-        running.0.push(Kept::start(process, &folder.path)?);
+        running.0.push(SupervisedProcess::start(process, &folder.path)?);
         ready(folder, options, name).await?;
         say(format!("  {name:<9} ready after {} ms", begun.elapsed().as_millis()));
     }
@@ -184,7 +184,7 @@ async fn start(
 }
 
 /// Waits until a process is ready.
-async fn ready(folder: &Folder, options: &Options, name: &str) -> Result<(), Failed> {
+async fn ready(folder: &DataFolder, options: &Options, name: &str) -> Result<(), Failed> {
     match name {
         "postgres" => {
             postgres::prepare(&folder.path).await?;
@@ -214,7 +214,7 @@ async fn ready(folder: &Folder, options: &Options, name: &str) -> Result<(), Fai
     }
 }
 
-fn not_ready(folder: &Folder, name: &str) -> Failed {
+fn not_ready(folder: &DataFolder, name: &str) -> Failed {
     let log = folder.path.join(format!("log/{name}.log"));
     let text = std::fs::read_to_string(&log).unwrap_or_default();
     let last: Vec<&str> = text.lines().rev().take(5).collect();
@@ -222,7 +222,7 @@ fn not_ready(folder: &Folder, name: &str) -> Failed {
     Failed(format!("{name} does not start. The end of {}:\n{}", log.display(), last.join("\n")))
 }
 
-async fn wait_for(folder: &Folder, name: &str, there: impl Fn() -> bool) -> Result<(), Failed> {
+async fn wait_for(folder: &DataFolder, name: &str, there: impl Fn() -> bool) -> Result<(), Failed> {
     for _ in 0..1200 {
         if there() {
             return Ok(());
@@ -232,7 +232,13 @@ async fn wait_for(folder: &Folder, name: &str, there: impl Fn() -> bool) -> Resu
     Err(not_ready(folder, name))
 }
 
-async fn wait_http(folder: &Folder, name: &str, url: &str, path: &str, status: u16) -> Result<(), Failed> {
+async fn wait_http(
+    folder: &DataFolder,
+    name: &str,
+    url: &str,
+    path: &str,
+    status: u16,
+) -> Result<(), Failed> {
     let (client, base) = reach(url);
     let client = client.build().map_err(|error| Failed(error.to_string()))?;
     for _ in 0..1200 {

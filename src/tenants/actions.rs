@@ -6,7 +6,7 @@ use serde_json::json;
 use sqlx::{PgPool, Postgres, Transaction};
 
 use super::store;
-use crate::access::idempotency::{Kept, Once};
+use crate::access::idempotency::{Once, StoredResponse};
 use crate::access::{By, TenantRef};
 use crate::audit;
 use crate::config::Pools;
@@ -14,7 +14,7 @@ use crate::db::expected::Expected;
 use crate::db::{self, Within};
 use crate::error::Error;
 use crate::ids::{ActorId, TenantId, TenantName};
-use crate::quotas::{self, Limits, Resource};
+use crate::quotas::{self, QuotaLimits, Resource};
 use crate::reconcile::{Waker, enqueue};
 use crate::uid_ranges;
 
@@ -29,12 +29,12 @@ pub struct NewTenant {
     /// Display name.
     pub display_name: String,
     /// All limits.
-    pub limits: Limits,
+    pub limits: QuotaLimits,
 }
 
 /// Fills in the default limits, sized for a small team. By default, unpacked images may take four times their
 /// packed size on the engine's disk. The limit of 4,096 processes does not depend on the number of instances.
-pub fn fill_limits(limits: &mut Limits) {
+pub fn fill_limits(limits: &mut QuotaLimits) {
     for (resource, limit) in [
         (Resource::Cpu, 4_000),
         (Resource::Memory, 8 << 30),
@@ -57,7 +57,7 @@ pub async fn onboard(
     by: By<'_>,
     once: &Once,
     new: NewTenant,
-) -> Result<Kept, Error> {
+) -> Result<StoredResponse, Error> {
     let mut tx = db::begin(pool, Within::Platform).await?;
     if let Some(kept) = once.kept(&mut tx, by.actor).await? {
         return Ok(kept);
@@ -97,7 +97,7 @@ pub async fn onboard(
     fail::fail_point!("tenants::onboard_commit", |_| Err(Error::internal("failpoint")));
     tx.commit().await?;
     waker.wake();
-    Ok(Kept { status: StatusCode::ACCEPTED, body })
+    Ok(StoredResponse { status: StatusCode::ACCEPTED, body })
 }
 
 /// Changes the display name and the limits.
@@ -106,7 +106,7 @@ pub async fn change(
     by: By<'_>,
     tenant: &TenantRef,
     display_name: Option<&str>,
-    limits: &Limits,
+    limits: &QuotaLimits,
     expected: &Expected,
 ) -> Result<i64, Error> {
     let mut tx = db::begin(pool, tenant.id).await?;
@@ -193,7 +193,7 @@ pub async fn record_offboarded(
     name: &TenantName,
 ) -> Result<(), Error> {
     let actor = ActorId::platform();
-    let event = audit::Event {
+    let event = audit::AuditEvent {
         tenant: Some(id),
         actor: &actor,
         action: "tenant.offboarded",

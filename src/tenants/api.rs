@@ -7,9 +7,9 @@ use serde_json::json;
 use sqlx::PgPool;
 
 use super::actions::{self, NewTenant, Suspension};
-use super::store::Condition;
+use super::store::TenantCondition;
 use super::{Tenant, store};
-use crate::access::idempotency::{Key, Once};
+use crate::access::idempotency::{IdempotencyKey, Once};
 use crate::access::{ManageTenants, PlatformScope, ReadPlatform, ReadTenant, TenantScope};
 use crate::config::{Config, Pools};
 use crate::db::expected::Expected;
@@ -51,7 +51,7 @@ pub async fn onboard(
     pool: web::Data<PgPool>,
     config: web::Data<Config>,
     waker: web::Data<Waker>,
-    key: Key,
+    key: IdempotencyKey,
     body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: OnboardBody = parse_json(&req, &body)?;
@@ -87,7 +87,7 @@ struct TenantView {
     #[serde(skip_serializing_if = "Option::is_none")]
     subnet: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    conditions: Option<Vec<Condition>>,
+    conditions: Option<Vec<TenantCondition>>,
 }
 
 impl TenantView {
@@ -158,7 +158,7 @@ pub async fn get_quota(
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ChangeBody {
+struct TenantChangeBody {
     display_name: Option<String>,
     #[serde(default)]
     quota: QuotaInput,
@@ -172,7 +172,7 @@ pub async fn change_tenant(
     expected: Expected,
     body: Body,
 ) -> Result<HttpResponse, Error> {
-    let input: ChangeBody = parse_json(&req, &body)?;
+    let input: TenantChangeBody = parse_json(&req, &body)?;
     let mut faults = Vec::new();
     if let Some(name) = &input.display_name {
         check_display_name(name, &mut faults);

@@ -14,7 +14,7 @@ use crate::http::{OwnAddress, html};
 use crate::keys::Keys;
 use crate::quotas::{Amount, Resource};
 
-struct Row {
+struct TenantItem {
     name: String,
     display_name: String,
     state: String,
@@ -29,7 +29,7 @@ struct Row {
 #[template(path = "tenants/list.html")]
 struct ListPage {
     frame: Frame,
-    rows: Vec<Row>,
+    rows: Vec<TenantItem>,
     next: String,
     address: String,
 }
@@ -75,7 +75,7 @@ fn of(amount: Amount, show: fn(i64) -> String) -> String {
     format!("{} of {}", show(amount.used), show(amount.limit))
 }
 
-impl From<Tenant> for Row {
+impl From<Tenant> for TenantItem {
     fn from(tenant: Tenant) -> Self {
         let quota = &tenant.quota;
         Self {
@@ -107,7 +107,9 @@ pub async fn list_page(
     let limit = query.limit()?;
     let mut conn = db::begin(&pool, Within::Platform).await?;
     let rows = store::list_tenants(&mut conn, &query.after_text()?, limit + 1).await?;
-    let page = Page::new(rows.into_iter().map(Row::from).collect(), limit, |row: &Row| row.name.clone());
+    let page = Page::new(rows.into_iter().map(TenantItem::from).collect(), limit, |row: &TenantItem| {
+        row.name.clone()
+    });
     html::page(&ListPage {
         frame: platform_frame(&keys, &scope.actor, "Tenants"),
         rows: page.items,

@@ -141,7 +141,7 @@ pub(super) async fn insert_steps(conn: &mut PgConnection, id: TenantId, steps: &
 
 /// A step of an offboarding as shown.
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct Step {
+pub(super) struct OffboardingStep {
     /// Name.
     pub name: String,
     /// `waiting`, `running`, `done`.
@@ -157,9 +157,9 @@ pub(super) struct Step {
     pub finished_at: Option<OffsetDateTime>,
 }
 
-pub(super) async fn list_steps(conn: &mut PgConnection, id: TenantId) -> Result<Vec<Step>, Error> {
+pub(super) async fn list_steps(conn: &mut PgConnection, id: TenantId) -> Result<Vec<OffboardingStep>, Error> {
     Ok(sqlx::query_as!(
-        Step,
+        OffboardingStep,
         "SELECT name, state, message, started_at, finished_at FROM offboarding_step \
          WHERE tenant_id = $1 ORDER BY position",
         id.0
@@ -202,7 +202,7 @@ pub(super) async fn set_offboarded(conn: &mut PgConnection, id: TenantId) -> Res
 
 /// A condition of one part of a tenant.
 #[derive(Debug, Clone, Serialize)]
-pub struct Condition {
+pub struct TenantCondition {
     /// Part.
     #[serde(rename = "type")]
     pub kind: String,
@@ -218,9 +218,9 @@ pub struct Condition {
 }
 
 /// Lists the conditions of a tenant, ordered by part.
-pub async fn list_conditions(conn: &mut PgConnection, id: TenantId) -> Result<Vec<Condition>, Error> {
+pub async fn list_conditions(conn: &mut PgConnection, id: TenantId) -> Result<Vec<TenantCondition>, Error> {
     Ok(sqlx::query_as!(
-        Condition,
+        TenantCondition,
         "SELECT type AS kind, status, reason, message, since FROM tenant_condition WHERE tenant_id = $1 \
          ORDER BY type",
         id.0

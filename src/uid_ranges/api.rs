@@ -19,7 +19,7 @@ struct OwnerView {
     tenant_state: String,
     range: RangeView,
     #[serde(skip_serializing_if = "Option::is_none")]
-    app: Option<AppView>,
+    app: Option<AppRangeView>,
 }
 
 #[derive(Serialize)]
@@ -30,7 +30,7 @@ struct RangeView {
 }
 
 #[derive(Serialize)]
-struct AppView {
+struct AppRangeView {
     name: String,
     start: i64,
     end: i64,
@@ -51,7 +51,7 @@ pub async fn get_uid(
     let mut conn = db::begin(&pool, Within::Platform).await?;
     let row = store::find_owner(&mut conn, uid).await?.ok_or(Error::NotFound)?;
     let app = match (row.app, row.app_start, row.app_size) {
-        (Some(name), Some(start), Some(size)) => Some(AppView {
+        (Some(name), Some(start), Some(size)) => Some(AppRangeView {
             name,
             start,
             end: start + size,

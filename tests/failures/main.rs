@@ -11,7 +11,7 @@ use bulkhead::access::{PlatformRole, Role};
 use bulkhead::audit::heads::Heads;
 use bulkhead::audit::seal;
 use bulkhead::audit::verify::verify;
-use bulkhead::keys::Purpose;
+use bulkhead::keys::KeyPurpose;
 use bulkhead::routes;
 use serde_json::{Value, json};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
@@ -62,7 +62,7 @@ async fn a_seal_that_fails_is_made_later(options: PgPoolOptions, connect: PgConn
     let scenario = fail::FailScenario::setup();
     let app = TestApp::new(options, connect).await;
     app.tenant("acme").await;
-    let key = app.one.platform.desk.keys.of(Purpose::Audit);
+    let key = app.one.platform.desk.keys.of(KeyPurpose::Audit);
     let heads = Heads::in_file(app.config.access.audit_heads.clone());
     let work = &app.one.platform.work;
     fail::cfg("audit::seal_commit", "return").unwrap();

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use actix_web::middleware::from_fn;
 use actix_web::{App, HttpResponse, web};
 use bulkhead::http;
-use bulkhead::http::front::{Bounds, Front, Times};
+use bulkhead::http::front::{ConnectionLimits, Front, Times};
 use rustix::net::{AddressFamily, SocketType};
 
 struct Served {
@@ -42,7 +42,7 @@ fn times() -> Times {
     }
 }
 
-fn serve(bounds: Bounds, times: Times) -> Served {
+fn serve(bounds: ConnectionLimits, times: Times) -> Served {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let mut front = Front::new("test", listener, 1, bounds);
@@ -62,7 +62,7 @@ fn serve(bounds: Bounds, times: Times) -> Served {
     Served { address, handle }
 }
 
-const WIDE: Bounds = Bounds { all: 1000, per_source: 1000 };
+const WIDE: ConnectionLimits = ConnectionLimits { all: 1000, per_source: 1000 };
 
 /// Connects from a given loopback address.
 fn connect_from(source: [u8; 4], to: SocketAddr) -> TcpStream {
@@ -190,8 +190,10 @@ async fn requests_one_after_the_other_ahead_and_in_pieces_are_answered() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crowd_of_silent_sources_locks_no_one_out() {
-    let served =
-        serve(Bounds { all: 200, per_source: 50 }, Times { head: Duration::from_secs(60), ..times() });
+    let served = serve(
+        ConnectionLimits { all: 200, per_source: 50 },
+        Times { head: Duration::from_secs(60), ..times() },
+    );
     let to = served.address;
     blocking(move || {
         let mut crowd = Vec::new();
@@ -227,7 +229,7 @@ async fn a_crowd_of_silent_sources_locks_no_one_out() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_with_all_its_requests_under_way_is_told_so() {
-    let served = serve(Bounds { all: 20, per_source: 4 }, times());
+    let served = serve(ConnectionLimits { all: 20, per_source: 4 }, times());
     let to = served.address;
     blocking(move || {
         let busy: Vec<TcpStream> = (0..4)
@@ -287,8 +289,10 @@ async fn silent_connections_cost_little() {
         let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
         line.trim().trim_end_matches(" kB").parse().unwrap()
     }
-    let served =
-        serve(Bounds { all: 5000, per_source: 5000 }, Times { head: Duration::from_secs(60), ..times() });
+    let served = serve(
+        ConnectionLimits { all: 5000, per_source: 5000 },
+        Times { head: Duration::from_secs(60), ..times() },
+    );
     let to = served.address;
     blocking(move || {
         let before = resident();

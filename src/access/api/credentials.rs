@@ -9,7 +9,7 @@ use time::format_description::well_known::Rfc3339;
 use super::{NumberPath, members};
 use crate::access::extract::TenantScope;
 use crate::access::sessions::DeskData;
-use crate::access::tokens::{Made, NewToken};
+use crate::access::tokens::{CreatedToken, NewToken};
 use crate::access::{ManageCredentials, ReadActivity, store};
 use crate::db::{self, Page, PageQuery};
 use crate::error::Error;
@@ -17,7 +17,7 @@ use crate::http::asked::{Body, Query};
 use crate::http::parse_json;
 
 /// Builds the only response that shows the token.
-pub(super) fn token_made(name: &str, made: &Made) -> HttpResponse {
+pub(super) fn token_made(name: &str, made: &CreatedToken) -> HttpResponse {
     HttpResponse::Created().json(json!({
         "id": made.id, "name": name, "token": made.secret.expose(),
         "expires_at": made.expires_at.format(&Rfc3339).unwrap_or_default(),
@@ -38,7 +38,7 @@ pub async fn list_services(
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ServiceBody {
+struct ServiceAccountBody {
     name: String,
     role: String,
 }
@@ -50,7 +50,7 @@ pub async fn create_service(
     desk: DeskData,
     body: Body,
 ) -> Result<HttpResponse, Error> {
-    let input: ServiceBody = parse_json(&req, &body)?;
+    let input: ServiceAccountBody = parse_json(&req, &body)?;
     scope.tenant.require_active()?;
     desk.create_service(&scope, &input.name, members::role(&input.role)?).await?;
     Ok(HttpResponse::Created().json(json!({"name": input.name, "role": input.role})))
@@ -87,7 +87,7 @@ pub async fn list_tokens(
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct TokenBody {
+struct ServiceTokenBody {
     service_account: String,
     name: String,
     days: Option<i32>,
@@ -100,7 +100,7 @@ pub async fn create_token(
     desk: DeskData,
     body: Body,
 ) -> Result<HttpResponse, Error> {
-    let input: TokenBody = parse_json(&req, &body)?;
+    let input: ServiceTokenBody = parse_json(&req, &body)?;
     scope.tenant.require_active()?;
     let new = NewToken::check(&scope.actor, &input.name, input.days)?;
     let made = desk.create_service_token(&scope, &input.service_account, new).await?;

@@ -139,7 +139,7 @@ pub async fn remove_second_factor(scope: SignedIn, desk: DeskData) -> Result<Htt
 
 /// Path parameter: the provider.
 #[derive(Deserialize)]
-pub struct ProviderPath {
+pub struct IdentityPath {
     provider: String,
 }
 
@@ -147,7 +147,7 @@ pub struct ProviderPath {
 pub async fn unlink(
     scope: SignedIn,
     desk: DeskData,
-    path: web::Path<ProviderPath>,
+    path: web::Path<IdentityPath>,
 ) -> Result<HttpResponse, Error> {
     desk.unlink(scope.by(), &path.provider).await?;
     Ok(HttpResponse::NoContent().finish())
@@ -163,7 +163,7 @@ pub async fn list_tokens(scope: SignedIn, pool: web::Data<PgPool>) -> Result<Htt
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct TokenBody {
+struct UserTokenBody {
     name: String,
     tenant: Option<String>,
     role: String,
@@ -177,7 +177,7 @@ pub async fn create_token(
     desk: DeskData,
     body: Body,
 ) -> Result<HttpResponse, Error> {
-    let input: TokenBody = parse_json(&req, &body)?;
+    let input: UserTokenBody = parse_json(&req, &body)?;
     let new = NewToken::check(&scope.actor, &input.name, input.days)?;
     let authority = desk.own_authority(&scope.actor, input.tenant.as_deref(), &input.role).await?;
     let made = desk.create_own_token(scope.by(), authority, new).await?;

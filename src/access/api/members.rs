@@ -8,7 +8,7 @@ use sqlx::PgPool;
 use super::NumberPath;
 use crate::access::extract::TenantScope;
 use crate::access::invitations::HOURS;
-use crate::access::links::Made;
+use crate::access::links::CreatedLink;
 use crate::access::sessions::DeskData;
 use crate::access::{ManageMembers, ReadActivity, ReadTenant, Role, accounts, members, store};
 use crate::db::{self, Page, PageQuery};
@@ -71,7 +71,7 @@ pub async fn remove_member(
 }
 
 /// Builds the only response that shows the link.
-pub(in crate::access) fn link_made(req: &HttpRequest, own: &OwnAddress, made: &Made) -> HttpResponse {
+pub(in crate::access) fn link_made(req: &HttpRequest, own: &OwnAddress, made: &CreatedLink) -> HttpResponse {
     let address = own.of(req).unwrap_or_default();
     HttpResponse::Created().json(json!({"id": made.id, "link": format!("{address}{}", made.path)}))
 }
@@ -107,7 +107,7 @@ pub(super) fn hours() -> i32 {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct InvitationBody {
+struct MemberInvitationBody {
     name: String,
     role: String,
     #[serde(default = "hours")]
@@ -122,7 +122,7 @@ pub async fn invite(
     desk: DeskData,
     body: Body,
 ) -> Result<HttpResponse, Error> {
-    let input: InvitationBody = parse_json(&req, &body)?;
+    let input: MemberInvitationBody = parse_json(&req, &body)?;
     scope.tenant.require_active()?;
     let name = accounts::account_name("name", &input.name)?;
     let made = desk.invite(&scope, &name, role(&input.role)?, input.hours).await?;

@@ -63,7 +63,7 @@ fn given<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<String>>, D
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ChangeBody {
+struct AccountChangeBody {
     #[serde(default, deserialize_with = "given")]
     platform_role: Option<Option<String>>,
     disabled: Option<bool>,
@@ -86,7 +86,7 @@ pub async fn change_account(
     path: web::Path<AccountPath>,
     body: Body,
 ) -> Result<HttpResponse, Error> {
-    let input: ChangeBody = parse_json(&req, &body)?;
+    let input: AccountChangeBody = parse_json(&req, &body)?;
     let role = match &input.platform_role {
         None => None,
         Some(given) => Some(platform_role(given.as_deref())?),
@@ -143,7 +143,7 @@ pub async fn list_invitations(
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct InvitationBody {
+struct AccountInvitationBody {
     name: String,
     platform_role: Option<String>,
     #[serde(default = "super::members::hours")]
@@ -158,7 +158,7 @@ pub async fn invite(
     desk: DeskData,
     body: Body,
 ) -> Result<HttpResponse, Error> {
-    let input: InvitationBody = parse_json(&req, &body)?;
+    let input: AccountInvitationBody = parse_json(&req, &body)?;
     let name = accounts::account_name("name", &input.name)?;
     let role = platform_role(input.platform_role.as_deref())?;
     let made = desk.invite_to_platform(scope.by(), &name, role, input.hours).await?;

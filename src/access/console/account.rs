@@ -25,7 +25,7 @@ struct SessionView {
     seen: String,
 }
 
-struct TokenView {
+struct UserTokenView {
     id: i64,
     name: String,
     opens: String,
@@ -44,7 +44,7 @@ struct AccountPage {
     second_factor: bool,
     codes_left: i64,
     sessions: Vec<SessionView>,
-    tokens: Vec<TokenView>,
+    tokens: Vec<UserTokenView>,
     places: Vec<store::BelongsTo>,
     /// Scopes that the user can choose for a token: form value and label.
     openings: Vec<(String, String)>,
@@ -121,7 +121,7 @@ async fn view(scope: &SignedIn, desk: &DeskData, error: String) -> Result<Accoun
             .collect(),
         tokens: tokens
             .into_iter()
-            .map(|row| TokenView {
+            .map(|row| UserTokenView {
                 id: row.id,
                 opens: match row.tenant {
                     Some(tenant) => format!("{} of {tenant}", row.role),
@@ -288,7 +288,7 @@ pub async fn end_session(
 
 /// Form: a new token of the user.
 #[derive(Deserialize)]
-pub struct TokenForm {
+pub struct UserTokenForm {
     name: String,
     /// `TENANT/ROLE`, or `/ROLE` for the platform.
     opens: String,
@@ -299,7 +299,7 @@ pub struct TokenForm {
 pub async fn create_token(
     scope: SignedIn,
     desk: DeskData,
-    form: Posted<TokenForm>,
+    form: Posted<UserTokenForm>,
 ) -> Result<HttpResponse, Error> {
     let form = form.0;
     let make = async {

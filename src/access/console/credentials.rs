@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::http::html;
 use crate::http::html::Frame;
 
-struct TokenView {
+struct TokenItem {
     id: i64,
     name: String,
     holder: String,
@@ -32,8 +32,8 @@ struct TokensPage {
     tenant: String,
     error: String,
     manages: bool,
-    services: Vec<store::ServiceRow>,
-    tokens: Vec<TokenView>,
+    services: Vec<store::ServiceAccountRow>,
+    tokens: Vec<TokenItem>,
     next: String,
 }
 
@@ -55,12 +55,12 @@ async fn view<P>(
         manages: scope.may::<ManageCredentials>() && scope.tenant.state == "active",
         services: services
             .into_iter()
-            .map(|row| store::ServiceRow { created_by: who(&row.created_by), ..row })
+            .map(|row| store::ServiceAccountRow { created_by: who(&row.created_by), ..row })
             .collect(),
         tokens: page
             .items
             .into_iter()
-            .map(|row| TokenView {
+            .map(|row| TokenItem {
                 id: row.id,
                 holder: match (row.service_account, row.account) {
                     (Some(service), _) => format!("service account {service}"),
@@ -101,7 +101,7 @@ async fn after<P>(
 
 /// Form: the name and the role of a service account.
 #[derive(Deserialize)]
-pub struct ServiceForm {
+pub struct ServiceAccountForm {
     name: String,
     #[serde(default)]
     role: String,
@@ -111,7 +111,7 @@ pub struct ServiceForm {
 pub async fn create_service(
     scope: TenantScope<ManageCredentials>,
     desk: DeskData,
-    form: Posted<ServiceForm>,
+    form: Posted<ServiceAccountForm>,
 ) -> Result<HttpResponse, Error> {
     let outcome = match role(&form.0.role) {
         Ok(role) => desk.create_service(&scope, form.0.name.trim(), role).await,
@@ -124,7 +124,7 @@ pub async fn create_service(
 pub async fn delete_service(
     scope: TenantScope<ManageCredentials>,
     desk: DeskData,
-    form: Posted<ServiceForm>,
+    form: Posted<ServiceAccountForm>,
 ) -> Result<HttpResponse, Error> {
     let outcome = desk.delete_service(&scope, &form.0.name).await;
     after(&scope, &desk, outcome).await
@@ -132,7 +132,7 @@ pub async fn delete_service(
 
 /// Form: a new token of a service account.
 #[derive(Deserialize)]
-pub struct TokenForm {
+pub struct ServiceTokenForm {
     service: String,
     name: String,
     days: String,
@@ -142,7 +142,7 @@ pub struct TokenForm {
 pub async fn create_token(
     scope: TenantScope<ManageCredentials>,
     desk: DeskData,
-    form: Posted<TokenForm>,
+    form: Posted<ServiceTokenForm>,
 ) -> Result<HttpResponse, Error> {
     let form = form.0;
     let make = async {

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::{frame, inline, page_with, see_other, session_cookie, who};
 use crate::access::extract::{Perhaps, Public, require_own_page};
-use crate::access::links::{Kind, NewPerson, Seen};
+use crate::access::links::{LinkContent, LinkKind, NewPerson};
 use crate::access::sessions::{Client, DeskData};
 use crate::error::Error;
 use crate::http::html::Frame;
@@ -29,7 +29,7 @@ struct InvitationPage {
     display_name: String,
 }
 
-fn view(seen: Seen, frame: Frame, person: &str) -> InvitationPage {
+fn view(seen: LinkContent, frame: Frame, person: &str) -> InvitationPage {
     InvitationPage {
         frame,
         error: String::new(),
@@ -52,7 +52,7 @@ pub async fn invitation_page(
     code: web::Path<String>,
 ) -> Result<HttpResponse, Error> {
     let seen = desk.look_at_link(&Client::of(&req, &own), &code).await?;
-    if seen.kind != Kind::Invitation {
+    if seen.kind != LinkKind::Invitation {
         return Err(Error::NotFound);
     }
     let (who, frame) = match &scope.actor {
@@ -127,7 +127,7 @@ pub async fn reset_page(
     code: web::Path<String>,
 ) -> Result<HttpResponse, Error> {
     let seen = desk.look_at_link(&Client::of(&req, &own), &code).await?;
-    if seen.kind != Kind::Reset {
+    if seen.kind != LinkKind::Reset {
         return Err(Error::NotFound);
     }
     html::page(&ResetPage { frame: Frame::default(), error: String::new(), recipient: seen.recipient })

@@ -26,7 +26,7 @@ struct MemberView {
     factor: bool,
 }
 
-struct InvitationView {
+struct MemberInvitationView {
     id: i64,
     name: String,
     role: String,
@@ -43,7 +43,7 @@ struct MembersPage {
     member: bool,
     members: Vec<MemberView>,
     next: String,
-    invitations: Vec<InvitationView>,
+    invitations: Vec<MemberInvitationView>,
 }
 
 async fn view<P>(
@@ -88,7 +88,7 @@ async fn view<P>(
         next: page.next.unwrap_or_default(),
         invitations: invitations
             .into_iter()
-            .map(|row| InvitationView {
+            .map(|row| MemberInvitationView {
                 id: row.id,
                 name: row.name,
                 role: row.role.unwrap_or_default(),

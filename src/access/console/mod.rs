@@ -8,10 +8,10 @@ use askama::Template;
 use time::OffsetDateTime;
 
 use super::extract::{TenantScope, cookie_name, form_token, known_name};
-use super::links::Made;
+use super::links::CreatedLink;
 use super::{Actor, Means, ReadActivity, includes};
 use crate::error::Error;
-use crate::http::html::{Frame, Link};
+use crate::http::html::{Frame, NavLink};
 use crate::http::{OwnAddress, html};
 use crate::keys::Keys;
 
@@ -168,8 +168,8 @@ pub fn frame(keys: &Keys, actor: &Actor) -> Frame {
     Frame { who: actor.name.clone(), form, rail: Vec::new(), rail_name: String::new() }
 }
 
-fn link(label: &'static str, href: String, here: &str) -> Link {
-    Link { label, here: label == here, href }
+fn link(label: &'static str, href: String, here: &str) -> NavLink {
+    NavLink { label, here: label == here, href }
 }
 
 /// Builds the page frame within a tenant. `here` is the label of the current section.
@@ -223,7 +223,7 @@ fn link_page(
     (frame, back): (Frame, String),
     title: String,
     text: &'static str,
-    made: &Made,
+    made: &CreatedLink,
 ) -> Result<HttpResponse, Error> {
     let link = format!("{}{}", own.of(req).unwrap_or_default(), made.path);
     html::page(&SecretPage { frame, title, text, lines: vec![link], back })

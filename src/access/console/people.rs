@@ -31,7 +31,7 @@ struct PersonView {
     own: bool,
 }
 
-struct InvitationView {
+struct AccountInvitationView {
     id: i64,
     name: String,
     role: String,
@@ -46,7 +46,7 @@ struct PeoplePage {
     manages: bool,
     people: Vec<PersonView>,
     next: String,
-    invitations: Vec<InvitationView>,
+    invitations: Vec<AccountInvitationView>,
 }
 
 async fn view(actor: &Actor, desk: &DeskData, query: &PageQuery, error: String) -> Result<PeoplePage, Error> {
@@ -80,7 +80,7 @@ async fn view(actor: &Actor, desk: &DeskData, query: &PageQuery, error: String) 
         next: page.next.unwrap_or_default(),
         invitations: invitations
             .into_iter()
-            .map(|row| InvitationView {
+            .map(|row| AccountInvitationView {
                 id: row.id,
                 name: row.name,
                 role: row.role.unwrap_or_else(|| "none".into()),

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::{cookie, gone, is_secure, page_with, see_other, session_cookie};
 use crate::access::extract::{Perhaps, Public, SignedIn};
-use crate::access::oidc::{Back, Came, Goal, Refused};
+use crate::access::oidc::{Back, Came, Goal, OidcError};
 use crate::access::sessions::{Client, DeskData};
 use crate::error::Error;
 use crate::http::OwnAddress;
@@ -60,7 +60,7 @@ async fn go(
             let _ = answer.add_cookie(&cookie(req, way_name(req), &way));
             Ok(answer)
         }
-        Err(Refused(reason)) => {
+        Err(OidcError(reason)) => {
             tracing::warn!(provider = name, reason, "a provider cannot be reached");
             refused(
                 &provider.settings.label,

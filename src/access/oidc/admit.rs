@@ -7,10 +7,10 @@ use time::OffsetDateTime;
 
 use super::vouch::{Back, Vouched};
 use super::way::{Goal, Way};
-use super::{Provider, Refused, claims};
+use super::{OidcError, Provider, claims};
 use crate::access::credentials::{self, Secret};
 use crate::access::sessions::{Client, Desk, note};
-use crate::access::store::{self, Begun};
+use crate::access::store::{self, PendingSignIn};
 use crate::access::{Actor, Means, PlatformRole, Role};
 use crate::db::{self, Tx, Within};
 use crate::error::Error;
@@ -40,7 +40,7 @@ impl Desk {
     ) -> Result<Came, Error> {
         let name = &provider.settings.name;
         self.throttle.knock("provider", client.address).await?;
-        let refuse = |reason: &Refused| {
+        let refuse = |reason: &OidcError| {
             tracing::warn!(provider = name, %reason, "a sign-in through a provider was refused");
             self.refuse(
                 client,
@@ -51,25 +51,25 @@ impl Desk {
             Ok(Came::Refused(reason.to_string()))
         };
         let Some(way) = Way::parse(&self.keys, name, cookie) else {
-            return refuse(&Refused(
+            return refuse(&OidcError(
                 "the sign-in took too long, or started in another browser; start again".into(),
             ));
         };
         if !bool::from(way.state().as_bytes().ct_eq(back.state.as_bytes())) {
-            return refuse(&Refused("this response belongs to another sign-in; start again".into()));
+            return refuse(&OidcError("this response belongs to another sign-in; start again".into()));
         }
         if back.iss.as_ref().is_some_and(|iss| *iss != provider.settings.issuer) {
-            return refuse(&Refused("this response comes from another provider".into()));
+            return refuse(&OidcError("this response comes from another provider".into()));
         }
         if back.error.is_some() || back.code.is_empty() {
-            return refuse(&Refused("the sign-in was denied".into()));
+            return refuse(&OidcError("the sign-in was denied".into()));
         }
         // Mark the attempt as used before the code is redeemed: it must not run twice, whatever the outcome.
         let mut tx = db::begin(&self.pool, Within::Platform).await?;
-        let begun = Begun { account_id: None, provider: Some(name.clone()), session_id: None };
+        let begun = PendingSignIn { account_id: None, provider: Some(name.clone()), session_id: None };
         let hash = credentials::hash(&way.text);
         if !store::mark_used(&mut tx, &hash, KIND, &begun).await? {
-            return refuse(&Refused("this response was already used; start again".into()));
+            return refuse(&OidcError("this response was already used; start again".into()));
         }
         tx.commit().await?;
         let vouched = match provider.vouch(&self.keys, callback, &way, back).await {
@@ -83,13 +83,13 @@ impl Desk {
                 // The user must have authenticated since this attempt began; an earlier provider session does
                 // not count.
                 if vouched.authenticated.is_none_or(|at| at > now + 60 || at < way.begun - 5) {
-                    return refuse(&Refused("the provider did not ask you to sign in again".into()));
+                    return refuse(&OidcError("the provider did not ask you to sign in again".into()));
                 }
                 match actor {
                     Some(actor) if matches!(actor.means, Means::Session { id, .. } if id == session) => {
                         self.confirm_through(client, &vouched, actor, way.goal, name).await
                     }
-                    _ => refuse(&Refused("the session of this request has ended; sign in again".into())),
+                    _ => refuse(&OidcError("the session of this request has ended; sign in again".into())),
                 }
             }
         }
@@ -163,7 +163,7 @@ impl Desk {
         &self,
         tx: &mut Tx,
         client: &Client,
-        settings: &crate::config::Provider,
+        settings: &crate::config::ProviderSettings,
         vouched: &Vouched,
     ) -> Result<(AccountId, String), Error> {
         let base = claims::name(

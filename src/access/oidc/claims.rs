@@ -4,20 +4,20 @@ use serde_json::Value;
 
 use super::Extra;
 use crate::access::{PlatformRole, Role};
-use crate::config::Provider as Settings;
+use crate::config::ProviderSettings;
 use crate::fault::plain;
 use crate::ids::TenantName;
 
 /// Roles that the claims grant.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Given {
+pub struct ClaimedRoles {
     /// Platform role.
     pub platform: Option<PlatformRole>,
     /// Tenant roles, ordered by tenant name. If several values match a tenant, the highest role counts.
     pub tenants: Vec<(TenantName, Role)>,
 }
 
-impl Given {
+impl ClaimedRoles {
     /// Whether the claims grant no role.
     #[must_use]
     pub fn is_nothing(&self) -> bool {
@@ -25,7 +25,7 @@ impl Given {
     }
 }
 
-fn values<'a>(settings: &Settings, claims: &'a Extra) -> Vec<&'a str> {
+fn values<'a>(settings: &ProviderSettings, claims: &'a Extra) -> Vec<&'a str> {
     match claims.get(&settings.roles_claim) {
         Some(Value::String(one)) => vec![one.as_str()],
         Some(Value::Array(many)) => many.iter().filter_map(Value::as_str).collect(),
@@ -34,9 +34,9 @@ fn values<'a>(settings: &Settings, claims: &'a Extra) -> Vec<&'a str> {
 }
 
 /// Maps the roles claim through the settings. Only exact matches count.
-pub(super) fn roles(settings: &Settings, claims: &Extra) -> Given {
+pub(super) fn roles(settings: &ProviderSettings, claims: &Extra) -> ClaimedRoles {
     let values = values(settings, claims);
-    let mut given = Given::default();
+    let mut given = ClaimedRoles::default();
     for mapping in settings.roles.iter().filter(|mapping| values.contains(&mapping.value.as_str())) {
         match &mapping.tenant {
             None => given.platform = given.platform.max(PlatformRole::parse(&mapping.role)),
@@ -85,13 +85,13 @@ mod tests {
     use super::*;
     use crate::config::RoleMapping;
 
-    fn settings() -> Settings {
+    fn settings() -> ProviderSettings {
         let map = |value: &str, tenant: Option<&str>, role: &str| RoleMapping {
             value: value.into(),
             tenant: tenant.map(|name| name.parse().unwrap()),
             role: role.into(),
         };
-        Settings {
+        ProviderSettings {
             name: "id".into(),
             label: "Id".into(),
             issuer: "https://id.example".into(),
@@ -112,7 +112,7 @@ mod tests {
         }
     }
 
-    fn given(claim: Value) -> Given {
+    fn given(claim: Value) -> ClaimedRoles {
         roles(&settings(), &Extra::from([("groups".to_owned(), claim)]))
     }
 

@@ -10,7 +10,7 @@ use openidconnect::{ClientId, ClientSecret, IssuerUrl, ProviderMetadataWithLogou
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use crate::config::Provider as Settings;
+use crate::config::ProviderSettings;
 use crate::error::Error;
 
 mod admit;
@@ -31,15 +31,15 @@ const LARGEST: usize = 256 * 1024;
 /// Reason of a failure, for the log and for the user. Never contains a secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct Refused(pub String);
+pub struct OidcError(pub String);
 
-impl Refused {
+impl OidcError {
     pub(super) fn because(what: &str, cause: impl std::fmt::Display) -> Self {
         Self(format!("{what}: {cause}"))
     }
 }
 
-struct Known {
+struct CachedMetadata {
     at: Instant,
     metadata: Arc<ProviderMetadataWithLogout>,
 }
@@ -47,12 +47,12 @@ struct Known {
 /// One provider.
 pub struct Provider {
     /// Settings.
-    pub settings: Settings,
+    pub settings: ProviderSettings,
     secret: Option<ClientSecret>,
     http: reqwest::Client,
-    known: Mutex<Option<Known>>,
+    known: Mutex<Option<CachedMetadata>>,
     /// Time and reason of the last failed fetch. Callers within `SOONEST` get the same error without a wait.
-    away: Mutex<Option<(Instant, Refused)>>,
+    away: Mutex<Option<(Instant, OidcError)>>,
 }
 
 impl std::fmt::Debug for Provider {
@@ -68,8 +68,8 @@ pub struct Providers(Arc<Vec<Provider>>);
 impl Providers {
     /// Loads the providers from the settings, with secrets and certificates from their files. Sends no request:
     /// an unreachable provider must not block other ways to sign in.
-    pub fn load(settings: &[Settings]) -> Result<Self, Error> {
-        let one = |settings: &Settings| {
+    pub fn load(settings: &[ProviderSettings]) -> Result<Self, Error> {
+        let one = |settings: &ProviderSettings| {
             let read = |path: &std::path::Path| {
                 std::fs::read_to_string(path)
                     .map_err(|error| Error::internal(format!("{}: {error}", path.display())))
@@ -117,9 +117,9 @@ impl Provider {
 
     /// Checks that an address is allowed: the issuer's own host, or a host of the settings. It must use the
     /// same scheme as the issuer.
-    fn check_address(&self, what: &str, address: &openidconnect::url::Url) -> Result<(), Refused> {
+    fn check_address(&self, what: &str, address: &openidconnect::url::Url) -> Result<(), OidcError> {
         let issuer = openidconnect::url::Url::parse(&self.settings.issuer)
-            .map_err(|error| Refused::because("the issuer", error))?;
+            .map_err(|error| OidcError::because("the issuer", error))?;
         let own = (issuer.host_str(), issuer.port_or_known_default());
         let host = address.host_str().unwrap_or_default();
         let named = self.settings.hosts.iter().any(|known| known == host)
@@ -128,7 +128,7 @@ impl Provider {
         if address.scheme() == issuer.scheme() && (same || named) {
             Ok(())
         } else {
-            Err(Refused(format!(
+            Err(OidcError(format!(
                 "the {what} of the provider is at {host}, which is neither the issuer's host nor one of the provider's hosts in the settings"
             )))
         }
@@ -138,17 +138,17 @@ impl Provider {
     async fn send(
         &self,
         request: openidconnect::HttpRequest,
-    ) -> Result<openidconnect::HttpResponse, Refused> {
+    ) -> Result<openidconnect::HttpResponse, OidcError> {
         let address = openidconnect::url::Url::parse(&request.uri().to_string())
-            .map_err(|error| Refused::because("an address", error))?;
+            .map_err(|error| OidcError::because("an address", error))?;
         self.check_address("endpoint", &address)?;
         let request = reqwest::Request::try_from(request)
-            .map_err(|error| Refused::because("a request", error.without_url()))?;
+            .map_err(|error| OidcError::because("a request", error.without_url()))?;
         let away =
-            |error: reqwest::Error| Refused::because("the provider does not respond", error.without_url());
+            |error: reqwest::Error| OidcError::because("the provider does not respond", error.without_url());
         let mut answer = self.http.execute(request).await.map_err(away)?;
         if answer.status().is_redirection() {
-            return Err(Refused("the provider responds with a redirect, which is not followed".into()));
+            return Err(OidcError("the provider responds with a redirect, which is not followed".into()));
         }
         let mut response = http::Response::builder().status(answer.status());
         for (name, value) in answer.headers() {
@@ -157,16 +157,16 @@ impl Provider {
         let mut body = Vec::new();
         while let Some(chunk) = answer.chunk().await.map_err(away)? {
             if body.len() + chunk.len() > LARGEST {
-                return Err(Refused("the provider's response is too large".into()));
+                return Err(OidcError("the provider's response is too large".into()));
             }
             body.extend_from_slice(&chunk);
         }
-        response.body(body).map_err(|error| Refused::because("a response", error))
+        response.body(body).map_err(|error| OidcError::because("a response", error))
     }
 
     /// Returns the provider's metadata and keys. Fetches them again after an hour or if `anew`, at most once
     /// every ten seconds.
-    async fn metadata(&self, anew: bool) -> Result<Arc<ProviderMetadataWithLogout>, Refused> {
+    async fn metadata(&self, anew: bool) -> Result<Arc<ProviderMetadataWithLogout>, OidcError> {
         let mut known = self.known.lock().await;
         if let Some(known) = &*known {
             let age = known.at.elapsed();
@@ -182,7 +182,7 @@ impl Provider {
         let outcome = self.discover().await.map(Arc::new);
         *self.away.lock().await = outcome.as_ref().err().map(|reason| (Instant::now(), reason.clone()));
         let metadata = outcome?;
-        *known = Some(Known { at: Instant::now(), metadata: Arc::clone(&metadata) });
+        *known = Some(CachedMetadata { at: Instant::now(), metadata: Arc::clone(&metadata) });
         Ok(metadata)
     }
 
@@ -191,13 +191,13 @@ impl Provider {
         self.known.try_lock().ok()?.as_ref().map(|known| Arc::clone(&known.metadata))
     }
 
-    async fn discover(&self) -> Result<ProviderMetadataWithLogout, Refused> {
+    async fn discover(&self) -> Result<ProviderMetadataWithLogout, OidcError> {
         let issuer = IssuerUrl::new(self.settings.issuer.clone())
-            .map_err(|error| Refused::because("the issuer", error))?;
+            .map_err(|error| OidcError::because("the issuer", error))?;
         let ask = |request| self.send(request);
         let metadata = ProviderMetadataWithLogout::discover_async(issuer, &ask)
             .await
-            .map_err(|error| Refused::because("discovery", flat(&error)))?;
+            .map_err(|error| OidcError::because("discovery", flat(&error)))?;
         self.check_address("authorization endpoint", metadata.authorization_endpoint().url())?;
         if let Some(token) = metadata.token_endpoint() {
             self.check_address("token endpoint", token.url())?;

@@ -12,9 +12,9 @@ use openidconnect::{
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
-use super::claims::{self, Given};
+use super::claims::{self, ClaimedRoles};
 use super::way::{Goal, LIFE, Way};
-use super::{Extra, Provider, Refused, flat};
+use super::{Extra, OidcError, Provider, flat};
 use crate::keys::Keys;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -41,7 +41,7 @@ pub(super) struct Vouched {
     pub(super) preferred: Option<String>,
     pub(super) email: Option<String>,
     pub(super) display: Option<String>,
-    pub(super) given: Given,
+    pub(super) given: ClaimedRoles,
     pub(super) authenticated: Option<i64>,
 }
 
@@ -67,7 +67,7 @@ impl Provider {
         keys: &Keys,
         callback: &str,
         goal: Goal,
-    ) -> Result<(String, String), Refused> {
+    ) -> Result<(String, String), OidcError> {
         let metadata = self.metadata(false).await?;
         let name = &self.settings.name;
         let way = Way::new(keys, name, goal);
@@ -97,13 +97,13 @@ impl Provider {
         callback: &str,
         way: &Way,
         back: &Back,
-    ) -> Result<Vouched, Refused> {
+    ) -> Result<Vouched, OidcError> {
         let name = &self.settings.name;
         let metadata = self.metadata(false).await?;
         let token_endpoint = metadata
             .token_endpoint()
             .cloned()
-            .ok_or_else(|| Refused("the provider has no token endpoint".into()))?;
+            .ok_or_else(|| OidcError("the provider has no token endpoint".into()))?;
         let mut client =
             CoreClient::new(self.client_id(), metadata.issuer().clone(), metadata.jwks().clone())
                 .set_token_uri(token_endpoint)
@@ -117,10 +117,10 @@ impl Provider {
             .set_pkce_verifier(way.verifier(keys, name))
             .request_async(&ask)
             .await
-            .map_err(|error| Refused::because("the code", told(&error)))?;
+            .map_err(|error| OidcError::because("the code", told(&error)))?;
         let text =
-            answer.id_token().ok_or_else(|| Refused("the provider sends no ID token".into()))?.to_string();
-        let token: Token = text.parse().map_err(|_| Refused("the ID token cannot be read".into()))?;
+            answer.id_token().ok_or_else(|| OidcError("the provider sends no ID token".into()))?.to_string();
+        let token: Token = text.parse().map_err(|_| OidcError("the ID token cannot be read".into()))?;
         let nonce = way.nonce(keys, name);
         let mut verifier = self.verifier(&metadata);
         if token.claims(&verifier, &nonce).is_err() {
@@ -129,32 +129,32 @@ impl Provider {
         }
         let found = token
             .claims(&verifier, &nonce)
-            .map_err(|error| Refused::because("the ID token", flat(&error)))?;
+            .map_err(|error| OidcError::because("the ID token", flat(&error)))?;
         if let Some(wanted) = found.access_token_hash() {
             let refused =
-                |error: &dyn std::error::Error| Refused::because("the access token's hash", flat(error));
+                |error: &dyn std::error::Error| OidcError::because("the access token's hash", flat(error));
             let algorithm = token.signing_alg().map_err(|error| refused(&error))?;
             let key = token.signing_key(&verifier).map_err(|error| refused(&error))?;
             let real = AccessTokenHash::from_token(answer.access_token(), algorithm, key)
                 .map_err(|error| refused(&error))?;
             if real != *wanted {
-                return Err(Refused("the access token is not the one that belongs to the ID token".into()));
+                return Err(OidcError("the access token is not the one that belongs to the ID token".into()));
             }
         }
         if found.authorized_party().is_some_and(|party| **party != self.settings.client_id) {
-            return Err(Refused("the ID token was made for another party".into()));
+            return Err(OidcError("the ID token was made for another party".into()));
         }
         let extra = &found.additional_claims().all;
         let now = OffsetDateTime::now_utc().unix_timestamp();
         if extra.get("nbf").and_then(serde_json::Value::as_i64).is_some_and(|nbf| nbf > now + 60) {
-            return Err(Refused("the ID token is not valid yet".into()));
+            return Err(OidcError("the ID token is not valid yet".into()));
         }
         if (found.issue_time().timestamp() - now).abs() > LIFE {
-            return Err(Refused("the ID token was not issued just now".into()));
+            return Err(OidcError("the ID token was not issued just now".into()));
         }
         let subject = found.subject().as_str();
         if subject.is_empty() || subject.len() > 255 || !subject.is_ascii() {
-            return Err(Refused("the subject is not 1 to 255 ASCII characters".into()));
+            return Err(OidcError("the subject is not 1 to 255 ASCII characters".into()));
         }
         let local = |text: Option<&openidconnect::LocalizedClaim<openidconnect::EndUserName>>| {
             text.and_then(|text| text.get(None)).map(|name| name.as_str().to_owned())
@@ -195,8 +195,8 @@ impl Provider {
     }
 }
 
-fn redirect(callback: &str) -> Result<RedirectUrl, Refused> {
-    RedirectUrl::new(callback.to_owned()).map_err(|error| Refused::because("our own address", error))
+fn redirect(callback: &str) -> Result<RedirectUrl, OidcError> {
+    RedirectUrl::new(callback.to_owned()).map_err(|error| OidcError::because("our own address", error))
 }
 
 /// Describes why a code was rejected, without the provider's free text, which may contain anything.

@@ -7,7 +7,7 @@ use subtle::ConstantTimeEq as _;
 use time::OffsetDateTime;
 
 use crate::access::credentials::{self, Secret};
-use crate::keys::{Keys, Purpose, mac};
+use crate::keys::{KeyPurpose, Keys, mac};
 
 /// Lifetime of a login attempt, in seconds.
 pub(super) const LIFE: i64 = 600;
@@ -55,7 +55,8 @@ impl Way {
     }
 
     fn derive(keys: &Keys, provider: &str, what: &str, body: &str) -> String {
-        let mac = mac(&keys.of(Purpose::Provider), &[provider.as_bytes(), what.as_bytes(), body.as_bytes()]);
+        let mac =
+            mac(&keys.of(KeyPurpose::Provider), &[provider.as_bytes(), what.as_bytes(), body.as_bytes()]);
         data_encoding::BASE64URL_NOPAD.encode(&mac)
     }
 

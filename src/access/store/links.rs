@@ -90,7 +90,7 @@ pub(in crate::access) async fn end_links_within(
 }
 
 /// A valid link.
-pub(in crate::access) struct Link {
+pub(in crate::access) struct LinkRecord {
     pub(in crate::access) id: i64,
     pub(in crate::access) kind: String,
     pub(in crate::access) tenant_id: Option<i64>,
@@ -107,9 +107,9 @@ pub(in crate::access) struct Link {
 pub(in crate::access) async fn find_link(
     conn: &mut PgConnection,
     hash: &[u8],
-) -> Result<Option<Link>, Error> {
+) -> Result<Option<LinkRecord>, Error> {
     Ok(sqlx::query_as!(
-        Link,
+        LinkRecord,
         r#"SELECT id AS "id!", kind AS "kind!", tenant_id, tenant, tenant_state, role, platform_role,
            recipient AS "recipient!", account_id, created_by AS "created_by!" FROM access_invitation($1)"#,
         hash

@@ -21,7 +21,7 @@ pub(super) use {answers::*, links::*, members::*, people::*, sessions::*, thrott
 
 /// An actor, and the requested tenant with the actor's role in it, if the tenant exists.
 #[derive(Debug)]
-pub(super) struct Facts {
+pub(super) struct ActorFacts {
     pub(super) actor: Actor,
     pub(super) tenant: Option<(TenantRef, Option<Role>)>,
 }
@@ -52,7 +52,7 @@ pub(super) async fn find_session(
     hash: &[u8],
     wanted: Option<&TenantName>,
     asks: Asks,
-) -> Result<Option<Facts>, Error> {
+) -> Result<Option<ActorFacts>, Error> {
     let row = sqlx::query!(
         r#"SELECT account_id AS "account_id!", account AS "account!", platform_role, session_id AS "session_id!",
            recent AS "recent!", stale AS "stale!", tenant_id, tenant_state, member_role
@@ -76,7 +76,7 @@ pub(super) async fn find_session(
         means: Means::Session { id: row.session_id, hash: hash.to_vec(), recent: row.recent },
         platform: row.platform_role.as_deref().and_then(PlatformRole::parse),
     };
-    Ok(Some(Facts { actor, tenant: tenant(row.tenant_id, row.tenant_state, wanted, role) }))
+    Ok(Some(ActorFacts { actor, tenant: tenant(row.tenant_id, row.tenant_state, wanted, role) }))
 }
 
 struct TokenRow {
@@ -126,7 +126,7 @@ impl TokenRow {
         }
     }
 
-    fn facts(self, hash: &[u8], wanted: Option<&TenantName>) -> Facts {
+    fn facts(self, hash: &[u8], wanted: Option<&TenantName>) -> ActorFacts {
         let own = self.token_tenant.is_some() && self.token_tenant == self.tenant_id;
         let role = if own { self.role() } else { None };
         let text = match (&self.account, &self.service) {
@@ -142,7 +142,7 @@ impl TokenRow {
             // A user's token acts as the user. The token's name is the holder's choice.
             name: self.account.unwrap_or(self.token),
         };
-        Facts { actor, tenant: tenant(self.tenant_id, self.tenant_state, wanted, role) }
+        ActorFacts { actor, tenant: tenant(self.tenant_id, self.tenant_state, wanted, role) }
     }
 }
 
@@ -152,7 +152,7 @@ pub(super) async fn find_token(
     conn: &mut PgConnection,
     hash: &[u8],
     wanted: Option<&TenantName>,
-) -> Result<Option<Facts>, Error> {
+) -> Result<Option<ActorFacts>, Error> {
     let row = sqlx::query_as!(
         TokenRow,
         r#"SELECT token_id AS "token_id!", token AS "token!", token_role AS "token_role!", token_tenant,

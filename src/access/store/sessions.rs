@@ -112,7 +112,7 @@ pub(in crate::access) async fn list_sessions(
 }
 
 /// A pending sign-in.
-pub(in crate::access) struct Begun {
+pub(in crate::access) struct PendingSignIn {
     pub(in crate::access) account_id: Option<i64>,
     pub(in crate::access) provider: Option<String>,
     pub(in crate::access) session_id: Option<i64>,
@@ -122,7 +122,7 @@ pub(in crate::access) async fn insert_sign_in(
     conn: &mut PgConnection,
     hash: &[u8],
     kind: &str,
-    begun: &Begun,
+    begun: &PendingSignIn,
 ) -> Result<(), Error> {
     sqlx::query!(
         "INSERT INTO sign_in (hash, kind, account_id, provider, session_id, expires_at) \
@@ -143,9 +143,9 @@ pub(in crate::access) async fn try_sign_in(
     conn: &mut PgConnection,
     hash: &[u8],
     kind: &str,
-) -> Result<Option<Begun>, Error> {
+) -> Result<Option<PendingSignIn>, Error> {
     Ok(sqlx::query_as!(
-        Begun,
+        PendingSignIn,
         "UPDATE sign_in SET tries = tries + 1 WHERE hash = $1 AND kind = $2 AND expires_at > now() AND tries < 5 \
          RETURNING account_id, provider, session_id",
         hash,
@@ -176,7 +176,7 @@ pub(in crate::access) async fn mark_used(
     conn: &mut PgConnection,
     hash: &[u8],
     kind: &str,
-    begun: &Begun,
+    begun: &PendingSignIn,
 ) -> Result<bool, Error> {
     let done = sqlx::query!(
         "INSERT INTO sign_in (hash, kind, account_id, provider, session_id, expires_at) \
@@ -197,9 +197,9 @@ pub(in crate::access) async fn use_sign_in(
     conn: &mut PgConnection,
     hash: &[u8],
     kind: &str,
-) -> Result<Option<Begun>, Error> {
+) -> Result<Option<PendingSignIn>, Error> {
     Ok(sqlx::query_as!(
-        Begun,
+        PendingSignIn,
         "DELETE FROM sign_in WHERE hash = $1 AND kind = $2 AND expires_at > now() AND tries <= 5 \
          RETURNING account_id, provider, session_id",
         hash,

@@ -10,7 +10,7 @@ use crate::ids::{AccountId, ActorId, TenantId};
 
 /// The holder of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::access) enum Holder {
+pub(in crate::access) enum TokenHolder {
     Person(AccountId),
     Service(i64),
     Root,
@@ -21,7 +21,7 @@ pub(in crate::access) async fn insert_token(
     hash: &[u8],
     name: &str,
     authority: Authority,
-    holder: Holder,
+    holder: TokenHolder,
     (created_by, expires_at): (&ActorId, OffsetDateTime),
 ) -> Result<i64, Error> {
     let (tenant, role) = match authority {
@@ -29,9 +29,9 @@ pub(in crate::access) async fn insert_token(
         Authority::Tenant(tenant, role) => (Some(tenant.0), role.as_str()),
     };
     let (account, service) = match holder {
-        Holder::Person(account) => (Some(account.0), None),
-        Holder::Service(service) => (None, Some(service)),
-        Holder::Root => (None, None),
+        TokenHolder::Person(account) => (Some(account.0), None),
+        TokenHolder::Service(service) => (None, Some(service)),
+        TokenHolder::Root => (None, None),
     };
     Ok(sqlx::query_scalar!(
         "INSERT INTO api_token (hash, name, tenant_id, role, account_id, service_account_id, created_by, expires_at) \
@@ -140,7 +140,7 @@ pub(in crate::access) async fn revoke_own_token(
 
 /// A service account as shown.
 #[derive(Debug, Serialize)]
-pub(in crate::access) struct ServiceRow {
+pub(in crate::access) struct ServiceAccountRow {
     pub(in crate::access) name: String,
     pub(in crate::access) role: String,
     pub(in crate::access) tokens: i64,
@@ -155,9 +155,9 @@ pub(in crate::access) async fn list_services(
     tenant: TenantId,
     after: &str,
     limit: i64,
-) -> Result<Vec<ServiceRow>, Error> {
+) -> Result<Vec<ServiceAccountRow>, Error> {
     Ok(sqlx::query_as!(
-        ServiceRow,
+        ServiceAccountRow,
         r#"SELECT s.name, s.role, s.created_by, s.created_at,
            (SELECT count(*) FROM api_token k WHERE k.tenant_id = s.tenant_id AND k.service_account_id = s.id
             AND k.revoked_at IS NULL AND k.expires_at > now()) AS "tokens!"

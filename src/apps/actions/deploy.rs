@@ -5,7 +5,7 @@ use sqlx::{Postgres, Transaction};
 
 use super::{Apps, WORK, image_is_gone, is_image_there, no_address};
 use crate::access::{By, TenantRef};
-use crate::apps::reservation::{self, Asked, Peak, Reserved};
+use crate::apps::reservation::{self, Peak, ReservationChange, Reserved};
 use crate::apps::spec::{AppSpec, ImageReference};
 use crate::apps::{Release, store};
 use crate::db;
@@ -107,11 +107,11 @@ impl Apps {
         let found =
             self.registry.resolve(&tenant.name, image.repository(), &reference(image.reference())).await?;
         let merged = self.registry.merged(&tenant.name, image.repository(), &found).await?;
-        let names = images::Names::parse(&merged.passwd, &merged.group);
+        let names = images::ImageAccounts::parse(&merged.passwd, &merged.group);
         let has_command =
             spec.command().is_some_and(|c| !c.is_empty()) || spec.args().is_some_and(|a| !a.is_empty());
         let command = if has_command { images::SpecCommand::Given } else { images::SpecCommand::Absent };
-        let asked = images::Asked { port: spec.tcp_port(), command, health: spec.says_health() };
+        let asked = images::ImageRequirements { port: spec.tcp_port(), command, health: spec.says_health() };
         let flight = images::preflight(&found.config, &names, asked);
         let refused = merged.refused.map(|why| images::refused(&why));
         let flight = match (flight, refused) {
@@ -157,7 +157,7 @@ impl Apps {
         }
         let wanted = Peak::of(spec);
         let peak = existing.as_ref().map_or(wanted, |app| app.peak.max(wanted));
-        let asked = Asked::new(existing.as_ref().map(|app| (app.peak, app.reserved)), wanted);
+        let asked = ReservationChange::new(existing.as_ref().map(|app| (app.peak, app.reserved)), wanted);
         let short = reservation::check(&quota, asked);
         // Check again under the lock: image deletion holds the same lock.
         if let Some(resolved) = &resolved

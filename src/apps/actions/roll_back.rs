@@ -4,7 +4,7 @@ use sqlx::{Postgres, Transaction};
 
 use super::{Apps, image_is_gone, is_image_there};
 use crate::access::{By, TenantRef};
-use crate::apps::reservation::{self, Asked, Peak};
+use crate::apps::reservation::{self, Peak, ReservationChange};
 use crate::apps::store;
 use crate::db::expected::Expected;
 use crate::error::Error;
@@ -44,7 +44,7 @@ impl Apps {
         let spec = release.parse_spec()?;
         let wanted = Peak::of(&spec);
         let peak = app.peak.max(wanted);
-        let asked = Asked::new(Some((app.peak, app.reserved)), wanted);
+        let asked = ReservationChange::new(Some((app.peak, app.reserved)), wanted);
         let mut faults = reservation::check(&quota, asked);
         if !faults.is_empty() {
             return Err(Error::QuotaExceeded(faults));

@@ -4,13 +4,17 @@ use std::str::FromStr;
 
 use super::Connects;
 use super::fields;
-use super::read::{Walk, get};
-use super::tree::{Node, Value};
+use super::read::{SpecWalk, get};
+use super::tree::{SpecNode, Value};
 use crate::fault::catalogue as code;
 use crate::ids::{AppName, NameError};
 
-impl Walk<'_, '_> {
-    pub(super) fn connects(&mut self, node: Option<&Node<'_>>, own: Option<&AppName>) -> Option<Connects> {
+impl SpecWalk<'_, '_> {
+    pub(super) fn connects(
+        &mut self,
+        node: Option<&SpecNode<'_>>,
+        own: Option<&AppName>,
+    ) -> Option<Connects> {
         let Some(node) = node else { return Some(Connects::default()) };
         let entries = self.group(node, "connects", fields::CONNECTS)?;
         let services = self.names(get(entries, "services"), "connects.services");
@@ -33,7 +37,7 @@ impl Walk<'_, '_> {
 
     fn names<T: FromStr<Err = NameError> + PartialEq>(
         &mut self,
-        node: Option<&Node<'_>>,
+        node: Option<&SpecNode<'_>>,
         path: &str,
     ) -> Option<Vec<T>> {
         let Some(node) = node else { return Some(Vec::new()) };

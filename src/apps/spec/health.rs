@@ -1,16 +1,16 @@
 //! The fields `port` and `health`: the port that an app serves on, and its health check.
 
-use super::read::{Walk, get};
-use super::tree::{At, Node, Value};
-use super::{Asked, fields};
+use super::read::{SpecWalk, get};
+use super::tree::{At, SpecNode, Value};
+use super::{HealthField, fields};
 use crate::driver::workload::{Health, HealthCheck, Serves};
 use crate::fault::catalogue as code;
 use crate::fault::{Fault, Kind};
 use crate::policy::Protocol;
 
-impl Walk<'_, '_> {
+impl SpecWalk<'_, '_> {
     /// Reads `port`: a TCP port number, or a group with the port and its protocol.
-    pub(super) fn serves(&mut self, node: &Node<'_>) -> Option<Serves> {
+    pub(super) fn serves(&mut self, node: &SpecNode<'_>) -> Option<Serves> {
         if !matches!(node.value, Value::Map(_)) {
             return self.port(node, "port").map(Serves::tcp);
         }
@@ -39,13 +39,13 @@ impl Walk<'_, '_> {
     /// Reads `health`; none when it has faults.
     pub(super) fn health(
         &mut self,
-        node: Option<&Node<'_>>,
+        node: Option<&SpecNode<'_>>,
         port: Option<Serves>,
         is_bad: bool,
-    ) -> Option<Asked> {
-        let Some(node) = node else { return Some(Asked::Nothing) };
+    ) -> Option<HealthField> {
+        let Some(node) = node else { return Some(HealthField::Nothing) };
         if matches!(&node.value, Value::Text(text) if text == "none") {
-            return Some(Asked::None);
+            return Some(HealthField::None);
         }
         let entries = self.group(node, "health", fields::HEALTH)?;
         let grace = get(entries, "grace").map_or(Some(u32::from(fields::GRACE_DEFAULT)), |node| {
@@ -77,7 +77,7 @@ impl Walk<'_, '_> {
             }
         };
         let grace = u16::try_from(grace?).ok()?;
-        Some(Asked::Check(Health::new(check?, grace)))
+        Some(HealthField::Check(Health::new(check?, grace)))
     }
 
     fn check_port(
@@ -116,7 +116,7 @@ impl Walk<'_, '_> {
         }
     }
 
-    fn health_path(&mut self, node: &Node<'_>) -> Option<String> {
+    fn health_path(&mut self, node: &SpecNode<'_>) -> Option<String> {
         let path = self.text(node, || "health.http.path".into())?;
         let good =
             path.starts_with('/') && path.len() <= 256 && path.bytes().all(|b| (0x21..0x7f).contains(&b));

@@ -3,20 +3,20 @@
 
 use std::borrow::Cow;
 
-use super::tree::{At, Budget, Key, Node, Value, broken};
+use super::tree::{At, SpecBudget, SpecKey, SpecNode, Value, broken};
 use crate::fault::Fault;
 use crate::fault::catalogue as code;
 
-struct Reader<'a> {
+struct JsonReader<'a> {
     source: &'a str,
     bytes: &'a [u8],
     at: usize,
-    budget: Budget,
+    budget: SpecBudget,
 }
 
 /// Reads a document.
-pub(super) fn read(source: &str) -> Result<Node<'_>, Fault> {
-    let mut reader = Reader { source, bytes: source.as_bytes(), at: 0, budget: Budget::default() };
+pub(super) fn read(source: &str) -> Result<SpecNode<'_>, Fault> {
+    let mut reader = JsonReader { source, bytes: source.as_bytes(), at: 0, budget: SpecBudget::default() };
     let node = reader.value(1)?;
     reader.space();
     if reader.at < reader.bytes.len() {
@@ -25,7 +25,7 @@ pub(super) fn read(source: &str) -> Result<Node<'_>, Fault> {
     Ok(node)
 }
 
-impl<'a> Reader<'a> {
+impl<'a> JsonReader<'a> {
     fn fault(&self, message: &str) -> Fault {
         broken(code::SYNTAX, self.source, At::offset(self.at), message)
     }
@@ -36,7 +36,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn value(&mut self, depth: usize) -> Result<Node<'a>, Fault> {
+    fn value(&mut self, depth: usize) -> Result<SpecNode<'a>, Fault> {
         self.space();
         let at = At::offset(self.at);
         self.budget.take(depth).map_err(|why| broken(code::TOO_DEEP, self.source, at, why))?;
@@ -51,7 +51,7 @@ impl<'a> Reader<'a> {
             Some(_) => return Err(self.fault("expected a value")),
             None => return Err(self.fault("the document ends too early")),
         };
-        Ok(Node { at, value })
+        Ok(SpecNode { at, value })
     }
 
     fn word(&mut self, word: &str, value: Value<'a>) -> Result<Value<'a>, Fault> {
@@ -225,7 +225,7 @@ impl<'a> Reader<'a> {
                 return Err(self.fault("expected :"));
             }
             self.at += 1;
-            entries.push((Key { at, name }, self.value(depth + 1)?));
+            entries.push((SpecKey { at, name }, self.value(depth + 1)?));
             self.space();
             match self.bytes.get(self.at) {
                 Some(b',') => self.at += 1,

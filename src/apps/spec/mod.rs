@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::driver::workload::{Health, HealthCheck, Purpose, Scratch, Serves};
+use crate::driver::workload::{Health, HealthCheck, HealthPurpose, Scratch, Serves};
 use crate::fault::{Fault, Kind, catalogue};
 use crate::ids::{AppName, AppRef, EgressName, ServiceName};
 use crate::policy::Protocol;
@@ -66,7 +66,7 @@ impl Connects {
 
 /// The value of `health` in a spec.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Asked {
+enum HealthField {
     /// Not set: a TCP port is checked for readiness only.
     Nothing,
     /// `none`: no check at all.
@@ -88,7 +88,7 @@ pub struct AppSpec {
     singleton: bool,
     env: BTreeMap<String, String>,
     port: Option<Serves>,
-    health: Asked,
+    health: HealthField,
     scratch: BTreeMap<String, Scratch>,
     stop_grace: u16,
     connects: Connects,
@@ -183,18 +183,18 @@ impl AppSpec {
     /// Returns whether the spec sets `health`, including `none`.
     #[must_use]
     pub fn says_health(&self) -> bool {
-        self.health != Asked::Nothing
+        self.health != HealthField::Nothing
     }
     /// Returns the effective check: the given one, or a TCP connection that only decides readiness.
     #[must_use]
     pub fn health(&self) -> Option<Health> {
         match &self.health {
-            Asked::Check(health) => Some(health.clone()),
-            Asked::None => None,
-            Asked::Nothing => self.tcp_port().map(|port| Health {
+            HealthField::Check(health) => Some(health.clone()),
+            HealthField::None => None,
+            HealthField::Nothing => self.tcp_port().map(|port| Health {
                 check: HealthCheck::Tcp { port },
                 grace: GRACE_DEFAULT,
-                purpose: Purpose::Readiness,
+                purpose: HealthPurpose::Readiness,
             }),
         }
     }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{AppSpec, Asked, fields};
+use super::{AppSpec, HealthField, fields};
 use crate::driver::scratch::SHM;
 use crate::driver::workload::{HealthCheck, Scratch, Serves};
 use crate::policy::Protocol;
@@ -38,11 +38,11 @@ impl AppSpec {
             out.insert("port".into(), value);
         }
         match &self.health {
-            Asked::Nothing => {}
-            Asked::None => {
+            HealthField::Nothing => {}
+            HealthField::None => {
                 out.insert("health".into(), json!("none"));
             }
-            Asked::Check(health) => {
+            HealthField::Check(health) => {
                 let mut check = match &health.check {
                     HealthCheck::Http { path, port } => json!({"http": {"path": path, "port": port}}),
                     HealthCheck::Tcp { port } => json!({"tcp": {"port": port}}),

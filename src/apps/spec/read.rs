@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::fields::{self, ImageRef};
-use super::tree::{At, Key, Node, Value, below, clean};
+use super::tree::{At, SpecKey, SpecNode, Value, below, clean};
 use super::{AppSpec, forbidden};
 use crate::fault::catalogue as code;
 use crate::fault::{Code, Fault, Kind};
@@ -11,25 +11,25 @@ use crate::ids::AppName;
 
 /// Reads the document's tree. Returns none when a required field is unreadable. A result beside faults is still
 /// refused.
-pub(super) fn walk(source: &str, node: &Node<'_>, faults: &mut Vec<Fault>) -> Option<AppSpec> {
-    Walk { source, faults }.document(node)
+pub(super) fn walk(source: &str, node: &SpecNode<'_>, faults: &mut Vec<Fault>) -> Option<AppSpec> {
+    SpecWalk { source, faults }.document(node)
 }
 
 /// Maximum number of listed faults.
 const MANY: usize = 200;
 
-pub(super) struct Walk<'s, 'f> {
+pub(super) struct SpecWalk<'s, 'f> {
     source: &'s str,
     faults: &'f mut Vec<Fault>,
 }
 
-pub(super) type Entries<'n, 'a> = &'n [(Key<'a>, Node<'a>)];
+pub(super) type Entries<'n, 'a> = &'n [(SpecKey<'a>, SpecNode<'a>)];
 
-pub(super) fn get<'n, 'a>(entries: Entries<'n, 'a>, name: &str) -> Option<&'n Node<'a>> {
+pub(super) fn get<'n, 'a>(entries: Entries<'n, 'a>, name: &str) -> Option<&'n SpecNode<'a>> {
     entries.iter().find(|(key, _)| key.name == name).map(|(_, node)| node)
 }
 
-impl Walk<'_, '_> {
+impl SpecWalk<'_, '_> {
     pub(super) fn add(&mut self, at: At, fault: Fault) {
         // Stop at the first faults: a document full of faults is not worth more work.
         if self.faults.len() >= MANY {
@@ -47,7 +47,7 @@ impl Walk<'_, '_> {
         self.faults.push(fault.at(line, column));
     }
 
-    pub(super) fn wrong(&mut self, node: &Node<'_>, path: &str, wanted: &str) {
+    pub(super) fn wrong(&mut self, node: &SpecNode<'_>, path: &str, wanted: &str) {
         let mut fault = Fault::new(
             code::WRONG_TYPE,
             Kind::Invalid,
@@ -68,7 +68,7 @@ impl Walk<'_, '_> {
     /// Returns the entries of a group. Fields outside `known` are faults.
     pub(super) fn group<'n, 'a>(
         &mut self,
-        node: &'n Node<'a>,
+        node: &'n SpecNode<'a>,
         path: &str,
         known: &[&str],
     ) -> Option<Entries<'n, 'a>> {
@@ -84,7 +84,7 @@ impl Walk<'_, '_> {
         Some(entries)
     }
 
-    fn unknown(&mut self, key: &Key<'_>, path: &str, known: &[&str], entries: Entries<'_, '_>) {
+    fn unknown(&mut self, key: &SpecKey<'_>, path: &str, known: &[&str], entries: Entries<'_, '_>) {
         let name = clean(&key.name);
         let full = below(path, &key.name);
         let fault = if let Some(ours) = forbidden::renamed(&name) {
@@ -111,7 +111,11 @@ impl Walk<'_, '_> {
         self.add(key.at, fault);
     }
 
-    pub(super) fn text<'n>(&mut self, node: &'n Node<'_>, path: impl FnOnce() -> String) -> Option<&'n str> {
+    pub(super) fn text<'n>(
+        &mut self,
+        node: &'n SpecNode<'_>,
+        path: impl FnOnce() -> String,
+    ) -> Option<&'n str> {
         if let Value::Text(text) = &node.value {
             return Some(text);
         }
@@ -121,7 +125,7 @@ impl Walk<'_, '_> {
 
     pub(super) fn whole(
         &mut self,
-        node: &Node<'_>,
+        node: &SpecNode<'_>,
         path: &str,
         code: Code,
         bounds: (u32, u32),
@@ -138,11 +142,11 @@ impl Walk<'_, '_> {
         number
     }
 
-    pub(super) fn port(&mut self, node: &Node<'_>, path: &str) -> Option<u16> {
+    pub(super) fn port(&mut self, node: &SpecNode<'_>, path: &str) -> Option<u16> {
         self.whole(node, path, code::PORT, (1024, 65_535)).and_then(|port| u16::try_from(port).ok())
     }
 
-    fn document(&mut self, node: &Node<'_>) -> Option<AppSpec> {
+    fn document(&mut self, node: &SpecNode<'_>) -> Option<AppSpec> {
         let entries = self.group(node, "", fields::TOP)?;
         for name in fields::REQUIRED {
             if get(entries, name).is_none() {
@@ -203,7 +207,7 @@ impl Walk<'_, '_> {
     }
 
     /// Builds the path only when there is a fault to report.
-    fn name(&mut self, node: &Node<'_>, path: impl Fn() -> String) -> Option<AppName> {
+    fn name(&mut self, node: &SpecNode<'_>, path: impl Fn() -> String) -> Option<AppName> {
         let text = self.text(node, &path)?;
         match text.parse() {
             Ok(name) => Some(name),
@@ -214,7 +218,7 @@ impl Walk<'_, '_> {
         }
     }
 
-    fn image(&mut self, node: &Node<'_>) -> Option<ImageRef> {
+    fn image(&mut self, node: &SpecNode<'_>) -> Option<ImageRef> {
         let text = self.text(node, || "image".into())?;
         match ImageRef::parse(text) {
             Ok(image) => Some(image),
@@ -225,7 +229,7 @@ impl Walk<'_, '_> {
         }
     }
 
-    pub(super) fn boolean(&mut self, node: &Node<'_>, path: &str) -> Option<bool> {
+    pub(super) fn boolean(&mut self, node: &SpecNode<'_>, path: &str) -> Option<bool> {
         if let Value::Bool(value) = node.value {
             return Some(value);
         }
@@ -250,7 +254,7 @@ impl Walk<'_, '_> {
         None
     }
 
-    fn cpu(&mut self, node: &Node<'_>) -> Option<u32> {
+    fn cpu(&mut self, node: &SpecNode<'_>) -> Option<u32> {
         let (Value::Text(text) | Value::Number(text)) = &node.value else {
             self.wrong(node, "cpu", "250m or a number of cores");
             return None;
@@ -262,7 +266,7 @@ impl Walk<'_, '_> {
         millis
     }
 
-    pub(super) fn size(&mut self, node: &Node<'_>, path: impl Fn() -> String, least: u64) -> Option<u64> {
+    pub(super) fn size(&mut self, node: &SpecNode<'_>, path: impl Fn() -> String, least: u64) -> Option<u64> {
         let (Value::Text(text) | Value::Number(text)) = &node.value else {
             self.wrong(node, &path(), "a size such as 256Mi");
             return None;
@@ -278,7 +282,7 @@ impl Walk<'_, '_> {
         size
     }
 
-    fn texts(&mut self, node: &Node<'_>, path: &str, least: Least) -> Option<Vec<String>> {
+    fn texts(&mut self, node: &SpecNode<'_>, path: &str, least: Least) -> Option<Vec<String>> {
         let Value::List(items) = &node.value else {
             self.wrong(node, path, "a list of texts");
             return None;
@@ -309,7 +313,7 @@ impl Walk<'_, '_> {
         Some(texts)
     }
 
-    fn env(&mut self, node: &Node<'_>) -> Option<BTreeMap<String, String>> {
+    fn env(&mut self, node: &SpecNode<'_>) -> Option<BTreeMap<String, String>> {
         let Value::Map(entries) = &node.value else {
             self.wrong(node, "env", "a group of NAME: value");
             return None;

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::fields;
-use super::read::{Walk, get};
-use super::tree::{At, Key, Node, Value, below};
+use super::read::{SpecWalk, get};
+use super::tree::{At, SpecKey, SpecNode, Value, below};
 use crate::driver::scratch::{self, SHM, is_within};
 use crate::driver::workload::Scratch;
 use crate::fault::catalogue as code;
@@ -17,10 +17,10 @@ const LEAST: u64 = 4 << 10;
 /// Size of `/dev/shm` when the app's memory cannot hold the default.
 const LEAST_SHM: u64 = 1 << 20;
 
-impl Walk<'_, '_> {
+impl SpecWalk<'_, '_> {
     pub(super) fn scratch(
         &mut self,
-        node: Option<&Node<'_>>,
+        node: Option<&SpecNode<'_>>,
         memory: Option<u64>,
         memory_at: At,
     ) -> Option<BTreeMap<String, Scratch>> {
@@ -71,7 +71,7 @@ impl Walk<'_, '_> {
         Some(all)
     }
 
-    fn scratch_path(&mut self, key: &Key<'_>) {
+    fn scratch_path(&mut self, key: &SpecKey<'_>) {
         let path = || below("scratch", &key.name);
         if !scratch::is_path(&key.name) {
             let message = "is an absolute path of at most 128 bytes, without . and .. and not / itself";
@@ -88,7 +88,7 @@ impl Walk<'_, '_> {
     }
 
     /// Reads a size, or a group with the size and whether files in the folder may be executed.
-    fn one_scratch(&mut self, node: &Node<'_>, path: impl Fn() -> String) -> Option<Scratch> {
+    fn one_scratch(&mut self, node: &SpecNode<'_>, path: impl Fn() -> String) -> Option<Scratch> {
         if !matches!(node.value, Value::Map(_)) {
             return self.size(node, path, LEAST).map(Scratch::of);
         }

@@ -59,7 +59,7 @@ fn defaults_are_those_of_the_documentation() {
     assert_eq!(health.check, HealthCheck::Tcp { port: 9000 });
     assert_eq!(
         (health.purpose, spec.says_health()),
-        (Purpose::Readiness, false),
+        (HealthPurpose::Readiness, false),
         "a port alone ends nothing"
     );
 }
@@ -78,17 +78,17 @@ fn health_is_said_left_out_or_refused_and_a_port_may_be_udp() {
     let tcp = Some(Serves::tcp(8080));
     let udp = Some(Serves { protocol: Protocol::Udp, port: 5514 });
     assert_eq!(of("", ""), (None, None, false));
-    assert_eq!(of("port: 8080", ""), (tcp, Some(Purpose::Readiness), false));
+    assert_eq!(of("port: 8080", ""), (tcp, Some(HealthPurpose::Readiness), false));
     assert_eq!(of("port: {port: 8080}", "health: none"), (tcp, None, true));
     assert_eq!(
         of("port: 8080", "health: {tcp: {}}"),
-        (tcp, Some(Purpose::Restart), true),
+        (tcp, Some(HealthPurpose::Restart), true),
         "asked for, it is kept"
     );
     assert_eq!(of("port: {port: 5514, protocol: udp}", ""), (udp, None, false));
     assert_eq!(
         of("port: {port: 5514, protocol: udp}", "health: {tcp: {port: 9000}}").1,
-        Some(Purpose::Restart)
+        Some(HealthPurpose::Restart)
     );
 }
 

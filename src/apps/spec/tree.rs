@@ -40,14 +40,14 @@ impl At {
 
 /// A node.
 #[derive(Debug)]
-pub(super) struct Node<'a> {
+pub(super) struct SpecNode<'a> {
     pub(super) at: At,
     pub(super) value: Value<'a>,
 }
 
 /// A key with its position.
 #[derive(Debug)]
-pub(super) struct Key<'a> {
+pub(super) struct SpecKey<'a> {
     pub(super) at: At,
     pub(super) name: Cow<'a, str>,
 }
@@ -59,8 +59,8 @@ pub(super) enum Value<'a> {
     Bool(bool),
     Number(Cow<'a, str>),
     Text(Cow<'a, str>),
-    List(Vec<Node<'a>>),
-    Map(Vec<(Key<'a>, Node<'a>)>),
+    List(Vec<SpecNode<'a>>),
+    Map(Vec<(SpecKey<'a>, SpecNode<'a>)>),
 }
 
 impl Value<'_> {
@@ -85,11 +85,11 @@ pub(super) fn broken(code: crate::fault::Code, source: &str, at: At, message: im
 
 /// Counts nodes and depth while a tree is built.
 #[derive(Debug, Default)]
-pub(super) struct Budget {
+pub(super) struct SpecBudget {
     nodes: usize,
 }
 
-impl Budget {
+impl SpecBudget {
     pub(super) fn take(&mut self, depth: usize) -> Result<(), &'static str> {
         self.nodes += 1;
         if self.nodes > NODES {
@@ -103,7 +103,7 @@ impl Budget {
 }
 
 /// Returns the keys that repeat an earlier key of the group.
-fn doubled<'n, 'a>(entries: &'n [(Key<'a>, Node<'a>)]) -> impl Iterator<Item = &'n Key<'a>> {
+fn doubled<'n, 'a>(entries: &'n [(SpecKey<'a>, SpecNode<'a>)]) -> impl Iterator<Item = &'n SpecKey<'a>> {
     // In a small group, a search is faster than a hash set.
     let mut seen = HashSet::new();
     let keys = entries.iter().map(|(key, _)| key);
@@ -118,7 +118,7 @@ fn doubled<'n, 'a>(entries: &'n [(Key<'a>, Node<'a>)]) -> impl Iterator<Item = &
         .map(|(_, key)| key)
 }
 
-fn has_doubled(node: &Node<'_>) -> bool {
+fn has_doubled(node: &SpecNode<'_>) -> bool {
     match &node.value {
         Value::List(items) => items.iter().any(has_doubled),
         Value::Map(entries) => {
@@ -129,14 +129,14 @@ fn has_doubled(node: &Node<'_>) -> bool {
 }
 
 /// Adds a fault with the full path for each repeated key of a group.
-pub(super) fn find_duplicates(source: &str, node: &Node<'_>, faults: &mut Vec<Fault>) {
+pub(super) fn find_duplicates(source: &str, node: &SpecNode<'_>, faults: &mut Vec<Fault>) {
     // Build paths only if there is a duplicate to report.
     if has_doubled(node) {
         name_duplicates(source, node, "", faults);
     }
 }
 
-fn name_duplicates(source: &str, node: &Node<'_>, path: &str, faults: &mut Vec<Fault>) {
+fn name_duplicates(source: &str, node: &SpecNode<'_>, path: &str, faults: &mut Vec<Fault>) {
     match &node.value {
         Value::List(items) => {
             for (n, item) in items.iter().enumerate() {

@@ -6,19 +6,20 @@ use std::borrow::Cow;
 
 use granit_parser::{Event, Parser, ScalarStyle, Span};
 
-use super::tree::{At, Budget, Key, Node, Value, broken, clean};
+use super::tree::{At, SpecBudget, SpecKey, SpecNode, Value, broken, clean};
 use crate::fault::Fault;
 use crate::fault::catalogue as code;
 
-struct Reader<'a> {
+struct YamlReader<'a> {
     source: &'a str,
     events: Parser<'a, granit_parser::StrInput<'a>>,
-    budget: Budget,
+    budget: SpecBudget,
 }
 
 /// Reads a document.
-pub(super) fn read(source: &str) -> Result<Node<'_>, Fault> {
-    let mut reader = Reader { source, events: Parser::new_from_str(source), budget: Budget::default() };
+pub(super) fn read(source: &str) -> Result<SpecNode<'_>, Fault> {
+    let mut reader =
+        YamlReader { source, events: Parser::new_from_str(source), budget: SpecBudget::default() };
     let node = loop {
         let (event, span) = reader.next()?;
         match event {
@@ -44,7 +45,7 @@ fn at(span: &Span) -> At {
     At { line: small(span.start.line()).max(1), column: small(span.start.col()) + 1 }
 }
 
-impl<'a> Reader<'a> {
+impl<'a> YamlReader<'a> {
     fn fault(&self, code: crate::fault::Code, span: &Span, message: impl Into<String>) -> Fault {
         broken(code, self.source, at(span), message)
     }
@@ -79,7 +80,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn node(&mut self, event: Event<'a>, span: &Span, depth: usize) -> Result<Node<'a>, Fault> {
+    fn node(&mut self, event: Event<'a>, span: &Span, depth: usize) -> Result<SpecNode<'a>, Fault> {
         let place = at(span);
         self.budget.take(depth).map_err(|why| broken(code::TOO_DEEP, self.source, place, why))?;
         let value = match event {
@@ -102,7 +103,7 @@ impl<'a> Reader<'a> {
             }
             _ => return Err(self.fault(code::SYNTAX, span, "the document ends too early")),
         };
-        Ok(Node { at: place, value })
+        Ok(SpecNode { at: place, value })
     }
 
     fn plain(&self, span: &Span, anchor: usize, tagged: bool) -> Result<(), Fault> {
@@ -148,7 +149,7 @@ impl<'a> Reader<'a> {
                     return Err(self.fault(code::SYNTAX, &span, "the name of a field must be a plain text"));
                 }
             };
-            let key = Key { at: at(&span), name };
+            let key = SpecKey { at: at(&span), name };
             let (event, span) = self.next()?;
             entries.push((key, self.node(event, &span, depth + 1)?));
         }

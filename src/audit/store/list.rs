@@ -5,7 +5,7 @@ use serde_json::Value;
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
-use crate::audit::Entry;
+use crate::audit::AuditEntry;
 use crate::error::Error;
 use crate::ids::TenantId;
 
@@ -59,7 +59,7 @@ impl Filter {
 }
 
 /// An examined row: whether it matches, and its position among the examined rows.
-struct Looked {
+struct ExaminedRow {
     id: i64,
     at: OffsetDateTime,
     tenant: Option<String>,
@@ -74,8 +74,8 @@ struct Looked {
     count: i64,
 }
 
-impl From<Looked> for Entry {
-    fn from(row: Looked) -> Self {
+impl From<ExaminedRow> for AuditEntry {
+    fn from(row: ExaminedRow) -> Self {
         Self {
             id: row.id,
             at: row.at,
@@ -98,7 +98,7 @@ impl From<Looked> for Entry {
 macro_rules! look {
     ($conn:expr, $filter:expr, $span:expr, $order:literal, $where:literal $(, $value:expr)*) => {
         sqlx::query_as!(
-            Looked,
+            ExaminedRow,
             r#"SELECT a.id, a.at, t.name AS "tenant?", a.actor, a.via, a.action, a.object, a.result, a.request_id,
                a.detail, a.fits AS "fits!", a.count AS "count!" FROM (SELECT *, row_number() OVER (ORDER BY "#
                 + $order
@@ -127,7 +127,7 @@ macro_rules! look {
     };
 }
 
-async fn look(conn: &mut PgConnection, filter: &Filter, span: (i64, i64)) -> Result<Vec<Looked>, Error> {
+async fn look(conn: &mut PgConnection, filter: &Filter, span: (i64, i64)) -> Result<Vec<ExaminedRow>, Error> {
     let rows = match (filter.tenant.map(|tenant| tenant.0), filter.leading()) {
         (None, Leading::Nothing) => look!(conn, filter, span, "id DESC", ""),
         (None, Leading::Denied) => look!(conn, filter, span, "id DESC", "result = 'denied' AND "),
@@ -199,7 +199,7 @@ async fn look(conn: &mut PgConnection, filter: &Filter, span: (i64, i64)) -> Res
 /// Lists rows of the audit log, newest first, with the cursor of the next page. With several filters, a page
 /// may have fewer rows than the limit, even none, although more match: it ends at the maximum number of
 /// examined rows.
-pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<(Vec<Entry>, Option<i64>), Error> {
+pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<(Vec<AuditEntry>, Option<i64>), Error> {
     // Force the index order. The planner misjudges how few rows the row-level policy leaves.
     sqlx::query(
         "SELECT set_config('plan_cache_mode', 'force_generic_plan', true), set_config('enable_sort', 'off', true), \
@@ -223,7 +223,8 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<(Vec<Entry
     let full = rows.len() > limit;
     rows.truncate(limit);
     let next = rows.last().filter(|row| full || row.count == LOOK).map(|row| row.id);
-    let mut entries: Vec<Entry> = rows.into_iter().filter(|row| row.fits).map(Entry::from).collect();
+    let mut entries: Vec<AuditEntry> =
+        rows.into_iter().filter(|row| row.fits).map(AuditEntry::from).collect();
     if filter.tenant.is_some() {
         // A list of one tenant does not repeat its name.
         for entry in &mut entries {

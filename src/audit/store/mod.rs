@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
 
-use super::{Event, Refusals};
+use super::{AuditEvent, Refusals};
 use crate::db;
 use crate::error::Error;
 use crate::quotas::{self, Amount, Resource};
@@ -16,7 +16,7 @@ pub(super) use seals::*;
 
 /// Inserts an event. An event that counts against its tenant's daily quota is refused when the quota is used
 /// up; the caller's transaction then changes nothing. The count is part of the same statement.
-pub(super) async fn insert_event(conn: &mut PgConnection, event: &Event<'_>) -> Result<(), Error> {
+pub(super) async fn insert_event(conn: &mut PgConnection, event: &AuditEvent<'_>) -> Result<(), Error> {
     let counts = event.tenant.is_some() && counts(event);
     let done = sqlx::query_scalar!(
         r#"WITH today AS (SELECT (now() AT TIME ZONE 'UTC')::date AS day),
@@ -51,7 +51,7 @@ pub(super) async fn insert_event(conn: &mut PgConnection, event: &Event<'_>) -> 
 /// Whether an event counts against its tenant's daily quota. Events that delete or revoke do not count: each
 /// follows a counted event, and a tenant must always be able to revoke. Actions of admins and of the platform
 /// do not count.
-fn counts(event: &Event<'_>) -> bool {
+fn counts(event: &AuditEvent<'_>) -> bool {
     let (noun, verb) = event.action.split_once('.').unwrap_or((event.action, ""));
     let ends =
         ["delete", "removed", "remove", "revoke", "end", "withdraw", "decline", "take", "approve", "refuse"];
@@ -108,7 +108,7 @@ pub async fn retire_months(pool: &PgPool, months: u32) -> Result<(), Error> {
     let rows =
         sqlx::query_scalar!(r#"SELECT audit_retire_month($1) AS "rows!""#, month).fetch_one(&mut *tx).await?;
     let actor = crate::ids::ActorId::platform();
-    let event = Event {
+    let event = AuditEvent {
         tenant: None,
         actor: &actor,
         action: "audit.retire",

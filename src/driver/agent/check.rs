@@ -3,7 +3,7 @@
 
 use crate::driver::workload::{HealthCheck, Update, Workload};
 
-use super::journal::Recorded;
+use super::journal::TenantRecord;
 use crate::driver::scratch::{SHM, closed, is_path};
 
 /// Maximum number of addresses: each instance, an old instance that stops beside each, and one for updates.
@@ -11,7 +11,7 @@ const ADDRESSES: usize = 201;
 const MEMORY: u64 = 1 << 40;
 
 /// Checks a workload. Returns the first fault as an error.
-pub(super) fn check(workload: &Workload, tenant: &Recorded) -> Result<(), String> {
+pub(super) fn check(workload: &Workload, tenant: &TenantRecord) -> Result<(), String> {
     let no = |why: &str| Err(why.to_owned());
     let w = workload;
     if w.block.size < 16 || w.block.size > 65_536 {

@@ -10,8 +10,8 @@ use tokio_util::codec::Framed;
 use super::protocol::{Reply, Request};
 use super::server::codec;
 use crate::driver::{
-    Denied, Driver, Error, Listener, LogQuery, LogStream, Observed, Probe, ProbeOutcome, Probed, PullSecret,
-    Removal, TenantGrant, Used, Walls, Workload,
+    BlockedRanges, Denied, Driver, Error, HostSocket, LogQuery, LogStream, ObservedChanges, Probe,
+    ProbeOutcome, ProbeSummary, PullSecret, Removal, TenantGrant, Used, Workload,
 };
 use crate::ids::{AppId, AppName, TenantId, TenantName};
 use crate::policy::TenantFlows;
@@ -22,7 +22,7 @@ pub struct AgentClient {
     socket: PathBuf,
 }
 
-type Frames = Framed<UnixStream, tokio_util::codec::LengthDelimitedCodec>;
+type AgentFrames = Framed<UnixStream, tokio_util::codec::LengthDelimitedCodec>;
 
 fn away(error: impl std::fmt::Display) -> Error {
     Error::Away(format!("the agent does not answer: {error}"))
@@ -35,7 +35,7 @@ impl AgentClient {
         Self { socket }
     }
 
-    async fn ask(&self, request: &Request) -> Result<Frames, Error> {
+    async fn ask(&self, request: &Request) -> Result<AgentFrames, Error> {
         let stream = tokio::time::timeout(Duration::from_secs(3), UnixStream::connect(&self.socket))
             .await
             .map_err(away)?
@@ -46,7 +46,7 @@ impl AgentClient {
         Ok(frames)
     }
 
-    async fn next(frames: &mut Frames, patience: Duration) -> Result<Reply, Error> {
+    async fn next(frames: &mut AgentFrames, patience: Duration) -> Result<Reply, Error> {
         match tokio::time::timeout(patience, frames.next()).await {
             Ok(Some(Ok(frame))) => serde_json::from_slice(&frame).map_err(away),
             Ok(Some(Err(error))) => Err(away(error)),
@@ -106,7 +106,7 @@ impl Driver for AgentClient {
         }
     }
 
-    async fn walls(&self) -> Result<Walls, Error> {
+    async fn walls(&self) -> Result<BlockedRanges, Error> {
         match self.call(&Request::Walls {}, 3).await? {
             Reply::Walls { walls } => Ok(walls),
             _ => Err(away("another answer than asked for")),
@@ -127,7 +127,7 @@ impl Driver for AgentClient {
         }
     }
 
-    async fn listeners(&self) -> Result<Vec<Listener>, Error> {
+    async fn listeners(&self) -> Result<Vec<HostSocket>, Error> {
         match self.call(&Request::Listeners {}, 10).await? {
             Reply::Listeners { listeners } => Ok(listeners),
             _ => Err(away("another answer than asked for")),
@@ -148,18 +148,18 @@ impl Driver for AgentClient {
         }
     }
 
-    async fn probe_tenant(&self, tenant: &TenantName) -> Result<Probed, Error> {
+    async fn probe_tenant(&self, tenant: &TenantName) -> Result<ProbeSummary, Error> {
         match self.call(&Request::ProbeTenant { tenant: tenant.clone() }, 30).await? {
             Reply::ProbedTenant { probed } => Ok(probed),
             _ => Err(away("another answer than asked for")),
         }
     }
 
-    async fn observe(&self, cursor: Option<&str>, wait: Duration) -> Result<Observed, Error> {
+    async fn observe(&self, cursor: Option<&str>, wait: Duration) -> Result<ObservedChanges, Error> {
         let wait_ms = u32::try_from(wait.as_millis()).unwrap_or(30_000);
         let request = Request::Observe { cursor: cursor.map(str::to_owned), wait_ms };
         let mut frames = self.ask(&request).await?;
-        let mut whole: Option<Observed> = None;
+        let mut whole: Option<ObservedChanges> = None;
         loop {
             match Self::next(&mut frames, wait + Duration::from_secs(6)).await? {
                 Reply::Observed { observed, last } => {

@@ -11,27 +11,27 @@ use time::OffsetDateTime;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::app::{self, App};
+use super::app::{self, AgentApp};
 use super::config::AgentConfig;
 use super::engine::Engine;
 use super::fetching::Fetches;
 use super::flows::Flows;
 use super::images::{self, Images};
 use super::journal::Journal;
-use super::kept::Kept;
+use super::kept::AppRecord;
 use super::limits::LimitBook;
-use super::network::{Denials, Depth, Gone, InForce, minding};
+use super::network::{DeniedConnections, Depth, Gone, InForce, minding};
 use super::pace::Paces;
 use super::{names, server};
 use crate::driver::podman::cgroups::{self, Groups};
-use crate::driver::podman::client::{Listed, Podman};
+use crate::driver::podman::client::{ListedContainer, Podman};
 use crate::driver::podman::firewall;
 use crate::driver::podman::neighbours;
 use crate::driver::podman::oom::OutOfMemory;
 use crate::driver::podman::ports::Port;
 use crate::driver::podman::pull::Fetcher;
 use crate::driver::podman::seccomp;
-use crate::driver::{AppEvent, InstanceState, Listener, Observed};
+use crate::driver::{AppEvent, HostSocket, InstanceState, ObservedChanges};
 use crate::ids::{AppId, TenantName};
 use crate::permits::FairPermits;
 use crate::policy::never;
@@ -58,7 +58,7 @@ pub(super) struct Listing {
     pub(super) round: u64,
     /// Time of the listing; none before the first.
     pub(super) at: Option<tokio::time::Instant>,
-    pub(super) containers: Arc<HashMap<String, Listed>>,
+    pub(super) containers: Arc<HashMap<String, ListedContainer>>,
 }
 
 /// The agent.
@@ -74,7 +74,7 @@ pub(super) struct Agent {
     pub(super) limits: Mutex<LimitBook>,
     /// The control groups that enforce these limits.
     pub(super) groups: Groups,
-    pub(super) apps: Mutex<HashMap<AppId, Arc<App>>>,
+    pub(super) apps: Mutex<HashMap<AppId, Arc<AgentApp>>>,
     pub(super) listing: watch::Sender<Listing>,
     /// Notified to request a listing at once.
     pub(super) look: Notify,
@@ -82,7 +82,7 @@ pub(super) struct Agent {
     /// The allowed flows of each tenant's apps.
     pub(super) flows: Mutex<Flows>,
     /// Addresses resolved for domains.
-    pub(super) found: Mutex<names::Found>,
+    pub(super) found: Mutex<names::ResolvedNames>,
     /// The machine's own addresses.
     pub(super) own: Mutex<Vec<crate::policy::never::Range>>,
     /// Permits for requested probes.
@@ -104,13 +104,13 @@ pub(super) struct Agent {
     /// Time of the last report that the connection tracking table is nearly full.
     pub(super) crowded: Mutex<Option<std::time::Instant>>,
     /// The machine's listening sockets, and when they were read.
-    pub(super) listening: tokio::sync::Mutex<Option<(std::time::Instant, Vec<Listener>)>>,
+    pub(super) listening: tokio::sync::Mutex<Option<(std::time::Instant, Vec<HostSocket>)>>,
     /// Connections to close because their rule is gone.
     pub(super) gone: Mutex<BTreeSet<Gone>>,
     /// Notified when `gone` is not empty.
     pub(super) cut: Notify,
     /// Recently denied connections.
-    pub(super) denials: Mutex<Denials>,
+    pub(super) denials: Mutex<DeniedConnections>,
     version: Mutex<u64>,
     changed: Notify,
     /// Held for reading while an image is fetched and not yet recorded; held for writing while images are removed.
@@ -130,7 +130,7 @@ pub(super) struct Agent {
     /// Permits for requests of `serve`, by tenant.
     pub(super) turns: FairPermits<Option<TenantName>>,
     /// Results of inspecting images, by image id.
-    pub(super) looked: Mutex<HashMap<String, super::app::Looked>>,
+    pub(super) looked: Mutex<HashMap<String, super::app::ImageInspection>>,
     /// Notified after a release has taken over or an app was removed: images may be unused.
     pub(super) tidy: Notify,
     /// Log pipes that existed when the agent started, until the reader of their instance takes them.
@@ -271,19 +271,19 @@ impl Agent {
     /// Resumes from the recorded state: finds everything that runs, and starts everything that should run and does
     /// not.
     async fn adopt(self: &Arc<Self>) -> Result<(), String> {
-        let all = Kept::load_all(&self.apps_dir()).map_err(|error| error.to_string())?;
+        let all = AppRecord::load_all(&self.apps_dir()).map_err(|error| error.to_string())?;
         self.settle(&all).await;
         for mut kept in all {
             // A power failure may restore the file of a removed app. The id of a removed app is never used again.
             kept.removing |= lock(&self.journal).is_removed(kept.workload.app_id);
-            let app = App::spawn(Arc::clone(self), kept);
+            let app = AgentApp::spawn(Arc::clone(self), kept);
             lock(&self.apps).insert(app.id, app);
         }
         self.keep_neighbours().await;
         self.refresh_firewall().await.map_err(|error| error.to_string())
     }
 
-    pub(super) fn app(&self, id: AppId) -> Option<Arc<App>> {
+    pub(super) fn app(&self, id: AppId) -> Option<Arc<AgentApp>> {
         lock(&self.apps).get(&id).cloned()
     }
 
@@ -331,7 +331,7 @@ impl Agent {
     }
 
     /// Returns the changes since a cursor. Waits for a change if there is none.
-    pub(super) async fn observe(&self, cursor: Option<&str>, wait: Duration) -> Observed {
+    pub(super) async fn observe(&self, cursor: Option<&str>, wait: Duration) -> ObservedChanges {
         let since = cursor
             .and_then(|cursor| cursor.split_once(':'))
             .filter(|(boot, _)| *boot == self.boot)
@@ -342,7 +342,7 @@ impl Agent {
             let notified = self.changed.notified();
             let version = *lock(&self.version);
             let after = since.unwrap_or(0);
-            let list: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
+            let list: Vec<Arc<AgentApp>> = lock(&self.apps).values().cloned().collect();
             let apps: Vec<_> =
                 list.iter().filter(|app| app.version() > after).map(|app| app.observed(self)).collect();
             let machine: Vec<_> =
@@ -352,7 +352,7 @@ impl Agent {
                 let cursor = format!("{}:{version}", self.boot);
                 let engine = self.engine.seen();
                 let fetches = self.fetching.seen();
-                return Observed { cursor, complete: since.is_none(), apps, machine, engine, fetches };
+                return ObservedChanges { cursor, complete: since.is_none(), apps, machine, engine, fetches };
             }
             let something = async {
                 tokio::select! {
@@ -364,7 +364,7 @@ impl Agent {
                 let cursor = format!("{}:{version}", self.boot);
                 let engine = self.engine.seen();
                 let fetches = self.fetching.seen();
-                return Observed { cursor, complete: false, apps, machine, engine, fetches };
+                return ObservedChanges { cursor, complete: false, apps, machine, engine, fetches };
             }
         }
     }

@@ -43,13 +43,13 @@ struct Call {
 
 /// State of the engine.
 pub(super) struct Engine {
-    state: Mutex<State>,
+    state: Mutex<EngineState>,
     /// Held for reading by every start of an instance, and for writing by the start of an app that may have hung
     /// the engine before. If the engine hangs again, no other app is the cause.
     pub(super) turn: tokio::sync::RwLock<()>,
 }
 
-struct State {
+struct EngineState {
     calls: BTreeMap<u64, Call>,
     next: u64,
     took: Vec<Duration>,
@@ -64,12 +64,12 @@ struct State {
 }
 
 /// A call under way; dropping the value ends it.
-pub(super) struct Waiting<'a> {
+pub(super) struct CallInProgress<'a> {
     engine: &'a Engine,
     id: u64,
 }
 
-impl Waiting<'_> {
+impl CallInProgress<'_> {
     /// Marks the start of the same app's next call.
     pub(super) fn next(&self) {
         if let Some(call) = lock(&self.engine.state).calls.get_mut(&self.id) {
@@ -78,7 +78,7 @@ impl Waiting<'_> {
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for CallInProgress<'_> {
     fn drop(&mut self) {
         lock(&self.engine.state).calls.remove(&self.id);
     }
@@ -88,7 +88,7 @@ impl Engine {
     pub(super) fn new() -> Self {
         let now = OffsetDateTime::now_utc();
         Self {
-            state: Mutex::new(State {
+            state: Mutex::new(EngineState {
                 calls: BTreeMap::new(),
                 next: 0,
                 took: Vec::new(),
@@ -103,12 +103,12 @@ impl Engine {
     }
 
     /// Registers a call for an app.
-    pub(super) fn begin(&self, app: AppId) -> Waiting<'_> {
+    pub(super) fn begin(&self, app: AppId) -> CallInProgress<'_> {
         self.enter(Some(app))
     }
 
     /// Registers a call that no app is blamed for. While it waits, no app is the only suspect.
-    pub(super) fn beside(&self) -> Waiting<'_> {
+    pub(super) fn beside(&self) -> CallInProgress<'_> {
         self.enter(None)
     }
 
@@ -118,12 +118,12 @@ impl Engine {
         OffsetDateTime::now_utc() - begun > SLOW && lock(&self.state).answered - begun > SLOW
     }
 
-    fn enter(&self, app: Option<AppId>) -> Waiting<'_> {
+    fn enter(&self, app: Option<AppId>) -> CallInProgress<'_> {
         let mut state = lock(&self.state);
         let id = state.next;
         state.next += 1;
         state.calls.insert(id, Call { app, since: Instant::now() });
-        Waiting { engine: self, id }
+        CallInProgress { engine: self, id }
     }
 
     /// Returns the time limit of a listing, derived from recent listings. A slow listing on a busy machine, or on

@@ -20,18 +20,18 @@ const PROGRESS: Duration = Duration::from_secs(1);
 const LOOK: (usize, usize) = (4, 2_000);
 
 #[derive(Debug)]
-struct Entry {
+struct FetchEntry {
     fetching: Fetching,
     folder: Option<PathBuf>,
 }
 
 /// The fetches of this agent.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Fetches(Arc<Shared>);
+pub(super) struct Fetches(Arc<SharedFetches>);
 
 #[derive(Debug, Default)]
-struct Shared {
-    all: Mutex<HashMap<AppId, Entry>>,
+struct SharedFetches {
+    all: Mutex<HashMap<AppId, FetchEntry>>,
     /// Rises when a fetch begins, gets its turn, or ends.
     rounds: AtomicU64,
     changed: Notify,
@@ -39,13 +39,13 @@ struct Shared {
 
 /// A recorded fetch; dropping it ends the record.
 #[derive(Debug)]
-pub(super) struct Recorded {
+pub(super) struct FetchRecord {
     fetches: Fetches,
     app: AppId,
 }
 
 impl Fetches {
-    fn with<T>(&self, change: impl FnOnce(&mut HashMap<AppId, Entry>) -> T) -> T {
+    fn with<T>(&self, change: impl FnOnce(&mut HashMap<AppId, FetchEntry>) -> T) -> T {
         change(&mut self.0.all.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -71,13 +71,13 @@ impl Fetches {
     }
 
     /// Records a fetch that waits for its turn.
-    pub(super) fn record(&self, workload: &Workload, unpacked: u64) -> Recorded {
+    pub(super) fn record(&self, workload: &Workload, unpacked: u64) -> FetchRecord {
         let app = workload.app_id;
         let since = OffsetDateTime::now_utc();
         let fetching = Fetching { app, revision: workload.revision, since, waits: true, bytes: 0, unpacked };
-        self.with(|all| all.insert(app, Entry { fetching, folder: None }));
+        self.with(|all| all.insert(app, FetchEntry { fetching, folder: None }));
         self.tell();
-        Recorded { fetches: self.clone(), app }
+        FetchRecord { fetches: self.clone(), app }
     }
 
     /// Returns all fetches, each with its bytes so far.
@@ -93,7 +93,7 @@ impl Fetches {
     }
 }
 
-impl Recorded {
+impl FetchRecord {
     /// Marks the start of the fetch; its data is first written to this folder.
     pub(super) fn begin(&self, folder: PathBuf) {
         self.fetches.with(|all| {
@@ -107,7 +107,7 @@ impl Recorded {
     }
 }
 
-impl Drop for Recorded {
+impl Drop for FetchRecord {
     fn drop(&mut self) {
         self.fetches.with(|all| all.remove(&self.app));
         self.fetches.tell();

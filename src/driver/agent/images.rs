@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-use super::app::App;
+use super::app::AgentApp;
 use super::core::{Agent, lock};
 use crate::driver::Error;
 use crate::driver::podman::render;
@@ -15,12 +15,12 @@ use crate::driver::podman::render;
 /// Names of images that are about to be used or removed.
 #[derive(Default)]
 pub(super) struct Images {
-    state: Mutex<State>,
+    state: Mutex<ImagesState>,
     gone: Notify,
 }
 
 #[derive(Default)]
-struct State {
+struct ImagesState {
     /// Images being fetched or recorded, and by how many tasks.
     held: HashMap<String, usize>,
     /// Images being removed.
@@ -28,12 +28,12 @@ struct State {
 }
 
 /// An image that is not removed while this value lives.
-pub(super) struct Held<'a> {
+pub(super) struct HeldImage<'a> {
     images: &'a Images,
     name: String,
 }
 
-impl Drop for Held<'_> {
+impl Drop for HeldImage<'_> {
     fn drop(&mut self) {
         let mut state = lock(&self.images.state);
         if let Some(count) = state.held.get_mut(&self.name) {
@@ -64,14 +64,14 @@ impl Drop for Going<'_> {
 
 impl Images {
     /// Protects an image from removal; waits for a removal of the same image that has already begun.
-    pub(super) async fn hold(&self, name: &str) -> Held<'_> {
+    pub(super) async fn hold(&self, name: &str) -> HeldImage<'_> {
         loop {
             let gone = self.gone.notified();
             {
                 let mut state = lock(&self.state);
                 if !state.going.contains(name) {
                     *state.held.entry(name.to_owned()).or_default() += 1;
-                    return Held { images: self, name: name.to_owned() };
+                    return HeldImage { images: self, name: name.to_owned() };
                 }
             }
             gone.await;
@@ -123,7 +123,7 @@ impl Agent {
     }
 
     fn needs_one_of(&self, names: &[String]) -> bool {
-        let apps: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
+        let apps: Vec<Arc<AgentApp>> = lock(&self.apps).values().cloned().collect();
         apps.iter().any(|app| {
             let kept = lock(&app.kept);
             let mut both = std::iter::once(&kept.workload).chain(&kept.previous);

@@ -17,7 +17,7 @@ use crate::ids::{AppId, AppName, TenantId, TenantName};
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-enum Entry {
+enum JournalEntry {
     Tenant { tenant: TenantName, tenant_id: TenantId, network: u32, subnet: Subnet },
     Range { tenant: TenantName, range: IdRange },
     Block { tenant: TenantName, app: AppName, app_id: AppId, block: IdRange },
@@ -27,7 +27,7 @@ enum Entry {
 
 /// A tenant as recorded.
 #[derive(Debug, Clone)]
-pub(super) struct Recorded {
+pub(super) struct TenantRecord {
     /// Identity.
     pub(super) tenant_id: TenantId,
     /// Number of the network.
@@ -42,7 +42,7 @@ pub(super) struct Recorded {
 #[derive(Debug)]
 pub(super) struct Journal {
     file: File,
-    tenants: HashMap<TenantName, Recorded>,
+    tenants: HashMap<TenantName, TenantRecord>,
     blocks: HashMap<AppId, (TenantName, AppName, IdRange)>,
     /// App of each block by its first id. A new block is compared only with its neighbours.
     starts: BTreeMap<u32, AppId>,
@@ -87,25 +87,26 @@ impl Journal {
         Ok(journal)
     }
 
-    fn take(&mut self, entry: Entry) {
+    fn take(&mut self, entry: JournalEntry) {
         match entry {
-            Entry::Tenant { tenant, tenant_id, network, subnet } => {
-                let recorded = Recorded { tenant_id, network, subnet, ranges: Vec::new(), retired: false };
+            JournalEntry::Tenant { tenant, tenant_id, network, subnet } => {
+                let recorded =
+                    TenantRecord { tenant_id, network, subnet, ranges: Vec::new(), retired: false };
                 self.tenants.insert(tenant, recorded);
             }
-            Entry::Range { tenant, range } => {
+            JournalEntry::Range { tenant, range } => {
                 if let Some(recorded) = self.tenants.get_mut(&tenant) {
                     recorded.ranges.push(range);
                 }
             }
-            Entry::Block { tenant, app, app_id, block } => {
+            JournalEntry::Block { tenant, app, app_id, block } => {
                 self.starts.insert(block.start, app_id);
                 self.blocks.insert(app_id, (tenant, app, block));
             }
-            Entry::Removed { app_id } => {
+            JournalEntry::Removed { app_id } => {
                 self.removed.insert(app_id);
             }
-            Entry::Retired { tenant } => {
+            JournalEntry::Retired { tenant } => {
                 if let Some(recorded) = self.tenants.get_mut(&tenant) {
                     recorded.retired = true;
                 }
@@ -113,7 +114,7 @@ impl Journal {
         }
     }
 
-    fn write(&mut self, entry: Entry) -> Result<(), String> {
+    fn write(&mut self, entry: JournalEntry) -> Result<(), String> {
         let mut line = serde_json::to_vec(&entry).map_err(|error| error.to_string())?;
         line.push(b'\n');
         if let Err(error) = self.file.write_all(&line).and_then(|()| self.file.sync_data()) {
@@ -162,7 +163,7 @@ impl Journal {
                 return Err("the journal has another id, network or subnet for this tenant".into());
             }
         } else {
-            let taken = |r: &Recorded| {
+            let taken = |r: &TenantRecord| {
                 r.network == grant.network
                     || r.tenant_id == grant.tenant_id
                     || r.subnet.overlaps(grant.subnet)
@@ -170,7 +171,7 @@ impl Journal {
             if self.tenants.values().any(taken) {
                 return Err("the id, network or subnet belongs to another tenant".into());
             }
-            self.write(Entry::Tenant {
+            self.write(JournalEntry::Tenant {
                 tenant: grant.tenant.clone(),
                 tenant_id: grant.tenant_id,
                 network: grant.network,
@@ -180,7 +181,7 @@ impl Journal {
         for range in &grant.ranges {
             let known = self.tenants.get(&grant.tenant).is_some_and(|r| r.ranges.contains(range));
             if !known {
-                self.write(Entry::Range { tenant: grant.tenant.clone(), range: *range })?;
+                self.write(JournalEntry::Range { tenant: grant.tenant.clone(), range: *range })?;
             }
         }
         Ok(())
@@ -194,7 +195,7 @@ impl Journal {
         app: &AppName,
         app_id: AppId,
         block: IdRange,
-    ) -> Result<Recorded, String> {
+    ) -> Result<TenantRecord, String> {
         let recorded = self.tenant(tenant).ok_or("this tenant is not in the journal")?.clone();
         if self.removed.contains(&app_id) {
             return Err("this app was removed; its id is never reused".into());
@@ -217,19 +218,19 @@ impl Journal {
         if self.starts.contains_key(&block.start) {
             return Err("the block belongs to another app".into());
         }
-        self.write(Entry::Block { tenant: tenant.clone(), app: app.clone(), app_id, block })?;
+        self.write(JournalEntry::Block { tenant: tenant.clone(), app: app.clone(), app_id, block })?;
         Ok(recorded)
     }
 
     /// Returns a tenant that was not offboarded.
     #[must_use]
-    pub(super) fn tenant(&self, name: &TenantName) -> Option<&Recorded> {
+    pub(super) fn tenant(&self, name: &TenantName) -> Option<&TenantRecord> {
         self.tenants.get(name).filter(|recorded| !recorded.retired)
     }
 
     /// Returns a tenant, also one that was offboarded.
     #[must_use]
-    pub(super) fn ever(&self, name: &TenantName) -> Option<&Recorded> {
+    pub(super) fn ever(&self, name: &TenantName) -> Option<&TenantRecord> {
         self.tenants.get(name)
     }
 
@@ -242,7 +243,7 @@ impl Journal {
     /// Returns the tenant and number of each network, by the name of its bridge.
     #[must_use]
     pub(super) fn bridges(&self, config: &AgentConfig) -> HashMap<String, (TenantName, u32)> {
-        let bridge = |(name, recorded): (&TenantName, &Recorded)| {
+        let bridge = |(name, recorded): (&TenantName, &TenantRecord)| {
             (config.bridge(recorded.network), (name.clone(), recorded.network))
         };
         self.tenants.iter().map(bridge).collect()
@@ -250,7 +251,7 @@ impl Journal {
 
     /// Returns every tenant's subnet, by its first address.
     pub(super) fn by_subnet(&self) -> BTreeMap<Ipv4Addr, (TenantName, Subnet)> {
-        let one = |(name, recorded): (&TenantName, &Recorded)| {
+        let one = |(name, recorded): (&TenantName, &TenantRecord)| {
             (recorded.subnet.address(), (name.clone(), recorded.subnet))
         };
         self.tenants.iter().map(one).collect()
@@ -269,13 +270,13 @@ impl Journal {
 
     /// Records that an app is removed. A removed app can never be recorded again.
     pub(super) fn remove_app(&mut self, id: AppId) -> Result<(), String> {
-        if self.removed.contains(&id) { Ok(()) } else { self.write(Entry::Removed { app_id: id }) }
+        if self.removed.contains(&id) { Ok(()) } else { self.write(JournalEntry::Removed { app_id: id }) }
     }
 
     /// Records that a tenant was offboarded.
     pub(super) fn retire(&mut self, tenant: &TenantName) -> Result<(), String> {
         if self.tenant(tenant).is_some() {
-            self.write(Entry::Retired { tenant: tenant.clone() })?;
+            self.write(JournalEntry::Retired { tenant: tenant.clone() })?;
         }
         Ok(())
     }

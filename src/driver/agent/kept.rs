@@ -102,7 +102,7 @@ impl Instance {
 
 /// An app.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Kept {
+pub(super) struct AppRecord {
     pub(super) workload: Workload,
     /// The last healthy release. Its instances keep running until the new release is healthy.
     pub(super) previous: Option<Workload>,
@@ -125,7 +125,7 @@ pub(super) struct Kept {
     pub(super) put_aside_at: Option<OffsetDateTime>,
 }
 
-impl Kept {
+impl AppRecord {
     pub(super) fn new(workload: Workload) -> Self {
         Self {
             workload,
@@ -268,7 +268,7 @@ mod tests {
 
     #[test]
     fn a_release_that_only_scales_keeps_what_runs() {
-        let mut kept = Kept::new(example(2, 1, Update::Rolling));
+        let mut kept = AppRecord::new(example(2, 1, Update::Rolling));
         kept.instances = vec![Instance::new(1, 1, 0, "a".into()), Instance::new(2, 1, 3, "b".into())];
         let more = example(3, 2, Update::Rolling);
         assert!(kept.keeps_running(&more));

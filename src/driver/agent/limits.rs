@@ -7,7 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::core::{Agent, lock};
-use crate::driver::podman::cgroups::{self, Bounds, Capacity};
+use crate::driver::podman::cgroups::{self, Capacity, CgroupLimits};
 use crate::driver::workload::TenantLimits;
 use crate::driver::{Error, InstanceState};
 use crate::ids::TenantName;
@@ -18,7 +18,7 @@ pub(super) struct LimitBook {
     folder: PathBuf,
     by_tenant: HashMap<TenantName, TenantLimits>,
     /// Limits that this process has set, by group. A different value was set from outside.
-    set: HashMap<String, Bounds>,
+    set: HashMap<String, CgroupLimits>,
 }
 
 impl LimitBook {
@@ -84,8 +84,8 @@ impl Agent {
         let limits = lock(&self.limits).by_tenant.get(tenant).copied();
         // The limits of a tenant from an earlier version are unknown until `serve` sends them. Until then only the
         // limit of all tenants applies.
-        let own =
-            limits.map_or_else(Bounds::default, |limits| cgroups::of_tenant(&self.widened(tenant, limits)));
+        let own = limits
+            .map_or_else(CgroupLimits::default, |limits| cgroups::of_tenant(&self.widened(tenant, limits)));
         self.set_group(cgroups::of_all(id), Capacity::of_this_machine().of_all_tenants())?;
         self.set_group(cgroups::parent(id, tenant), own)
     }
@@ -108,7 +108,7 @@ impl Agent {
         limits
     }
 
-    fn set_group(&self, group: String, bounds: Bounds) -> Result<(), Error> {
+    fn set_group(&self, group: String, bounds: CgroupLimits) -> Result<(), Error> {
         let changed = self
             .groups
             .ensure(&group, &bounds)

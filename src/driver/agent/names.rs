@@ -19,7 +19,7 @@ use crate::ids::{AppId, DomainName, TenantName};
 use crate::permits::FairPermits;
 use crate::policy::never::{self, Range};
 use crate::policy::{Cidr, Target};
-use crate::resolver::{Answer, Question};
+use crate::resolver::{ResolverAnswer, ResolverQuestion};
 
 /// Time to live of an app's or a service's address, in seconds: it may change with the next release.
 const OWN: u32 = 5;
@@ -36,7 +36,7 @@ const CEILING: u32 = 3600;
 const OPEN: usize = 64;
 
 /// Resolved addresses of the domains that apps may reach.
-pub(super) type Found = std::collections::HashMap<(AppId, DomainName), BTreeMap<Ipv4Addr, u64>>;
+pub(super) type ResolvedNames = std::collections::HashMap<(AppId, DomainName), BTreeMap<Ipv4Addr, u64>>;
 
 /// Starts answering the resolver.
 pub(super) fn serve(agent: Arc<Agent>) -> Result<JoinHandle<()>, String> {
@@ -81,19 +81,19 @@ async fn answer(agent: &Agent, tenants: &FairPermits<Ipv4Addr>, stream: UnixStre
     let Some(Ok(frame)) = frames.next().await else { return };
     let question = serde_json::from_slice(&frame);
     let _room = match &question {
-        Ok(Question::Name { gateway, .. } | Question::Found { gateway, .. }) => {
+        Ok(ResolverQuestion::Name { gateway, .. } | ResolverQuestion::Found { gateway, .. }) => {
             let Ok(room) = tenants.take(gateway, Duration::from_secs(1)).await else { return };
             Some(room)
         }
         _ => None,
     };
     let answer = match question {
-        Ok(Question::Gateways {}) => Answer::Gateways { gateways: agent.gateways() },
-        Ok(Question::Name { source, gateway, name }) => agent.name(source, gateway, &name),
-        Ok(Question::Found { source, gateway, domain, addresses, ttl }) => {
+        Ok(ResolverQuestion::Gateways {}) => ResolverAnswer::Gateways { gateways: agent.gateways() },
+        Ok(ResolverQuestion::Name { source, gateway, name }) => agent.name(source, gateway, &name),
+        Ok(ResolverQuestion::Found { source, gateway, domain, addresses, ttl }) => {
             agent.found(source, gateway, &domain, addresses, ttl).await
         }
-        Err(_) => Answer::Failed {},
+        Err(_) => ResolverAnswer::Failed {},
     };
     if let Ok(text) = serde_json::to_vec(&answer) {
         let _ = frames.send(bytes::Bytes::from(text)).await;
@@ -129,10 +129,10 @@ impl Agent {
     }
 
     /// Answers a query for a name, as far as the app's flows allow.
-    fn name(&self, source: Ipv4Addr, gateway: Ipv4Addr, name: &str) -> Answer {
-        let Some((tenant, app)) = self.asker(source, gateway) else { return Answer::Refused {} };
+    fn name(&self, source: Ipv4Addr, gateway: Ipv4Addr, name: &str) -> ResolverAnswer {
+        let Some((tenant, app)) = self.asker(source, gateway) else { return ResolverAnswer::Refused {} };
         if self.app(app).is_some_and(|own| own.name.as_str() == name) {
-            return Answer::Known { addresses: vec![source], ttl: OWN };
+            return ResolverAnswer::Known { addresses: vec![source], ttl: OWN };
         }
         let flows = lock(&self.flows).of(&tenant, app).to_vec();
         let mut addresses = Vec::new();
@@ -144,7 +144,7 @@ impl Agent {
                 None => flow.name,
             };
             match flow.target {
-                Target::Domain { domain } if domain.as_str() == name => return Answer::Outside {},
+                Target::Domain { domain } if domain.as_str() == name => return ResolverAnswer::Outside {},
                 Target::App { tenant, app } if called == name => {
                     known = true;
                     addresses.extend(self.running(&tenant, app));
@@ -158,7 +158,7 @@ impl Agent {
         }
         addresses.sort();
         addresses.dedup();
-        if known { Answer::Known { addresses, ttl: OWN } } else { Answer::Unknown {} }
+        if known { ResolverAnswer::Known { addresses, ttl: OWN } } else { ResolverAnswer::Unknown {} }
     }
 
     /// Opens the addresses resolved for a domain, as far as allowed, and returns the open ones.
@@ -169,17 +169,17 @@ impl Agent {
         domain: &str,
         mut addresses: Vec<Ipv4Addr>,
         ttl: u32,
-    ) -> Answer {
+    ) -> ResolverAnswer {
         let (Some((tenant, app)), Ok(domain)) = (self.asker(source, gateway), domain.parse::<DomainName>())
         else {
-            return Answer::Refused {};
+            return ResolverAnswer::Refused {};
         };
         let named = lock(&self.flows)
             .of(&tenant, app)
             .iter()
             .any(|flow| matches!(&flow.target, Target::Domain { domain: own } if *own == domain));
         if !named {
-            return Answer::Unknown {};
+            return ResolverAnswer::Unknown {};
         }
         let (pool, own) = (self.config.pool(), lock(&self.own).clone());
         let before = addresses.len();
@@ -191,7 +191,11 @@ impl Agent {
             self.tell("name_refused", text);
         }
         if addresses.is_empty() {
-            return if before == 0 { Answer::Known { addresses, ttl: OWN } } else { Answer::Failed {} };
+            return if before == 0 {
+                ResolverAnswer::Known { addresses, ttl: OWN }
+            } else {
+                ResolverAnswer::Failed {}
+            };
         }
         let ttl = ttl.min(CEILING);
         let end = seconds() + u64::from(ttl.max(FLOOR)) + GRACE;
@@ -200,7 +204,7 @@ impl Agent {
             let mut found = lock(&self.found);
             let open = found.entry(key.clone()).or_default();
             if addresses.iter().all(|address| open.get(address).is_some_and(|until| until + SLACK >= end)) {
-                return Answer::Known { addresses, ttl };
+                return ResolverAnswer::Known { addresses, ttl };
             }
             let before = open.clone();
             for address in &addresses {
@@ -217,12 +221,12 @@ impl Agent {
             before
         };
         match self.refresh_firewall().await {
-            Ok(()) => Answer::Known { addresses, ttl },
+            Ok(()) => ResolverAnswer::Known { addresses, ttl },
             Err(error) => {
                 tracing::warn!(%error, "a resolved address cannot be opened; the query fails");
                 // The next query must not take these addresses for open.
                 lock(&self.found).insert(key, before);
-                Answer::Failed {}
+                ResolverAnswer::Failed {}
             }
         }
     }
@@ -260,7 +264,7 @@ impl Agent {
     }
 
     /// Returns the open addresses of resolved names, until their time is over.
-    pub(super) fn resolved(&self) -> Found {
+    pub(super) fn resolved(&self) -> ResolvedNames {
         let now = seconds();
         let mut found = lock(&self.found);
         found.retain(|_, addresses| {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 /// Rates per second, and burst sizes.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Rate {
+pub(super) struct LogRate {
     pub(super) bytes: u32,
     pub(super) lines: u32,
     pub(super) burst_bytes: u32,
@@ -15,15 +15,15 @@ pub(super) struct Rate {
 
 /// The remaining budget of a rate.
 #[derive(Debug)]
-pub(super) struct Pace {
-    rate: Rate,
+pub(super) struct RateBudget {
+    rate: LogRate,
     bytes: f64,
     lines: f64,
     at: Instant,
 }
 
-impl Pace {
-    pub(super) fn new(rate: Rate) -> Self {
+impl RateBudget {
+    pub(super) fn new(rate: LogRate) -> Self {
         Self { rate, bytes: rate.burst_bytes.into(), lines: rate.burst_lines.into(), at: Instant::now() }
     }
 
@@ -64,23 +64,23 @@ impl Pace {
 /// rate waits only for its own limit, whatever the others use.
 #[derive(Debug)]
 pub(super) struct Paces<T> {
-    each: Rate,
-    common: Rate,
-    all: Pace,
+    each: LogRate,
+    common: LogRate,
+    all: RateBudget,
     tenants: HashMap<T, Share>,
     pruned: Instant,
 }
 
 #[derive(Debug)]
 struct Share {
-    own: Pace,
-    fair: Pace,
+    own: RateBudget,
+    fair: RateBudget,
 }
 
 impl<T: Clone + Eq + Hash> Paces<T> {
-    pub(super) fn new(each: Rate, common: Rate) -> Self {
+    pub(super) fn new(each: LogRate, common: LogRate) -> Self {
         let now = Instant::now();
-        Self { each, common, all: Pace::new(common), tenants: HashMap::new(), pruned: now }
+        Self { each, common, all: RateBudget::new(common), tenants: HashMap::new(), pruned: now }
     }
 
     /// Counts used bytes and lines, and returns how long the tenant has to wait. Use without waiting (`in_turn` is
@@ -94,7 +94,7 @@ impl<T: Clone + Eq + Hash> Paces<T> {
         }
         let active = u32::try_from(self.tenants.len()).unwrap_or(u32::MAX).max(1);
         let common = self.common;
-        let fair = Rate {
+        let fair = LogRate {
             bytes: (common.bytes / active).max(1),
             lines: (common.lines / active).max(1),
             burst_bytes: (common.bytes / active).max(1),
@@ -104,7 +104,7 @@ impl<T: Clone + Eq + Hash> Paces<T> {
         let share = self
             .tenants
             .entry(tenant.clone())
-            .or_insert_with(|| Share { own: Pace::new(each), fair: Pace::new(fair) });
+            .or_insert_with(|| Share { own: RateBudget::new(each), fair: RateBudget::new(fair) });
         share.fair.rate = fair;
         let (bytes, lines) = taken;
         share.own.spend(bytes, lines);
@@ -123,8 +123,8 @@ mod tests {
 
     #[test]
     fn a_tenant_within_its_share_does_not_wait_for_the_others() {
-        let each = Rate { bytes: 4000, lines: 4000, burst_bytes: 8000, burst_lines: 8000 };
-        let common = Rate { bytes: 8000, lines: 8000, burst_bytes: 16_000, burst_lines: 16_000 };
+        let each = LogRate { bytes: 4000, lines: 4000, burst_bytes: 8000, burst_lines: 8000 };
+        let common = LogRate { bytes: 8000, lines: 8000, burst_bytes: 16_000, burst_lines: 16_000 };
         let mut paces = Paces::new(each, common);
         for loud in ["a", "b", "c", "d"] {
             assert!(!paces.wait(&loud, (10_000, 1), true).is_zero(), "beyond its own");
@@ -139,7 +139,8 @@ mod tests {
 
     #[test]
     fn bytes_and_lines_are_both_held_to_the_pace() {
-        let mut pace = Pace::new(Rate { bytes: 1000, lines: 10, burst_bytes: 2000, burst_lines: 50 });
+        let mut pace =
+            RateBudget::new(LogRate { bytes: 1000, lines: 10, burst_bytes: 2000, burst_lines: 50 });
         let begun = pace.at;
         assert!(pace.is_full() && pace.wait_at(begun).is_zero());
         pace.at = begun;

@@ -4,7 +4,7 @@ use crate::driver::workload::{Update, Workload};
 
 /// The parts of an instance that the plan needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Part {
+pub(super) struct PlannedInstance {
     /// Number.
     pub(super) number: u32,
     /// Revision of its release.
@@ -19,7 +19,7 @@ pub(super) struct Part {
 
 /// One step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum InstanceStep {
     /// Create an instance of the desired revision at this address.
     Create(usize),
     /// Stop and remove an instance.
@@ -28,10 +28,10 @@ pub(super) enum Step {
 
 /// Returns the next steps. Each round takes the steps that are safe now; the next round plans again.
 #[must_use]
-pub(super) fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
+pub(super) fn plan(workload: &Workload, parts: &[PlannedInstance]) -> Vec<InstanceStep> {
     let wanted = workload.instances as usize;
-    let current = |part: &&Part| part.revision == workload.revision && !part.stopping;
-    let old = |part: &&Part| part.revision != workload.revision && !part.stopping;
+    let current = |part: &&PlannedInstance| part.revision == workload.revision && !part.stopping;
+    let old = |part: &&PlannedInstance| part.revision != workload.revision && !part.stopping;
     let new_count = parts.iter().filter(current).count();
     let new_well = parts.iter().filter(current).filter(|part| part.well).count();
     let old_count = parts.iter().filter(old).count();
@@ -43,19 +43,19 @@ pub(super) fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
     let mut steps = Vec::new();
     // Too many instances of the desired revision: unhealthy ones stop first, then the youngest.
     if new_count > wanted {
-        let mut excess: Vec<&Part> = parts.iter().filter(current).collect();
+        let mut excess: Vec<&PlannedInstance> = parts.iter().filter(current).collect();
         excess.sort_by_key(|part| (part.well, std::cmp::Reverse(part.number)));
-        steps.extend(excess.iter().take(new_count - wanted).map(|part| Step::Stop(part.number)));
+        steps.extend(excess.iter().take(new_count - wanted).map(|part| InstanceStep::Stop(part.number)));
     }
     // Old instances: unhealthy ones stop at once, healthy ones when enough others are healthy.
     let replace = workload.update == Update::Replace || wanted == 0;
     let mut well_left = old_well;
-    let mut olds: Vec<&Part> = parts.iter().filter(old).collect();
+    let mut olds: Vec<&PlannedInstance> = parts.iter().filter(old).collect();
     olds.sort_by_key(|part| (part.well, part.number));
     for part in olds {
         let spare = if part.well { new_well + well_left > wanted } else { new_count > 0 || old_count > 1 };
         if replace || spare || wanted == 0 {
-            steps.push(Step::Stop(part.number));
+            steps.push(InstanceStep::Stop(part.number));
             if part.well {
                 well_left -= 1;
             }
@@ -73,11 +73,11 @@ pub(super) fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
         for _ in 0..at_once {
             if let Some(slot) = free(&taken) {
                 taken.push(slot);
-                steps.push(Step::Create(slot));
+                steps.push(InstanceStep::Create(slot));
             } else if steps.is_empty() && !parts.iter().any(|part| part.stopping) {
                 // No address is free, and none becomes free: an old instance must stop, an unhealthy one first.
                 if let Some(part) = parts.iter().filter(old).min_by_key(|part| (part.well, part.number)) {
-                    steps.push(Step::Stop(part.number));
+                    steps.push(InstanceStep::Stop(part.number));
                 }
                 break;
             }
@@ -89,7 +89,7 @@ pub(super) fn plan(workload: &Workload, parts: &[Part]) -> Vec<Step> {
 /// Returns the instance whose stop the next one waits for: a singleton's old one, or one that has the last free
 /// address.
 #[must_use]
-pub(super) fn waits_for(workload: &Workload, parts: &[Part]) -> Option<u32> {
+pub(super) fn waits_for(workload: &Workload, parts: &[PlannedInstance]) -> Option<u32> {
     let count = parts.iter().filter(|part| part.revision == workload.revision && !part.stopping).count();
     let taken = |slot: usize| parts.iter().any(|part| part.slot == slot);
     let place = (0..workload.addresses.len()).any(|slot| !taken(slot));
@@ -139,7 +139,7 @@ mod tests {
 
     /// Plays rounds until no step is left. In each round new instances become healthy or not, and stopping
     /// instances are gone in the next. Returns the lowest number of healthy instances.
-    fn play(w: &Workload, mut parts: Vec<Part>, heals: bool) -> (Vec<Part>, usize) {
+    fn play(w: &Workload, mut parts: Vec<PlannedInstance>, heals: bool) -> (Vec<PlannedInstance>, usize) {
         let mut least = usize::MAX;
         let mut next = 100;
         for round in 0..50 {
@@ -156,10 +156,10 @@ mod tests {
             }
             for step in steps {
                 match step {
-                    Step::Create(slot) => {
+                    InstanceStep::Create(slot) => {
                         assert!(!parts.iter().any(|part| part.slot == slot), "a place is taken twice");
                         next += 1;
-                        parts.push(Part {
+                        parts.push(PlannedInstance {
                             number: next,
                             revision: w.revision,
                             well: false,
@@ -167,7 +167,7 @@ mod tests {
                             slot,
                         });
                     }
-                    Step::Stop(number) => {
+                    InstanceStep::Stop(number) => {
                         if let Some(part) = parts.iter_mut().find(|part| part.number == number) {
                             (part.stopping, part.well) = (true, false);
                         }
@@ -179,9 +179,9 @@ mod tests {
         unreachable!()
     }
 
-    fn running(count: usize, revision: i64) -> Vec<Part> {
+    fn running(count: usize, revision: i64) -> Vec<PlannedInstance> {
         (0..count)
-            .map(|n| Part {
+            .map(|n| PlannedInstance {
                 number: u32::try_from(n).unwrap(),
                 revision,
                 well: true,
@@ -218,10 +218,16 @@ mod tests {
         for _ in 0..10 {
             for step in plan(&w, &parts) {
                 match step {
-                    Step::Create(slot) => {
-                        parts.push(Part { number: 50, revision: 2, well: false, stopping: false, slot });
+                    InstanceStep::Create(slot) => {
+                        parts.push(PlannedInstance {
+                            number: 50,
+                            revision: 2,
+                            well: false,
+                            stopping: false,
+                            slot,
+                        });
                     }
-                    Step::Stop(number) => panic!("stopped {number}"),
+                    InstanceStep::Stop(number) => panic!("stopped {number}"),
                 }
             }
         }
@@ -232,7 +238,7 @@ mod tests {
     fn a_change_in_the_middle_of_a_change_takes_no_more_away() {
         // Two instances run. Release 2 has a healthy one, for which an instance of release 1 is stopping slowly.
         let mut parts = running(3, 1);
-        parts[0] = Part { stopping: true, well: false, ..parts[0] };
+        parts[0] = PlannedInstance { stopping: true, well: false, ..parts[0] };
         parts[2].revision = 2;
         let mut w = workload(2, 3, Update::Rolling);
         w.addresses.truncate(3);
@@ -245,21 +251,21 @@ mod tests {
     #[test]
     fn a_singleton_stops_before_the_next_one_starts() {
         let w = workload(1, 2, Update::Replace);
-        assert_eq!(plan(&w, &running(1, 1)), [Step::Stop(0)]);
-        let stopping = Part { stopping: true, well: false, ..running(1, 1)[0] };
+        assert_eq!(plan(&w, &running(1, 1)), [InstanceStep::Stop(0)]);
+        let stopping = PlannedInstance { stopping: true, well: false, ..running(1, 1)[0] };
         assert_eq!(plan(&w, &[stopping]), []);
-        assert_eq!(plan(&w, &[]), [Step::Create(0)]);
+        assert_eq!(plan(&w, &[]), [InstanceStep::Create(0)]);
     }
 
     #[test]
     fn a_rollback_waits_for_nobody_who_stops() {
         // Release 2 is bad; release 1 stops slowly, and release 3 rolls back to it.
         let parts = [
-            Part { stopping: true, well: false, ..running(1, 1)[0] },
-            Part { number: 7, revision: 2, well: false, stopping: false, slot: 1 },
+            PlannedInstance { stopping: true, well: false, ..running(1, 1)[0] },
+            PlannedInstance { number: 7, revision: 2, well: false, stopping: false, slot: 1 },
         ];
         let w = workload(1, 3, Update::Rolling);
-        assert_eq!(plan(&w, &parts), [Step::Create(2)]);
+        assert_eq!(plan(&w, &parts), [InstanceStep::Create(2)]);
         assert_eq!(waits_for(&w, &parts), None);
         let mut narrow = workload(1, 3, Update::Rolling);
         narrow.addresses.truncate(2);

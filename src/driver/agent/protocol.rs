@@ -5,8 +5,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::super::{
-    AppObserved, Denied, Error, Listener, LogLine, LogQuery, Observed, Probe, ProbeOutcome, Probed,
-    PullSecret, Removal, TenantGrant, Used, Walls, Workload,
+    AppObserved, BlockedRanges, Denied, Error, HostSocket, LogLine, LogQuery, ObservedChanges, Probe,
+    ProbeOutcome, ProbeSummary, PullSecret, Removal, TenantGrant, Used, Workload,
 };
 use crate::ids::{AppId, AppName, Installation, TenantId, TenantName};
 use crate::policy::TenantFlows;
@@ -119,7 +119,7 @@ pub enum Reply {
     /// A part of the answer to `Observe`. Large answers come in several frames; `last` marks the final one.
     Observed {
         /// Cursor, completeness, events; `apps` holds this frame's share.
-        observed: Observed,
+        observed: ObservedChanges,
         /// Whether this is the last frame.
         last: bool,
     },
@@ -131,7 +131,7 @@ pub enum Reply {
     /// To `Walls`.
     Walls {
         /// The machine's own addresses and the blocked ranges.
-        walls: Walls,
+        walls: BlockedRanges,
     },
     /// To `Used`.
     Used {
@@ -141,7 +141,7 @@ pub enum Reply {
     /// To `Listeners`.
     Listeners {
         /// Listening sockets by protocol and port.
-        listeners: Vec<Listener>,
+        listeners: Vec<HostSocket>,
     },
     /// To `Permits`.
     Permits {
@@ -151,7 +151,7 @@ pub enum Reply {
     /// To `ProbeTenant`.
     ProbedTenant {
         /// The results.
-        probed: Probed,
+        probed: ProbeSummary,
     },
     /// To `Probe`.
     Probed {
@@ -177,7 +177,7 @@ pub enum Reply {
 
 /// Splits observed state so that no frame exceeds [`MAX_FRAME`].
 #[must_use]
-pub fn split(observed: Observed) -> Vec<Reply> {
+pub fn split(observed: ObservedChanges) -> Vec<Reply> {
     const SHARE: usize = MAX_FRAME / 2;
     let mut shares: Vec<Vec<AppObserved>> = vec![Vec::new()];
     let mut bytes = 0;
@@ -203,7 +203,7 @@ pub fn split(observed: Observed) -> Vec<Reply> {
         .into_iter()
         .enumerate()
         .map(|(n, apps)| Reply::Observed {
-            observed: Observed {
+            observed: ObservedChanges {
                 cursor: observed.cursor.clone(),
                 complete: observed.complete,
                 apps,

@@ -29,7 +29,7 @@ const WEIGHT: u64 = 50;
 
 /// Limits of a group; none means no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Bounds {
+pub struct CgroupLimits {
     /// Thousandths of a core.
     pub cpu_millis: Option<u64>,
     /// Bytes.
@@ -66,10 +66,10 @@ impl Capacity {
     /// the memory, from 1 to 4 GiB, and an eighth of the processes, from 1,024 to 8,192. It is never more than half
     /// of either.
     #[must_use]
-    pub fn of_all_tenants(self) -> Bounds {
+    pub fn of_all_tenants(self) -> CgroupLimits {
         let reserve = (self.memory / 5).clamp(1 << 30, 4 << 30).min(self.memory / 2);
         let pids = (self.pids / 8).clamp(1024, 8192).min(self.pids / 2);
-        Bounds {
+        CgroupLimits {
             cpu_millis: None,
             memory: Some(self.memory - reserve),
             pids: Some(self.pids - pids),
@@ -80,8 +80,8 @@ impl Capacity {
 
 /// Returns the limits for a tenant's whole quota.
 #[must_use]
-pub fn of_tenant(limits: &TenantLimits) -> Bounds {
-    Bounds {
+pub fn of_tenant(limits: &TenantLimits) -> CgroupLimits {
+    CgroupLimits {
         cpu_millis: Some(limits.cpu_millis),
         memory: Some(limits.memory.saturating_add(WATCHERS)),
         pids: Some(limits.pids),
@@ -122,7 +122,7 @@ impl Groups {
 
     /// Creates a group and sets the limits that differ. Returns the changes of a group that existed before. A limit
     /// that the kernel cannot lower yet waits for a later call.
-    pub fn ensure(&self, group: &str, bounds: &Bounds) -> io::Result<Vec<String>> {
+    pub fn ensure(&self, group: &str, bounds: &CgroupLimits) -> io::Result<Vec<String>> {
         let mut changed = Vec::new();
         for controller in CONTROLLERS {
             let folder = self.folder(controller, group);
@@ -175,7 +175,7 @@ impl Groups {
     }
 
     /// Returns files and their values, as the kernel prints them.
-    fn values(&self, controller: &str, bounds: &Bounds) -> Vec<(&'static str, String)> {
+    fn values(&self, controller: &str, bounds: &CgroupLimits) -> Vec<(&'static str, String)> {
         let text = |value: Option<u64>| value.map_or_else(|| "max".to_owned(), |value| value.to_string());
         let quota = bounds.cpu_millis.map(|millis| (millis * PERIOD / 1000).max(1000));
         let memory = bounds.memory.map(|bytes| bytes / PAGE * PAGE);

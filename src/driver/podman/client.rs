@@ -19,7 +19,7 @@ pub struct Podman {
 /// A container in the engine's list.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-pub struct Listed {
+pub struct ListedContainer {
     /// Id in the engine.
     pub id: String,
     /// Names.
@@ -45,7 +45,7 @@ struct OwnLabels {
     app: Option<String>,
 }
 
-impl Listed {
+impl ListedContainer {
     /// Returns the app that the container belongs to.
     #[must_use]
     pub fn app(&self) -> Option<&str> {
@@ -157,7 +157,7 @@ impl Podman {
     }
 
     /// Lists all containers of an installation. The time limit `patience` includes the body.
-    pub async fn list(&self, installation: &str, patience: Duration) -> Result<Vec<Listed>, Error> {
+    pub async fn list(&self, installation: &str, patience: Duration) -> Result<Vec<ListedContainer>, Error> {
         let filter = json!({"label": [format!("bulkhead.installation={installation}")]}).to_string();
         let path = format!("containers/json?all=true&filters={}", escape(&filter));
         let request = self.client.get(format!("http://engine/v4.0.0/libpod/{path}"));
@@ -165,7 +165,7 @@ impl Podman {
         let answer = answer.error_for_status().map_err(away)?;
         // Parsed straight into the fields that are needed: the answer holds every label of every image.
         let bytes = answer.bytes().await.map_err(away)?;
-        let list: Option<Vec<Listed>> = serde_json::from_slice(&bytes).map_err(away)?;
+        let list: Option<Vec<ListedContainer>> = serde_json::from_slice(&bytes).map_err(away)?;
         Ok(list.unwrap_or_default())
     }
 

@@ -13,7 +13,7 @@ use crate::policy::Protocol;
 
 /// A socket that listens on the host.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Listener {
+pub struct HostSocket {
     /// Protocol.
     pub protocol: Protocol,
     /// Port.
@@ -88,7 +88,7 @@ fn owners() -> HashMap<String, (String, String)> {
 
 /// Returns the sockets that listen on the host beyond loopback.
 #[must_use]
-pub fn listeners() -> Vec<Listener> {
+pub fn listeners() -> Vec<HostSocket> {
     let owners = owners();
     let mut found = Vec::new();
     for (list, protocol, state) in [
@@ -100,7 +100,7 @@ pub fn listeners() -> Vec<Listener> {
         let text = std::fs::read_to_string(format!("/proc/net/{list}")).unwrap_or_default();
         for (address, port, inode) in text.lines().skip(1).filter_map(|line| listening(line, state)) {
             let (program, unit) = owners.get(&inode).cloned().unwrap_or_default();
-            found.push(Listener { protocol, port, address, program, unit, answers: None, names: false });
+            found.push(HostSocket { protocol, port, address, program, unit, answers: None, names: false });
         }
     }
     found.sort();
@@ -110,7 +110,7 @@ pub fn listeners() -> Vec<Listener> {
 
 /// Returns where each TCP listener is tried from within a network namespace: index in the list, address, port. A
 /// listener on all addresses is tried at the gateway; a listener on one address is tried there.
-pub fn targets(sandbox: &str, listeners: &mut [Listener]) -> Vec<(usize, Ipv4Addr, u16)> {
+pub fn targets(sandbox: &str, listeners: &mut [HostSocket]) -> Vec<(usize, Ipv4Addr, u16)> {
     let Some(gateway) = namespace::begin(sandbox, gateway).wait().ok().flatten() else { return Vec::new() };
     for listener in listeners.iter_mut() {
         listener.names = listener.port == 53 && listener.address == IpAddr::V4(gateway);
@@ -128,7 +128,7 @@ pub fn targets(sandbox: &str, listeners: &mut [Listener]) -> Vec<(usize, Ipv4Add
 }
 
 /// Tries listeners from within a network namespace.
-pub fn try_from_within(sandbox: &str, targets: &[(usize, Ipv4Addr, u16)], listeners: &mut [Listener]) {
+pub fn try_from_within(sandbox: &str, targets: &[(usize, Ipv4Addr, u16)], listeners: &mut [HostSocket]) {
     // A few at a time: each attempt takes a thread of its own, which enters the namespace and ends.
     for few in targets.chunks(AT_ONCE) {
         let tries: Vec<_> = few

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 /// A function that was started in a namespace.
 #[derive(Debug)]
-pub struct Begun<T>(io::Result<JoinHandle<io::Result<T>>>);
+pub struct NamespaceTask<T>(io::Result<JoinHandle<io::Result<T>>>);
 
 fn ended<E>(_: E) -> io::Error {
     io::Error::other("the thread in the network namespace ended early")
@@ -18,16 +18,16 @@ fn ended<E>(_: E) -> io::Error {
 
 /// Starts a function in the namespace at a path.
 #[must_use]
-pub fn begin<T: Send + 'static>(path: &str, what: impl FnOnce() -> T + Send + 'static) -> Begun<T> {
+pub fn begin<T: Send + 'static>(path: &str, what: impl FnOnce() -> T + Send + 'static) -> NamespaceTask<T> {
     let path = path.to_owned();
-    Begun(std::thread::Builder::new().name("namespace".into()).spawn(move || {
+    NamespaceTask(std::thread::Builder::new().name("namespace".into()).spawn(move || {
         let file = File::open(path)?;
         move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?;
         Ok(what())
     }))
 }
 
-impl<T> Begun<T> {
+impl<T> NamespaceTask<T> {
     /// Waits for the result, and blocks this thread meanwhile.
     pub fn wait(self) -> io::Result<T> {
         self.0?.join().map_err(ended)?

@@ -77,7 +77,7 @@ async fn prepare(bridge: &str, gateway: Ipv4Addr) -> Result<bool, Error> {
 
 /// Repaired bridges, and the first failure.
 #[derive(Debug, Default)]
-pub struct Held {
+pub struct RepairedBridges {
     /// Name of the bridge, and a description of the repair.
     pub mended: Vec<(String, String)>,
     /// The first error.
@@ -85,9 +85,9 @@ pub struct Held {
 }
 
 /// Ensures that each of these bridges is prepared and has its neighbour entries. Skips bridges that do not exist.
-pub async fn hold(bridges: &BTreeMap<String, Neighbours>) -> Held {
+pub async fn hold(bridges: &BTreeMap<String, Neighbours>) -> RepairedBridges {
     let _turn = TURN.lock().await;
-    let mut held = Held::default();
+    let mut held = RepairedBridges::default();
     let mut there: Vec<_> = bridges.iter().filter(|(bridge, _)| is_there(bridge)).collect();
     // A bridge that disappears at this moment does not affect the others.
     let mut changed = BTreeSet::new();
@@ -102,7 +102,7 @@ pub async fn hold(bridges: &BTreeMap<String, Neighbours>) -> Held {
     there.retain(|(bridge, _)| is_there(bridge));
     let known = match known().await {
         Ok(known) => known,
-        Err(error) => return Held { failed: held.failed.or(Some(error)), ..held },
+        Err(error) => return RepairedBridges { failed: held.failed.or(Some(error)), ..held },
     };
     let mut text = String::new();
     for (bridge, neighbours) in there {
@@ -123,7 +123,7 @@ pub async fn hold(bridges: &BTreeMap<String, Neighbours>) -> Held {
         && let Err(error) = batch(&["-force"], &text).await
     {
         // The next check shows which of the entries were written.
-        held = Held { mended: Vec::new(), failed: held.failed.or(Some(error)) };
+        held = RepairedBridges { mended: Vec::new(), failed: held.failed.or(Some(error)) };
     }
     held
 }

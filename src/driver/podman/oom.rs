@@ -14,11 +14,11 @@ const MOST: usize = 4096;
 /// The kernel's log, and the killed containers that were read from it.
 #[derive(Debug)]
 pub struct OutOfMemory {
-    state: Mutex<State>,
+    state: Mutex<OomState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct OomState {
     log: Option<File>,
     known: HashSet<String>,
     order: VecDeque<String>,
@@ -36,7 +36,7 @@ impl OutOfMemory {
                 None
             }
         };
-        Self { state: Mutex::new(State { log, ..State::default() }) }
+        Self { state: Mutex::new(OomState { log, ..OomState::default() }) }
     }
 
     /// Whether the kernel killed a process of this container for its memory.
@@ -53,7 +53,7 @@ impl OutOfMemory {
     }
 }
 
-impl State {
+impl OomState {
     fn advance(&mut self) {
         let Some(mut log) = self.log.as_ref() else { return };
         // One read is one record (Documentation/ABI/testing/dev-kmsg).

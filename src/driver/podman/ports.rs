@@ -227,7 +227,7 @@ pub struct Port {
 
 /// Observed state of a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Seen {
+pub enum PortState {
     /// On its bridge, and isolated from its neighbours.
     Closed,
     /// On its bridge, but another program has opened it.
@@ -239,18 +239,18 @@ pub enum Seen {
 impl Port {
     /// Reads the state of the port.
     #[must_use]
-    pub fn look(&self) -> Seen {
+    pub fn look(&self) -> PortState {
         let read = |file: &str| std::fs::read_to_string(format!("/sys/class/net/{}/{file}", self.name));
         let same = read("ifindex").is_ok_and(|text| text.trim().parse() == Ok(self.index));
         let [Ok(isolated), Ok(learning), Ok(flood)] =
             ["brport/isolated", "brport/learning", "brport/unicast_flood"].map(read)
         else {
-            return Seen::Gone;
+            return PortState::Gone;
         };
         match [isolated.trim(), learning.trim(), flood.trim()] {
-            _ if !same => Seen::Gone,
-            ["1", "0", "0"] => Seen::Closed,
-            _ => Seen::Open,
+            _ if !same => PortState::Gone,
+            ["1", "0", "0"] => PortState::Closed,
+            _ => PortState::Open,
         }
     }
 

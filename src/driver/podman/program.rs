@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use rustix::fs::{FileType, Mode, OFlags, Stat, getxattr, open};
 use serde::{Deserialize, Serialize};
 
-use super::tree::{Person, Place, follow};
+use super::tree::{Person, ResolvedPath, follow};
 
 /// `PATH` when neither spec nor image sets it.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -94,7 +94,7 @@ fn check_working_dir(root: BorrowedFd<'_>, program: &Program) -> Result<(), Stri
 }
 
 /// Returns the file that the command's first word stands for; none when it does not exist.
-fn find(root: BorrowedFd<'_>, program: &Program) -> Result<Option<Place>, String> {
+fn find(root: BorrowedFd<'_>, program: &Program) -> Result<Option<ResolvedPath>, String> {
     let word = program.word.as_str();
     if word.contains('/') {
         let path =
@@ -132,7 +132,7 @@ fn examine(
     root: BorrowedFd<'_>,
     program: &Program,
     shown: &str,
-    found: &Place,
+    found: &ResolvedPath,
     depth: u8,
 ) -> Result<(), String> {
     // A path that the kernel fills is not in the image; only the start shows its contents.
@@ -188,7 +188,7 @@ fn lies_in(path: &str, folder: &str) -> bool {
     path.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'))
 }
 
-fn may_execute(program: &Program, shown: &str, found: &Place, stat: &Stat) -> Result<(), String> {
+fn may_execute(program: &Program, shown: &str, found: &ResolvedPath, stat: &Stat) -> Result<(), String> {
     // An access control list may grant what the mode does not.
     let mut none = [0_u8; 0];
     let lists =
@@ -216,7 +216,7 @@ fn may_execute(program: &Program, shown: &str, found: &Place, stat: &Stat) -> Re
 
 /// Returns the capabilities of the file, which the kernel would have to grant to its process, or refuse to run it
 /// (capabilities(7), linux/capability.h: struct vfs_cap_data).
-fn capabilities(found: &Place) -> Option<String> {
+fn capabilities(found: &ResolvedPath) -> Option<String> {
     let mut data = [0_u8; 64];
     let length = getxattr(found.handle()?, "security.capability", &mut data).ok()?;
     parse_capabilities(data.get(..length)?)
@@ -242,7 +242,7 @@ fn parse_capabilities(data: &[u8]) -> Option<String> {
 }
 
 /// Opens a regular file for reading. It reopens the handle that was found, so that no other file takes its place.
-fn read_only(found: &Place) -> Option<File> {
+fn read_only(found: &ResolvedPath) -> Option<File> {
     let (file, _) = found.there.as_ref()?;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()).ok().map(File::from)

@@ -85,7 +85,7 @@ impl Fetcher {
         let failed =
             |error: std::io::Error| Error::Transient(format!("the image cannot be fetched: {error}"));
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let own = Own {
+        let own = FetchResources {
             folder: self.folder().join(number.to_string()),
             groups: places(&self.group).iter().map(|place| place.join(number.to_string())).collect(),
         };
@@ -217,12 +217,12 @@ fn classify(words: &str, killed: bool) -> Error {
 }
 
 /// Resources of one fetch. Dropping them ends its processes and removes its files, in every case.
-struct Own {
+struct FetchResources {
     folder: PathBuf,
     groups: Vec<PathBuf>,
 }
 
-impl Own {
+impl FetchResources {
     /// Creates its folder with the credential in it, and returns the path of the credential.
     fn prepare(&self, host: &str, secret: &PullSecret) -> std::io::Result<PathBuf> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
@@ -237,7 +237,7 @@ impl Own {
     }
 }
 
-impl Drop for Own {
+impl Drop for FetchResources {
     fn drop(&mut self) {
         let (folder, groups) = (std::mem::take(&mut self.folder), std::mem::take(&mut self.groups));
         // Processes take a moment to end; the caller does not wait for it.

@@ -73,7 +73,7 @@ pub fn check_made(annotations: &[String], healthcheck: &[String]) -> Result<(), 
 
 /// One instance to create.
 #[derive(Debug)]
-pub struct Instance<'a> {
+pub struct NewInstance<'a> {
     /// Name of its container.
     pub container: &'a str,
     /// Number.
@@ -125,7 +125,7 @@ pub fn image(config: &AgentConfig, workload: &Workload) -> String {
 
 /// Returns the body of the engine's create call (libpod's specification of a container).
 #[must_use]
-pub fn create(config: &AgentConfig, workload: &Workload, instance: &Instance<'_>) -> Value {
+pub fn create(config: &AgentConfig, workload: &Workload, instance: &NewInstance<'_>) -> Value {
     let w = workload;
     let map = json!([{"container_id": 0, "host_id": w.block.start, "size": w.block.size}]);
     // The engine's own /dev/shm is a mount on the host. The engine fails to unmount it after an instance has

@@ -38,7 +38,7 @@ const IN_PLACE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYML
 /// Input of a check.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Question {
+struct RootfsQuestion {
     /// Folder of the engine's layers.
     overlay: PathBuf,
     /// Ids of the layers, topmost first.
@@ -70,7 +70,7 @@ pub struct Wanted {
 /// A writable folder, with the image's links resolved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Folder {
+pub struct ScratchFolder {
     /// The path with links resolved.
     pub path: String,
     /// The mode of the image's folder at that path, if it has one.
@@ -80,11 +80,11 @@ pub struct Folder {
 /// Data that a check returns.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Found {
+pub struct RootfsFacts {
     /// `etc/passwd` and `etc/group`.
-    pub names: Names,
+    pub names: AccountFiles,
     /// Each writable folder, in the order of the question.
-    pub scratch: Vec<Folder>,
+    pub scratch: Vec<ScratchFolder>,
     /// Why the instance cannot start, and what to change.
     pub trouble: Option<String>,
 }
@@ -92,9 +92,9 @@ pub struct Found {
 /// Result of a check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Verdict {
+pub enum RootfsVerdict {
     /// Nothing in the image is harmful.
-    Fine(Found),
+    Fine(RootfsFacts),
     /// The image is refused, for this reason.
     Refused(String),
     /// The image could not be checked.
@@ -104,7 +104,7 @@ pub enum Verdict {
 /// `etc/passwd` and `etc/group` of an image; empty when absent.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Names {
+pub struct AccountFiles {
     /// `etc/passwd`.
     pub passwd: Vec<u8>,
     /// `etc/group`.
@@ -112,7 +112,7 @@ pub struct Names {
 }
 
 /// Checks an image of the engine: first its config, then its files.
-pub async fn look(image: &ImageSeen, wanted: &Wanted) -> Result<Found, Error> {
+pub async fn look(image: &ImageSeen, wanted: &Wanted) -> Result<RootfsFacts, Error> {
     dangers::of_config(&image.env, &image.working_dir, &image.stop_signal).map_err(Error::Rejected)?;
     let question =
         question(image, wanted).map_err(|why| Error::Transient(format!("the image's layers: {why}")))?;
@@ -141,15 +141,17 @@ pub async fn look(image: &ImageSeen, wanted: &Wanted) -> Result<Found, Error> {
         return Err(Error::Transient("the check of the image did not finish in time".into()));
     };
     match serde_json::from_slice(&done.map_err(failed)?.stdout) {
-        Ok(Verdict::Fine(found)) => Ok(found),
-        Ok(Verdict::Refused(why)) => Err(Error::Rejected(why)),
-        Ok(Verdict::Failed(why)) => Err(Error::Transient(format!("the image cannot be checked: {why}"))),
+        Ok(RootfsVerdict::Fine(found)) => Ok(found),
+        Ok(RootfsVerdict::Refused(why)) => Err(Error::Rejected(why)),
+        Ok(RootfsVerdict::Failed(why)) => {
+            Err(Error::Transient(format!("the image cannot be checked: {why}")))
+        }
         Err(_) => Err(Error::Transient("the check of the image gave no answer".into())),
     }
 }
 
 /// Builds the question from the folders that the engine names: `.../overlay/IDENTITY/diff`.
-fn question(image: &ImageSeen, wanted: &Wanted) -> Result<Question, String> {
+fn question(image: &ImageSeen, wanted: &Wanted) -> Result<RootfsQuestion, String> {
     let mut overlay = None;
     let mut layers = Vec::new();
     for folder in &image.layers {
@@ -170,13 +172,13 @@ fn question(image: &ImageSeen, wanted: &Wanted) -> Result<Question, String> {
     if layers.len() > LAYERS {
         return Err("there are too many".into());
     }
-    Ok(Question { overlay, layers, working_dir: image.working_dir.clone(), wanted: wanted.clone() })
+    Ok(RootfsQuestion { overlay, layers, working_dir: image.working_dir.clone(), wanted: wanted.clone() })
 }
 
 /// The child's part: reads the question, mounts, checks, answers. It runs in its own mount namespace.
 #[must_use]
 pub fn answer() -> std::process::ExitCode {
-    let verdict = ask().unwrap_or_else(Verdict::Failed);
+    let verdict = ask().unwrap_or_else(RootfsVerdict::Failed);
     let text = serde_json::to_vec(&verdict).unwrap_or_default();
     match std::io::stdout().write_all(&text) {
         Ok(()) => std::process::ExitCode::SUCCESS,
@@ -184,16 +186,16 @@ pub fn answer() -> std::process::ExitCode {
     }
 }
 
-fn ask() -> Result<Verdict, String> {
+fn ask() -> Result<RootfsVerdict, String> {
     let mut text = Vec::new();
     std::io::stdin().take(1 << 20).read_to_end(&mut text).map_err(|error| error.to_string())?;
-    let question: Question = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    let question: RootfsQuestion = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
     let root = open_root(&question)?;
     Ok(examine(root.as_fd(), &question.working_dir, &question.wanted))
 }
 
 /// Opens the image as the kernel shows it.
-fn open_root(question: &Question) -> Result<OwnedFd, String> {
+fn open_root(question: &RootfsQuestion) -> Result<OwnedFd, String> {
     let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let open = |path: &Path| {
         openat(CWD, path, folder, Mode::empty()).map_err(|error| format!("{}: {error}", path.display()))
@@ -219,12 +221,12 @@ fn open_root(question: &Question) -> Result<OwnedFd, String> {
 }
 
 /// Checks a file tree. It opens only regular files of limited size.
-fn examine(root: BorrowedFd<'_>, working_dir: &str, wanted: &Wanted) -> Verdict {
+fn examine(root: BorrowedFd<'_>, working_dir: &str, wanted: &Wanted) -> RootfsVerdict {
     match open_in(root, "etc") {
         Ok(None) => {}
         Ok(Some(etc)) if kind(&etc) == Some(FileType::Directory) => {}
         Ok(Some(_)) => return refused("its etc is not a directory"),
-        Err(why) => return Verdict::Failed(why),
+        Err(why) => return RootfsVerdict::Failed(why),
     }
     let (passwd, group) = match (file(root, "etc/passwd"), file(root, "etc/group")) {
         (Ok(passwd), Ok(group)) => (passwd, group),
@@ -233,7 +235,7 @@ fn examine(root: BorrowedFd<'_>, working_dir: &str, wanted: &Wanted) -> Verdict 
     if let Err(why) = examine_working_dir(root, working_dir) {
         return refused(why);
     }
-    let names = Names { passwd, group };
+    let names = AccountFiles { passwd, group };
     let (scratch, trouble) = match folders(root, &wanted.scratch) {
         Ok(scratch) => {
             let full = overfull(root, &scratch, wanted);
@@ -241,7 +243,7 @@ fn examine(root: BorrowedFd<'_>, working_dir: &str, wanted: &Wanted) -> Verdict 
         }
         Err(why) => (Vec::new(), Some(why)),
     };
-    let is_closed = |(_, asked): &(&Folder, &String)| !wanted.exec.contains(asked);
+    let is_closed = |(_, asked): &(&ScratchFolder, &String)| !wanted.exec.contains(asked);
     let program = Program {
         word: wanted.word.clone(),
         path: wanted.path.clone(),
@@ -256,17 +258,17 @@ fn examine(root: BorrowedFd<'_>, working_dir: &str, wanted: &Wanted) -> Verdict 
             .collect(),
     };
     let trouble = trouble.or_else(|| program::check(root, &program).err());
-    Verdict::Fine(Found { names, scratch, trouble })
+    RootfsVerdict::Fine(RootfsFacts { names, scratch, trouble })
 }
 
 /// Returns the writable folders with the image's links resolved. The error is a sentence that names the folder that
 /// is not possible.
-fn folders(root: BorrowedFd<'_>, asked: &[String]) -> Result<Vec<Folder>, String> {
-    let mut all: Vec<Folder> = Vec::new();
+fn folders(root: BorrowedFd<'_>, asked: &[String]) -> Result<Vec<ScratchFolder>, String> {
+    let mut all: Vec<ScratchFolder> = Vec::new();
     for path in asked {
         // The kernel's own folder is not in the image.
         let folder = if path == scratch::SHM {
-            Folder { path: path.clone(), mode: None }
+            ScratchFolder { path: path.clone(), mode: None }
         } else {
             let place =
                 tree::follow(root, path).map_err(|why| format!("the scratch {path} {why} in the image"))?;
@@ -278,7 +280,7 @@ fn folders(root: BorrowedFd<'_>, asked: &[String]) -> Result<Vec<Folder>, String
                     return Err(format!("the scratch {path} is a file in the image; {instead}"));
                 }
             };
-            Folder { path: place.path, mode }
+            ScratchFolder { path: place.path, mode }
         };
         let leads = if folder.path == *path {
             String::new()
@@ -295,7 +297,7 @@ fn folders(root: BorrowedFd<'_>, asked: &[String]) -> Result<Vec<Folder>, String
                 "the scratch {path}{leads} lies in {closed}, which the platform fills itself; name another folder"
             ));
         }
-        let meets = |other: &Folder| {
+        let meets = |other: &ScratchFolder| {
             other.path == folder.path
                 || scratch::is_within(&other.path, &folder.path)
                 || scratch::is_within(&folder.path, &other.path)
@@ -312,7 +314,7 @@ fn folders(root: BorrowedFd<'_>, asked: &[String]) -> Result<Vec<Folder>, String
 }
 
 /// Returns a sentence about the first writable folder that is smaller than the files of the image that it starts with.
-fn overfull(root: BorrowedFd<'_>, scratch: &[Folder], wanted: &Wanted) -> Option<String> {
+fn overfull(root: BorrowedFd<'_>, scratch: &[ScratchFolder], wanted: &Wanted) -> Option<String> {
     const MIB: u64 = 1 << 20;
     let all = scratch.iter().zip(&wanted.scratch).zip(&wanted.sizes);
     all.filter(|((folder, _), _)| folder.mode.is_some()).find_map(|((folder, asked), size)| {
@@ -330,8 +332,8 @@ fn overfull(root: BorrowedFd<'_>, scratch: &[Folder], wanted: &Wanted) -> Option
     })
 }
 
-fn refused(why: &str) -> Verdict {
-    Verdict::Refused(format!("the image is refused: {why}"))
+fn refused(why: &str) -> RootfsVerdict {
+    RootfsVerdict::Refused(format!("the image is refused: {why}"))
 }
 
 fn kind(file: &OwnedFd) -> Option<FileType> {
@@ -349,9 +351,9 @@ fn open_in(root: BorrowedFd<'_>, path: &str) -> Result<Option<OwnedFd>, String> 
 }
 
 /// Returns the bytes of a regular file of limited size; empty when it is absent.
-fn file(root: BorrowedFd<'_>, path: &'static str) -> Result<Vec<u8>, Verdict> {
-    let Some(found) = open_in(root, path).map_err(Verdict::Failed)? else { return Ok(Vec::new()) };
-    let failed = |error: &dyn std::fmt::Display| Verdict::Failed(format!("{path}: {error}"));
+fn file(root: BorrowedFd<'_>, path: &'static str) -> Result<Vec<u8>, RootfsVerdict> {
+    let Some(found) = open_in(root, path).map_err(RootfsVerdict::Failed)? else { return Ok(Vec::new()) };
+    let failed = |error: &dyn std::fmt::Display| RootfsVerdict::Failed(format!("{path}: {error}"));
     let stat = fstat(&found).map_err(|error| failed(&error))?;
     let what = match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => "",
@@ -412,7 +414,7 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
 
-    fn verdict(dir: &Path, working_dir: &str) -> Verdict {
+    fn verdict(dir: &Path, working_dir: &str) -> RootfsVerdict {
         let flags = OFlags::PATH | OFlags::DIRECTORY;
         examine(openat(CWD, dir, flags, Mode::empty()).unwrap().as_fd(), working_dir, &wanted(&[]))
     }
@@ -430,7 +432,7 @@ mod tests {
 
     fn why(dir: &Path, working_dir: &str) -> String {
         match verdict(dir, working_dir) {
-            Verdict::Refused(why) => why,
+            RootfsVerdict::Refused(why) => why,
             other => panic!("{other:?}"),
         }
     }
@@ -439,10 +441,10 @@ mod tests {
     fn only_regular_files_are_opened() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
-        assert_eq!(verdict(root, ""), Verdict::Fine(Found::default()));
+        assert_eq!(verdict(root, ""), RootfsVerdict::Fine(RootfsFacts::default()));
         fs::create_dir(root.join("etc")).unwrap();
         fs::write(root.join("etc/passwd"), "app:x:1:1::/:/bin/sh\n").unwrap();
-        let Verdict::Fine(found) = verdict(root, "/") else { panic!() };
+        let RootfsVerdict::Fine(found) = verdict(root, "/") else { panic!() };
         assert_eq!(found.names.passwd, b"app:x:1:1::/:/bin/sh\n");
         // Opening it would block for ever.
         let fifo = root.join("etc/group");
@@ -474,10 +476,10 @@ mod tests {
         symlink("bad", root.join("worse")).unwrap();
         symlink("/nowhere", root.join("dangling")).unwrap();
         for fine in ["", "/", "/srv/app", "/srv/new/one", "/good"] {
-            assert!(matches!(verdict(root, fine), Verdict::Fine(_)), "{fine}");
+            assert!(matches!(verdict(root, fine), RootfsVerdict::Fine(_)), "{fine}");
         }
         for bad in ["/bad", "/worse", "/dangling", "/file", "/file/x", "/bad/../bad"] {
-            assert!(matches!(verdict(root, bad), Verdict::Refused(_)), "{bad}");
+            assert!(matches!(verdict(root, bad), RootfsVerdict::Refused(_)), "{bad}");
         }
     }
 
@@ -505,8 +507,8 @@ mod tests {
         let flags = OFlags::PATH | OFlags::DIRECTORY;
         let top = openat(CWD, root, flags, Mode::empty()).unwrap();
         let look = |asked: &[&str]| match examine(top.as_fd(), "", &wanted(asked)) {
-            Verdict::Fine(Found { trouble: Some(why), .. }) => Err(why),
-            Verdict::Fine(found) => {
+            RootfsVerdict::Fine(RootfsFacts { trouble: Some(why), .. }) => Err(why),
+            RootfsVerdict::Fine(found) => {
                 Ok(found.scratch.into_iter().map(|f| (f.path, f.mode)).collect::<Vec<_>>())
             }
             other => panic!("{other:?}"),

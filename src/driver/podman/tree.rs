@@ -22,7 +22,7 @@ type Passed = Vec<Stat>;
 
 /// Target of a path.
 #[derive(Debug)]
-pub struct Place {
+pub struct ResolvedPath {
     /// The path with links resolved, from the root.
     pub path: String,
     /// The file at the path; none when it does not exist.
@@ -31,7 +31,7 @@ pub struct Place {
     pub passed: Passed,
 }
 
-impl Place {
+impl ResolvedPath {
     /// Returns the type of the file.
     #[must_use]
     pub fn kind(&self) -> Option<FileType> {
@@ -63,7 +63,7 @@ fn is_spent() -> bool {
 }
 
 /// Resolves a path. The error says what blocks it, in words that follow the name of the path.
-pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
+pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<ResolvedPath, String> {
     let mut left: VecDeque<String> = path.split('/').map(str::to_owned).collect();
     let mut walked: Vec<String> = Vec::new();
     let mut passed: Passed = vec![fstat(root).map_err(|error| error.to_string())?];
@@ -138,7 +138,7 @@ pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
         let stat = passed[0];
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let file = openat2(root, ".", flags, Mode::empty(), IN_PLACE).map_err(|error| error.to_string())?;
-        return Ok(Place { path: "/".into(), there: Some((file, stat)), passed: Vec::new() });
+        return Ok(ResolvedPath { path: "/".into(), there: Some((file, stat)), passed: Vec::new() });
     }
     if there.is_some() {
         passed.pop();
@@ -152,7 +152,7 @@ pub fn follow(root: BorrowedFd<'_>, path: &str) -> Result<Place, String> {
         passed.pop();
         there = Some((found, stat));
     }
-    Ok(Place { path: format!("/{}", walked.join("/")), there, passed })
+    Ok(ResolvedPath { path: format!("/{}", walked.join("/")), there, passed })
 }
 
 /// A user inside the container, with all groups.

@@ -15,7 +15,7 @@ use futures_util::task::AtomicWaker;
 
 /// Limits of the number of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Bounds {
+pub struct ConnectionLimits {
     /// In total.
     pub all: usize,
     /// Per source.
@@ -36,17 +36,17 @@ pub(super) enum Full {
 
 /// The table of connections. Clones share it.
 #[derive(Clone)]
-pub(super) struct Admissions(Arc<Table>);
+pub(super) struct Admissions(Arc<AdmissionTable>);
 
-struct Table {
-    bounds: Bounds,
-    state: Mutex<State>,
+struct AdmissionTable {
+    bounds: ConnectionLimits,
+    state: Mutex<AdmissionState>,
 }
 
 #[derive(Default)]
-struct State {
-    seats: HashMap<u64, Held>,
-    sources: HashMap<IpAddr, Own>,
+struct AdmissionState {
+    seats: HashMap<u64, AdmittedConnection>,
+    sources: HashMap<IpAddr, SourceConnections>,
     /// Sources with a waiting connection, ordered by their connections beyond [`FEW`], then by the time of
     /// waiting.
     order: BTreeSet<(usize, Reverse<u64>, IpAddr)>,
@@ -54,7 +54,7 @@ struct State {
     closed: bool,
 }
 
-struct Held {
+struct AdmittedConnection {
     source: IpAddr,
     line: Arc<Line>,
     /// Number of the event at which it began to wait for its client.
@@ -62,7 +62,7 @@ struct Held {
 }
 
 #[derive(Default)]
-struct Own {
+struct SourceConnections {
     held: usize,
     waiting: BTreeMap<u64, u64>,
 }
@@ -83,7 +83,7 @@ impl Line {
 
 /// A connection's place in the table, freed on drop.
 pub(super) struct Seat {
-    table: Arc<Table>,
+    table: Arc<AdmissionTable>,
     id: u64,
     line: Arc<Line>,
 }
@@ -91,8 +91,8 @@ pub(super) struct Seat {
 impl Admissions {
     /// An empty table.
     #[must_use]
-    pub(super) fn new(bounds: Bounds) -> Self {
-        Self(Arc::new(Table { bounds, state: Mutex::default() }))
+    pub(super) fn new(bounds: ConnectionLimits) -> Self {
+        Self(Arc::new(AdmissionTable { bounds, state: Mutex::default() }))
     }
 
     /// Admits a connection of this source, which waits for its client from now on. A source that is not
@@ -124,7 +124,7 @@ impl Admissions {
         state.unlist(source);
         state.sources.entry(source).or_default().held += 1;
         state.list(source);
-        state.seats.insert(id, Held { source, line: Arc::clone(&line), since: None });
+        state.seats.insert(id, AdmittedConnection { source, line: Arc::clone(&line), since: None });
         state.wait(id, true);
         drop(state);
         Ok(Seat { table: Arc::clone(&self.0), id, line })
@@ -140,13 +140,13 @@ impl Admissions {
     }
 }
 
-impl Table {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl AdmissionTable {
+    fn lock(&self) -> MutexGuard<'_, AdmissionState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl AdmissionState {
     fn number(&mut self) -> u64 {
         self.next += 1;
         self.next
@@ -257,7 +257,7 @@ mod tests {
 
     #[test]
     fn a_newcomer_takes_the_place_of_the_silent_one_of_the_largest_source() {
-        let table = Admissions::new(Bounds { all: 10, per_source: 6 });
+        let table = Admissions::new(ConnectionLimits { all: 10, per_source: 6 });
         let crowd: Vec<Seat> = (0..6).map(|_| table.admit(ip(1), true).unwrap()).collect();
         let few: Vec<Seat> = (0..4).map(|_| table.admit(ip(2), true).unwrap()).collect();
         let newcomer = table.admit(ip(3), true).unwrap();
@@ -268,7 +268,7 @@ mod tests {
 
     #[test]
     fn thirty_thousand_silent_sources_lock_no_one_out() {
-        let table = Admissions::new(Bounds { all: 1000, per_source: 10 });
+        let table = Admissions::new(ConnectionLimits { all: 1000, per_source: 10 });
         let silent: Vec<Seat> = (0..30_000).map(|n| table.admit(ip(n), true).unwrap()).collect();
         assert_eq!(table.held(), 1000);
         let newcomer = table.admit(ip(99_999), true).unwrap();
@@ -284,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_client_with_several_connections_is_equal_to_strangers_with_one() {
-        let table = Admissions::new(Bounds { all: 100, per_source: 50 });
+        let table = Admissions::new(ConnectionLimits { all: 100, per_source: 50 });
         let _silent: Vec<Seat> = (0..100).map(|n| table.admit(ip(n), true).unwrap()).collect();
         let own: Vec<Seat> = (0..FEW).map(|_| table.admit(ip(999), true).unwrap()).collect();
         for seat in &own[..FEW - 1] {
@@ -300,7 +300,7 @@ mod tests {
 
     #[test]
     fn a_source_at_its_bound_ends_its_own_silent_ones_or_is_refused() {
-        let table = Admissions::new(Bounds { all: 100, per_source: 3 });
+        let table = Admissions::new(ConnectionLimits { all: 100, per_source: 3 });
         let seats: Vec<Seat> = (0..3).map(|_| table.admit(ip(1), true).unwrap()).collect();
         for seat in &seats[1..] {
             seat.waits(false);
@@ -316,7 +316,7 @@ mod tests {
 
     #[test]
     fn what_is_being_answered_is_never_ended() {
-        let table = Admissions::new(Bounds { all: 3, per_source: 3 });
+        let table = Admissions::new(ConnectionLimits { all: 3, per_source: 3 });
         let seats: Vec<Seat> = (0..3).map(|n| table.admit(ip(n), true).unwrap()).collect();
         for seat in &seats {
             seat.waits(false);

@@ -23,13 +23,13 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 
-pub use admit::Bounds;
+pub use admit::ConnectionLimits;
 pub use room::bounds;
 
 use super::source::{Proxies, network};
 use crate::permits::FairPermits;
 use admit::{Admissions, Full};
-use wire::{Begun, Conn, Io, Wire};
+use wire::{Conn, HeadOutcome, Io, Wire};
 
 mod admit;
 mod refusal;
@@ -83,7 +83,7 @@ pub struct Front {
     /// Number of worker threads.
     pub workers: usize,
     /// Limits of connections.
-    pub bounds: Bounds,
+    pub bounds: ConnectionLimits,
     /// Proxies whose forwarded client address is trusted.
     pub proxies: Proxies,
     /// Time limits.
@@ -92,7 +92,7 @@ pub struct Front {
 
 /// State that all connections of a listener share.
 #[derive(Clone)]
-struct Shared {
+struct FrontState {
     admissions: Admissions,
     farewells: FairPermits<IpAddr>,
     /// Requests in progress of clients behind trusted proxies.
@@ -105,7 +105,7 @@ struct Shared {
 impl Front {
     /// Creates a front for this listener, with the default time limits.
     #[must_use]
-    pub fn new(name: &'static str, listener: TcpListener, workers: usize, bounds: Bounds) -> Self {
+    pub fn new(name: &'static str, listener: TcpListener, workers: usize, bounds: ConnectionLimits) -> Self {
         Self { name, listener, tls: None, workers, bounds, proxies: Proxies::None, times: Times::default() }
     }
 
@@ -131,7 +131,7 @@ impl Front {
             config.alpn_protocols = vec![b"http/1.1".to_vec()];
             TlsAcceptor::from(Arc::new(config))
         });
-        let shared = Shared {
+        let shared = FrontState {
             admissions: Admissions::new(self.bounds),
             farewells: FairPermits::new(4, FAREWELLS),
             behind: FairPermits::new(self.bounds.per_source, self.bounds.all),
@@ -196,7 +196,7 @@ pub fn is_secure(req: &actix_web::HttpRequest) -> bool {
     req.conn_data::<Rc<Conn>>().is_some_and(|conn| conn.secure)
 }
 
-impl Shared {
+impl FrontState {
     /// Handles one connection from its first byte to its end.
     async fn connection<A>(&self, stream: TcpStream, config: ServiceConfig, answer: impl FnOnce(Wire) -> A)
     where
@@ -225,13 +225,13 @@ impl Shared {
             let mut wire = Box::new(Wire::new(io, conn, self.times.clone(), config, accepted));
             match poll_fn(|cx| wire.poll_first(cx)).await {
                 // Boxed: a connection without a request does not pay for the dispatcher's memory.
-                Ok(Begun::Head) => drop(Box::pin(answer(*wire)).await),
-                Ok(Begun::Refused(status)) => {
+                Ok(HeadOutcome::Head) => drop(Box::pin(answer(*wire)).await),
+                Ok(HeadOutcome::Refused(status)) => {
                     let secure = wire.conn.secure;
                     let bytes = refusal::bytes(status, secure);
                     let _ = timeout(self.times.drain * 5, wire.say_farewell(&bytes)).await;
                 }
-                Ok(Begun::Gone) | Err(_) => {}
+                Ok(HeadOutcome::Gone) | Err(_) => {}
             }
         };
         let mut run = Box::pin(run);

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use super::admit::Bounds;
+use super::admit::ConnectionLimits;
 use crate::config::Config;
 
 /// Descriptors reserved for files, the agent, the registry and listeners.
@@ -68,12 +68,12 @@ fn bear(descriptors: u64, memory: u64, database: u64) -> usize {
 
 /// Returns the limits of the public listener.
 #[must_use]
-pub fn bounds(config: &Config) -> Bounds {
+pub fn bounds(config: &Config) -> ConnectionLimits {
     let all = config
         .server
         .connections
         .unwrap_or_else(|| bear(descriptors(), memory(), u64::from(config.database.connections)));
-    Bounds { all, per_source: config.server.connections_per_source.min(all) }
+    ConnectionLimits { all, per_source: config.server.connections_per_source.min(all) }
 }
 
 #[cfg(test)]

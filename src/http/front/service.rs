@@ -18,7 +18,7 @@ use actix_web::http::StatusCode;
 use bytes::Bytes;
 
 use super::wire::Conn;
-use super::{Shared, network, refusal};
+use super::{FrontState, network, refusal};
 use crate::permits::Permit;
 
 const FORWARDED: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -26,16 +26,16 @@ const FORWARDED: HeaderName = HeaderName::from_static("x-forwarded-for");
 /// Makes the service of a worker.
 pub(super) struct Factory<F> {
     pub(super) app: F,
-    pub(super) shared: Shared,
+    pub(super) shared: FrontState,
 }
 
 /// The service of a worker.
 pub(super) struct Fronted<S> {
     app: S,
-    shared: Shared,
+    shared: FrontState,
 }
 
-type Made<T, E> = Pin<Box<dyn Future<Output = Result<T, E>>>>;
+type ServiceFuture<T, E> = Pin<Box<dyn Future<Output = Result<T, E>>>>;
 
 impl<F> ServiceFactory<Request> for Factory<F>
 where
@@ -45,12 +45,12 @@ where
     F::Service: 'static,
     <F::Service as Service<Request>>::Future: 'static,
 {
-    type Response = Response<Answer>;
+    type Response = Response<FrontBody>;
     type Error = actix_web::Error;
     type Config = ();
     type Service = Fronted<F::Service>;
     type InitError = F::InitError;
-    type Future = Made<Self::Service, Self::InitError>;
+    type Future = ServiceFuture<Self::Service, Self::InitError>;
 
     fn new_service(&self, (): ()) -> Self::Future {
         let (made, shared) = (self.app.new_service(()), self.shared.clone());
@@ -63,9 +63,9 @@ where
     S: Service<Request, Response = ServiceResponse<BoxBody>, Error = actix_web::Error>,
     S::Future: 'static,
 {
-    type Response = Response<Answer>;
+    type Response = Response<FrontBody>;
     type Error = actix_web::Error;
-    type Future = Made<Self::Response, Self::Error>;
+    type Future = ServiceFuture<Self::Response, Self::Error>;
 
     fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.app.poll_ready(cx)
@@ -75,7 +75,8 @@ where
         let conn = req.conn_data::<Rc<Conn>>().cloned();
         let done = conn.as_ref().map(|conn| Done(Rc::clone(conn)));
         let secure = conn.as_ref().is_some_and(|conn| conn.secure);
-        let refused = |status, done, room| Answer::of(refusal::response(status, secure).into(), done, room);
+        let refused =
+            |status, done, room| FrontBody::of(refusal::response(status, secure).into(), done, room);
         if let Some(status) = conn.as_ref().and_then(|conn| conn.take_refusal()) {
             let answer = refused(status, done, None);
             return Box::pin(async move { Ok(answer) });
@@ -101,7 +102,7 @@ where
                 Ok(Err(error)) => HttpResponse::from_error(error).into(),
                 Err(status) => refusal::response(status, secure).into(),
             };
-            Ok(Answer::of(response, done, room))
+            Ok(FrontBody::of(response, done, room))
         })
     }
 }
@@ -139,19 +140,19 @@ impl Drop for Done {
 }
 
 /// The body of an answer, with the permits that are returned at its end.
-pub(super) struct Answer {
+pub(super) struct FrontBody {
     body: BoxBody,
     _done: Option<Done>,
     _room: Option<Permit<IpAddr>>,
 }
 
-impl Answer {
+impl FrontBody {
     fn of(response: Response<BoxBody>, done: Option<Done>, room: Option<Permit<IpAddr>>) -> Response<Self> {
         response.map_body(|_, body| Self { body, _done: done, _room: room })
     }
 }
 
-impl MessageBody for Answer {
+impl MessageBody for FrontBody {
     type Error = Box<dyn std::error::Error>;
 
     fn size(&self) -> BodySize {

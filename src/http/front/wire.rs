@@ -107,12 +107,12 @@ impl Clock {
 /// The time that a client may still let the server wait. It earns time by the bytes it sends or reads. The
 /// maximum is twice the grace: otherwise bytes that the kernel buffered at once would earn an hour.
 #[derive(Clone, Copy)]
-struct Pace {
+struct WaitAllowance {
     left: Duration,
     since: Option<Instant>,
 }
 
-impl Pace {
+impl WaitAllowance {
     fn new(times: &Times) -> Self {
         Self { left: times.grace, since: None }
     }
@@ -160,8 +160,8 @@ pub(super) struct Wire {
     begun: Option<Instant>,
     /// Deadline of the request's body.
     body_by: Option<Instant>,
-    reading: Pace,
-    writing: Pace,
+    reading: WaitAllowance,
+    writing: WaitAllowance,
     read_clock: Clock,
     write_clock: Clock,
     drained: usize,
@@ -169,7 +169,7 @@ pub(super) struct Wire {
 }
 
 /// The result of waiting for a head.
-pub(super) enum Begun {
+pub(super) enum HeadOutcome {
     /// A complete head arrived.
     Head,
     /// The client closed the connection.
@@ -190,8 +190,8 @@ impl Wire {
         Self {
             io,
             conn,
-            reading: Pace::new(&times),
-            writing: Pace::new(&times),
+            reading: WaitAllowance::new(&times),
+            writing: WaitAllowance::new(&times),
             times,
             tee: Codec::new(config),
             phase: Phase::Head,
@@ -209,7 +209,7 @@ impl Wire {
     }
 
     /// Waits for the first head, before the dispatcher is set up.
-    pub(super) fn poll_first(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Begun>> {
+    pub(super) fn poll_first(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<HeadOutcome>> {
         self.poll_head(cx)
     }
 
@@ -220,7 +220,7 @@ impl Wire {
         self.shutdown().await
     }
 
-    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Begun>> {
+    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<HeadOutcome>> {
         loop {
             while let Some(b'\r' | b'\n') = self.held.first() {
                 self.held.advance(1);
@@ -228,22 +228,22 @@ impl Wire {
             // No request begins with such a byte. Clients that try TLS first on a plain port get their answer
             // at once.
             if self.held.first().is_some_and(|byte| !byte.is_ascii_graphic()) {
-                return Poll::Ready(Ok(Begun::Refused(StatusCode::BAD_REQUEST)));
+                return Poll::Ready(Ok(HeadOutcome::Refused(StatusCode::BAD_REQUEST)));
             }
             if let Some(end) = head_end(&self.held, self.searched.saturating_sub(3)) {
                 self.searched = 0;
                 return Poll::Ready(Ok(if end > HEAD_LIMIT {
-                    Begun::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE)
+                    HeadOutcome::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE)
                 } else {
                     self.take_head(end)
                 }));
             }
             self.searched = self.held.len();
             if self.held.len() >= HEAD_LIMIT {
-                return Poll::Ready(Ok(Begun::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE)));
+                return Poll::Ready(Ok(HeadOutcome::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE)));
             }
             match self.fill(cx) {
-                Poll::Ready(Ok(0)) => return Poll::Ready(Ok(Begun::Gone)),
+                Poll::Ready(Ok(0)) => return Poll::Ready(Ok(HeadOutcome::Gone)),
                 Poll::Ready(Ok(_)) => {
                     self.begun.get_or_insert_with(Instant::now);
                 }
@@ -256,9 +256,9 @@ impl Wire {
                     };
                     std::task::ready!(self.read_clock.poll(cx, deadline));
                     return Poll::Ready(Ok(if self.begun.is_some() {
-                        Begun::Refused(StatusCode::REQUEST_TIMEOUT)
+                        HeadOutcome::Refused(StatusCode::REQUEST_TIMEOUT)
                     } else {
-                        Begun::Gone
+                        HeadOutcome::Gone
                     }));
                 }
             }
@@ -276,7 +276,7 @@ impl Wire {
 
     /// Parses the head with the dispatcher's parser, so this stream refuses every head that the dispatcher
     /// would refuse.
-    fn take_head(&mut self, end: usize) -> Begun {
+    fn take_head(&mut self, end: usize) -> HeadOutcome {
         let head = self.held.split_to(end);
         if self.held.is_empty() {
             // Free the buffer: an idle connection keeps no memory.
@@ -286,20 +286,20 @@ impl Wire {
         let request = match self.tee.decode(&mut copy) {
             Ok(Some(Message::Item(request))) if copy.is_empty() => request,
             Err(actix_http::error::ParseError::TooLarge) => {
-                return Begun::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
+                return HeadOutcome::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
             }
-            _ => return Begun::Refused(StatusCode::BAD_REQUEST),
+            _ => return HeadOutcome::Refused(StatusCode::BAD_REQUEST),
         };
         let body = match self.tee.message_type() {
             MessageType::None => false,
             MessageType::Payload => true,
             // The bytes after an upgrade or a CONNECT have no known end.
-            MessageType::Stream => return Begun::Refused(StatusCode::BAD_REQUEST),
+            MessageType::Stream => return HeadOutcome::Refused(StatusCode::BAD_REQUEST),
         };
         let now = Instant::now();
         let long = request.path().starts_with("/v2/");
         self.body_by = (!long).then(|| now + self.times.body);
-        self.reading = Pace::new(&self.times);
+        self.reading = WaitAllowance::new(&self.times);
         self.writing = self.reading;
         self.begun = None;
         self.out = head;
@@ -309,10 +309,10 @@ impl Wire {
         if body {
             let ahead = self.held.split();
             if let Err(status) = self.body(&ahead) {
-                return Begun::Refused(status);
+                return HeadOutcome::Refused(status);
             }
         }
-        Begun::Head
+        HeadOutcome::Head
     }
 
     /// Splits received bytes: those of the body are passed on, the rest belongs to the next head.
@@ -425,9 +425,9 @@ impl AsyncRead for Wire {
             }
             match wire.phase {
                 Phase::Head => match std::task::ready!(wire.poll_head(cx))? {
-                    Begun::Head => {}
-                    Begun::Gone => return Poll::Ready(Ok(())),
-                    Begun::Refused(status) => wire.refuse(status),
+                    HeadOutcome::Head => {}
+                    HeadOutcome::Gone => return Poll::Ready(Ok(())),
+                    HeadOutcome::Refused(status) => wire.refuse(status),
                 },
                 Phase::Body => {
                     if !std::task::ready!(wire.poll_body(cx))? {
@@ -512,7 +512,7 @@ impl AsyncWrite for Wire {
 
 #[cfg(test)]
 mod tests {
-    use super::super::admit::{Admissions, Bounds};
+    use super::super::admit::{Admissions, ConnectionLimits};
     use super::*;
 
     #[test]
@@ -549,7 +549,7 @@ mod tests {
     async fn a_client_that_lets_a_flush_wait_makes_room_and_is_given_up() {
         let address = |text: &str| text.parse().unwrap();
         for shut in [false, true] {
-            let all = Admissions::new(Bounds { all: 1, per_source: 1 });
+            let all = Admissions::new(ConnectionLimits { all: 1, per_source: 1 });
             let seat = all.admit(address("192.0.2.1"), true).ok().unwrap();
             let conn = Conn::new(seat, true);
             conn.waits(Some(false), Some(false));
@@ -568,8 +568,8 @@ mod tests {
     #[test]
     fn a_client_earns_time_by_what_it_moves() {
         let times = Times { rate: 1000, grace: Duration::from_secs(10), ..Times::default() };
-        let left = |pace: &Pace| (pace.left + Duration::from_millis(500)).as_secs();
-        let mut pace = Pace::new(&times);
+        let left = |pace: &WaitAllowance| (pace.left + Duration::from_millis(500)).as_secs();
+        let mut pace = WaitAllowance::new(&times);
         assert_eq!(left(&pace), 10);
         pace.since = Instant::now().checked_sub(Duration::from_secs(4));
         pace.moved(2000, &times);

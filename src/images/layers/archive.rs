@@ -36,7 +36,7 @@ pub(super) enum Type {
 
 /// One entry of an archive.
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(super) struct ArchiveEntry {
     pub(super) path: Vec<u8>,
     pub(super) link: Vec<u8>,
     pub(super) kind: Type,
@@ -77,7 +77,7 @@ impl<R: Read> Archive<R> {
     }
 
     /// Returns the next entry; none at the end.
-    pub(super) fn next(&mut self) -> Result<Option<Entry>, Stop> {
+    pub(super) fn next(&mut self) -> Result<Option<ArchiveEntry>, Stop> {
         self.skip()?;
         let mut extension = Extension::default();
         let mut extended = 0;
@@ -116,7 +116,7 @@ impl<R: Read> Archive<R> {
         kind: u8,
         size: u64,
         extension: Extension,
-    ) -> Result<Entry, Stop> {
+    ) -> Result<ArchiveEntry, Stop> {
         let path = extension.path.unwrap_or_else(|| header.path());
         let link = extension.link.unwrap_or_else(|| header.link());
         if path.len() > PATH || link.len() > PATH {
@@ -139,7 +139,7 @@ impl<R: Read> Archive<R> {
         let size = if kind == Type::File { size } else { 0 };
         self.left = size;
         self.padding = size.wrapping_neg() % BLOCK as u64;
-        Ok(Entry { path, link, kind, size })
+        Ok(ArchiveEntry { path, link, kind, size })
     }
 
     /// Reads the content of the entry, up to `most` bytes.

@@ -18,8 +18,8 @@ mod tree;
 
 pub use packing::Packing;
 
-use archive::{Archive, Entry, Type};
-use tree::{Node, Tree};
+use archive::{Archive, ArchiveEntry, Type};
+use tree::{LayerNode, Tree};
 
 /// Maximum size of `etc/passwd` and `etc/group`, in bytes.
 const NAMES: u64 = 256 << 10;
@@ -149,7 +149,7 @@ impl LayerReport {
 
 /// Limits of one read.
 #[derive(Debug, Clone, Copy)]
-pub struct Bounds {
+pub struct LayerLimits {
     /// Bytes of the stored layer.
     pub stored: u64,
     /// Bytes that it may take on the engine's disk.
@@ -161,7 +161,7 @@ pub struct Bounds {
 /// Measures one layer: gzip (all its members) or a plain archive, detected by its first bytes. The verdict
 /// applies only to the exact bytes of the digest, so bytes that the verdict does not need are read to the end
 /// too.
-pub fn measure(layer: impl Read, digest: &Digest, bounds: Bounds) -> Result<LayerReport, Stop> {
+pub fn measure(layer: impl Read, digest: &Digest, bounds: LayerLimits) -> Result<LayerReport, Stop> {
     let mut stored = Stored { input: layer, hash: Sha256::new(), read: 0, bounds };
     let outcome = unpack(&mut stored, bounds);
     if matches!(outcome, Ok(_) | Err(Stop::Refused(_))) {
@@ -170,7 +170,7 @@ pub fn measure(layer: impl Read, digest: &Digest, bounds: Bounds) -> Result<Laye
     outcome
 }
 
-fn unpack(stored: &mut impl Read, bounds: Bounds) -> Result<LayerReport, Stop> {
+fn unpack(stored: &mut impl Read, bounds: LayerLimits) -> Result<LayerReport, Stop> {
     let mut layer = BufReader::with_capacity(64 << 10, stored);
     let mut head = Vec::with_capacity(packing::HEAD);
     (&mut layer).take(packing::HEAD as u64).read_to_end(&mut head)?;
@@ -183,7 +183,7 @@ fn unpack(stored: &mut impl Read, bounds: Bounds) -> Result<LayerReport, Stop> {
     Ok(LayerReport { packing: Some(packing), ..report })
 }
 
-fn read(archive: impl Read, bounds: Bounds) -> Result<LayerReport, Stop> {
+fn read(archive: impl Read, bounds: LayerLimits) -> Result<LayerReport, Stop> {
     let mut unpacked = Unpacked::new(archive, bounds);
     walk(&mut unpacked, bounds).and_then(|report| unpacked.end(report))
 }
@@ -197,7 +197,7 @@ struct Stored<R> {
     input: R,
     hash: Sha256,
     read: u64,
-    bounds: Bounds,
+    bounds: LayerLimits,
 }
 
 impl<R: Read> Stored<R> {
@@ -239,7 +239,7 @@ struct Unpacked<R> {
 }
 
 impl<R: Read> Unpacked<R> {
-    fn new(input: R, bounds: Bounds) -> Self {
+    fn new(input: R, bounds: LayerLimits) -> Self {
         let ratio = bounds.stored.saturating_mul(RATIO).max(SMALL);
         let most: (u64, fn() -> Bound) =
             if ratio <= LARGEST { (ratio, || Bound::Ratio) } else { (LARGEST, || Bound::Size) };
@@ -267,7 +267,7 @@ impl<R: Read> Read for Unpacked<R> {
     }
 }
 
-fn walk(input: &mut impl Read, bounds: Bounds) -> Result<LayerReport, Stop> {
+fn walk(input: &mut impl Read, bounds: LayerLimits) -> Result<LayerReport, Stop> {
     let mut archive = Archive::new(BufReader::with_capacity(64 << 10, input));
     let mut tree = Tree::new();
     let (mut bytes, mut held) = (0_u64, 0);
@@ -300,7 +300,7 @@ fn walk(input: &mut impl Read, bounds: Bounds) -> Result<LayerReport, Stop> {
     })
 }
 
-fn may_be_names(entry: &Entry) -> bool {
+fn may_be_names(entry: &ArchiveEntry) -> bool {
     let last = entry.path.rsplit(|b| *b == b'/').next().unwrap_or_default();
     entry.kind == Type::File && entry.size <= NAMES && matches!(last, b"passwd" | b"group")
 }
@@ -316,27 +316,27 @@ fn kept(bytes: &[u8]) -> Box<str> {
     text.into()
 }
 
-fn folder(node: Option<&Node>) -> There {
+fn folder(node: Option<&LayerNode>) -> There {
     match node {
         None => There::Nothing,
-        Some(Node::Whiteout) => There::Hidden,
-        Some(Node::Directory { opaque }) => There::Directory { opaque: *opaque },
+        Some(LayerNode::Whiteout) => There::Hidden,
+        Some(LayerNode::Directory { opaque }) => There::Directory { opaque: *opaque },
         Some(_) => There::Refused("etc is not a directory".into()),
     }
 }
 
-fn names(node: Option<&Node>, path: &str) -> There {
+fn names(node: Option<&LayerNode>, path: &str) -> There {
     let what = match node {
         None => return There::Nothing,
-        Some(Node::Whiteout) => return There::Hidden,
-        Some(Node::File(size, text)) if *size <= NAMES => {
+        Some(LayerNode::Whiteout) => return There::Hidden,
+        Some(LayerNode::File(size, text)) if *size <= NAMES => {
             return There::File(text.clone().unwrap_or_default().into());
         }
-        Some(Node::File(..)) => return There::Refused(format!("{path} is larger than 256 KiB")),
-        Some(Node::Fifo) => "a FIFO",
-        Some(Node::SymbolicLink(_)) => "a symbolic link",
-        Some(Node::Directory { .. }) => "a directory",
-        Some(Node::Device) => "a device",
+        Some(LayerNode::File(..)) => return There::Refused(format!("{path} is larger than 256 KiB")),
+        Some(LayerNode::Fifo) => "a FIFO",
+        Some(LayerNode::SymbolicLink(_)) => "a symbolic link",
+        Some(LayerNode::Directory { .. }) => "a directory",
+        Some(LayerNode::Device) => "a device",
     };
     There::Refused(format!("{path} is {what}, not a regular file"))
 }

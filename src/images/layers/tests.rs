@@ -41,8 +41,8 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     packed.finish().unwrap()
 }
 
-fn bounds(stored: usize) -> Bounds {
-    Bounds { stored: stored as u64, budget: u64::MAX, until: Instant::now() + Duration::from_secs(60) }
+fn bounds(stored: usize) -> LayerLimits {
+    LayerLimits { stored: stored as u64, budget: u64::MAX, until: Instant::now() + Duration::from_secs(60) }
 }
 
 fn report(bytes: &[u8]) -> LayerReport {
@@ -213,9 +213,9 @@ fn bombs_cost_what_their_bounds_say() {
     assert_eq!(report(&gzip(&layer(&[("a", b'0', "", &vec![0; 900 << 10])]))).files, 1);
     // A claimed size of 2 GiB without content.
     assert!(why(header(b"a", b'0', "", 2 << 30).as_bytes()).contains("cut off"));
-    let quota = Bounds { budget: 1 << 20, ..bounds(8 << 20) };
+    let quota = LayerLimits { budget: 1 << 20, ..bounds(8 << 20) };
     assert!(matches!(measure(&zeros[..], &Digest::of(&zeros[..]), quota), Err(Stop::Quota)));
-    let late = Bounds { until: Instant::now(), ..bounds(zeros.len()) };
+    let late = LayerLimits { until: Instant::now(), ..bounds(zeros.len()) };
     assert!(matches!(measure(&zeros[..], &Digest::of(&zeros[..]), late), Err(Stop::Late)));
     // The engine holds the bytes after the archive's end in memory.
     let mut behind = layer(&[("a", b'0', "", b"")]);
@@ -299,7 +299,7 @@ fn what_becomes_no_file_counts_as_it_is_read() {
         .flat_map(|n| extended(b'x', comment.as_bytes(), &header(format!("d{n}").as_bytes(), b'5', "", 0)))
         .collect();
     assert!(report(&fat).bytes >= fat.len() as u64, "{}", report(&fat).bytes);
-    let small = Bounds { budget: 1 << 20, ..bounds(fat.len()) };
+    let small = LayerLimits { budget: 1 << 20, ..bounds(fat.len()) };
     assert!(matches!(measure(&fat[..], &Digest::of(&fat), small), Err(Stop::Quota)));
 }
 

@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
 
 use super::Stop;
-use super::archive::{Entry, PATH, Type};
+use super::archive::{ArchiveEntry, PATH, Type};
 
 /// Maximum entries of a layer, including folders that no entry names.
 pub(super) const ENTRIES: usize = 500_000;
@@ -19,7 +19,7 @@ const TEXT: usize = 8 << 20;
 
 /// A file of a layer.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Node {
+pub(super) enum LayerNode {
     Directory {
         opaque: bool,
     },
@@ -34,7 +34,7 @@ pub(super) enum Node {
 
 /// A tree. Names are stored as keyed hashes, so long file names take no memory.
 pub(super) struct Tree {
-    nodes: Vec<Node>,
+    nodes: Vec<LayerNode>,
     links: HashMap<(u32, u64), u32>,
     seen: HashSet<u64>,
     hasher: RandomState,
@@ -90,7 +90,7 @@ fn clean(path: &[u8]) -> Vec<u8> {
 impl Tree {
     pub(super) fn new() -> Self {
         Self {
-            nodes: vec![Node::Directory { opaque: false }],
+            nodes: vec![LayerNode::Directory { opaque: false }],
             links: HashMap::new(),
             seen: HashSet::new(),
             hasher: RandomState::new(),
@@ -115,10 +115,10 @@ impl Tree {
         self.links.get(&(of, self.hasher.hash_one(name))).copied()
     }
 
-    fn put(&mut self, parent: u32, name: &[u8], node: Node) -> Result<u32, Stop> {
+    fn put(&mut self, parent: u32, name: &[u8], node: LayerNode) -> Result<u32, Stop> {
         self.held += match &node {
-            Node::SymbolicLink(target) => target.len(),
-            Node::File(_, Some(text)) => text.len(),
+            LayerNode::SymbolicLink(target) => target.len(),
+            LayerNode::File(_, Some(text)) => text.len(),
             _ => 0,
         };
         if self.held > TEXT {
@@ -153,7 +153,7 @@ impl Tree {
     }
 
     fn is_directory(&self, id: u32) -> bool {
-        matches!(self.nodes[id as usize], Node::Directory { .. })
+        matches!(self.nodes[id as usize], LayerNode::Directory { .. })
     }
 
     /// Returns the folder at a path, following links. With `make`, creates missing folders, except behind a
@@ -196,14 +196,14 @@ impl Tree {
                 if !make || from_link {
                     return Ok(None);
                 }
-                let fresh = self.put(here, &part, Node::Directory { opaque: false })?;
+                let fresh = self.put(here, &part, LayerNode::Directory { opaque: false })?;
                 self.implied += 1;
                 way.push(fresh);
                 continue;
             };
             match &self.nodes[next as usize] {
-                Node::Directory { .. } => way.push(next),
-                Node::SymbolicLink(target) => {
+                LayerNode::Directory { .. } => way.push(next),
+                LayerNode::SymbolicLink(target) => {
                     links += 1;
                     if links > LINKS {
                         return Ok(None);
@@ -225,7 +225,7 @@ impl Tree {
     }
 
     /// Unpacks one entry. `text` is its content if it may be a name list.
-    pub(super) fn add(&mut self, entry: &Entry, text: Option<Box<str>>) -> Result<(), Stop> {
+    pub(super) fn add(&mut self, entry: &ArchiveEntry, text: Option<Box<str>>) -> Result<(), Stop> {
         if !self.seen.insert(self.hasher.hash_one(clean(&entry.path))) {
             return refuse("it names a path twice");
         }
@@ -256,13 +256,13 @@ impl Tree {
             return Ok(());
         }
         let node = match entry.kind {
-            Type::Directory => Node::Directory { opaque: false },
-            Type::File => Node::File(entry.size, text),
-            Type::Fifo => Node::Fifo,
-            Type::Device { whiteout: true } => Node::Whiteout,
-            Type::Device { whiteout: false } => Node::Device,
+            Type::Directory => LayerNode::Directory { opaque: false },
+            Type::File => LayerNode::File(entry.size, text),
+            Type::Fifo => LayerNode::Fifo,
+            Type::Device { whiteout: true } => LayerNode::Whiteout,
+            Type::Device { whiteout: false } => LayerNode::Device,
             Type::SymbolicLink if entry.link.is_empty() => return refuse("a symbolic link has no target"),
-            Type::SymbolicLink => Node::SymbolicLink(entry.link.clone().into()),
+            Type::SymbolicLink => LayerNode::SymbolicLink(entry.link.clone().into()),
             Type::HardLink => return self.hard_link(parent, name, &entry.link),
         };
         self.put(parent, name, node).map(drop)
@@ -271,13 +271,13 @@ impl Tree {
     fn whiteout(&mut self, parent: u32, hidden: &[u8]) -> Result<(), Stop> {
         if hidden == b".wh..opq" {
             // An opaque root hides the lower layers, like any opaque folder.
-            self.nodes[parent as usize] = Node::Directory { opaque: true };
+            self.nodes[parent as usize] = LayerNode::Directory { opaque: true };
             return Ok(());
         }
         if matches!(hidden, b"" | b"." | b"..") || self.child(parent, hidden).is_some() {
             return refuse("it hides a file of its own");
         }
-        self.put(parent, hidden, Node::Whiteout).map(drop)
+        self.put(parent, hidden, LayerNode::Whiteout).map(drop)
     }
 
     fn hard_link(&mut self, parent: u32, name: &[u8], link: &[u8]) -> Result<(), Stop> {
@@ -294,7 +294,7 @@ impl Tree {
     }
 
     /// Returns the node at a path of one or two names, if any.
-    pub(super) fn at(&self, path: &[&str]) -> Option<&Node> {
+    pub(super) fn at(&self, path: &[&str]) -> Option<&LayerNode> {
         let mut here = ROOT;
         for (n, name) in path.iter().enumerate() {
             if n > 0 && !self.is_directory(here) {
@@ -307,7 +307,7 @@ impl Tree {
 
     /// Returns whether the layer hides all lower layers.
     pub(super) fn is_opaque(&self) -> bool {
-        self.nodes[ROOT as usize] == Node::Directory { opaque: true }
+        self.nodes[ROOT as usize] == LayerNode::Directory { opaque: true }
     }
 }
 
@@ -315,8 +315,8 @@ impl Tree {
 mod tests {
     use super::*;
 
-    fn entry(path: &str, kind: Type, link: &str) -> Entry {
-        Entry { path: path.as_bytes().to_vec(), link: link.as_bytes().to_vec(), kind, size: 1 }
+    fn entry(path: &str, kind: Type, link: &str) -> ArchiveEntry {
+        ArchiveEntry { path: path.as_bytes().to_vec(), link: link.as_bytes().to_vec(), kind, size: 1 }
     }
 
     #[test]
@@ -330,8 +330,8 @@ mod tests {
         assert_eq!((tree.len(), tree.nodes.len(), tree.held), (50_002, 3, text.len()));
         // Replacing one name leaves the others.
         tree.add(&entry("/h0", Type::Fifo, ""), None).unwrap();
-        assert_eq!(tree.at(&["h0"]), Some(&Node::Fifo));
-        assert!(matches!(tree.at(&["h1"]), Some(Node::File(1, Some(kept))) if **kept == *text));
+        assert_eq!(tree.at(&["h0"]), Some(&LayerNode::Fifo));
+        assert!(matches!(tree.at(&["h1"]), Some(LayerNode::File(1, Some(kept))) if **kept == *text));
     }
 
     #[test]

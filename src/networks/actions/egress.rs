@@ -8,7 +8,7 @@ use crate::db::{self, constraint};
 use crate::error::Error;
 use crate::ids::EgressName;
 use crate::networks::connections::note;
-use crate::networks::store::{self, Wish};
+use crate::networks::store::{self, NewEgressRequest};
 use crate::quotas::{self, Resource};
 use crate::reconcile::Waker;
 
@@ -29,7 +29,12 @@ pub struct Decision {
 const WAITING: i64 = 20;
 
 /// Requests an egress target. Returns whether the request is new: an identical one changes nothing.
-pub async fn ask(pool: &PgPool, by: By<'_>, tenant: &TenantRef, wish: &Wish) -> Result<bool, Error> {
+pub async fn ask(
+    pool: &PgPool,
+    by: By<'_>,
+    tenant: &TenantRef,
+    wish: &NewEgressRequest,
+) -> Result<bool, Error> {
     tenant.require_active()?;
     let mut tx = db::begin(pool, tenant.id).await?;
     if let Some(known) = store::find_target(&mut tx, tenant.id, &wish.name).await?

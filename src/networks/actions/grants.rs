@@ -4,7 +4,7 @@ use actix_web::http::StatusCode;
 use serde_json::json;
 use sqlx::PgPool;
 
-use crate::access::idempotency::{Kept, Once};
+use crate::access::idempotency::{Once, StoredResponse};
 use crate::access::{By, TenantRef};
 use crate::apps::connections::find_id;
 use crate::db::{self, constraint};
@@ -41,7 +41,7 @@ pub async fn offer(
     once: &Once,
     tenant: &TenantRef,
     offer: &Offer,
-) -> Result<Kept, Error> {
+) -> Result<StoredResponse, Error> {
     tenant.require_active()?;
     if offer.tenant == tenant.name {
         let message = "your own app needs no grant. Name it in connects.apps";
@@ -87,7 +87,7 @@ pub async fn offer(
     let body = json!({"id": id, "app": offer.app, "tenant": offer.tenant, "state": "offered"});
     once.keep(&mut tx, by.actor, StatusCode::CREATED, &body).await?;
     tx.commit().await?;
-    Ok(Kept { status: StatusCode::CREATED, body })
+    Ok(StoredResponse { status: StatusCode::CREATED, body })
 }
 
 /// Accepts an offer. From then on, apps may name the granted app.

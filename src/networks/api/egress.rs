@@ -16,8 +16,8 @@ use crate::http::asked::{Body, Query};
 use crate::http::parse_json;
 use crate::ids::EgressName;
 use crate::networks::actions::{self, Decision};
-use crate::networks::store::Wish;
-use crate::networks::{Place, check_network, store};
+use crate::networks::store::NewEgressRequest;
+use crate::networks::{EgressTarget, check_network, store};
 use crate::policy::Protocol;
 use crate::policy::never::against_outside;
 use crate::reconcile::Waker;
@@ -46,14 +46,16 @@ pub(in crate::networks) async fn check_wish(
     name: EgressName,
     input: WishBody,
     (config, driver): (&Config, &dyn Driver),
-) -> Result<Wish, Error> {
+) -> Result<NewEgressRequest, Error> {
     let mut faults = Vec::new();
     let fault = |path: &str, message: &str| Fault::new(Code(426), Kind::Invalid, path, message);
     let place = match (input.network.as_str(), input.domain.as_str()) {
         (network, "") if !network.is_empty() => {
-            super::parse(network, "network", &mut faults).map(Place::Network)
+            super::parse(network, "network", &mut faults).map(EgressTarget::Network)
         }
-        ("", domain) if !domain.is_empty() => super::parse(domain, "domain", &mut faults).map(Place::Domain),
+        ("", domain) if !domain.is_empty() => {
+            super::parse(domain, "domain", &mut faults).map(EgressTarget::Domain)
+        }
         _ => {
             faults.push(fault("network", "a target has either a network or a domain"));
             None
@@ -75,7 +77,7 @@ pub(in crate::networks) async fn check_wish(
             .push(fault("reason", "give the reason in 1 to 500 characters: the admin who decides reads it"));
     }
     super::days(input.days, &mut faults);
-    if let Some(Place::Network(network)) = place {
+    if let Some(EgressTarget::Network(network)) = place {
         let (tenants, own) = super::walls(config, driver).await;
         faults.extend(check_network(network, "network", against_outside(network, &own), tenants).err());
         if network.prefix() < 8 {
@@ -87,7 +89,7 @@ pub(in crate::networks) async fn check_wish(
     }
     match (place, protocol) {
         (Some(place), Some(protocol)) if faults.is_empty() => {
-            Ok(Wish { name, place, protocol, ports, reason, days: input.days })
+            Ok(NewEgressRequest { name, place, protocol, ports, reason, days: input.days })
         }
         _ => Err(Error::Invalid(faults)),
     }

@@ -6,7 +6,7 @@ use serde_json::json;
 use sqlx::PgPool;
 
 use super::NumberPath;
-use crate::access::idempotency::{Key, Once};
+use crate::access::idempotency::{IdempotencyKey, Once};
 use crate::access::{ManageConnections, ReadTenant, TenantScope};
 use crate::db::{self, Page, PageQuery};
 use crate::error::Error;
@@ -50,7 +50,7 @@ pub async fn offer(
     scope: TenantScope<ManageConnections>,
     req: HttpRequest,
     pool: web::Data<PgPool>,
-    key: Key,
+    key: IdempotencyKey,
     body: Body,
 ) -> Result<HttpResponse, Error> {
     let input: OfferBody = parse_json(&req, &body)?;

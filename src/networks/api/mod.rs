@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 
+use crate::access::api::NumberPath;
 use crate::config::Config;
 use crate::driver::Driver;
 use crate::error::Error;
@@ -16,13 +17,6 @@ pub mod reach;
 pub mod rollouts;
 pub mod services;
 pub mod trial;
-
-/// The number in the path.
-#[derive(Deserialize)]
-pub struct NumberPath {
-    /// Number.
-    pub id: i64,
-}
 
 /// The name in the path. An invalid name is answered with 404.
 #[derive(Deserialize)]

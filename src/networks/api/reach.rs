@@ -19,7 +19,7 @@ use crate::driver::{Denied, Driver, Probe, ProbeOutcome, ProbeTarget};
 use crate::error::Error;
 use crate::http::asked::Query;
 use crate::ids::{AppId, AppName, DomainName, TenantName};
-use crate::networks::explain::{self, Closed, Known, To};
+use crate::networks::explain::{self, AddressFacts, Closed, To};
 use crate::networks::{AppPlan, connections, store};
 use crate::policy::never::Range;
 use crate::policy::{Protocol, Target};
@@ -41,11 +41,11 @@ async fn around(
     tenant: &TenantRef,
     pools: &Pools,
     closed: Vec<Range>,
-) -> Result<Known, Error> {
+) -> Result<AddressFacts, Error> {
     let number = tenants::tenant_network(conn, tenant.id).await?;
     let subnet = pools.subnet(number).ok_or_else(|| Error::internal("a network beyond the pool"))?;
     let services = store::list_given_services(conn, tenant.id, "", 200).await?;
-    Ok(Known { pool: connections::pool(pools), subnet, app: None, services, closed })
+    Ok(AddressFacts { pool: connections::pool(pools), subnet, app: None, services, closed })
 }
 
 /// Returns the machine's reserved ranges. They are empty while the agent does not answer.
@@ -86,7 +86,7 @@ fn own_name(tenant: &TenantName, to: &str) -> String {
 }
 
 /// A resolved query.
-pub(in crate::networks) struct Asked {
+pub(in crate::networks) struct ResolvedReachQuery {
     app: AppId,
     protocol: Protocol,
     port: u16,
@@ -101,7 +101,7 @@ pub(in crate::networks) async fn resolve(
     (pools, driver): (&Pools, &dyn Driver),
     name: &AppName,
     query: &ReachQuery,
-) -> Result<Asked, Error> {
+) -> Result<ResolvedReachQuery, Error> {
     let protocol = match query.protocol.as_deref() {
         None => Protocol::Tcp,
         Some(text) => {
@@ -131,7 +131,7 @@ pub(in crate::networks) async fn resolve(
             let around = around(&mut conn, tenant, pools, configured).await?;
             let owner = owner(&mut conn, tenant, around.subnet, *target).await?;
             let at = owner.as_ref().map(|(id, _)| *id);
-            let known = Known { app: owner.map(|(_, name)| name), ..around };
+            let known = AddressFacts { app: owner.map(|(_, name)| name), ..around };
             (at, explain::address(*target, protocol, port, &known))
         }
         To::Name(to) => {
@@ -197,7 +197,7 @@ pub(in crate::networks) async fn resolve(
     };
     let closed = if through.is_some() { None } else { Some(closed) };
     let reach = Reach { open: through.is_some(), plan, in_force, through, closed };
-    Ok(Asked { app, protocol, port, reach, target })
+    Ok(ResolvedReachQuery { app, protocol, port, reach, target })
 }
 
 impl ReachQuery {
@@ -207,7 +207,7 @@ impl ReachQuery {
     }
 }
 
-impl Asked {
+impl ResolvedReachQuery {
     /// Returns the answer as a sentence.
     pub(in crate::networks) fn words(&self, app: &AppName, to: &str) -> String {
         let port = self.port;
@@ -235,7 +235,7 @@ pub async fn get_reach(
 }
 
 #[derive(Serialize)]
-struct Probed {
+struct ProbedReach {
     #[serde(flatten)]
     reach: Reach,
     probe: &'static str,
@@ -253,7 +253,7 @@ pub async fn post_reach(
     path: web::Path<AppPath>,
     query: Query<ReachQuery>,
 ) -> Result<HttpResponse, Error> {
-    let Asked { app, protocol, port, reach, target } =
+    let ResolvedReachQuery { app, protocol, port, reach, target } =
         resolve(&scope.tenant, &pool, (&config.pools, &**driver), &path.name()?, &query).await?;
     // A domain has no address until an app looks it up, and neither has an unknown name: the plan's answer
     // stands.
@@ -262,7 +262,7 @@ pub async fn post_reach(
             Ok(_) => "not tested: traffic to this address never leaves the app".to_owned(),
             Err(_) => "not tested: this name has no address here. Use an address to test".to_owned(),
         };
-        return Ok(HttpResponse::Ok().json(Probed { reach, probe: "none", words, agrees: true }));
+        return Ok(HttpResponse::Ok().json(ProbedReach { reach, probe: "none", words, agrees: true }));
     };
     let probe = Probe { tenant: scope.tenant.name.clone(), app, target, protocol, port, platform: false };
     let outcome = driver.probe(&probe).await.map_err(|error| match error {
@@ -278,7 +278,7 @@ pub async fn post_reach(
         ProbeOutcome::Silent => "silent",
     };
     let agrees = reach.open == outcome.is_through();
-    Ok(HttpResponse::Ok().json(Probed { reach, probe: word, words: outcome.to_string(), agrees }))
+    Ok(HttpResponse::Ok().json(ProbedReach { reach, probe: word, words: outcome.to_string(), agrees }))
 }
 
 fn away(error: crate::driver::Error) -> Error {

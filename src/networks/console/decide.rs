@@ -4,11 +4,11 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
 use sqlx::PgPool;
 
-use super::tenant::{Look, Parts, view};
+use super::tenant::{NetworkPageQuery, PageSources, view};
 use crate::access::ManageConnections;
 use crate::access::console::after;
 use crate::access::extract::{Posted, TenantScope};
-use crate::access::idempotency::{Key, Once};
+use crate::access::idempotency::{IdempotencyKey, Once};
 use crate::config::Config;
 use crate::driver::Driver;
 use crate::error::Error;
@@ -25,13 +25,13 @@ async fn done<P>(
     outcome: Result<(), Error>,
 ) -> Result<HttpResponse, Error> {
     let data = || Error::internal("a part is missing");
-    let parts = Parts {
+    let parts = PageSources {
         pool: req.app_data::<web::Data<PgPool>>().ok_or_else(data)?.clone(),
         keys: req.app_data::<web::Data<Keys>>().ok_or_else(data)?.clone(),
         config: req.app_data::<web::Data<Config>>().ok_or_else(data)?.clone(),
         driver: req.app_data::<web::Data<dyn Driver>>().ok_or_else(data)?.clone(),
     };
-    let again = async |error| view(scope, &parts, &Look::default(), error).await;
+    let again = async |error| view(scope, &parts, &NetworkPageQuery::default(), error).await;
     after(&format!("/tenants/{}/network", scope.tenant.name), outcome, again).await
 }
 
@@ -68,7 +68,7 @@ pub async fn offer(
         let OfferForm { app, tenant, to_app, days: wanted } = &form.0;
         let to_app = Some(to_app.as_str()).filter(|name| !name.is_empty());
         let offer = check_offer(app, tenant, to_app, days(wanted)?)?;
-        let once = Once::of(Key::default(), &req, &[]);
+        let once = Once::of(IdempotencyKey::default(), &req, &[]);
         actions::offer(&pool, scope.by(), &once, &scope.tenant, &offer).await.map(drop)
     };
     let outcome = make.await;

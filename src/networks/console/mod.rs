@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::store::Plan;
 use crate::access::console::{when, who};
-use crate::driver::Probed;
+use crate::driver::ProbeSummary;
 
 pub mod decide;
 pub mod platform;
@@ -42,11 +42,11 @@ impl From<Plan> for PlanRow {
             let text = |key: &str| cause[key].as_str().unwrap_or_default();
             format!("{} ({})", text("words"), who(text("actor")))
         });
-        let probed: Option<Probed> = plan.probed.and_then(|probed| serde_json::from_value(probed).ok());
+        let probed: Option<ProbeSummary> = plan.probed.and_then(|probed| serde_json::from_value(probed).ok());
         let tried = match &probed {
             None => String::new(),
             Some(probed) if probed.apps == 0 => "Not tested: no app was running".to_owned(),
-            Some(Probed { apps, open, closed, .. }) => {
+            Some(ProbeSummary { apps, open, closed, .. }) => {
                 format!("Tested from {apps} app(s): {open} must be open, {closed} must be closed")
             }
         };

@@ -20,7 +20,7 @@ use crate::ids::{EgressName, TenantName};
 use crate::keys::Keys;
 use crate::networks::actions::{self, Decision};
 use crate::networks::{Service, store};
-use crate::policy::never::{self, BUILT_IN, Range, Wall};
+use crate::policy::never::{self, BUILT_IN, Range};
 use crate::reconcile::Waker;
 use crate::tenants;
 
@@ -53,14 +53,14 @@ struct ListenerRow {
     remedy: String,
 }
 
-struct EventRow {
+struct RolloutEventRow {
     at: String,
     text: String,
     mark: &'static str,
     word: &'static str,
 }
 
-impl From<MachineEvent> for EventRow {
+impl From<MachineEvent> for RolloutEventRow {
     fn from(event: MachineEvent) -> Self {
         let (mark, word) = match event.kind.as_str() {
             "probe_alarm" => ("failed", "Alarm"),
@@ -112,7 +112,7 @@ pub(super) struct PlatformPage {
     more_services: bool,
     services: Vec<Service>,
     rollouts: Vec<RolloutRow>,
-    events: Vec<EventRow>,
+    events: Vec<RolloutEventRow>,
     plans: Vec<PlanRow>,
     next: String,
     walls: Vec<Range>,
@@ -161,7 +161,7 @@ pub(super) async fn view(
         more_waiting,
         more_services,
         services,
-        events: events.into_iter().map(EventRow::from).collect(),
+        events: events.into_iter().map(RolloutEventRow::from).collect(),
         rollouts: rollouts.iter().map(RolloutRow::from).collect(),
         plans: page.items.into_iter().map(PlanRow::from).collect(),
         next: page.next.unwrap_or_default(),
@@ -209,7 +209,7 @@ pub async fn services_page(
 
 /// The form that decides a request.
 #[derive(Deserialize)]
-pub struct DecisionForm {
+pub struct RequestDecisionForm {
     id: i64,
     tenant: String,
     name: String,
@@ -227,9 +227,9 @@ pub async fn decide(
     pool: web::Data<PgPool>,
     keys: web::Data<Keys>,
     waker: web::Data<Waker>,
-    form: Posted<DecisionForm>,
+    form: Posted<RequestDecisionForm>,
 ) -> Result<HttpResponse, Error> {
-    let DecisionForm { id: asked, tenant, name, what, note, days: wanted } = &form.0;
+    let RequestDecisionForm { id: asked, tenant, name, what, note, days: wanted } = &form.0;
     let make = async {
         let tenant: TenantName = tenant.parse().map_err(|_| Error::NotFound)?;
         let name: EgressName = name.parse().map_err(|_| Error::NotFound)?;

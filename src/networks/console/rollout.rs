@@ -7,6 +7,7 @@ use sqlx::PgPool;
 use time::OffsetDateTime;
 
 use super::platform;
+use crate::access::api::NumberPath;
 use crate::access::console::{after, platform_frame, when, who};
 use crate::access::extract::{PlatformScope, Posted};
 use crate::access::{Actor, ManageNetwork, ReadPlatform, includes};
@@ -19,7 +20,6 @@ use crate::http::html::{self, Frame};
 use crate::ids::ServiceName;
 use crate::keys::Keys;
 use crate::networks::actions::{self, Put};
-use crate::networks::api::NumberPath;
 use crate::networks::api::rollouts::{StagingBody, TOLD, check_reason};
 use crate::networks::api::services::check_service;
 use crate::networks::rollouts::Stage;
@@ -228,7 +228,7 @@ pub async fn rollout_page(
 
 /// The form that pauses, resumes or aborts a rollout.
 #[derive(Deserialize)]
-pub struct DecisionForm {
+pub struct RolloutDecisionForm {
     what: String,
     #[serde(default)]
     reason: String,
@@ -241,7 +241,7 @@ pub async fn decide(
     keys: web::Data<Keys>,
     waker: web::Data<Waker>,
     path: web::Path<NumberPath>,
-    form: Posted<DecisionForm>,
+    form: Posted<RolloutDecisionForm>,
 ) -> Result<HttpResponse, Error> {
     let make = async {
         let reason = check_reason(&form.0.reason)?;

@@ -83,7 +83,7 @@ pub(super) struct NetworkPage {
 /// reaches them.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Look {
+pub struct NetworkPageQuery {
     #[serde(default)]
     app: String,
     #[serde(default)]
@@ -99,7 +99,7 @@ const SHOWN: usize = 100;
 
 /// The sources of the page's data.
 #[derive(Clone)]
-pub(super) struct Parts {
+pub(super) struct PageSources {
     pub(super) pool: web::Data<PgPool>,
     pub(super) keys: web::Data<Keys>,
     pub(super) config: web::Data<Config>,
@@ -108,8 +108,8 @@ pub(super) struct Parts {
 
 pub(super) async fn view<P>(
     scope: &TenantScope<P>,
-    parts: &Parts,
-    look: &Look,
+    parts: &PageSources,
+    look: &NetworkPageQuery,
     error: String,
 ) -> Result<NetworkPage, Error> {
     let mut conn = db::begin(&parts.pool, scope.tenant.id).await?;
@@ -220,7 +220,7 @@ fn coming_words(name: &ServiceName, ends: &[Endpoint], services: &[Service]) -> 
     }
 }
 
-fn egress_row(row: store::Target) -> EgressRow {
+fn egress_row(row: store::EgressRequest) -> EgressRow {
     let ports: Vec<String> = row.ports.iter().map(ToString::to_string).collect();
     let end = row.expires_at.map(|at| format!(", until {}", when(at))).unwrap_or_default();
     let decided = row.decided_by.map(|by| format!("by {}", who(&by))).unwrap_or_default();
@@ -244,9 +244,9 @@ fn egress_row(row: store::Target) -> EgressRow {
 async fn fill<P>(
     page: &mut NetworkPage,
     scope: &TenantScope<P>,
-    parts: &Parts,
+    parts: &PageSources,
     app: &AppName,
-    look: &Look,
+    look: &NetworkPageQuery,
 ) -> Result<(), Error> {
     let pools = &parts.config.pools;
     match reach::denials(&scope.tenant, &parts.pool, pools, &**parts.driver, app).await {
@@ -290,8 +290,8 @@ pub async fn network_page(
     keys: web::Data<Keys>,
     config: web::Data<Config>,
     driver: web::Data<dyn Driver>,
-    look: web::Query<Look>,
+    look: web::Query<NetworkPageQuery>,
 ) -> Result<HttpResponse, Error> {
-    let parts = Parts { pool, keys, config, driver };
+    let parts = PageSources { pool, keys, config, driver };
     html::page(&view(&scope, &parts, &look, String::new()).await?)
 }

@@ -3,7 +3,7 @@
 //! text, before it applies the text.
 
 use super::compile::Gap;
-use super::{AppPlan, Facts, Place};
+use super::{AppPlan, EgressTarget, PlanFacts};
 use crate::apps::connections::Connecting;
 use crate::driver::workload::Serves;
 use crate::ids::TenantName;
@@ -11,7 +11,7 @@ use crate::policy::never::{against_outside, against_service};
 use crate::policy::{Cidr, Flow, Target};
 
 /// Checks a plan against the decisions. On failure, names the first flow that is wrong and says why.
-pub fn justify(facts: &Facts, plans: &[AppPlan], gaps: &[Gap], pool: Cidr) -> Result<(), String> {
+pub fn justify(facts: &PlanFacts, plans: &[AppPlan], gaps: &[Gap], pool: Cidr) -> Result<(), String> {
     if plans.len() != facts.apps.len() {
         return Err("the plan's apps differ from the tenant's".to_owned());
     }
@@ -34,7 +34,7 @@ pub fn justify(facts: &Facts, plans: &[AppPlan], gaps: &[Gap], pool: Cidr) -> Re
     Ok(())
 }
 
-fn reason(facts: &Facts, app: &Connecting, flow: &Flow, pool: Cidr) -> Result<(), &'static str> {
+fn reason(facts: &PlanFacts, app: &Connecting, flow: &Flow, pool: Cidr) -> Result<(), &'static str> {
     let connects = &app.connects;
     match &flow.target {
         Target::App { tenant, app: id } => {
@@ -89,10 +89,10 @@ fn reason(facts: &Facts, app: &Connecting, flow: &Flow, pool: Cidr) -> Result<()
     }
 }
 
-fn is_there(place: &Place, target: &Target) -> bool {
+fn is_there(place: &EgressTarget, target: &Target) -> bool {
     match (place, target) {
-        (Place::Network(own), Target::Outside { network }) => own == network,
-        (Place::Domain(own), Target::Domain { domain }) => own == domain,
+        (EgressTarget::Network(own), Target::Outside { network }) => own == network,
+        (EgressTarget::Domain(own), Target::Domain { domain }) => own == domain,
         _ => false,
     }
 }
@@ -110,7 +110,7 @@ fn granted(grant: &super::Granted, tenant: &TenantName, app: &Connecting, flow: 
 }
 
 /// Checks that each name under `connects` has a flow or is reported as a gap.
-fn wanted(facts: &Facts, app: &Connecting, plan: &AppPlan, gaps: &[Gap]) -> Result<(), String> {
+fn wanted(facts: &PlanFacts, app: &Connecting, plan: &AppPlan, gaps: &[Gap]) -> Result<(), String> {
     let names = (app.connects.apps.iter().map(ToString::to_string))
         .chain(app.connects.services.iter().map(ToString::to_string))
         .chain(app.connects.egress.iter().map(ToString::to_string));

@@ -7,7 +7,7 @@ use crate::networks::compile::compile;
 use crate::networks::{Approved, Endpoint, Granted};
 use crate::policy::Protocol;
 
-fn facts() -> Facts {
+fn facts() -> PlanFacts {
     let connects = |services: &[&str], apps: &[&str], egress: &[&str]| Connects {
         services: services.iter().map(|name| name.parse().unwrap()).collect(),
         apps: apps.iter().map(|name| name.parse().unwrap()).collect(),
@@ -21,7 +21,7 @@ fn facts() -> Facts {
     };
     let end =
         |network: &str, port| Endpoint { network: network.parse().unwrap(), protocol: Protocol::Tcp, port };
-    Facts {
+    PlanFacts {
         tenant: "acme".parse().unwrap(),
         apps: vec![
             app(1, "api", Some(8080), Connects::default()),
@@ -63,14 +63,14 @@ fn facts() -> Facts {
         egress: vec![
             Approved {
                 name: "payments".parse().unwrap(),
-                place: Place::Network("45.67.89.0/24".parse().unwrap()),
+                place: EgressTarget::Network("45.67.89.0/24".parse().unwrap()),
                 protocol: Protocol::Tcp,
                 ports: vec![443, 8443],
                 until: None,
             },
             Approved {
                 name: "pay".parse().unwrap(),
-                place: Place::Domain("pay.example.org".parse().unwrap()),
+                place: EgressTarget::Domain("pay.example.org".parse().unwrap()),
                 protocol: Protocol::Tcp,
                 ports: vec![443],
                 until: None,

@@ -13,7 +13,7 @@ use crate::db;
 use crate::error::Error;
 use crate::ids::ActorId;
 use crate::networks::connections::Network;
-use crate::networks::store::{self, Rollout, Whom};
+use crate::networks::store::{self, Rollout, TenantFilter};
 use crate::reconcile::{Failure, Lease, Outcome, Reconciler};
 
 /// Number of tenants that are reached at a time. They are checked before the next ones are reached.
@@ -28,7 +28,7 @@ pub(super) const SOON: Duration = Duration::from_millis(200);
 pub struct RolloutReconciler(pub Network);
 
 /// The result of a step.
-pub(super) enum Step {
+pub(super) enum RolloutStep {
     /// Continue at once.
     On,
     /// Requeue after this time.
@@ -63,7 +63,7 @@ impl Reconciler for RolloutReconciler {
         };
         drop(conn);
         let step = match (alarm, rollout.stage) {
-            (Some(alarm), _) => Step::Ask(alarm),
+            (Some(alarm), _) => RolloutStep::Ask(alarm),
             (None, Stage::Window) => self.window(&rollout).await?,
             (None, Stage::Canary) => self.canary(&rollout).await?,
             (None, Stage::All) => self.all(&rollout).await?,
@@ -85,18 +85,18 @@ impl Reconciler for RolloutReconciler {
 
 impl RolloutReconciler {
     /// Stores the result of a step.
-    async fn conclude(&self, rollout: &Rollout, step: Step) -> Result<Outcome, Failure> {
+    async fn conclude(&self, rollout: &Rollout, step: RolloutStep) -> Result<Outcome, Failure> {
         let (id, stage) = (rollout.id, rollout.stage);
         let mut tx = db::begin_for_all(&self.0.pool).await?;
         let outcome = match step {
-            Step::On => Outcome::Again(Duration::ZERO),
-            Step::Wait(after, message) => {
+            RolloutStep::On => Outcome::Again(Duration::ZERO),
+            RolloutStep::Wait(after, message) => {
                 if message != rollout.message {
                     store::set_progress(&mut tx, id, stage, (None, &message)).await?;
                 }
                 Outcome::Again(after)
             }
-            Step::Ask(message) => {
+            RolloutStep::Ask(message) => {
                 if store::pause(&mut tx, id, ActorId::platform().as_str(), &message).await?
                     || store::note_paused(&mut tx, id, &message).await?
                 {
@@ -105,7 +105,7 @@ impl RolloutReconciler {
                 }
                 Outcome::Settled
             }
-            Step::Back(message) => {
+            RolloutStep::Back(message) => {
                 if store::set_stage(&mut tx, id, (stage, Stage::Undo), (Some("rolled_back"), &message))
                     .await?
                 {
@@ -119,24 +119,29 @@ impl RolloutReconciler {
         Ok(outcome)
     }
 
-    pub(super) async fn go_on(&self, rollout: &Rollout, to: Stage, message: &str) -> Result<Step, Failure> {
+    pub(super) async fn go_on(
+        &self,
+        rollout: &Rollout,
+        to: Stage,
+        message: &str,
+    ) -> Result<RolloutStep, Failure> {
         let mut tx = db::begin_for_all(&self.0.pool).await?;
         if store::set_stage(&mut tx, rollout.id, (rollout.stage, to), (None, message)).await? {
             record(&mut tx, rollout, "rollout.stage", json!({"stage": to, "why": message})).await?;
         }
         tx.commit().await?;
         fail::fail_point!("rollouts::staged");
-        Ok(Step::On)
+        Ok(RolloutStep::On)
     }
 
     /// Rolls back, a batch of tenants at a time.
-    async fn undo(&self, rollout: &Rollout) -> Result<Step, Failure> {
+    async fn undo(&self, rollout: &Rollout) -> Result<RolloutStep, Failure> {
         let message = rollout.message.clone();
         let mut tx = db::begin_for_all(&self.0.pool).await?;
-        let late = store::find_unsettled(&mut tx, rollout.id, Whom::Left).await?;
+        let late = store::find_unsettled(&mut tx, rollout.id, TenantFilter::Left).await?;
         let waits = late.as_ref().is_some_and(|late| late.seconds <= PATIENCE);
         if waits {
-            return Ok(Step::Wait(SOON, message));
+            return Ok(RolloutStep::Wait(SOON, message));
         }
         let left = store::leave_tenants(&mut tx, rollout, BATCH).await?;
         if !left.is_empty() {
@@ -144,7 +149,7 @@ impl RolloutReconciler {
             store::note_tenants(&mut tx, &left, ActorId::platform().as_str(), &words).await?;
             tx.commit().await?;
             fail::fail_point!("rollouts::left");
-            return Ok(Step::Wait(SOON, message));
+            return Ok(RolloutStep::Wait(SOON, message));
         }
         let message = match late {
             None => message,
@@ -154,7 +159,7 @@ impl RolloutReconciler {
             record(&mut tx, rollout, "rollout.taken-back", json!({"outcome": rollout.outcome})).await?;
         }
         tx.commit().await?;
-        Ok(Step::On)
+        Ok(RolloutStep::On)
     }
 }
 
@@ -166,7 +171,7 @@ pub(super) async fn record(
 ) -> Result<(), Error> {
     detail["rollout"] = json!(rollout.id);
     let actor = ActorId::platform();
-    let event = audit::Event {
+    let event = audit::AuditEvent {
         tenant: None,
         actor: &actor,
         action,

@@ -6,10 +6,10 @@ use serde_json::json;
 use time::OffsetDateTime;
 
 use super::Stage;
-use super::advance::{BATCH, COUNTING, RolloutReconciler, SOON, Step, record};
+use super::advance::{BATCH, COUNTING, RolloutReconciler, RolloutStep, SOON, record};
 use super::attempt::attempt;
 use crate::db;
-use crate::networks::store::{self, Pick, Rollout, Whom};
+use crate::networks::store::{self, Pick, Rollout, TenantFilter};
 use crate::reconcile::Failure;
 
 /// Number of tenants whose apps are probed: of the last batch, and at the end.
@@ -20,14 +20,14 @@ const CANARIES: i64 = 10;
 
 impl RolloutReconciler {
     /// The canary stage: probe, reach the canary tenants, wait for their plans, probe, observe, probe again.
-    pub(super) async fn canary(&self, rollout: &Rollout) -> Result<Step, Failure> {
+    pub(super) async fn canary(&self, rollout: &Rollout) -> Result<RolloutStep, Failure> {
         let Some(canaries) = &rollout.canaries else {
             let mut conn = self.0.pool.acquire().await?;
             let most = (rollout.tenants / 100).clamp(1, CANARIES);
             let chosen = store::list_using_plans(&mut conn, rollout, (Pick::Some, false), most).await?;
             let ids: Vec<i64> = chosen.iter().map(|plan| plan.tenant.0).collect();
             store::set_canaries(&mut conn, rollout.id, &ids).await?;
-            return Ok(Step::On);
+            return Ok(RolloutStep::On);
         };
         if canaries.is_empty() {
             return self.go_on(rollout, Stage::All, "there are no canary tenants").await;
@@ -36,22 +36,22 @@ impl RolloutReconciler {
             self.try_before(rollout, Pick::These(canaries)).await?;
             let reached = self.reach(rollout, Some(canaries), CANARIES * 10).await?;
             return match reached {
-                None => Ok(Step::On),
+                None => Ok(RolloutStep::On),
                 Some(0) => {
                     let message = "the canary tenants no longer use the service";
                     self.go_on(rollout, Stage::All, message).await
                 }
-                Some(_) => Ok(Step::Wait(SOON, "waiting for the plans of the canary tenants".into())),
+                Some(_) => Ok(RolloutStep::Wait(SOON, "waiting for the plans of the canary tenants".into())),
             };
         }
-        if let Some(step) = self.not_in_force(rollout, Whom::Reached).await? {
+        if let Some(step) = self.not_in_force(rollout, TenantFilter::Reached).await? {
             return Ok(step);
         }
         let first = rollout.until.is_none();
         let left = rollout.until.map_or(time::Duration::ZERO, |until| until - OffsetDateTime::now_utc());
         if left.is_positive() {
             let message = format!("observing the canary tenants; {}", said(rollout));
-            return Ok(Step::Wait(left.unsigned_abs().min(COUNTING), message));
+            return Ok(RolloutStep::Wait(left.unsigned_abs().min(COUNTING), message));
         }
         let summary = match self.tried(rollout, "canary", Pick::These(canaries), CANARIES * 10).await? {
             Ok(summary) => summary,
@@ -61,7 +61,7 @@ impl RolloutReconciler {
             let mut conn = self.0.pool.acquire().await?;
             let progress = (Some(rollout.observe_seconds), summary.as_str());
             store::set_progress(&mut conn, rollout.id, Stage::Canary, progress).await?;
-            return Ok(Step::On);
+            return Ok(RolloutStep::On);
         }
         self.go_on(rollout, Stage::All, &summary).await
     }
@@ -97,8 +97,8 @@ impl RolloutReconciler {
 
     /// The last stage: reaches all other tenants in batches and probes a sample before each next batch. At
     /// the end, copies the change to the service.
-    pub(super) async fn all(&self, rollout: &Rollout) -> Result<Step, Failure> {
-        if let Some(step) = self.not_in_force(rollout, Whom::Reached).await? {
+    pub(super) async fn all(&self, rollout: &Rollout) -> Result<RolloutStep, Failure> {
+        if let Some(step) = self.not_in_force(rollout, TenantFilter::Reached).await? {
             return Ok(step);
         }
         if rollout.reached == 0 {
@@ -108,10 +108,10 @@ impl RolloutReconciler {
         {
             return Ok(step);
         }
-        let Some(reached) = self.reach(rollout, None, BATCH).await? else { return Ok(Step::On) };
+        let Some(reached) = self.reach(rollout, None, BATCH).await? else { return Ok(RolloutStep::On) };
         if reached > 0 {
             let n = rollout.reached + i64::try_from(reached).unwrap_or(0);
-            return Ok(Step::Wait(SOON, format!("{n} of {} tenants are reached", rollout.tenants)));
+            return Ok(RolloutStep::Wait(SOON, format!("{n} of {} tenants are reached", rollout.tenants)));
         }
         match self.tried(rollout, "all", Pick::Some, SAMPLE).await? {
             Ok(summary) => self.finish(rollout, &summary).await,
@@ -119,13 +119,13 @@ impl RolloutReconciler {
         }
     }
 
-    async fn finish(&self, rollout: &Rollout, summary: &str) -> Result<Step, Failure> {
+    async fn finish(&self, rollout: &Rollout, summary: &str) -> Result<RolloutStep, Failure> {
         let mut tx = db::begin_for_all(&self.0.pool).await?;
         // A tenant that gains access at this moment is either listed below, or sees the change that is
         // written here.
         store::lock_service(&mut tx, rollout.service_id).await?;
         if !store::set_stage(&mut tx, rollout.id, (Stage::All, Stage::Over), (Some("done"), summary)).await? {
-            return Ok(Step::On);
+            return Ok(RolloutStep::On);
         }
         let late = store::list_unreached(&mut tx, rollout.service_id).await?;
         store::note_tenants(&mut tx, &late, &rollout.begun_by, &goes_on(rollout)).await?;
@@ -136,7 +136,7 @@ impl RolloutReconciler {
             .await?;
         tx.commit().await?;
         fail::fail_point!("rollouts::finished");
-        Ok(Step::On)
+        Ok(RolloutStep::On)
     }
 }
 

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::Check;
-use super::advance::{PATIENCE, RolloutReconciler, SOON, Step};
+use super::advance::{PATIENCE, RolloutReconciler, RolloutStep, SOON};
 use super::attempt::{Tried, attempt, place};
-use crate::networks::store::{self, Before, Pick, Rollout, Whom};
+use crate::networks::store::{self, Before, Pick, Rollout, TenantFilter};
 use crate::reconcile::Failure;
 
 /// Delay before a fault is checked again.
@@ -14,24 +14,31 @@ const CONFIRM: Duration = Duration::from_secs(1);
 
 impl RolloutReconciler {
     /// Returns the reason to wait or to roll back before the next step, if any.
-    pub(super) async fn not_in_force(&self, rollout: &Rollout, whom: Whom) -> Result<Option<Step>, Failure> {
+    pub(super) async fn not_in_force(
+        &self,
+        rollout: &Rollout,
+        whom: TenantFilter,
+    ) -> Result<Option<RolloutStep>, Failure> {
         let mut conn = self.0.pool.acquire().await?;
         if let Some((tenant, why)) = store::find_unproven(&mut conn, rollout.id).await? {
-            return Ok(Some(Step::Back(format!("the plan of {tenant} failed verification: {why}"))));
+            return Ok(Some(RolloutStep::Back(format!("the plan of {tenant} failed verification: {why}"))));
         }
         let Some(late) = store::find_unsettled(&mut conn, rollout.id, whom).await? else { return Ok(None) };
         let words =
             format!("{} tenant(s) whose plan is not applied yet, such as {}", late.count, late.example);
         if late.seconds <= PATIENCE {
             let message = match whom {
-                Whom::Reached => format!("{} of {} tenants are reached; ", rollout.reached, rollout.tenants),
-                Whom::Watched | Whom::Left => String::new(),
+                TenantFilter::Reached => {
+                    format!("{} of {} tenants are reached; ", rollout.reached, rollout.tenants)
+                }
+                TenantFilter::Watched | TenantFilter::Left => String::new(),
             };
-            return Ok(Some(Step::Wait(SOON, format!("{message}waiting for {words}"))));
+            return Ok(Some(RolloutStep::Wait(SOON, format!("{message}waiting for {words}"))));
         }
         // A user who resumed the rollout knows of them.
-        Ok((!rollout.resumed)
-            .then(|| Step::Ask(format!("waited {PATIENCE} s for {words}. Resume to continue without them"))))
+        Ok((!rollout.resumed).then(|| {
+            RolloutStep::Ask(format!("waited {PATIENCE} s for {words}. Resume to continue without them"))
+        }))
     }
 
     /// Runs the probes. Returns a summary if all are as expected, or the next step if not.
@@ -41,7 +48,7 @@ impl RolloutReconciler {
         stage: &'static str,
         pick: Pick<'_>,
         most: i64,
-    ) -> Result<Result<String, Step>, Failure> {
+    ) -> Result<Result<String, RolloutStep>, Failure> {
         let mut conn = self.0.pool.acquire().await?;
         let before = store::list_before(&mut conn, rollout.id).await?;
         let known_open = store::list_found_open(&mut conn, rollout.id, stage).await?;
@@ -62,10 +69,10 @@ impl RolloutReconciler {
             rollout.resumed && known_open.iter().any(|(app, at)| *app == check.app && *at == place(check))
         };
         if let Some(open) = checks.iter().find(|check| !check.good && !check.open && !known(check)) {
-            return Ok(Err(Step::Ask(format!("ALARM: {open}"))));
+            return Ok(Err(RolloutStep::Ask(format!("ALARM: {open}"))));
         }
         if let Some(shut) = checks.iter().find(|check| !check.good && check.open) {
-            return Ok(Err(Step::Back(shut.to_string())));
+            return Ok(Err(RolloutStep::Back(shut.to_string())));
         }
         // An app that could be probed before and cannot now may have failed because of the change. For canary
         // tenants, this needs approval once.
@@ -74,12 +81,12 @@ impl RolloutReconciler {
         let ended =
             idle.iter().find(|(app, _)| before.iter().any(|before| before.app == *app && before.good));
         if let Some((_, name)) = ended.filter(|_| asks) {
-            return Ok(Err(Step::Ask(format!(
+            return Ok(Err(RolloutStep::Ask(format!(
                 "{name} ran before the change and does not run now. Resume to continue without it"
             ))));
         }
         if checks.is_empty() && !idle.is_empty() && stage == "canary" && !rollout.resumed {
-            return Ok(Err(Step::Ask(
+            return Ok(Err(RolloutStep::Ask(
                 "no app of a canary tenant that uses the service is running, so nothing was tested. Resume to continue without a test"
                     .to_owned(),
             )));

@@ -3,22 +3,22 @@
 use time::OffsetDateTime;
 
 use super::Stage;
-use super::advance::{BATCH, COUNTING, RolloutReconciler, SOON, Step};
+use super::advance::{BATCH, COUNTING, RolloutReconciler, RolloutStep, SOON};
 use crate::db;
 use crate::driver::Used;
 use crate::networks::Endpoint;
-use crate::networks::store::{self, Rollout, UseRow, Whom};
+use crate::networks::store::{self, Rollout, TenantFilter, UseRow};
 use crate::reconcile::Failure;
 
 impl RolloutReconciler {
     /// Runs one step of the observation window.
-    pub(super) async fn window(&self, rollout: &Rollout) -> Result<Step, Failure> {
-        if let Some(step) = self.not_in_force(rollout, Whom::Watched).await? {
+    pub(super) async fn window(&self, rollout: &Rollout) -> Result<RolloutStep, Failure> {
+        if let Some(step) = self.not_in_force(rollout, TenantFilter::Watched).await? {
             return Ok(step);
         }
         let mut tx = db::begin_for_all(&self.0.pool).await?;
         if !store::set_progress(&mut tx, rollout.id, Stage::Window, (None, &rollout.message)).await? {
-            return Ok(Step::On);
+            return Ok(RolloutStep::On);
         }
         let watched = store::watch_tenants(&mut tx, rollout, BATCH).await?;
         let words = format!(
@@ -28,16 +28,16 @@ impl RolloutReconciler {
         store::note_tenants(&mut tx, &watched, &rollout.begun_by, &words).await?;
         tx.commit().await?;
         if !watched.is_empty() {
-            return Ok(Step::Wait(SOON, "setting up the counters".into()));
+            return Ok(RolloutStep::Wait(SOON, "setting up the counters".into()));
         }
         let (some, all) = self.count(rollout).await?;
         let left = rollout.until.map_or(time::Duration::ZERO, |until| until - OffsetDateTime::now_utc());
         if left.is_positive() {
             let message = format!("counting connections to endpoints that will be removed: {all} so far");
-            return Ok(Step::Wait(left.unsigned_abs().min(COUNTING), message));
+            return Ok(RolloutStep::Wait(left.unsigned_abs().min(COUNTING), message));
         }
         if let Some(one) = some.first() {
-            return Ok(Step::Ask(format!(
+            return Ok(RolloutStep::Ask(format!(
                 "in {}, {all} connection(s) used endpoints that this change removes, such as {}/{} to {} {} {}. \
                  Resume to close them",
                 lasted(rollout),

@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 use crate::apps::connections::list_connecting_of;
 use crate::error::Error;
 use crate::ids::{AppId, AppName, EgressName, ServiceName, TenantId, TenantName};
-use crate::networks::{Approved, Endpoint, Granted, Place};
+use crate::networks::{Approved, EgressTarget, Endpoint, Granted};
 use crate::policy::Protocol;
 
 /// Returns the services that a tenant may use, each with the endpoints that apply to it.
@@ -98,7 +98,7 @@ pub(in crate::networks) async fn decided_egress(
         .map(|row| {
             Ok(Approved {
                 name: row.name,
-                place: Place::of(row.network.as_deref(), row.domain.as_deref()).ok_or_else(|| {
+                place: EgressTarget::of(row.network.as_deref(), row.domain.as_deref()).ok_or_else(|| {
                     Error::internal("an egress target has neither a network nor a domain, or both")
                 })?,
                 protocol: Protocol::parse(&row.protocol)

@@ -6,12 +6,12 @@ use time::OffsetDateTime;
 
 use crate::error::Error;
 use crate::ids::{EgressName, TenantId};
-use crate::networks::Place;
+use crate::networks::EgressTarget;
 use crate::policy::Protocol;
 
 /// A requested egress target.
 #[derive(Debug, Clone, Serialize)]
-pub(crate) struct Target {
+pub(crate) struct EgressRequest {
     /// Number. A decision refers to exactly this request.
     pub id: i64,
     /// Tenant.
@@ -49,11 +49,11 @@ pub(crate) struct Target {
 
 /// A new request for an egress target.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Wish {
+pub struct NewEgressRequest {
     /// The tenant's name for it.
     pub name: EgressName,
     /// Addresses or domain.
-    pub place: Place,
+    pub place: EgressTarget,
     /// Protocol.
     pub protocol: Protocol,
     /// Ports, in order.
@@ -67,7 +67,7 @@ pub struct Wish {
 pub(in crate::networks) async fn insert_target(
     conn: &mut PgConnection,
     tenant: TenantId,
-    wish: &Wish,
+    wish: &NewEgressRequest,
     who: &str,
 ) -> Result<(), sqlx::Error> {
     let ports: Vec<i32> = wish.ports.iter().map(|port| i32::from(*port)).collect();
@@ -77,8 +77,8 @@ pub(in crate::networks) async fn insert_target(
         tenant.0,
         wish.name.as_str(),
         match &wish.place {
-            Place::Network(network) => Some(network.to_string()),
-            Place::Domain(_) => None,
+            EgressTarget::Network(network) => Some(network.to_string()),
+            EgressTarget::Domain(_) => None,
         },
         wish.protocol.as_str(),
         &ports,
@@ -86,8 +86,8 @@ pub(in crate::networks) async fn insert_target(
         who,
         wish.days,
         match &wish.place {
-            Place::Network(_) => None,
-            Place::Domain(domain) => Some(domain.as_str()),
+            EgressTarget::Network(_) => None,
+            EgressTarget::Domain(domain) => Some(domain.as_str()),
         }
     )
     .execute(conn)
@@ -101,9 +101,9 @@ pub(in crate::networks) async fn list_targets(
     tenant: TenantId,
     before: i64,
     limit: i64,
-) -> Result<Vec<Target>, Error> {
+) -> Result<Vec<EgressRequest>, Error> {
     Ok(sqlx::query_as!(
-        Target,
+        EgressRequest,
         r#"SELECT e.id, t.name AS tenant, e.name, coalesce(regexp_replace(e.network::text, '/32$', ''), e.domain) AS "place!", e.protocol, e.ports, e.reason,
            CASE WHEN e.state = 'approved' AND e.expires_at <= now() THEN 'expired' ELSE e.state END AS "state!",
            e.asked_by, e.asked_at, e.decided_by, e.decided_at, e.note, e.expires_at
@@ -122,9 +122,9 @@ pub(in crate::networks) async fn find_target(
     conn: &mut PgConnection,
     tenant: TenantId,
     name: &EgressName,
-) -> Result<Option<Target>, Error> {
+) -> Result<Option<EgressRequest>, Error> {
     Ok(sqlx::query_as!(
-        Target,
+        EgressRequest,
         r#"SELECT e.id, t.name AS tenant, e.name, coalesce(regexp_replace(e.network::text, '/32$', ''), e.domain) AS "place!", e.protocol, e.ports, e.reason,
            CASE WHEN e.state = 'approved' AND e.expires_at <= now() THEN 'expired' ELSE e.state END AS "state!",
            e.asked_by, e.asked_at, e.decided_by, e.decided_at, e.note, e.expires_at
@@ -142,9 +142,9 @@ pub(in crate::networks) async fn list_waiting(
     conn: &mut PgConnection,
     after: i64,
     limit: i64,
-) -> Result<Vec<Target>, Error> {
+) -> Result<Vec<EgressRequest>, Error> {
     Ok(sqlx::query_as!(
-        Target,
+        EgressRequest,
         r#"SELECT e.id, t.name AS tenant, e.name, coalesce(regexp_replace(e.network::text, '/32$', ''), e.domain) AS "place!", e.protocol, e.ports, e.reason,
            e.state, e.asked_by, e.asked_at, e.decided_by, e.decided_at, e.note, e.expires_at
            FROM egress_target e JOIN tenant t ON t.id = e.tenant_id

@@ -10,7 +10,7 @@ use crate::ids::{AppId, AppName, TenantId, TenantName};
 
 /// A grant that this tenant offers.
 #[derive(Debug, Clone, Serialize)]
-pub(crate) struct Given {
+pub(crate) struct OfferedGrant {
     /// Number.
     pub id: i64,
     /// The tenant's own app.
@@ -90,9 +90,9 @@ pub(in crate::networks) async fn list_given(
     tenant: TenantId,
     after: i64,
     limit: i64,
-) -> Result<Vec<Given>, Error> {
+) -> Result<Vec<OfferedGrant>, Error> {
     Ok(sqlx::query_as!(
-        Given,
+        OfferedGrant,
         r#"SELECT o.id, o.app, o.to_tenant AS tenant, o.to_app,
            CASE WHEN o.expires_at <= now() THEN 'expired' WHEN a.ended_at IS NOT NULL THEN 'ended'
                 WHEN a.accepted_at IS NOT NULL THEN 'accepted' ELSE 'offered' END AS "state!",

@@ -12,7 +12,7 @@ use crate::networks::AppPlan;
 
 /// The current plan.
 #[derive(Debug, Clone)]
-pub(in crate::networks) struct Standing {
+pub(in crate::networks) struct CurrentPlan {
     pub(in crate::networks) number: i64,
     pub(in crate::networks) hash: String,
     pub(in crate::networks) apps: Vec<AppPlan>,
@@ -54,7 +54,7 @@ pub(crate) struct Plan {
 
 /// A decision behind a plan.
 #[derive(Debug, Clone, Serialize)]
-pub(in crate::networks) struct Cause {
+pub(in crate::networks) struct PlanCause {
     pub(in crate::networks) actor: String,
     pub(in crate::networks) words: String,
     #[serde(with = "time::serde::rfc3339")]
@@ -84,9 +84,9 @@ pub(in crate::networks) async fn insert_cause(
 pub(in crate::networks) async fn take_causes(
     conn: &mut PgConnection,
     tenant: TenantId,
-) -> Result<Vec<Cause>, Error> {
+) -> Result<Vec<PlanCause>, Error> {
     let mut causes = sqlx::query_as!(
-        Cause,
+        PlanCause,
         "DELETE FROM network_cause WHERE tenant_id = $1 RETURNING actor, words, at",
         tenant.0
     )
@@ -115,7 +115,7 @@ pub(in crate::networks) async fn is_settled(
 pub(in crate::networks) async fn lock_plan(
     conn: &mut PgConnection,
     tenant: TenantId,
-) -> Result<Standing, Error> {
+) -> Result<CurrentPlan, Error> {
     sqlx::query!("INSERT INTO tenant_plan (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING", tenant.0)
         .execute(&mut *conn)
         .await?;
@@ -126,7 +126,7 @@ pub(in crate::networks) async fn lock_plan(
     )
     .fetch_one(conn)
     .await?;
-    Ok(Standing {
+    Ok(CurrentPlan {
         number: row.number,
         hash: row.hash,
         apps: row.flows.0,
@@ -139,14 +139,14 @@ pub(in crate::networks) async fn lock_plan(
 pub(in crate::networks) async fn find_standing(
     conn: &mut PgConnection,
     tenant: TenantId,
-) -> Result<Option<Standing>, Error> {
+) -> Result<Option<CurrentPlan>, Error> {
     let row = sqlx::query!(
         r#"SELECT number, hash, flows AS "flows: Json<Vec<AppPlan>>", in_force, trial_until FROM tenant_plan WHERE tenant_id = $1"#,
         tenant.0
     )
     .fetch_optional(conn)
     .await?;
-    Ok(row.map(|row| Standing {
+    Ok(row.map(|row| CurrentPlan {
         number: row.number,
         hash: row.hash,
         apps: row.flows.0,
@@ -160,7 +160,7 @@ pub(in crate::networks) struct NewPlan<'a> {
     pub(in crate::networks) hash: &'a str,
     pub(in crate::networks) opens: &'a [String],
     pub(in crate::networks) closes: &'a [String],
-    pub(in crate::networks) causes: &'a [Cause],
+    pub(in crate::networks) causes: &'a [PlanCause],
     pub(in crate::networks) refused: Option<&'a str>,
 }
 

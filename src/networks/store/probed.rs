@@ -3,7 +3,7 @@
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
-use crate::driver::Probed;
+use crate::driver::ProbeSummary;
 use crate::error::Error;
 use crate::ids::{TenantId, TenantName};
 
@@ -53,7 +53,7 @@ pub(in crate::networks) async fn set_probed(
     conn: &mut PgConnection,
     tenant: TenantId,
     number: i64,
-    probed: Option<&Probed>,
+    probed: Option<&ProbeSummary>,
     again: Option<i32>,
 ) -> Result<(), Error> {
     sqlx::query!(

@@ -2,7 +2,7 @@
 
 use rustc_hash::FxHashMap;
 
-use super::{Court, about, packet};
+use super::{Verifier, about, packet};
 use crate::policy::read::Rule;
 use crate::policy::{Cidr, Flow, Protocol, Target};
 
@@ -15,7 +15,7 @@ pub(super) fn reaches(wide: &Wide, from: (u32, Protocol, u16), to: Cidr) -> bool
         .is_some_and(|ranges| ranges.iter().any(|(first, last)| *first <= to.first() && to.last() <= *last))
 }
 
-impl Court<'_> {
+impl Verifier<'_> {
     /// Checks that every required flow is open.
     pub(super) fn required(&mut self) {
         let mut wide = Wide::default();

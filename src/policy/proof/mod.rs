@@ -24,7 +24,7 @@ const TOLD: usize = 20;
 
 /// The facts that the agent holds itself and accepts from no other process.
 #[derive(Debug, Clone)]
-pub struct Walls {
+pub struct MachineFacts {
     /// The table's shape.
     pub shell: Shell,
     never: Vec<Range>,
@@ -32,7 +32,7 @@ pub struct Walls {
     space: Space,
 }
 
-impl Walls {
+impl MachineFacts {
     /// Builds them from the shape, the reserved ranges, and the subnet of each network.
     #[must_use]
     pub fn new(shell: Shell, never: Vec<Range>, subnets: Vec<(u32, Cidr)>) -> Self {
@@ -43,7 +43,7 @@ impl Walls {
 
 /// The place of an app, from the agent's own records.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct AppAddress {
     /// Its tenant.
     pub tenant: TenantName,
     /// Number of the tenant's network.
@@ -56,9 +56,9 @@ pub struct Place {
 
 /// The facts that a table must match: the addresses of the apps and their allowed flows.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Standing {
+pub struct ExpectedFacts {
     /// Apps.
-    pub apps: FxHashMap<AppId, Place>,
+    pub apps: FxHashMap<AppId, AppAddress>,
     /// Allowed flows by app.
     pub flows: FxHashMap<AppId, Vec<Flow>>,
     /// Addresses that DNS returned for the domains of an app. Each is valid until a second of the monotonic
@@ -81,7 +81,7 @@ pub struct Breach {
 
 /// Why a text failed verification.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Refused {
+pub enum VerificationError {
     /// The text differs from the only shape that can be verified.
     Unreadable(Unreadable),
     /// The reserved ranges in the table differ from the agent's.
@@ -90,7 +90,7 @@ pub enum Refused {
     Breached(usize, Vec<Breach>),
 }
 
-impl std::fmt::Display for Refused {
+impl std::fmt::Display for VerificationError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Unreadable(error) => write!(f, "the table cannot be parsed: {error}"),
@@ -124,8 +124,12 @@ impl Proven {
 }
 
 /// Verifies a whole table.
-pub fn prove(text: String, walls: &Walls, standing: &Standing) -> Result<Proven, Refused> {
-    let table = read::table(&text, &walls.shell).map_err(Refused::Unreadable)?;
+pub fn prove(
+    text: String,
+    walls: &MachineFacts,
+    standing: &ExpectedFacts,
+) -> Result<Proven, VerificationError> {
+    let table = read::table(&text, &walls.shell).map_err(VerificationError::Unreadable)?;
     judge(text, table, walls, standing)
 }
 
@@ -133,14 +137,19 @@ pub fn prove(text: String, walls: &Walls, standing: &Standing) -> Result<Proven,
 pub fn prove_change(
     text: String,
     before: &Table,
-    walls: &Walls,
-    standing: &Standing,
-) -> Result<Proven, Refused> {
-    let table = read::change(&text, before, &walls.shell).map_err(Refused::Unreadable)?;
+    walls: &MachineFacts,
+    standing: &ExpectedFacts,
+) -> Result<Proven, VerificationError> {
+    let table = read::change(&text, before, &walls.shell).map_err(VerificationError::Unreadable)?;
     judge(text, table, walls, standing)
 }
 
-fn judge(text: String, table: Table, walls: &Walls, standing: &Standing) -> Result<Proven, Refused> {
+fn judge(
+    text: String,
+    table: Table,
+    walls: &MachineFacts,
+    standing: &ExpectedFacts,
+) -> Result<Proven, VerificationError> {
     // A kernel set takes no range inside another: a reserved range is an element itself, or lies inside one.
     let known = |range: &(u32, u32)| {
         walls.never.iter().any(|wall| (wall.network.first(), wall.network.last()) == *range)
@@ -150,10 +159,10 @@ fn judge(text: String, table: Table, walls: &Walls, standing: &Standing) -> Resu
         table.never.iter().any(|range| range.0 <= first && last <= range.1)
     };
     if !table.never.iter().all(known) || !walls.never.iter().all(held) {
-        return Err(Refused::Never);
+        return Err(VerificationError::Never);
     }
-    let mut safety = Court::new(&table, walls, standing);
-    let mut liveness = Court { told: Vec::new(), count: 0, owners: FxHashMap::default(), ..safety };
+    let mut safety = Verifier::new(&table, walls, standing);
+    let mut liveness = Verifier { told: Vec::new(), count: 0, owners: FxHashMap::default(), ..safety };
     // Two independent halves: no flow is open that must be closed, and no flow is closed that must be open.
     std::thread::scope(|scope| {
         scope.spawn(|| liveness.required());
@@ -166,13 +175,13 @@ fn judge(text: String, table: Table, walls: &Walls, standing: &Standing) -> Resu
     let mut told = safety.told;
     told.extend(liveness.told);
     told.truncate(TOLD);
-    Err(Refused::Breached(count, told))
+    Err(VerificationError::Breached(count, told))
 }
 
-struct Court<'a> {
+struct Verifier<'a> {
     table: &'a Table,
-    walls: &'a Walls,
-    standing: &'a Standing,
+    walls: &'a MachineFacts,
+    standing: &'a ExpectedFacts,
     /// The app at each address.
     owners: FxHashMap<u32, AppId>,
     count: usize,
@@ -200,8 +209,8 @@ fn about(network: u32, source: u32) -> Packet {
     }
 }
 
-impl<'a> Court<'a> {
-    fn new(table: &'a Table, walls: &'a Walls, standing: &'a Standing) -> Self {
+impl<'a> Verifier<'a> {
+    fn new(table: &'a Table, walls: &'a MachineFacts, standing: &'a ExpectedFacts) -> Self {
         let mut court =
             Self { table, walls, standing, owners: FxHashMap::default(), count: 0, told: Vec::new() };
         for (app, place) in &standing.apps {

@@ -3,7 +3,7 @@
 use sqlx::PgConnection;
 use sqlx::types::Json;
 
-use super::{Amount, GATE, Held, Limit, Limits, Quota, Resource, exceeded};
+use super::{Amount, GATE, LockedResource, Quota, QuotaLimit, QuotaLimits, Resource, exceeded};
 use crate::config;
 use crate::error::Error;
 use crate::ids::TenantId;
@@ -13,7 +13,11 @@ mod counts;
 pub use counts::{prune, read_counted, take_place, take_platform_place};
 
 /// Inserts a row of every resource for a new tenant, and sets its own limits.
-pub async fn insert_rows(conn: &mut PgConnection, tenant: TenantId, limits: &Limits) -> Result<(), Error> {
+pub async fn insert_rows(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    limits: &QuotaLimits,
+) -> Result<(), Error> {
     let names: Vec<String> = Resource::of_tenants().map(|resource| resource.name().to_owned()).collect();
     sqlx::query!(
         "INSERT INTO quota (tenant_id, resource) SELECT $1, r FROM unnest($2::text[]) r ON CONFLICT DO NOTHING",
@@ -26,14 +30,18 @@ pub async fn insert_rows(conn: &mut PgConnection, tenant: TenantId, limits: &Lim
 }
 
 /// Sets the given limits of a tenant.
-pub async fn set_limits(conn: &mut PgConnection, tenant: TenantId, limits: &Limits) -> Result<(), Error> {
+pub async fn set_limits(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    limits: &QuotaLimits,
+) -> Result<(), Error> {
     enter(conn, tenant).await?;
     let names: Vec<String> = limits.iter().map(|(resource, _)| resource.name().to_owned()).collect();
     let values: Vec<Option<i64>> = limits
         .iter()
         .map(|(_, limit)| match limit {
-            Limit::Own(n) => Some(n),
-            Limit::Default => None,
+            QuotaLimit::Own(n) => Some(n),
+            QuotaLimit::Default => None,
         })
         .collect();
     sqlx::query!(
@@ -76,7 +84,11 @@ pub async fn enter(conn: &mut PgConnection, tenant: TenantId) -> Result<(), Erro
 }
 
 /// Locks one resource of a tenant until the transaction ends. Returns its limit and stored use.
-pub async fn lock(conn: &mut PgConnection, tenant: TenantId, resource: Resource) -> Result<Held, Error> {
+pub async fn lock(
+    conn: &mut PgConnection,
+    tenant: TenantId,
+    resource: Resource,
+) -> Result<LockedResource, Error> {
     for _ in 0..2 {
         let row = sqlx::query!(
             r#"SELECT coalesce(q.limit_, d.limit_) AS "limit!", q.used FROM quota q JOIN quota_default d USING (resource)
@@ -87,7 +99,7 @@ pub async fn lock(conn: &mut PgConnection, tenant: TenantId, resource: Resource)
         .fetch_optional(&mut *conn)
         .await?;
         if let Some(row) = row {
-            return Ok(Held { resource, amount: Amount { limit: row.limit, used: row.used } });
+            return Ok(LockedResource { resource, amount: Amount { limit: row.limit, used: row.used } });
         }
         // The resource is newer than the tenant.
         sqlx::query!(
@@ -102,14 +114,14 @@ pub async fn lock(conn: &mut PgConnection, tenant: TenantId, resource: Resource)
 }
 
 /// Locks a resource of the platform itself until the transaction ends.
-pub async fn lock_platform(conn: &mut PgConnection, resource: Resource) -> Result<Held, Error> {
+pub async fn lock_platform(conn: &mut PgConnection, resource: Resource) -> Result<LockedResource, Error> {
     let limit = sqlx::query_scalar!(
         "SELECT limit_ FROM quota_default WHERE resource = $1 FOR UPDATE",
         resource.name()
     )
     .fetch_one(conn)
     .await?;
-    Ok(Held { resource, amount: Amount { limit, used: 0 } })
+    Ok(LockedResource { resource, amount: Amount { limit, used: 0 } })
 }
 
 /// Reserves an amount of a resource. Returns an error with the numbers if it does not fit.
@@ -173,7 +185,7 @@ pub async fn add_used(
 }
 
 /// Locks a counted resource and requires room for one more beside `count`. Correct only if `count` was taken
-/// under a lock that every writer of these rows holds. Otherwise use [`lock`], count, [`Held::require_place`].
+/// under a lock that every writer of these rows holds. Otherwise use [`lock`], count, [`LockedResource::require_place`].
 pub async fn check_count(
     conn: &mut PgConnection,
     tenant: TenantId,

@@ -10,7 +10,7 @@ use crate::ids::{Digest, RepositoryPath, TenantName};
 
 /// The result of claiming an upload.
 #[derive(Debug, PartialEq, Eq)]
-pub(in crate::registries) enum Claimed {
+pub(in crate::registries) enum UploadClaimOutcome {
     /// This request holds the upload, under this claim number.
     Taken(String),
     /// Another request writes to it, or its commit is not settled.
@@ -25,7 +25,7 @@ pub(in crate::registries) async fn claim_part(
     tenant: &TenantName,
     repository: &RepositoryPath,
     id: &str,
-) -> Result<Claimed, Error> {
+) -> Result<UploadClaimOutcome, Error> {
     let mut tx = db::begin(pool, tenant).await?;
     let part = sqlx::query_scalar!(
         r#"UPDATE upload u SET changed_at = now(), part = gen_random_uuid()::text,
@@ -39,9 +39,9 @@ pub(in crate::registries) async fn claim_part(
     .fetch_optional(&mut *tx)
     .await?;
     let claimed = match part {
-        Some(part) => Claimed::Taken(part),
-        None if is_on_record(&mut tx, tenant, repository, id).await? => Claimed::Busy,
-        None => Claimed::Unknown,
+        Some(part) => UploadClaimOutcome::Taken(part),
+        None if is_on_record(&mut tx, tenant, repository, id).await? => UploadClaimOutcome::Busy,
+        None => UploadClaimOutcome::Unknown,
     };
     tx.commit().await?;
     Ok(claimed)

@@ -8,7 +8,7 @@ use crate::db;
 use crate::error::Error;
 use crate::ids::{Digest, RepositoryPath, Tag, TenantId, TenantName};
 use crate::quotas::{self, Resource};
-use crate::registries::proxy::Asked;
+use crate::registries::proxy::ProxyRequest;
 
 /// Records a blob: it counts once, and its upload no longer counts.
 pub(in crate::registries) async fn commit_blob(
@@ -270,7 +270,7 @@ async fn check_tags(
 /// Confirms a manifest that the registry stored: moves the tag and records the push in the audit log.
 pub(in crate::registries) async fn confirm_manifest(
     pool: &PgPool,
-    asked: &Asked,
+    asked: &ProxyRequest,
     new: &NewManifest,
     tag: Option<&Tag>,
 ) -> Result<(), Error> {
@@ -301,7 +301,7 @@ pub(in crate::registries) async fn confirm_manifest(
         .await?;
     }
     let actor = crate::ids::ActorId::new(&new.pushed_by);
-    let event = crate::audit::Event {
+    let event = crate::audit::AuditEvent {
         tenant: Some(TenantId(tenant_id)),
         actor: &actor,
         action: "image.push",
@@ -366,7 +366,7 @@ pub(in crate::registries) async fn settle_manifest(
     .await?;
     let Some(pushed_by) = pushed_by else { return Ok(()) };
     let actor = crate::ids::ActorId::platform();
-    let event = crate::audit::Event {
+    let event = crate::audit::AuditEvent {
         tenant: Some(tenant),
         actor: &actor,
         action: "image.push",

@@ -2,8 +2,8 @@
 //! panic.
 #![no_main]
 
-use bulkhead::images::manifest::{Manifest, Parts};
-use bulkhead::images::{ImageConfig, Names, names};
+use bulkhead::images::manifest::{Manifest, ManifestContent};
+use bulkhead::images::{ImageAccounts, ImageConfig, names};
 use libfuzzer_sys::fuzz_target;
 
 const TYPES: [&str; 4] = [
@@ -20,7 +20,7 @@ fuzz_target!(|bytes: &[u8]| {
                 if let Ok((config, layers)) = manifest.runnable() {
                     assert!(config.size <= 4 << 20 && (1..=127).contains(&layers.len()));
                 }
-                if let Parts::Index { children } = &manifest.parts {
+                if let ManifestContent::Index { children } = &manifest.parts {
                     assert!(children.len() <= 256);
                 }
             }
@@ -29,6 +29,6 @@ fuzz_target!(|bytes: &[u8]| {
     }
     let _ = ImageConfig::parse(bytes);
     if let Ok(found) = names::search(bytes, &mut (64 << 20)) {
-        let _ = Names::parse(found.passwd.as_deref().unwrap_or(""), found.group.as_deref().unwrap_or(""));
+        let _ = ImageAccounts::parse(found.passwd.as_deref().unwrap_or(""), found.group.as_deref().unwrap_or(""));
     }
 });

@@ -2,17 +2,17 @@
 
 use bulkhead::access::Role;
 use bulkhead::audit::heads::Heads;
-use bulkhead::audit::verify::{Finding, Report, verify};
-use bulkhead::keys::Purpose;
+use bulkhead::audit::verify::{ChainFinding, Report, verify};
+use bulkhead::keys::KeyPurpose;
 use serde_json::{Value, json};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use crate::support::TestApp;
 
-type Wanted = Box<dyn Fn(&Finding) -> bool>;
+type Wanted = Box<dyn Fn(&ChainFinding) -> bool>;
 
 async fn check(app: &TestApp) -> Report {
-    let key = app.one.platform.desk.keys.of(Purpose::Audit);
+    let key = app.one.platform.desk.keys.of(KeyPurpose::Audit);
     let heads = Heads::in_file(app.config.access.audit_heads.clone());
     verify(&app.one.platform.work, &key, &heads).await.unwrap()
 }
@@ -166,25 +166,25 @@ async fn the_chain_tells_what_was_touched(options: PgPoolOptions, connect: PgCon
                    DELETE FROM audit_round; INSERT INTO audit_round SELECT * FROM rounds; \
                    INSERT INTO audit_seal SELECT * FROM seals";
     let tampers: Vec<(String, Wanted)> = vec![
-        (format!("UPDATE audit SET actor = 'somebody else' WHERE id = {second}"), Box::new(move |f| matches!(f, Finding::Changed { row, .. } if *row == second))),
-        (format!("UPDATE audit SET at = at - interval '1 second' WHERE id = {second}"), Box::new(move |f| matches!(f, Finding::Changed { row, .. } if *row == second))),
-        (format!("UPDATE audit SET at = at - interval '400 days' WHERE id = {second}"), Box::new(move |f| matches!(f, Finding::Changed { row, .. } if *row == second))),
-        (format!("UPDATE audit SET tenant_id = (SELECT max(id) FROM tenant) WHERE id = {second}"), Box::new(move |f| matches!(f, Finding::Changed { row, .. } if *row == second))),
-        (format!("UPDATE audit SET detail = detail || '{{\"x\": 1}}' WHERE id = {second}"), Box::new(move |f| matches!(f, Finding::Changed { row, .. } if *row == second))),
-        (format!("DELETE FROM audit WHERE id = {second}"), Box::new(move |f| matches!(f, Finding::Removed { row, .. } if *row == second))),
-        (format!("UPDATE audit SET id = CASE id WHEN {second} THEN {third} ELSE {second} END WHERE id IN ({second}, {third})"), Box::new(move |f| matches!(f, Finding::Changed { row, .. } if *row == second))),
-        ("INSERT INTO audit (id, at, tx, tenant_id, actor, action, object, request_id) SELECT 900000, at, tx, tenant_id, actor, action, object, request_id FROM audit ORDER BY id LIMIT 1".into(), Box::new(|f| *f == Finding::Inserted { row: 900_000 })),
-        ("INSERT INTO audit (id, tx, tenant_id, actor, action, object, request_id) SELECT 900001, '99999999', tenant_id, actor, action, object, request_id FROM audit ORDER BY id LIMIT 1".into(), Box::new(|f| *f == Finding::Inserted { row: 900_001 })),
-        ("DELETE FROM audit_seal WHERE tenant_id IS NOT NULL AND number = 1".into(), Box::new(|f| matches!(f, Finding::SealBroken { .. } | Finding::RoundBroken { .. }))),
-        ("UPDATE audit_seal SET macs = overlay(macs placing '\\x00'::bytea from 1) WHERE number = 1".into(), Box::new(|f| matches!(f, Finding::SealBroken { .. }))),
-        ("UPDATE audit_seal SET first_at = first_at - interval '1 year' WHERE number = 1".into(), Box::new(|f| matches!(f, Finding::SealBroken { .. }))),
-        ("UPDATE audit_seal SET number = number + 100 WHERE number <= 2; UPDATE audit_seal SET number = 103 - number WHERE number > 100".into(), Box::new(|f| matches!(f, Finding::SealBroken { .. }))),
-        ("DELETE FROM audit_seal WHERE round = 2; DELETE FROM audit_round WHERE number = 2".into(), Box::new(|f| *f == Finding::RoundBroken { round: 2 })),
-        ("UPDATE audit_round SET last_id = last_id + 1 WHERE number = 1".into(), Box::new(|f| matches!(f, Finding::RoundBroken { .. }))),
+        (format!("UPDATE audit SET actor = 'somebody else' WHERE id = {second}"), Box::new(move |f| matches!(f, ChainFinding::Changed { row, .. } if *row == second))),
+        (format!("UPDATE audit SET at = at - interval '1 second' WHERE id = {second}"), Box::new(move |f| matches!(f, ChainFinding::Changed { row, .. } if *row == second))),
+        (format!("UPDATE audit SET at = at - interval '400 days' WHERE id = {second}"), Box::new(move |f| matches!(f, ChainFinding::Changed { row, .. } if *row == second))),
+        (format!("UPDATE audit SET tenant_id = (SELECT max(id) FROM tenant) WHERE id = {second}"), Box::new(move |f| matches!(f, ChainFinding::Changed { row, .. } if *row == second))),
+        (format!("UPDATE audit SET detail = detail || '{{\"x\": 1}}' WHERE id = {second}"), Box::new(move |f| matches!(f, ChainFinding::Changed { row, .. } if *row == second))),
+        (format!("DELETE FROM audit WHERE id = {second}"), Box::new(move |f| matches!(f, ChainFinding::Removed { row, .. } if *row == second))),
+        (format!("UPDATE audit SET id = CASE id WHEN {second} THEN {third} ELSE {second} END WHERE id IN ({second}, {third})"), Box::new(move |f| matches!(f, ChainFinding::Changed { row, .. } if *row == second))),
+        ("INSERT INTO audit (id, at, tx, tenant_id, actor, action, object, request_id) SELECT 900000, at, tx, tenant_id, actor, action, object, request_id FROM audit ORDER BY id LIMIT 1".into(), Box::new(|f| *f == ChainFinding::Inserted { row: 900_000 })),
+        ("INSERT INTO audit (id, tx, tenant_id, actor, action, object, request_id) SELECT 900001, '99999999', tenant_id, actor, action, object, request_id FROM audit ORDER BY id LIMIT 1".into(), Box::new(|f| *f == ChainFinding::Inserted { row: 900_001 })),
+        ("DELETE FROM audit_seal WHERE tenant_id IS NOT NULL AND number = 1".into(), Box::new(|f| matches!(f, ChainFinding::SealBroken { .. } | ChainFinding::RoundBroken { .. }))),
+        ("UPDATE audit_seal SET macs = overlay(macs placing '\\x00'::bytea from 1) WHERE number = 1".into(), Box::new(|f| matches!(f, ChainFinding::SealBroken { .. }))),
+        ("UPDATE audit_seal SET first_at = first_at - interval '1 year' WHERE number = 1".into(), Box::new(|f| matches!(f, ChainFinding::SealBroken { .. }))),
+        ("UPDATE audit_seal SET number = number + 100 WHERE number <= 2; UPDATE audit_seal SET number = 103 - number WHERE number > 100".into(), Box::new(|f| matches!(f, ChainFinding::SealBroken { .. }))),
+        ("DELETE FROM audit_seal WHERE round = 2; DELETE FROM audit_round WHERE number = 2".into(), Box::new(|f| *f == ChainFinding::RoundBroken { round: 2 })),
+        ("UPDATE audit_round SET last_id = last_id + 1 WHERE number = 1".into(), Box::new(|f| matches!(f, ChainFinding::RoundBroken { .. }))),
         // The end is cut off with its seals: the remaining chain is valid, and the exported head reveals the
         // cut.
-        ("DELETE FROM audit WHERE id IN (SELECT unnest(ids) FROM audit_seal WHERE round = (SELECT max(number) FROM audit_round)); DELETE FROM audit_seal WHERE round = (SELECT max(number) FROM audit_round); DELETE FROM audit_round WHERE number = (SELECT max(number) FROM audit_round)".into(), Box::new(|f| matches!(f, Finding::TailCut { .. }))),
-        ("INSERT INTO audit_retired (month, rows) VALUES (date_trunc('month', now()), 1); DELETE FROM audit".into(), Box::new(|f| matches!(f, Finding::NotRetired { .. }))),
+        ("DELETE FROM audit WHERE id IN (SELECT unnest(ids) FROM audit_seal WHERE round = (SELECT max(number) FROM audit_round)); DELETE FROM audit_seal WHERE round = (SELECT max(number) FROM audit_round); DELETE FROM audit_round WHERE number = (SELECT max(number) FROM audit_round)".into(), Box::new(|f| matches!(f, ChainFinding::TailCut { .. }))),
+        ("INSERT INTO audit_retired (month, rows) VALUES (date_trunc('month', now()), 1); DELETE FROM audit".into(), Box::new(|f| matches!(f, ChainFinding::NotRetired { .. }))),
     ];
     for (tamper, wanted) in tampers {
         app.sql(&tamper).await;
@@ -197,7 +197,7 @@ async fn the_chain_tells_what_was_touched(options: PgPoolOptions, connect: PgCon
     // Access to the database without the key is not enough to make a valid chain.
     let other = bulkhead::keys::Keys::parse(&bulkhead::keys::Keys::generate()).unwrap();
     let heads = Heads::in_file(None);
-    let report = verify(&app.one.platform.work, &other.of(Purpose::Audit), &heads).await.unwrap();
+    let report = verify(&app.one.platform.work, &other.of(KeyPurpose::Audit), &heads).await.unwrap();
     assert!(!report.findings.is_empty() && !report.heads);
 }
 
@@ -223,7 +223,7 @@ async fn sealing_misses_nothing(options: PgPoolOptions, connect: PgConnectOption
     assert!(report.findings.is_empty() && report.unsealed == 0, "{report:?}");
     // Many writers, two sealers.
     let second = app.another().await;
-    let key = app.one.platform.desk.keys.of(Purpose::Audit);
+    let key = app.one.platform.desk.keys.of(KeyPurpose::Audit);
     let heads = Heads::in_file(app.config.access.audit_heads.clone());
     let sealing = async |pool: &sqlx::PgPool| {
         for _ in 0..60 {

@@ -16,7 +16,7 @@ use bulkhead::driver::agent::client::AgentClient;
 use bulkhead::http::front::{self, Front};
 use bulkhead::http::{self, Proxies};
 use bulkhead::ids::{ActorId, TenantId};
-use bulkhead::keys::{Keys, Purpose};
+use bulkhead::keys::{KeyPurpose, Keys};
 use bulkhead::registries::SigningKey;
 use bulkhead::registries::front::Door;
 use bulkhead::startup::Platform;
@@ -257,7 +257,7 @@ impl TestApp {
 
     /// Seals the audit log, as the service does a second behind.
     pub(crate) async fn seal(&self) {
-        let key = self.one.platform.desk.keys.of(Purpose::Audit);
+        let key = self.one.platform.desk.keys.of(KeyPurpose::Audit);
         let heads = Heads::in_file(self.config.access.audit_heads.clone());
         while seal::seal(&self.one.platform.work, &key, &heads).await.unwrap().is_some() {}
     }

@@ -6,13 +6,13 @@ use std::time::Duration;
 use time::OffsetDateTime;
 
 use super::super::core::{Agent, lock};
-use super::{App, CHECK, FAILURES};
+use super::{AgentApp, CHECK, FAILURES};
 use crate::driver::podman::listens;
-use crate::driver::workload::{HealthCheck, Purpose};
+use crate::driver::workload::{HealthCheck, HealthPurpose};
 use crate::driver::{Cause, InstanceState};
-use crate::prober::{Answer, Question};
+use crate::prober::{ProbeAnswer, ProbeQuestion};
 
-impl App {
+impl AgentApp {
     /// Starts a health check in its own task when one is due.
     pub(super) fn check_health(self: &Arc<Self>, agent: &Arc<Agent>, number: u32) {
         let (question, asked, restart) = {
@@ -35,10 +35,10 @@ impl App {
             let up = instance.started.map_or(time::Duration::ZERO, |at| OffsetDateTime::now_utc() - at);
             let in_grace = up < time::Duration::seconds(health.grace.into());
             let ill = lock(&self.live).get(&number).map_or(0, |live| live.ill);
-            let asked = Asked { in_grace, port, pid: instance.pid };
-            let restart = health.purpose == Purpose::Restart && ill >= FAILURES && !in_grace;
+            let asked = CheckParameters { in_grace, port, pid: instance.pid };
+            let restart = health.purpose == HealthPurpose::Restart && ill >= FAILURES && !in_grace;
             (
-                Question { address: *address, port, path, timeout_ms: 2_000 },
+                ProbeQuestion { address: *address, port, path, timeout_ms: 2_000 },
                 asked,
                 restart.then_some(health.grace),
             )
@@ -75,9 +75,14 @@ impl App {
 
     /// Records an answer of the prober and returns whether the instance was healthy before. An unreachable prober
     /// gives no verdict: an app is not restarted for a failure that is not its own.
-    fn note_check(&self, number: u32, answer: std::io::Result<Answer>, asked: Asked) -> Option<bool> {
+    fn note_check(
+        &self,
+        number: u32,
+        answer: std::io::Result<ProbeAnswer>,
+        asked: CheckParameters,
+    ) -> Option<bool> {
         let closed = |answer| match answer {
-            Answer::Closed => Answer::Ill(listens::explain(asked.port, &listens::of(asked.pid))),
+            ProbeAnswer::Closed => ProbeAnswer::Ill(listens::explain(asked.port, &listens::of(asked.pid))),
             answer => answer,
         };
         let answer = answer.map(closed);
@@ -86,9 +91,9 @@ impl App {
         entry.checking = false;
         let was = entry.well;
         match answer.ok()? {
-            Answer::Well => (entry.well, entry.ill, entry.been_well) = (true, 0, true),
-            Answer::Closed => {}
-            Answer::Ill(why) => {
+            ProbeAnswer::Well => (entry.well, entry.ill, entry.been_well) = (true, 0, true),
+            ProbeAnswer::Closed => {}
+            ProbeAnswer::Ill(why) => {
                 entry.well = false;
                 entry.ill = entry.ill.saturating_add(u32::from(!asked.in_grace));
                 entry.why = why;
@@ -115,7 +120,7 @@ impl App {
 
 /// The parameters of one health check.
 #[derive(Clone, Copy)]
-struct Asked {
+struct CheckParameters {
     in_grace: bool,
     port: u16,
     pid: i32,

@@ -10,7 +10,7 @@ use super::super::core::{Agent, lock};
 use crate::driver::Error;
 use crate::driver::podman::client::ImageSeen;
 use crate::driver::podman::render::Mount;
-use crate::driver::podman::rootfs::{self, Found, Wanted};
+use crate::driver::podman::rootfs::{self, RootfsFacts, Wanted};
 use crate::driver::podman::tree::Person;
 use crate::driver::podman::{inside, passwd, render};
 use crate::driver::workload::Workload;
@@ -18,7 +18,7 @@ use crate::ids::{Digest, TenantName};
 
 /// The result of inspecting an image, cached while this process lives. An image id always stands for the same
 /// bytes.
-pub(in crate::driver::agent) type Looked = Result<Arc<Found>, String>;
+pub(in crate::driver::agent) type ImageInspection = Result<Arc<RootfsFacts>, String>;
 
 /// Maximum number of cached results.
 const HELD: usize = 256;
@@ -104,7 +104,7 @@ async fn look(
     seen: &ImageSeen,
     wanted: &Wanted,
     key: String,
-) -> Result<Arc<Found>, Error> {
+) -> Result<Arc<RootfsFacts>, Error> {
     let turn = agent.looks.take(tenant, TURN).await;
     let _turn =
         turn.map_err(|_| Error::Transient("other images are inspected first; it is tried again".into()))?;

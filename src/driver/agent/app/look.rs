@@ -9,8 +9,8 @@ use time::OffsetDateTime;
 use super::super::core::{Agent, Listing, lock};
 use super::super::kept::Instance;
 use super::super::logs::{self, Tail};
-use super::{App, BACKOFF, LONG_RUN, Look, SETTLE, born, discard, raw_log, reading, short};
-use crate::driver::podman::ports::Seen;
+use super::{AgentApp, BACKOFF, InstanceCheck, LONG_RUN, SETTLE, born, discard, raw_log, reading, short};
+use crate::driver::podman::ports::PortState;
 use crate::driver::podman::render;
 use crate::driver::{Cause, Ending, InstanceState};
 
@@ -19,7 +19,7 @@ const LAST_LINES: usize = 20;
 /// A listing older than this is ignored.
 const FRESH: Duration = Duration::from_secs(3);
 
-impl App {
+impl AgentApp {
     /// Reads the remaining output of an instance that has ended, without a rate limit.
     pub(super) fn read_last_words(&self, agent: &Agent, number: u32) {
         if let Some(reader) = lock(&self.live).get(&number).and_then(|live| live.reader.as_ref()) {
@@ -51,39 +51,39 @@ impl App {
 
     /// Compares one instance with /proc, its monitor's exit file and a recent listing. Sends no request to the
     /// engine.
-    pub(super) async fn look(&self, agent: &Arc<Agent>, listing: &Listing, number: u32) -> Look {
-        let Some(instance) = self.instance(number) else { return Look::Clear };
+    pub(super) async fn look(&self, agent: &Arc<Agent>, listing: &Listing, number: u32) -> InstanceCheck {
+        let Some(instance) = self.instance(number) else { return InstanceCheck::Clear };
         let running = matches!(
             instance.state,
             InstanceState::Starting | InstanceState::Running | InstanceState::Unhealthy
         );
         if !running {
-            return Look::Clear;
+            return InstanceCheck::Clear;
         }
         let says_something = lock(&self.live).entry(number).or_default().valid_from <= listing.round
             && listing.at.is_some_and(|at| at.elapsed() < FRESH);
         if is_alive(&instance) {
             let listed = listing.containers.get(&instance.container);
             if says_something && listed.is_none_or(|c| c.state != "running") {
-                return Look::Unclear;
+                return InstanceCheck::Unclear;
             }
             lock(&self.live).entry(number).or_default().odd = None;
-            if self.look_at_port(agent, &instance).await == Look::Unclear {
-                return Look::Unclear;
+            if self.look_at_port(agent, &instance).await == InstanceCheck::Unclear {
+                return InstanceCheck::Unclear;
             }
             self.note_running(number);
-            return Look::Clear;
+            return InstanceCheck::Clear;
         }
         if let Some(code) = exit_code(&instance) {
             let hungry = code != 0 && agent.oom.killed(&instance.identity);
             self.ended(agent, number, cause_of(code, hungry), Some(code), String::new());
-            return Look::Clear;
+            return InstanceCheck::Clear;
         }
         // The process may have just ended, and its monitor may be about to report it. This state must not last.
         if monitor_lives(&instance) && !self.is_odd_for_long(number) {
-            return Look::Clear;
+            return InstanceCheck::Clear;
         }
-        Look::Unclear
+        InstanceCheck::Unclear
     }
 
     /// Asks the engine about an instance in an unexpected state. Only the engine's current answer decides: a
@@ -113,7 +113,7 @@ impl App {
                 self.ended(agent, number, cause, Some(now.exit_code), String::new());
             }
             Some(now) if now.state == "running" && is_alive(&instance) => {
-                let gone = instance.port.as_ref().is_some_and(|port| port.look() == Seen::Gone);
+                let gone = instance.port.as_ref().is_some_and(|port| port.look() == PortState::Gone);
                 if gone {
                     self.discard(agent, &instance.container).await;
                     self.vanished(agent, number, "its network had been removed; the instance is replaced");
@@ -145,8 +145,8 @@ impl App {
 
     /// Checks the bridge port of an instance. Without a port the instance has no network and is replaced. A port
     /// that was opened is closed again.
-    async fn look_at_port(&self, agent: &Arc<Agent>, instance: &Instance) -> Look {
-        let Some(port) = &instance.port else { return Look::Clear };
+    async fn look_at_port(&self, agent: &Arc<Agent>, instance: &Instance) -> InstanceCheck {
+        let Some(port) = &instance.port else { return InstanceCheck::Clear };
         if lock(&agent.unsettled).contains(port) {
             let kept = lock(&self.kept).clone();
             if let Some(text) = agent.settle_again(&kept, instance).await {
@@ -156,21 +156,21 @@ impl App {
         let noted = lock(&agent.unlocked).remove(port);
         let seen = match port.look() {
             // The port may have been read while it was being closed for the first time.
-            Seen::Closed if noted && port.is_unlocked().await => Seen::Open,
+            PortState::Closed if noted && port.is_unlocked().await => PortState::Open,
             seen => seen,
         };
         match seen {
-            Seen::Closed => {}
-            Seen::Open => {
+            PortState::Closed => {}
+            PortState::Open => {
                 let text = match port.close().await {
                     Ok(()) => "was open to its neighbours and was closed again".to_owned(),
                     Err(error) => format!("is open to its neighbours and cannot be closed: {error}"),
                 };
                 lock(&self.kept).event("repaired", format!("instance {}: its port {text}", instance.number));
             }
-            Seen::Gone => return Look::Unclear,
+            PortState::Gone => return InstanceCheck::Unclear,
         }
-        Look::Clear
+        InstanceCheck::Clear
     }
 
     fn note_running(&self, number: u32) {

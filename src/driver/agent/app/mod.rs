@@ -13,12 +13,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::core::{Agent, Listing, lock};
 use super::engine::{MOST_STRIKES, STRIKES};
-use super::kept::{Instance, Kept};
+use super::kept::{AppRecord, Instance};
 use super::logs::Tail;
-use super::plan::{Part, Step, plan, waits_for};
+use super::plan::{InstanceStep, PlannedInstance, plan, waits_for};
 use crate::driver::{AppObserved, InstanceObserved, InstanceState, LogLine};
 use crate::ids::{AppId, AppName, TenantName};
-use reading::Reader;
+use reading::OutputReader;
 
 mod health;
 mod image;
@@ -27,7 +27,7 @@ mod reading;
 mod start;
 mod walls;
 
-pub(super) use image::{LOOKS, Looked};
+pub(super) use image::{ImageInspection, LOOKS};
 pub(super) use reading::{Pipes, open_all, paces};
 pub(super) use start::discard;
 
@@ -45,7 +45,7 @@ const FAILURES: u32 = 3;
 #[derive(Default)]
 struct Live {
     /// Reads the output of the instance.
-    reader: Option<Reader>,
+    reader: Option<OutputReader>,
     /// Reads the log file of an instance that an earlier version started.
     tail: Option<Tail>,
     /// Listings with a lower round are too old to say anything about the instance.
@@ -64,11 +64,11 @@ struct Live {
 }
 
 /// An app.
-pub(super) struct App {
+pub(super) struct AgentApp {
     pub(super) id: AppId,
     pub(super) tenant: TenantName,
     pub(super) name: AppName,
-    pub(super) kept: Mutex<Kept>,
+    pub(super) kept: Mutex<AppRecord>,
     pub(super) lines: broadcast::Sender<LogLine>,
     pub(super) wake: Notify,
     live: Mutex<HashMap<u32, Live>>,
@@ -78,9 +78,9 @@ pub(super) struct App {
     stop: CancellationToken,
 }
 
-impl App {
+impl AgentApp {
     /// Starts the task of an app.
-    pub(super) fn spawn(agent: Arc<Agent>, kept: Kept) -> Arc<Self> {
+    pub(super) fn spawn(agent: Arc<Agent>, kept: AppRecord) -> Arc<Self> {
         let app = Arc::new(Self {
             id: kept.workload.app_id,
             tenant: kept.workload.tenant.clone(),
@@ -168,7 +168,7 @@ impl App {
         let mut unclear = Vec::new();
         for number in numbers {
             tokio::task::block_in_place(|| self.read_file(agent, number));
-            if self.look(agent, listing, number).await == Look::Unclear {
+            if self.look(agent, listing, number).await == InstanceCheck::Unclear {
                 unclear.push(number);
             }
             self.check_health(agent, number);
@@ -210,13 +210,13 @@ impl App {
                 kept.instances
                     .iter()
                     .filter(|i| i.state != InstanceState::Stopping)
-                    .map(|i| Step::Stop(i.number))
+                    .map(|i| InstanceStep::Stop(i.number))
                     .collect()
             } else {
-                let parts: Vec<Part> = kept.instances.iter().map(part).collect();
+                let parts: Vec<PlannedInstance> = kept.instances.iter().map(part).collect();
                 let mut steps = plan(&kept.workload, &parts);
                 if kept.is_put_aside() {
-                    steps.retain(|step| !matches!(step, Step::Create(_)));
+                    steps.retain(|step| !matches!(step, InstanceStep::Create(_)));
                 }
                 if steps.is_empty() && !kept.proven && settled(&kept) {
                     kept.proven = true;
@@ -233,8 +233,8 @@ impl App {
         };
         for step in steps {
             match step {
-                Step::Create(slot) => self.create(agent, slot).await,
-                Step::Stop(number) => self.begin_stop(agent, number),
+                InstanceStep::Create(slot) => self.create(agent, slot).await,
+                InstanceStep::Stop(number) => self.begin_stop(agent, number),
             }
         }
         self.start_waiting(agent).await;
@@ -317,7 +317,7 @@ impl App {
 }
 
 /// Marks the actions of an app as under way. Dropping it clears the mark, also after a panic.
-struct Acting(Arc<App>);
+struct Acting(Arc<AgentApp>);
 
 impl Drop for Acting {
     fn drop(&mut self) {
@@ -327,7 +327,7 @@ impl Drop for Acting {
 
 /// The result of checking an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Look {
+enum InstanceCheck {
     /// The state is known.
     Clear,
     /// Only the engine can explain the state.
@@ -338,8 +338,8 @@ fn raw_log(dir: &Path, number: u32) -> std::path::PathBuf {
     dir.join(format!("{number}.raw"))
 }
 
-fn part(instance: &Instance) -> Part {
-    Part {
+fn part(instance: &Instance) -> PlannedInstance {
+    PlannedInstance {
         number: instance.number,
         revision: instance.revision,
         well: instance.state == InstanceState::Running,
@@ -349,8 +349,8 @@ fn part(instance: &Instance) -> Part {
 }
 
 /// Returns which instance the next one waits for, and until when.
-fn waiting(kept: &Kept) -> Option<String> {
-    let parts: Vec<Part> = kept.instances.iter().map(part).collect();
+fn waiting(kept: &AppRecord) -> Option<String> {
+    let parts: Vec<PlannedInstance> = kept.instances.iter().map(part).collect();
     let number = waits_for(&kept.workload, &parts)?;
     let instance = kept.instances.iter().find(|i| i.number == number)?;
     let until = instance.since + Duration::from_secs(kept.workload.stop_grace.into());
@@ -363,7 +363,7 @@ fn waiting(kept: &Kept) -> Option<String> {
 }
 
 /// Whether the running instances match the desired state.
-fn settled(kept: &Kept) -> bool {
+fn settled(kept: &AppRecord) -> bool {
     !kept.removing
         && kept.instances.len() == kept.workload.instances as usize
         && kept

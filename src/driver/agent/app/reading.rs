@@ -20,17 +20,18 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::super::core::{Agent, lock};
 use super::super::logs::Tail;
-use super::super::pace::{Pace, Paces, Rate};
-use super::{App, raw_log};
+use super::super::pace::{LogRate, Paces, RateBudget};
+use super::{AgentApp, raw_log};
 use crate::driver::LogLine;
 use crate::ids::TenantName;
 
 /// Rate limit of one instance's log: 1 MiB and 5,000 lines a second, bursts of 16 MiB and 20,000 lines.
-const INSTANCE: Rate = Rate { bytes: 1 << 20, lines: 5_000, burst_bytes: 16 << 20, burst_lines: 20_000 };
+const INSTANCE: LogRate =
+    LogRate { bytes: 1 << 20, lines: 5_000, burst_bytes: 16 << 20, burst_lines: 20_000 };
 /// Rate limit of all logs of a tenant.
-const TENANT: Rate = Rate { bytes: 4 << 20, lines: 20_000, burst_bytes: 32 << 20, burst_lines: 80_000 };
+const TENANT: LogRate = LogRate { bytes: 4 << 20, lines: 20_000, burst_bytes: 32 << 20, burst_lines: 80_000 };
 /// Rate limit of all logs.
-const ALL: Rate = Rate { bytes: 16 << 20, lines: 60_000, burst_bytes: 64 << 20, burst_lines: 240_000 };
+const ALL: LogRate = LogRate { bytes: 16 << 20, lines: 60_000, burst_bytes: 64 << 20, burst_lines: 240_000 };
 /// Maximum sleep of a reader. After each sleep it checks whether the instance has ended.
 const SLICE: Duration = Duration::from_millis(100);
 /// How often an instance's log says that the app waits for the reader.
@@ -39,13 +40,13 @@ const TOLD: Duration = Duration::from_secs(60);
 const REST: usize = 8 << 20;
 
 /// The reader of one instance.
-pub(super) struct Reader {
+pub(super) struct OutputReader {
     pipe: Arc<Receiver>,
     tail: Arc<Mutex<Tail>>,
     _end: DropGuard,
 }
 
-impl Reader {
+impl OutputReader {
     /// Reads everything that is available now. Used for the last lines of an instance that has ended.
     pub(super) fn drain(&self, lines: &broadcast::Sender<LogLine>) {
         let mut left = REST;
@@ -123,7 +124,7 @@ pub(super) fn pipe_path(dir: &Path, number: u32) -> PathBuf {
     dir.join(format!("{number}.pipe"))
 }
 
-impl App {
+impl AgentApp {
     /// Starts reading an instance's output before its monitor writes any. Returns the pipe's path.
     pub(super) fn read_along(self: &Arc<Self>, agent: &Arc<Agent>, number: u32) -> io::Result<PathBuf> {
         let dir = agent.logs_dir(self.id);
@@ -138,7 +139,7 @@ impl App {
         let tail = Arc::new(Mutex::new(Tail::new(raw_log(&dir, number), dir, number)));
         let end = CancellationToken::new();
         let reader =
-            Reader { pipe: Arc::clone(&pipe), tail: Arc::clone(&tail), _end: end.clone().drop_guard() };
+            OutputReader { pipe: Arc::clone(&pipe), tail: Arc::clone(&tail), _end: end.clone().drop_guard() };
         if resumed {
             let text = "the platform's agent was restarted: lines written while it was down are missing";
             reader.note(text, &self.lines);
@@ -156,7 +157,7 @@ impl App {
     }
 
     async fn read(&self, agent: &Agent, number: u32, pipe: &Receiver, tail: &Mutex<Tail>) {
-        let mut own = Pace::new(INSTANCE);
+        let mut own = RateBudget::new(INSTANCE);
         let mut told: Option<Instant> = None;
         loop {
             if pipe.readable().await.is_err() {

@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use super::super::core::{Agent, lock};
 use super::super::engine::ALONE;
 use super::super::kept::Instance;
-use super::{App, born, image, raw_log, short, walls};
+use super::{AgentApp, born, image, raw_log, short, walls};
 use crate::driver::podman::ports::Port;
 use crate::driver::podman::{inside, ports, render};
 use crate::driver::workload::Workload;
@@ -19,7 +19,7 @@ use crate::policy::Target;
 /// Delay before the next attempt of a start that the engine did not answer.
 const AGAIN: Duration = Duration::from_millis(300);
 
-impl App {
+impl AgentApp {
     pub(super) async fn create(self: &Arc<Self>, agent: &Arc<Agent>, slot: usize) {
         let number = {
             let mut kept = lock(&self.kept);
@@ -169,7 +169,7 @@ impl App {
         let spec = render::create(
             &agent.config,
             workload,
-            &render::Instance {
+            &render::NewInstance {
                 container: &instance.container,
                 number: instance.number,
                 gateway: recorded.subnet.gateway(),

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::driver::Error;
-use crate::driver::agent::app::App;
+use crate::driver::agent::app::AgentApp;
 use crate::driver::agent::core::{Agent, lock};
-use crate::driver::agent::kept::{Instance, Kept};
+use crate::driver::agent::kept::{AppRecord, Instance};
 use crate::driver::podman::ear::Ear;
 use crate::driver::podman::neighbours::{self, Neighbours};
-use crate::driver::podman::ports::{self, Seen};
+use crate::driver::podman::ports::{self, PortState};
 use crate::driver::workload::Subnet;
 use crate::ids::TenantName;
 
@@ -65,11 +65,11 @@ impl Agent {
     /// Closes the ports of running instances and sets their neighbour entries, which an earlier version may have
     /// configured differently. The entries inside the instances come first: once a bridge no longer answers ARP, an
     /// instance without entries has no network.
-    pub(in crate::driver::agent) async fn settle(&self, all: &[Kept]) {
+    pub(in crate::driver::agent) async fn settle(&self, all: &[AppRecord]) {
         for kept in all {
             for instance in &kept.instances {
                 let Some(port) = &instance.port else { continue };
-                if port.look() == Seen::Gone {
+                if port.look() == PortState::Gone {
                     continue;
                 }
                 let settled = match (port.close().await, self.place_of(kept, instance)) {
@@ -90,7 +90,7 @@ impl Agent {
     /// Configures an instance that could not be configured before. Returns a message if it succeeded.
     pub(in crate::driver::agent) async fn settle_again(
         &self,
-        kept: &Kept,
+        kept: &AppRecord,
         instance: &Instance,
     ) -> Option<String> {
         let port = instance.port.as_ref().filter(|port| lock(&self.unsettled).contains(port))?;
@@ -108,14 +108,14 @@ impl Agent {
     }
 
     /// Returns the bridge, the address and the subnet of an instance.
-    fn place_of(&self, kept: &Kept, instance: &Instance) -> Option<(String, Ipv4Addr, Subnet)> {
+    fn place_of(&self, kept: &AppRecord, instance: &Instance) -> Option<(String, Ipv4Addr, Subnet)> {
         let recorded = lock(&self.journal).tenant(&kept.workload.tenant).cloned()?;
         Some((self.config.bridge(recorded.network), kept.address_of(instance)?, recorded.subnet))
     }
 
     /// Returns the addresses on each bridge.
     fn neighbours(&self) -> BTreeMap<String, Neighbours> {
-        let apps: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
+        let apps: Vec<Arc<AgentApp>> = lock(&self.apps).values().cloned().collect();
         let mut bridges = BTreeMap::new();
         for app in apps {
             let Some(recorded) = lock(&self.journal).tenant(&app.tenant).cloned() else { continue };

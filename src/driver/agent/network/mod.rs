@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use time::OffsetDateTime;
 
-use super::app::App;
+use super::app::AgentApp;
 use super::core::{Agent, lock};
 use super::flows;
 use crate::driver::podman::firewall::kernel;
@@ -16,7 +16,7 @@ use crate::driver::podman::ports;
 use crate::driver::{Denied, Error};
 use crate::ids::{AppId, TenantName};
 use crate::policy::never::{self, BUILT_IN, Range};
-use crate::policy::proof::{self, Place, Proven, Standing, Walls};
+use crate::policy::proof::{self, AppAddress, ExpectedFacts, MachineFacts, Proven};
 use crate::policy::read::{Shell, Table};
 use crate::policy::{Cidr, Target, TenantFlows};
 
@@ -37,9 +37,9 @@ pub(crate) const UNKNOWN_TENANT: &str = "this tenant is not in the journal";
 /// A snapshot of everything from which a table is compiled.
 #[derive(Clone)]
 struct Moment {
-    walls: Walls,
+    walls: MachineFacts,
     never: Vec<Range>,
-    standing: Standing,
+    standing: ExpectedFacts,
 }
 
 /// The applied table and the state it was compiled from.
@@ -61,7 +61,7 @@ pub(super) enum Gone {
 }
 
 /// Denied connections by tenant, the newest last.
-pub(super) type Denials = HashMap<TenantName, VecDeque<(AppId, Denied)>>;
+pub(super) type DeniedConnections = HashMap<TenantName, VecDeque<(AppId, Denied)>>;
 
 /// How much of the table is compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,13 +92,13 @@ impl Agent {
         let subnets =
             subnets.into_iter().filter_map(|(number, subnet)| Some((number, of(subnet)?))).collect();
         let standing = self.standing(&own);
-        Moment { walls: Walls::new(self.shell(), never.clone(), subnets), never, standing }
+        Moment { walls: MachineFacts::new(self.shell(), never.clone(), subnets), never, standing }
     }
 
     /// Collects the inputs of the table: the address of each instance, and the flows of each app.
-    fn standing(&self, own: &[Range]) -> Standing {
-        let mut standing = Standing::default();
-        let mut apps: Vec<Arc<App>> = lock(&self.apps).values().cloned().collect();
+    fn standing(&self, own: &[Range]) -> ExpectedFacts {
+        let mut standing = ExpectedFacts::default();
+        let mut apps: Vec<Arc<AgentApp>> = lock(&self.apps).values().cloned().collect();
         // Sorted by age: if two apps claim one address, the older app keeps it.
         apps.sort_by_key(|app| app.id);
         let mut tenants = HashMap::new();
@@ -115,7 +115,7 @@ impl Agent {
             }
             tenants.insert(app.id, app.tenant.clone());
             let tenant = app.tenant.clone();
-            standing.apps.insert(app.id, Place { tenant, network, gateway, addresses });
+            standing.apps.insert(app.id, AppAddress { tenant, network, gateway, addresses });
         }
         let pool = self.config.pool();
         let now = OffsetDateTime::now_utc().unix_timestamp();
@@ -168,10 +168,10 @@ impl Agent {
 
     /// Returns the machine's own addresses and the blocked ranges, which no tenant reaches beside the reserved
     /// ranges.
-    pub(super) fn walls(&self) -> crate::driver::Walls {
+    pub(super) fn walls(&self) -> crate::driver::BlockedRanges {
         let own = lock(&self.own);
         let own = own.iter().filter(|range| range.is_own()).filter_map(|range| range.network.single());
-        crate::driver::Walls { own: own.collect(), closed: self.config.closed.clone() }
+        crate::driver::BlockedRanges { own: own.collect(), closed: self.config.closed.clone() }
     }
 
     /// Stores a tenant's flows and applies them. Returns the number of the applied plan.
@@ -285,7 +285,7 @@ impl Agent {
         self.firewall.lock().await.as_ref().is_some_and(|applied| applied.rules.permits(to))
     }
 
-    fn proven(&self, outcome: Result<Proven, proof::Refused>) -> Result<Proven, Error> {
+    fn proven(&self, outcome: Result<Proven, proof::VerificationError>) -> Result<Proven, Error> {
         outcome.map_err(|refused| {
             self.machine_event(
                 "plan_refused",

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 
 use crate::driver::agent::core::{Agent, lock};
-use crate::driver::podman::firewall::kernel::{self, Refusal};
+use crate::driver::podman::firewall::kernel::{self, DeniedPackets};
 use crate::driver::workload::Subnet;
 use crate::driver::{Denied, Used};
 use crate::ids::{AppId, TenantName};
-use crate::policy::proof::{Place, Standing};
+use crate::policy::proof::{AppAddress, ExpectedFacts};
 use crate::policy::{Cidr, Protocol};
 
 /// A denial counts as caused by the platform's own probe for this long after the probe.
@@ -51,7 +51,7 @@ impl Agent {
         let owners = owners(&standing);
         let now = OffsetDateTime::now_utc();
         let mut denials = lock(&self.denials);
-        for Refusal { bridge, source, target, protocol, port, ago, let_through, hasty } in seen {
+        for DeniedPackets { bridge, source, target, protocol, port, ago, let_through, hasty } in seen {
             let Some((tenant, network)) = tenants.get(&bridge) else { continue };
             // The platform's own probes are not the app's doing, and a tenant must not learn from them.
             let last = Instant::now().checked_sub(Duration::from_secs(ago));
@@ -103,7 +103,7 @@ impl Agent {
 
     /// Adds up the kernel's counters: before they are removed, and on each request. `standing` tells which app owns
     /// each counted address.
-    pub(in crate::driver::agent) async fn note_counts(&self, standing: &Standing) {
+    pub(in crate::driver::agent) async fn note_counts(&self, standing: &ExpectedFacts) {
         if lock(&self.flows).all().all(|plan| plan.watched.is_empty()) {
             *lock(&self.counts) = Counts::default();
             return;
@@ -185,8 +185,8 @@ impl Agent {
 }
 
 /// Returns the app of each address, by network.
-fn owners(standing: &Standing) -> HashMap<(u32, Ipv4Addr), AppId> {
-    let of = |(app, place): (&AppId, &Place)| {
+fn owners(standing: &ExpectedFacts) -> HashMap<(u32, Ipv4Addr), AppId> {
+    let of = |(app, place): (&AppId, &AppAddress)| {
         let (app, network) = (*app, place.network);
         place.addresses.iter().map(move |address| ((network, *address), app)).collect::<Vec<_>>()
     };

@@ -11,7 +11,7 @@ use super::app::look::is_alive;
 use super::core::{Agent, lock};
 use crate::driver::podman::firewall::Allowed;
 use crate::driver::podman::{host, namespace};
-use crate::driver::{Error, InstanceState, Listener, Probe, ProbeOutcome, ProbeTarget, Probed};
+use crate::driver::{Error, HostSocket, InstanceState, Probe, ProbeOutcome, ProbeSummary, ProbeTarget};
 use crate::ids::{AppId, TenantName};
 use crate::policy::{Cidr, Protocol};
 
@@ -25,7 +25,7 @@ mod wanted;
 
 /// An instance to probe from, or to probe.
 #[derive(Debug, Clone)]
-struct Place {
+struct ProbeInstance {
     /// Its network namespace, recorded before its process started: that process cannot replace it.
     sandbox: String,
     /// Number of its network.
@@ -37,7 +37,7 @@ impl Agent {
     /// Returns the running instances of an app.
     ///
     /// A process that has just ended counts as gone, even if its instance is still recorded as running.
-    fn places(&self, tenant: &TenantName, app: AppId) -> Vec<Place> {
+    fn places(&self, tenant: &TenantName, app: AppId) -> Vec<ProbeInstance> {
         let Some(app) = self.app(app).filter(|app| app.tenant == *tenant) else { return Vec::new() };
         let Some(network) = lock(&self.journal).ever(tenant).map(|own| own.network) else {
             return Vec::new();
@@ -50,7 +50,7 @@ impl Agent {
         running
             .filter_map(|i| {
                 let address = kept.address_of(i)?;
-                Some(Place { sandbox: i.sandbox.clone(), network, address })
+                Some(ProbeInstance { sandbox: i.sandbox.clone(), network, address })
             })
             .collect()
     }
@@ -122,7 +122,7 @@ impl Agent {
     }
 
     /// Probes the required and the forbidden connections of a tenant's apps.
-    pub(super) async fn try_tenant(self: &Arc<Self>, tenant: &TenantName) -> Result<Probed, Error> {
+    pub(super) async fn try_tenant(self: &Arc<Self>, tenant: &TenantName) -> Result<ProbeSummary, Error> {
         let busy = || Error::Transient("other probes are under way; try again in a moment".into());
         let _room = self.platform_probes.try_acquire().map_err(|_| busy())?;
         Ok(self.probe_tenant(tenant).await)
@@ -130,7 +130,7 @@ impl Agent {
 
     /// Returns the machine's listening sockets, probed from within an instance if one runs. The result is renewed
     /// with each round of probes; requests in between reuse it.
-    pub(super) async fn listeners(&self) -> Vec<Listener> {
+    pub(super) async fn listeners(&self) -> Vec<HostSocket> {
         let known = self.listening.lock().await.clone();
         match known {
             Some((at, listeners)) if at.elapsed() < LISTENED => listeners,
@@ -139,7 +139,7 @@ impl Agent {
     }
 
     /// Reads the machine's listening sockets and probes them.
-    async fn look_for_listeners(&self) -> Vec<Listener> {
+    async fn look_for_listeners(&self) -> Vec<HostSocket> {
         let mut known = self.listening.lock().await;
         // Concurrent callers reuse the result of the first one.
         if let Some((at, listeners)) = known.as_ref()
@@ -174,7 +174,7 @@ impl Agent {
     }
 
     /// Returns the instance with this address.
-    fn at(&self, address: Ipv4Addr) -> Option<Place> {
+    fn at(&self, address: Ipv4Addr) -> Option<ProbeInstance> {
         let apps: Vec<_> = lock(&self.apps).values().cloned().collect();
         apps.into_iter().find_map(|app| {
             self.places(&app.tenant, app.id).into_iter().find(|place| place.address == address)
@@ -184,7 +184,7 @@ impl Agent {
 
 /// Runs a function within an instance's network namespace.
 async fn within<T: Send + 'static>(
-    place: &Place,
+    place: &ProbeInstance,
     what: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
     let failed = |error: std::io::Error| Error::Transient(format!("the network namespace: {error}"));
@@ -199,7 +199,7 @@ fn outcome(error: &std::io::Error) -> ProbeOutcome {
     }
 }
 
-fn attempt(address: Ipv4Addr, protocol: Protocol, port: u16, peer: Option<&Place>) -> ProbeOutcome {
+fn attempt(address: Ipv4Addr, protocol: Protocol, port: u16, peer: Option<&ProbeInstance>) -> ProbeOutcome {
     match protocol {
         Protocol::Tcp => match TcpStream::connect_timeout(&(address, port).into(), PATIENCE) {
             Ok(stream) => match (peer, stream.local_addr()) {

@@ -12,10 +12,10 @@ use hickory_proto::rr::{Name, RecordType};
 
 use super::wanted::{FOREIGN, From, Try};
 use super::{attempt, within};
-use crate::driver::agent::app::App;
+use crate::driver::agent::app::AgentApp;
 use crate::driver::agent::core::{Agent, lock};
 use crate::driver::podman::firewall::Allowed;
-use crate::driver::{PROBED_APPS, ProbeOutcome, Probed};
+use crate::driver::{PROBED_APPS, ProbeOutcome, ProbeSummary};
 use crate::ids::TenantName;
 use crate::policy::Cidr;
 
@@ -43,7 +43,10 @@ enum Told {
 
 impl Agent {
     /// Probes all required and forbidden connections of a tenant's apps.
-    pub(in crate::driver::agent) async fn probe_tenant(self: &Arc<Self>, tenant: &TenantName) -> Probed {
+    pub(in crate::driver::agent) async fn probe_tenant(
+        self: &Arc<Self>,
+        tenant: &TenantName,
+    ) -> ProbeSummary {
         let mut apps: Vec<_> =
             lock(&self.apps).values().filter(|app| app.tenant == *tenant).cloned().collect();
         apps.retain(|app| !self.places(tenant, app.id).is_empty());
@@ -53,7 +56,7 @@ impl Agent {
         // and must have room for the denials of the tenant's own attempts.
         let tries = apps.into_iter().enumerate().map(|(n, app)| self.probe_from(app, n.checked_sub(1)));
         let told: Vec<_> = futures_util::stream::iter(tries).buffered(AT_ONCE).collect().await;
-        let mut all = Probed::default();
+        let mut all = ProbeSummary::default();
         for probed in told.into_iter().flatten() {
             all.apps += probed.apps;
             all.open += probed.open;
@@ -89,7 +92,7 @@ impl Agent {
     }
 
     /// Returns an app to probe from. None if no instance of it runs.
-    fn from(&self, app: Arc<App>) -> Option<From> {
+    fn from(&self, app: Arc<AgentApp>) -> Option<From> {
         let place = self.places(&app.tenant, app.id).into_iter().next()?;
         let gateway = lock(&self.journal).ever(&app.tenant)?.subnet.gateway();
         let flows = lock(&self.flows).of(&app.tenant, app.id).to_vec();
@@ -98,7 +101,7 @@ impl Agent {
 
     /// Probes from one app: everything, or the n-th part of the forbidden connections. None if no instance of it
     /// runs.
-    async fn probe_from(self: &Arc<Self>, app: Arc<App>, part: Option<usize>) -> Option<Probed> {
+    async fn probe_from(self: &Arc<Self>, app: Arc<AgentApp>, part: Option<usize>) -> Option<ProbeSummary> {
         let from = self.from(Arc::clone(&app))?;
         let mut tries = self.must_close(&from);
         if let Some(part) = part {
@@ -173,7 +176,7 @@ impl Agent {
     /// for a moment.
     async fn confirmed(
         self: &Arc<Self>,
-        app: Arc<App>,
+        app: Arc<AgentApp>,
         bad: Vec<(Try, ProbeOutcome)>,
     ) -> Vec<(Try, ProbeOutcome)> {
         tokio::time::sleep(CONFIRM).await;
@@ -228,7 +231,7 @@ fn tally(
     bad: &[(Try, ProbeOutcome)],
     own: Told,
     foreign: Told,
-) -> (Probed, Vec<(&'static str, String)>) {
+) -> (ProbeSummary, Vec<(&'static str, String)>) {
     let count = |open: bool| {
         // The counts do not reveal whether another tenant has an app to probe.
         let counts = |to: &Try| to.open == open && to.what != FOREIGN;
@@ -259,8 +262,8 @@ fn tally(
     if foreign == Told::Address {
         faults.push(("probe_alarm", format!("resolves the name {NO_NAME}, which must have no address")));
     }
-    let App { tenant, name, .. } = &*from.app;
-    let probed = Probed {
+    let AgentApp { tenant, name, .. } = &*from.app;
+    let probed = ProbeSummary {
         apps: 1,
         open: count(true),
         closed: count(false),

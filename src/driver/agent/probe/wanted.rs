@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use time::OffsetDateTime;
 
-use super::Place;
+use super::ProbeInstance;
 use crate::driver::ProbeOutcome;
-use crate::driver::agent::app::App;
+use crate::driver::agent::app::AgentApp;
 use crate::driver::agent::core::{Agent, lock};
 use crate::policy::{Flow, Protocol, Target};
 
@@ -43,7 +43,7 @@ pub(super) struct Try {
     pub(super) port: u16,
     pub(super) open: bool,
     /// The target instance, if it is one of this machine.
-    pub(super) peer: Option<Place>,
+    pub(super) peer: Option<ProbeInstance>,
 }
 
 impl Try {
@@ -67,8 +67,8 @@ impl Try {
 
 /// An app to probe from.
 pub(super) struct From {
-    pub(super) app: Arc<App>,
-    pub(super) place: Place,
+    pub(super) app: Arc<AgentApp>,
+    pub(super) place: ProbeInstance,
     pub(super) flows: Vec<Flow>,
     pub(super) gateway: Ipv4Addr,
 }

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::super::app::App;
+use super::super::app::AgentApp;
 use super::super::check;
 use super::super::core::{Agent, lock};
-use super::super::kept::Kept;
+use super::super::kept::AppRecord;
 use super::fetch::fetch;
 use crate::driver::podman::render;
 use crate::driver::workload::{TenantGrant, Workload};
@@ -61,19 +61,23 @@ pub(super) async fn ensure_app(
 }
 
 /// Records the desired state of an app on disk before it is used. With a full disk the two must not differ.
-async fn put_on_record(agent: &Arc<Agent>, workload: Workload, known: Option<Arc<App>>) -> Result<(), Error> {
+async fn put_on_record(
+    agent: &Arc<Agent>,
+    workload: Workload,
+    known: Option<Arc<AgentApp>>,
+) -> Result<(), Error> {
     // Two apps of one tenant never have the same address or name: recorded one after another. The table of apps is
     // not locked during the disk write.
     let _turn = agent.recording.lock().await;
-    let own: Vec<Arc<App>> =
+    let own: Vec<Arc<AgentApp>> =
         lock(&agent.apps).values().filter(|app| app.tenant == workload.tenant).cloned().collect();
     tokio::task::block_in_place(|| clash(&workload, own.iter()))?;
     let Some(app) = known else {
-        let kept = Kept::new(workload);
+        let kept = AppRecord::new(workload);
         tokio::task::block_in_place(|| kept.save(&agent.apps_dir()))
             .map_err(|error| Error::Transient(error.to_string()))?;
         let id = kept.workload.app_id;
-        let app = App::spawn(Arc::clone(agent), kept);
+        let app = AgentApp::spawn(Arc::clone(agent), kept);
         lock(&agent.apps).insert(id, app);
         return Ok(());
     };
@@ -107,7 +111,7 @@ async fn put_on_record(agent: &Arc<Agent>, workload: Workload, known: Option<Arc
     Ok(())
 }
 
-fn fence(workload: &Workload, kept: &Kept) -> Result<(), Error> {
+fn fence(workload: &Workload, kept: &AppRecord) -> Result<(), Error> {
     let known = &kept.workload;
     if kept.removing {
         return Err(Error::Conflict("the app is being removed".into()));
@@ -123,7 +127,7 @@ fn fence(workload: &Workload, kept: &Kept) -> Result<(), Error> {
     Ok(())
 }
 
-fn clash<'a>(workload: &Workload, mut apps: impl Iterator<Item = &'a Arc<App>>) -> Result<(), Error> {
+fn clash<'a>(workload: &Workload, mut apps: impl Iterator<Item = &'a Arc<AgentApp>>) -> Result<(), Error> {
     let clash = apps.any(|app| {
         app.id != workload.app_id
             && app.tenant == workload.tenant

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::super::core::{Agent, Gate};
-use crate::driver::disk::{self, Part};
+use crate::driver::disk::{self, DiskConsumer};
 use crate::driver::workload::Workload;
 use crate::driver::{Error, PullSecret, listener};
 
@@ -36,7 +36,7 @@ pub(super) async fn fetch(
     // Packed and unpacked data exist at the same time for a moment.
     let (storage, needed) = (&agent.config.engine_storage, secret.bytes().saturating_mul(2));
     let full = || Error::Transient("the machine has no room to unpack this image".into());
-    if disk::room(Part::Engine, storage).is_some_and(|room| !room.has(needed)) {
+    if disk::room(DiskConsumer::Engine, storage).is_some_and(|room| !room.has(needed)) {
         tracing::error!(storage = %storage.display(), needed, "an image is not fetched: the disk is too full");
         return Err(full());
     }
@@ -64,7 +64,7 @@ fn require_own_door(host: &str, uid: u32) -> Result<(), Error> {
 /// Returns when the disk is full: images of an earlier version have no recorded size.
 async fn no_room(storage: &std::path::Path) {
     loop {
-        if disk::room(Part::Engine, storage).is_some_and(|room| !room.has(0)) {
+        if disk::room(DiskConsumer::Engine, storage).is_some_and(|room| !room.has(0)) {
             tracing::error!(storage = %storage.display(), "the disk is nearly full: the fetch of an image is cancelled");
             return;
         }

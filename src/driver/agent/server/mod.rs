@@ -17,7 +17,7 @@ use crate::ids::TenantName;
 use crate::permits::FairPermits;
 use ensure::{ensure_app, ensure_tenant};
 use remove::{remove_app, remove_tenant};
-use stream::{Reader, stream_logs};
+use stream::{LogReader, stream_logs};
 
 mod ensure;
 mod fetch;
@@ -37,7 +37,7 @@ const ROOM: Duration = Duration::from_secs(20);
 /// Time limit for the request of a connection to arrive.
 const ARRIVE: Duration = Duration::from_secs(5);
 
-type Frames = Framed<UnixStream, LengthDelimitedCodec>;
+type ClientFrames = Framed<UnixStream, LengthDelimitedCodec>;
 
 pub(super) fn codec() -> LengthDelimitedCodec {
     LengthDelimitedCodec::builder().max_frame_length(MAX_FRAME).new_codec()
@@ -78,19 +78,19 @@ pub(super) fn serve(agent: Arc<Agent>) -> Result<JoinHandle<()>, String> {
     }))
 }
 
-async fn send(frames: &mut Frames, reply: &Reply) -> Result<(), ()> {
+async fn send(frames: &mut ClientFrames, reply: &Reply) -> Result<(), ()> {
     let text = serde_json::to_vec(reply).map_err(|_| ())?;
     let sending = frames.send(bytes::Bytes::from(text));
     tokio::time::timeout(Duration::from_secs(10), sending).await.map_err(|_| ())?.map_err(|_| ())
 }
 
-async fn answer(agent: &Arc<Agent>, mut frames: Frames, permit: OwnedSemaphorePermit) {
+async fn answer(agent: &Arc<Agent>, mut frames: ClientFrames, permit: OwnedSemaphorePermit) {
     let Ok(Some(Ok(frame))) = tokio::time::timeout(ARRIVE, frames.next()).await else { return };
     let reply = match serde_json::from_slice::<Request>(&frame) {
         Err(_) => Reply::Failed { error: Error::Rejected("the request cannot be parsed".into()) },
         Ok(Request::Logs { query }) => {
             drop(permit);
-            if let Some(_reader) = Reader::enter(agent, &query.tenant) {
+            if let Some(_reader) = LogReader::enter(agent, &query.tenant) {
                 stream_logs(agent, &mut frames, &query).await;
             } else {
                 let error = Error::Transient("too many logs are open; close some and try again".into());

@@ -8,7 +8,7 @@ use futures_util::StreamExt;
 use super::super::core::{Agent, lock};
 use super::super::logs;
 use super::super::protocol::Reply;
-use super::{Frames, ROOM, send};
+use super::{ClientFrames, ROOM, send};
 use crate::driver::{Error, LogQuery};
 use crate::ids::TenantName;
 
@@ -19,12 +19,12 @@ const READERS_OF_TENANT: usize = 16;
 pub(in crate::driver::agent) const STORED: (usize, usize) = (2, 32);
 const STORED_WITHIN: Duration = Duration::from_secs(300);
 /// A log reader; counted until it is dropped.
-pub(super) struct Reader {
+pub(super) struct LogReader {
     agent: Arc<Agent>,
     tenant: TenantName,
 }
 
-impl Reader {
+impl LogReader {
     pub(super) fn enter(agent: &Arc<Agent>, tenant: &TenantName) -> Option<Self> {
         let mut readers = lock(&agent.readers);
         let own = readers.get(tenant).copied().unwrap_or(0);
@@ -37,7 +37,7 @@ impl Reader {
     }
 }
 
-impl Drop for Reader {
+impl Drop for LogReader {
     fn drop(&mut self) {
         let mut readers = lock(&self.agent.readers);
         match readers.get_mut(&self.tenant) {
@@ -47,7 +47,7 @@ impl Drop for Reader {
     }
 }
 
-pub(super) async fn stream_logs(agent: &Arc<Agent>, frames: &mut Frames, query: &LogQuery) {
+pub(super) async fn stream_logs(agent: &Arc<Agent>, frames: &mut ClientFrames, query: &LogQuery) {
     let Some(app) = agent.app(query.app_id).filter(|app| app.tenant == query.tenant && app.name == query.app)
     else {
         let _ = send(frames, &Reply::Done {}).await;

@@ -117,7 +117,7 @@ pub async fn remove(table: &str) {
 
 /// Packets of the last minute that were denied or rate limited, or allowed only in audit mode.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
+pub struct DeniedPackets {
     /// Name of the source bridge.
     pub bridge: String,
     /// Source address in the packet.
@@ -140,12 +140,12 @@ pub struct Refusal {
 const KEPT: u64 = 60;
 
 /// Returns the recently denied packets, and those that audit mode allowed.
-pub async fn denied(table: &str) -> Vec<Refusal> {
+pub async fn denied(table: &str) -> Vec<DeniedPackets> {
     let mut all = list(table, "denied").await;
     let seen = list(table, "seen").await.into_iter();
-    all.extend(seen.map(|refusal| Refusal { let_through: true, ..refusal }));
+    all.extend(seen.map(|refusal| DeniedPackets { let_through: true, ..refusal }));
     let hasty = list(table, "hasty").await.into_iter();
-    all.extend(hasty.map(|refusal| Refusal { hasty: true, ..refusal }));
+    all.extend(hasty.map(|refusal| DeniedPackets { hasty: true, ..refusal }));
     all
 }
 
@@ -155,7 +155,7 @@ pub async fn is_hurried(table: &str, bridge: &str) -> bool {
     elements(table, "hurried").await.iter().any(own)
 }
 
-async fn list(table: &str, set: &str) -> Vec<Refusal> {
+async fn list(table: &str, set: &str) -> Vec<DeniedPackets> {
     elements(table, set).await.iter().filter_map(refusal).collect()
 }
 
@@ -198,13 +198,13 @@ fn count(element: &Value) -> Option<(String, Ipv4Addr, Cidr, Protocol, u16, u64)
     ))
 }
 
-fn refusal(element: &Value) -> Option<Refusal> {
+fn refusal(element: &Value) -> Option<DeniedPackets> {
     let inner = element.get("elem").unwrap_or(element);
     let key = inner["val"]["concat"].as_array()?;
     let text = |n: usize| key.get(n)?.as_str();
     let port = key.get(4)?;
     let port = port.as_u64().or_else(|| port.as_str()?.parse().ok())?;
-    Some(Refusal {
+    Some(DeniedPackets {
         bridge: text(0)?.to_owned(),
         source: text(1)?.parse().ok()?,
         target: text(2)?.parse().ok()?,

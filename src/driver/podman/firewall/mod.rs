@@ -11,7 +11,7 @@ use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
 use crate::policy::never::{self, Range};
-use crate::policy::proof::Standing;
+use crate::policy::proof::ExpectedFacts;
 use crate::policy::read::{Set, Shell};
 use crate::policy::{Cidr, Protocol, Target};
 
@@ -223,9 +223,9 @@ impl Rules {
     }
 }
 
-/// Compiles the rules of a [`Standing`].
+/// Compiles the rules of a [`ExpectedFacts`].
 #[must_use]
-pub fn compile(shell: Shell, never: &[Range], standing: &Standing) -> Rules {
+pub fn compile(shell: Shell, never: &[Range], standing: &ExpectedFacts) -> Rules {
     let mut rules = Rules::new(shell, never::outermost(never).collect());
     // Collected first and turned into a set once: with many elements, that is several times as fast.
     let (mut sources, mut pairs, mut services) = (Vec::new(), Vec::new(), Vec::new());

@@ -9,7 +9,7 @@ const DEPTH: usize = 32;
 
 /// A packet of an app, with the properties that other firewalls may match.
 #[derive(Debug, Clone, Copy)]
-struct Packet {
+struct AppPacket {
     words: &'static str,
     hook: &'static str,
     incoming: &'static str,
@@ -30,15 +30,15 @@ const fn forwarded(
     incoming: &'static str,
     outgoing: &'static str,
     state: &'static str,
-) -> Packet {
-    Packet { words, hook: "forward", incoming, outgoing, protocol: "tcp", port: 8080, state }
+) -> AppPacket {
+    AppPacket { words, hook: "forward", incoming, outgoing, protocol: "tcp", port: 8080, state }
 }
 
-const fn names(words: &'static str, protocol: &'static str) -> Packet {
-    Packet { words, hook: "input", incoming: BRIDGE, outgoing: "", protocol, port: 53, state: "new" }
+const fn names(words: &'static str, protocol: &'static str) -> AppPacket {
+    AppPacket { words, hook: "input", incoming: BRIDGE, outgoing: "", protocol, port: 53, state: "new" }
 }
 
-const PACKETS: [Packet; 5] = [
+const PACKETS: [AppPacket; 5] = [
     forwarded("traffic between apps", BRIDGE, OTHER_BRIDGE, "new"),
     forwarded("traffic of apps to services and egress targets", BRIDGE, OUTSIDE, "new"),
     forwarded("answers to apps from services and egress targets", OUTSIDE, BRIDGE, "established"),
@@ -61,7 +61,7 @@ pub enum Author {
 
 /// A chain that stops packets of apps.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Wall {
+pub struct BlockingChain {
     /// Family, table and chain.
     pub chain: String,
     /// Traffic that it stops.
@@ -72,7 +72,7 @@ pub struct Wall {
 
 /// Effect of a rule or a chain on a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verdict {
+enum PacketVerdict {
     Accept,
     Drop,
     /// Return to the calling chain.
@@ -90,7 +90,7 @@ enum Fits {
     Perhaps,
 }
 
-struct Rules {
+struct ForeignRules {
     chains: Vec<Value>,
     rules: Vec<Value>,
 }
@@ -102,8 +102,8 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
 /// Returns the chains that stop packets of apps, from the output of `nft -j list ruleset` (or of several tables,
 /// one after another).
 #[must_use]
-pub fn walls<'a>(listings: impl IntoIterator<Item = &'a [u8]>) -> Vec<Wall> {
-    let mut all = Rules { chains: Vec::new(), rules: Vec::new() };
+pub fn walls<'a>(listings: impl IntoIterator<Item = &'a [u8]>) -> Vec<BlockingChain> {
+    let mut all = ForeignRules { chains: Vec::new(), rules: Vec::new() };
     for json in listings {
         let value: Value = serde_json::from_slice(json).unwrap_or_default();
         for part in value["nftables"].as_array().into_iter().flatten() {
@@ -119,8 +119,8 @@ pub fn walls<'a>(listings: impl IntoIterator<Item = &'a [u8]>) -> Vec<Wall> {
     based.filter_map(|chain| all.wall(chain)).collect()
 }
 
-impl Rules {
-    fn wall(&self, chain: &Value) -> Option<Wall> {
+impl ForeignRules {
+    fn wall(&self, chain: &Value) -> Option<BlockingChain> {
         let hook = chain["hook"].as_str()?;
         // Packets between two bridges are not bridged: a table of family `bridge` applies to one tenant's
         // apps only.
@@ -129,9 +129,9 @@ impl Rules {
             .iter()
             .filter(|packet| packet.hook == hook && !(bridged && packet.outgoing != OTHER_BRIDGE))
             .filter(|packet| match self.follow(chain, packet, 0) {
-                Verdict::Accept => false,
-                Verdict::Drop => true,
-                Verdict::Return | Verdict::Continue => chain["policy"] == "drop",
+                PacketVerdict::Accept => false,
+                PacketVerdict::Drop => true,
+                PacketVerdict::Return | PacketVerdict::Continue => chain["policy"] == "drop",
             })
             .map(|packet| packet.words)
             .collect();
@@ -140,7 +140,7 @@ impl Rules {
         }
         let (family, table) = (text(chain, "family"), text(chain, "table"));
         let chain = format!("{family} {table} {}", text(chain, "name"));
-        Some(Wall { chain, stops, author: self.author(family, table) })
+        Some(BlockingChain { chain, stops, author: self.author(family, table) })
     }
 
     fn author(&self, family: &str, table: &str) -> Author {
@@ -155,27 +155,27 @@ impl Rules {
         }
     }
 
-    fn follow(&self, chain: &Value, packet: &Packet, depth: usize) -> Verdict {
+    fn follow(&self, chain: &Value, packet: &AppPacket, depth: usize) -> PacketVerdict {
         if depth > DEPTH {
-            return Verdict::Continue;
+            return PacketVerdict::Continue;
         }
         let own = self.rules.iter().filter(|rule| {
             ["family", "table"].iter().all(|key| rule[key] == chain[key]) && rule["chain"] == chain["name"]
         });
         for rule in own {
             match self.decide(rule, packet, depth) {
-                Verdict::Continue => {}
+                PacketVerdict::Continue => {}
                 verdict => return verdict,
             }
         }
-        Verdict::Continue
+        PacketVerdict::Continue
     }
 
-    fn decide(&self, rule: &Value, packet: &Packet, depth: usize) -> Verdict {
+    fn decide(&self, rule: &Value, packet: &AppPacket, depth: usize) -> PacketVerdict {
         let mut fits = Fits::Yes;
         for part in rule["expr"].as_array().into_iter().flatten() {
             match fits_one(part, packet) {
-                Fits::No => return Verdict::Continue,
+                Fits::No => return PacketVerdict::Continue,
                 Fits::Perhaps => fits = Fits::Perhaps,
                 Fits::Yes => {}
             }
@@ -187,16 +187,16 @@ impl Rules {
             // (ufw).
             let sure = match verdict {
                 _ if fits == Fits::Yes => true,
-                Verdict::Accept => packet.state == "established",
-                Verdict::Return => packet.hook == "input" && asks_of_address(rule),
-                Verdict::Drop | Verdict::Continue => false,
+                PacketVerdict::Accept => packet.state == "established",
+                PacketVerdict::Return => packet.hook == "input" && asks_of_address(rule),
+                PacketVerdict::Drop | PacketVerdict::Continue => false,
             };
-            return if sure { verdict } else { Verdict::Continue };
+            return if sure { verdict } else { PacketVerdict::Continue };
         }
-        Verdict::Continue
+        PacketVerdict::Continue
     }
 
-    fn carry_out(&self, rule: &Value, word: &Value, packet: &Packet, depth: usize) -> Verdict {
+    fn carry_out(&self, rule: &Value, word: &Value, packet: &AppPacket, depth: usize) -> PacketVerdict {
         let target = |part: &Value| {
             self.chains.iter().find(|chain| {
                 ["family", "table"].iter().all(|key| rule[key] == chain[key])
@@ -204,23 +204,23 @@ impl Rules {
             })
         };
         let Some((kind, part)) = word.as_object().and_then(|object| object.iter().next()) else {
-            return Verdict::Continue;
+            return PacketVerdict::Continue;
         };
         match kind.as_str() {
-            "accept" => Verdict::Accept,
-            "drop" | "reject" => Verdict::Drop,
-            "return" => Verdict::Return,
+            "accept" => PacketVerdict::Accept,
+            "drop" | "reject" => PacketVerdict::Drop,
+            "return" => PacketVerdict::Return,
             "jump" => match target(part).map(|chain| self.follow(chain, packet, depth + 1)) {
-                Some(Verdict::Return) | None => Verdict::Continue,
+                Some(PacketVerdict::Return) | None => PacketVerdict::Continue,
                 Some(verdict) => verdict,
             },
             // A chain that was entered by goto does not return: its end is the end of the calling chain.
             "goto" => match target(part).map(|chain| self.follow(chain, packet, depth + 1)) {
-                Some(Verdict::Continue) => Verdict::Return,
+                Some(PacketVerdict::Continue) => PacketVerdict::Return,
                 Some(verdict) => verdict,
-                None => Verdict::Continue,
+                None => PacketVerdict::Continue,
             },
-            _ => Verdict::Continue,
+            _ => PacketVerdict::Continue,
         }
     }
 }
@@ -230,7 +230,7 @@ fn asks_of_address(rule: &Value) -> bool {
 }
 
 /// Returns the verdict that an expression is, or selects for a packet.
-fn verdict_of(part: &Value, packet: &Packet) -> Option<Value> {
+fn verdict_of(part: &Value, packet: &AppPacket) -> Option<Value> {
     let object = part.as_object()?;
     if let Some(map) = object.get("vmap") {
         let pairs = map["data"]["set"].as_array()?;
@@ -247,7 +247,7 @@ fn verdict_of(part: &Value, packet: &Packet) -> Option<Value> {
         .map(|_| part.clone())
 }
 
-fn fits_one(part: &Value, packet: &Packet) -> Fits {
+fn fits_one(part: &Value, packet: &AppPacket) -> Fits {
     if let Some(matched) = part.get("match") {
         let fits = compare(&matched["left"], &matched["right"], packet);
         return match (text(matched, "op"), fits) {
@@ -265,7 +265,7 @@ fn fits_one(part: &Value, packet: &Packet) -> Fits {
 }
 
 /// Returns the packet's value for the left side of a match; none when it is unknown.
-fn seen(left: &Value, packet: &Packet) -> Option<Value> {
+fn seen(left: &Value, packet: &AppPacket) -> Option<Value> {
     if let Some(key) = left["meta"]["key"].as_str() {
         return match key {
             "iifname" | "iif" => Some(packet.incoming.into()),
@@ -302,7 +302,7 @@ fn seen(left: &Value, packet: &Packet) -> Option<Value> {
     }
 }
 
-fn compare(left: &Value, right: &Value, packet: &Packet) -> Fits {
+fn compare(left: &Value, right: &Value, packet: &AppPacket) -> Fits {
     let Some(seen) = seen(left, packet) else { return Fits::Perhaps };
     // The packet is not of that protocol at all.
     if seen.is_null() {

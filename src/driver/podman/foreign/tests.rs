@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::*;
 
-fn fixture(name: &str) -> Vec<Wall> {
+fn fixture(name: &str) -> Vec<BlockingChain> {
     let path = format!("{}/tests/fixtures/firewalls/{name}.json", env!("CARGO_MANIFEST_DIR"));
     walls([std::fs::read(path).unwrap().as_slice()])
 }
@@ -34,7 +34,7 @@ fn what_the_remedies_say_takes_the_walls_down() {
 }
 
 /// A table with one base chain of these rules.
-fn chain(hook: &str, policy: &str, rules: &[Value]) -> Vec<Wall> {
+fn chain(hook: &str, policy: &str, rules: &[Value]) -> Vec<BlockingChain> {
     let base =
         json!({"chain": {"family": "ip", "table": "filter", "name": "MAIN", "hook": hook, "policy": policy}});
     let inner = json!({"chain": {"family": "ip", "table": "filter", "name": "inner"}});

@@ -151,7 +151,7 @@ pub(in crate::networks) struct Unsettled {
 
 /// Which tenants of a rollout to look at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::networks) enum Whom {
+pub(in crate::networks) enum TenantFilter {
     /// Tenants that it has reached.
     Reached,
     /// Tenants whose use is counted.
@@ -165,7 +165,7 @@ pub(in crate::networks) enum Whom {
 pub(in crate::networks) async fn find_unsettled(
     conn: &mut PgConnection,
     rollout: i64,
-    whom: Whom,
+    whom: TenantFilter,
 ) -> Result<Option<Unsettled>, Error> {
     let row = sqlx::query!(
         r#"SELECT count(*) AS "count!", coalesce(min(t.name), '') AS "example!",
@@ -181,9 +181,9 @@ pub(in crate::networks) async fn find_unsettled(
                        AND n.created_at >= u.moved_at AND n.in_force_at IS NOT NULL)))"#,
         rollout,
         match whom {
-            Whom::Reached => "reached",
-            Whom::Watched => "watched",
-            Whom::Left => "left",
+            TenantFilter::Reached => "reached",
+            TenantFilter::Watched => "watched",
+            TenantFilter::Left => "left",
         }
     )
     .fetch_one(conn)

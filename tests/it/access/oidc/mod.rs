@@ -4,17 +4,17 @@ mod certified;
 mod hostile;
 mod liar;
 
-use bulkhead::config::{Provider, RoleMapping};
+use bulkhead::config::{ProviderSettings, RoleMapping};
 
 /// Returns settings of a provider, with a mapping of groups to roles.
-fn settings(name: &str, issuer: &str, secret: &std::path::Path) -> Provider {
+fn settings(name: &str, issuer: &str, secret: &std::path::Path) -> ProviderSettings {
     let map = |value: &str, tenant: Option<&str>, role: &str| RoleMapping {
         value: value.into(),
         tenant: tenant.map(|name| name.parse().unwrap()),
         role: role.into(),
     };
     std::fs::write(secret, "the-secret-of-the-client\n").unwrap();
-    Provider {
+    ProviderSettings {
         name: name.into(),
         label: format!("The {name} provider"),
         issuer: issuer.into(),

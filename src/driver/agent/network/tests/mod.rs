@@ -6,8 +6,8 @@ use std::net::Ipv4Addr;
 
 use crate::driver::podman::firewall::{Rules, compile};
 use crate::ids::{AppId, DomainName, TenantName};
-use crate::policy::never::{BUILT_IN, Range, Wall};
-use crate::policy::proof::{Place, Refused, Standing, Walls, prove, prove_change};
+use crate::policy::never::{BUILT_IN, Range, ReservedKind};
+use crate::policy::proof::{AppAddress, ExpectedFacts, MachineFacts, VerificationError, prove, prove_change};
 use crate::policy::read::{Rule, Set, Shell, Table, table};
 use crate::policy::{Cidr, Flow, Protocol, Target};
 
@@ -29,18 +29,18 @@ fn subnet(network: u32) -> Cidr {
     Cidr::new(Ipv4Addr::from_bits(0x0a40_0000 + (network << 10)), 22).unwrap()
 }
 
-fn walls(tenants: u32) -> Walls {
-    Walls::new(shell(), never(), (0..tenants).map(|network| (network, subnet(network))).collect())
+fn walls(tenants: u32) -> MachineFacts {
+    MachineFacts::new(shell(), never(), (0..tenants).map(|network| (network, subnet(network))).collect())
 }
 
 fn tenant(network: u32) -> TenantName {
     format!("tenant{network}").parse().unwrap()
 }
 
-fn place(network: u32, hosts: &[u32]) -> Place {
+fn place(network: u32, hosts: &[u32]) -> AppAddress {
     let addresses = hosts.iter().map(|host| Ipv4Addr::from_bits(subnet(network).first() + host)).collect();
     let gateway = Ipv4Addr::from_bits(subnet(network).first() + 1);
-    Place { tenant: tenant(network), network, gateway, addresses }
+    AppAddress { tenant: tenant(network), network, gateway, addresses }
 }
 
 fn flow(name: &str, target: Target, port: u16) -> Flow {
@@ -60,7 +60,7 @@ fn outside(network: &str) -> Target {
 }
 
 /// Two tenants, three apps, every kind of flow.
-fn example() -> Standing {
+fn example() -> ExpectedFacts {
     let apps = [(1, place(0, &[2, 3])), (2, place(0, &[4])), (3, place(1, &[2]))];
     let flows = [
         (
@@ -84,7 +84,7 @@ fn example() -> Standing {
             ],
         ),
     ];
-    Standing {
+    ExpectedFacts {
         apps: apps.into_iter().map(|(id, place)| (AppId(id), place)).collect(),
         flows: flows.into_iter().map(|(id, flows)| (AppId(id), flows)).collect(),
         trial: [1].into(),
@@ -105,7 +105,7 @@ fn found(app: i64, name: &str, addresses: &[&str]) -> Found {
     ((AppId(app), name.parse().unwrap()), addresses)
 }
 
-fn rules(standing: &Standing) -> Rules {
+fn rules(standing: &ExpectedFacts) -> Rules {
     compile(shell(), &never(), standing)
 }
 
@@ -120,7 +120,7 @@ fn what_is_compiled_is_proven() {
     // The range within the other one is left out: the kernel rejects overlapping elements.
     assert_eq!(table.outside.len(), 2 + 2 + 1);
     assert_eq!((table.resolved.len(), table.gateways.len(), table.trial.len()), (2, 2, 1));
-    let empty = Standing::default();
+    let empty = ExpectedFacts::default();
     prove(rules(&empty).text(), &walls(0), &empty).unwrap();
 }
 
@@ -153,7 +153,7 @@ fn put(text: &str, set: &str, element: &str) -> String {
     format!("{before}{head}{body}  }}\n{rest}")
 }
 
-fn refused(text: String, standing: &Standing) -> bool {
+fn refused(text: String, standing: &ExpectedFacts) -> bool {
     prove(text, &walls(2), standing).is_err()
 }
 
@@ -247,7 +247,8 @@ fn planted_holes_are_found_with_a_packet_that_shows_them() {
         ("outside", "\"bkdemo0\" . 10.64.0.2 . 10.64.4.0/22 . tcp . 443", "10.64.4.0"),
         ("pairs", "\"bkdemo0\" . 10.64.0.2 . 10.65.0.2 . tcp . 443", "10.65.0.2"),
     ] {
-        let Err(Refused::Breached(count, told)) = prove(put(&text, set, element), &walls(2), &standing)
+        let Err(VerificationError::Breached(count, told)) =
+            prove(put(&text, set, element), &walls(2), &standing)
         else {
             panic!("{set}: {element} was not found")
         };

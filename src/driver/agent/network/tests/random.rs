@@ -21,13 +21,14 @@ fn kernel(table: &Table, packet: &Rule) -> bool {
 }
 
 /// Returns the intended decision, without any table.
-fn meant(standing: &Standing, packet: &Rule) -> bool {
+fn meant(standing: &ExpectedFacts, packet: &Rule) -> bool {
     let target = Ipv4Addr::from_bits(packet.first);
     let from = standing.apps.iter().find(|(_, place)| {
         place.network == packet.network && place.addresses.iter().any(|a| a.to_bits() == packet.source)
     });
     let Some((app, _)) = from else { return false };
-    let closed = never().iter().any(|range| range.wall == Wall::Closed && range.network.contains(target));
+    let closed =
+        never().iter().any(|range| range.wall == ReservedKind::Closed && range.network.contains(target));
     standing.flows.get(app).into_iter().flatten().any(|flow| {
         let there = match &flow.target {
             Target::App { tenant, app } => standing
@@ -44,7 +45,7 @@ fn meant(standing: &Standing, packet: &Rule) -> bool {
     })
 }
 
-fn standings() -> impl Strategy<Value = Standing> {
+fn standings() -> impl Strategy<Value = ExpectedFacts> {
     let target = prop_oneof![
         (0_u32..4, 1_i64..9).prop_map(|(network, id)| app(network, id)),
         prop::sample::select(vec!["10.5.0.2", "10.5.0.3", "192.168.7.7", "45.67.89.10", "192.88.99.0/24"])
@@ -63,7 +64,7 @@ fn standings() -> impl Strategy<Value = Standing> {
         0..6,
     );
     prop::collection::vec((0_u32..4, 0_usize..3, flows), 0..8).prop_map(|apps| {
-        let mut standing = Standing::default();
+        let mut standing = ExpectedFacts::default();
         let mut next = HashMap::new();
         for (n, (network, count, flows)) in apps.into_iter().enumerate() {
             let id = AppId(i64::try_from(n).unwrap() + 1);
