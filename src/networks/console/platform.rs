@@ -20,7 +20,7 @@ use crate::ids::{EgressName, TenantName};
 use crate::keys::Keys;
 use crate::networks::actions::{self, Decision};
 use crate::networks::{Service, store};
-use crate::policy::never::{self, BUILT_IN, Range};
+use crate::policy::never::{self, BUILT_IN, Range, ReservedKind};
 use crate::reconcile::Waker;
 use crate::tenants;
 
