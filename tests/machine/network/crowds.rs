@@ -77,7 +77,7 @@ async fn nobody_uses_up_the_connections_that_all_tenants_share() {
     let begun = Instant::now();
     loop {
         let events = machine.get("/api/v1/network/events").await.to_string();
-        if events.contains("connections_crowded") && events.contains("begun by apps of acme") {
+        if events.contains("connections_crowded") && events.contains("belong to acme") {
             break;
         }
         assert!(begun.elapsed() < Duration::from_secs(20), "{events}");

@@ -354,7 +354,7 @@ impl Agent {
                 *lock(&self.own) = own;
             }
             Err(error) => {
-                tracing::warn!(%error, "the machine's own addresses cannot be read; the known ones stay")
+                tracing::warn!(%error, "the machine's own addresses cannot be read; the known ones stay");
             }
         }
     }
