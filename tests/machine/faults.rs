@@ -129,9 +129,9 @@ async fn what_is_removed_from_outside_comes_back() {
         assert!(begun.elapsed().as_secs() < 5, "the port stays unisolated");
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
-    let app = machine.running("acme", "web").await;
+    // An event follows its repair by a moment.
     for told in ["network had been removed", "open to its neighbours"] {
-        assert!(app["events"].to_string().contains(told), "{told}: {}", app["events"]);
+        machine.wait("acme", "web", 10, |app| app["events"].to_string().contains(told)).await;
     }
     // The agent and serve are killed: running apps continue, and the new processes find them.
     let before = machine.app("acme", "web").await["observed"]["instances"][0].clone();

@@ -208,7 +208,7 @@ impl Victim {
                     }
                     Ok(Err(error)) => tally.failed.entry(kind).or_default().push(error),
                     Err(_) => {
-                        tally.failed.entry(kind).or_default().push(format!("{kind:?}: no answer in 5 s"))
+                        tally.failed.entry(kind).or_default().push(format!("{kind:?}: no answer in 5 s"));
                     }
                 }
             }));
