@@ -67,7 +67,7 @@ fn kind_of(rust: &str) -> String {
     let inner = rust.strip_prefix("Option<").and_then(|rest| rest.strip_suffix('>')).unwrap_or(rust);
     if let Some(item) = inner.strip_prefix("Vec<").and_then(|rest| rest.strip_suffix('>')) {
         return match item {
-            "Provider" | "RoleMapping" => "list of tables".to_owned(),
+            "ProviderSettings" | "RoleMapping" => "list of tables".to_owned(),
             other => format!("list of: {}", kind_of(other)),
         };
     }
@@ -76,7 +76,7 @@ fn kind_of(rust: &str) -> String {
         "u8" | "u16" | "u32" | "i64" | "usize" => "number",
         "PathBuf" => "path",
         "SocketAddr" => "address with port",
-        "Cidr" | "Subnet" => "network",
+        "Cidr" | "ProxyNetwork" | "Subnet" => "network",
         "IdRange" => "range of ids",
         "LogFormat" => "`text` or `json`",
         "Installation" => "four letters",
@@ -160,14 +160,14 @@ pub(super) fn page() -> String {
         ("server", "Server"),
         ("database", "Database"),
         ("registry", "Registry"),
-        ("agent", "Agent"),
+        ("agent", "AgentSettings"),
         ("access", "Access"),
         ("pools", "Pools"),
         ("log", "Log"),
     ] {
         let _ = write!(text, "\n## {section}\n{}", rows(section, &fields(sections, name)));
         if section == "access" {
-            let _ = write!(text, "\n### access.providers\n{}", plain_rows(&fields(sections, "Provider")));
+            let _ = write!(text, "\n### access.providers\n{}", plain_rows(&fields(sections, "ProviderSettings")));
             let _ = write!(
                 text,
                 "\n### access.providers.roles\n{}",
