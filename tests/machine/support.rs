@@ -226,6 +226,11 @@ impl Machine {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         tokio::time::sleep(Duration::from_millis(400)).await;
+        // The new process reads the file before it listens.
+        while name == "serve" && std::net::TcpStream::connect(("127.0.0.1", self.port)).is_err() {
+            assert!(begun.elapsed() < Duration::from_secs(30), "{name} does not listen");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// Returns how often a process has died at a step on purpose.

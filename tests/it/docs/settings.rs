@@ -167,7 +167,8 @@ pub(super) fn page() -> String {
     ] {
         let _ = write!(text, "\n## {section}\n{}", rows(section, &fields(sections, name)));
         if section == "access" {
-            let _ = write!(text, "\n### access.providers\n{}", plain_rows(&fields(sections, "ProviderSettings")));
+            let _ =
+                write!(text, "\n### access.providers\n{}", plain_rows(&fields(sections, "ProviderSettings")));
             let _ = write!(
                 text,
                 "\n### access.providers.roles\n{}",

@@ -75,7 +75,7 @@ impl Kitchen {
 
     /// Waits until an app runs. Returns its only instance.
     async fn runs(&self, name: &str) -> Value {
-        let app = self.machine.wait(TENANT, name, 90, |app| app["state"] == "running").await;
+        let app = self.machine.wait(TENANT, name, 180, |app| app["state"] == "running").await;
         app["observed"]["instances"][0].clone()
     }
 

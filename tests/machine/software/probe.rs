@@ -99,8 +99,8 @@ async fn a_program_finds_what_it_expects_however_it_is_started() {
     {
         // A folder that the image has, owned by root, and one that it does not have.
         let lines = format!(
-            "FROM docker.io/library/debian:12-slim\n\
-             RUN groupadd --gid 450 extra && groupadd --gid 900 app && useradd --uid 900 --gid 900 --groups extra app && mkdir -p /var/cache/app\n\
+            "FROM docker.io/library/python:3.11-slim\n\
+             RUN groupadd --gid 450 extra && groupadd --gid 900 app && useradd --create-home --uid 900 --gid 900 --groups extra app && mkdir -p /var/cache/app\n\
              COPY probe.py /srv/\nUSER {}\nEXPOSE 8080\n\
              CMD [\"python3\", \"/srv/probe.py\", \"/tmp\", \"/var/cache/app\", \"/run/app\", \"/dev/shm\"]\n",
             start.user
