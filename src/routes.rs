@@ -425,7 +425,7 @@ async fn readyz(
 #[template(path = "docs/chapter.html")]
 struct ChapterPage {
     frame: Frame,
-    chapters: Vec<docs::Group>,
+    chapters: Vec<docs::ChapterGroup>,
     chapter: &'static docs::Chapter,
     next: Option<docs::Entry>,
 }
@@ -451,7 +451,7 @@ async fn chapter_page(_: Public, chapter: web::Path<String>) -> Result<HttpRespo
 #[template(path = "docs/error.html")]
 struct ErrorDoc {
     frame: Frame,
-    chapters: Vec<docs::Group>,
+    chapters: Vec<docs::ChapterGroup>,
     code: String,
     title: &'static str,
     text: &'static str,
@@ -472,7 +472,7 @@ async fn error_page(_: Public, code: web::Path<String>) -> Result<HttpResponse, 
 #[template(path = "docs/errors.html")]
 struct ErrorsDoc {
     frame: Frame,
-    chapters: Vec<docs::Group>,
+    chapters: Vec<docs::ChapterGroup>,
     rows: Vec<(String, &'static str)>,
 }
 

@@ -106,7 +106,7 @@ pub struct Chapter {
 
 /// Links of the contents under one heading.
 #[derive(Debug, Clone)]
-pub struct Group {
+pub struct ChapterGroup {
     /// Heading.
     pub title: &'static str,
     /// Links.
@@ -145,11 +145,11 @@ pub fn chapter(href: &str) -> Option<&'static Chapter> {
 
 /// Returns the contents of the book. `here` is the address of the current page.
 #[must_use]
-pub fn contents(here: &str) -> Vec<Group> {
+pub fn contents(here: &str) -> Vec<ChapterGroup> {
     let entry = |(label, href): &'static (String, String)| Entry { label, href, here: href == here };
     BOOK.contents
         .iter()
-        .map(|(title, links)| Group { title, links: links.iter().map(entry).collect() })
+        .map(|(title, links)| ChapterGroup { title, links: links.iter().map(entry).collect() })
         .collect()
 }
 

@@ -27,7 +27,7 @@ impl Html {
 }
 
 /// A rendered chapter.
-pub(super) struct Page {
+pub(super) struct RenderedPage {
     pub(super) title: String,
     pub(super) html: Html,
     pub(super) anchors: Vec<String>,
@@ -139,7 +139,7 @@ struct Writer<'a, F> {
 }
 
 /// Renders a chapter. `link` returns the address of a link's target in the console.
-pub(super) fn page(text: &str, link: impl Fn(&str) -> Option<String>) -> Page {
+pub(super) fn page(text: &str, link: impl Fn(&str) -> Option<String>) -> RenderedPage {
     let mut writer = Writer {
         link,
         out: Vec::new(),
@@ -158,7 +158,7 @@ pub(super) fn page(text: &str, link: impl Fn(&str) -> Option<String>) -> Page {
     }
     let mut out = String::new();
     html::push_html(&mut out, writer.out.into_iter());
-    Page { title: writer.title, html: Html(out), anchors: writer.anchors }
+    RenderedPage { title: writer.title, html: Html(out), anchors: writer.anchors }
 }
 
 /// Returns the number of events before the one that ends the first.

@@ -20,7 +20,7 @@ struct RowView {
 #[template(path = "docs/permissions.html")]
 struct PermissionsPage {
     frame: Frame,
-    chapters: Vec<docs::Group>,
+    chapters: Vec<docs::ChapterGroup>,
     rows: Vec<RowView>,
 }
 
